@@ -1,0 +1,167 @@
+"""Tokenizer and model of any causal LM, with the control tokens added; loaded in shards under ZeRO-3."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from huggingface_hub.constants import HF_HOME
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2TokenizerFast,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    set_seed,
+)
+from transformers import __version__ as transformers_version
+
+from training.consts import CONTROL_TOKENS, DEMO
+from training.data import chat_template
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DEFAULT_POSITIONS = 1024  # for a config that states no limit
+
+
+class ModelError(ValueError):
+    """The model or its tokenizer cannot be used; the message says why and what to do."""
+
+
+def model_folder(name: str) -> str:
+    """`name` as `from_pretrained` takes it: the embedded model is written into a folder at its first use."""
+    if name != DEMO:
+        return name
+    from training import demo
+
+    sources = b"".join(file.read_bytes() for file in sorted(Path(demo.__file__).parent.glob("*.py")))
+    key = hashlib.sha256(sources + transformers_version.encode()).hexdigest()[:16]
+    target = Path(HF_HOME) / "dolly" / f"demo-{key}"
+    if not target.is_dir():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+        demo.save_demo_model(partial)
+        try:
+            os.replace(partial, target)
+        except OSError:  # another process was first
+            shutil.rmtree(partial)
+    return str(target)
+
+
+def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer with Dolly's three control tokens, EOS as its pad token, and the chat template."""
+    name = model_folder(name)
+    try:
+        if _is_bare_bpe(name):
+            tokenizer = GPT2TokenizerFast.from_pretrained(name)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:  # missing folder, no network, broken JSON: a dozen unrelated types
+        raise ModelError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"{name}: its tokenizer has no fast (Rust) form. Save one as tokenizer.json in the folder"
+        )
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"{name}: its tokenizer has no EOS token. Set eos_token in tokenizer_config.json")
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": list(CONTROL_TOKENS)}, replace_extra_special_tokens=False
+    )
+    tokenizer.chat_template = chat_template(tokenizer)
+    _check_control_tokens(tokenizer, name)
+    return tokenizer
+
+
+def _is_bare_bpe(name: str) -> bool:
+    """A folder with GPT-2's two files only, from which AutoTokenizer cannot tell the class."""
+    folder = Path(name)
+    return (folder / "vocab.json").is_file() and not any(
+        (folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "config.json")
+    )
+
+
+def _check_control_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Each control token must be one id, and must not eat the text beside it."""
+    for key in CONTROL_TOKENS:
+        ids = tokenizer(f"a{key}b", add_special_tokens=False)["input_ids"]
+        if ids.count(tokenizer.convert_tokens_to_ids(key)) != 1:
+            raise ModelError(f"{name}: its tokenizer does not keep {key!r} as one token (got ids {ids})")
+
+
+def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The model's config, without its weights. Raises ModelError for what is no causal LM."""
+    name = model_folder(name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        raise ModelError(
+            f"{name}: no model could be found ({_first_line(error)}). "
+            "Expected a folder with config.json, or a model's name on the Hub"
+        ) from error
+    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
+        raise ModelError(f"{name}: a {config.model_type} model is no causal language model")
+    return config
+
+
+def max_positions(config: PreTrainedConfig) -> int:
+    """How many tokens a row may have at most."""
+    return int(getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS)
+
+
+def load_model(
+    name: str,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    seed: int,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The model, its embedding grown to hold every token of `tokenizer`.
+
+    Under DeepSpeed ZeRO-3 transformers reads rank 0's copy module by module into every rank's shard, but
+    only if a `TrainingArguments(deepspeed=...)` is alive before this call: make it first.
+
+    Raises ModelError where the files lack weights that the architecture has: from_pretrained would make
+    them up at random and only warn.
+    """
+    name = model_folder(name)
+    try:
+        model, loaded = AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{name}: the weights could not be loaded ({_first_line(error)})") from error
+    missing = sorted(loaded["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{name}: {len(missing)} tensors are missing from the weight files, the first: "
+            f"{', '.join(missing[:3])}. Download the model again, or compare its config.json with the weights"
+        )
+    grow_embedding(model, len(tokenizer), seed)
+    model.config.use_cache = False  # of no use in training; the saved config has it on again
+    return model
+
+
+def grow_embedding(model: PreTrainedModel, tokens: int, seed: int) -> None:
+    """Makes room for `tokens` ids; never shrinks, as GPT-J has more rows than its base vocabulary.
+
+    The new rows are drawn from the model's own initializer, as Dolly's were. Each rank draws them for
+    itself before the shards are cut, so all ranks draw from the same seed.
+    """
+    if tokens <= model.config.get_text_config().vocab_size:
+        return
+    logger.info("embedding grows from %d to %d rows", model.config.get_text_config().vocab_size, tokens)
+    set_seed(seed)
+    model.resize_token_embeddings(tokens, mean_resizing=False)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"

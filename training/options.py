@@ -1,0 +1,473 @@
+"""Every option once: name, default, unit, help; and the checks that tell all faults in one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import click
+
+from training.consts import (
+    DEFAULT_INPUT_MODEL,
+    DEFAULT_LEARNING_RATE,
+    DEFAULT_SEED,
+    DEFAULT_TEST_SIZE,
+    DEFAULT_TRAINING_DATASET,
+    DEMO,
+)
+
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+class OptionsError(ValueError):
+    """The options cannot be used together, or not on this machine. `faults` holds every reason."""
+
+    def __init__(self, faults: list[str]):
+        self.faults = faults
+        super().__init__("\n".join(f"  - {fault}" for fault in faults))
+
+
+def _option(default: Any, group: str, help: str, **click_settings: Any) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, **click_settings})
+
+
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """The options of `training.trainer`, one field an option. The command line is made from these fields."""
+
+    input_model: str = _option(
+        DEFAULT_INPUT_MODEL,
+        "Model and data",
+        f"Base model: a name on the Hub, a local folder, or '{DEMO}'.",
+        metavar="MODEL",
+    )
+    training_dataset: str = _option(
+        DEFAULT_TRAINING_DATASET,
+        "Model and data",
+        f"A name on the Hub, a .json, .jsonl, .csv or .parquet file, or '{DEMO}'.",
+        metavar="DATASET",
+    )
+    max_length: int | None = _option(
+        None,
+        "Model and data",
+        "Longest row, in tokens.  [default: what the model can hold]",
+        type=click.IntRange(8),
+        metavar="TOKENS",
+    )
+    keep_truncated: bool = _option(
+        False,
+        "Model and data",
+        "Keep rows whose response is cut at --max-length. They teach the model not to stop.",
+    )
+    max_dropped_fraction: float = _option(
+        0.1,
+        "Model and data",
+        "Stop when more than this share of the rows is unusable.",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+    )
+    test_size: int = _option(
+        DEFAULT_TEST_SIZE,
+        "Model and data",
+        "Rows held out for the held-out loss.",
+        type=click.IntRange(1),
+        metavar="ROWS",
+    )
+    seed: int = _option(
+        DEFAULT_SEED,
+        "Model and data",
+        "Seed of the split, the order and the new rows.",
+        type=click.IntRange(0, 2**32 - 1),
+        metavar="NUMBER",
+    )
+    trust_remote_code: bool = _option(
+        False,
+        "Model and data",
+        "Run Python code that the model's repository brings. Off unless you trust it.",
+    )
+
+    epochs: float = _option(
+        3.0,
+        "Training",
+        "Times to go through the rows.",
+        type=click.FloatRange(0, min_open=True),
+        metavar="EPOCHS",
+    )
+    max_steps: int | None = _option(
+        None,
+        "Training",
+        "Stop after this many optimizer steps, whatever --epochs says.",
+        type=click.IntRange(1),
+        metavar="STEPS",
+    )
+    lr: float = _option(
+        DEFAULT_LEARNING_RATE,
+        "Training",
+        "Learning rate of AdamW.",
+        type=click.FloatRange(0, min_open=True),
+        metavar="RATE",
+    )
+    lr_scheduler_type: str = _option(
+        "constant", "Training", "How the rate moves. Dolly's is constant.", type=click.Choice(SCHEDULES)
+    )
+    warmup_steps: int = _option(
+        0, "Training", "Steps in which the rate rises to --lr.", type=click.IntRange(0), metavar="STEPS"
+    )
+    weight_decay: float = _option(
+        0.0, "Training", "Weight decay of AdamW.", type=click.FloatRange(0), metavar="DECAY"
+    )
+    per_device_train_batch_size: int = _option(
+        8, "Training", "Rows a device computes at once.", type=click.IntRange(1), metavar="ROWS"
+    )
+    per_device_eval_batch_size: int = _option(
+        8, "Training", "Held-out rows a device computes at once.", type=click.IntRange(1), metavar="ROWS"
+    )
+    gradient_accumulation_steps: int = _option(
+        1,
+        "Training",
+        "Batches a device computes before each optimizer step.",
+        type=click.IntRange(1),
+        metavar="BATCHES",
+    )
+    gradient_checkpointing: bool = _option(
+        True, "Training", "Recompute activations in the backward pass: less memory, a third more work."
+    )
+
+    bf16: bool | None = _option(
+        None,
+        "Precision and devices",
+        "Train in bfloat16.  [default: what --deepspeed says, else what the device can]",
+    )
+    fp16: bool | None = _option(
+        None, "Precision and devices", "Train in float16, for GPUs without bfloat16 (V100)."
+    )
+    deepspeed: str | None = _option(
+        None,
+        "Precision and devices",
+        "DeepSpeed JSON; config/ has one for each GPU family.",
+        is_flag=False,
+        flag_value="",
+        metavar="FILE",
+    )
+    deepspeed_config: str | None = _option(
+        None, "Precision and devices", "The same, as Spark's launcher writes it.", metavar="FILE"
+    )
+    local_rank: int = _option(
+        -1,
+        "Precision and devices",
+        "Written by the launcher; the environment is what counts.",
+        flag="--local_rank",
+        metavar="RANK",
+    )
+
+    local_output_dir: str = _option(
+        MISSING,
+        "Output",
+        "New folder for model, checkpoints and logs, on a local disk.",
+        required=True,
+        metavar="FOLDER",
+    )
+    dbfs_output_dir: str | None = _option(
+        None, "Output", "Where the finished model is copied: DBFS, a Volume, or any folder.", metavar="FOLDER"
+    )
+    logging_steps: int = _option(
+        10, "Output", "Steps between two lines of the log.", type=click.IntRange(1), metavar="STEPS"
+    )
+    eval_steps: int = _option(
+        100,
+        "Output",
+        "Steps between two measurements of the held-out loss.",
+        type=click.IntRange(1),
+        metavar="STEPS",
+    )
+    save_steps: int = _option(
+        200, "Output", "Steps between two checkpoints.", type=click.IntRange(1), metavar="STEPS"
+    )
+    save_total_limit: int = _option(
+        2, "Output", "Checkpoints to keep.", type=click.IntRange(1), metavar="CHECKPOINTS"
+    )
+    max_shard_size: str = _option(
+        "5GB", "Output", "Largest weight file of the finished model, as in 5GB or 500MB.", metavar="SIZE"
+    )
+
+    @property
+    def deepspeed_json(self) -> str | None:
+        """The DeepSpeed file, by whichever of the two options it came."""
+        return self.deepspeed or self.deepspeed_config or None
+
+
+# --- the command line --------------------------------------------------------------------------------
+
+
+class GroupedCommand(click.Command):
+    """A command whose --help shows its options under the headings of their groups."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        names = {f.name: f.metadata["group"] for f in fields(TrainingOptions)}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record:
+                groups.setdefault(names.get(parameter.name or "", "Other"), []).append(record)
+        for group, records in groups.items():
+            with formatter.section(group):
+                formatter.write_dl(records)
+
+
+class CollectedOption(click.Option):
+    """An option whose bad value does not end the parsing, so that all bad values are told at once."""
+
+    def process_value(self, ctx: click.Context, value: Any) -> Any:
+        try:
+            return super().process_value(ctx, value)
+        except click.BadParameter as error:  # a missing value is one as well
+            error.param = error.param or self
+            ctx.meta.setdefault(__name__, []).append(error.format_message())
+            return self.get_default(ctx) if not self.required else None
+
+
+def value_faults(ctx: click.Context) -> list[str]:
+    """The values that the command line could not take: no number, out of range, missing."""
+    return list(ctx.meta.get(__name__, []))
+
+
+def click_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Decorates a click command with one option for every field of TrainingOptions."""
+    for option_field in reversed(fields(TrainingOptions)):
+        settings = dict(option_field.metadata)
+        settings.pop("group")
+        flag = settings.pop("flag", "--" + option_field.name.replace("_", "-"))
+        if option_field.name == "deepspeed_config":
+            flag = "--deepspeed_config"
+        if option_field.type == "bool" and not option_field.default:
+            settings |= {"is_flag": True, "show_default": False}
+        elif str(option_field.type).startswith("bool"):
+            flag += f"/--no-{flag[2:]}"
+        elif "type" not in settings:
+            settings["type"] = int if option_field.type == "int" else str
+        if option_field.default is not MISSING:
+            settings["default"] = option_field.default
+            settings.setdefault("show_default", option_field.default is not None)
+        function = click.option(flag, option_field.name, cls=CollectedOption, **settings)(function)
+    return function
+
+
+# --- what the options come to ------------------------------------------------------------------------
+
+
+def read_deepspeed_json(path: str) -> dict[str, Any]:
+    """The DeepSpeed configuration. Raises OptionsError where there is no such file or no JSON object in it."""
+    try:
+        config = json.loads(Path(path).read_text())
+    except OSError as error:
+        shipped = (
+            ", ".join(sorted(str(file) for file in Path("config").glob("ds_*.json"))) or "config/ds_*.json"
+        )
+        raise OptionsError(
+            [f"--deepspeed {path}: {error.strerror or error}. Shipped are: {shipped}"]
+        ) from error
+    except ValueError as error:
+        raise OptionsError([f"--deepspeed {path}: broken JSON: {error}"]) from error
+    if not isinstance(config, dict):
+        raise OptionsError([f"--deepspeed {path}: expected a JSON object, found a {type(config).__name__}"])
+    return config
+
+
+def _enabled(config: dict[str, Any], precision: str) -> bool | None:
+    """What the DeepSpeed JSON says of a precision: True, False, or None where it leaves it open."""
+    section = config.get(precision)
+    value = section.get("enabled") if isinstance(section, dict) else None
+    return value if isinstance(value, bool) else None
+
+
+def precision_of(options: TrainingOptions) -> str:
+    """ "bf16", "fp16" or "fp32": the options first, then the DeepSpeed JSON, then what the device does best."""
+    for name in ("bf16", "fp16"):
+        if getattr(options, name):
+            return name
+    config = read_deepspeed_json(options.deepspeed_json) if options.deepspeed_json else {}
+    for name in ("bf16", "fp16"):
+        if _enabled(config, name) and getattr(options, name) is None:
+            return name
+    if options.bf16 is False or options.fp16 is False or config:
+        return "fp32"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def world_size() -> int:
+    """Ranks of this run, as its launcher wrote it into the environment; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """RANK, not LOCAL_RANK: Spark's launcher gives every rank the local rank 0."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def find_faults(options: TrainingOptions) -> list[str]:
+    """Everything wrong with the options on this machine, each with what to type instead. Loads nothing."""
+    faults = _plain_faults(options)
+    config: dict[str, Any] = {}
+    if options.deepspeed is not None and not options.deepspeed_json:
+        faults.append("--deepspeed names no file. Type --deepspeed config/ds_z3_bf16_config.json")
+    if options.deepspeed and options.deepspeed_config and options.deepspeed != options.deepspeed_config:
+        faults.append(
+            f"--deepspeed {options.deepspeed} and --deepspeed_config {options.deepspeed_config}: give one"
+        )
+    if options.deepspeed_json:
+        try:
+            config = read_deepspeed_json(options.deepspeed_json)
+        except OptionsError as error:
+            faults += error.faults
+        faults += _deepspeed_faults(options, config)
+    faults += _precision_faults(options, config)
+    faults += _device_faults()
+    if is_main_process():  # the other ranks may see what rank 0 has already begun to write
+        faults += _output_faults(options)
+    return faults
+
+
+def _plain_faults(options: TrainingOptions) -> list[str]:
+    faults = []
+    if options.lr_scheduler_type == "constant" and options.warmup_steps:
+        faults.append(
+            f"--lr-scheduler-type constant has no warm-up, so --warmup-steps {options.warmup_steps} would be "
+            "ignored. Type --lr-scheduler-type constant_with_warmup"
+        )
+    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", options.max_shard_size):
+        faults.append(f"--max-shard-size {options.max_shard_size}: expected a size such as 5GB or 500MB")
+    return faults
+
+
+def _deepspeed_faults(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
+    faults = []
+    if "RANK" not in os.environ:
+        faults.append(
+            f"--deepspeed {options.deepspeed_json} needs a launcher. "
+            "Type deepspeed --num_gpus N --module training.trainer ... instead of python -m training.trainer ..."
+        )
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
+        faults.append(
+            "ACCELERATE_USE_CPU is set, and silently switches DeepSpeed off. Type unset ACCELERATE_USE_CPU"
+        )
+    if "scheduler" in config:
+        faults.append(
+            f"{options.deepspeed_json} has a 'scheduler', which would override --lr-scheduler-type "
+            f"{options.lr_scheduler_type} and --warmup-steps silently. Remove it from the JSON"
+        )
+    optimizer = config.get("optimizer")
+    parameters = optimizer.get("params", {}) if isinstance(optimizer, dict) else {}
+    for key, flag, value in (
+        ("lr", "--lr", options.lr),
+        ("weight_decay", "--weight-decay", options.weight_decay),
+    ):
+        if parameters.get(key, "auto") not in ("auto", value):
+            faults.append(
+                f'{options.deepspeed_json} sets {key} {parameters[key]}, but {flag} is {value}. Write "auto"'
+            )
+    zero = config.get("zero_optimization")
+    if (
+        isinstance(zero, dict)
+        and zero.get("stage") == 3
+        and not zero.get("stage3_gather_16bit_weights_on_model_save")
+    ):
+        faults.append(
+            f"{options.deepspeed_json} would save an empty model: "
+            "set zero_optimization.stage3_gather_16bit_weights_on_model_save to true"
+        )
+    return faults
+
+
+def _precision_faults(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
+    if options.bf16 and options.fp16:
+        return ["--bf16 and --fp16 exclude each other. Give one of them"]
+    faults = []
+    for name in ("bf16", "fp16"):
+        asked, written = getattr(options, name), _enabled(config, name)
+        if asked is not None and written is not None and asked != written:
+            faults.append(
+                f"--{'' if asked else 'no-'}{name}, but {options.deepspeed_json} has {name}.enabled {str(written).lower()}. "
+                "Leave the option out, or choose another file from config/"
+            )
+    other = {"bf16": "fp16", "fp16": "bf16"}
+    for name in other:
+        if getattr(options, name) and _enabled(config, other[name]):
+            faults.append(
+                f"--{name}, but {options.deepspeed_json} trains in {other[name]}. Leave --{name} out"
+            )
+    if faults:
+        return faults
+    import torch
+
+    try:
+        precision = precision_of(options)
+    except OptionsError:  # an unreadable JSON is told already
+        return []
+    cuda = torch.cuda.is_available()
+    if precision == "fp16" and not cuda:
+        return ["fp16 needs a CUDA GPU, and there is none here. Use config/ds_z3_bf16_config.json, or --bf16"]
+    if precision == "bf16" and cuda and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return [
+            f"{torch.cuda.get_device_name()} cannot compute in bf16. "
+            "Use --deepspeed config/ds_z3_fp16_offload_config.json, or --fp16"
+        ]
+    return []
+
+
+def _device_faults() -> list[str]:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and world_size() == 1:
+        return [
+            f"{gpus} GPUs are visible, but one rank was started. "
+            f"Type deepspeed --num_gpus {gpus} --module training.trainer ..., or export CUDA_VISIBLE_DEVICES=0"
+        ]
+    return []
+
+
+def _output_faults(options: TrainingOptions) -> list[str]:
+    if options.local_output_dir is None:  # told already: it is required
+        return []
+    faults = []
+    output = Path(options.local_output_dir).expanduser()
+    if output.resolve().parts[:2] in (("/", "dbfs"), ("/", "Volumes")):
+        faults.append(
+            f"--local-output-dir {output}: training writes at random places, which DBFS and Volumes refuse. "
+            "Name a local disk here (on Databricks /local_disk0/...), and this folder with --dbfs-output-dir"
+        )
+    elif output.exists() and not output.is_dir():
+        faults.append(f"--local-output-dir {output}: is a file. Name a new folder")
+    elif output.is_dir() and any(output.iterdir()):
+        faults.append(
+            f"--local-output-dir {output}: is not empty, and nothing in it shall be lost. Name a new folder"
+        )
+    elif not _writable(output):
+        faults.append(f"--local-output-dir {output}: cannot be written. Name a folder of your own")
+    if options.dbfs_output_dir:
+        published = Path(options.dbfs_output_dir).expanduser()
+        if published.resolve() == output.resolve():
+            faults.append(
+                f"--dbfs-output-dir {published}: is the local output itself. Name another folder, or leave it out"
+            )
+        elif published.exists() and (not published.is_dir() or any(published.iterdir())):
+            faults.append(f"--dbfs-output-dir {published}: already holds something. Name a new folder")
+        elif not _writable(published):
+            faults.append(f"--dbfs-output-dir {published}: cannot be written. Name a folder of your own")
+    return faults
+
+
+def _writable(folder: Path) -> bool:
+    """Whether `folder` can be made, or written: asked of its nearest parent that exists."""
+    while not folder.exists() and folder != folder.parent:
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
