@@ -1,0 +1,196 @@
+"""A trained folder to responses, one, many, or streamed to the terminal.
+
+python -m training.generate --model OUT "Write a love letter to Edgar Allan Poe."
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+
+from training.checkpoint import MAX_NEW_TOKENS, RUN_FILE, generation_config
+from training.consts import DEFAULT_SEED, RESPONSE_KEY
+from training.data import encode_prompts
+from training.model import DTYPES, ModelError, load_model, load_tokenizer, max_positions
+
+logger = logging.getLogger(__name__)
+
+
+def load_model_tokenizer_for_generate(
+    path: str, dtype: torch.dtype | None = None, device: str | None = None, trust_remote_code: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Model and tokenizer of a trained folder, or of a base model to compare with, ready to answer.
+
+    By default on the GPU in half precision if there is one, else on the CPU in float32. Raises ModelError
+    for a folder whose training did not finish.
+    """
+    _refuse_unfinished(path)
+    device = device or best_device()
+    if dtype is None:
+        if device.startswith("cuda"):
+            dtype = (
+                torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            )
+        else:
+            dtype = torch.float16 if device == "mps" else torch.float32
+    tokenizer = load_tokenizer(path, trust_remote_code)
+    model = load_model(path, tokenizer, dtype, DEFAULT_SEED, trust_remote_code)
+    model.config.use_cache = True
+    return model.eval().to(device), tokenizer
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _refuse_unfinished(path: str) -> None:
+    record = Path(path) / RUN_FILE
+    if record.is_file() and json.loads(record.read_text()).get("status") != "finished":
+        raise ModelError(f"{path}: its training did not finish. Train again into a new --local-output-dir")
+
+
+def generate_response(
+    instruction: str,
+    input: str | None = None,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    **generation: Any,
+) -> str:
+    """The model's answer to one instruction. See `generate_responses`."""
+    return generate_responses([instruction], [input], model=model, tokenizer=tokenizer, **generation)[0]
+
+
+@torch.inference_mode()
+def generate_responses(
+    instructions: Sequence[str],
+    inputs: Sequence[str | None] | None = None,
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = 8,
+    **generation: Any,
+) -> list[str]:
+    """The text between response key and end key for every instruction, in the order asked.
+
+    `generation` overrides Dolly's sampling (`max_new_tokens=256, do_sample=True, top_p=0.92, top_k=0`) by any
+    argument of `model.generate`. Prompts are padded on the left and batched by length. Where a prompt leaves
+    no room for `max_new_tokens`, the end of the user's text is cut, never the response key.
+    """
+    inputs = inputs if inputs is not None else [None] * len(instructions)
+    room = max_positions(model.config) - int(generation.get("max_new_tokens", MAX_NEW_TOKENS))
+    prompts = prompt_ids(tokenizer, instructions, inputs, room)
+    config = generation_config(tokenizer)
+    answers = [""] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    for begin in range(0, len(order), batch_size):
+        batch = order[begin : begin + batch_size]
+        longest = max(len(prompts[i]) for i in batch)
+        ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, i in enumerate(batch):
+            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
+            mask[row, longest - len(prompts[i]) :] = 1
+        output = model.generate(
+            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **generation
+        )
+        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        for i, text in zip(batch, texts, strict=True):
+            answers[i] = text.strip()
+    return answers
+
+
+def prompt_ids(
+    tokenizer: PreTrainedTokenizerBase,
+    instructions: Sequence[str],
+    inputs: Sequence[str | None],
+    longest: int,
+) -> list[list[int]]:
+    """Ids of each prompt, at most `longest` tokens. Raises ValueError where not even an empty one would fit."""
+    response_key = tokenizer.convert_tokens_to_ids(RESPONSE_KEY)
+    prompts = []
+    for head, body in zip(*encode_prompts(tokenizer, instructions, inputs), strict=True):
+        room = longest - len(head) - 1
+        if room < 1:
+            raise ValueError(
+                f"max_new_tokens leaves {longest} of the model's positions for the prompt, "
+                f"which needs {len(head) + 2} at least. Ask for fewer new tokens"
+            )
+        if len(body) > room:
+            logger.warning(
+                "a prompt of %d tokens is cut to %d, to leave room for the answer", len(body), room
+            )
+        prompts.append([*head, *body[:room], response_key])
+    return prompts
+
+
+@click.command()
+@click.argument("instruction")
+@click.option("--model", "path", required=True, help="A folder that training wrote, or a model on the Hub.")
+@click.option("--input", "context", default=None, help="Text that the instruction is about.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=MAX_NEW_TOKENS,
+    show_default=True,
+    help="Longest answer, in tokens.",
+)
+@click.option(
+    "--greedy", is_flag=True, help="The likeliest answer, always the same, instead of a sampled one."
+)
+@click.option("--seed", type=int, default=None, help="Makes a sampled answer repeatable.")
+@click.option(
+    "--dtype",
+    type=click.Choice(list(DTYPES)),
+    default=None,
+    help="[default: half precision on a GPU, fp32 on a CPU]",
+)
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model's repository brings.")
+def main(
+    instruction: str,
+    path: str,
+    context: str | None,
+    max_new_tokens: int,
+    greedy: bool,
+    seed: int | None,
+    dtype: str | None,
+    trust_remote_code: bool,
+) -> None:
+    """Answer INSTRUCTION, streaming the answer as it is written."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, tokenizer = load_model_tokenizer_for_generate(
+            path, DTYPES[dtype] if dtype else None, trust_remote_code=trust_remote_code
+        )
+        if seed is not None:
+            set_seed(seed)
+        generation: dict[str, Any] = {"max_new_tokens": max_new_tokens}
+        if greedy:
+            generation |= {"do_sample": False, "top_p": None, "top_k": None}
+        generate_response(
+            instruction,
+            context,
+            model=model,
+            tokenizer=tokenizer,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+            **generation,
+        )
+    except (ModelError, ValueError) as error:
+        print(f"Cannot answer: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,233 @@
+"""The one command: options, checks, data, model, `transformers.Trainer`, the finished folder.
+
+    deepspeed --num_gpus 8 --module training.trainer --deepspeed config/ds_z3_bf16_config.json \\
+        --epochs 1 --local-output-dir /local_disk0/dolly
+
+The same module runs under torchrun, Spark's DeepSpeed distributor, and on one device without any launcher.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import click
+import datasets
+import torch
+import transformers
+from transformers import Trainer, TrainingArguments, set_seed
+from transformers.integrations import TensorBoardCallback
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from training.callbacks import ProgressLog, duration
+from training.checkpoint import (
+    LEDGER_FILE,
+    publish,
+    save_model,
+    start_record,
+    write_model_card,
+    write_run_record,
+)
+from training.collator import DataCollatorForCompletionOnlyLM
+from training.data import DataError, marked_sample, prepare_dataset, split_held_out
+from training.model import DTYPES, ModelError, load_config, load_model, load_tokenizer, max_positions
+from training.options import (
+    GroupedCommand,
+    OptionsError,
+    TrainingOptions,
+    click_options,
+    find_faults,
+    is_main_process,
+    precision_of,
+    value_faults,
+    world_size,
+)
+
+logger = logging.getLogger("training")
+
+
+def training_arguments(options: TrainingOptions) -> TrainingArguments:
+    """The Trainer's arguments. While they live, `from_pretrained` loads in shards under ZeRO-3."""
+    precision = precision_of(options)
+    return TrainingArguments(
+        output_dir=str(Path(options.local_output_dir).expanduser()),
+        seed=options.seed,
+        num_train_epochs=options.epochs,
+        max_steps=options.max_steps or -1,
+        learning_rate=options.lr,
+        lr_scheduler_type=options.lr_scheduler_type,
+        warmup_steps=options.warmup_steps,
+        weight_decay=options.weight_decay,
+        per_device_train_batch_size=options.per_device_train_batch_size,
+        per_device_eval_batch_size=options.per_device_eval_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        activation_checkpointing=options.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
+        bf16=precision == "bf16",
+        fp16=precision == "fp16",
+        deepspeed=options.deepspeed_json,
+        use_cpu=not _accelerator(),
+        logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,  # the default replaces a NaN loss in the log by an older one
+        eval_strategy="steps",
+        eval_steps=options.eval_steps,
+        eval_on_start=True,
+        save_steps=options.save_steps,
+        save_total_limit=options.save_total_limit,
+        log_on_each_node=False,
+        log_level="error",
+        log_level_replica="error",
+        disable_tqdm=True,
+        report_to="none",
+        remove_unused_columns=False,
+        label_names=["labels"],
+        prediction_loss_only=True,
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _accelerator() -> bool:
+    return torch.cuda.is_available() or (world_size() == 1 and torch.backends.mps.is_available())
+
+
+def train(options: TrainingOptions) -> dict[str, Any]:
+    """Fine-tunes and returns the run's record. Raises OptionsError, DataError or ModelError before any step.
+
+    The finished folder is `options.local_output_dir`; it is copied to `options.dbfs_output_dir` if given.
+    """
+    begin = time.monotonic()
+    faults = find_faults(options)
+    if faults:
+        raise OptionsError(faults)
+    _quiet_libraries()
+    if options.deepspeed_json and not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    args = training_arguments(options)
+    precision = precision_of(options)
+    main = args.process_index == 0
+    output = Path(args.output_dir)
+
+    with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
+        config = load_config(options.input_model, options.trust_remote_code)
+        tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
+        rows, ledger = prepare_dataset(
+            options.training_dataset,
+            tokenizer,
+            min(options.max_length or max_positions(config), max_positions(config)),
+            options.keep_truncated,
+            options.max_dropped_fraction,
+        )
+        train_rows, held_out_rows = split_held_out(rows, options.test_size, options.seed)
+    record = start_record(options, args.world_size, precision)
+    if main:
+        output.mkdir(parents=True, exist_ok=True)
+        ledger.save(output / LEDGER_FILE)
+        write_run_record(output, record)
+        logger.info("%s", ledger)
+        logger.info(
+            "a row as the model sees it, the supervised tokens between « and »:\n%s",
+            _sample(tokenizer, train_rows),
+        )
+
+    # ZeRO-3 keeps float32 master weights beside 16-bit ones; without DeepSpeed the weights are the masters.
+    dtype = DTYPES[precision] if options.deepspeed_json else torch.float32
+    set_seed(options.seed)
+    model = load_model(options.input_model, tokenizer, dtype, options.seed, options.trust_remote_code)
+
+    trainer = Trainer(
+        model=model,
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=held_out_rows,
+        data_collator=DataCollatorForCompletionOnlyLM(pad_token_id=tokenizer.pad_token_id),
+        processing_class=tokenizer,
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressLog())
+    if main:
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(output / "runs"))))
+    if main:
+        logger.info(
+            "%s rows to train on, %s held out; %s rows a step on %s %s in %s%s",
+            f"{len(train_rows):,}",
+            f"{len(held_out_rows):,}",
+            f"{args.train_batch_size * args.gradient_accumulation_steps * args.world_size:,}",
+            args.world_size,
+            args.device.type.upper() + ("s" if args.world_size > 1 else ""),
+            precision,
+            ", DeepSpeed ZeRO-3" if options.deepspeed_json else "",
+        )
+    result = trainer.train()
+    save_model(trainer, tokenizer, output, options.max_shard_size)
+    held_out = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+    record |= {
+        "status": "finished",
+        "steps": result.global_step,
+        "train_loss": result.training_loss,
+        "held_out_loss": {"before": held_out[0], "after": held_out[-1]},
+        "learning_rate": {"schedule": options.lr_scheduler_type, "peak": options.lr},
+        "seconds": {"training": result.metrics["train_runtime"], "all": time.monotonic() - begin},
+    }
+    if main:
+        write_model_card(output, record, ledger)
+        write_run_record(output, record)
+        logger.info(
+            "held-out loss %.4f before, %.4f after; %s in all; the model is in %s",
+            held_out[0],
+            held_out[-1],
+            duration(time.monotonic() - begin),
+            output,
+        )
+        if options.dbfs_output_dir:
+            publish(output, Path(options.dbfs_output_dir).expanduser())
+    return record
+
+
+def _sample(tokenizer: Any, rows: datasets.Dataset) -> str:
+    row = rows[0]
+    return marked_sample(tokenizer, row["input_ids"], row["response_start"])
+
+
+def _quiet_libraries() -> None:
+    """Rank 0 tells what happens in its own words; libraries speak up only when something is wrong."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+
+
+@click.command(cls=GroupedCommand, context_settings={"max_content_width": 110})
+@click_options
+@click.pass_context
+def main(ctx: click.Context, **values: Any) -> None:
+    """Fine-tune a causal language model to follow instructions. The defaults are Dolly's run."""
+    logging.basicConfig(
+        level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s", stream=sys.stdout
+    )
+    try:
+        options = TrainingOptions(**values)
+        if value_faults(ctx):
+            raise OptionsError(value_faults(ctx) + find_faults(options))
+        train(options)
+    except (OptionsError, DataError, ModelError) as error:
+        # Every rank finds the same faults; one tells them.
+        if is_main_process():
+            print(f"Cannot train:\n{error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
