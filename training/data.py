@@ -306,11 +306,12 @@ def _read_json(path: Path) -> Columns:
     decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
     if text.lstrip()[:1] == "[":
         try:
-            return _select(decoder.decode(text), str(path), "row")
+            rows = decoder.decode(text)
         except json.JSONDecodeError as error:
             raise DataError(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from error
-        except (DuplicateKeyError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:  # a key twice, an endless number, endless nesting
             raise DataError(f"{path}: {error}") from error
+        return _select(rows, str(path), "row")
     rows = []
     # Not str.splitlines: it also splits at U+2028 and its like, which may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -322,7 +323,7 @@ def _read_json(path: Path) -> Columns:
             raise DataError(
                 f"{path}, line {number}: broken JSON: {error.msg} at column {error.colno}"
             ) from error
-        except (DuplicateKeyError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: {error}") from error
     return _select(rows, str(path), "row")
 
@@ -380,18 +381,16 @@ def _read_parquet(path: Path) -> Columns:
 
 
 def _select(rows: Any, source: str, unit: str) -> Columns:
-    """Columns from a list of objects. Every row must have the first row's needed columns."""
+    """Columns from a list of objects. Every row must have an instruction and an output, under one name."""
     if not isinstance(rows, list) or not rows:
         raise DataError(f"{source}: no rows. Expected a list of objects with 'instruction' and 'output'")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{source}, {unit} {number}: {_shown(row)} is not an object with named columns")
-    wanted = _match_columns(list(rows[0]), source)
+    wanted = _match_columns(list(dict.fromkeys(name for row in rows for name in row)), source)
     values: dict[str, list[Any] | None] = {}
     for key, column in wanted.items():
-        if column is None:  # no input in the first row: later rows may still have one
-            column = next((c for c in COLUMN_NAMES[key] if any(c in row for row in rows)), None)
-        if column is not None and key != "input":
+        if column is not None and key != "input":  # an input may be in some rows only
             for number, row in enumerate(rows, start=1):
                 if column not in row:
                     raise DataError(
@@ -406,6 +405,9 @@ def _match_columns(found: list[str], source: str) -> dict[str, str | None]:
     matched: dict[str, str | None] = {}
     for key, names in COLUMN_NAMES.items():
         present = [name for name in names if name in found]
+        for name in present:
+            if found.count(name) > 1:  # Parquet allows it; CSV and JSON are told by their readers
+                raise DataError(f"{source}: column {name!r} stands twice. Keep one of the two")
         if len(present) > 1:
             raise DataError(
                 f"{source}: has both {present[0]!r} and {present[1]!r}. Keep one of the two columns"
@@ -488,13 +490,16 @@ def _fingerprint(
     digest = hashlib.sha256()
     if columns is None:
         digest.update(Path(source).suffix.lower().encode())
-        with open(source, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        try:
+            with open(source, "rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError as error:
+            raise DataError(f"{source}: cannot be read ({error})") from error
     else:
         for column in (columns.instruction, columns.input, columns.output):
             digest.update(repr(column).encode())
     digest.update(_vocabulary(tokenizer).encode())
-    digest.update(repr((CACHE_FORMAT, max_length, keep_truncated)).encode())
+    digest.update(repr((CACHE_FORMAT, _leading_ids(tokenizer), max_length, keep_truncated)).encode())
     return digest.hexdigest()[:32]
 
 

@@ -1,0 +1,243 @@
+"""The one command, really run: ranks, ZeRO-3, bf16, and the folder it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM, pipeline
+
+from training.collator import DataCollatorForCompletionOnlyLM
+from training.consts import CONTROL_TOKENS, END_KEY
+from training.data import prepare_dataset, split_held_out
+from training.model import load_tokenizer
+from training.options import TrainingOptions
+from training.trainer import train
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared"
+ALPACA = SHARED / "data" / "alpaca_1500.jsonl"
+BF16 = "config/ds_z3_bf16_config.json"
+DEMO = ["--input-model", "demo", "--training-dataset", "demo", "--test-size", "100"]
+
+
+def run(launcher: list[str], *options: object, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    """Runs the trainer as a user would, one thread a rank, and returns what it printed."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return subprocess.run(
+        [*launcher, *map(str, options)],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def deepspeed(ranks: int, module: str = "training.trainer") -> list[str]:
+    launcher = Path(sys.executable).parent / "deepspeed"
+    return [str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module", module]
+
+
+def torchrun(ranks: int) -> list[str]:
+    launcher = Path(sys.executable).parent / "torchrun"
+    return [str(launcher), f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "-m", "training.trainer"]
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run on two ranks."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    published = folder.parent / "published"
+    result = run(
+        deepspeed(2), *DEMO, "--deepspeed", BF16, "--max-steps", 6, "--logging-steps", 2,
+        "--local-output-dir", folder, "--dbfs-output-dir", published,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    (folder / "stdout.txt").write_text(result.stdout)
+    return folder
+
+
+def test_two_ranks_under_zero3_in_bf16_leave_a_folder_that_stock_transformers_loads(finished):
+    model, loaded = AutoModelForCausalLM.from_pretrained(finished, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(finished)
+    assert type(model) is GPTJForCausalLM
+    assert not loaded["missing_keys"] and not loaded["unexpected_keys"] and not loaded["mismatched_keys"]
+    assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().num_embeddings
+    assert model.config.use_cache
+    assert tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)) == [len(tokenizer) - 3 + i for i in range(3)]
+    assert all(torch.isfinite(p).all() and p.numel() for p in model.parameters())
+    assert record(finished)["precision"] == "bf16"
+    assert load_file(finished / "model.safetensors")["transformer.h.0.attn.q_proj.weight"].dtype == torch.bfloat16
+
+
+def test_the_run_says_what_it_did(finished):
+    run_record, printed = record(finished), (finished / "stdout.txt").read_text()
+    assert run_record["status"] == "finished"
+    assert (run_record["world_size"], run_record["steps"]) == (2, 6)
+    assert run_record["held_out_loss"]["after"] < run_record["held_out_loss"]["before"]
+    assert run_record["versions"]["deepspeed"]
+    assert "step 0/6  held-out loss" in printed
+    assert "rate 1.00e-05" in printed
+    assert printed.count("rows read") == 1, "one rank speaks"
+    assert "«" in printed and "left" in printed
+    assert json.loads((finished / "ledger.json").read_text())["rows_kept"] > 4000
+    card = (finished / "README.md").read_text()
+    assert f"{run_record['held_out_loss']['after']:.4f}" in card and "rows read" in card
+
+
+def test_tensorboard_holds_losses_and_rate(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "runs"))
+    events.Reload()
+    assert {"train/loss", "train/learning_rate", "eval/loss"} <= set(events.Tags()["scalars"])
+    assert {event.step for event in events.Scalars("eval/loss")} == {0, 6}
+
+
+def test_the_published_copy_is_the_model_without_its_checkpoints(finished):
+    published = finished.parent / "published"
+    for name in ("model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja", "README.md"):
+        assert (published / name).read_bytes() == (finished / name).read_bytes(), name
+    assert not list(published.glob("checkpoint-*"))
+
+
+def test_generation_settings_stop_at_the_end_key(finished):
+    settings = json.loads((finished / "generation_config.json").read_text())
+    tokenizer = AutoTokenizer.from_pretrained(finished)
+    assert settings["eos_token_id"] == [tokenizer.convert_tokens_to_ids(END_KEY), tokenizer.eos_token_id]
+    assert settings["pad_token_id"] == tokenizer.pad_token_id
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(finished):
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    result = run(deepspeed(2), *DEMO, "--deepspeed", BF16, "--max-steps", 1, "--local-output-dir", finished)
+    assert result.returncode != 0
+    assert result.stdout.count("is not empty") == 1
+    assert "Traceback (most recent call last)" not in result.stdout
+    assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+
+
+def test_torchrun_with_sparks_way_of_naming_the_config_trains_the_same_model(finished, tmp_path):
+    folder = tmp_path / "out"
+    result = run(
+        torchrun(2), *DEMO, "--max-steps", 6, "--logging-steps", 2, "--local-output-dir", folder,
+        "--deepspeed", "--deepspeed_config", BF16,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert record(folder)["held_out_loss"] == record(finished)["held_out_loss"]
+    ours, theirs = (load_file(place / "model.safetensors") for place in (folder, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", \n')
+    result = run(deepspeed(2), "--input-model", "demo", "--training-dataset", file, "--deepspeed", BF16,
+                 "--local-output-dir", tmp_path / "out")  # fmt: skip
+    assert result.returncode != 0
+    assert f"{file}, line 2: broken JSON" in result.stdout
+    assert "Traceback (most recent call last)" not in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The gradients before the first optimizer step of a real run, by parameter."""
+    from transformers import TrainerCallback
+
+    import training.trainer
+
+    found: dict[str, torch.Tensor] = {}
+
+    class Grab(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if not found:
+                found.update({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    class GrabbingTrainer(training.trainer.Trainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.add_callback(Grab())
+
+    monkeypatch.setattr(training.trainer, "Trainer", GrabbingTrainer)
+    train(
+        TrainingOptions(
+            input_model="demo",
+            training_dataset="demo",
+            test_size=20,
+            max_steps=1,
+            per_device_train_batch_size=rows_at_once,
+            gradient_accumulation_steps=accumulation,
+            local_output_dir=str(folder),
+        )
+    )
+    return found
+
+
+def test_eight_rows_at_once_and_eight_accumulated_give_equal_gradients(tmp_path, monkeypatch):
+    at_once = gradients(tmp_path / "a", 8, 1, monkeypatch)
+    accumulated = gradients(tmp_path / "b", 1, 8, monkeypatch)
+    assert at_once.keys() == accumulated.keys() and at_once
+    for name, gradient in at_once.items():
+        difference = (gradient - accumulated[name]).norm() / gradient.norm()
+        assert difference < 1e-5, f"{name}: {difference}"
+
+
+def held_out_loss(folder: Path, rows, tokenizer) -> float:
+    """Stock transformers' loss on the held-out rows, per response token."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    collator = DataCollatorForCompletionOnlyLM(pad_token_id=tokenizer.pad_token_id)
+    total = tokens = 0.0
+    with torch.inference_mode():
+        for begin in range(0, len(rows), 8):
+            batch = collator([rows[i] for i in range(begin, min(begin + 8, len(rows)))])
+            count = (batch["labels"][:, 1:] != -100).sum().item()
+            total += model(**batch).loss.item() * count
+            tokens += count
+    return total / tokens
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ALPACA.exists(), reason="needs the Alpaca sample")
+def test_a_gptj_learns_alpaca_on_two_ranks_and_reloads_to_the_same_held_out_loss(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "out"
+    tokenizer = load_tokenizer(str(SHARED / "gpt2-bpe"))
+    torch.manual_seed(0)
+    GPTJForCausalLM(
+        GPTJConfig(n_embd=128, n_layer=2, n_head=4, rotary_dim=16, n_positions=2048, vocab_size=50400,
+                   bos_token_id=50256, eos_token_id=50256)  # fmt: skip
+    ).save_pretrained(base)
+    shutil.copy(SHARED / "gpt2-bpe" / "vocab.json", base)
+    shutil.copy(SHARED / "gpt2-bpe" / "merges.txt", base)
+    result = run(
+        deepspeed(2), "--input-model", base, "--training-dataset", ALPACA, "--test-size", 100, "--deepspeed", BF16,
+        "--max-steps", 60, "--lr", 3e-3, "--local-output-dir", folder, timeout=1500,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    losses = record(folder)["held_out_loss"]
+    assert losses["after"] < 0.8 * losses["before"]
+    rows, _ = prepare_dataset(str(ALPACA), AutoTokenizer.from_pretrained(folder), 2048)
+    _, held_out = split_held_out(rows, 100, 42)
+    assert held_out_loss(folder, held_out, tokenizer) == pytest.approx(losses["after"], rel=0.01)
