@@ -1,0 +1,127 @@
+"""The collators, on tensors a reader can check by eye."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from training.collator import (
+    DataCollatorForCompletionOnlyLM,
+    DataCollatorForPackedRows,
+    split_packed_batch,
+)
+from training.consts import IGNORE_INDEX
+
+PAD = 0
+THREE_ROWS = [
+    {"input_ids": [11, 12, 13, 14, 15], "response_start": 3},
+    {"input_ids": [21, 22, 23], "response_start": 2},
+    {"input_ids": [31, 32, 33, 34], "response_start": 1},
+]
+
+padded = DataCollatorForCompletionOnlyLM(pad_token_id=PAD)
+packed = DataCollatorForPackedRows(pad_token_id=PAD)
+
+row_lists = st.lists(
+    st.integers(2, 30).flatmap(
+        lambda n: st.fixed_dictionaries(
+            {
+                "input_ids": st.lists(st.integers(0, 5), min_size=n, max_size=n),
+                "response_start": st.integers(1, n - 1),
+            }
+        )
+    ),
+    min_size=1,
+    max_size=6,
+)
+
+
+def test_padded_batch_is_the_one_in_the_docstring() -> None:
+    batch = padded(THREE_ROWS)
+    assert batch["input_ids"].tolist() == [
+        [11, 12, 13, 14, 15, 0, 0, 0],
+        [21, 22, 23, 0, 0, 0, 0, 0],
+        [31, 32, 33, 34, 0, 0, 0, 0],
+    ]
+    assert batch["attention_mask"].tolist() == [
+        [1, 1, 1, 1, 1, 0, 0, 0],
+        [1, 1, 1, 0, 0, 0, 0, 0],
+        [1, 1, 1, 1, 0, 0, 0, 0],
+    ]
+    assert batch["labels"].tolist() == [
+        [-100, -100, -100, 14, 15, -100, -100, -100],
+        [-100, -100, 23, -100, -100, -100, -100, -100],
+        [-100, 32, 33, 34, -100, -100, -100, -100],
+    ]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_packed_batch_is_the_one_in_the_docstring() -> None:
+    batch = packed(THREE_ROWS)
+    assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 15, 21, 22, 23, 31, 32, 33, 34]]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 14, 15, -100, -100, 23, -100, 32, 33, 34]]
+    assert batch["logits_to_keep"].tolist() == [2, 3, 6, 8, 9, 10]
+    assert batch["shift_labels"].tolist() == [[14, 15, 23, 32, 33, 34]]
+    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+
+
+def test_a_pad_token_inside_the_text_is_attended_to_and_learned() -> None:
+    row = {"input_ids": [PAD, 12, PAD, 14, PAD], "response_start": 2}
+    batch = padded([row])
+    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, -100, PAD, 14, PAD, -100, -100, -100]]
+
+
+def test_a_row_of_eight_tokens_is_not_padded() -> None:
+    row = {"input_ids": list(range(1, 9)), "response_start": 4}
+    assert padded([row])["attention_mask"].tolist() == [[1] * 8]
+
+
+def test_the_first_token_of_a_row_is_never_a_target() -> None:
+    rows = [{"input_ids": [11, 12], "response_start": 1}, {"input_ids": [21, 22], "response_start": 0}]
+    assert packed(rows)["labels"].tolist() == [[-100, 12, -100, 22]]
+    assert padded(rows)["labels"][:, :2].tolist() == [[-100, 12], [-100, 22]]
+
+
+def test_an_empty_share_becomes_one_token_without_a_loss() -> None:
+    batch = padded([])
+    assert batch["input_ids"].shape == (1, 8)
+    assert batch["attention_mask"].tolist() == [[1, 0, 0, 0, 0, 0, 0, 0]]
+    assert (batch["labels"] == IGNORE_INDEX).all()
+    batch = packed([])
+    assert batch["input_ids"].tolist() == [[PAD]]
+    assert batch["position_ids"].tolist() == [[0]]
+    assert batch["labels"].tolist() == [[-100]]
+    assert batch["logits_to_keep"].shape == (0,)
+    assert batch["shift_labels"].shape == (1, 0)
+
+
+def test_a_packed_batch_splits_into_packed_batches_of_whole_rows() -> None:
+    first, second = split_packed_batch(packed(THREE_ROWS), 2)
+    assert first["input_ids"].tolist() == [[31, 32, 33, 34, 21, 22, 23]]
+    assert first["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
+    assert first["logits_to_keep"].tolist() == [0, 1, 2, 5]
+    assert first["shift_labels"].tolist() == [[32, 33, 34, 23]]
+    assert second["input_ids"].tolist() == [[11, 12, 13, 14, 15]]
+    assert second["shift_labels"].tolist() == [[14, 15]]
+
+
+def test_a_part_without_rows_is_one_token_without_a_loss() -> None:
+    *_, empty = split_packed_batch(packed(THREE_ROWS), 4)
+    assert empty["input_ids"].tolist() == [[11]]
+    assert empty["labels"].tolist() == [[-100]]
+    assert empty["logits_to_keep"].shape == (0,)
+
+
+@settings(deadline=None)  # a busy machine is no fault
+@given(row_lists)
+def test_both_collators_give_the_same_labels_to_the_same_tokens(rows: list[dict]) -> None:
+    wide, flat = padded(rows), packed(rows)
+    real = wide["attention_mask"].bool()
+    assert wide["input_ids"][real].tolist() == flat["input_ids"][0].tolist()
+    assert wide["labels"][real].tolist() == flat["labels"][0].tolist()
+    # What transformers.Trainer divides the loss by: `shift_labels` where given, otherwise `labels[..., 1:]`.
+    assert (wide["labels"][:, 1:] != IGNORE_INDEX).sum() == (flat["shift_labels"] != IGNORE_INDEX).sum()
+    assert (flat["labels"][0, flat["logits_to_keep"] + 1] == flat["shift_labels"][0]).all()

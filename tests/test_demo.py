@@ -1,0 +1,178 @@
+"""The embedded default keeps its promises: true, unique, repeatable rows; a model folder like any other."""
+
+import os
+import random
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from training.consts import CONTROL_TOKENS, INPUT_KEY, INTRO, INTRO_WITH_INPUT
+from training.demo import demo_rows, save_demo_model, tasks
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def rows():
+    return demo_rows()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo_model")
+    save_demo_model(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(folder):
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def answers(rows, instruction, input=""):
+    return [row["output"] for row in rows if (row["instruction"], row["input"]) == (instruction, input)]
+
+
+def test_thousands_of_rows_in_alpacas_form(rows):
+    assert 5_000 <= len(rows) <= 7_000
+    assert all(set(row) == {"instruction", "input", "output"} for row in rows)
+    assert all(isinstance(text, str) for row in rows for text in row.values())
+    assert 0.3 < sum(not row["input"] for row in rows) / len(rows) < 0.7
+
+
+def test_no_question_comes_twice(rows):
+    asked = Counter((row["instruction"], row["input"]) for row in rows)
+    assert asked.most_common(1)[0][1] == 1
+
+
+def test_rows_are_the_same_in_every_process_and_leave_the_random_state_alone(rows):
+    state = random.getstate()
+    assert demo_rows() == rows
+    assert random.getstate() == state
+    code = "import hashlib, json; from training.demo import demo_rows; "
+    code += "print(hashlib.sha256(json.dumps(demo_rows()).encode()).hexdigest())"
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(digests) == 1
+
+
+def test_no_output_is_empty_and_no_text_holds_a_control_word_or_stray_blanks(rows):
+    for row in rows:
+        assert row["instruction"]
+        assert row["output"]
+        for text in row.values():
+            assert "#" not in text
+            assert text == text.strip()
+
+
+@pytest.mark.parametrize(
+    ("instruction", "input", "answer"),
+    [
+        ("What is the capital of France?", "", "Paris"),
+        ("Tell me the capital of India.", "", "New Delhi"),
+        ("What is the plural of knife?", "", "knives"),
+        ("What is the plural of child?", "", "children"),
+        ("What is the opposite of hot?", "", "cold"),
+        ("What is the opposite of cold?", "", "hot"),
+        ("What is the past tense of go?", "", "went"),
+        ("Which month comes after December?", "", "January"),
+        ("Which number comes after 9?", "", "10"),
+        ("What is 3 plus 4?", "", "7"),
+        ("What kind of thing is an ant?", "", "An ant is an animal."),
+        ("What kind of thing is red?", "", "Red is a colour."),
+        ("Describe a bee.", "", "A bee is an animal that makes honey."),
+        ("Say boat three times.", "", "boat boat boat"),
+    ],
+)
+def test_known_facts_are_told_truly(rows, instruction, input, answer):
+    assert answers(rows, instruction, input) == [answer]
+
+
+def test_exercises_have_the_answers_a_reader_would_give(rows):
+    for row in rows:
+        instruction, words = row["instruction"], row["input"].split("\n")
+        if instruction == "Count the words.":
+            assert row["output"] == str(len(words))
+        elif instruction.startswith("Which of these is"):
+            kind = instruction.removesuffix("?").split()[-1]
+            assert [word for word in words if tasks.KIND_OF[word] == kind] == [row["output"]]
+        elif instruction.startswith("Which number is larger"):
+            x, y = instruction.removesuffix("?").split(", ")[1].split(" or ")
+            assert int(row["output"]) == max(int(x), int(y))
+
+
+@pytest.mark.parametrize("table", [tasks.OPPOSITES, tasks.CAPITALS, tasks.PLURALS, tasks.PAST_TENSES])
+def test_no_question_about_a_fact_has_two_answers(table):
+    keys = [key for key, _ in tasks.pairs(table)]
+    if table is tasks.OPPOSITES:  # asked in both directions
+        keys += [other for _, other in tasks.pairs(table)]
+    assert len(keys) == len(set(keys))
+
+
+def test_every_described_thing_has_a_kind_and_no_word_has_two():
+    assert set(tasks.DESCRIPTIONS) <= set(tasks.THINGS)
+    assert sum(len(words.split()) for words in tasks.KINDS.values()) == len(tasks.KIND_OF)
+
+
+def test_model_folder_has_the_same_bytes_every_time_and_leaves_the_random_state_alone(folder, tmp_path):
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    save_demo_model(tmp_path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert contents(tmp_path) == contents(folder)
+
+
+def test_model_reloads_as_a_small_gptj_whose_embedding_fits_the_tokenizer(folder, tokenizer):
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert model.config.model_type == "gptj"
+    assert model.get_input_embeddings().num_embeddings == len(tokenizer)
+    assert sum(parameter.numel() for parameter in model.parameters()) < 2_000_000
+    logits = model(**tokenizer("Hello there.", return_tensors="pt")).logits
+    assert torch.isfinite(logits).all()
+
+
+def test_tokenizer_is_gpt2s_kind_and_knows_no_control_tokens(tokenizer):
+    assert tokenizer.eos_token == "<|endoftext|>"
+    assert tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) == "<|endoftext|>"
+    for token in CONTROL_TOKENS:
+        assert len(tokenizer(token)["input_ids"]) > 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "What is the capital of France?",
+        INTRO,
+        " two  spaces\n\n and\ta tab ",
+        "naïve café 日本 🙂",
+        f"{INPUT_KEY}\nx",
+    ],
+)
+def test_tokenizer_gives_any_text_back(tokenizer, text):
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+
+
+def test_prompt_is_short_in_tokens(tokenizer, rows):
+    # the two introductions stand in every row, so a long one would cost more than the rows themselves
+    assert len(tokenizer(INTRO)["input_ids"]) == 18
+    assert len(tokenizer(INTRO_WITH_INPUT)["input_ids"]) == 27
+    texts = [" ".join(row.values()) for row in rows]
+    assert sum(len(ids) for ids in tokenizer(texts)["input_ids"]) / len(texts) < 30
