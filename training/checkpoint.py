@@ -121,6 +121,11 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> No
         pipeline_tag="text-generation",
     )
     losses = record["held_out_loss"]
+    limit = (
+        "Whoever uses it is bound by both. Alpaca's forbids commercial use: this model is for research."
+        if "-nc-" in data_licence
+        else "Whoever uses it is bound by both."
+    )
     changed = "\n".join(f"| `{key}` | `{value}` |" for key, value in options.items())
     content = f"""---
 {data.to_yaml()}
@@ -128,8 +133,7 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> No
 # {folder.name}
 
 `{base}` (licence: {base_licence}) fine-tuned to follow instructions on `{dataset}` (licence: {data_licence}),
-with the recipe of Databricks' first Dolly. Both licences bind whoever uses it: Stanford Alpaca is
-CC BY-NC 4.0, so a model trained on it is for research and not for commercial use.
+with the recipe of Databricks' first Dolly. {limit}
 
 Held-out loss, nats a response token: {losses["before"]:.4f} before training, **{losses["after"]:.4f}** after
 {record["steps"]:,} steps on {record["world_size"]} devices in {record["precision"]}.
@@ -137,7 +141,7 @@ Held-out loss, nats a response token: {losses["before"]:.4f} before training, **
 ```python
 from transformers import pipeline
 
-ask = pipeline("text-generation", model="{folder.name}")
+ask = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
 print(ask([{{"role": "user", "content": {json.dumps(SAMPLE_INSTRUCTIONS[0])}}}])[0]["generated_text"][-1]["content"])
 ```
 

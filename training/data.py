@@ -52,7 +52,7 @@ PROMPT_TOO_LONG = "prompt alone fills max_length"
 RESPONSE_CUT = "response would be cut at max_length"
 HISTOGRAM_EDGES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 ROWS_PER_TOKENIZER_CALL = 2000
-CACHE_FORMAT = 1  # raise it whenever the same rows would give other ids
+CACHE_FORMAT = 2  # raise it whenever the same rows would give other ids
 
 
 class DataError(ValueError):
@@ -460,9 +460,9 @@ def prepare_dataset(
     max_dropped_fraction: float = 0.1,
     cache_root: Path | None = None,
 ) -> tuple[datasets.Dataset, Ledger]:
-    """The tokenised rows, memory-mapped: `{row: int64, input_ids: list[int32], response_start: int32}`.
+    """The tokenised rows, memory-mapped: `{row: int64, input_ids: list[int32], response_start: int32, length: int32}`.
 
-    They stand in the order of the source, in which `row` counts from 1.
+    They stand in the order of the source, in which `row` counts from 1; `length` is that of `input_ids`.
 
     Done once and cached under a key of data, tokenizer and lengths; a second call, or another rank, reads
     the cache. Raises DataError when more than `max_dropped_fraction` of the rows had to be dropped.
@@ -533,6 +533,7 @@ def _write_cache(
             "row": pa.array(numbers, pa.int64()),
             "input_ids": pa.LargeListArray.from_arrays(np.concatenate([[0], sizes.cumsum()]), values),
             "response_start": pa.array(starts, pa.int32()),
+            "length": pa.array(sizes, pa.int32()),
         }
     )
     target.parent.mkdir(parents=True, exist_ok=True)

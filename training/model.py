@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -113,12 +114,15 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
         ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
         raise ModelError(f"{name}: a {config.model_type} model is no causal language model")
+    # transformers would load an encoder as a causal model, and each token would see those that follow it.
+    if any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in config.architectures or []):
+        raise ModelError(f"{name}: a {config.architectures[0]} is an encoder, no causal language model")
     return config
 
 
 def max_positions(config: PreTrainedConfig) -> int:
     """How many tokens a row may have at most."""
-    return int(getattr(config, "max_position_embeddings", None) or DEFAULT_POSITIONS)
+    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_POSITIONS)
 
 
 def load_model(
@@ -143,7 +147,7 @@ def load_model(
                 name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
             grow_embedding(model, len(tokenizer), seed)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"{name}: the weights could not be loaded ({_first_line(error)})") from error
     missing = sorted(loaded["missing_keys"])
     if missing:

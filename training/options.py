@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 from collections.abc import Callable
@@ -126,6 +127,19 @@ class TrainingOptions:
     )
     per_device_eval_batch_size: int = _option(
         8, "Training", "Held-out rows a device computes at once.", type=click.IntRange(1), metavar="ROWS"
+    )
+    batching: str = _option(
+        "packed",
+        "Training",
+        "packed: real tokens only, dealt evenly to the devices; padded: Dolly's way. The gradients are the same.",
+        type=click.Choice(("packed", "padded")),
+    )
+    max_tokens_per_device: int | None = _option(
+        None,
+        "Training",
+        "Split a device's packed rows into parts of at most this many tokens, to save memory.",
+        type=click.IntRange(1),
+        metavar="TOKENS",
     )
     gradient_accumulation_steps: int = _option(
         1,
@@ -294,7 +308,7 @@ def precision_of(options: TrainingOptions) -> str:
     for name in ("bf16", "fp16"):
         if _enabled(config, name) and getattr(options, name) is None:
             return name
-    if options.bf16 is False or options.fp16 is False or config:
+    if options.bf16 is False or options.fp16 is False or options.deepspeed_json:
         return "fp32"
     import torch
 
@@ -332,16 +346,30 @@ def find_faults(options: TrainingOptions) -> list[str]:
     faults += _precision_faults(options, config)
     faults += _device_faults()
     if is_main_process():  # the other ranks may see what rank 0 has already begun to write
-        faults += _output_faults(options)
+        try:
+            faults += _output_faults(options)
+        except OSError as error:  # a folder above it may not be entered, or the name is too long
+            faults.append(
+                f"{error.filename}: cannot be written ({error.strerror}). Name a folder of your own"
+            )
     return faults
 
 
 def _plain_faults(options: TrainingOptions) -> list[str]:
     faults = []
+    for option in fields(options):
+        value = getattr(options, option.name)
+        if isinstance(value, float) and not math.isfinite(value):  # click's ranges let nan and inf pass
+            faults.append(f"--{option.name.replace('_', '-')} {value}: expected a finite number")
     if options.lr_scheduler_type == "constant" and options.warmup_steps:
         faults.append(
             f"--lr-scheduler-type constant has no warm-up, so --warmup-steps {options.warmup_steps} would be "
             "ignored. Type --lr-scheduler-type constant_with_warmup"
+        )
+    if options.batching == "padded" and options.max_tokens_per_device:
+        faults.append(
+            f"--max-tokens-per-device {options.max_tokens_per_device} splits packed rows, and --batching padded has none. "
+            "Lower --per-device-train-batch-size and raise --gradient-accumulation-steps instead"
         )
     if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", options.max_shard_size):
         faults.append(f"--max-shard-size {options.max_shard_size}: expected a size such as 5GB or 500MB")
@@ -365,14 +393,21 @@ def _deepspeed_faults(options: TrainingOptions, config: dict[str, Any]) -> list[
             f"{options.lr_scheduler_type} and --warmup-steps silently. Remove it from the JSON"
         )
     optimizer = config.get("optimizer")
-    parameters = optimizer.get("params", {}) if isinstance(optimizer, dict) else {}
+    parameters = optimizer.get("params") if isinstance(optimizer, dict) else None
+    written = config | (parameters if isinstance(parameters, dict) else {})
     for key, flag, value in (
         ("lr", "--lr", options.lr),
         ("weight_decay", "--weight-decay", options.weight_decay),
+        (
+            "train_micro_batch_size_per_gpu",
+            "--per-device-train-batch-size",
+            options.per_device_train_batch_size,
+        ),
+        ("gradient_accumulation_steps", "--gradient-accumulation-steps", options.gradient_accumulation_steps),
     ):
-        if parameters.get(key, "auto") not in ("auto", value):
+        if written.get(key, "auto") not in ("auto", value):
             faults.append(
-                f'{options.deepspeed_json} sets {key} {parameters[key]}, but {flag} is {value}. Write "auto"'
+                f'{options.deepspeed_json} sets {key} {written[key]}, but {flag} is {value}. Write "auto"'
             )
     zero = config.get("zero_optimization")
     if (
@@ -390,6 +425,8 @@ def _deepspeed_faults(options: TrainingOptions, config: dict[str, Any]) -> list[
 def _precision_faults(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
     if options.bf16 and options.fp16:
         return ["--bf16 and --fp16 exclude each other. Give one of them"]
+    if _enabled(config, "bf16") and _enabled(config, "fp16"):
+        return [f"{options.deepspeed_json} enables both bf16 and fp16. Remove one of them from the JSON"]
     faults = []
     for name in ("bf16", "fp16"):
         asked, written = getattr(options, name), _enabled(config, name)
@@ -439,7 +476,7 @@ def _output_faults(options: TrainingOptions) -> list[str]:
     if options.local_output_dir is None:  # told already: it is required
         return []
     faults = []
-    output = Path(options.local_output_dir).expanduser()
+    output = _local_path(options.local_output_dir)
     if output.resolve().parts[:2] in (("/", "dbfs"), ("/", "Volumes")):
         faults.append(
             f"--local-output-dir {output}: training writes at random places, which DBFS and Volumes refuse. "
@@ -454,8 +491,10 @@ def _output_faults(options: TrainingOptions) -> list[str]:
     elif not _writable(output):
         faults.append(f"--local-output-dir {output}: cannot be written. Name a folder of your own")
     if options.dbfs_output_dir:
-        published = Path(options.dbfs_output_dir).expanduser()
-        if published.resolve() == output.resolve():
+        published = _local_path(options.dbfs_output_dir)
+        if options.dbfs_output_dir.startswith("dbfs:"):
+            faults.append(f"--dbfs-output-dir {options.dbfs_output_dir}: a path is needed. Type {published}")
+        elif published.resolve() == output.resolve():
             faults.append(
                 f"--dbfs-output-dir {published}: is the local output itself. Name another folder, or leave it out"
             )
@@ -464,6 +503,11 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         elif not _writable(published):
             faults.append(f"--dbfs-output-dir {published}: cannot be written. Name a folder of your own")
     return faults
+
+
+def _local_path(folder: str) -> Path:
+    """dbfs:/x is what Databricks shows, and /dbfs/x where programs find it; taken as a path it would be `./dbfs:/x`."""
+    return Path(re.sub("^dbfs:/*", "/dbfs/", folder)).expanduser()
 
 
 def _writable(folder: Path) -> bool:

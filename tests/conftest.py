@@ -1,0 +1,104 @@
+"""What the tests share: no network, no launcher, no GPU, no cache of the user's; a small BPE and a small GPT-J."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+
+_home = tempfile.TemporaryDirectory(prefix="dolly-tests-")
+# Before any library is imported, as they read these once. A GPU is used only when the caller names one.
+os.environ["HF_HOME"] = _home.name
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
+for _name in ("HF_DATASETS_CACHE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_USE_CPU"):
+    os.environ.pop(_name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tokenizers import ByteLevelBPETokenizer  # noqa: E402
+from transformers import GPT2TokenizerFast, GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerBase  # noqa: E402
+
+from training.checkpoint import generation_config  # noqa: E402
+from training.consts import INPUT_KEY, INTRO, INTRO_WITH_INPUT  # noqa: E402
+from training.model import load_model, load_tokenizer  # noqa: E402
+
+EOS = "<|endoftext|>"
+POSITIONS = 256
+
+
+@pytest.fixture(scope="session")
+def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE of GPT-2's kind with 500 entries, learned from the prompt's words; as GPT-2's two files."""
+    folder = tmp_path_factory.mktemp("bpe")
+    bpe = ByteLevelBPETokenizer()
+    words = [INTRO, INTRO_WITH_INPUT, f"\n\n{INPUT_KEY}\n", "\n\n### End ### Instruction: ### Response:\n"]
+    bpe.train_from_iterator(words, vocab_size=500, min_frequency=1, special_tokens=[EOS], show_progress=False)
+    bpe.save_model(str(folder))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(bpe_folder: Path) -> PreTrainedTokenizerBase:
+    """The small BPE as training uses it: with the control tokens."""
+    return load_tokenizer(str(bpe_folder))
+
+
+@pytest.fixture(scope="session")
+def base_folder(bpe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model's folder: a random GPT-J of two layers, with the small BPE and no control tokens."""
+    folder = tmp_path_factory.mktemp("base")
+    bpe = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
+    config = GPTJConfig(
+        vocab_size=len(bpe),
+        n_positions=POSITIONS,
+        n_embd=32,
+        n_layer=2,
+        n_head=2,
+        rotary_dim=8,
+        bos_token_id=bpe.bos_token_id,
+        eos_token_id=bpe.eos_token_id,
+        initializer_range=0.3,  # so that the answers of a random model differ from prompt to prompt
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPTJForCausalLM(config).save_pretrained(folder)
+    bpe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def answering_model(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> GPTJForCausalLM:
+    """A GPT-J that answers every prompt with "AB" and the end key, whether it is sampled or not.
+
+    Its layers add nothing, so the next token follows from the last one alone: response key -> A -> B -> end.
+    """
+    model = load_model(str(base_folder), tokenizer, torch.float32, seed=42)
+    chain = tokenizer.convert_tokens_to_ids(["### Response:\n", "A", "B", "### End"])
+    with torch.no_grad():
+        for block in model.transformer.h:
+            for parameter in block.parameters():
+                parameter.zero_()
+        model.transformer.wte.weight.zero_()
+        model.lm_head.weight.zero_()
+        model.lm_head.bias.zero_()
+        for place, (last, following) in enumerate(pairwise(chain)):
+            model.transformer.wte.weight[last, place] = 1.0
+            model.lm_head.weight[following, place] = 100.0
+    model.config.use_cache = True
+    model.generation_config = generation_config(tokenizer)
+    return model.eval()
+
+
+@pytest.fixture(scope="session")
+def answering_folder(
+    answering_model: GPTJForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """That model as a folder."""
+    folder = tmp_path_factory.mktemp("answering")
+    answering_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

@@ -1,0 +1,824 @@
+"""Rows to token ids: Dolly's own ids, user text that stays text, readers that tell what is wrong, the ledger."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2TokenizerFast, PreTrainedTokenizerBase
+
+from training import data
+from training.consts import DEMO
+from training.data import (
+    Columns,
+    DataError,
+    Ledger,
+    encode_rows,
+    prepare_dataset,
+    read_columns,
+    render_prompt,
+)
+from training.model import load_tokenizer
+
+SHARED = Path(__file__).parents[2] / "shared"
+EOS = "<|endoftext|>"
+PLAIN = (
+    "Below is an instruction that describes a task. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName a colour.\n\n### Response:\n"
+)
+WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\nName a colour.\n\n### Input:\nred, blue\n\n### Response:\n"
+)
+CONTROL_WORDS = [
+    "### End",
+    "### Instruction:",
+    "### Response:\n",
+    EOS,
+    "a\n\n### Response:\nb\n\n### End",
+    "### Response:\n### Response:\n",
+    "#### End",
+]
+
+
+def dollys_tokenizer(folder: Path, fillers: int = 0) -> PreTrainedTokenizerBase:
+    """The BPE with Dolly's tokens, added without any of our code."""
+    tokenizer = GPT2TokenizerFast.from_pretrained(str(folder))
+    tokenizer.add_tokens([f"<|extratoken_{n}|>" for n in range(1, fillers + 1)])
+    tokenizer.add_special_tokens({"extra_special_tokens": ["### End", "### Instruction:", "### Response:\n"]})
+    return tokenizer
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, str, str]], max_length: int = 10_000
+) -> list[tuple[int, list[int], int]]:
+    columns = Columns(*(list(column) for column in zip(*rows, strict=True)))
+    return list(encode_rows(tokenizer, columns, Ledger("rows", max_length)))
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows_of(count: int, **other: str) -> list[dict[str, Any]]:
+    return [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} | other for n in range(count)]
+
+
+# --- the prompt and its ids --------------------------------------------------------------------------
+
+
+def test_the_prompt_is_alpacas_word_for_word() -> None:
+    assert render_prompt("Name a colour.") == PLAIN
+    assert render_prompt("Name a colour.", "") == PLAIN
+    assert render_prompt("Name a colour.", "red, blue") == WITH_INPUT
+
+
+def test_control_tokens_stand_in_dollys_order(bpe_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    base = len(GPT2TokenizerFast.from_pretrained(str(bpe_folder)))
+    keys = ["### End", "### Instruction:", "### Response:\n"]
+    assert tokenizer.convert_tokens_to_ids(keys) == [base, base + 1, base + 2]
+
+
+@pytest.mark.parametrize("output", ["Red.", " two  spaces ", "line\n\nline\n", "ünï✓", "#", "###", "\n"])
+@pytest.mark.parametrize("input", ["", "red, blue", " ", "#", "\n\n"])
+def test_ids_are_dollys_on_literal_rows(
+    bpe_folder: Path, tokenizer: PreTrainedTokenizerBase, input: str, output: str
+) -> None:
+    prompt = WITH_INPUT.replace("red, blue", input) if input else PLAIN
+    whole = dollys_tokenizer(bpe_folder)(prompt + output + "\n\n### End")["input_ids"]
+    if not output.strip():
+        assert encoded(tokenizer, [("Name a colour.", input, output)]) == []
+        return
+    [(number, ids, start)] = encoded(tokenizer, [("Name a colour.", input, output)])
+    assert number == 1
+    assert ids == whole
+    assert tokenizer.decode(ids[:start]) == prompt
+    assert tokenizer.decode(ids[start:]) == output + "\n\n### End"
+
+
+def test_ids_are_dollys_on_1500_rows_of_alpaca_with_gpt_js_vocabulary(tmp_path: Path) -> None:
+    if not SHARED.exists():
+        pytest.skip("../shared is not here")
+    dolly = dollys_tokenizer(SHARED / "gpt2-bpe", fillers=143)
+    fillers = GPT2TokenizerFast.from_pretrained(str(SHARED / "gpt2-bpe"))
+    fillers.add_tokens([f"<|extratoken_{n}|>" for n in range(1, 144)])
+    fillers.save_pretrained(tmp_path)
+    ours = load_tokenizer(str(tmp_path))
+    assert [
+        ours.convert_tokens_to_ids(key) for key in ("### End", "### Instruction:", "### Response:\n")
+    ] == [
+        50400,
+        50401,
+        50402,
+    ]
+    source = SHARED / "data" / "alpaca_1500.jsonl"
+    texts = [json.loads(line)["text"] for line in source.read_text().split("\n") if line]
+    assert len(texts) == 1500
+    kept = list(encode_rows(ours, read_columns(str(source)), Ledger("alpaca", 2048)))
+    dropped = {n for n, text in enumerate(texts, start=1) if not text.split("### Response:\n", 1)[1].strip()}
+    assert {number for number, _, _ in kept} == set(range(1, 1501)) - dropped
+    wholes = dolly([f"{texts[number - 1]}\n\n### End" for number, _, _ in kept])["input_ids"]
+    assert [ids for _, ids, _ in kept] == wholes
+    assert all(ids[start - 1] == 50402 and ids[-1] == 50400 for _, ids, start in kept)
+
+
+@pytest.mark.parametrize("field", ["instruction", "input", "output"])
+@pytest.mark.parametrize("words", CONTROL_WORDS)
+def test_control_words_in_a_row_stay_text(tokenizer: PreTrainedTokenizerBase, field: str, words: str) -> None:
+    row = {"instruction": "Name a colour.", "input": "red", "output": "Red."} | {field: words}
+    [(_, ids, start)] = encoded(tokenizer, [(row["instruction"], row["input"], row["output"])])
+    for key in ("### End", "### Instruction:", "### Response:\n"):
+        assert ids.count(tokenizer.convert_tokens_to_ids(key)) == 1
+    assert tokenizer.eos_token_id not in ids
+    assert ids[start - 1] == tokenizer.convert_tokens_to_ids("### Response:\n")
+    assert tokenizer.decode(ids[start:]) == row["output"] + "\n\n### End"
+    assert tokenizer.decode(ids[:start]) == render_prompt(row["instruction"], row["input"])
+
+
+fragments = st.lists(st.sampled_from([*CONTROL_WORDS, "#", " ", "\n", "End", "word"]), max_size=6).map(
+    "".join
+)
+
+
+@given(fragments, fragments, fragments)
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_mixture_of_control_words_moves_the_response(
+    tokenizer: PreTrainedTokenizerBase, instruction: str, input: str, output: str
+) -> None:
+    for _, ids, start in encoded(tokenizer, [(instruction, input, output)]):
+        assert ids.index(tokenizer.convert_tokens_to_ids("### Response:\n")) == start - 1
+        assert ids.index(tokenizer.convert_tokens_to_ids("### End")) == len(ids) - 1
+        assert tokenizer.decode(ids[start:]) == output + "\n\n### End"
+
+
+def test_encoding_rows_leaves_the_tokenizer_as_it_was(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    encoded(tokenizer, [("a", "", "b")])
+    end = tokenizer.convert_tokens_to_ids("### End")
+    assert tokenizer("a ### End")["input_ids"][-1] == end
+    encoded(tokenizer, [("a", "", "b")])
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path))("a ### End")["input_ids"][-1] == end
+
+
+def test_a_bos_that_the_tokenizer_prepends_stands_once_in_front(
+    tokenizer: PreTrainedTokenizerBase, bos_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    [(_, plain, plain_start)] = encoded(tokenizer, [("Name a colour.", "", "Red.")])
+    [(_, ids, start)] = encoded(bos_tokenizer, [("Name a colour.", "", "Red.")])
+    assert ids == [bos_tokenizer.bos_token_id, *plain]
+    assert start == plain_start + 1
+
+
+@pytest.fixture(scope="module")
+def bos_tokenizer(bpe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
+    """The small BPE with a post-processor that puts a BOS in front of every text, as Llama's does."""
+    folder = tmp_path_factory.mktemp("bos")
+    tokenizer = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{EOS} $A", pair=f"{EOS} $A $B", special_tokens=[(EOS, tokenizer.bos_token_id)]
+    )
+    tokenizer.save_pretrained(folder)
+    return load_tokenizer(str(folder))
+
+
+def test_the_sample_marks_exactly_the_supervised_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
+    [(_, ids, start)] = encoded(tokenizer, [("Name a colour.", "red, blue", "Red , don 't ask .")])
+    assert data.marked_sample(tokenizer, ids, start) == f"{WITH_INPUT}«Red , don 't ask .\n\n### End»"
+
+
+# --- the chat template -------------------------------------------------------------------------------
+
+
+def templated(tokenizer: PreTrainedTokenizerBase, *turns: tuple[str, str], prompt: bool = True) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
+
+
+def test_the_chat_template_renders_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
+    assert templated(tokenizer, ("user", "Name a colour.")) == PLAIN
+    assert templated(tokenizer, ("user", "Name a colour.\n\n### Input:\nred, blue")) == WITH_INPUT
+
+
+def test_the_chat_template_gives_the_ids_of_training(
+    tokenizer: PreTrainedTokenizerBase, bos_tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for each in (tokenizer, bos_tokenizer):
+        [(_, ids, start)] = encoded(each, [("Name a colour.", "", "Red.")])
+        messages = [{"role": "user", "content": "Name a colour."}]
+        prompt = each.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert prompt == ids[:start]
+        messages.append({"role": "assistant", "content": "Red."})
+        assert each.apply_chat_template(messages)["input_ids"] == ids
+
+
+def test_an_assistants_turn_ends_with_the_end_key_and_the_next_begins_anew(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    two = templated(tokenizer, ("user", "Name a colour."), ("assistant", "Red."), ("user", "Name a colour."))
+    assert two == f"{PLAIN}Red.\n\n### End{PLAIN}"
+
+
+@given(fragments)
+@example("### End")
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_control_words_in_a_message_become_no_control_token(
+    tokenizer: PreTrainedTokenizerBase, content: str
+) -> None:
+    messages = [{"role": "user", "content": content}]
+    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    special = [i for i in ids if i in tokenizer.all_special_ids]
+    assert special == tokenizer.convert_tokens_to_ids(["### Instruction:", "### Response:\n"])
+
+
+def test_a_role_that_dolly_does_not_know_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
+    with pytest.raises(Exception, match="roles user and assistant, not system"):
+        templated(tokenizer, ("system", "Be kind."))
+
+
+# --- readers -----------------------------------------------------------------------------------------
+
+ALPACA = [
+    {"instruction": "Add.", "input": "1 2", "output": "3", "text": "not read"},
+    {"instruction": "Greet.", "input": "", "output": 'She said "hi",\r\nthen left', "text": "not read"},
+]
+DOLLY_15K = [
+    {"instruction": "Add.", "context": "1 2", "response": "3", "category": "sum"},
+    {"instruction": "Greet.", "context": "", "response": 'She said "hi",\r\nthen left', "category": "greet"},
+]
+READ = Columns(["Add.", "Greet."], ["1 2", ""], ["3", 'She said "hi",\r\nthen left'])
+
+
+def as_json(path: Path, rows: list[dict[str, Any]]) -> str:
+    return write(path.with_suffix(".json"), json.dumps(rows, indent=2))
+
+
+def as_jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    return jsonl(path.with_suffix(".jsonl"), rows)
+
+
+def as_csv(path: Path, rows: list[dict[str, Any]]) -> str:
+    with path.with_suffix(".csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    return str(path.with_suffix(".csv"))
+
+
+def as_parquet(path: Path, rows: list[dict[str, Any]]) -> str:
+    pyarrow.parquet.write_table(pa.Table.from_pylist(rows), path.with_suffix(".parquet"))
+    return str(path.with_suffix(".parquet"))
+
+
+Writer = Callable[[Path, list[dict[str, Any]]], str]
+WRITERS = [as_json, as_jsonl, as_csv, as_parquet]
+
+
+@pytest.mark.parametrize("rows", [ALPACA, DOLLY_15K], ids=["alpaca", "dolly-15k"])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, writer: Writer, rows: list) -> None:
+    assert read_columns(writer(tmp_path / "rows", rows)) == READ
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_file_without_text_and_input_columns_is_read(tmp_path: Path, writer: Writer) -> None:
+    rows = [{"instruction": row["instruction"], "output": row["output"]} for row in ALPACA]
+    assert read_columns(writer(tmp_path / "rows", rows)) == Columns(READ.instruction, ["", ""], READ.output)
+
+
+def test_an_upper_case_suffix_and_the_users_home_are_understood(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    jsonl(tmp_path / "rows.JSONL", ALPACA)
+    assert read_columns("~/rows.JSONL") == READ
+
+
+@pytest.mark.parametrize("writer", [as_json, as_jsonl, as_csv])
+def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path, writer: Writer) -> None:
+    path = Path(writer(tmp_path / "rows", ALPACA))
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert read_columns(str(path)) == READ
+
+
+def test_unicode_line_separators_inside_a_json_string_do_not_end_the_line(tmp_path: Path) -> None:
+    odd = "a\u2028b\u2029c\x85d"
+    path = write(tmp_path / "rows.jsonl", f'{{"instruction": "x", "output": "{odd}"}}\n')
+    assert read_columns(path).output == [odd]
+
+
+def test_blank_lines_and_windows_line_ends_in_jsonl_are_no_rows(tmp_path: Path) -> None:
+    line = '{"instruction": "x", "output": "y"}'
+    assert len(read_columns(write(tmp_path / "rows.jsonl", f"{line}\r\n\r\n{line}\n\n"))) == 2
+
+
+def test_csv_fields_hold_quotes_newlines_null_bytes_and_a_megabyte(tmp_path: Path) -> None:
+    long = "x" * 1_000_000
+    path = write(tmp_path / "rows.csv", f'instruction,output\n"a\n""b"",\n",{long}\nc,d\0e\n')
+    assert read_columns(path) == Columns(['a\n"b",\n', "c"], ["", ""], [long, "d\0e"])
+
+
+def test_an_input_may_be_missing_or_null_in_some_rows(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "output": "b", "input": None},
+        {"instruction": "a", "output": "b", "input": "c"},
+    ]
+    assert read_columns(jsonl(tmp_path / "rows.jsonl", rows)).input == ["", "", "c"]
+
+
+def test_the_embedded_rows_need_no_file() -> None:
+    columns = read_columns(DEMO)
+    assert len(columns) > 1000
+    assert any(columns.input)
+    assert not all(columns.input)
+
+
+def test_a_name_on_the_hub_is_loaded_and_its_train_split_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def load(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_list(ALPACA)
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert read_columns("tatsu-lab/alpaca") == READ
+    assert asked == [("tatsu-lab/alpaca", "train")]
+
+
+def test_a_dataset_that_the_hub_does_not_give_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(name: str, split: str) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    with pytest.raises(DataError, match=r"tatsu-lab/alpaca: neither a local file.*ConnectionError: no route"):
+        read_columns("tatsu-lab/alpaca")
+
+
+GOOD = '{"instruction": "a", "output": "b"}'
+BAD_FILES = {
+    "empty file": ("x.json", b"", "the file is empty"),
+    "empty list": ("x.json", b"[]", "no rows"),
+    "only blank lines": ("x.jsonl", b"\n\n", "no rows"),
+    "only a header": ("x.csv", b"instruction,output\n", "no rows"),
+    "broken list": ("x.json", b'[\n{"instruction": "a",\n"output": }]', "line 3: broken JSON"),
+    "broken line": ("x.jsonl", f"{GOOD}\n\n{GOOD[:-1]}\n".encode(), "line 3: broken JSON"),
+    "half of a list": ("x.json", f"[{GOOD},".encode(), "line 1: broken JSON"),
+    "two objects in a line": ("x.jsonl", f"{GOOD}\n{GOOD}{GOOD}".encode(), "line 2: broken JSON: Extra data"),
+    "missing columns": (
+        "x.jsonl",
+        b'{"prompt": "a", "answer": "b"}',
+        "no column 'instruction' and no column 'output' or 'response'. Found 'prompt', 'answer'; needed are",
+    ),
+    "a later row without output": (
+        "x.jsonl",
+        f'{GOOD}\n{{"instruction": "a"}}'.encode(),
+        "row 2: no column 'output'; found 'instruction'",
+    ),
+    "a number": (
+        "x.jsonl",
+        f'{GOOD}\n{{"instruction": "a", "output": 4}}'.encode(),
+        "row 2: output is int 4, expected a string",
+    ),
+    "null": ("x.json", b'[{"instruction": null, "output": "b"}]', "row 1: instruction is NoneType None"),
+    "NaN": ("x.json", b'[{"instruction": "a", "output": NaN}]', "row 1: output is float nan"),
+    "nested": (
+        "x.jsonl",
+        f'{GOOD}\n{GOOD}\n{{"instruction": "a", "output": {{"b": 1}}}}'.encode(),
+        "row 3: output is dict {'b': 1}, expected a string",
+    ),
+    "a nested input": (
+        "x.json",
+        b'[{"instruction": "a", "output": "b", "input": ["c"]}]',
+        "row 1: input is list ['c'], expected a string",
+    ),
+    "no objects": ("x.json", b'["a", "b"]', "row 1: str 'a' is not an object"),
+    "a number as a row": ("x.jsonl", f"{GOOD}\n7".encode(), "row 2: int 7 is not an object"),
+    "a key twice": (
+        "x.jsonl",
+        f'{GOOD}\n{{"instruction": "a", "output": "b", "output": "c"}}'.encode(),
+        "line 2: column 'output' stands twice",
+    ),
+    "both names": (
+        "x.jsonl",
+        b'{"instruction": "a", "output": "b", "response": "c"}',
+        "has both 'output' and 'response'",
+    ),
+    "two names of the input in different rows": (
+        "x.jsonl",
+        f'{GOOD}\n{GOOD[:-1]}, "input": "c"}}\n{GOOD[:-1]}, "context": "d"}}'.encode(),
+        "has both 'input' and 'context'",
+    ),
+    "half of a surrogate pair": (
+        "x.jsonl",
+        b'{"instruction": "a", "output": "\\ud83d"}',
+        "row 1: output has half of a surrogate pair",
+    ),
+    "an endless number": (
+        "x.jsonl",
+        f'{GOOD}\n{{"instruction": "a", "output": {"1" * 5000}}}'.encode(),
+        "line 2: Exceeds the limit",
+    ),
+    "an endless number in a list": ("x.json", f"[{'1' * 5000}]".encode(), "Exceeds the limit"),
+    "endless nesting": ("x.jsonl", b'{"a":' * 100_000, "line 1: maximum recursion depth"),
+    "endless nesting of lists": ("x.json", b"[" * 100_000, "maximum recursion depth"),
+    "Latin-1": ("x.jsonl", '{"instruction": "é", "output": "b"}'.encode("latin-1"), "not UTF-8 at byte 17"),
+    "UTF-16": ("x.csv", "instruction,output\na,b\n".encode("utf-16"), "not UTF-8 at byte 0"),
+    "a column twice": (
+        "x.csv",
+        b"instruction,output,output\na,b,c\n",
+        "line 1: column 'output' stands twice",
+    ),
+    "too few fields": ("x.csv", b"instruction,output\na,b\nc\n", "line 3: 1 fields, but the header has 2"),
+    "an open quote": ("x.csv", b'instruction,output\na,b\nc,"d\n', "line 3: broken CSV"),
+    "csv without columns": ("x.csv", b"a,b\n1,2\n", "Found 'a', 'b'"),
+    "no Parquet": ("x.parquet", b"PAR1 no, this is none", "not a readable Parquet file"),
+    "unknown suffix": ("x.txt", b"instruction", "cannot read '.txt' files. Expected one of .json"),
+    "no suffix": ("x", b"instruction", "cannot read '' files"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_refused_with_its_name_and_the_place(
+    tmp_path: Path, name: str, content: bytes, message: str
+) -> None:
+    path = write(tmp_path / name, content)
+    with pytest.raises(DataError) as error:
+        read_columns(path)
+    assert str(error.value).startswith(path)
+    assert str(error.value).count(path) == 1
+    assert message in str(error.value)
+
+
+BAD_TABLES = {
+    "a number": (pa.table({"instruction": ["a", "b"], "output": [1, 2]}), "row 1: output is int 1"),
+    "null": (pa.table({"instruction": ["a", "b"], "output": ["c", None]}), "row 2: output is NoneType None"),
+    "bytes": (pa.table({"instruction": ["a"], "output": [b"c"]}), "row 1: output is bytes b'c'"),
+    "nested": (pa.table({"instruction": ["a"], "output": [{"b": "c"}]}), "row 1: output is dict {'b': 'c'}"),
+    "missing": (pa.table({"text": ["a"]}), "no column 'instruction'"),
+    "no rows": (
+        pa.table({"instruction": pa.array([], pa.string()), "output": pa.array([], pa.string())}),
+        "no rows",
+    ),
+    "a column twice": (
+        pa.table(
+            [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["instruction", "output", "output"]
+        ),
+        "column 'output' stands twice",
+    ),
+}
+
+
+@pytest.mark.parametrize(("table", "message"), BAD_TABLES.values(), ids=BAD_TABLES)
+def test_a_bad_parquet_table_is_refused_with_its_row(tmp_path: Path, table: pa.Table, message: str) -> None:
+    path = tmp_path / "x.parquet"
+    pyarrow.parquet.write_table(table, path)
+    with pytest.raises(DataError) as error:
+        read_columns(str(path))
+    assert str(error.value).startswith(str(path))
+    assert message in str(error.value)
+
+
+def test_missing_files_and_folders_are_told(tmp_path: Path) -> None:
+    (tmp_path / "rows").mkdir()
+    (tmp_path / "rows.json").mkdir()
+    for source, message in {
+        str(tmp_path / "none.jsonl"): "no such file",
+        str(tmp_path / "none"): "no such file",
+        "./none": "no such file",
+        "../a/b/none.csv": "no such file",
+        str(tmp_path / "rows"): "a folder. Name one file in it",
+        str(tmp_path / "rows.json"): "a folder. Name one file in it",
+    }.items():
+        with pytest.raises(DataError, match=message):
+            read_columns(source)
+
+
+def test_a_file_that_may_not_be_read_is_told(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", ALPACA)
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("builtins.open", refuse)
+    monkeypatch.setattr(Path, "read_text", refuse)
+    for use in (
+        lambda: read_columns(path),
+        lambda: prepare_dataset(path, tokenizer, 64, cache_root=tmp_path),
+    ):
+        with pytest.raises(DataError, match=r"rows.jsonl: cannot be read \(.*Permission denied"):
+            use()
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["instruction", "input", "context", "output", "response", "text"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=12,
+)
+pieces = st.sampled_from(
+    b'[ ] { } " , : \n \r \0 \xff \xef\xbb\xbf \xe2\x80\xa8 1e999 instruction,output "instruction":"a" "output":"b"'.split(
+        b" "
+    )
+)
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=40),
+        st.lists(pieces, max_size=12).map(b"".join),
+        json_values.map(lambda value: json.dumps(value).encode()),
+        st.lists(json_values, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
+    ),
+    st.sampled_from([".json", ".jsonl", ".csv", ".parquet"]),
+)
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_content_of_a_file_raises_anything_but_data_error(
+    tmp_path: Path, content: bytes, suffix: str
+) -> None:
+    path = write(tmp_path / f"rows{suffix}", content)
+    try:
+        columns = read_columns(path)
+    except DataError as error:
+        named = str(error).startswith(path)
+    else:
+        named = True
+        for column in (columns.instruction, columns.input, columns.output):
+            assert len(column) == len(columns) > 0
+            assert {type(value) for value in column} == {str}
+    assert named
+
+
+@given(st.integers(0, 2000), st.integers(0, 255))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_damaged_parquet_file_raises_nothing_but_data_error(tmp_path: Path, place: int, byte: int) -> None:
+    path = tmp_path / "good.parquet"
+    if not path.exists():
+        as_parquet(path, ALPACA)
+    content = bytearray(path.read_bytes())
+    content[place % len(content)] = byte
+    with contextlib.suppress(DataError):
+        read_columns(write(tmp_path / "bad.parquet", bytes(content)))
+
+
+# --- the ledger --------------------------------------------------------------------------------------
+
+
+def literal_rows() -> list[dict[str, Any]]:
+    """Six rows of which two are good, two have no answer, one has too long a prompt, one too long an answer."""
+    return [
+        {"instruction": "a", "output": "b"},
+        {"instruction": "a", "output": ""},
+        {"instruction": "a", "output": " \n\t"},
+        {"instruction": "!" * 300, "output": "b"},
+        {"instruction": "a", "output": "!" * 300},
+        {"instruction": "ab", "output": "cd"},
+    ]
+
+
+@pytest.fixture
+def lengths(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
+    """(tokens of the prompt whose instruction is one letter, `max_length` that just holds the last row)."""
+    [(_, short, start), (_, long, _)] = encoded(tokenizer, [("a", "", "b"), ("ab", "", "cd")])
+    assert len(long) == len(short) + 2  # the letters are single tokens, and so is each "!"
+    return start, len(long)
+
+
+def test_the_ledger_tells_every_rows_fate(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, lengths: tuple[int, int]
+) -> None:
+    prompt, max_length = lengths
+    path = jsonl(tmp_path / "rows.jsonl", literal_rows())
+    rows, ledger = prepare_dataset(
+        path, tokenizer, max_length, max_dropped_fraction=0.7, cache_root=tmp_path / "cache"
+    )
+    assert ledger == Ledger(
+        source=path,
+        max_length=max_length,
+        rows_read=6,
+        rows_kept=2,
+        dropped={
+            "empty response": 2,
+            "prompt alone fills max_length": 1,
+            "response would be cut at max_length": 1,
+        },
+        first_dropped_rows={
+            "empty response": [2, 3],
+            "prompt alone fills max_length": [4],
+            "response would be cut at max_length": [5],
+        },
+        rows_truncated=0,
+        tokens=2 * max_length - 2,
+        response_tokens=2 * max_length - 2 - prompt - (prompt + 1),
+        longest_row=max_length,
+        length_histogram=ledger.length_histogram,
+    )
+    assert rows["row"][:] == [1, 6]
+    assert rows["response_start"][:] == [prompt, prompt + 1]
+    assert [len(ids) for ids in rows["input_ids"]] == [max_length - 2, max_length]
+    assert "dropped 2: empty response (first rows: 2, 3)" in str(ledger)
+    ledger.save(tmp_path / "ledger.json")
+    assert Ledger(**json.loads((tmp_path / "ledger.json").read_text())) == ledger
+
+
+def test_a_cut_response_is_kept_on_demand_and_counted(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, lengths: tuple[int, int]
+) -> None:
+    _, max_length = lengths
+    path = jsonl(tmp_path / "rows.jsonl", literal_rows())
+    rows, ledger = prepare_dataset(path, tokenizer, max_length, True, 0.7, tmp_path / "cache")
+    assert (ledger.rows_kept, ledger.rows_truncated) == (3, 1)
+    assert rows["row"][:] == [1, 5, 6]
+    cut = rows[1]
+    whole = encoded(tokenizer, [("a", "", "!" * 300)])[0][1]
+    assert cut["input_ids"] == whole[:max_length]
+    assert tokenizer.convert_tokens_to_ids("### End") not in cut["input_ids"]
+
+
+def test_a_row_of_exactly_max_length_is_whole_and_one_token_of_response_is_room_enough(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    columns = Columns(["a"], [""], ["b"])
+    [(_, ids, start)] = encode_rows(tokenizer, columns, Ledger("", 999))
+    whole, cut, none = Ledger("", len(ids)), Ledger("", start + 1), Ledger("", start)
+    assert list(encode_rows(tokenizer, columns, whole)) == [(1, ids, start)]
+    assert list(encode_rows(tokenizer, columns, cut, keep_truncated=True)) == [(1, ids[: start + 1], start)]
+    assert list(encode_rows(tokenizer, columns, none, keep_truncated=True)) == []
+    assert (whole.rows_truncated, cut.rows_truncated) == (0, 1)
+    assert none.dropped == {"prompt alone fills max_length": 1}
+
+
+def test_the_ledger_names_the_first_ten_dropped_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+    ledger = Ledger("", 999)
+    list(encode_rows(tokenizer, Columns(["a"] * 5000, [""] * 5000, [""] * 4999 + ["b"]), ledger))
+    assert ledger.first_dropped_rows == {"empty response": list(range(1, 11))}
+    assert ledger.dropped == {"empty response": 4999}
+
+
+def test_the_histogram_counts_each_row_once() -> None:
+    sizes = data.np.array([1, 32, 33, 2048, 2049, 5000])
+    assert data._histogram(sizes) == {"<=32": 2, "<=64": 1, "<=2048": 1, ">2048": 2}
+    assert data._histogram(sizes[:0]) == {}
+
+
+@pytest.mark.parametrize(("empty", "stops"), [(1, False), (2, True)])
+def test_more_than_a_tenth_dropped_stops_with_the_reason(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, empty: int, stops: bool
+) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", rows_of(10 - empty) + rows_of(empty, output=""))
+    if not stops:
+        assert prepare_dataset(path, tokenizer, 256, cache_root=tmp_path / "cache")[1].rows_kept == 9
+        return
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(DataError, match=r"2 of 10 rows would be dropped, more than 10%") as error:
+            prepare_dataset(path, tokenizer, 256, cache_root=tmp_path / "cache")
+        assert "empty response (first rows: 9, 10)" in str(error.value)
+        assert "--max-dropped-fraction" in str(error.value)
+    _, ledger = prepare_dataset(path, tokenizer, 256, max_dropped_fraction=0.2, cache_root=tmp_path / "cache")
+    assert ledger.rows_kept == 8
+
+
+def test_a_file_of_which_nothing_can_be_kept_stops_whatever_the_limit(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", rows_of(3, output=""))
+    with pytest.raises(DataError, match="3 of 3 rows would be dropped"):
+        prepare_dataset(path, tokenizer, 256, max_dropped_fraction=1, cache_root=tmp_path / "cache")
+
+
+# --- the cache and the split -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for every time that rows are tokenised."""
+    calls: list[int] = []
+    real = data.encode_rows
+    monkeypatch.setattr(data, "encode_rows", lambda *args: calls.append(1) or real(*args))
+    return calls
+
+
+def test_rows_are_tokenised_once_and_read_again_from_the_cache(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encodings: list[int]
+) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", rows_of(20))
+    first, first_ledger = prepare_dataset(path, tokenizer, 256, cache_root=tmp_path / "cache")
+    second, second_ledger = prepare_dataset(path, tokenizer, 256, cache_root=tmp_path / "cache")
+    assert len(encodings) == 1
+    assert first[:] == second[:]
+    assert first_ledger == second_ledger
+    assert [ids for _, ids, _ in encoded(tokenizer, [(f"Say {n}.", "", f"{n}") for n in range(20)])] == list(
+        first["input_ids"]
+    )
+
+
+def test_what_changes_the_ids_changes_the_cache(
+    tmp_path: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    bos_tokenizer: PreTrainedTokenizerBase,
+    encodings: list[int],
+) -> None:
+    path, cache = jsonl(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "cache"
+    longer = load_tokenizer(tokenizer.name_or_path)
+    longer.add_tokens(["Say"])
+    prepare_dataset(path, tokenizer, 256, cache_root=cache)
+    prepare_dataset(path, tokenizer, 255, cache_root=cache)
+    prepare_dataset(path, tokenizer, 256, keep_truncated=True, cache_root=cache)
+    prepare_dataset(path, longer, 256, cache_root=cache)
+    with_bos, _ = prepare_dataset(path, bos_tokenizer, 256, cache_root=cache)
+    assert with_bos[0]["input_ids"][0] == bos_tokenizer.bos_token_id
+    jsonl(tmp_path / "rows.jsonl", rows_of(21))
+    assert len(prepare_dataset(path, tokenizer, 256, cache_root=cache)[0]) == 21
+    assert len(encodings) == 6
+
+
+def test_what_leaves_the_ids_alone_leaves_the_cache(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encodings: list[int]
+) -> None:
+    first = jsonl(tmp_path / "rows.jsonl", rows_of(20))
+    prepare_dataset(first, tokenizer, 256, cache_root=tmp_path / "cache")
+    tokenizer("long " * 50, truncation=True, max_length=4)  # leaves its truncation in the Rust tokenizer
+    second = jsonl(tmp_path / "renamed.jsonl", rows_of(20))
+    _, ledger = prepare_dataset(second, tokenizer, 256, cache_root=tmp_path / "cache")
+    assert len(encodings) == 1
+    assert ledger.source == second
+
+
+def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_cache(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = jsonl(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "cache"
+
+    def killed(self: Ledger, path: Path) -> None:
+        path.write_text('{"source": "half of')
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Ledger, "save", killed)
+        patch.setattr(data.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process cleans nothing
+        with pytest.raises(KeyboardInterrupt):
+            prepare_dataset(path, tokenizer, 256, cache_root=cache)
+    assert len(list(cache.iterdir())) == 1
+    rows, ledger = prepare_dataset(path, tokenizer, 256, cache_root=cache)
+    assert len(rows) == ledger.rows_kept == 20
+
+
+def test_two_writers_of_one_cache_do_not_disturb_each_other(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, cache = jsonl(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "cache"
+    real = Ledger.save
+
+    def overtaken(self: Ledger, path_: Path) -> None:
+        monkeypatch.setattr(Ledger, "save", real)
+        prepare_dataset(path, tokenizer, 256, cache_root=cache)
+        real(self, path_)
+
+    monkeypatch.setattr(Ledger, "save", overtaken)
+    rows, _ = prepare_dataset(path, tokenizer, 256, cache_root=cache)
+    assert len(rows) == 20
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_the_split_is_the_one_that_dolly_made() -> None:
+    rows = datasets.Dataset.from_dict({"row": list(range(1, 101))})
+    train, held_out = data.split_held_out(rows, 10, seed=42)
+    dollys = rows.shuffle(seed=42).train_test_split(test_size=10, seed=42)
+    assert train["row"][:] == dollys["train"]["row"][:]
+    assert held_out["row"][:] == dollys["test"]["row"][:]
+    assert sorted([*train["row"], *held_out["row"]]) == list(range(1, 101))
+    assert data.split_held_out(rows, 10, seed=43)[1]["row"][:] != held_out["row"][:]
+
+
+@pytest.mark.parametrize("test_size", [0, -1, 20, 21])
+def test_a_split_that_leaves_one_side_empty_is_refused(test_size: int) -> None:
+    rows = datasets.Dataset.from_dict({"row": list(range(20))})
+    with pytest.raises(DataError, match="Try --test-size 2"):
+        data.split_held_out(rows, test_size, seed=42)

@@ -1,0 +1,184 @@
+"""Every command, option, module and file that README and the scripts name exists."""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import importlib
+import importlib.util
+import io
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+import torch.distributed.run
+from deepspeed.launcher import runner
+
+from training import trainer
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / ".ci" / "run", *sorted((ROOT / "config").glob("*.sh"))]
+DOCUMENTS = [ROOT / "README.md", *SCRIPTS]
+EACH_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+# What a command line may run, by the words that name it there: the modules of ours that have a command, ...
+OURS = {
+    "training."
+    + file.relative_to(ROOT / "training").with_suffix("").as_posix().removesuffix("/__main__"): file
+    for file in (ROOT / "training").rglob("*.py")
+    if "\ndef main(" in file.read_text()
+}
+OURS["run_demo.sh"] = OURS["training.demo"]
+# ... Python's tools, and one of a Mac, which cannot be asked here.
+PYTHON_TOOLS = {
+    "run_pytest.sh": ["pytest"],  # hands its arguments on
+    "pytest": ["pytest"],
+    "pip install": ["pip", "install"],
+    "ruff check": ["ruff", "check"],
+    "ruff format": ["ruff", "format"],
+    "mypy": ["mypy"],
+    "tensorboard": ["tensorboard.main"],
+}
+FOREIGN = {"xcode-select": {"--install"}}
+PROGRAMS = re.compile(
+    "|".join(map(re.escape, [*OURS, *PYTHON_TOOLS, *FOREIGN])) + r"|(?<![-\w])(?:deepspeed|torchrun|python)\b"
+)
+OPTION = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
+
+
+def code(document: Path) -> list[str]:
+    """The lines of code of a document: of a script all, of a Markdown file its blocks and its spans."""
+    text = document.read_text().replace("\\\n", " ")
+    if document.suffix != ".md":
+        return text.splitlines()
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"^```\w*\n.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    return [line for block in blocks for line in block.splitlines()] + re.findall(r"`([^`\n]+)`", prose)
+
+
+def click_flags(command: click.Command) -> set[str]:
+    return {
+        flag
+        for each in command.get_params(click.Context(command))
+        for flag in (*each.opts, *each.secondary_opts)
+    }
+
+
+@cache
+def flags(program: str) -> set[str]:
+    """The long options that a program takes, from the program itself."""
+    if program in FOREIGN:
+        return FOREIGN[program]
+    if program in OURS:
+        module = ".".join(OURS[program].relative_to(ROOT).with_suffix("").parts)
+        taken = click_flags(importlib.import_module(module).main)
+        return taken | flags("training.trainer") if "demo" in program else taken  # it hands options on
+    if program == "deepspeed":
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+            runner.parse_args(["--help"])
+        return set(OPTION.findall(text.getvalue()))
+    if program == "torchrun":
+        return set(OPTION.findall(torch.distributed.run.get_args_parser().format_help()))
+    tool = ["-m", *PYTHON_TOOLS[program]] if program != "python" else []
+    # Not here: pytest would load these tests for its help.
+    result = subprocess.run([sys.executable, *tool, "--help"], cwd="/", capture_output=True, text=True)
+    assert result.returncode == 0, f"{program}: {result.stderr}"
+    return set(OPTION.findall(result.stdout))
+
+
+def options_by_program(line: str) -> list[tuple[str, str]]:
+    """(program, option) of a line of code; the program is "" where the line names none.
+
+    "deepspeed --num_gpus 2 --module training.trainer --lr 1" gives
+    [("deepspeed", "--num_gpus"), ("deepspeed", "--module"), ("training.trainer", "--lr")]
+    """
+    found, program, end = [], "", 0
+    for match in [*PROGRAMS.finditer(line), None]:
+        part = line[end : match.start() if match else len(line)]
+        found += [(program, option) for option in OPTION.findall(part)]
+        if match:
+            program, end = match.group(), match.end()
+    return found
+
+
+@EACH_DOCUMENT
+def test_every_option_exists(document: Path) -> None:
+    for line in code(document):
+        for program, option in options_by_program(line):
+            known = flags(program) if program else set.union(*map(flags, OURS))
+            assert option in known, f"{program or 'no command of ours'} has no {option}, named in: {line}"
+
+
+@EACH_DOCUMENT
+def test_every_module_that_is_run_exists(document: Path) -> None:
+    for line in code(document):
+        for module in re.findall(r"(?<!\S)(?:-m|--module)\s+([a-zA-Z_][\w.]*)", line):
+            assert importlib.util.find_spec(module), f"no module {module}, named in: {line}"
+
+
+@EACH_DOCUMENT
+def test_every_file_of_the_repository_that_is_named_exists(document: Path) -> None:
+    for line in code(document):
+        for name in re.findall(r"(?<![\w/.-])(?:\./)?((?:config|training|tests|\.ci)/[\w./-]*\w)", line):
+            assert (ROOT / name).exists(), f"no {name}, named in: {line}"
+        for name in re.findall(
+            r"(?<![\w/.-])(?:\./)?(run_\w+\.sh|requirements\w*\.txt|pyproject\.toml)", line
+        ):
+            assert (ROOT / name).is_file(), f"no {name}, named in: {line}"
+
+
+def test_every_line_of_the_readmes_tree_names_a_file() -> None:
+    blocks = re.findall(r"^```\n(README.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 1
+    folder = ROOT
+    for line in blocks[0].splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        if not indent:
+            folder = ROOT / name if name.endswith("/") else ROOT
+            names = line.split() if name == "README.md" else [name]
+        else:
+            names = [f"{folder.name}/{name}"]
+        for each in names:
+            assert (ROOT / each).exists(), f"no {each}"
+
+
+def test_every_link_inside_the_repository_leads_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
+        assert target.startswith("https://") or (ROOT / target.split("#")[0]).exists(), target
+
+
+def test_what_the_readmes_python_imports_from_us_exists_and_takes_those_arguments() -> None:
+    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert blocks
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("training"):
+                module = importlib.import_module(node.module)
+                assert all(hasattr(module, alias.name) for alias in node.names), block
+
+
+def test_the_scripts_can_be_run() -> None:
+    for script in SCRIPTS:
+        if script.parent.name != "config":  # those are sourced
+            assert script.stat().st_mode & 0o111, f"chmod +x {script.name}"
+        assert subprocess.run(["bash", "-n", script]).returncode == 0, script.name
+
+
+def test_the_readmes_trainer_commands_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each is parsed by the trainer's own command line, with an output of this test."""
+    taken = []
+    monkeypatch.setattr(trainer, "train", taken.append)
+    commands = [line for line in code(ROOT / "README.md") if re.search(r"training\.trainer\s+--\w", line)]
+    commands = [line for line in commands if "--help" not in line]
+    assert commands
+    for line in commands:
+        words = line.split("training.trainer", 1)[1].split()
+        with pytest.raises(SystemExit) as ended:
+            trainer.main([*words, "--local-output-dir", str(tmp_path / "out")])
+        assert ended.value.code == 0, line
+    assert len(taken) == len(commands)

@@ -1,0 +1,314 @@
+"""Tokenizer and model: control tokens in order, an embedding that only grows, and files that are what they say."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2TokenizerFast,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from training import model as model_module
+from training.model import (
+    ModelError,
+    load_config,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    model_folder,
+)
+
+KEYS = ["### End", "### Instruction:", "### Response:\n"]
+
+
+def gptj(rows: int) -> PreTrainedModel:
+    return GPTJForCausalLM(
+        GPTJConfig(vocab_size=rows, n_positions=64, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+    )
+
+
+def gpt_neox(rows: int) -> PreTrainedModel:
+    return GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            vocab_size=rows,
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=32,
+            max_position_embeddings=64,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def gpt2_tied(rows: int) -> PreTrainedModel:
+    return GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_positions=64, n_embd=16, n_layer=1, n_head=2))
+
+
+ARCHITECTURES = pytest.mark.parametrize("architecture", [gptj, gpt_neox, gpt2_tied])
+Architecture = Callable[[int], PreTrainedModel]
+
+
+def saved(model: PreTrainedModel, bpe_folder: Path, folder: Path) -> str:
+    model.save_pretrained(folder)
+    GPT2TokenizerFast.from_pretrained(str(bpe_folder)).save_pretrained(folder)
+    return str(folder)
+
+
+def edited(base_folder: Path, folder: Path, **config: object) -> str:
+    """A copy of the base folder with some entries of its config.json changed."""
+    shutil.copytree(base_folder, folder)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    return str(folder)
+
+
+# --- the tokenizer -----------------------------------------------------------------------------------
+
+
+def test_the_control_tokens_follow_the_base_vocabulary_in_dollys_order(bpe_folder: Path) -> None:
+    base = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
+    tokenizer = load_tokenizer(str(bpe_folder))
+    assert [tokenizer.convert_tokens_to_ids(key) for key in KEYS] == [len(base) + n for n in range(3)]
+    assert len(tokenizer) == len(base) + 3
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|endoftext|>")
+    assert tokenizer.get_vocab().items() >= base.get_vocab().items()
+
+
+def test_special_tokens_that_the_base_has_stay_special(bpe_folder: Path, tmp_path: Path) -> None:
+    base = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
+    base.add_special_tokens({"extra_special_tokens": ["<|own|>"]})
+    base.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    assert set(tokenizer.all_special_tokens) >= {"<|own|>", *KEYS}
+    assert tokenizer.convert_tokens_to_ids("### End") == len(base)
+
+
+def test_a_trained_folders_tokenizer_is_loaded_unchanged(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    again, stock = load_tokenizer(str(tmp_path)), AutoTokenizer.from_pretrained(tmp_path)
+    text = "Hello\n\n### Instruction:\na\n\n### Response:\nb\n\n### End"
+    assert again(text)["input_ids"] == stock(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert len(again) == len(stock) == len(tokenizer)
+    assert stock.pad_token == stock.eos_token
+    assert stock.chat_template == again.chat_template == tokenizer.chat_template
+
+
+def test_a_tokenizer_without_an_end_token_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
+    base = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
+    base.save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    config = json.loads(path.read_text()) | {"eos_token": None, "tokenizer_class": "PreTrainedTokenizerFast"}
+    path.write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=r"no EOS token. Set eos_token in tokenizer_config.json"):
+        load_tokenizer(str(tmp_path))
+
+
+# --- the embedding -----------------------------------------------------------------------------------
+
+
+@ARCHITECTURES
+def test_the_embedding_grows_to_the_tokenizer_and_keeps_its_rows(
+    architecture: Architecture, bpe_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    rows = len(tokenizer) - 3
+    name = saved(architecture(rows), bpe_folder, tmp_path / "base")
+    old = AutoModelForCausalLM.from_pretrained(name).state_dict()
+    model = load_model(name, tokenizer, torch.float32, seed=42)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    assert len(embedding) == len(head.weight) == model.config.vocab_size == len(tokenizer)
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor[:rows] if tensor.shape != old[key].shape else tensor, old[key]), key
+    if head.bias is not None:
+        assert len(head.bias) == len(tokenizer)
+    # Drawn like the others, as Dolly's were: transformers' own default would put all three at the rows' mean.
+    assert 0.5 < embedding[rows:].std() / model.config.initializer_range < 2
+    assert torch.isfinite(embedding).all()
+    if architecture is gpt2_tied:
+        assert head.weight is embedding
+    # What is saved loads with stock transformers, and computes the same.
+    model.save_pretrained(tmp_path / "grown")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    ids = torch.tensor([[1, rows, len(tokenizer) - 1]])
+    assert torch.equal(model.eval()(ids).logits, again(ids).logits)
+
+
+@ARCHITECTURES
+@pytest.mark.parametrize("spare", [0, 5])
+def test_an_embedding_with_rows_enough_is_never_shrunk(
+    architecture: Architecture,
+    spare: int,
+    bpe_folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+) -> None:
+    rows = len(tokenizer) + spare
+    name = saved(architecture(rows), bpe_folder, tmp_path)
+    old = AutoModelForCausalLM.from_pretrained(name).state_dict()
+    model = load_model(name, tokenizer, torch.float32, seed=42)
+    assert model.config.vocab_size == len(model.get_input_embeddings().weight) == rows
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(tensor, old[key]), key
+
+
+def test_the_new_rows_are_the_seeds_alone(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    def new_rows(seed: int) -> torch.Tensor:
+        torch.rand(seed)  # whatever was drawn before must not matter
+        model = load_model(str(base_folder), tokenizer, torch.float32, seed)
+        return torch.cat([model.get_input_embeddings().weight[-3:], model.lm_head.weight[-3:]])
+
+    assert torch.equal(new_rows(42), new_rows(42))
+    assert not torch.equal(new_rows(42), new_rows(43))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_model_has_the_precision_asked_for(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
+) -> None:
+    model = load_model(str(base_folder), tokenizer, dtype, seed=42)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+def test_missing_weights_are_named(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    name = edited(base_folder, tmp_path / "holes")
+    weights = load_file(tmp_path / "holes" / "model.safetensors")
+    del weights["transformer.h.1.mlp.fc_in.weight"], weights["lm_head.bias"]
+    save_file(weights, tmp_path / "holes" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"2 tensors are missing .*: lm_head.bias, transformer.h.1.mlp.fc_in"
+    ):
+        load_model(name, tokenizer, torch.float32, seed=42)
+    name = edited(base_folder, tmp_path / "deeper", n_layer=3)
+    with pytest.raises(
+        ModelError, match=r"are missing from the weight files, the first: transformer\.h\.2\."
+    ):
+        load_model(name, tokenizer, torch.float32, seed=42)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 1000, 20_000])
+def test_a_weight_file_cut_short_is_refused(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, keep: int
+) -> None:
+    name = edited(base_folder, tmp_path / "cut")
+    weights = tmp_path / "cut" / "model.safetensors"
+    assert weights.stat().st_size > keep
+    weights.write_bytes(weights.read_bytes()[:keep])
+    with pytest.raises(ModelError, match="the weights could not be loaded"):
+        load_model(name, tokenizer, torch.float32, seed=42)
+
+
+def test_weights_of_another_shape_or_none_at_all_are_refused(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    with pytest.raises(ModelError, match="the weights could not be loaded"):
+        load_model(edited(base_folder, tmp_path / "wide", n_embd=64), tokenizer, torch.float32, seed=42)
+    name = edited(base_folder, tmp_path / "bare")
+    (tmp_path / "bare" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"Error no file named model.safetensors"):
+        load_model(name, tokenizer, torch.float32, seed=42)
+
+
+def test_a_folder_without_a_model_is_told(tmp_path: Path, bpe_folder: Path) -> None:
+    for name in (str(tmp_path), str(tmp_path / "none"), "nobody/nothing"):
+        with pytest.raises(
+            ModelError, match=r"no model could be found .* Expected a folder with config.json"
+        ):
+            load_config(name)
+        with pytest.raises(ModelError, match="no tokenizer could be loaded"):
+            load_tokenizer(name)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match="not a valid JSON file"):
+        load_config(str(tmp_path))
+
+
+def test_models_that_see_the_following_tokens_are_refused(tmp_path: Path) -> None:
+    small = {"vocab_size": 8, "num_layers": 1, "num_heads": 2, "d_model": 8, "d_kv": 4, "d_ff": 8}
+    T5ForConditionalGeneration(T5Config(**small)).save_pretrained(tmp_path / "t5")
+    bert = BertConfig(
+        vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
+    with pytest.raises(ModelError, match="a t5 model is no causal language model"):
+        load_config(str(tmp_path / "t5"))
+    with pytest.raises(ModelError, match="a BertForMaskedLM is an encoder, no causal language model"):
+        load_config(str(tmp_path / "bert"))
+
+
+def test_code_in_a_models_folder_is_not_run_unless_asked(base_folder: Path, tmp_path: Path) -> None:
+    auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
+    name = edited(base_folder, tmp_path / "own", auto_map=auto_map, model_type="own")
+    trace = tmp_path / "was_here"
+    (tmp_path / "own" / "own.py").write_text(
+        f"open({str(trace)!r}, 'w').close()\n"
+        "from transformers import GPTJConfig\n"
+        "class OwnConfig(GPTJConfig):\n    model_type = 'own'\n"
+    )
+    with pytest.raises(ModelError):
+        load_config(name)
+    load_tokenizer(name)  # needs none of the code
+    assert not trace.exists()
+    assert load_config(name, trust_remote_code=True).model_type == "own"
+    assert trace.exists()
+
+
+# --- the config and the embedded model ---------------------------------------------------------------
+
+
+@ARCHITECTURES
+def test_the_longest_row_is_the_configs(architecture: Architecture) -> None:
+    assert max_positions(architecture(8).config) == 64
+
+
+def test_the_embedded_model_is_written_once_and_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_folder: Path
+) -> None:
+    from training import demo
+
+    written: list[Path] = []
+
+    def write(folder: Path) -> None:
+        written.append(folder)
+        shutil.copytree(base_folder, folder, dirs_exist_ok=True)
+        if len(written) == 1:
+            (folder / "model.safetensors").unlink()
+            raise KeyboardInterrupt  # killed half-way
+
+    monkeypatch.setattr(model_module, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(demo, "save_demo_model", write)
+    with pytest.raises(KeyboardInterrupt):
+        model_folder("demo")
+    first, second = model_folder("demo"), model_folder("demo")
+    assert first == second
+    assert len(written) == 2
+    assert (Path(first) / "model.safetensors").is_file()
+
+
+def test_any_other_name_is_left_as_it_is() -> None:
+    assert model_folder("EleutherAI/gpt-j-6B") == "EleutherAI/gpt-j-6B"

@@ -1,0 +1,482 @@
+"""Every fault of the options at once, each with what to type; the launchers' own spellings; the precision."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from training import trainer
+from training.options import (
+    OptionsError,
+    TrainingOptions,
+    find_faults,
+    is_main_process,
+    precision_of,
+    read_deepspeed_json,
+    world_size,
+)
+
+BF16_JSON = "config/ds_z3_bf16_config.json"
+FP16_JSON = "config/ds_z3_fp16_offload_config.json"
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options name config/... from the root of the repository."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The environment of the only rank of a launcher."""
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+
+
+@pytest.fixture
+def given_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TrainingOptions]:
+    """Collects what the command line hands to `train`, which then does nothing."""
+    taken: list[TrainingOptions] = []
+    monkeypatch.setattr(trainer, "train", taken.append)
+    return taken
+
+
+def options(tmp_path: Path, **changed: Any) -> TrainingOptions:
+    return TrainingOptions(**{"local_output_dir": str(tmp_path / "out")} | changed)
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(trainer.main, list(arguments))
+
+
+def written(path: Path, config: Any) -> str:
+    path.write_text(json.dumps(config))
+    return str(path)
+
+
+def the_gpu(monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1) -> None:
+    """Stands for a machine with `count` GPUs, as far as the checks ask."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
+
+
+# --- the command line --------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_dollys(tmp_path: Path, given_options: list[TrainingOptions]) -> None:
+    result = run("--local-output-dir", str(tmp_path / "out"))
+    assert result.exit_code == 0, result.output
+    [taken] = given_options
+    assert taken == options(tmp_path)
+    assert taken.input_model == "EleutherAI/gpt-j-6B"
+    assert taken.training_dataset == "tatsu-lab/alpaca"
+    assert (taken.epochs, taken.lr, taken.seed, taken.test_size) == (3, 1e-5, 42, 1000)
+    assert (taken.per_device_train_batch_size, taken.per_device_eval_batch_size) == (8, 8)
+    assert (taken.lr_scheduler_type, taken.warmup_steps, taken.weight_decay) == ("constant", 0, 0)
+    assert (taken.logging_steps, taken.eval_steps) == (10, 100)
+    assert taken.gradient_checkpointing is True
+    assert taken.trust_remote_code is False
+    assert taken.bf16 is taken.fp16 is taken.deepspeed is taken.deepspeed_config is None
+
+
+def test_dollys_own_command_line_is_understood(tmp_path: Path, given_options: list[TrainingOptions]) -> None:
+    result = run(
+        "--deepspeed", BF16_JSON, "--epochs", "1", "--local-output-dir", str(tmp_path / "out"),
+        "--dbfs-output-dir", str(tmp_path / "dbfs"), "--per-device-train-batch-size", "8",
+        "--per-device-eval-batch-size", "8", "--lr", "1e-5", "--seed", "7", "--no-gradient-checkpointing",
+        "--bf16", "--local_rank", "3",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert given_options == [
+        options(
+            tmp_path, deepspeed=BF16_JSON, epochs=1.0, dbfs_output_dir=str(tmp_path / "dbfs"), seed=7,
+            gradient_checkpointing=False, bf16=True, local_rank=3,
+        )
+    ]  # fmt: skip
+
+
+def test_launchers_may_write_their_own_spellings(
+    tmp_path: Path, given_options: list[TrainingOptions]
+) -> None:
+    # deepspeed puts --local_rank=N first; Spark's launcher appends a bare --deepspeed and the file.
+    result = run(
+        "--local_rank=1", "--local-output-dir", str(tmp_path), "--deepspeed", "--deepspeed_config", BF16_JSON
+    )
+    assert result.exit_code == 0, result.output
+    [taken] = given_options
+    assert taken.local_rank == 1
+    assert taken.deepspeed_json == BF16_JSON
+
+
+def test_every_option_can_be_given_and_has_a_group_and_a_help() -> None:
+    parameters = {parameter.name: parameter for parameter in trainer.main.params}
+    assert list(parameters) == [option.name for option in fields(TrainingOptions)]
+    for option in fields(TrainingOptions):
+        assert option.metadata["group"] in {"Model and data", "Training", "Precision and devices", "Output"}
+        assert parameters[option.name].help.endswith((".", "]", "(V100)."))
+
+
+def test_help_shows_groups_units_and_defaults() -> None:
+    result = CliRunner().invoke(trainer.main, ["--help"], terminal_width=110)
+    assert result.exit_code == 0
+    headings = ["\nModel and data:\n", "\nTraining:\n", "\nPrecision and devices:\n", "\nOutput:\n"]
+    places = [result.output.index(heading) for heading in headings]
+    assert places == sorted(places)
+    for line in (
+        "--max-length TOKENS",
+        "--test-size ROWS",
+        "--warmup-steps STEPS",
+        "--lr RATE",
+        "--gradient-accumulation-steps BATCHES",
+        "--gradient-checkpointing / --no-gradient-checkpointing",
+        "--bf16 / --no-bf16",
+        "--deepspeed_config FILE",
+        "--local_rank RANK",
+        "--max-shard-size SIZE",
+        "[default: tatsu-lab/alpaca]",
+        "[default: constant]",
+        "[required]",
+    ):
+        assert line in result.output
+
+
+def test_bad_values_and_bad_combinations_are_told_in_one_message(tmp_path: Path) -> None:
+    result = run(
+        "--local-output-dir", str(tmp_path / "out"), "--test-size", "0", "--seed", "x", "--lr", "-1",
+        "--lr-scheduler-type", "wavy", "--warmup-steps", "5", "--max-shard-size", "5", "--bf16", "--fp16",
+        "--deepspeed", "config/none.json",
+    )  # fmt: skip
+    assert result.exit_code == 2
+    lines = result.output.splitlines()
+    assert lines[0] == "Cannot train:"
+    assert len(lines) == 1 + 9
+    for words in (
+        "'--test-size': 0 is not in the range x>=1",
+        "'--seed': 'x'",
+        "'--lr': -1.0 is not in the range x>0",
+        "'--lr-scheduler-type': 'wavy' is not one of",
+        "--warmup-steps 5 would be ignored. Type --lr-scheduler-type constant_with_warmup",
+        "--max-shard-size 5: expected a size such as 5GB",
+        "--bf16 and --fp16 exclude each other. Give one of them",
+        "--deepspeed config/none.json: No such file or directory. Shipped are: config/ds_z3_bf16_config.json",
+        "--deepspeed config/none.json needs a launcher. Type deepspeed --num_gpus N --module training.trainer",
+    ):
+        assert sum(words in line for line in lines) == 1, words
+
+
+def test_a_missing_output_is_told_beside_the_other_faults() -> None:
+    result = run("--epochs", "0")
+    assert result.exit_code == 2
+    assert "Missing option '--local-output-dir'" in result.output
+    assert "'--epochs': 0.0 is not in the range x>0" in result.output
+    assert not result.exception or isinstance(result.exception, SystemExit)
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("flag", ["--lr", "--epochs", "--weight-decay", "--max-dropped-fraction"])
+def test_no_number_and_infinity_are_refused(tmp_path: Path, flag: str, value: str) -> None:
+    result = run("--local-output-dir", str(tmp_path / "out"), flag, value)
+    assert result.exit_code == 2
+    assert flag in result.output
+    assert value in result.output
+
+
+def test_nothing_is_written_when_an_option_is_wrong(tmp_path: Path) -> None:
+    assert run("--local-output-dir", str(tmp_path / "out"), "--bf16", "--fp16").exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_option_is_told_by_name() -> None:
+    result = run("--bf61")
+    assert result.exit_code == 2
+    assert "--bf61" in result.output
+
+
+def test_only_the_main_rank_tells_the_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("--local-output-dir", str(tmp_path / "out"), "--bf16", "--fp16")
+    assert (result.exit_code, result.output) == (2, "")
+
+
+# --- one fault after the other -----------------------------------------------------------------------
+
+
+def test_good_options_have_no_faults(tmp_path: Path) -> None:
+    assert find_faults(options(tmp_path)) == []
+
+
+def test_deepspeed_without_a_launcher_or_without_a_file_is_told(tmp_path: Path) -> None:
+    [fault] = find_faults(options(tmp_path, deepspeed=BF16_JSON))
+    assert "needs a launcher. Type deepspeed --num_gpus N --module training.trainer" in fault
+    [fault] = find_faults(options(tmp_path, deepspeed=""))
+    assert fault == f"--deepspeed names no file. Type --deepspeed {BF16_JSON}"
+
+
+@pytest.mark.usefixtures("launched")
+def test_two_different_deepspeed_files_are_refused_and_one_given_twice_is_not(tmp_path: Path) -> None:
+    twice = options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=BF16_JSON)
+    assert find_faults(twice) == []
+    other = written(tmp_path / "other.json", json.loads(Path(BF16_JSON).read_text()))
+    [fault] = find_faults(options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=other))
+    assert fault.endswith("give one")
+
+
+@pytest.mark.usefixtures("launched")
+def test_the_environment_that_switches_deepspeed_off_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    [fault] = find_faults(options(tmp_path, deepspeed=BF16_JSON))
+    assert "Type unset ACCELERATE_USE_CPU" in fault
+    assert find_faults(options(tmp_path)) == []
+
+
+GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
+BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
+    "a scheduler": ({"scheduler": {"type": "WarmupLR"}}, "would override --lr-scheduler-type constant"),
+    "another rate": (
+        {"optimizer": {"params": {"lr": 2e-5}}},
+        'sets lr 2e-05, but --lr is 1e-05. Write "auto"',
+    ),
+    "another decay": ({"optimizer": {"params": {"weight_decay": 0.1}}}, "but --weight-decay is 0.0"),
+    "another batch": (
+        {"train_micro_batch_size_per_gpu": 4},
+        "sets train_micro_batch_size_per_gpu 4, but --per-device-train-batch-size is 8",
+    ),
+    "another accumulation": (
+        {"gradient_accumulation_steps": 2},
+        "sets gradient_accumulation_steps 2, but --gradient-accumulation-steps is 1",
+    ),
+    "no gather": ({"zero_optimization": {"stage": 3}}, "would save an empty model: set zero_optimization"),
+    "both precisions": (
+        {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
+        "enables both bf16 and fp16. Remove one of them",
+    ),
+    "fp16 on a CPU": (
+        {"fp16": {"enabled": True}},
+        "fp16 needs a CUDA GPU, and there is none here. Use config/",
+    ),
+}
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize(("config", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
+def test_a_deepspeed_file_that_contradicts_the_options_is_refused(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    [fault] = find_faults(options(tmp_path, deepspeed=written(tmp_path / "ds.json", config)))
+    assert message in fault
+
+
+@pytest.mark.usefixtures("launched")
+def test_a_deepspeed_file_that_says_the_same_as_the_options_is_taken(tmp_path: Path) -> None:
+    config = {
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": "auto"}},
+        "zero_optimization": {"stage": 3} | GATHER,
+        "train_micro_batch_size_per_gpu": 8,
+    }
+    assert find_faults(options(tmp_path, deepspeed=written(tmp_path / "ds.json", config))) == []
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "broken JSON"), ("[1]", "expected a JSON object, found a list"), ("\xff", "broken JSON")],
+)
+def test_a_deepspeed_file_that_is_no_json_object_is_told(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "ds.json"
+    path.write_bytes(content.encode("latin-1"))
+    with pytest.raises(OptionsError, match=message):
+        read_deepspeed_json(str(path))
+    assert any(message in fault for fault in find_faults(options(tmp_path, deepspeed=str(path))))
+
+
+scraps = (
+    st.none() | st.booleans() | st.integers(0, 3) | st.text(max_size=3) | st.lists(st.integers(), max_size=2)
+)
+sections = st.dictionaries(st.sampled_from(["enabled", "stage", "params", "lr", "type"]), scraps, max_size=3)
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from(["bf16", "fp16", "optimizer", "scheduler", "zero_optimization", "train_batch_size"]),
+        scraps | sections | st.fixed_dictionaries({"params": scraps | sections}),
+    )
+)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_no_deepspeed_file_makes_the_check_itself_fail(tmp_path: Path, config: dict[str, Any]) -> None:
+    path = written(tmp_path / "ds.json", config)
+    assert all(isinstance(fault, str) for fault in find_faults(options(tmp_path, deepspeed=path)))
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize(
+    ("file", "precision", "message"),
+    [
+        (BF16_JSON, {"fp16": True}, "--fp16, but config/ds_z3_bf16_config.json trains in bf16"),
+        (FP16_JSON, {"bf16": True}, "--bf16, but config/ds_z3_fp16_offload_config.json trains in fp16"),
+        (BF16_JSON, {"bf16": False}, "--no-bf16, but config/ds_z3_bf16_config.json has bf16.enabled true"),
+        (FP16_JSON, {"fp16": False}, "--no-fp16, but config/ds_z3_fp16_offload_config.json has fp16.enabled"),
+    ],
+)
+def test_a_precision_against_the_deepspeed_file_is_told(
+    tmp_path: Path, file: str, precision: dict[str, bool], message: str
+) -> None:
+    [fault] = find_faults(options(tmp_path, deepspeed=file, **precision))
+    assert fault.startswith(message)
+
+
+def test_a_precision_that_the_device_has_not_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    [fault] = find_faults(options(tmp_path, fp16=True))
+    assert fault.startswith("fp16 needs a CUDA GPU")
+    the_gpu(monkeypatch, bf16=False)
+    [fault] = find_faults(options(tmp_path, bf16=True))
+    assert "Tesla V100-SXM2-32GB cannot compute in bf16. Use --deepspeed config/ds_z3_fp16" in fault
+    assert find_faults(options(tmp_path, fp16=True)) == []
+
+
+def test_several_gpus_and_one_rank_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    the_gpu(monkeypatch, bf16=True, count=8)
+    [fault] = find_faults(options(tmp_path))
+    assert "8 GPUs are visible, but one rank was started. Type deepspeed --num_gpus 8 --module" in fault
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    assert find_faults(options(tmp_path, deepspeed=BF16_JSON)) == []
+
+
+@pytest.mark.parametrize(
+    "folder", ["/dbfs/dolly", "/Volumes/main/dolly", "/dbfs", "/tmp/../dbfs/x", "dbfs:/x"]
+)
+def test_dbfs_and_volumes_are_refused_as_the_local_output(folder: str) -> None:
+    faults = find_faults(TrainingOptions(local_output_dir=folder))
+    assert any("DBFS and Volumes refuse" in fault and "/local_disk0/" in fault for fault in faults)
+
+
+def test_a_dbfs_url_is_no_folder_to_publish_to(tmp_path: Path) -> None:
+    [fault] = find_faults(options(tmp_path, dbfs_output_dir="dbfs:/dolly"))
+    assert fault == "--dbfs-output-dir dbfs:/dolly: a path is needed. Type /dbfs/dolly"
+
+
+def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    assert find_faults(options(tmp_path)) == []
+    (tmp_path / "out" / "model.safetensors").touch()
+    [fault] = find_faults(options(tmp_path))
+    assert "is not empty" in fault
+    assert "Name a new folder" in fault
+    [fault] = find_faults(options(tmp_path, local_output_dir=str(tmp_path / "out" / "model.safetensors")))
+    assert "is a file" in fault
+    [fault] = find_faults(
+        options(tmp_path, local_output_dir=str(tmp_path / "out" / "model.safetensors" / "x"))
+    )
+    assert "cannot be written" in fault
+
+
+def test_a_publishing_folder_that_holds_something_or_is_the_output_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "config.json").touch()
+    for folder, message in {
+        "old": "already holds something",
+        "old/config.json": "already holds something",
+        "out": "is the local output itself",
+        "old/config.json/x": "cannot be written",
+    }.items():
+        [fault] = find_faults(options(tmp_path, dbfs_output_dir=str(tmp_path / folder)))
+        assert message in fault
+    assert find_faults(options(tmp_path, dbfs_output_dir=str(tmp_path / "new"))) == []
+
+
+@pytest.fixture
+def as_an_ordinary_user() -> Iterator[None]:
+    """Root may write anywhere, so the test is run as nobody where it is started by root."""
+    if os.getuid() != 0:
+        yield
+        return
+    os.setresuid(65534, 65534, 0)
+    try:
+        yield
+    finally:
+        os.setresuid(0, 0, 0)
+
+
+@pytest.mark.usefixtures("as_an_ordinary_user")
+@pytest.mark.parametrize("below", ["", "a", "a/b"])
+def test_an_output_that_may_not_be_written_is_told(below: str) -> None:
+    if not Path("/root").is_dir():
+        pytest.skip("no folder here that is root's alone")
+    faults = find_faults(TrainingOptions(local_output_dir=str(Path("/root") / below)))
+    assert len(faults) == 1
+    assert "/root" in faults[0]
+    assert "cannot be written" in faults[0]
+
+
+def test_the_other_ranks_do_not_mind_what_rank_0_has_begun_to_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").touch()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert find_faults(options(tmp_path)) == []
+
+
+# --- what the options come to ------------------------------------------------------------------------
+
+CPU, V100, A100 = None, False, True  # what the device says of bf16
+OPEN = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
+PRECISIONS = [
+    # options, DeepSpeed file, device -> precision
+    ({}, None, CPU, "fp32"),
+    ({}, None, V100, "fp16"),
+    ({}, None, A100, "bf16"),
+    ({"bf16": True}, None, CPU, "bf16"),
+    ({"bf16": False}, None, A100, "fp32"),
+    ({"fp16": True}, None, A100, "fp16"),
+    ({"fp16": False}, None, V100, "fp32"),
+    ({}, BF16_JSON, CPU, "bf16"),
+    ({}, FP16_JSON, V100, "fp16"),
+    ({}, FP16_JSON, A100, "fp16"),
+    ({"bf16": True}, BF16_JSON, A100, "bf16"),
+    ({}, OPEN, A100, "fp32"),
+    ({"bf16": True}, OPEN, A100, "bf16"),
+    ({"fp16": True}, OPEN, V100, "fp16"),
+    ({}, {}, A100, "fp32"),
+]
+
+
+@pytest.mark.parametrize(("asked", "file", "device", "precision"), PRECISIONS)
+def test_the_precision_is_the_options_then_the_deepspeed_files_then_the_devices(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    asked: dict[str, bool],
+    file: str | dict[str, Any] | None,
+    device: bool | None,
+    precision: str,
+) -> None:
+    if device is not CPU:
+        the_gpu(monkeypatch, bf16=device)
+    path = written(tmp_path / "ds.json", file) if isinstance(file, dict) else file
+    assert precision_of(options(tmp_path, deepspeed=path, **asked)) == precision
+
+
+def test_rank_and_not_local_rank_tells_who_is_main(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert is_main_process()
+    assert world_size() == 1
+    monkeypatch.setenv("LOCAL_RANK", "0")  # Spark's launcher gives every rank the local rank 0
+    monkeypatch.setenv("RANK", "3")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert not is_main_process()
+    assert world_size() == 4
