@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM, pipeline
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
 
 from training.collator import DataCollatorForCompletionOnlyLM
 from training.consts import CONTROL_TOKENS, END_KEY
@@ -59,7 +59,13 @@ def deepspeed(ranks: int, module: str = "training.trainer") -> list[str]:
 
 def torchrun(ranks: int) -> list[str]:
     launcher = Path(sys.executable).parent / "torchrun"
-    return [str(launcher), f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "-m", "training.trainer"]
+    return [
+        str(launcher),
+        f"--nproc_per_node={ranks}",
+        f"--master_port={free_port()}",
+        "-m",
+        "training.trainer",
+    ]
 
 
 def record(folder: Path) -> dict:
@@ -84,13 +90,18 @@ def test_two_ranks_under_zero3_in_bf16_leave_a_folder_that_stock_transformers_lo
     model, loaded = AutoModelForCausalLM.from_pretrained(finished, output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(finished)
     assert type(model) is GPTJForCausalLM
-    assert not loaded["missing_keys"] and not loaded["unexpected_keys"] and not loaded["mismatched_keys"]
+    assert not loaded["missing_keys"]
+    assert not loaded["unexpected_keys"]
+    assert not loaded["mismatched_keys"]
     assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().num_embeddings
     assert model.config.use_cache
     assert tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)) == [len(tokenizer) - 3 + i for i in range(3)]
     assert all(torch.isfinite(p).all() and p.numel() for p in model.parameters())
     assert record(finished)["precision"] == "bf16"
-    assert load_file(finished / "model.safetensors")["transformer.h.0.attn.q_proj.weight"].dtype == torch.bfloat16
+    assert (
+        load_file(finished / "model.safetensors")["transformer.h.0.attn.q_proj.weight"].dtype
+        == torch.bfloat16
+    )
 
 
 def test_the_run_says_what_it_did(finished):
@@ -102,10 +113,12 @@ def test_the_run_says_what_it_did(finished):
     assert "step 0/6  held-out loss" in printed
     assert "rate 1.00e-05" in printed
     assert printed.count("rows read") == 1, "one rank speaks"
-    assert "«" in printed and "left" in printed
+    assert "«" in printed
+    assert "left" in printed
     assert json.loads((finished / "ledger.json").read_text())["rows_kept"] > 4000
     card = (finished / "README.md").read_text()
-    assert f"{run_record['held_out_loss']['after']:.4f}" in card and "rows read" in card
+    assert f"{run_record['held_out_loss']['after']:.4f}" in card
+    assert "rows read" in card
 
 
 def test_tensorboard_holds_losses_and_rate(finished):
@@ -119,7 +132,13 @@ def test_tensorboard_holds_losses_and_rate(finished):
 
 def test_the_published_copy_is_the_model_without_its_checkpoints(finished):
     published = finished.parent / "published"
-    for name in ("model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja", "README.md"):
+    for name in (
+        "model.safetensors",
+        "tokenizer.json",
+        "generation_config.json",
+        "chat_template.jinja",
+        "README.md",
+    ):
         assert (published / name).read_bytes() == (finished / name).read_bytes(), name
     assert not list(published.glob("checkpoint-*"))
 
@@ -163,6 +182,68 @@ def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def logged(folder: Path, name: str) -> list[float]:
+    """Every logged value of one figure, in order."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+def test_thirty_packed_and_thirty_padded_steps_have_the_same_losses(tmp_path):
+    losses = {}
+    for batching in ("packed", "padded"):
+        folder = tmp_path / batching
+        train(
+            TrainingOptions(
+                input_model="demo",
+                training_dataset="demo",
+                test_size=50,
+                max_steps=30,
+                lr=1e-3,
+                logging_steps=1,
+                gradient_accumulation_steps=2,
+                batching=batching,
+                local_output_dir=str(folder),
+            )
+        )
+        losses[batching] = logged(folder, "loss") + logged(folder, "eval_loss")
+        assert logged(folder, "real_token_share")[0] == 1.0 or batching == "padded"
+    assert len(losses["packed"]) == 32
+    assert losses["packed"] == pytest.approx(losses["padded"], abs=1e-4)
+    assert losses["packed"][-1] < losses["packed"][-2] - 1, "and it learns"
+
+
+def test_a_token_budget_changes_the_memory_and_not_the_training(tmp_path):
+    losses = {}
+    for budget in (None, 150):
+        folder = tmp_path / str(budget)
+        train(
+            TrainingOptions(
+                input_model="demo",
+                training_dataset="demo",
+                test_size=50,
+                max_steps=8,
+                lr=1e-3,
+                logging_steps=1,
+                max_tokens_per_device=budget,
+                local_output_dir=str(folder),
+            )
+        )
+        losses[budget] = logged(folder, "loss") + logged(folder, "grad_norm")
+    assert losses[150] == pytest.approx(losses[None], rel=1e-4)
+
+
+def test_a_budget_below_the_longest_row_is_told_before_training(tmp_path):
+    with pytest.raises(ValueError, match="--max-tokens-per-device 20 is less than the length"):
+        train(
+            TrainingOptions(
+                input_model="demo",
+                training_dataset="demo",
+                max_tokens_per_device=20,
+                local_output_dir=str(tmp_path / "out"),
+            )
+        )
+
+
 def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> dict:
     """The gradients before the first optimizer step of a real run, by parameter."""
     from transformers import TrainerCallback
@@ -176,12 +257,12 @@ def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: p
             if not found:
                 found.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-    class GrabbingTrainer(training.trainer.Trainer):
+    class GrabbingTrainer(training.trainer.CompletionTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.add_callback(Grab())
 
-    monkeypatch.setattr(training.trainer, "Trainer", GrabbingTrainer)
+    monkeypatch.setattr(training.trainer, "CompletionTrainer", GrabbingTrainer)
     train(
         TrainingOptions(
             input_model="demo",
@@ -199,7 +280,8 @@ def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: p
 def test_eight_rows_at_once_and_eight_accumulated_give_equal_gradients(tmp_path, monkeypatch):
     at_once = gradients(tmp_path / "a", 8, 1, monkeypatch)
     accumulated = gradients(tmp_path / "b", 1, 8, monkeypatch)
-    assert at_once.keys() == accumulated.keys() and at_once
+    assert at_once.keys() == accumulated.keys()
+    assert at_once
     for name, gradient in at_once.items():
         difference = (gradient - accumulated[name]).norm() / gradient.norm()
         assert difference < 1e-5, f"{name}: {difference}"
@@ -226,8 +308,16 @@ def test_a_gptj_learns_alpaca_on_two_ranks_and_reloads_to_the_same_held_out_loss
     tokenizer = load_tokenizer(str(SHARED / "gpt2-bpe"))
     torch.manual_seed(0)
     GPTJForCausalLM(
-        GPTJConfig(n_embd=128, n_layer=2, n_head=4, rotary_dim=16, n_positions=2048, vocab_size=50400,
-                   bos_token_id=50256, eos_token_id=50256)  # fmt: skip
+        GPTJConfig(
+            n_embd=128,
+            n_layer=2,
+            n_head=4,
+            rotary_dim=16,
+            n_positions=2048,
+            vocab_size=50400,
+            bos_token_id=50256,
+            eos_token_id=50256,
+        )
     ).save_pretrained(base)
     shutil.copy(SHARED / "gpt2-bpe" / "vocab.json", base)
     shutil.copy(SHARED / "gpt2-bpe" / "merges.txt", base)

@@ -8,19 +8,16 @@ before the byte-pair merges run.
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import logging
 import os
 import re
 import shutil
-import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import datasets
 import numpy as np
@@ -29,7 +26,6 @@ import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
 from training.consts import (
-    DEMO,
     END_KEY,
     INPUT_KEY,
     INSTRUCTION_KEY,
@@ -37,38 +33,16 @@ from training.consts import (
     INTRO_WITH_INPUT,
     RESPONSE_KEY,
 )
+from training.rows import Columns, DataError, read_columns
 
 logger = logging.getLogger(__name__)
 
-# Alpaca's name first, then dolly-15k's. A `text` column may be there and is not read: it is the rendered row.
-COLUMN_NAMES = {
-    "instruction": ("instruction",),
-    "input": ("input", "context"),
-    "output": ("output", "response"),
-}
-FILE_KINDS = (".json", ".jsonl", ".csv", ".parquet")
 EMPTY_RESPONSE = "empty response"
 PROMPT_TOO_LONG = "prompt alone fills max_length"
 RESPONSE_CUT = "response would be cut at max_length"
 HISTOGRAM_EDGES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 ROWS_PER_TOKENIZER_CALL = 2000
 CACHE_FORMAT = 2  # raise it whenever the same rows would give other ids
-
-
-class DataError(ValueError):
-    """The dataset cannot be used; the message names the file, the row, and what to do."""
-
-
-@dataclass
-class Columns:
-    """The three columns of a dataset, all of one length, all strings. `input` is "" where a row has none."""
-
-    instruction: list[str]
-    input: list[str]
-    output: list[str]
-
-    def __len__(self) -> int:
-        return len(self.instruction)
 
 
 @dataclass
@@ -235,218 +209,6 @@ def encode_rows(
                 ledger.rows_truncated += 1
             ledger.rows_kept += 1
             yield row + 1, ids, response_start
-
-
-# --- source -> columns -------------------------------------------------------------------------------
-
-
-def read_columns(source: str) -> Columns:
-    """Rows of `source`: "demo", a local JSON list, JSONL, CSV or Parquet file, or a dataset on the Hub.
-
-    Raises DataError, naming file and row, for whatever is not a table of strings with the needed columns.
-    """
-    if source == DEMO:
-        from training.demo import demo_rows
-
-        return _select(demo_rows(), source, "row")
-    path = Path(source).expanduser()
-    if path.suffix.lower() in FILE_KINDS or path.exists():
-        return _read_file(path)
-    return _read_hub(source)
-
-
-def _read_hub(name: str) -> Columns:
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(
-            f"{name}: no such file. Expected a {', '.join(FILE_KINDS)} file, or a dataset's name on the Hub"
-        )
-    try:
-        table = datasets.load_dataset(name, split="train")
-    except Exception as error:  # the Hub client raises a dozen unrelated types
-        raise DataError(
-            f"{name}: neither a local file nor a dataset that could be loaded from the Hub "
-            f"({type(error).__name__}: {error}). Without a network name a local {', '.join(FILE_KINDS)} file, or '{DEMO}'"
-        ) from error
-    wanted = _match_columns(table.column_names, name)
-    return _check_strings(
-        {key: table[column][:] if column else None for key, column in wanted.items()}, len(table), name, "row"
-    )
-
-
-def _read_file(path: Path) -> Columns:
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
-    if not path.is_file():
-        raise DataError(f"{path}: a folder. Name one file in it ({', '.join(FILE_KINDS)})")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
-    readers: dict[str, Callable[[Path], Columns]] = {
-        ".json": _read_json,
-        ".jsonl": _read_json,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-    }
-    reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: cannot read '{path.suffix}' files. Expected one of {', '.join(FILE_KINDS)}")
-    try:
-        columns = reader(path)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start:,}. Save the file as UTF-8") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error})") from error
-    if not len(columns):
-        raise DataError(f"{path}: no rows")
-    return columns
-
-
-def _read_json(path: Path) -> Columns:
-    """A JSON list of objects, or one object a line; told apart by the first character, not the name."""
-    text = path.read_text(encoding="utf-8-sig")
-    decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
-    if text.lstrip()[:1] == "[":
-        try:
-            rows = decoder.decode(text)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from error
-        except (ValueError, RecursionError) as error:  # a key twice, an endless number, endless nesting
-            raise DataError(f"{path}: {error}") from error
-        return _select(rows, str(path), "row")
-    rows = []
-    # Not str.splitlines: it also splits at U+2028 and its like, which may stand inside a JSON string.
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            rows.append(decoder.decode(line))
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: broken JSON: {error.msg} at column {error.colno}"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path}, line {number}: {error}") from error
-    return _select(rows, str(path), "row")
-
-
-class DuplicateKeyError(ValueError):
-    """One JSON object has the same key twice, and no one can say which is meant."""
-
-
-def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise DuplicateKeyError(
-            f"column {next(k for k in keys if keys.count(k) > 1)!r} stands twice in one row"
-        )
-    return row
-
-
-def _read_csv(path: Path) -> Columns:
-    csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KiB
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, strict=True)
-        try:
-            header = next(reader, [])
-            if len(set(header)) < len(header):
-                name = next(column for column in header if header.count(column) > 1)
-                raise DataError(f"{path}, line 1: column {name!r} stands twice in the header")
-            wanted = _match_columns(header, str(path))
-            places = {key: header.index(column) if column else None for key, column in wanted.items()}
-            values: dict[str, list[str]] = {key: [] for key in COLUMN_NAMES}
-            for fields in reader:
-                if not fields:
-                    continue
-                if len(fields) != len(header):
-                    raise DataError(
-                        f"{path}, line {reader.line_num}: {len(fields)} fields, but the header has {len(header)}"
-                    )
-                for key, place in places.items():
-                    values[key].append("" if place is None else fields[place])
-        except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error
-    return Columns(**values)
-
-
-def _read_parquet(path: Path) -> Columns:
-    try:
-        file = pyarrow.parquet.ParquetFile(path)
-        names = file.schema_arrow.names
-        wanted = _match_columns(names, str(path))
-        table = file.read(columns=[column for column in wanted.values() if column])
-        values = {key: table[column].to_pylist() if column else None for key, column in wanted.items()}
-    except (pa.ArrowException, OSError) as error:
-        raise DataError(f"{path}: not a readable Parquet file ({error})") from error
-    return _check_strings(values, table.num_rows, str(path), "row")
-
-
-def _select(rows: Any, source: str, unit: str) -> Columns:
-    """Columns from a list of objects. Every row must have an instruction and an output, under one name."""
-    if not isinstance(rows, list) or not rows:
-        raise DataError(f"{source}: no rows. Expected a list of objects with 'instruction' and 'output'")
-    for number, row in enumerate(rows, start=1):
-        if not isinstance(row, dict):
-            raise DataError(f"{source}, {unit} {number}: {_shown(row)} is not an object with named columns")
-    wanted = _match_columns(list(dict.fromkeys(name for row in rows for name in row)), source)
-    values: dict[str, list[Any] | None] = {}
-    for key, column in wanted.items():
-        if column is not None and key != "input":  # an input may be in some rows only
-            for number, row in enumerate(rows, start=1):
-                if column not in row:
-                    raise DataError(
-                        f"{source}, {unit} {number}: no column {column!r}; found {', '.join(map(repr, row))}"
-                    )
-        values[key] = [row.get(column) for row in rows] if column else None
-    return _check_strings(values, len(rows), source, unit)
-
-
-def _match_columns(found: list[str], source: str) -> dict[str, str | None]:
-    """Which of the found columns serves as instruction, input and output; None where there is no input."""
-    matched: dict[str, str | None] = {}
-    for key, names in COLUMN_NAMES.items():
-        present = [name for name in names if name in found]
-        for name in present:
-            if found.count(name) > 1:  # Parquet allows it; CSV and JSON are told by their readers
-                raise DataError(f"{source}: column {name!r} stands twice. Keep one of the two")
-        if len(present) > 1:
-            raise DataError(
-                f"{source}: has both {present[0]!r} and {present[1]!r}. Keep one of the two columns"
-            )
-        matched[key] = present[0] if present else None
-    missing = [
-        " or ".join(map(repr, COLUMN_NAMES[key])) for key in ("instruction", "output") if matched[key] is None
-    ]
-    if missing:
-        raise DataError(
-            f"{source}: no column {' and no column '.join(missing)}. Found {', '.join(map(repr, found)) or 'none'}; "
-            "needed are instruction and output (as in Alpaca; input may be left out), "
-            "or instruction and response (as in dolly-15k; context may be left out)"
-        )
-    return matched
-
-
-def _check_strings(values: dict[str, list[Any] | None], rows: int, source: str, unit: str) -> Columns:
-    columns: dict[str, list[str]] = {}
-    for key, column in values.items():
-        if column is None:
-            columns[key] = [""] * rows
-            continue
-        if key == "input":
-            column = ["" if value is None else value for value in column]
-        for number, value in enumerate(column, start=1):
-            if not isinstance(value, str):
-                raise DataError(f"{source}, {unit} {number}: {key} is {_shown(value)}, expected a string")
-            try:
-                value.encode()
-            except UnicodeEncodeError as error:
-                raise DataError(f"{source}, {unit} {number}: {key} has half of a surrogate pair") from error
-        columns[key] = column
-    return Columns(**columns)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
 
 
 # --- the prepared dataset ----------------------------------------------------------------------------
