@@ -1,0 +1,144 @@
+"""The loss at response positions only, without the logits of a whole share existing at once.
+
+Float32 logits of 1,000 tokens over 50,400 entries are 200 MB, and the plain loss holds several copies. Here a
+chunk of them is made, turned into its own gradient in place, used, and forgotten: three matrix products per
+chunk, none of them twice.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.gptj import modeling_gptj as gptj
+
+# Memory of one chunk of float32 logits. At 50,400 entries it is 1,331 tokens: the responses of 21 mean rows of
+# Alpaca, so most shares are one chunk, and the sum of weight gradients over chunks is seldom rounded twice.
+CHUNK_BYTES = 256 * 2**20
+
+
+class _SummedCrossEntropy(torch.autograd.Function):
+    """Sum of the cross entropies of `hidden @ weight.T + bias`, with its gradients made in the forward.
+
+    The gradients are those of the sum; the division by the number of labels and the loss scale of fp16
+    arrive with the backward, so that small probabilities do not underflow in fp16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        targets: torch.Tensor,
+        wants_gradient: bool,
+    ) -> torch.Tensor:
+        """`hidden (labels, width)`, `weight (vocabulary, width)`, `targets (labels,)` to a float32 scalar."""
+        loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        if wants_gradient:
+            hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
+            bias_grad = weight.new_zeros(weight.shape[0], dtype=torch.float32)
+
+        tokens = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        for start in range(0, hidden.shape[0], tokens):
+            chunk, target = hidden[start : start + tokens], targets[start : start + tokens, None]
+            logits = (chunk @ weight.T if bias is None else torch.addmm(bias, chunk, weight.T)).float()
+            largest = logits.amax(dim=1, keepdim=True)
+            logits -= largest
+            chosen = logits.gather(1, target)
+            total = logits.exp_().sum(dim=1, keepdim=True)
+            loss += (total.log() - chosen).sum()
+            if wants_gradient:
+                logits /= total  # probabilities; less one at the target, they are the gradient of the logits
+                logits.scatter_add_(1, target, torch.full_like(chosen, -1.0))
+                gradient = logits.to(weight.dtype)
+                torch.mm(gradient, weight, out=hidden_grad[start : start + tokens])
+                # beta=0: the first chunk overwrites what a fill with zeros would cost a pass over memory
+                weight_grad.addmm_(gradient.T, chunk, beta=min(start, 1))
+                bias_grad += logits.sum(dim=0)
+        if wants_gradient:
+            if hidden.shape[0] == 0:  # a rank without rows
+                weight_grad.zero_()
+            ctx.save_for_backward(
+                hidden_grad, weight_grad, None if bias is None else bias_grad.to(bias.dtype)
+            )
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gradients = ctx.saved_tensors
+        return (
+            *(None if gradient is None else gradient.mul_(grad_output) for gradient in gradients),
+            None,
+            None,
+        )
+
+
+class ResponseLossHead(nn.Linear):
+    """A language-model head that, given targets, returns their loss instead of logits.
+
+    The loss is made inside the head's own forward because that is where ZeRO-3 gathers the head's weight.
+    """
+
+    def forward(self, hidden: torch.Tensor, targets: torch.Tensor | None = None) -> torch.Tensor:
+        """Logits of `hidden (..., width)`, or the summed loss of `hidden (labels, width)`, `targets (labels,)`."""
+        if targets is None:
+            return super().forward(hidden)
+        # Asked here, because inside an autograd function gradients always count as switched off.
+        return _SummedCrossEntropy.apply(hidden, self.weight, self.bias, targets, torch.is_grad_enabled())
+
+
+class GPTJForCausalLM(gptj.GPTJForCausalLM):
+    """GPTJForCausalLM that takes the loss of a packed batch from its head.
+
+    It bears its parent's name, which is what transformers writes into the saved model's config.
+    """
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        shift_labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As GPTJForCausalLM.forward; with `shift_labels` (a packed batch) only a loss, and no logits.
+
+        The loss is the sum over `shift_labels (1, labels)` divided by `num_items_in_batch`, which the Trainer
+        counts over all ranks and accumulation steps, or by the batch's own labels without it.
+        """
+        if shift_labels is None:
+            return super().forward(
+                input_ids,
+                past_key_values=past_key_values,
+                attention_mask=attention_mask,
+                token_type_ids=token_type_ids,
+                position_ids=position_ids,
+                inputs_embeds=inputs_embeds,
+                labels=labels,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                num_items_in_batch=num_items_in_batch,
+                **kwargs,
+            )
+        # `keep` is an argument of PackingGPTJModel (attention.py): it computes nothing else in the last layer.
+        kept = self.transformer(input_ids, position_ids=position_ids, keep=logits_to_keep).last_hidden_state
+        summed = self.lm_head(kept[0], shift_labels[0])
+        items = shift_labels.numel() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=summed / items)
+
+
+def use_response_loss(model: PreTrainedModel) -> None:
+    """Gives a loaded GPT-J the loss above, in place, after its embeddings have their final size."""
+    model.__class__ = GPTJForCausalLM
+    model.lm_head.__class__ = ResponseLossHead
