@@ -2,12 +2,61 @@
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from training.consts import IGNORE_INDEX
+
+
+class StepCounter:
+    """What this rank computed since the last line of the log, kept on the device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self.sums: torch.Tensor | None = None
+        self.begin = time.perf_counter()
+
+    def add(self, batch: dict[str, torch.Tensor]) -> None:
+        """Counts a batch: real tokens, computed tokens, labels, and the squared lengths of its rows."""
+        ids = batch["input_ids"]
+        if "position_ids" in batch:  # packed: the odd numbers up to 2n - 1 add up to n squared
+            real = torch.tensor(ids.numel(), device=ids.device)
+            squares = (2 * batch["position_ids"] + 1).sum()
+        else:
+            lengths = batch["attention_mask"].sum(dim=1)
+            real, squares = lengths.sum(), (lengths**2).sum()
+        counts = torch.stack([real, torch.tensor(ids.numel(), device=ids.device), count_labels(batch), squares])
+        self.sums = counts.double() if self.sums is None else self.sums + counts
+
+    def skip(self, seconds: float) -> None:
+        """Leaves time out of the speed: that of an evaluation or a save."""
+        self.begin += seconds
+
+    def take(self) -> tuple[torch.Tensor, float]:
+        """(the four sums `(4,)` float64, seconds) since the last call."""
+        now = time.perf_counter()
+        sums, seconds = self.sums, now - self.begin
+        self.sums, self.begin = None, now
+        return (torch.zeros(4, dtype=torch.float64) if sums is None else sums), seconds
+
+
+def count_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Response tokens that a batch has a loss on, an int64 scalar."""
+    labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
+    return (labels != IGNORE_INDEX).sum()
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this process held so far: of its GPU, or of the host where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on a Mac
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)
 
 
 class ProgressLog(TrainerCallback):
@@ -50,7 +99,7 @@ class ProgressLog(TrainerCallback):
         elif "loss" in logs:
             self._write(
                 f"{self._place(state)}  loss {logs['loss']:.4f}  rate {logs.get('learning_rate', 0.0):.2e}"
-                f"  gradient norm {float(logs.get('grad_norm') or 0.0):.2f}{self._speed(state)}"
+                f"  gradient norm {float(logs.get('grad_norm') or 0.0):.2f}{self._figures(logs)}{self._speed(state)}"
             )
 
     def on_train_end(
@@ -62,6 +111,15 @@ class ProgressLog(TrainerCallback):
 
     def _place(self, state: TrainerState) -> str:
         return f"step {state.global_step:,}/{state.max_steps:,}"
+
+    def _figures(self, logs: dict[str, float]) -> str:
+        if "tokens_per_second" not in logs:
+            return ""
+        mfu = f"  MFU {logs['mfu']:.0%}" if "mfu" in logs else ""
+        return (
+            f"  {logs['tokens_per_second']:,.0f} tokens/s, {logs['real_token_share']:.0%} of those computed"
+            f"{mfu}  {logs['peak_memory_gib']:.1f} GiB"
+        )
 
     def _speed(self, state: TrainerState) -> str:
         steps = state.global_step - self.first_step

@@ -17,6 +17,7 @@ import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
+from training.attention import use_packed_attention
 from training.checkpoint import MAX_NEW_TOKENS, RUN_FILE, generation_config
 from training.consts import DEFAULT_SEED, RESPONSE_KEY
 from training.data import encode_prompts
@@ -45,6 +46,8 @@ def load_model_tokenizer_for_generate(
     tokenizer = load_tokenizer(path, trust_remote_code)
     model = load_model(path, tokenizer, dtype, DEFAULT_SEED, trust_remote_code)
     model.config.use_cache = True
+    if model.config.model_type == "gptj":
+        use_packed_attention(model)  # the fused kernel gives the same answers
     return model.eval().to(device), tokenizer
 
 

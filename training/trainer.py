@@ -13,17 +13,21 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 import datasets
 import torch
 import transformers
-from transformers import Trainer, TrainingArguments, set_seed
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
-from training.callbacks import ProgressLog, duration
+from training.attention import packs_cleanly, use_packed_attention
+from training.batching import GlobalBatchSampler, check_token_budget, held_out_batches, micro_steps_needed
+from training.callbacks import ProgressLog, StepCounter, count_labels, duration, peak_memory_gib
 from training.checkpoint import (
     LEDGER_FILE,
     publish,
@@ -32,8 +36,15 @@ from training.checkpoint import (
     write_model_card,
     write_run_record,
 )
-from training.collator import DataCollatorForCompletionOnlyLM
-from training.data import DataError, marked_sample, prepare_dataset, split_held_out
+from training.collator import (
+    DataCollatorForCompletionOnlyLM,
+    DataCollatorForPackedRows,
+    document_lengths,
+    split_packed_batch,
+)
+from training.data import marked_sample, prepare_dataset, split_held_out
+from training.flops import model_flops, model_parameters, peak_flops
+from training.loss import use_response_loss
 from training.model import DTYPES, ModelError, load_config, load_model, load_tokenizer, max_positions
 from training.options import (
     GroupedCommand,
@@ -46,8 +57,11 @@ from training.options import (
     value_faults,
     world_size,
 )
+from training.rows import DataError
 
 logger = logging.getLogger("training")
+
+Batching = Literal["packed", "padded", "length"]
 
 
 def training_arguments(options: TrainingOptions) -> TrainingArguments:
@@ -94,6 +108,141 @@ def _accelerator() -> bool:
     return torch.cuda.is_available() or (world_size() == 1 and torch.backends.mps.is_available())
 
 
+class CompletionTrainer(Trainer):
+    """transformers' Trainer with our batches, a loss per held-out token, and the figures of a step.
+
+    Args:
+        batching: "packed", "padded", or "length" (padded, rows of a global batch dealt by length).
+        max_tokens: tokens a device computes at once; a larger packed batch is split. None: never.
+        peak_flops: floating point operations a second of one device, for the MFU.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        batching: Batching,
+        max_tokens: int | None,
+        peak_flops: float,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.model.config.get_text_config()
+        self.parameters = model_parameters(self.model)
+        self.shape = config.hidden_size, config.num_hidden_layers
+        self.batching = batching
+        self.max_tokens = max_tokens
+        self.peak_flops = peak_flops
+        self.counter = StepCounter()
+
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> GlobalBatchSampler:
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        return GlobalBatchSampler(
+            rows["length"][:],
+            self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
+            world_size=self.args.world_size,
+            rank=self.args.process_index,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+            deal=self.batching,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        steps = held_out_batches(rows["length"][:], self.args.eval_batch_size, self.args.world_size)
+        return DataLoader(
+            rows,
+            batch_sampler=[ranks[self.args.process_index] for ranks in steps],
+            collate_fn=self.data_collator,
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss of the held-out response tokens, in nats.
+
+        transformers averages the means of batches, which moves with how the rows are batched.
+        """
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        summed = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        for inputs in dataloader:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                inputs = self._prepare_inputs(inputs)
+                tokens = count_labels(inputs)
+                loss = model(**inputs, num_items_in_batch=tokens.clamp(min=1)).loss
+            summed += torch.stack([loss.double() * tokens.clamp(min=1), tokens.double()])
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        summed = self.accelerator.reduce(summed)
+        loss = (summed[0] / summed[1]).item()
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(self.eval_dataset))
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One forward and backward; or several, where the packed rows are more than `max_tokens`.
+
+        The parts add up to the same gradient. Ranks agree on their number, as ZeRO-3 needs all of them in every
+        forward, and only the last part ends the accumulation.
+        """
+        self.counter.add(inputs)
+        parts = self._parts(inputs)
+        last_of_batch = self.accelerator.sync_gradients
+        loss = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(parts, start=1):
+            self.accelerator.gradient_state._set_sync_gradients(last_of_batch and number == len(parts))
+            loss = loss + super().training_step(model, part, num_items_in_batch)
+        return loss
+
+    def _parts(self, inputs: Any) -> list[Any]:
+        if self.max_tokens is None:
+            return [inputs]
+        needed = torch.tensor(
+            micro_steps_needed(document_lengths(inputs["position_ids"]), self.max_tokens),
+            device=self.args.device,
+        )
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(needed, op=torch.distributed.ReduceOp.MAX)
+        return split_packed_batch(inputs, int(needed)) if needed > 1 else [inputs]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds speed and use of the devices to what transformers logs of training. All ranks call it."""
+        if "loss" in logs:
+            sums, seconds = self.counter.take()
+            real, computed, labels, squares = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+            devices = self.args.world_size
+            flops = model_flops(*self.parameters, *self.shape, real, labels, squares)
+            logs["tokens_per_second"] = real / seconds
+            logs["tokens_per_second_per_device"] = real / seconds / devices
+            logs["real_token_share"] = real / max(computed, 1)
+            logs["mfu"] = flops / seconds / devices / self.peak_flops
+            logs["peak_memory_gib"] = peak_memory_gib()
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        begin = time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.counter.skip(time.perf_counter() - begin)
+
+
+def choose_batching(model: PreTrainedModel, asked: str) -> Batching:
+    """How this model's rows are batched: "packed" only where the loaded model is proved to keep rows apart."""
+    if asked == "padded":
+        return "padded"
+    if model.config.model_type == "gptj":
+        use_packed_attention(model)
+        use_response_loss(model)
+    clean, reason = packs_cleanly(model)
+    if clean:
+        return "packed"
+    logger.info("rows are padded, and dealt by length, because this model cannot pack: %s", reason)
+    return "length"
+
+
 def train(options: TrainingOptions) -> dict[str, Any]:
     """Fine-tunes and returns the run's record. Raises OptionsError, DataError or ModelError before any step.
 
@@ -124,6 +273,11 @@ def train(options: TrainingOptions) -> dict[str, Any]:
             options.max_dropped_fraction,
         )
         train_rows, held_out_rows = split_held_out(rows, options.test_size, options.seed)
+    if options.max_tokens_per_device:
+        try:
+            check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
+        except ValueError as error:
+            raise OptionsError([str(error)]) from error
     record = start_record(options, args.world_size, precision)
     if main:
         output.mkdir(parents=True, exist_ok=True)
@@ -140,13 +294,18 @@ def train(options: TrainingOptions) -> dict[str, Any]:
     set_seed(options.seed)
     model = load_model(options.input_model, tokenizer, dtype, options.seed, options.trust_remote_code)
 
-    trainer = Trainer(
+    batching = choose_batching(model, options.batching)
+    collator = DataCollatorForPackedRows if batching == "packed" else DataCollatorForCompletionOnlyLM
+    trainer = CompletionTrainer(
         model=model,
         args=args,
         train_dataset=train_rows,
         eval_dataset=held_out_rows,
-        data_collator=DataCollatorForCompletionOnlyLM(pad_token_id=tokenizer.pad_token_id),
+        data_collator=collator(pad_token_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
+        batching=batching,
+        max_tokens=options.max_tokens_per_device,
+        peak_flops=peak_flops(args.device, DTYPES[precision]),
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -168,9 +327,11 @@ def train(options: TrainingOptions) -> dict[str, Any]:
         )
     result = trainer.train()
     save_model(trainer, tokenizer, output, options.max_shard_size)
+    trainer.save_state()  # trainer_state.json: every logged figure of every step
     held_out = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     record |= {
         "status": "finished",
+        "batching": batching,
         "steps": result.global_step,
         "train_loss": result.training_loss,
         "held_out_loss": {"before": held_out[0], "after": held_out[-1]},

@@ -1,0 +1,510 @@
+"""Padded against packed on the user's own hardware: same rows, same weights, side by side.
+
+python -m training.bench --training-dataset rows.jsonl --width 2048 --layers 3 --heads 16
+
+Four recipes take turns, so that a machine whose speed drifts is unfair to none of them:
+
+    dolly           padded to the longest of a random batch, eager attention, gradient checkpointing
+    stock           the best of transformers' own Trainer: padded, dealt by `batch_rebalance`, no checkpointing
+    packed          ours, no checkpointing
+    packed_checkpointed   ours with Dolly's checkpointing, to compare like with like
+
+Where the `trl` package is installed its SFTTrainer, padding-free on eager attention, is one more: the fastest of
+its settings that keeps GPT-J's documents apart.
+
+On one rank every recipe computes the same batches. For N ranks it is the slowest rank that a step waits for, so
+of each global batch the share with the most computed tokens is what is timed.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import click
+import datasets
+import torch
+import transformers
+from tqdm import tqdm
+from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel
+from transformers.trainer_pt_utils import BatchRebalanceSampler
+
+from training.attention import use_packed_attention
+from training.batching import GlobalBatchSampler
+from training.callbacks import count_labels
+from training.collator import (
+    PAD_TO_MULTIPLE_OF,
+    DataCollatorForCompletionOnlyLM,
+    DataCollatorForPackedRows,
+    completion_labels,
+)
+from training.consts import DEFAULT_SEED, DEMO, IGNORE_INDEX
+from training.data import prepare_dataset
+from training.flops import matmul_flops_per_second, model_flops, model_parameters
+from training.loss import use_response_loss
+from training.model import DTYPES, ModelError, load_tokenizer
+from training.rows import DataError
+
+RECIPES = ["dolly", "stock", "packed", "packed_checkpointed"]
+TRL = "trl"
+
+
+@dataclass
+class Timing:
+    """What one recipe took for some shares of rows."""
+
+    seconds: float = 0.0
+    real_tokens: int = 0
+    flops: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.real_tokens / self.seconds
+
+
+def build_model(
+    packed: bool,
+    vocabulary: int,
+    width: int,
+    layers: int,
+    heads: int,
+    positions: int,
+    dtype: torch.dtype,
+    device: str,
+) -> PreTrainedModel:
+    """A GPT-J with seeded random weights: transformers' own, or the same with our attention and loss."""
+    config = GPTJConfig(
+        vocab_size=vocabulary,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        rotary_dim=min(64, width // heads),
+        n_positions=positions,
+        attn_pdrop=0,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        use_cache=False,
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(DEFAULT_SEED)
+        model = GPTJForCausalLM._from_config(config, attn_implementation="eager")
+    model = model.to(device=device, dtype=dtype).train()
+    if packed:
+        use_packed_attention(model)
+        use_response_loss(model)
+    return model
+
+
+def sft_trainer(model: PreTrainedModel, tokenizer: Any, rows: int) -> Any:
+    """TRL's trainer around `model`, padding-free, with the loss on the response alone."""
+    from trl import SFTConfig, SFTTrainer
+
+    row = {"input_ids": [0, 0], "labels": [IGNORE_INDEX, 0]}
+    return SFTTrainer(
+        model=model,
+        args=SFTConfig(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=rows,
+            padding_free=True,
+            max_length=None,
+            dataset_kwargs={"skip_prepare_dataset": True},
+            use_cpu=model.device.type == "cpu",
+            bf16=False,
+            report_to="none",
+        ),
+        train_dataset=datasets.Dataset.from_list([row]),
+        processing_class=tokenizer,
+    )
+
+
+def step(
+    trainee: Any, rows: Sequence[dict[str, Any]], recipe: str, pad_token_id: int
+) -> tuple[float, float, int]:
+    """Forward and backward of one share. Returns (seconds, loss, labels); the gradients stay in the model.
+
+    `trainee` is the model, or TRL's trainer around it.
+    """
+    model = trainee.model if recipe == TRL else trainee
+    if recipe in ("dolly", "packed_checkpointed"):
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    else:
+        model.activation_checkpointing_disable()
+    model.zero_grad(set_to_none=False)
+    _wait(model)
+    begin = time.perf_counter()
+    if recipe == TRL:
+        batch = trainee.data_collator(
+            [{"input_ids": row["input_ids"], "labels": completion_labels(row)} for row in rows]
+        )
+    else:
+        collator = (
+            DataCollatorForPackedRows if recipe.startswith("packed") else DataCollatorForCompletionOnlyLM
+        )
+        batch = collator(pad_token_id=pad_token_id)(list(rows))
+    batch = {
+        name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()
+    }
+    labels = count_labels(batch)
+    if recipe == TRL:
+        loss = trainee.compute_loss(model, batch, num_items_in_batch=labels)
+    else:
+        loss = model(**batch, num_items_in_batch=labels).loss
+    loss.backward()
+    _wait(model)
+    return time.perf_counter() - begin, loss.item(), int(labels)
+
+
+def _wait(model: PreTrainedModel) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def packs(recipe: str) -> bool:
+    """Whether the recipe computes real tokens only."""
+    return recipe == TRL or recipe.startswith("packed")
+
+
+def computed_tokens(lengths: Sequence[int], packed: bool) -> int:
+    """Tokens that a share costs: its own if packed, else every row padded to the longest."""
+    if packed or not lengths:
+        return sum(lengths)
+    return len(lengths) * -(-max(lengths) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+
+
+def global_shares(recipe: str, lengths: Sequence[int], rows: int, world_size: int) -> list[list[list[int]]]:
+    """The full global batches of an epoch, `[step][rank]`, as the recipe deals them. All have the same batches."""
+    if recipe == "stock":
+        ranks = [
+            BatchRebalanceSampler(
+                list(lengths), rows * world_size, world_size, 1, seed=DEFAULT_SEED, rank=rank
+            )
+            for rank in range(world_size)
+        ]
+        return [list(shares) for shares in zip(*ranks, strict=True)]
+    sampler = GlobalBatchSampler(
+        lengths,
+        rows * world_size,
+        world_size=world_size,
+        rank=0,
+        accumulation=1,
+        seed=DEFAULT_SEED,
+        deal="packed" if recipe.startswith("packed") else "padded",
+    )
+    full = len(lengths) // (rows * world_size)
+    return [
+        sampler.micro_batches(batch)[0]
+        for batch, _ in zip(sampler.global_batches(), range(full), strict=False)
+    ]
+
+
+def slowest_share(shares: Sequence[Sequence[int]], lengths: Sequence[int], packed: bool) -> Sequence[int]:
+    """The share that its step waits for."""
+    return max(shares, key=lambda share: computed_tokens([lengths[row] for row in share], packed))
+
+
+def real_token_shares(recipe: str, lengths: Sequence[int], rows: int, world_size: int) -> list[float]:
+    """Of what the devices could have computed while they waited for the slowest, the share that is real, per step."""
+    packed = packs(recipe)
+    shares = []
+    for ranks in global_shares(recipe, lengths, rows, world_size):
+        costs = [computed_tokens([lengths[row] for row in share], packed) for share in ranks]
+        shares.append(sum(lengths[row] for share in ranks for row in share) / (max(costs) * world_size))
+    return shares
+
+
+def measure(
+    trainees: dict[str, Any],
+    rows: Any,
+    plan: list[dict[str, Sequence[int]]],
+    pad_token_id: int,
+    description: str,
+) -> dict[str, Timing]:
+    """Runs the recipes in turn over `plan`, which has the rows of every recipe for every step. One step warms up."""
+    timings = {recipe: Timing() for recipe in trainees}
+    parameters = model_parameters(trainees["packed"])
+    config = trainees["packed"].config
+    for number, shares in enumerate(tqdm([plan[0], *plan], desc=description, file=sys.stderr, disable=None)):
+        for recipe, share in shares.items():
+            chosen = [rows[row] for row in share]
+            seconds, _, labels = step(trainees[recipe], chosen, recipe, pad_token_id)
+            if number:
+                timing, lengths = timings[recipe], [len(row["input_ids"]) for row in chosen]
+                timing.seconds += seconds
+                timing.real_tokens += sum(lengths)
+                timing.flops += model_flops(
+                    *parameters,
+                    config.n_embd,
+                    config.n_layer,
+                    sum(lengths),
+                    labels,
+                    sum(n * n for n in lengths),
+                )
+    return timings
+
+
+def gradient_difference(
+    trainees: dict[str, Any], rows: Any, pad_token_id: int
+) -> tuple[dict[str, float], dict[str, float]]:
+    """By recipe, on the same rows: the loss, and the largest difference of any parameter's gradient to Dolly's.
+
+    The difference is relative to the norm of that parameter's gradient.
+    """
+    losses, differences = {}, {}
+    reference: dict[str, torch.Tensor] = {}
+    for recipe, trainee in trainees.items():
+        _, losses[recipe], _ = step(trainee, rows, recipe, pad_token_id)
+        model = trainee.model if recipe == TRL else trainee
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        reference = reference or {name: gradient.clone() for name, gradient in gradients.items()}
+        differences[recipe] = max(
+            ((gradients[name] - g).norm() / g.norm().clamp(min=1e-30)).item() for name, g in reference.items()
+        )
+    return losses, differences
+
+
+def _peak_memory(
+    shape: dict[str, Any], rows: list[dict[str, Any]], recipe: str, pad_token_id: int, results: Any
+) -> None:
+    """In a process of its own: the memory that a step takes beyond weights and gradients, in GiB."""
+    model = build_model(recipe.startswith("packed"), **shape)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    if model.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        allocated = torch.cuda.memory_allocated()
+        step(model, rows, recipe, pad_token_id)
+        results.put((torch.cuda.max_memory_allocated() - allocated) / 2**30)
+        return
+    before = _resident_gib(reset_peak=True)
+    step(model, rows, recipe, pad_token_id)
+    results.put(_resident_gib("VmHWM") - before)
+
+
+def _resident_gib(field: str = "VmRSS", reset_peak: bool = False) -> float:
+    """Resident memory of this process in GiB, now or (VmHWM) at its peak. Linux can forget a peak, a Mac cannot."""
+    if not sys.platform.startswith("linux"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
+    if reset_peak:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 2**20
+
+
+def peak_memories(shape: dict[str, Any], rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, float]:
+    """Peak memory in GiB of one step by recipe, beyond weights and gradients, each in a fresh process."""
+    context = multiprocessing.get_context("spawn")
+    peaks = {}
+    for recipe in tqdm(RECIPES, desc="peak memory", file=sys.stderr, disable=None):
+        results = context.SimpleQueue()
+        process = context.Process(target=_peak_memory, args=(shape, rows, recipe, pad_token_id, results))
+        process.start()
+        process.join()
+        if process.exitcode != 0:
+            raise click.ClickException(
+                f"measuring the memory of {recipe} ended with exit code {process.exitcode}"
+            )
+        peaks[recipe] = results.get()
+    return peaks
+
+
+def report(result: dict[str, Any]) -> str:
+    """The result as a table for people."""
+    recipes = [recipe for recipe in [*RECIPES, TRL] if recipe in result]
+    lines = [f"{'':40}" + "".join(f"{recipe:>20}" for recipe in recipes)]
+
+    def line(name: str, values: Sequence[str]) -> None:
+        lines.append(f"{name:40}" + "".join(f"{value:>20}" for value in values))
+
+    n = result["world_size"]
+    for place, title in (("one_rank", "1 rank"), ("slowest_rank", f"slowest of {n} ranks")):
+        speeds = [result[place]["tokens_per_second"][recipe] for recipe in recipes]
+        line(f"real tokens/s, {title}", [f"{speed:,.0f}" for speed in speeds])
+        line("  times dolly", [f"{speed / speeds[0]:.2f}" for speed in speeds])
+    line("MFU, 1 rank", [f"{result[recipe]['mfu']:.2f}" for recipe in recipes])
+    memories = [result[recipe]["peak_memory_gib"] for recipe in recipes]
+    line("peak memory, GiB", ["-" if memory is None else f"{memory:.2f}" for memory in memories])
+    line("loss", [f"{result[recipe]['loss']:.6f}" for recipe in recipes])
+    line(
+        "largest gradient difference to dolly",
+        [f"{result[r]['relative_gradient_difference']:.1e}" for r in recipes],
+    )
+    line(
+        f"real tokens of those computed, {n} ranks", [f"{result[r]['real_token_share']:.0%}" for r in recipes]
+    )
+    lines.append(
+        f"MFU is of the measured matrix-product rate, {result['matmul_gflops']:,.0f} GFLOP/s; memory is beyond "
+        "weights and gradients; a gradient's difference is relative to its norm"
+    )
+    return "\n".join(lines)
+
+
+def plot(shares: dict[str, list[float]], world_size: int, path: Path) -> None:
+    """Share of real tokens at every step of an epoch, before and after."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    names = {"dolly": "padded, as Dolly", "stock": "padded, batch_rebalance", "packed": "packed"}
+    for recipe, name in names.items():
+        values = shares[recipe]
+        axes.plot(
+            range(1, len(values) + 1), values, marker=".", linewidth=1, label=f"{name}: {fmean(values):.0%}"
+        )
+    axes.set(
+        xlabel="step",
+        ylabel="real tokens, of what the devices could compute",
+        ylim=(0, 1.05),
+        title=f"Every step waits for the slowest of {world_size} ranks",
+    )
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+@click.command()
+@click.option("--training-dataset", default=DEMO, show_default=True, help="As the trainer's.")
+@click.option(
+    "--tokenizer", "tokenizer_name", default=DEMO, show_default=True, help="A model's name or folder."
+)
+@click.option("--width", type=click.IntRange(8), default=512, show_default=True, help="Of the model.")
+@click.option("--layers", type=click.IntRange(1), default=4, show_default=True)
+@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
+@click.option(
+    "--vocab", type=click.IntRange(1), default=None, help="Embedding rows.  [default: the tokenizer's]"
+)
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Rows a rank and step.")
+@click.option("--world-size", type=click.IntRange(1), default=8, show_default=True, help="Ranks to simulate.")
+@click.option(
+    "--steps", type=click.IntRange(1), default=4, show_default=True, help="Steps to time of each kind."
+)
+@click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
+@click.option("--device", default=None, help="[default: the GPU if there is one]")
+@click.option("--json", "as_json", is_flag=True, help="JSON instead of the table.")
+@click.option(
+    "--plot",
+    "picture",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write a PNG of the real tokens a step.",
+)
+def main(
+    training_dataset: str,
+    tokenizer_name: str,
+    width: int,
+    layers: int,
+    heads: int,
+    vocab: int | None,
+    batch: int,
+    world_size: int,
+    steps: int,
+    precision: str,
+    device: str | None,
+    as_json: bool,
+    picture: Path | None,
+) -> None:
+    """Compare padded and packed training on this machine."""
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    if width % heads or (width // heads) % 2:
+        raise click.UsageError(f"--width {width} is not --heads {heads} times an even head size")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        tokenizer = load_tokenizer(tokenizer_name)
+        rows, _ = prepare_dataset(training_dataset, tokenizer, 2048)
+    except (DataError, ModelError) as error:
+        raise click.ClickException(str(error)) from error
+    lengths = rows["length"][:]
+    if len(rows) < batch * world_size:
+        raise click.UsageError(f"{len(rows)} rows are fewer than one global batch of {batch} x {world_size}")
+    if vocab is not None and vocab < len(tokenizer):
+        raise click.UsageError(f"--vocab {vocab} is less than the tokenizer's {len(tokenizer)} entries")
+
+    shape: dict[str, Any] = {
+        "vocabulary": vocab or len(tokenizer),
+        "width": width,
+        "layers": layers,
+        "heads": heads,
+        "positions": 2048,
+        "dtype": DTYPES[precision],
+        "device": device,
+    }
+    pad = tokenizer.pad_token_id
+    one = {recipe: global_shares(recipe, lengths, batch, 1) for recipe in [*RECIPES, TRL]}
+    many = {recipe: global_shares(recipe, lengths, batch, world_size) for recipe in [*RECIPES, TRL]}
+    steps_one, steps_many = (min(steps, len(shares["dolly"])) for shares in (one, many))
+    peaks = peak_memories(shape, [rows[row] for row in one["dolly"][0][0]], pad)
+
+    padded_model, packed_model = build_model(False, **shape), build_model(True, **shape)
+    trainees: dict[str, Any] = {
+        recipe: packed_model if recipe.startswith("packed") else padded_model for recipe in RECIPES
+    }
+    if importlib.util.find_spec("trl"):
+        trainees[TRL] = sft_trainer(build_model(False, **shape), tokenizer, batch)
+    losses, differences = gradient_difference(trainees, [rows[row] for row in one["dolly"][0][0]], pad)
+    matmul = matmul_flops_per_second(torch.device(device), DTYPES[precision], size=1024)
+    on_one = measure(
+        trainees, rows, [{r: one[r][i][0] for r in trainees} for i in range(steps_one)], pad, "one rank"
+    )
+    on_many = measure(
+        trainees,
+        rows,
+        [{r: slowest_share(many[r][i], lengths, packs(r)) for r in trainees} for i in range(steps_many)],
+        pad,
+        f"slowest of {world_size} ranks",
+    )
+    matmul = max(matmul, matmul_flops_per_second(torch.device(device), DTYPES[precision], size=1024))
+    shares = {recipe: real_token_shares(recipe, lengths, batch, world_size) for recipe in trainees}
+    # A step of N ranks takes as long as its slowest share, whatever rows the recipe put there.
+    tokens_many = sum(lengths[row] for i in range(steps_many) for share in many["dolly"][i] for row in share)
+    speeds = {
+        "one_rank": {recipe: on_one[recipe].tokens_per_second for recipe in trainees},
+        "slowest_rank": {recipe: tokens_many / on_many[recipe].seconds for recipe in trainees},
+    }
+    result: dict[str, Any] = {
+        "rows": len(rows),
+        "world_size": world_size,
+        "steps": {"one_rank": steps_one, "slowest_rank": steps_many},
+        "precision": precision,
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "matmul_gflops": matmul / 1e9,
+        "max_relative_gradient_difference": differences["packed"],
+    }
+    for place, by_recipe in speeds.items():
+        result[place] = {
+            "tokens_per_second": by_recipe,
+            "ratio": by_recipe["packed"] / by_recipe["dolly"],
+            "ratio_to_stock": by_recipe["packed"] / by_recipe["stock"],
+            "ratio_like_for_like": by_recipe["packed_checkpointed"] / by_recipe["dolly"],
+        }
+    for recipe in trainees:
+        result[recipe] = {
+            "loss": losses[recipe],
+            "relative_gradient_difference": differences[recipe],
+            "mfu": on_one[recipe].flops / on_one[recipe].seconds / matmul,
+            "peak_memory_gib": peaks.get(recipe),
+            "real_token_share": fmean(shares[recipe]),
+        }
+    if picture:
+        plot(shares, world_size, picture)
+    print(json.dumps(result, indent=2) if as_json else report(result))
+
+
+if __name__ == "__main__":
+    main()

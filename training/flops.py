@@ -1,0 +1,88 @@
+"""Floating point operations: what a training step needs, and what a device can do. The two halves of the MFU."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from transformers import PreTrainedModel
+
+# Dense tensor-core peaks of one device, in operations a second, from NVIDIA's data sheets; by what stands in
+# torch.cuda.get_device_name(). bf16 and fp16 are alike on all of them, and V100 has no bf16.
+PEAK_FLOPS = {
+    "H200": 989.5e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.5e12,  # SXM
+    "A100": 312e12,
+    "A10G": 70e12,  # AWS' variant of the A10
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L4": 121e12,
+    "V100": 125e12,  # SXM2; 112e12 as PCIe
+    "T4": 65e12,
+}
+
+
+def model_parameters(model: PreTrainedModel) -> tuple[int, int]:
+    """(parameters of the layers, parameters of the head); the input embedding multiplies nothing.
+
+    Under ZeRO-3 a parameter's own size is 0 while it is not gathered; DeepSpeed keeps the whole size beside it.
+    """
+
+    def count(module: torch.nn.Module | None) -> int:
+        return 0 if module is None else sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    tied = head is not None and head.weight is embedding.weight
+    return count(model) - count(embedding) - (0 if tied else count(head)), count(head)
+
+
+def model_flops(
+    layers: int, head: int, width: int, depth: int, tokens: float, labels: float, squared_lengths: float
+) -> float:
+    """Operations that forward and backward need for these rows, without what is computed twice or on padding.
+
+    Six for every parameter and token (2 forward, 4 backward; Kaplan et al. 2020, section 2.1), the head's only
+    where there is a label; and for causal attention 6 x depth x width x length^2 a row: scores and weighted
+    values are 2 x 2 x width x length^2 forward, half of it above the diagonal, and twice that backward.
+
+    Args:
+        layers, head: parameters, as `model_parameters` counts them.
+        width, depth: of the model.
+        tokens, labels: real tokens, and those with a loss.
+        squared_lengths: the sum of the squared row lengths.
+    """
+    return 6 * (layers * tokens + head * labels + depth * width * squared_lengths)
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations a second that the device can do: of a known GPU its data sheet's peak, else measured."""
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
+        name = torch.cuda.get_device_name(device)
+        for known, peak in PEAK_FLOPS.items():
+            if known in name:
+                return peak
+    return matmul_flops_per_second(device, dtype)
+
+
+def matmul_flops_per_second(
+    device: torch.device, dtype: torch.dtype, size: int = 512, runs: int = 5
+) -> float:
+    """Measured rate of matrix products (size, 4 size) @ (4 size, 4 size), the best of `runs`."""
+    a = torch.randn(size, 4 * size, device=device, dtype=dtype)
+    b = torch.randn(4 * size, 4 * size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(runs):
+        _wait(device)
+        begin = time.perf_counter()
+        a @ b
+        _wait(device)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * size * (4 * size) ** 2 / best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
