@@ -30,7 +30,9 @@ class StepCounter:
         else:
             lengths = batch["attention_mask"].sum(dim=1)
             real, squares = lengths.sum(), (lengths**2).sum()
-        counts = torch.stack([real, torch.tensor(ids.numel(), device=ids.device), count_labels(batch), squares])
+        counts = torch.stack(
+            [real, torch.tensor(ids.numel(), device=ids.device), count_labels(batch), squares]
+        )
         self.sums = counts.double() if self.sums is None else self.sums + counts
 
     def skip(self, seconds: float) -> None:

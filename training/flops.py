@@ -17,6 +17,7 @@ PEAK_FLOPS = {
     "A10G": 70e12,  # AWS' variant of the A10
     "A10": 125e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "L4": 121e12,
     "V100": 125e12,  # SXM2; 112e12 as PCIe
     "T4": 65e12,

@@ -1,0 +1,87 @@
+"""What a person sees: counts of a batch, and the lines of the log."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from training.callbacks import ProgressLog, StepCounter, count_labels, duration
+from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
+
+ROWS = [
+    {"input_ids": [11, 12, 13, 14, 15], "response_start": 3},
+    {"input_ids": [21, 22, 23], "response_start": 2},
+]
+
+
+def test_a_packed_batch_counts_real_tokens_alone():
+    counter = StepCounter()
+    counter.add(DataCollatorForPackedRows(pad_token_id=0)(ROWS))
+    sums, seconds = counter.take()
+    assert sums.tolist() == [8, 8, 3, 25 + 9]  # real, computed, labels, squared lengths
+    assert seconds > 0
+    assert counter.take()[0].tolist() == [0, 0, 0, 0]
+
+
+def test_a_padded_batch_counts_its_padding_as_computed():
+    counter = StepCounter()
+    batch = DataCollatorForCompletionOnlyLM(pad_token_id=0)(ROWS)
+    counter.add(batch)
+    counter.add(batch)
+    assert counter.take()[0].tolist() == [16, 32, 6, 68]
+
+
+def test_time_of_an_evaluation_is_no_part_of_the_speed():
+    counter = StepCounter()
+    counter.skip(100.0)
+    assert counter.take()[1] < 0
+
+
+def test_both_collators_have_the_same_number_of_labels():
+    for collator in (DataCollatorForPackedRows, DataCollatorForCompletionOnlyLM):
+        assert count_labels(collator(pad_token_id=0)(ROWS)) == 3
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")]
+)
+def test_durations_read_as_a_clock(seconds, text):
+    assert duration(seconds) == text
+
+
+def lines(tmp_path, capsys, logs, **state):
+    log = ProgressLog()
+    args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    now = TrainerState(max_steps=100, **state)
+    log.on_train_begin(args, TrainerState(max_steps=100), TrainerControl())
+    log.on_log(args, now, TrainerControl(), logs=logs)
+    return capsys.readouterr().out
+
+
+def test_a_step_is_one_line_with_units_and_the_time_left(tmp_path, capsys):
+    logs = {
+        "loss": 1.25,
+        "learning_rate": 1e-5,
+        "grad_norm": 0.5,
+        "tokens_per_second": 12345.6,
+        "real_token_share": 0.34,
+        "mfu": 0.5,
+        "peak_memory_gib": 31.26,
+    }
+    printed = lines(tmp_path, capsys, logs, global_step=10)
+    assert printed.startswith(
+        "step 10/100  loss 1.2500  rate 1.00e-05  gradient norm 0.50"
+        "  12,346 tokens/s, 34% of those computed  MFU 50%  31.3 GiB"
+    )
+    assert printed.rstrip().endswith("left")
+    assert printed.count("\n") == 1
+
+
+def test_the_held_out_loss_has_its_line(tmp_path, capsys):
+    assert (
+        lines(tmp_path, capsys, {"eval_loss": 2.5}, global_step=100) == "step 100/100  held-out loss 2.5000\n"
+    )
+
+
+def test_only_rank_0_speaks(tmp_path, capsys):
+    assert lines(tmp_path, capsys, {"loss": 1.0}, global_step=1, is_world_process_zero=False) == ""
