@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 _home = tempfile.TemporaryDirectory(prefix="dolly-tests-")
 # Before any library is imported, as they read these once. A GPU is used only when the caller names one.
@@ -26,6 +28,19 @@ from training.model import load_model, load_tokenizer  # noqa: E402
 
 EOS = "<|endoftext|>"
 POSITIONS = 256
+
+
+def write(path: Path, content: str | bytes) -> str:
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return str(path)
+
+
+def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
+    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
+def rows_of(count: int, **other: str) -> list[dict[str, Any]]:
+    return [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} | other for n in range(count)]
 
 
 @pytest.fixture(scope="session")

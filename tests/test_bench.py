@@ -54,8 +54,7 @@ def test_the_command_compares_and_draws(tmp_path):
     picture = tmp_path / "shares.png"
     result = CliRunner().invoke(
         main,
-        "--width 32 --layers 2 --heads 2 --batch 4 --world-size 2 --steps 1 --json --device cpu --plot".split()
-        + [str(picture)],
+        f"--width 32 --layers 2 --heads 2 --batch 4 --world-size 2 --steps 1 --json --device cpu --plot {picture}".split(),
     )
     assert result.exit_code == 0, result.output
     figures = json.loads(result.stdout[result.stdout.index("{") :])

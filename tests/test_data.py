@@ -8,6 +8,7 @@ from typing import Any
 
 import datasets
 import pytest
+from conftest import jsonl, rows_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
@@ -59,19 +60,6 @@ def encoded(
 ) -> list[tuple[int, list[int], int]]:
     columns = Columns(*(list(column) for column in zip(*rows, strict=True)))
     return list(encode_rows(tokenizer, columns, Ledger("rows", max_length)))
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
-
-
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def rows_of(count: int, **other: str) -> list[dict[str, Any]]:
-    return [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} | other for n in range(count)]
 
 
 # --- the prompt and its ids --------------------------------------------------------------------------

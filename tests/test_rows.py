@@ -13,6 +13,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from conftest import jsonl, write
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
@@ -20,20 +21,6 @@ from transformers import PreTrainedTokenizerBase
 from training.consts import DEMO
 from training.data import prepare_dataset
 from training.rows import Columns, DataError, read_columns
-
-
-def write(path: Path, content: str | bytes) -> str:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return str(path)
-
-
-def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
-    return write(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def rows_of(count: int, **other: str) -> list[dict[str, Any]]:
-    return [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} | other for n in range(count)]
-
 
 ALPACA = [
     {"instruction": "Add.", "input": "1 2", "output": "3", "text": "not read"},

@@ -13,12 +13,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPTJConfig, GPTJForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    OPTConfig,
+)
 
 from training.collator import DataCollatorForCompletionOnlyLM
 from training.consts import CONTROL_TOKENS, END_KEY
 from training.data import prepare_dataset, split_held_out
-from training.model import load_tokenizer
+from training.model import load_tokenizer, model_folder
 from training.options import TrainingOptions
 from training.trainer import train
 
@@ -182,6 +189,12 @@ def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def train_demo(folder: Path, **changes: object) -> dict:
+    """A short run on the demo in this process; `changes` are options."""
+    options = {"input_model": "demo", "training_dataset": "demo", "test_size": 50, "logging_steps": 1}
+    return train(TrainingOptions(**options | {"local_output_dir": str(folder)} | changes))
+
+
 def logged(folder: Path, name: str) -> list[float]:
     """Every logged value of one figure, in order."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
@@ -192,19 +205,7 @@ def test_thirty_packed_and_thirty_padded_steps_have_the_same_losses(tmp_path):
     losses = {}
     for batching in ("packed", "padded"):
         folder = tmp_path / batching
-        train(
-            TrainingOptions(
-                input_model="demo",
-                training_dataset="demo",
-                test_size=50,
-                max_steps=30,
-                lr=1e-3,
-                logging_steps=1,
-                gradient_accumulation_steps=2,
-                batching=batching,
-                local_output_dir=str(folder),
-            )
-        )
+        train_demo(folder, max_steps=30, lr=1e-3, gradient_accumulation_steps=2, batching=batching)
         losses[batching] = logged(folder, "loss") + logged(folder, "eval_loss")
         assert logged(folder, "real_token_share")[0] == 1.0 or batching == "padded"
     assert len(losses["packed"]) == 32
@@ -216,32 +217,55 @@ def test_a_token_budget_changes_the_memory_and_not_the_training(tmp_path):
     losses = {}
     for budget in (None, 150):
         folder = tmp_path / str(budget)
-        train(
-            TrainingOptions(
-                input_model="demo",
-                training_dataset="demo",
-                test_size=50,
-                max_steps=8,
-                lr=1e-3,
-                logging_steps=1,
-                max_tokens_per_device=budget,
-                local_output_dir=str(folder),
-            )
-        )
+        train_demo(folder, max_steps=8, lr=1e-3, max_tokens_per_device=budget)
         losses[budget] = logged(folder, "loss") + logged(folder, "grad_norm")
     assert losses[150] == pytest.approx(losses[None], rel=1e-4)
 
 
 def test_a_budget_below_the_longest_row_is_told_before_training(tmp_path):
     with pytest.raises(ValueError, match="--max-tokens-per-device 20 is less than the length"):
-        train(
-            TrainingOptions(
-                input_model="demo",
-                training_dataset="demo",
-                max_tokens_per_device=20,
-                local_output_dir=str(tmp_path / "out"),
-            )
-        )
+        train_demo(tmp_path / "out", max_tokens_per_device=20)
+
+
+@pytest.mark.parametrize(
+    ("config", "batching"),
+    [
+        (
+            GPTNeoXConfig(
+                hidden_size=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                intermediate_size=64,
+                max_position_embeddings=256,
+            ),
+            "packed",
+        ),
+        (
+            OPTConfig(
+                hidden_size=32,
+                word_embed_proj_dim=32,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                ffn_dim=64,
+                max_position_embeddings=256,
+            ),
+            "length",
+        ),
+    ],
+    ids=["pythia keeps documents apart", "opt does not"],
+)
+def test_another_architecture_is_packed_only_where_it_keeps_documents_apart(
+    config, batching, tmp_path, caplog
+):
+    base = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
+    config.vocab_size = len(tokenizer)
+    tokenizer.save_pretrained(base)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    with caplog.at_level("INFO", logger="training"):
+        run_record = train_demo(tmp_path / "out", input_model=str(base), max_steps=2)
+    assert run_record["batching"] == batching
+    assert ("because this model cannot pack" in caplog.text) == (batching == "length")
 
 
 def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> dict:
@@ -263,16 +287,12 @@ def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: p
             self.add_callback(Grab())
 
     monkeypatch.setattr(training.trainer, "CompletionTrainer", GrabbingTrainer)
-    train(
-        TrainingOptions(
-            input_model="demo",
-            training_dataset="demo",
-            test_size=20,
-            max_steps=1,
-            per_device_train_batch_size=rows_at_once,
-            gradient_accumulation_steps=accumulation,
-            local_output_dir=str(folder),
-        )
+    train_demo(
+        folder,
+        test_size=20,
+        max_steps=1,
+        per_device_train_batch_size=rows_at_once,
+        gradient_accumulation_steps=accumulation,
     )
     return found
 

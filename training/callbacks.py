@@ -33,18 +33,18 @@ class StepCounter:
         counts = torch.stack(
             [real, torch.tensor(ids.numel(), device=ids.device), count_labels(batch), squares]
         )
-        self.sums = counts.double() if self.sums is None else self.sums + counts
+        self.sums = counts if self.sums is None else self.sums + counts
 
     def skip(self, seconds: float) -> None:
         """Leaves time out of the speed: that of an evaluation or a save."""
         self.begin += seconds
 
     def take(self) -> tuple[torch.Tensor, float]:
-        """(the four sums `(4,)` float64, seconds) since the last call."""
+        """(the four sums `(4,)` int64, seconds) since the last call."""
         now = time.perf_counter()
         sums, seconds = self.sums, now - self.begin
         self.sums, self.begin = None, now
-        return (torch.zeros(4, dtype=torch.float64) if sums is None else sums), seconds
+        return (torch.zeros(4, dtype=torch.int64) if sums is None else sums), seconds
 
 
 def count_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:

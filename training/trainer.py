@@ -12,6 +12,7 @@ import logging
 import sys
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ import datasets
 import torch
 import transformers
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import EvalLoopOutput
@@ -42,7 +43,7 @@ from training.collator import (
     document_lengths,
     split_packed_batch,
 )
-from training.data import marked_sample, prepare_dataset, split_held_out
+from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
 from training.flops import model_flops, model_parameters, peak_flops
 from training.loss import use_response_loss
 from training.model import DTYPES, ModelError, load_config, load_model, load_tokenizer, max_positions
@@ -169,13 +170,16 @@ class CompletionTrainer(Trainer):
         """
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        summed = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # loss, tokens
+        dtype = (
+            torch.float32 if self.args.device.type == "mps" else torch.float64
+        )  # a Mac's GPU has no float64
+        summed = torch.zeros(2, dtype=dtype, device=self.args.device)  # loss, tokens
         for inputs in dataloader:
             with torch.no_grad(), self.compute_loss_context_manager():
                 inputs = self._prepare_inputs(inputs)
                 tokens = count_labels(inputs)
                 loss = model(**inputs, num_items_in_batch=tokens.clamp(min=1)).loss
-            summed += torch.stack([loss.double() * tokens.clamp(min=1), tokens.double()])
+            summed += torch.stack([loss.to(dtype) * tokens.clamp(min=1), tokens.to(dtype)])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         summed = self.accelerator.reduce(summed)
         loss = (summed[0] / summed[1]).item()
@@ -243,6 +247,17 @@ def choose_batching(model: PreTrainedModel, asked: str) -> Batching:
     return "length"
 
 
+@dataclass
+class Prepared:
+    """What training starts from, alike on all ranks."""
+
+    args: TrainingArguments
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: datasets.Dataset
+    held_out_rows: datasets.Dataset
+    ledger: Ledger
+
+
 def train(options: TrainingOptions) -> dict[str, Any]:
     """Fine-tunes and returns the run's record. Raises OptionsError, DataError or ModelError before any step.
 
@@ -253,93 +268,29 @@ def train(options: TrainingOptions) -> dict[str, Any]:
     if faults:
         raise OptionsError(faults)
     _quiet_libraries()
-    if options.deepspeed_json and not torch.cuda.is_available():
-        import deepspeed
-
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    args = training_arguments(options)
-    precision = precision_of(options)
-    main = args.process_index == 0
-    output = Path(args.output_dir)
-
-    with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
-        config = load_config(options.input_model, options.trust_remote_code)
-        tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
-        rows, ledger = prepare_dataset(
-            options.training_dataset,
-            tokenizer,
-            min(options.max_length or max_positions(config), max_positions(config)),
-            options.keep_truncated,
-            options.max_dropped_fraction,
-        )
-        train_rows, held_out_rows = split_held_out(rows, options.test_size, options.seed)
-    if options.max_tokens_per_device:
-        try:
-            check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
-        except ValueError as error:
-            raise OptionsError([str(error)]) from error
-    record = start_record(options, args.world_size, precision)
+    prepared = prepare(options)
+    output, main = Path(prepared.args.output_dir), prepared.args.process_index == 0
+    record = start_record(options, prepared.args.world_size, precision_of(options))
     if main:
         output.mkdir(parents=True, exist_ok=True)
-        ledger.save(output / LEDGER_FILE)
+        prepared.ledger.save(output / LEDGER_FILE)
         write_run_record(output, record)
-        logger.info("%s", ledger)
-        logger.info(
-            "a row as the model sees it, the supervised tokens between « and »:\n%s",
-            _sample(tokenizer, train_rows),
-        )
-
-    # ZeRO-3 keeps float32 master weights beside 16-bit ones; without DeepSpeed the weights are the masters.
-    dtype = DTYPES[precision] if options.deepspeed_json else torch.float32
-    set_seed(options.seed)
-    model = load_model(options.input_model, tokenizer, dtype, options.seed, options.trust_remote_code)
-
-    batching = choose_batching(model, options.batching)
-    collator = DataCollatorForPackedRows if batching == "packed" else DataCollatorForCompletionOnlyLM
-    trainer = CompletionTrainer(
-        model=model,
-        args=args,
-        train_dataset=train_rows,
-        eval_dataset=held_out_rows,
-        data_collator=collator(pad_token_id=tokenizer.pad_token_id),
-        processing_class=tokenizer,
-        batching=batching,
-        max_tokens=options.max_tokens_per_device,
-        peak_flops=peak_flops(args.device, DTYPES[precision]),
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressLog())
-    if main:
-        from torch.utils.tensorboard import SummaryWriter
-
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(output / "runs"))))
-    if main:
-        logger.info(
-            "%s rows to train on, %s held out; %s rows a step on %s %s in %s%s",
-            f"{len(train_rows):,}",
-            f"{len(held_out_rows):,}",
-            f"{args.train_batch_size * args.gradient_accumulation_steps * args.world_size:,}",
-            args.world_size,
-            args.device.type.upper() + ("s" if args.world_size > 1 else ""),
-            precision,
-            ", DeepSpeed ZeRO-3" if options.deepspeed_json else "",
-        )
+    trainer = build_trainer(options, prepared)
     result = trainer.train()
-    save_model(trainer, tokenizer, output, options.max_shard_size)
+
+    save_model(trainer, prepared.tokenizer, output, options.max_shard_size)
     trainer.save_state()  # trainer_state.json: every logged figure of every step
     held_out = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
     record |= {
         "status": "finished",
-        "batching": batching,
+        "batching": trainer.batching,
         "steps": result.global_step,
         "train_loss": result.training_loss,
         "held_out_loss": {"before": held_out[0], "after": held_out[-1]},
-        "learning_rate": {"schedule": options.lr_scheduler_type, "peak": options.lr},
         "seconds": {"training": result.metrics["train_runtime"], "all": time.monotonic() - begin},
     }
     if main:
-        write_model_card(output, record, ledger)
+        write_model_card(output, record, prepared.ledger)
         write_run_record(output, record)
         logger.info(
             "held-out loss %.4f before, %.4f after; %s in all; the model is in %s",
@@ -353,9 +304,84 @@ def train(options: TrainingOptions) -> dict[str, Any]:
     return record
 
 
-def _sample(tokenizer: Any, rows: datasets.Dataset) -> str:
-    row = rows[0]
-    return marked_sample(tokenizer, row["input_ids"], row["response_start"])
+def prepare(options: TrainingOptions) -> Prepared:
+    """Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
+    if options.deepspeed_json and not torch.cuda.is_available():
+        import deepspeed
+
+        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+    args = training_arguments(options)
+    with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
+        positions = max_positions(load_config(options.input_model, options.trust_remote_code))
+        tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
+        rows, ledger = prepare_dataset(
+            options.training_dataset,
+            tokenizer,
+            min(options.max_length or positions, positions),
+            options.keep_truncated,
+            options.max_dropped_fraction,
+        )
+        train_rows, held_out_rows = split_held_out(rows, options.test_size, options.seed)
+    if options.max_tokens_per_device:
+        try:
+            check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
+        except ValueError as error:
+            raise OptionsError([str(error)]) from error
+    row = train_rows[0]
+    sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
+    logger.info("%s", ledger)
+    logger.info("a row as the model sees it, the supervised tokens between « and »:\n%s", sample)
+    return Prepared(args, tokenizer, train_rows, held_out_rows, ledger)
+
+
+def build_trainer(options: TrainingOptions, prepared: Prepared) -> CompletionTrainer:
+    """Loads the model and puts the Trainer around it."""
+    args, tokenizer, precision = prepared.args, prepared.tokenizer, precision_of(options)
+    # ZeRO-3 keeps float32 master weights beside 16-bit ones; without DeepSpeed the weights are the masters.
+    dtype = DTYPES[precision] if options.deepspeed_json else torch.float32
+    set_seed(options.seed)
+    model = load_model(options.input_model, tokenizer, dtype, options.seed, options.trust_remote_code)
+    batching = choose_batching(model, options.batching)
+    if batching != "packed" and options.max_tokens_per_device:
+        raise OptionsError(
+            [
+                f"--max-tokens-per-device {options.max_tokens_per_device} splits packed rows, and this model cannot "
+                "pack. Lower --per-device-train-batch-size and raise --gradient-accumulation-steps instead"
+            ]
+        )
+    collator = DataCollatorForPackedRows if batching == "packed" else DataCollatorForCompletionOnlyLM
+    trainer = CompletionTrainer(
+        model=model,
+        args=args,
+        train_dataset=prepared.train_rows,
+        eval_dataset=prepared.held_out_rows,
+        data_collator=collator(pad_token_id=tokenizer.pad_token_id),
+        processing_class=tokenizer,
+        batching=batching,
+        max_tokens=options.max_tokens_per_device,
+        peak_flops=peak_flops(args.device, DTYPES[precision]),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ProgressLog())
+    if args.process_index == 0:
+        from torch.utils.tensorboard import SummaryWriter
+
+        trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(Path(args.output_dir) / "runs"))))
+    logger.info(
+        "%s rows to train on, %s held out; %s rows a step, %s, on %s %s in %s%s; %s rate %g",
+        f"{len(prepared.train_rows):,}",
+        f"{len(prepared.held_out_rows):,}",
+        f"{args.train_batch_size * args.gradient_accumulation_steps * args.world_size:,}",
+        batching,
+        args.world_size,
+        args.device.type.upper() + ("s" if args.world_size > 1 else ""),
+        precision,
+        ", DeepSpeed ZeRO-3" if options.deepspeed_json else "",
+        options.lr_scheduler_type,
+        options.lr,
+    )
+    return trainer
 
 
 def _quiet_libraries() -> None:
