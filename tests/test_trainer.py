@@ -351,3 +351,34 @@ def test_a_gptj_learns_alpaca_on_two_ranks_and_reloads_to_the_same_held_out_loss
     rows, _ = prepare_dataset(str(ALPACA), AutoTokenizer.from_pretrained(folder), 2048)
     _, held_out = split_held_out(rows, 100, 42)
     assert held_out_loss(folder, held_out, tokenizer) == pytest.approx(losses["after"], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_while_loading_a_rank_holds_its_shard_and_a_layer_not_the_model(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
+    config = GPTJConfig(
+        n_embd=2048, n_layer=10, n_head=16, rotary_dim=64, n_positions=256, vocab_size=len(tokenizer),
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        model = GPTJForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    whole = sum(p.numel() for p in model.parameters()) * 2 / 2**30
+    layer = sum(p.numel() for p in model.transformer.h[0].parameters()) * 2 / 2**30
+    del model
+    result = run(deepspeed(2, "tests.zero3_loading"), tmp_path)
+    assert result.returncode == 0, result.stdout
+    ranks = [
+        json.loads(line.split(maxsplit=2)[2])
+        for line in result.stdout.splitlines()
+        if line.startswith("rank ")
+    ]
+    assert len(ranks) == 2
+    for figures in ranks:
+        assert figures["shard"] == pytest.approx(whole / 2, rel=0.05)
+        assert figures["peak"] < figures["shard"] + 2 * layer, (
+            f"{figures}, the whole model is {whole:.2f} GiB"
+        )
+        assert figures["after"] < figures["shard"] + layer

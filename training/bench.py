@@ -141,7 +141,7 @@ def step(
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:
         model.activation_checkpointing_disable()
-    model.zero_grad(set_to_none=False)
+    model.zero_grad()  # to None, as the Trainer does
     _wait(model)
     begin = time.perf_counter()
     if recipe == TRL:
