@@ -16,6 +16,7 @@ from training.bench import (
     main,
     real_token_shares,
     slowest_share,
+    typical_steps,
 )
 
 ALPACA_LENGTHS = json.loads((Path(__file__).parent / "alpaca_lengths.json").read_text())
@@ -41,6 +42,22 @@ def test_every_recipe_has_the_same_rows_in_every_step(world_size):
     }  # fmt: skip
     assert steps["dolly"] == steps["stock"] == steps["packed"] == steps["packed_checkpointed"]
     assert len(steps["dolly"]) == len(ALPACA_LENGTHS) // (8 * world_size)
+
+
+def test_a_few_steps_stand_for_the_epoch():
+    shares = global_shares("dolly", ALPACA_LENGTHS, 8, 8)
+
+    def cost(steps):
+        computed = [
+            computed_tokens(
+                [ALPACA_LENGTHS[row] for row in slowest_share(shares[i], ALPACA_LENGTHS, False)], False
+            )
+            for i in steps
+        ]
+        return sum(computed) / sum(ALPACA_LENGTHS[row] for i in steps for share in shares[i] for row in share)
+
+    assert cost(typical_steps(shares, ALPACA_LENGTHS, 4)) == pytest.approx(cost(range(len(shares))), rel=0.05)
+    assert sorted(typical_steps(shares, ALPACA_LENGTHS, 1000)) == list(range(len(shares)))
 
 
 def test_on_alpaca_a_third_of_dollys_computation_is_real_and_nearly_all_of_ours():

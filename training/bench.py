@@ -13,7 +13,8 @@ Where the `trl` package is installed its SFTTrainer, padding-free on eager atten
 its settings that keeps GPT-J's documents apart.
 
 On one rank every recipe computes the same batches. For N ranks it is the slowest rank that a step waits for, so
-of each global batch the share with the most computed tokens is what is timed.
+of each global batch the share with the most computed tokens is what is timed. The steps are not the first ones of
+the epoch but spread evenly over how much padding costs them, because a few random ones would be too few.
 """
 
 from __future__ import annotations
@@ -212,6 +213,18 @@ def global_shares(recipe: str, lengths: Sequence[int], rows: int, world_size: in
 def slowest_share(shares: Sequence[Sequence[int]], lengths: Sequence[int], packed: bool) -> Sequence[int]:
     """The share that its step waits for."""
     return max(shares, key=lambda share: computed_tokens([lengths[row] for row in share], packed))
+
+
+def typical_steps(shares: list[list[list[int]]], lengths: Sequence[int], steps: int) -> list[int]:
+    """Steps that stand for the epoch: spread evenly from the one that padding costs least to the costliest."""
+
+    def waste(step: int) -> float:
+        costs = [computed_tokens([lengths[row] for row in share], packed=False) for share in shares[step]]
+        return max(costs) / sum(lengths[row] for share in shares[step] for row in share)
+
+    order = sorted(range(len(shares)), key=waste)
+    steps = min(steps, len(order))
+    return [order[int((i + 0.5) * len(order) / steps)] for i in range(steps)]
 
 
 def real_token_shares(recipe: str, lengths: Sequence[int], rows: int, world_size: int) -> list[float]:
@@ -447,7 +460,7 @@ def main(
     pad = tokenizer.pad_token_id
     one = {recipe: global_shares(recipe, lengths, batch, 1) for recipe in [*RECIPES, TRL]}
     many = {recipe: global_shares(recipe, lengths, batch, world_size) for recipe in [*RECIPES, TRL]}
-    steps_one, steps_many = (min(steps, len(shares["dolly"])) for shares in (one, many))
+    steps_one, steps_many = (typical_steps(shares["dolly"], lengths, steps) for shares in (one, many))
     peaks = peak_memories(shape, [rows[row] for row in one["dolly"][0][0]], pad)
 
     padded_model, packed_model = build_model(False, **shape), build_model(True, **shape)
@@ -459,19 +472,19 @@ def main(
     losses, differences = gradient_difference(trainees, [rows[row] for row in one["dolly"][0][0]], pad)
     matmul = matmul_flops_per_second(torch.device(device), DTYPES[precision], size=1024)
     on_one = measure(
-        trainees, rows, [{r: one[r][i][0] for r in trainees} for i in range(steps_one)], pad, "one rank"
+        trainees, rows, [{r: one[r][i][0] for r in trainees} for i in steps_one], pad, "one rank"
     )
     on_many = measure(
         trainees,
         rows,
-        [{r: slowest_share(many[r][i], lengths, packs(r)) for r in trainees} for i in range(steps_many)],
+        [{r: slowest_share(many[r][i], lengths, packs(r)) for r in trainees} for i in steps_many],
         pad,
         f"slowest of {world_size} ranks",
     )
     matmul = max(matmul, matmul_flops_per_second(torch.device(device), DTYPES[precision], size=1024))
     shares = {recipe: real_token_shares(recipe, lengths, batch, world_size) for recipe in trainees}
     # A step of N ranks takes as long as its slowest share, whatever rows the recipe put there.
-    tokens_many = sum(lengths[row] for i in range(steps_many) for share in many["dolly"][i] for row in share)
+    tokens_many = sum(lengths[row] for i in steps_many for share in many["dolly"][i] for row in share)
     speeds = {
         "one_rank": {recipe: on_one[recipe].tokens_per_second for recipe in trainees},
         "slowest_rank": {recipe: tokens_many / on_many[recipe].seconds for recipe in trainees},
@@ -479,7 +492,7 @@ def main(
     result: dict[str, Any] = {
         "rows": len(rows),
         "world_size": world_size,
-        "steps": {"one_rank": steps_one, "slowest_rank": steps_many},
+        "steps": {"one_rank": len(steps_one), "slowest_rank": len(steps_many)},
         "precision": precision,
         "device": device,
         "threads": torch.get_num_threads(),
