@@ -20,6 +20,7 @@ ORDER = [
     "flops",
     "machines",
     "model",
+    "operators",
     "options",
     "callbacks",
     "checkpoint",

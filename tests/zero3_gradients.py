@@ -19,6 +19,7 @@ from training.attention import packs_cleanly, use_packed_attention
 from training.batching import GlobalBatchSampler
 from training.collator import split_packed_batch
 from training.loss import use_response_loss
+from training.operators import compile_operators
 
 WORLD_SIZE = 2
 ACCUMULATION = 2
@@ -78,6 +79,7 @@ def compare(folder: Path, checkpointing: dict | None, row_count: int, micro_step
 
 
 def main(folder: Path) -> None:
+    compile_operators(offload=False)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     try:
         if dist.get_rank() == 0:

@@ -15,6 +15,7 @@ import deepspeed
 import torch
 
 from training.model import load_model, load_tokenizer
+from training.operators import compile_operators
 from training.options import TrainingOptions
 from training.trainer import training_arguments
 
@@ -28,6 +29,7 @@ def own_memory() -> float:
 
 
 def main(folder: str) -> None:
+    compile_operators(offload=False)
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     arguments = training_arguments(TrainingOptions(deepspeed=str(CONFIG), local_output_dir=folder))
     tokenizer = load_tokenizer(folder)

@@ -299,6 +299,12 @@ def _enabled(config: dict[str, Any], precision: str) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether the DeepSpeed configuration keeps the optimizer in host memory."""
+    zero = config.get("zero_optimization")
+    return isinstance(zero, dict) and bool(zero.get("offload_optimizer"))
+
+
 def precision_of(options: TrainingOptions) -> str:
     """ "bf16", "fp16" or "fp32": the options first, then the DeepSpeed JSON, then what the device does best."""
     for name in ("bf16", "fp16"):

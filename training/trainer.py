@@ -47,6 +47,7 @@ from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
 from training.flops import model_flops, model_parameters, peak_flops
 from training.loss import use_response_loss
 from training.model import DTYPES, ModelError, load_config, load_model, load_tokenizer, max_positions
+from training.operators import compile_operators
 from training.options import (
     GroupedCommand,
     OptionsError,
@@ -54,7 +55,9 @@ from training.options import (
     click_options,
     find_faults,
     is_main_process,
+    offloads_optimizer,
     precision_of,
+    read_deepspeed_json,
     value_faults,
     world_size,
 )
@@ -306,6 +309,8 @@ def train(options: TrainingOptions) -> dict[str, Any]:
 
 def prepare(options: TrainingOptions) -> Prepared:
     """Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
+    if options.deepspeed_json:
+        compile_operators(offloads_optimizer(read_deepspeed_json(options.deepspeed_json)))
     if options.deepspeed_json and not torch.cuda.is_available():
         import deepspeed
 
