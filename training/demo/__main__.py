@@ -24,11 +24,11 @@ ROWS_A_STEP = 64
 TEST_SIZE = 400
 # A model that starts at random needs a higher rate, and more passes, than one that already speaks.
 RECIPE = {
-    "--epochs": 5,
+    "--epochs": 6,
     "--lr": 2.5e-3,
     "--lr-scheduler-type": "cosine",
     "--warmup-steps": 50,
-    "--eval-steps": 150,
+    "--eval-steps": 180,
     "--logging-steps": 20,
     "--save-steps": 100000,
 }
