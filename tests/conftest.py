@@ -22,8 +22,8 @@ import torch  # noqa: E402
 from tokenizers import ByteLevelBPETokenizer  # noqa: E402
 from transformers import GPT2TokenizerFast, GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerBase  # noqa: E402
 
-from training.checkpoint import generation_config  # noqa: E402
 from training.consts import INPUT_KEY, INTRO, INTRO_WITH_INPUT  # noqa: E402
+from training.finished import generation_config  # noqa: E402
 from training.model import load_model, load_tokenizer  # noqa: E402
 
 EOS = "<|endoftext|>"

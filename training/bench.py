@@ -59,7 +59,7 @@ from training.rows import DataError
 
 RECIPES = ["dolly", "stock", "packed", "packed_checkpointed"]
 TRL = "trl"
-PASSES = 2
+PASSES = 3
 
 
 @dataclass

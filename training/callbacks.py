@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
 import time
@@ -12,6 +13,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from training.consts import IGNORE_INDEX
+from training.supervisor import SUPERVISED
 
 
 class StepCounter:
@@ -77,7 +79,7 @@ class ProgressLog(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.begin, self.first_step = time.monotonic(), state.global_step
-        if state.is_world_process_zero and sys.stderr.isatty():
+        if state.is_world_process_zero and (sys.stderr.isatty() or os.environ.get(SUPERVISED) == "terminal"):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
 
     def on_step_end(

@@ -1,173 +1,151 @@
-"""The finished model: gathered, saved with all that stock transformers needs, described, and published."""
+"""A checkpoint is complete or not there: its manifest, written last, has the size and checksum of every file.
+
+checkpoint-200/
+  manifest.json          {"step": 200, "eval_loss": 1.23, "model": [name, ...],
+                          "files": {name: {"size": bytes, "sha256": hex}, ...}}
+  model*.safetensors     the model as stock transformers loads it, with its tokenizer
+  global_step200/        DeepSpeed's shards of weights and optimizer; optimizer.pt without DeepSpeed
+  trainer_state.json     every figure logged so far
+  progress.json          loss summed since the last line of the log
+  rng_state*.pth, scheduler.pt
+"""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
-import platform
+import re
 import shutil
-import subprocess
-import time
-from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCard, ModelCardData
-from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
-
-from training.consts import DEMO, END_KEY, SAMPLE_INSTRUCTIONS
-from training.data import Ledger
-from training.options import TrainingOptions
-
 logger = logging.getLogger(__name__)
 
-RUN_FILE = "run.json"
-LEDGER_FILE = "ledger.json"
-RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
-
-# What Dolly generated with, and the most useful defaults for whoever loads the folder.
-MAX_NEW_TOKENS = 256
-SAMPLING = {"do_sample": True, "top_p": 0.92, "top_k": 0}
-
-LICENCES = {
-    "EleutherAI/gpt-j-6B": "apache-2.0",
-    "EleutherAI/gpt-j-6b": "apache-2.0",
-    "tatsu-lab/alpaca": "cc-by-nc-4.0",
-    "databricks/databricks-dolly-15k": "cc-by-sa-3.0",
-    DEMO: "apache-2.0",
-}
+MANIFEST_FILE = "manifest.json"
+PROGRESS_FILE = "progress.json"
 
 
-def write_run_record(folder: Path, record: dict[str, Any]) -> None:
-    """Replaces the record in one rename, so that a reader never sees half of one."""
-    partial = folder / f"{RUN_FILE}.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n")
-    os.replace(partial, folder / RUN_FILE)
+def write_json(file: Path, content: Any) -> None:
+    """Replaces a JSON file in one rename, so that no reader ever sees half of one."""
+    partial = file.with_name(f"{file.name}.partial")
+    with open(partial, "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(content, indent=2) + "\n")
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, file)
 
 
-def start_record(options: TrainingOptions, world_size: int, precision: str) -> dict[str, Any]:
-    """What is known of a run before its first step. `status` turns from "running" to "finished" at the end."""
-    versions = {}
-    for package in RECORDED_PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return {
-        "status": "running",
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "options": asdict(options),
-        "world_size": world_size,
-        "precision": precision,
-        "python": platform.python_version(),
-        "versions": versions,
-        "git_commit": _git_commit(),
-    }
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
-def _git_commit() -> str | None:
-    try:
-        result = subprocess.run(
-            ["git", "rev-parse", "HEAD"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return result.stdout.strip() or None if result.returncode == 0 else None
+def checkpoints(output: Path) -> list[Path]:
+    """The folders `checkpoint-<step>` of a run, whole or torn, by step."""
+    found = [f for f in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name) and f.is_dir()]
+    return sorted(found, key=step_of)
 
 
-def save_model(
-    trainer: Trainer, tokenizer: PreTrainedTokenizerBase, folder: Path, max_shard_size: str
+def files_of(folder: Path) -> list[str]:
+    """Names of the files in a checkpoint, below it as well, without the manifest; sorted."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    names = (file.relative_to(folder).as_posix() for file in files)
+    return sorted(name for name in names if name.removesuffix(".partial") != MANIFEST_FILE)
+
+
+def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """{name: {"size": bytes, "sha256": hex}} of files, read anew and forced to the disk first."""
+
+    def digest(name: str) -> dict[str, Any]:
+        with open(folder / name, "rb") as file:
+            os.fsync(file.fileno())
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"size": file.tell(), "sha256": checksum}
+
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing a large buffer frees the interpreter
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def write_manifest(
+    folder: Path, eval_loss: float | None, model: list[str], files: dict[str, dict[str, Any]]
 ) -> None:
-    """Gathers the weights from all ranks and writes them with tokenizer and generation config. All ranks call it."""
-    state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    if not trainer.is_world_process_zero():
+    """Makes a checkpoint complete. `model` names the files that a finished model consists of; `files` as of `digests`."""
+    manifest = {"step": step_of(folder), "eval_loss": eval_loss, "model": model, "files": files}
+    write_json(folder / MANIFEST_FILE, manifest)
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None where there is none that can be read: the checkpoint was not written to the end."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    known = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
+    return manifest if known else None
+
+
+def faults_of(folder: Path) -> list[str]:
+    """Why a checkpoint must not be used, file by file; empty if every byte is as it was written."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return ["it was not written to the end"]
+    written, there = manifest["files"], set(files_of(folder))
+    faults = [f"{name} is missing" for name in written if name not in there]
+    sizes = {name: (folder / name).stat().st_size for name in written if name in there}
+    faults += [
+        f"{name} has {sizes[name]:,} bytes instead of {written[name]['size']:,}"
+        for name in sizes
+        if sizes[name] != written[name]["size"]
+    ]
+    whole = [name for name in sizes if sizes[name] == written[name]["size"]]
+    now = digests(folder, whole)
+    return faults + [
+        f"{name} has changed since it was written"
+        for name in whole
+        if now[name]["sha256"] != written[name]["sha256"]
+    ]
+
+
+def newest_complete(output: Path) -> Path | None:
+    """The newest checkpoint whose every byte is right. Those passed over are named in the log, and kept."""
+    for folder in reversed(checkpoints(output)):
+        faults = faults_of(folder)
+        if not faults:
+            return folder
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        logger.warning("%s is passed over: %s%s", folder, faults[0], more)
+    return None
+
+
+def best(output: Path) -> Path | None:
+    """The complete checkpoint with the least held-out loss, the newest of equals; None where none has one."""
+    losses = {}
+    for folder in checkpoints(output):
+        manifest = read_manifest(folder)
+        if manifest is not None and isinstance(manifest.get("eval_loss"), float):
+            losses[folder] = manifest["eval_loss"]
+    return min(reversed(losses), key=losses.__getitem__, default=None)
+
+
+def rotate(output: Path, limit: int) -> None:
+    """Removes the oldest checkpoints beyond `limit`, and torn ones; never the newest complete one, nor the best."""
+    complete = [folder for folder in checkpoints(output) if read_manifest(folder) is not None]
+    if not complete:
         return
-    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-    model.config.use_cache = True
-    model.generation_config = generation_config(tokenizer)
-    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
-    tokenizer.save_pretrained(folder)
+    for folder in checkpoints(output):
+        if folder not in complete and step_of(folder) < step_of(complete[-1]):
+            remove(folder)
+    keep = {complete[-1], best(output)}
+    surplus = len(complete) - max(limit, len(keep & set(complete)))
+    for folder in [folder for folder in complete if folder not in keep][: max(surplus, 0)]:
+        remove(folder)
 
 
-def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Stops at the end key or EOS and pads with EOS, in whatever program loads the folder."""
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=[tokenizer.convert_tokens_to_ids(END_KEY), tokenizer.eos_token_id],
-        pad_token_id=tokenizer.pad_token_id,
-        max_new_tokens=MAX_NEW_TOKENS,
-        **SAMPLING,
-    )
-
-
-def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> None:
-    """README.md of the model folder: base, data, licences, options, losses, ledger."""
-    options = record["options"]
-    base, dataset = options["input_model"], options["training_dataset"]
-    base_licence = LICENCES.get(base, "unknown")
-    data_licence = LICENCES.get(dataset, "unknown")
-    data = ModelCardData(
-        language="en",
-        license=data_licence if data_licence == base_licence else "other",
-        base_model=base if "/" in base and not Path(base).exists() else None,
-        datasets=[dataset] if "/" in dataset and not Path(dataset).exists() else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-    )
-    losses = record["held_out_loss"]
-    limit = (
-        "Whoever uses it is bound by both. Alpaca's forbids commercial use: this model is for research."
-        if "-nc-" in data_licence
-        else "Whoever uses it is bound by both."
-    )
-    changed = "\n".join(f"| `{key}` | `{value}` |" for key, value in options.items())
-    content = f"""---
-{data.to_yaml()}
----
-# {folder.name}
-
-`{base}` (licence: {base_licence}) fine-tuned to follow instructions on `{dataset}` (licence: {data_licence}),
-with the recipe of Databricks' first Dolly. {limit}
-
-Held-out loss, nats a response token: {losses["before"]:.4f} before training, **{losses["after"]:.4f}** after
-{record["steps"]:,} steps on {record["world_size"]} devices in {record["precision"]}.
-
-```python
-from transformers import pipeline
-
-ask = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
-print(ask([{{"role": "user", "content": {json.dumps(SAMPLE_INSTRUCTIONS[0])}}}])[0]["generated_text"][-1]["content"])
-```
-
-It answers one instruction at a time, stops at `{END_KEY}`, and like its base it invents facts.
-
-## Data
-
-```
-{ledger}
-```
-
-## Options
-
-| option | value |
-|---|---|
-{changed}
-"""
-    ModelCard(content).save(folder / "README.md")
-
-
-def publish(folder: Path, target: Path) -> None:
-    """Copies the finished model, not its checkpoints, to `target`, one file after the other."""
-    target.mkdir(parents=True, exist_ok=True)
-    for source in sorted(folder.iterdir()):
-        if source.is_file() and source.name != RUN_FILE:
-            shutil.copyfile(source, target / source.name)
-    # The record last: a folder without it was not copied to the end.
-    shutil.copyfile(folder / RUN_FILE, target / RUN_FILE)
-    logger.info("published to %s", target)
+def remove(folder: Path) -> None:
+    """The manifest first: what is half removed must not be taken for complete."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -18,9 +18,9 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from training.attention import use_packed_attention
-from training.checkpoint import MAX_NEW_TOKENS, RUN_FILE, generation_config
-from training.consts import DEFAULT_SEED, RESPONSE_KEY
+from training.consts import DEFAULT_SEED, RESPONSE_KEY, RUN_FILE
 from training.data import encode_prompts
+from training.finished import MAX_NEW_TOKENS, generation_config
 from training.model import DTYPES, ModelError, load_model, load_tokenizer, max_positions
 
 logger = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def best_device() -> str:
 def _refuse_unfinished(path: str) -> None:
     record = Path(path) / RUN_FILE
     if record.is_file() and json.loads(record.read_text()).get("status") != "finished":
-        raise ModelError(f"{path}: its training did not finish. Train again into a new --local-output-dir")
+        raise ModelError(f"{path}: its training did not finish. Go on with its command and --resume auto")
 
 
 def generate_response(

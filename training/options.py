@@ -20,6 +20,7 @@ from training.consts import (
     DEFAULT_TEST_SIZE,
     DEFAULT_TRAINING_DATASET,
     DEMO,
+    RUN_FILE,
 )
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
@@ -179,10 +180,18 @@ class TrainingOptions:
         metavar="RANK",
     )
 
+    rank_timeout: int = _option(
+        1800,
+        "Precision and devices",
+        "Seconds that a rank waits for the others before the run ends.",
+        type=click.IntRange(10),
+        metavar="SECONDS",
+    )
+
     local_output_dir: str = _option(
         MISSING,
         "Output",
-        "New folder for model, checkpoints and logs, on a local disk.",
+        "Folder for model, checkpoints and logs, on a local disk: new, or with --resume that of a run.",
         required=True,
         metavar="FOLDER",
     )
@@ -204,6 +213,22 @@ class TrainingOptions:
     )
     save_total_limit: int = _option(
         2, "Output", "Checkpoints to keep.", type=click.IntRange(1), metavar="CHECKPOINTS"
+    )
+    resume: str = _option(
+        "never",
+        "Output",
+        "never: a new run. auto: go on from the newest whole checkpoint in --local-output-dir, if there is one. "
+        "Or a checkpoint's folder.",
+        metavar="never|auto|FOLDER",
+    )
+    force: bool = _option(
+        False, "Output", "Go on with --resume though the options would make another run of it."
+    )
+    final_model: str = _option(
+        "last",
+        "Output",
+        "Which checkpoint becomes the model: the last, or the best by held-out loss.",
+        type=click.Choice(("last", "best")),
     )
     max_shard_size: str = _option(
         "5GB", "Output", "Largest weight file of the finished model, as in 5GB or 500MB.", metavar="SIZE"
@@ -490,12 +515,19 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         )
     elif output.exists() and not output.is_dir():
         faults.append(f"--local-output-dir {output}: is a file. Name a new folder")
-    elif output.is_dir() and any(output.iterdir()):
+    elif output.is_dir() and any(output.iterdir()) and not (options.resume != "never" and _is_run(output)):
+        go_on = ", or type --resume auto to go on with its run" if _is_run(output) else ""
         faults.append(
-            f"--local-output-dir {output}: is not empty, and nothing in it shall be lost. Name a new folder"
+            f"--local-output-dir {output}: is not empty, and nothing in it shall be lost. Name a new folder{go_on}"
         )
     elif not _writable(output):
         faults.append(f"--local-output-dir {output}: cannot be written. Name a folder of your own")
+    if options.resume not in ("never", "auto") and not Path(options.resume).expanduser().is_dir():
+        faults.append(
+            f"--resume {options.resume}: no such folder. Type never, auto, or a checkpoint's folder"
+        )
+    if options.force and options.resume == "never":
+        faults.append("--force goes with --resume, and there is none. Leave it out, or add --resume auto")
     if options.dbfs_output_dir:
         published = _local_path(options.dbfs_output_dir)
         if options.dbfs_output_dir.startswith("dbfs:"):
@@ -509,6 +541,10 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         elif not _writable(published):
             faults.append(f"--dbfs-output-dir {published}: cannot be written. Name a folder of your own")
     return faults
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RUN_FILE).is_file()
 
 
 def _local_path(folder: str) -> Path:

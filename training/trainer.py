@@ -8,43 +8,44 @@ The same module runs under torchrun, Spark's DeepSpeed distributor, and on one d
 
 from __future__ import annotations
 
+from training.supervisor import supervise
+
+if __name__ == "__main__":
+    supervise()  # before the imports below: it is a small process that never needs them
+
+import json
 import logging
+import math
+import shutil
 import sys
-import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from statistics import fmean
+from typing import Any
 
 import click
 import datasets
 import torch
 import transformers
-from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import EvalLoopOutput
 
+from training import checkpoint
 from training.attention import packs_cleanly, use_packed_attention
-from training.batching import GlobalBatchSampler, check_token_budget, held_out_batches, micro_steps_needed
-from training.callbacks import ProgressLog, StepCounter, count_labels, duration, peak_memory_gib
-from training.checkpoint import (
-    LEDGER_FILE,
-    publish,
-    save_model,
-    start_record,
-    write_model_card,
-    write_run_record,
-)
-from training.collator import (
-    DataCollatorForCompletionOnlyLM,
-    DataCollatorForPackedRows,
-    document_lengths,
-    split_packed_batch,
-)
+from training.batching import check_token_budget
+from training.callbacks import ProgressLog, duration
+from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
-from training.flops import model_flops, model_parameters, peak_flops
+from training.exits import INTERRUPTED, REFUSED
+from training.finished import LEDGER_FILE, place_model, verify_model, write_model_card
+from training.flops import peak_flops
+from training.loop import Batching, CompletionTrainer, Continued
 from training.loss import use_response_loss
 from training.model import DTYPES, ModelError, load_config, load_model, load_tokenizer, max_positions
 from training.operators import compile_operators
@@ -61,11 +62,13 @@ from training.options import (
     value_faults,
     world_size,
 )
+from training.publish import publish
+from training.record import global_batch, rows_digest, start_record, write_run_record
+from training.resume import RESHARDED, Start, find_start, reshard
 from training.rows import DataError
+from training.stopping import Interrupted, StopRequest, TrainingError
 
 logger = logging.getLogger("training")
-
-Batching = Literal["packed", "padded", "length"]
 
 
 def training_arguments(options: TrainingOptions) -> TrainingArguments:
@@ -95,7 +98,7 @@ def training_arguments(options: TrainingOptions) -> TrainingArguments:
         eval_steps=options.eval_steps,
         eval_on_start=True,
         save_steps=options.save_steps,
-        save_total_limit=options.save_total_limit,
+        ddp_timeout=options.rank_timeout,
         log_on_each_node=False,
         log_level="error",
         log_level_replica="error",
@@ -110,130 +113,6 @@ def training_arguments(options: TrainingOptions) -> TrainingArguments:
 
 def _accelerator() -> bool:
     return torch.cuda.is_available() or (world_size() == 1 and torch.backends.mps.is_available())
-
-
-class CompletionTrainer(Trainer):
-    """transformers' Trainer with our batches, a loss per held-out token, and the figures of a step.
-
-    Args:
-        batching: "packed", "padded", or "length" (padded, rows of a global batch dealt by length).
-        max_tokens: tokens a device computes at once; a larger packed batch is split. None: never.
-        peak_flops: floating point operations a second of one device, for the MFU.
-    """
-
-    def __init__(
-        self,
-        *args: Any,
-        batching: Batching,
-        max_tokens: int | None,
-        peak_flops: float,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        config = self.model.config.get_text_config()
-        self.parameters = model_parameters(self.model)
-        self.shape = config.hidden_size, config.num_hidden_layers
-        self.batching = batching
-        self.max_tokens = max_tokens
-        self.peak_flops = peak_flops
-        self.counter = StepCounter()
-
-    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> GlobalBatchSampler:
-        rows = train_dataset if train_dataset is not None else self.train_dataset
-        return GlobalBatchSampler(
-            rows["length"][:],
-            self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
-            world_size=self.args.world_size,
-            rank=self.args.process_index,
-            accumulation=self.args.gradient_accumulation_steps,
-            seed=self.args.seed,
-            deal=self.batching,
-        )
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        steps = held_out_batches(rows["length"][:], self.args.eval_batch_size, self.args.world_size)
-        return DataLoader(
-            rows,
-            batch_sampler=[ranks[self.args.process_index] for ranks in steps],
-            collate_fn=self.data_collator,
-        )
-
-    def evaluation_loop(
-        self,
-        dataloader: DataLoader,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Mean loss of the held-out response tokens, in nats.
-
-        transformers averages the means of batches, which moves with how the rows are batched.
-        """
-        model = self._wrap_model(self.model, training=False)
-        model.eval()
-        dtype = (
-            torch.float32 if self.args.device.type == "mps" else torch.float64
-        )  # a Mac's GPU has no float64
-        summed = torch.zeros(2, dtype=dtype, device=self.args.device)  # loss, tokens
-        for inputs in dataloader:
-            with torch.no_grad(), self.compute_loss_context_manager():
-                inputs = self._prepare_inputs(inputs)
-                tokens = count_labels(inputs)
-                loss = model(**inputs, num_items_in_batch=tokens.clamp(min=1)).loss
-            summed += torch.stack([loss.to(dtype) * tokens.clamp(min=1), tokens.to(dtype)])
-            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
-        summed = self.accelerator.reduce(summed)
-        loss = (summed[0] / summed[1]).item()
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(self.eval_dataset))
-
-    def training_step(
-        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
-    ) -> torch.Tensor:
-        """One forward and backward; or several, where the packed rows are more than `max_tokens`.
-
-        The parts add up to the same gradient. Ranks agree on their number, as ZeRO-3 needs all of them in every
-        forward, and only the last part ends the accumulation.
-        """
-        self.counter.add(inputs)
-        parts = self._parts(inputs)
-        last_of_batch = self.accelerator.sync_gradients
-        loss = torch.zeros((), device=self.args.device)
-        for number, part in enumerate(parts, start=1):
-            self.accelerator.gradient_state._set_sync_gradients(last_of_batch and number == len(parts))
-            loss = loss + super().training_step(model, part, num_items_in_batch)
-        return loss
-
-    def _parts(self, inputs: Any) -> list[Any]:
-        if self.max_tokens is None:
-            return [inputs]
-        needed = torch.tensor(
-            micro_steps_needed(document_lengths(inputs["position_ids"]), self.max_tokens),
-            device=self.args.device,
-        )
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(needed, op=torch.distributed.ReduceOp.MAX)
-        return split_packed_batch(inputs, int(needed)) if needed > 1 else [inputs]
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds speed and use of the devices to what transformers logs of training. All ranks call it."""
-        if "loss" in logs:
-            sums, seconds = self.counter.take()
-            real, computed, labels, squares = self.accelerator.reduce(sums.to(self.args.device)).tolist()
-            devices = self.args.world_size
-            flops = model_flops(*self.parameters, *self.shape, real, labels, squares)
-            logs["tokens_per_second"] = real / seconds
-            logs["tokens_per_second_per_device"] = real / seconds / devices
-            logs["real_token_share"] = real / max(computed, 1)
-            logs["mfu"] = flops / seconds / devices / self.peak_flops
-            logs["peak_memory_gib"] = peak_memory_gib()
-        super().log(logs, start_time)
-
-    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        begin = time.perf_counter()
-        super()._maybe_log_save_evaluate(*args, **kwargs)
-        self.counter.skip(time.perf_counter() - begin)
 
 
 def choose_batching(model: PreTrainedModel, asked: str) -> Batching:
@@ -261,49 +140,127 @@ class Prepared:
     ledger: Ledger
 
 
-def train(options: TrainingOptions) -> dict[str, Any]:
+def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[str, Any]:
     """Fine-tunes and returns the run's record. Raises OptionsError, DataError or ModelError before any step.
 
-    The finished folder is `options.local_output_dir`; it is copied to `options.dbfs_output_dir` if given.
+    The finished folder is `options.local_output_dir`; it is copied to `options.dbfs_output_dir` if given. The
+    record's status is "finished", or "stopped" where `request` asked for that.
     """
-    begin = time.monotonic()
     faults = find_faults(options)
     if faults:
         raise OptionsError(faults)
     _quiet_libraries()
     prepared = prepare(options)
-    output, main = Path(prepared.args.output_dir), prepared.args.process_index == 0
-    record = start_record(options, prepared.args.world_size, precision_of(options))
+    args = prepared.args
+    output, main = Path(args.output_dir), args.process_index == 0
+    record = start_record(options, args.world_size, rows_digest(prepared.train_rows))
+    start = _on_rank_0(args, lambda: find_start(output, options, record))
+    steps = planned_steps(options, len(prepared.train_rows), args.world_size)
+    if start.former is not None:
+        record["started"] = start.former["started"]
+        if start.former["status"] == "finished" and start.step == steps:
+            logger.info("%s is finished already", output)
+            if main and options.dbfs_output_dir:
+                publish(output, options.dbfs_output_dir)
+            return start.former
     if main:
         output.mkdir(parents=True, exist_ok=True)
         prepared.ledger.save(output / LEDGER_FILE)
         write_run_record(output, record)
-    trainer = build_trainer(options, prepared)
-    result = trainer.train()
+    if start.step < steps and run_steps(options, prepared, start, request or StopRequest()):
+        record["status"] = "stopped"
+        if main:
+            write_run_record(output, record)
+        return record
+    _leave_ranks()
+    return finish(options, prepared.ledger, record) if main else record
 
-    save_model(trainer, prepared.tokenizer, output, options.max_shard_size)
-    trainer.save_state()  # trainer_state.json: every logged figure of every step
-    held_out = [log["eval_loss"] for log in trainer.state.log_history if "eval_loss" in log]
+
+def planned_steps(options: TrainingOptions, rows: int, world_size: int) -> int:
+    """Optimizer steps of the whole run, as the Trainer counts them."""
+    per_epoch = math.ceil(rows / global_batch(options, world_size))
+    return options.max_steps or math.ceil(options.epochs * per_epoch)
+
+
+def _on_rank_0(args: TrainingArguments, function: Callable[[], Any]) -> Any:
+    """What `function` gives on rank 0, or the OptionsError that it raises there, on every rank."""
+    outcome: list[Any] = [None, None]
+    if args.process_index == 0:
+        try:
+            outcome[0] = function()
+        except OptionsError as error:
+            outcome[1] = error.faults
+    if args.world_size > 1:
+        torch.distributed.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise OptionsError(outcome[1])
+    return outcome[0]
+
+
+def run_steps(options: TrainingOptions, prepared: Prepared, start: Start, request: StopRequest) -> bool:
+    """Trains from `start` to the last step, which leaves a checkpoint. Returns whether it was stopped before."""
+    args, output = prepared.args, Path(prepared.args.output_dir)
+    folder = start.folder
+    if folder is not None:
+        args.eval_on_start = False  # measured before the first step of all
+        logger.info("the run goes on from %s", folder)
+        if options.deepspeed_json and start.saved_ranks != args.world_size:
+            folder = _on_rank_0(args, partial(reshard, folder, output))
+    if folder != start.folder:
+        args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
+    trainer = build_trainer(options, prepared, request)
+    if folder is not None:
+        trainer.add_callback(Continued(trainer, folder))
+    trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
+    if args.process_index == 0:
+        shutil.rmtree(output / RESHARDED, ignore_errors=True)
+    return trainer.guard.stopped
+
+
+def _leave_ranks() -> None:
+    """What remains is rank 0's alone, and no model that it loads may be sharded over the others."""
+    unset_hf_deepspeed_config()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any]) -> dict[str, Any]:
+    """Makes the last or the best checkpoint's model the run's, verifies, describes and publishes it. Rank 0 alone.
+
+    It reads files only, so it can be done again by a later command if this one is killed.
+    """
+    output = Path(options.local_output_dir).expanduser()
+    last = checkpoint.checkpoints(output)[-1]
+    chosen = (checkpoint.best(output) or last) if options.final_model == "best" else last
+    place_model(chosen, output)
+    try:
+        verify_model(output, options.trust_remote_code)
+    except ModelError as error:
+        raise TrainingError(f"its last step, {checkpoint.step_of(last)}: {error}") from error
+    shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    progress = json.loads((last / checkpoint.PROGRESS_FILE).read_text())
+    loss_sum = progress["loss_total"] + fmean(progress["loss_sums"])
     record |= {
         "status": "finished",
-        "batching": trainer.batching,
-        "steps": result.global_step,
-        "train_loss": result.training_loss,
-        "held_out_loss": {"before": held_out[0], "after": held_out[-1]},
-        "seconds": {"training": result.metrics["train_runtime"], "all": time.monotonic() - begin},
+        "steps": checkpoint.step_of(last),
+        "model_of_step": checkpoint.step_of(chosen),
+        "train_loss": loss_sum / checkpoint.step_of(last),
+        "held_out_loss": {"before": held_out[min(held_out)], "after": held_out[checkpoint.step_of(chosen)]},
+        "seconds": {"training": progress["seconds"]},
     }
-    if main:
-        write_model_card(output, record, prepared.ledger)
-        write_run_record(output, record)
-        logger.info(
-            "held-out loss %.4f before, %.4f after; %s in all; the model is in %s",
-            held_out[0],
-            held_out[-1],
-            duration(time.monotonic() - begin),
-            output,
-        )
-        if options.dbfs_output_dir:
-            publish(output, Path(options.dbfs_output_dir).expanduser())
+    write_model_card(output, record, ledger)
+    write_run_record(output, record)
+    logger.info(
+        "held-out loss %.4f before, %.4f after; %s of training; the model is in %s",
+        record["held_out_loss"]["before"],
+        record["held_out_loss"]["after"],
+        duration(progress["seconds"]),
+        output,
+    )
+    if options.dbfs_output_dir:
+        publish(output, options.dbfs_output_dir)
     return record
 
 
@@ -314,7 +271,9 @@ def prepare(options: TrainingOptions) -> Prepared:
     if options.deepspeed_json and not torch.cuda.is_available():
         import deepspeed
 
-        deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
+        deepspeed.init_distributed(
+            dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=options.rank_timeout)
+        )
     args = training_arguments(options)
     with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
         positions = max_positions(load_config(options.input_model, options.trust_remote_code))
@@ -339,7 +298,7 @@ def prepare(options: TrainingOptions) -> Prepared:
     return Prepared(args, tokenizer, train_rows, held_out_rows, ledger)
 
 
-def build_trainer(options: TrainingOptions, prepared: Prepared) -> CompletionTrainer:
+def build_trainer(options: TrainingOptions, prepared: Prepared, request: StopRequest) -> CompletionTrainer:
     """Loads the model and puts the Trainer around it."""
     args, tokenizer, precision = prepared.args, prepared.tokenizer, precision_of(options)
     # ZeRO-3 keeps float32 master weights beside 16-bit ones; without DeepSpeed the weights are the masters.
@@ -365,6 +324,9 @@ def build_trainer(options: TrainingOptions, prepared: Prepared) -> CompletionTra
         batching=batching,
         max_tokens=options.max_tokens_per_device,
         peak_flops=peak_flops(args.device, DTYPES[precision]),
+        max_shard_size=options.max_shard_size,
+        keep_checkpoints=options.save_total_limit,
+        request=request,
     )
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
@@ -406,19 +368,29 @@ def main(ctx: click.Context, **values: Any) -> None:
     logging.basicConfig(
         level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s", stream=sys.stdout
     )
+    request = StopRequest()
     try:
+        request.listen()
         options = TrainingOptions(**values)
         if value_faults(ctx):
             raise OptionsError(value_faults(ctx) + find_faults(options))
-        train(options)
+        record = train(options, request)
+        if record["status"] == "stopped":
+            raise Interrupted
     except (OptionsError, DataError, ModelError) as error:
         # Every rank finds the same faults; one tells them.
         if is_main_process():
             print(f"Cannot train:\n{error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        sys.exit(REFUSED)
+    except TrainingError as error:
+        print(f"Training ended at {error}", file=sys.stderr, flush=True)
+        sys.exit(1)
+    except Interrupted:
+        if is_main_process():
+            print("Stopped. To go on, type the same command with --resume auto", file=sys.stderr, flush=True)
+        sys.exit(INTERRUPTED)
     finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+        _leave_ranks()
 
 
 if __name__ == "__main__":

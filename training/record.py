@@ -1,0 +1,121 @@
+"""run.json: what a run was asked, what it has become, and whether another command would continue it or change it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import subprocess
+import time
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from training.checkpoint import write_json
+from training.consts import RUN_FILE
+from training.options import TrainingOptions, precision_of
+
+RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
+
+# Options that decide what a step computes. How rows are spread over devices (their global batch apart), memory and
+# places do not; nor does how long to go on, unless the rate depends on it.
+DECISIVE = ("input_model", "seed", "lr", "lr_scheduler_type", "warmup_steps", "weight_decay", "batching")
+SCHEDULES_WITH_AN_END = ("linear", "cosine")
+
+
+def start_record(options: TrainingOptions, world_size: int, rows: str | None = None) -> dict[str, Any]:
+    """What is known of a run before its first step; `rows` is `rows_digest` of what it trains on.
+
+    `status` is "running", then "stopped" (by SIGTERM or Ctrl-C), or "finished" once the model is there and verified.
+    """
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "status": "running",
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "options": asdict(options),
+        "world_size": world_size,
+        "global_batch": global_batch(options, world_size),
+        "precision": precision_of(options),
+        "rows": rows,
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": _git_commit(),
+    }
+
+
+def write_run_record(folder: Path, record: dict[str, Any]) -> None:
+    """Replaces the record in one rename, so that a reader never sees half of one."""
+    write_json(folder / RUN_FILE, record)
+
+
+def read_run_record(folder: Path) -> dict[str, Any] | None:
+    """The record of a run's folder, or None where there is none that can be read."""
+    try:
+        record = json.loads((folder / RUN_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) and isinstance(record.get("options"), dict) else None
+
+
+def global_batch(options: TrainingOptions, world_size: int) -> int:
+    """Rows of one optimizer step."""
+    return options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
+
+
+def rows_digest(rows: datasets.Dataset) -> str:
+    """A checksum of the rows to train on, in their order: it changes with data, tokenizer, length, split and seed."""
+    digest = hashlib.sha256()
+    for batch in rows.with_format("numpy").iter(batch_size=10_000):
+        for ids in batch["input_ids"]:
+            digest.update(np.asarray(ids, dtype=np.int32).tobytes())
+        digest.update(np.asarray(batch["response_start"], dtype=np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What two records differ in that would change the result of training, each with both values."""
+    asked, wanted = former["options"], now["options"]
+    names = list(DECISIVE)
+    if wanted.get("lr_scheduler_type") in SCHEDULES_WITH_AN_END:
+        names += ["epochs", "max_steps"]
+    found = [
+        f"--{name.replace('_', '-')} was {asked.get(name)}, and is {wanted.get(name)}"
+        for name in names
+        if asked.get(name) != wanted.get(name)
+    ]
+    if former.get("precision") != now["precision"]:
+        found.append(f"the precision was {former.get('precision')}, and is {now['precision']}")
+    if former.get("global_batch") != now["global_batch"]:
+        found.append(
+            f"a step was of {former.get('global_batch')} rows, and is of {now['global_batch']}: "
+            "--per-device-train-batch-size x --gradient-accumulation-steps x devices must stay the same"
+        )
+    if former.get("rows") and now.get("rows") and former["rows"] != now["rows"]:
+        found.append(
+            "the rows differ: another --training-dataset, --test-size, --max-length or --keep-truncated, "
+            f"or the file has changed (it was {asked.get('training_dataset')})"
+        )
+    return found
+
+
+def _git_commit() -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None

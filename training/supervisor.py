@@ -1,0 +1,97 @@
+"""One small process beside each rank, which tells in plain words how the rank ended.
+
+A rank that the system kills cannot say so itself, and the launchers only print `exits with return code = -9`. So
+`python -m training.trainer` starts itself once more, hands on what that process prints, and when it dies
+unexpectedly repeats its last lines with the meaning of its exit code. It imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import collections
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import threading
+from types import FrameType
+from typing import BinaryIO
+
+from training.exits import INTERRUPTED, REFUSED, exit_meaning
+
+SUPERVISED = (
+    "DOLLY_SUPERVISED"  # set for the rank proper; its value tells whether somebody looks at a terminal
+)
+LAST_LINES = 15
+
+EXPECTED_EXITS = (0, REFUSED, INTERRUPTED)  # the rank has said itself what there is to say
+
+
+def supervise() -> None:
+    """Returns in the rank proper. In the process that a launcher or a user starts it never does: it waits and exits."""
+    if SUPERVISED in os.environ:
+        return
+    rank = os.environ.get("RANK", "0")
+    environment = os.environ | {SUPERVISED: "terminal" if sys.stderr.isatty() else "log"}
+    command = [sys.executable, "-u", "-m", "training.trainer", *sys.argv[1:]]
+    child = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_die_with_parent
+    )
+    _forward_signals(child)
+    assert child.stdout is not None
+    assert child.stderr is not None
+    last: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
+    readers = [
+        threading.Thread(target=_hand_on, args=(pipe, target, last), daemon=True)
+        for pipe, target in ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer))
+    ]
+    for reader in readers:
+        reader.start()
+    code = child.wait()
+    for reader in readers:
+        reader.join(timeout=5)  # a grandchild may hold the pipe open
+    if code not in EXPECTED_EXITS:
+        sys.stderr.write(_obituary(rank, code, b"".join(last).decode(errors="replace")))
+        sys.stderr.flush()
+    # A process that ends by a signal is told apart from one that fails: shells and launchers expect 128 + n.
+    os._exit(128 - code if code < 0 else code)
+
+
+def _obituary(rank: str, code: int, last: str) -> str:
+    return f"\nRank {rank} ended: {exit_meaning(code)}\nIts last lines:\n" + "".join(
+        f"  {line}\n" for line in last.splitlines() if line.strip()
+    )
+
+
+def _hand_on(pipe: BinaryIO, target: BinaryIO, last: collections.deque[bytes]) -> None:
+    """Copies what the rank prints as it comes, also a progress bar that ends no line, and keeps the last lines."""
+    begun = b""
+    while chunk := os.read(pipe.fileno(), 65536):
+        target.write(chunk)
+        target.flush()
+        *lines, begun = (begun + chunk).split(b"\n")
+        last.extend(line.rpartition(b"\r")[2] + b"\n" for line in lines)
+    if begun:
+        last.append(begun)
+
+
+def _forward_signals(child: subprocess.Popen[bytes]) -> None:
+    """SIGTERM and Ctrl-C reach the rank, which finishes its step and saves; a second Ctrl-C ends it at once."""
+    interrupts = 0
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupts
+        interrupts += number == signal.SIGINT
+        if child.poll() is None:
+            child.send_signal(signal.SIGKILL if interrupts > 1 else signal.SIGTERM)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, forward)
+
+
+def _die_with_parent() -> None:
+    """The rank must not outlive a killed supervisor: no process is left behind. Linux alone can promise it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes through the supervisor
+    if sys.platform.startswith("linux"):
+        pr_set_pdeathsig = 1
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
