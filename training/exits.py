@@ -7,6 +7,7 @@ from pathlib import Path
 
 REFUSED = 2  # the options, the data or the machine; click ends with it as well
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not now, try again
+LOST_PEER = 76  # EX_PROTOCOL: this rank is sound, another one ended or hangs
 
 _CONTINUE = "Continue with --resume auto"
 _SIGNALS = {
@@ -43,6 +44,8 @@ def exit_meaning(code: int, out_of_memory: bool | None = None) -> str:
         return "refused before training: the reasons, and what to type, stand above"
     if code == INTERRUPTED:
         return f"stopped by SIGTERM or Ctrl-C, with a checkpoint. {_CONTINUE}"
+    if code == LOST_PEER:
+        return f"another rank ended or hangs: look for what it says. {_CONTINUE}"
     if code in (126, 127):
         return "a program could not be started. Activate the environment with requirements.txt in it"
     name = _signal_name(code)

@@ -96,8 +96,8 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
         found.append(f"the precision was {former.get('precision')}, and is {now['precision']}")
     if former.get("global_batch") != now["global_batch"]:
         found.append(
-            f"a step was of {former.get('global_batch')} rows, and is of {now['global_batch']}: "
-            "--per-device-train-batch-size x --gradient-accumulation-steps x devices must stay the same"
+            f"a step was of {former.get('global_batch')} rows, and is of {now['global_batch']}"
+            f"{_same_batch(former.get('global_batch'), wanted, now['world_size'])}"
         )
     if former.get("rows") and now.get("rows") and former["rows"] != now["rows"]:
         found.append(
@@ -105,6 +105,14 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
             f"or the file has changed (it was {asked.get('training_dataset')})"
         )
     return found
+
+
+def _same_batch(rows: Any, wanted: dict[str, Any], world_size: int) -> str:
+    """What to type for steps of as many rows as before, where that can be."""
+    at_once = wanted["per_device_train_batch_size"] * world_size
+    if not isinstance(rows, int) or rows % at_once:
+        return ": --per-device-train-batch-size x --gradient-accumulation-steps x devices must stay the same"
+    return f". Type --gradient-accumulation-steps {rows // at_once}"
 
 
 def _git_commit() -> str | None:

@@ -25,6 +25,14 @@ class Interrupted(KeyboardInterrupt):
     """SIGTERM or Ctrl-C where no step was under way that could be finished."""
 
 
+def lost_peer(error: RuntimeError) -> bool:
+    """Whether gloo or NCCL says that another rank went away, or did not come within its time."""
+    if isinstance(error, torch.distributed.DistError):
+        return True
+    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    return torch.distributed.is_initialized() and any(sign in str(error) for sign in signs)
+
+
 class StopRequest:
     """Whether SIGTERM or Ctrl-C has asked this process to end. While steps are computed it waits for the step's end."""
 

@@ -17,14 +17,15 @@ import threading
 from types import FrameType
 from typing import BinaryIO
 
-from training.exits import INTERRUPTED, REFUSED, exit_meaning
+from training.exits import INTERRUPTED, LOST_PEER, REFUSED, exit_meaning
 
 SUPERVISED = (
     "DOLLY_SUPERVISED"  # set for the rank proper; its value tells whether somebody looks at a terminal
 )
 LAST_LINES = 15
+PATIENCE = 25  # seconds after SIGTERM; the launchers kill what still lives after 30
 
-EXPECTED_EXITS = (0, REFUSED, INTERRUPTED)  # the rank has said itself what there is to say
+EXPECTED_EXITS = (0, REFUSED, INTERRUPTED, LOST_PEER)  # the rank has said itself what there is to say
 
 
 def supervise() -> None:
@@ -37,10 +38,16 @@ def supervise() -> None:
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_die_with_parent
     )
-    _forward_signals(child)
     assert child.stdout is not None
     assert child.stderr is not None
     last: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
+
+    def tell_of_hanging() -> None:
+        _tell(f"Rank {rank} is still busy {PATIENCE} s after it was told to stop", last)
+
+    hanging = threading.Timer(PATIENCE, tell_of_hanging)
+    hanging.daemon = True
+    _forward_signals(child, hanging)
     readers = [
         threading.Thread(target=_hand_on, args=(pipe, target, last), daemon=True)
         for pipe, target in ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer))
@@ -50,17 +57,18 @@ def supervise() -> None:
     code = child.wait()
     for reader in readers:
         reader.join(timeout=5)  # a grandchild may hold the pipe open
+    hanging.cancel()
     if code not in EXPECTED_EXITS:
-        sys.stderr.write(_obituary(rank, code, b"".join(last).decode(errors="replace")))
-        sys.stderr.flush()
+        _tell(f"Rank {rank} ended: {exit_meaning(code)}", last)
     # A process that ends by a signal is told apart from one that fails: shells and launchers expect 128 + n.
     os._exit(128 - code if code < 0 else code)
 
 
-def _obituary(rank: str, code: int, last: str) -> str:
-    return f"\nRank {rank} ended: {exit_meaning(code)}\nIts last lines:\n" + "".join(
-        f"  {line}\n" for line in last.splitlines() if line.strip()
-    )
+def _tell(what: str, last: collections.deque[bytes]) -> None:
+    lines = b"".join(list(last)).decode(errors="replace").splitlines()
+    said = "".join(f"  {line}\n" for line in lines if line.strip()) or "  (none)\n"
+    sys.stderr.write(f"\n{what}\nIts last lines:\n{said}")
+    sys.stderr.flush()
 
 
 def _hand_on(pipe: BinaryIO, target: BinaryIO, last: collections.deque[bytes]) -> None:
@@ -75,13 +83,15 @@ def _hand_on(pipe: BinaryIO, target: BinaryIO, last: collections.deque[bytes]) -
         last.append(begun)
 
 
-def _forward_signals(child: subprocess.Popen[bytes]) -> None:
+def _forward_signals(child: subprocess.Popen[bytes], hanging: threading.Timer) -> None:
     """SIGTERM and Ctrl-C reach the rank, which finishes its step and saves; a second Ctrl-C ends it at once."""
     interrupts = 0
 
     def forward(number: int, frame: FrameType | None) -> None:
         nonlocal interrupts
         interrupts += number == signal.SIGINT
+        if "RANK" in os.environ and hanging.ident is None:
+            hanging.start()
         if child.poll() is None:
             child.send_signal(signal.SIGKILL if interrupts > 1 else signal.SIGTERM)
 

@@ -16,8 +16,11 @@ if __name__ == "__main__":
 import json
 import logging
 import math
+import os
 import shutil
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +45,7 @@ from training.batching import check_token_budget
 from training.callbacks import ProgressLog, duration
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
-from training.exits import INTERRUPTED, REFUSED
+from training.exits import INTERRUPTED, LOST_PEER, REFUSED
 from training.finished import LEDGER_FILE, place_model, verify_model, write_model_card
 from training.flops import peak_flops
 from training.loop import Batching, CompletionTrainer, Continued
@@ -66,9 +69,11 @@ from training.publish import publish
 from training.record import global_batch, rows_digest, start_record, write_run_record
 from training.resume import RESHARDED, Start, find_start, reshard
 from training.rows import DataError
-from training.stopping import Interrupted, StopRequest, TrainingError
+from training.stopping import Interrupted, StopRequest, TrainingError, lost_peer
 
 logger = logging.getLogger("training")
+
+PEER_GRACE = 3  # seconds that a launcher, which looks every second, has to see which rank ended first
 
 
 def training_arguments(options: TrainingOptions) -> TrainingArguments:
@@ -386,9 +391,24 @@ def main(ctx: click.Context, **values: Any) -> None:
         print(f"Training ended at {error}", file=sys.stderr, flush=True)
         sys.exit(1)
     except Interrupted:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may repeat it while Python shuts down
         if is_main_process():
             print("Stopped. To go on, type the same command with --resume auto", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
+    except RuntimeError as error:
+        if not lost_peer(error):
+            raise
+        waited = (
+            f"waited {options.rank_timeout} s (--rank-timeout) for" if "imed out" in str(error) else "lost"
+        )
+        rank = torch.distributed.get_rank()
+        print(
+            f"Rank {rank} {waited} another rank: one that ended says why, one that hangs says nothing",
+            file=sys.stderr,
+            flush=True,
+        )
+        time.sleep(PEER_GRACE)
+        os._exit(LOST_PEER)
     finally:
         _leave_ranks()
 
