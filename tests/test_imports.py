@@ -10,6 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "consts",
+    "exits",
+    "checks",
     "demo",
     "rows",
     "data",
@@ -20,8 +22,8 @@ ORDER = [
     "flops",
     "machines",
     "model",
-    "operators",
     "options",
+    "operators",
     "callbacks",
     "checkpoint",
     "generate",

@@ -59,7 +59,6 @@ from training.options import (
     click_options,
     find_faults,
     is_main_process,
-    offloads_optimizer,
     precision_of,
     read_deepspeed_json,
     value_faults,
@@ -272,7 +271,7 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any]) -> 
 def prepare(options: TrainingOptions) -> Prepared:
     """Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
     if options.deepspeed_json:
-        compile_operators(offloads_optimizer(read_deepspeed_json(options.deepspeed_json)))
+        compile_operators(read_deepspeed_json(options.deepspeed_json))
     if options.deepspeed_json and not torch.cuda.is_available():
         import deepspeed
 
