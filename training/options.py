@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from training.checks import WRITER_FILES
 from training.consts import (
     DEFAULT_INPUT_MODEL,
     DEFAULT_LEARNING_RATE,
@@ -515,7 +516,7 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         )
     elif output.exists() and not output.is_dir():
         faults.append(f"--local-output-dir {output}: is a file. Name a new folder")
-    elif output.is_dir() and any(output.iterdir()) and not (options.resume != "never" and _is_run(output)):
+    elif output.is_dir() and _holds_something(output) and not (options.resume != "never" and _is_run(output)):
         go_on = ", or type --resume auto to go on with its run" if _is_run(output) else ""
         faults.append(
             f"--local-output-dir {output}: is not empty, and nothing in it shall be lost. Name a new folder{go_on}"
@@ -541,6 +542,10 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         elif not _writable(published):
             faults.append(f"--dbfs-output-dir {published}: cannot be written. Name a folder of your own")
     return faults
+
+
+def _holds_something(folder: Path) -> bool:
+    return any(file.name not in WRITER_FILES for file in folder.iterdir())
 
 
 def _is_run(folder: Path) -> bool:

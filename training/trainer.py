@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -43,6 +44,7 @@ from training import checkpoint
 from training.attention import packs_cleanly, use_packed_attention
 from training.batching import check_token_budget
 from training.callbacks import ProgressLog, duration
+from training.checks import FolderBusyError, kernel_faults, version_faults, writing
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
 from training.exits import INTERRUPTED, LOST_PEER, REFUSED
@@ -51,7 +53,7 @@ from training.flops import peak_flops
 from training.loop import Batching, CompletionTrainer, Continued
 from training.loss import use_response_loss
 from training.model import DTYPES, ModelError, load_config, load_model, load_tokenizer, max_positions
-from training.operators import compile_operators
+from training.operators import compile_operators, compiler_faults
 from training.options import (
     GroupedCommand,
     OptionsError,
@@ -150,11 +152,27 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
     The finished folder is `options.local_output_dir`; it is copied to `options.dbfs_output_dir` if given. The
     record's status is "finished", or "stopped" where `request` asked for that.
     """
-    faults = find_faults(options)
+    faults = find_faults(options) + machine_faults(options)
     if faults:
         raise OptionsError(faults)
     _quiet_libraries()
     prepared = prepare(options)
+    with ExitStack() as held:
+        if prepared.args.process_index == 0:
+            held.enter_context(writing(Path(prepared.args.output_dir)))
+        return _train_prepared(options, prepared, request or StopRequest())
+
+
+def machine_faults(options: TrainingOptions) -> list[str]:
+    """What this machine lacks: versions, kernels of its GPUs, a compiler. Not what depends on model and data."""
+    faults = version_faults() + kernel_faults()
+    if options.deepspeed_json and not faults:
+        with suppress(OptionsError):  # an unreadable file is told by find_faults
+            faults += compiler_faults(read_deepspeed_json(options.deepspeed_json))
+    return faults
+
+
+def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopRequest) -> dict[str, Any]:
     args = prepared.args
     output, main = Path(args.output_dir), args.process_index == 0
     record = start_record(options, args.world_size, rows_digest(prepared.train_rows))
@@ -168,10 +186,9 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
                 publish(output, options.dbfs_output_dir)
             return start.former
     if main:
-        output.mkdir(parents=True, exist_ok=True)
         prepared.ledger.save(output / LEDGER_FILE)
         write_run_record(output, record)
-    if start.step < steps and run_steps(options, prepared, start, request or StopRequest()):
+    if start.step < steps and run_steps(options, prepared, start, request):
         record["status"] = "stopped"
         if main:
             write_run_record(output, record)
@@ -381,7 +398,7 @@ def main(ctx: click.Context, **values: Any) -> None:
         record = train(options, request)
         if record["status"] == "stopped":
             raise Interrupted
-    except (OptionsError, DataError, ModelError) as error:
+    except (OptionsError, DataError, ModelError, FolderBusyError) as error:
         # Every rank finds the same faults; one tells them.
         if is_main_process():
             print(f"Cannot train:\n{error}", file=sys.stderr, flush=True)
