@@ -102,8 +102,9 @@ def peak_activation_bytes(
     model: ModelFacts, settings: Settings, load: Load, response_share: float, checkpointing: bool
 ) -> tuple[float, float]:
     """`activation_bytes` of the largest share of rows that a device computes at once in this run."""
-    split = isinstance(settings.max_tokens, int) and settings.max_tokens < load.peak_tokens
-    tokens = max(settings.max_tokens if split else load.peak_tokens, load.peak_row)
+    tokens = load.peak_tokens
+    if isinstance(settings.max_tokens, int):
+        tokens = max(min(tokens, settings.max_tokens), load.peak_row)  # a row cannot be split
     return activation_bytes(
         model,
         tokens,
@@ -120,10 +121,10 @@ def device_memory(
 ) -> dict[str, float]:
     """GiB of one device by part, at the worst moment of a step; their sum is what the card must have.
 
-    "gathered layers": ZeRO-3 gathers ahead until stage3_max_live_parameters are whole, which every forward of a
-    larger model reaches, because it asks for the next bucket at every module, with parameters or without
-    (`fetch_sub_module` in partitioned_param_coordinator.py; measured on real ranks). Without ZeRO, autocast's
-    16-bit copies of the weights.
+    "gathered layers": ZeRO-3 gathers ahead until stage3_max_live_parameters are whole, and passes the limit by a
+    parameter. Every forward of a larger model reaches it, because the next bucket is asked for at every module,
+    with parameters or without (`fetch_sub_module` in partitioned_param_coordinator.py; measured on real ranks). A
+    rank that is alone has its weights whole already. Without ZeRO, autocast's 16-bit copies of the weights.
     "communication": gradients on their way: under ZeRO a bucket, and the largest whole gradient, the embedding's;
     without it torch's DistributedDataParallel copies all into buckets.
     "optimizer step": what the float32 copy of the gradients (DeepSpeed makes one for each sub-group) takes beyond
@@ -135,8 +136,9 @@ def device_memory(
     )
     parts = state_bytes(model, settings)
     gathered = communication = 0.0
-    if zero.stage == 3:
-        gathered = size * min(model.parameters, zero.live_parameters)
+    if zero.stage == 3 and (settings.ranks > 1 or zero.offload_parameters):
+        largest = model.width * max(model.vocabulary, model.inner)
+        gathered = size * min(model.parameters, zero.live_parameters + largest)
     elif zero.stage == 0 and size == 2:
         gathered = size * model.parameters
     if zero.stage:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.consts import DEFAULT_TRAINING_DATASET, DEMO
 from training.settings import Settings
@@ -231,9 +231,14 @@ def dataset_lengths(dataset: str, model: ModelFacts) -> Lengths:
     """
     if dataset == DEFAULT_TRAINING_DATASET:
         return alpaca_lengths()
+    import datasets
+    import transformers
+
     from training.data import prepare_dataset
     from training.model import load_tokenizer
 
+    datasets.disable_progress_bars()  # the answer is a table
+    transformers.utils.logging.disable_progress_bar()
     rows, _ = prepare_dataset(dataset, load_tokenizer(model.name), model.positions)
     return lengths_of(dataset, rows["length"][:], rows["response_start"][:])
 
@@ -315,5 +320,6 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
     )
 
 
-def _padded(length: np.ndarray | int) -> np.ndarray | int:
+def _padded(length: Any) -> Any:
+    """Of a number, or of each in an array."""
     return -(-length // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
