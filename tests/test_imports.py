@@ -26,6 +26,7 @@ ORDER = [
     "workload",
     "memory",
     "timing",
+    "verdict",
     "picture",
     "callbacks",
     "checkpoint",

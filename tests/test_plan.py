@@ -18,8 +18,9 @@ from transformers import T5Config
 
 from training.machines import GIB, MACHINES, find_machine, this_machine
 from training.options import OptionsError, TrainingOptions
-from training.plan import PUBLISHED, Plan, main, plan_run, predict_published
+from training.plan import PUBLISHED, main, predict_published
 from training.settings import preset_options
+from training.verdict import Plan, plan_run
 from training.workload import Lengths, alpaca_lengths, gptj_facts, model_facts
 
 ROOT = Path(__file__).parents[1]
@@ -297,7 +298,7 @@ def test_this_machine_is_planned_for_with_the_demo(tmp_path):
     )  # fmt: skip
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
-    assert (answer["gpu"], answer["num_gpus"], answer["global_batch_rows"]) == ("CPU", 2, 32)
+    assert (answer["gpu"], answer["num_gpus"], answer["global_batch_rows"]) == ("CPU", 2, 64)
     assert 0 < answer["hours_per_epoch"]["expected"] < 1
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert (

@@ -13,8 +13,7 @@ ROOT = Path(__file__).parents[1]
 
 # --- the recipe of each GPU family -------------------------------------------------------------------
 
-GLOBAL_BATCH = 64  # rows of one optimizer step in Dolly's run: 8 GPUs of 8 rows
-DEMO_GLOBAL_BATCH = 32  # of the demo's run
+GLOBAL_BATCH = 64  # rows of one optimizer step, whatever the devices; Dolly's run had 8 GPUs of 8 rows
 DOLLYS_ROWS = 8  # rows a device computes at once
 PACKED_ROWS = 16  # packed rows cost memory by their tokens, and 16 of them gather the weights half as often
 
@@ -27,15 +26,11 @@ class Preset:
         deepspeed: DeepSpeed configuration, from the root of the repository.
         offload: the same with the optimizer in host memory; None where that gains nothing.
         precision: as the configuration enables it.
-        global_batch: rows of one optimizer step, whatever the number of devices.
-        gradient_checkpointing: the trainer's option.
     """
 
     deepspeed: str
     offload: str | None
     precision: str
-    global_batch: int = GLOBAL_BATCH
-    gradient_checkpointing: str = "auto"
 
 
 _BF16, _BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
@@ -47,7 +42,7 @@ PRESETS = {
     "a10": Preset(_BF16_OFFLOAD, _BF16_OFFLOAD, "bf16"),
     "v100": Preset(_FP16_OFFLOAD, _FP16_OFFLOAD, "fp16"),  # has no bf16
     # For the demo and the tests: ranks on a CPU, whose memory is the host's already.
-    "cpu": Preset(_BF16, None, "bf16", DEMO_GLOBAL_BATCH, "off"),
+    "cpu": Preset(_BF16, None, "bf16"),
 }
 
 
@@ -72,13 +67,12 @@ def preset_options(family: str, num_gpus: int, batching: str = "packed") -> dict
         raise MachineError(f"no GPU family {family!r} is known. There are: {', '.join(PRESETS)}")
     if num_gpus < 1:
         raise MachineError(f"--num-gpus {num_gpus}: at least one device is needed to train")
-    preset = PRESETS[family]
-    rows, accumulation = rows_and_accumulation(preset.global_batch, num_gpus, batching)
+    rows, accumulation = rows_and_accumulation(GLOBAL_BATCH, num_gpus, batching)
     return {
-        "deepspeed": preset.deepspeed,
+        "deepspeed": PRESETS[family].deepspeed,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
-        "gradient_checkpointing": preset.gradient_checkpointing,
+        "gradient_checkpointing": "auto",  # only where memory is short without it
         "batching": batching,
     }
 
