@@ -329,6 +329,24 @@ def test_a_model_in_a_folder_with_rows_in_a_file_is_planned_for(tmp_path, base_f
     assert f"--training-dataset {file}" in answer["command"]
 
 
+def test_readme_tells_what_the_plan_says():
+    readme = (ROOT / "README.md").read_text()
+    assert run_cli("--machine", "8xA100-40GB", "--price", 32.77).output.rstrip() in readme
+    assert planned("4xA10", deepspeed=BF16).faults[0] in readme
+    rows = [line for line in readme.splitlines() if re.search(r"\| \d\.\d\d \[[12]\] \|", line)]
+    for run, row in zip(PUBLISHED, rows, strict=True):
+        padded, packed = predict_published(run)
+        hours, ours = padded.hours_per_epoch["expected"], packed.hours_per_epoch["expected"]
+        figures = re.findall(r"\d+\.\d\d", row.split("`", 2)[-1].split("an epoch")[-1])
+        expected = [run.hours, hours, hours / run.hours, ours]
+        assert figures == [f"{figure:.2f}" for figure in expected], run.machine
+        for option in re.findall(
+            r"--per-device-train-batch-size \d+|--gradient-accumulation-steps \d+|--deepspeed \S+json",
+            row,
+        ):
+            assert option in packed.command, run.machine
+
+
 def test_published_runs_are_printed_as_a_table():
     lines = run_cli("--published").output.splitlines()
     assert len(lines) == 2 + len(PUBLISHED)
