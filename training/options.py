@@ -39,6 +39,15 @@ def _option(default: Any, group: str, help: str, **click_settings: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **click_settings})
 
 
+class AutoOrCount(click.ParamType):
+    """ "auto", or a number of at least one."""
+
+    name = "auto or a number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else click.IntRange(1).convert(value, param, ctx)
+
+
 @dataclass(kw_only=True)
 class TrainingOptions:
     """The options of `training.trainer`, one field an option. The command line is made from these fields."""
@@ -136,12 +145,12 @@ class TrainingOptions:
         "packed: real tokens only, dealt evenly to the devices; padded: Dolly's way. The gradients are the same.",
         type=click.Choice(("packed", "padded")),
     )
-    max_tokens_per_device: int | None = _option(
-        None,
+    max_tokens_per_device: int | str = _option(
+        "auto",
         "Training",
-        "Split a device's packed rows into parts of at most this many tokens, to save memory.",
-        type=click.IntRange(1),
-        metavar="TOKENS",
+        "Split a device's packed rows into parts of at most this many tokens. auto: only if they do not fit whole.",
+        type=AutoOrCount(),
+        metavar="auto|TOKENS",
     )
     gradient_accumulation_steps: int = _option(
         1,
@@ -150,8 +159,14 @@ class TrainingOptions:
         type=click.IntRange(1),
         metavar="BATCHES",
     )
-    gradient_checkpointing: bool = _option(
-        True, "Training", "Recompute activations in the backward pass: less memory, a third more work."
+    gradient_checkpointing: str = _option(
+        "auto",
+        "Training",
+        "Recompute activations in the backward pass: less memory, a third more work. auto: only where memory is "
+        "short without it. Without a value: on.",
+        type=click.Choice(("auto", "on", "off")),
+        is_flag=False,
+        flag_value="on",
     )
 
     bf16: bool | None = _option(
@@ -223,7 +238,9 @@ class TrainingOptions:
         metavar="never|auto|FOLDER",
     )
     force: bool = _option(
-        False, "Output", "Go on with --resume though the options would make another run of it."
+        False,
+        "Output",
+        "Train though the plan says that it does not fit, or with --resume though the options differ from the run's.",
     )
     final_model: str = _option(
         "last",
@@ -398,7 +415,7 @@ def _plain_faults(options: TrainingOptions) -> list[str]:
             f"--lr-scheduler-type constant has no warm-up, so --warmup-steps {options.warmup_steps} would be "
             "ignored. Type --lr-scheduler-type constant_with_warmup"
         )
-    if options.batching == "padded" and options.max_tokens_per_device:
+    if options.batching == "padded" and options.max_tokens_per_device != "auto":
         faults.append(
             f"--max-tokens-per-device {options.max_tokens_per_device} splits packed rows, and --batching padded has none. "
             "Lower --per-device-train-batch-size and raise --gradient-accumulation-steps instead"
@@ -527,8 +544,6 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         faults.append(
             f"--resume {options.resume}: no such folder. Type never, auto, or a checkpoint's folder"
         )
-    if options.force and options.resume == "never":
-        faults.append("--force goes with --resume, and there is none. Leave it out, or add --resume auto")
     if options.dbfs_output_dir:
         published = _local_path(options.dbfs_output_dir)
         if options.dbfs_output_dir.startswith("dbfs:"):

@@ -109,7 +109,7 @@ class Settings:
     accumulation: int = 1
     packed: bool = True
     checkpointing: bool | Literal["auto"] = "auto"
-    max_tokens: int | Literal["auto"] | None = None
+    max_tokens: int | str | None = None
     precision: str = "bf16"
     zero: Zero = Zero(stage=3)
     epochs: float = 1.0
@@ -138,8 +138,7 @@ class Settings:
 def settings_of(options: TrainingOptions, ranks: int, family: str) -> Settings:
     """Settings from the trainer's options. Raises OptionsError for an unreadable DeepSpeed file.
 
-    `gradient_checkpointing` may be "auto", "on", "off" or a bool, and `max_tokens_per_device` "auto". Where neither
-    options nor DeepSpeed name a precision, it is the best of the GPU family.
+    Where neither options nor DeepSpeed name a precision, it is the best of the GPU family.
     """
     file = options.deepspeed_json
     if file and not Path(file).exists() and (ROOT / file).exists():  # a shipped one, from another folder
@@ -149,14 +148,14 @@ def settings_of(options: TrainingOptions, ranks: int, family: str) -> Settings:
         precision = precision_of(options)
     else:
         precision = {"cpu": "fp32", "v100": "fp16"}.get(family, "bf16")
-    checkpointing: Any = options.gradient_checkpointing
+    asked = options.gradient_checkpointing
     return Settings(
         ranks=ranks,
         rows=options.per_device_train_batch_size,
         eval_rows=options.per_device_eval_batch_size,
         accumulation=options.gradient_accumulation_steps,
         packed=options.batching == "packed",
-        checkpointing={"on": True, "off": False}.get(checkpointing, checkpointing),
+        checkpointing="auto" if asked == "auto" else asked == "on",
         max_tokens=options.max_tokens_per_device if options.batching == "packed" else None,
         precision=precision,
         zero=read_zero(read_deepspeed_json(file)) if file else Zero(),

@@ -256,10 +256,6 @@ def command(options: TrainingOptions, settings: Settings) -> str:
         flag = "--" + option.name.replace("_", "-")
         if option.name == "deepspeed":
             value = options.deepspeed_json
-        elif option.name == "max_tokens_per_device":
-            value = settings.max_tokens
-        elif option.name == "gradient_checkpointing":
-            value = {True: "on", False: "off", "auto": option.default}.get(value, value)
         if value == option.default or option.name in ("deepspeed_config", "local_rank"):
             continue
         if isinstance(value, bool):
