@@ -8,17 +8,7 @@ requirements=$1
 fail() { printf '%s\n' "$@" >&2; exit 1; }
 
 satisfied() {
-    "$1" - "$requirements" 2>/dev/null <<'PY'
-import re, sys
-from importlib.metadata import version
-def pins(path):
-    for line in open(path):
-        if line.startswith("-r "):
-            yield from pins(line[3:].strip())
-        elif match := re.match(r"([\w.-]+)==(\S+)", line):
-            yield match.groups()
-sys.exit(not all(version(name).split("+")[0] == pin for name, pin in pins(sys.argv[1])))
-PY
+    "$1" -c 'import sys; from training.checks import mismatches; sys.exit(bool(mismatches(sys.argv[1])))' "$requirements" 2>/dev/null
 }
 
 if ! satisfied python; then
@@ -41,8 +31,5 @@ if ! satisfied python; then
 fi
 
 # DeepSpeed compiles small C++ operators at their first use.
-command -v g++ >/dev/null || command -v c++ >/dev/null \
-    || fail "DeepSpeed needs a C++ compiler, and there is none." "Get it: sudo apt-get install g++ (Debian, Ubuntu), or xcode-select --install (Mac)."
-python -c 'import os, sysconfig, sys; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' \
-    || fail "DeepSpeed needs Python's C headers, and $(python --version) has none." "Get them: sudo apt-get install python3-dev"
-command -v ninja >/dev/null || fail "ninja is not on PATH, though requirements.txt has it." "Get it: python -m pip install ninja"
+faults=$(python -c 'from training.checks import tool_faults; print(*tool_faults(), sep="\n")')
+[ -z "$faults" ] || fail "$faults"

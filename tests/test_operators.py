@@ -1,22 +1,142 @@
-"""A run never waits for a compilation that a killed rank left behind."""
+"""Operators are compiled before anything expensive, never waited for in vain, and what they lack is told."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+from deepspeed.ops.op_builder.builder import OpBuilder
+from torch.utils import cpp_extension
 from torch.utils.cpp_extension import _get_build_directory
 
+from training.operators import _builders, compile_operators, compiler_faults
+from training.options import OptionsError
+
 ROOT = Path(__file__).parents[1]
+OFFLOADED = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+FUSED = {"optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_a_mark_left_by_a_killed_rank_does_not_hang_the_next_run():
     mark = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
     mark.touch()
-    compile_them = "from training.operators import compile_operators; compile_operators(offload=False)"
-    result = subprocess.run(
-        [sys.executable, "-c", compile_them], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    result = python("from training.operators import compile_operators; compile_operators({})")
     assert result.returncode == 0, result.stderr
     assert not mark.exists()
+
+
+def test_what_is_compiled_already_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("CXX", raising=False)
+    compiled = python("from training.operators import compile_operators; compile_operators({})")
+    assert compiled.returncode == 0, compiled.stderr
+    for program in ("ninja", "lscpu", "bash"):  # the first is asked whether there is something to compile
+        if found := shutil.which(program):
+            (tmp_path / program).symlink_to(found)
+    ask = "from training.operators import compiler_faults; print(compiler_faults({}))"
+    result = python(ask, PATH=str(tmp_path))
+    assert result.stdout.splitlines()[-1:] == ["[]"], result.stderr
+    result = python(ask, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "empty"))
+    assert "a C++ compiler, c++, is not on PATH" in result.stdout.splitlines()[-1], result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("g++", "c++: error: unrecognized option -std=c++20. It needs"),
+        ("wrapper", "'--version']' returned non-zero exit status 1"),  # torch asks what it wraps
+    ],
+)
+def test_a_compiler_that_fails_is_told_in_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
+):
+    compiler = tmp_path / name
+    compiler.write_text("#!/bin/sh\necho 'c++: error: unrecognized option -std=c++20' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+    monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
+    with pytest.raises(OptionsError) as refusal:
+        compile_operators({})
+    (fault,) = refusal.value.faults
+    assert fault.startswith("DeepSpeed's operator deepspeed_shm_comm could not be compiled or loaded: ")
+    assert reason in fault
+    assert f"rm -r {tmp_path / 'extensions' / 'deepspeed_shm_comm'}" in fault
+
+
+def test_a_folder_for_operators_that_cannot_be_written_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "extensions"))
+    (fault,) = compiler_faults({})
+    assert str(tmp_path / "file") in fault
+    assert "Type export TORCH_EXTENSIONS_DIR=/a/folder/of/yours" in fault
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({}, ["deepspeed_shm_comm"]),
+        (OFFLOADED, ["deepspeed_shm_comm", "cpu_adam"]),
+        (FUSED, ["deepspeed_shm_comm", "fused_adam"]),
+        (OFFLOADED | FUSED, ["deepspeed_shm_comm", "cpu_adam"]),
+        ({"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}, ["deepspeed_shm_comm"]),
+        ({"optimizer": {"type": "SGD"}}, ["deepspeed_shm_comm"]),
+        ({"optimizer": "AdamW"}, ["deepspeed_shm_comm"]),
+    ],
+)
+def test_the_operators_are_those_that_the_configuration_asks_for(config: dict[str, Any], names: list[str]):
+    assert [builder.name for builder in _builders(config)] == names
+
+
+@pytest.fixture
+def gpu_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """torch for CUDA 12.6 with a GPU, as DeepSpeed sees it, and no CUDA toolkit."""
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: CUDA_Accelerator())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
+
+
+def test_on_a_gpu_nothing_is_compiled_unless_the_optimizer_is_deepspeeds(gpu_machine):
+    assert _builders({}) == []
+    assert compiler_faults({}) == []
+
+
+def test_an_offloaded_optimizer_needs_a_compiler_but_no_cuda_toolkit(
+    gpu_machine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (builder,) = _builders(OFFLOADED)
+    for source in builder.sources():
+        text = Path(builder.deepspeed_src_path(source)).read_text()
+        assert source.endswith(".cpp")
+        assert "cuda" not in text.lower()
+    assert compiler_faults(OFFLOADED) == []
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert any("a C++ compiler" in fault for fault in compiler_faults(OFFLOADED))
+
+
+def test_an_optimizer_named_in_the_json_needs_the_cuda_toolkit(gpu_machine):
+    (fault,) = compiler_faults(FUSED)
+    assert "there is no nvcc (CUDA_HOME is not set)" in fault
+    assert "leave the 'optimizer' out of the DeepSpeed JSON" in fault

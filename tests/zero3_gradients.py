@@ -79,7 +79,7 @@ def compare(folder: Path, checkpointing: dict | None, row_count: int, micro_step
 
 
 def main(folder: Path) -> None:
-    compile_operators(offload=False)
+    compile_operators({})
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     try:
         if dist.get_rank() == 0:

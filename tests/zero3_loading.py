@@ -29,7 +29,7 @@ def own_memory() -> float:
 
 
 def main(folder: str) -> None:
-    compile_operators(offload=False)
+    compile_operators({})
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     arguments = training_arguments(TrainingOptions(deepspeed=str(CONFIG), local_output_dir=folder))
     tokenizer = load_tokenizer(folder)

@@ -482,7 +482,7 @@ def main(
     if importlib.util.find_spec("trl"):
         trainees[TRL] = sft_trainer(build_model(False, **shape), tokenizer, batch)
     losses, differences = gradient_difference(trainees, [rows[row] for row in one["dolly"][0][0]], pad)
-    matmul = matmul_flops_per_second(torch.device(device), DTYPES[precision], size=1024)
+    matmul = matmul_flops_per_second(torch.device(device), DTYPES[precision], tokens=1024, width=4096)
     on_one = measure(
         trainees, rows, [{r: one[r][i][0] for r in trainees} for i in steps_one], pad, "one rank"
     )
@@ -493,7 +493,9 @@ def main(
         pad,
         f"slowest of {world_size} ranks",
     )
-    matmul = max(matmul, matmul_flops_per_second(torch.device(device), DTYPES[precision], size=1024))
+    matmul = max(
+        matmul, matmul_flops_per_second(torch.device(device), DTYPES[precision], tokens=1024, width=4096)
+    )
     shares = {recipe: real_token_shares(recipe, lengths, batch, world_size) for recipe in trainees}
     # A step of N ranks takes as long as its slowest share, whatever rows the recipe put there.
     tokens_many = sum(lengths[row] for i in steps_many for share in many["dolly"][i] for row in share)

@@ -7,21 +7,7 @@ import time
 import torch
 from transformers import PreTrainedModel
 
-# Dense tensor-core peaks of one device, in operations a second, from NVIDIA's data sheets; by what stands in
-# torch.cuda.get_device_name(). bf16 and fp16 are alike on all of them, and V100 has no bf16.
-PEAK_FLOPS = {
-    "H200": 989.5e12,
-    "H100 PCIe": 756e12,
-    "H100": 989.5e12,  # SXM
-    "A100": 312e12,
-    "A10G": 70e12,  # AWS' variant of the A10
-    "A10": 125e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "V100": 125e12,  # SXM2; 112e12 as PCIe
-    "T4": 65e12,
-}
+from training.machines import PEAK_FLOPS
 
 
 def model_parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -69,19 +55,37 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def matmul_flops_per_second(
-    device: torch.device, dtype: torch.dtype, size: int = 512, runs: int = 5
+    device: torch.device, dtype: torch.dtype, tokens: int = 512, width: int = 2048, runs: int = 5
 ) -> float:
-    """Measured rate of matrix products (size, 4 size) @ (4 size, 4 size), the best of `runs`."""
-    a = torch.randn(size, 4 * size, device=device, dtype=dtype)
-    b = torch.randn(4 * size, 4 * size, device=device, dtype=dtype)
+    """Measured rate of matrix products (tokens, width) @ (width, width), the best of `runs`."""
+    a = torch.randn(tokens, width, device=device, dtype=dtype)
+    b = torch.randn(width, width, device=device, dtype=dtype)
+    operations = 2 * tokens * width**2
+    repeats = max(1, round(3e8 / operations))  # a short product would measure the clock
     best = float("inf")
     for _ in range(runs):
         _wait(device)
         begin = time.perf_counter()
-        a @ b
+        for _ in range(repeats):
+            a @ b
         _wait(device)
         best = min(best, time.perf_counter() - begin)
-    return 2 * size * (4 * size) ** 2 / best
+    return repeats * operations / best
+
+
+def tanh_bytes_per_second(runs: int = 1) -> float:
+    """Measured rate of float32 tanh on the CPU, in bytes of its operand, which lies in the cache; best of `runs`.
+
+    It stands for all elementwise work. A plain copy of memory would tell little: its rate halves when another
+    program uses memory, and training's does not.
+    """
+    tensor, repeats, best = torch.randn(2**18), 20, float("inf")
+    for _ in range(runs):
+        begin = time.perf_counter()
+        for _ in range(repeats):
+            torch.tanh(tensor)
+        best = min(best, time.perf_counter() - begin)
+    return repeats * tensor.nbytes / best
 
 
 def _wait(device: torch.device) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from training.checks import WRITER_FILES
 from training.consts import (
     DEFAULT_INPUT_MODEL,
     DEFAULT_LEARNING_RATE,
@@ -36,6 +37,15 @@ class OptionsError(ValueError):
 
 def _option(default: Any, group: str, help: str, **click_settings: Any) -> Any:
     return field(default=default, metadata={"group": group, "help": help, **click_settings})
+
+
+class AutoOrCount(click.ParamType):
+    """ "auto", or a number of at least one."""
+
+    name = "auto or a number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else click.IntRange(1).convert(value, param, ctx)
 
 
 @dataclass(kw_only=True)
@@ -135,12 +145,12 @@ class TrainingOptions:
         "packed: real tokens only, dealt evenly to the devices; padded: Dolly's way. The gradients are the same.",
         type=click.Choice(("packed", "padded")),
     )
-    max_tokens_per_device: int | None = _option(
-        None,
+    max_tokens_per_device: int | str = _option(
+        "auto",
         "Training",
-        "Split a device's packed rows into parts of at most this many tokens, to save memory.",
-        type=click.IntRange(1),
-        metavar="TOKENS",
+        "Split a device's packed rows into parts of at most this many tokens. auto: only if they do not fit whole.",
+        type=AutoOrCount(),
+        metavar="auto|TOKENS",
     )
     gradient_accumulation_steps: int = _option(
         1,
@@ -149,8 +159,14 @@ class TrainingOptions:
         type=click.IntRange(1),
         metavar="BATCHES",
     )
-    gradient_checkpointing: bool = _option(
-        True, "Training", "Recompute activations in the backward pass: less memory, a third more work."
+    gradient_checkpointing: str = _option(
+        "auto",
+        "Training",
+        "Recompute activations in the backward pass: less memory, a third more work. auto: only where memory is "
+        "short without it. Without a value: on.",
+        type=click.Choice(("auto", "on", "off")),
+        is_flag=False,
+        flag_value="on",
     )
 
     bf16: bool | None = _option(
@@ -222,7 +238,9 @@ class TrainingOptions:
         metavar="never|auto|FOLDER",
     )
     force: bool = _option(
-        False, "Output", "Go on with --resume though the options would make another run of it."
+        False,
+        "Output",
+        "Train though the plan says that it does not fit, or with --resume though the options differ from the run's.",
     )
     final_model: str = _option(
         "last",
@@ -397,7 +415,7 @@ def _plain_faults(options: TrainingOptions) -> list[str]:
             f"--lr-scheduler-type constant has no warm-up, so --warmup-steps {options.warmup_steps} would be "
             "ignored. Type --lr-scheduler-type constant_with_warmup"
         )
-    if options.batching == "padded" and options.max_tokens_per_device:
+    if options.batching == "padded" and options.max_tokens_per_device != "auto":
         faults.append(
             f"--max-tokens-per-device {options.max_tokens_per_device} splits packed rows, and --batching padded has none. "
             "Lower --per-device-train-batch-size and raise --gradient-accumulation-steps instead"
@@ -515,7 +533,7 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         )
     elif output.exists() and not output.is_dir():
         faults.append(f"--local-output-dir {output}: is a file. Name a new folder")
-    elif output.is_dir() and any(output.iterdir()) and not (options.resume != "never" and _is_run(output)):
+    elif output.is_dir() and _holds_something(output) and not (options.resume != "never" and _is_run(output)):
         go_on = ", or type --resume auto to go on with its run" if _is_run(output) else ""
         faults.append(
             f"--local-output-dir {output}: is not empty, and nothing in it shall be lost. Name a new folder{go_on}"
@@ -526,8 +544,6 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         faults.append(
             f"--resume {options.resume}: no such folder. Type never, auto, or a checkpoint's folder"
         )
-    if options.force and options.resume == "never":
-        faults.append("--force goes with --resume, and there is none. Leave it out, or add --resume auto")
     if options.dbfs_output_dir:
         published = _local_path(options.dbfs_output_dir)
         if options.dbfs_output_dir.startswith("dbfs:"):
@@ -541,6 +557,10 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         elif not _writable(published):
             faults.append(f"--dbfs-output-dir {published}: cannot be written. Name a folder of your own")
     return faults
+
+
+def _holds_something(folder: Path) -> bool:
+    return any(file.name not in WRITER_FILES for file in folder.iterdir())
 
 
 def _is_run(folder: Path) -> bool:

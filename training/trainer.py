@@ -23,6 +23,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
@@ -43,6 +44,7 @@ from training import checkpoint
 from training.attention import packs_cleanly, use_packed_attention
 from training.batching import check_token_budget
 from training.callbacks import ProgressLog, duration
+from training.checks import FolderBusyError, kernel_faults, version_faults, writing
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
 from training.exits import INTERRUPTED, LOST_PEER, REFUSED
@@ -50,8 +52,9 @@ from training.finished import LEDGER_FILE, place_model, verify_model, write_mode
 from training.flops import peak_flops
 from training.loop import Batching, CompletionTrainer, Continued
 from training.loss import use_response_loss
+from training.machines import this_machine
 from training.model import DTYPES, ModelError, load_config, load_model, load_tokenizer, max_positions
-from training.operators import compile_operators
+from training.operators import compile_operators, compiler_faults
 from training.options import (
     GroupedCommand,
     OptionsError,
@@ -59,7 +62,6 @@ from training.options import (
     click_options,
     find_faults,
     is_main_process,
-    offloads_optimizer,
     precision_of,
     read_deepspeed_json,
     value_faults,
@@ -70,6 +72,8 @@ from training.record import global_batch, rows_digest, start_record, write_run_r
 from training.resume import RESHARDED, Start, find_start, reshard
 from training.rows import DataError
 from training.stopping import Interrupted, StopRequest, TrainingError, lost_peer
+from training.verdict import plan_run
+from training.workload import lengths_of, model_facts
 
 logger = logging.getLogger("training")
 
@@ -91,8 +95,6 @@ def training_arguments(options: TrainingOptions) -> TrainingArguments:
         per_device_train_batch_size=options.per_device_train_batch_size,
         per_device_eval_batch_size=options.per_device_eval_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        activation_checkpointing=options.gradient_checkpointing,
-        activation_checkpointing_kwargs={"use_reentrant": False} if options.gradient_checkpointing else None,
         bf16=precision == "bf16",
         fp16=precision == "fp16",
         deepspeed=options.deepspeed_json,
@@ -151,15 +153,34 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
     The finished folder is `options.local_output_dir`; it is copied to `options.dbfs_output_dir` if given. The
     record's status is "finished", or "stopped" where `request` asked for that.
     """
-    faults = find_faults(options)
+    faults = find_faults(options) + machine_faults(options)
     if faults:
         raise OptionsError(faults)
     _quiet_libraries()
     prepared = prepare(options)
+    with ExitStack() as held:
+        if prepared.args.process_index == 0:
+            held.enter_context(writing(Path(prepared.args.output_dir)))
+        return _train_prepared(options, prepared, request or StopRequest())
+
+
+def machine_faults(options: TrainingOptions) -> list[str]:
+    """What this machine lacks: versions, kernels of its GPUs, a compiler. Not what depends on model and data."""
+    faults = version_faults() + kernel_faults()
+    if options.deepspeed_json and not faults:
+        with suppress(OptionsError):  # an unreadable file is told by find_faults
+            faults += compiler_faults(read_deepspeed_json(options.deepspeed_json))
+    return faults
+
+
+def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopRequest) -> dict[str, Any]:
     args = prepared.args
     output, main = Path(args.output_dir), args.process_index == 0
     record = start_record(options, args.world_size, rows_digest(prepared.train_rows))
     start = _on_rank_0(args, lambda: find_start(output, options, record))
+    # A run that goes on keeps what was decided for it, or its numbers would change in their last digits.
+    decided = start.former and start.former.get("decided")
+    record["decided"] = decided or _on_rank_0(args, lambda: check_plan(options, prepared))
     steps = planned_steps(options, len(prepared.train_rows), args.world_size)
     if start.former is not None:
         record["started"] = start.former["started"]
@@ -169,10 +190,9 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
                 publish(output, options.dbfs_output_dir)
             return start.former
     if main:
-        output.mkdir(parents=True, exist_ok=True)
         prepared.ledger.save(output / LEDGER_FILE)
         write_run_record(output, record)
-    if start.step < steps and run_steps(options, prepared, start, request or StopRequest()):
+    if start.step < steps and run_steps(options, prepared, record["decided"], start, request):
         record["status"] = "stopped"
         if main:
             write_run_record(output, record)
@@ -202,7 +222,38 @@ def _on_rank_0(args: TrainingArguments, function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def run_steps(options: TrainingOptions, prepared: Prepared, start: Start, request: StopRequest) -> bool:
+def check_plan(options: TrainingOptions, prepared: Prepared) -> dict[str, Any]:
+    """What "auto" comes to on this machine, by the plan. Raises OptionsError where the run does not fit."""
+    world = prepared.args.world_size
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world  # torchrun's, DeepSpeed's
+    machine = this_machine(prepared.args.output_dir, int(local))
+    lengths = lengths_of(
+        options.training_dataset, prepared.train_rows["length"][:], prepared.train_rows["response_start"][:]
+    )
+    plan = plan_run(options, world, lengths, model_facts(options.input_model), machine)
+    if plan.faults and not options.force:
+        raise OptionsError([*plan.faults, "--force trains all the same: the plan may err by a tenth or more"])
+    for fault in plan.faults:
+        logger.warning("trained by --force, though the plan says %s", fault)
+    logger.info(
+        "the plan: %.2f GiB a device, checkpointing %s; an epoch in %s to %s",
+        sum(plan.gpu_memory_gib.values()),
+        "on" if plan.settings.checkpointing else "off",
+        *(duration(3600 * plan.hours_per_epoch[bound]) for bound in ("low", "high")),
+    )
+    return {
+        "gradient_checkpointing": plan.settings.checkpointing,
+        "max_tokens_per_device": plan.settings.max_tokens,
+    }
+
+
+def run_steps(
+    options: TrainingOptions,
+    prepared: Prepared,
+    decided: dict[str, Any],
+    start: Start,
+    request: StopRequest,
+) -> bool:
     """Trains from `start` to the last step, which leaves a checkpoint. Returns whether it was stopped before."""
     args, output = prepared.args, Path(prepared.args.output_dir)
     folder = start.folder
@@ -213,7 +264,7 @@ def run_steps(options: TrainingOptions, prepared: Prepared, start: Start, reques
             folder = _on_rank_0(args, partial(reshard, folder, output))
     if folder != start.folder:
         args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
-    trainer = build_trainer(options, prepared, request)
+    trainer = build_trainer(options, prepared, decided, request)
     if folder is not None:
         trainer.add_callback(Continued(trainer, folder))
     trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
@@ -272,7 +323,7 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any]) -> 
 def prepare(options: TrainingOptions) -> Prepared:
     """Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
     if options.deepspeed_json:
-        compile_operators(offloads_optimizer(read_deepspeed_json(options.deepspeed_json)))
+        compile_operators(read_deepspeed_json(options.deepspeed_json))
     if options.deepspeed_json and not torch.cuda.is_available():
         import deepspeed
 
@@ -291,7 +342,7 @@ def prepare(options: TrainingOptions) -> Prepared:
             options.max_dropped_fraction,
         )
         train_rows, held_out_rows = split_held_out(rows, options.test_size, options.seed)
-    if options.max_tokens_per_device:
+    if isinstance(options.max_tokens_per_device, int):
         try:
             check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
         except ValueError as error:
@@ -303,15 +354,20 @@ def prepare(options: TrainingOptions) -> Prepared:
     return Prepared(args, tokenizer, train_rows, held_out_rows, ledger)
 
 
-def build_trainer(options: TrainingOptions, prepared: Prepared, request: StopRequest) -> CompletionTrainer:
-    """Loads the model and puts the Trainer around it."""
+def build_trainer(
+    options: TrainingOptions, prepared: Prepared, decided: dict[str, Any], request: StopRequest
+) -> CompletionTrainer:
+    """Loads the model and puts the Trainer around it. `decided` is what `check_plan` came to."""
     args, tokenizer, precision = prepared.args, prepared.tokenizer, precision_of(options)
+    if decided["gradient_checkpointing"]:
+        args.activation_checkpointing, args.activation_checkpointing_kwargs = True, {"use_reentrant": False}
+    max_tokens = decided["max_tokens_per_device"]
     # ZeRO-3 keeps float32 master weights beside 16-bit ones; without DeepSpeed the weights are the masters.
     dtype = DTYPES[precision] if options.deepspeed_json else torch.float32
     set_seed(options.seed)
     model = load_model(options.input_model, tokenizer, dtype, options.seed, options.trust_remote_code)
     batching = choose_batching(model, options.batching)
-    if batching != "packed" and options.max_tokens_per_device:
+    if batching != "packed" and options.max_tokens_per_device != "auto":
         raise OptionsError(
             [
                 f"--max-tokens-per-device {options.max_tokens_per_device} splits packed rows, and this model cannot "
@@ -327,7 +383,7 @@ def build_trainer(options: TrainingOptions, prepared: Prepared, request: StopReq
         data_collator=collator(pad_token_id=tokenizer.pad_token_id),
         processing_class=tokenizer,
         batching=batching,
-        max_tokens=options.max_tokens_per_device,
+        max_tokens=max_tokens if batching == "packed" else None,
         peak_flops=peak_flops(args.device, DTYPES[precision]),
         max_shard_size=options.max_shard_size,
         keep_checkpoints=options.save_total_limit,
@@ -382,7 +438,7 @@ def main(ctx: click.Context, **values: Any) -> None:
         record = train(options, request)
         if record["status"] == "stopped":
             raise Interrupted
-    except (OptionsError, DataError, ModelError) as error:
+    except (OptionsError, DataError, ModelError, FolderBusyError) as error:
         # Every rank finds the same faults; one tells them.
         if is_main_process():
             print(f"Cannot train:\n{error}", file=sys.stderr, flush=True)

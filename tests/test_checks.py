@@ -1,0 +1,622 @@
+"""What this machine lacks is told before anything expensive; what it has is not complained about."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import filelock._unix
+import pytest
+import torch
+
+from training import checks
+from training.checks import (
+    WRITER_FILES,
+    WRITER_INFO,
+    FolderBusyError,
+    cuda_toolkit_faults,
+    disk_faults,
+    free_bytes,
+    kernel_faults,
+    mismatches,
+    missing_kernels,
+    tool_faults,
+    version_faults,
+    writing,
+)
+
+ROOT = Path(__file__).parents[1]
+MIB = 2**20
+GIB = 2**30
+
+
+def executable(path: Path, script: str = "#!/bin/sh\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    path.chmod(0o755)
+    return path
+
+
+# --- versions ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Plants packages, by their metadata alone, in front of those of the environment."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+
+    def plant(name: str, version: str, *requires: str) -> None:
+        folder = site / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {each}" for each in requires)]
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\n" + "\n".join(lines) + "\n")
+
+    return plant
+
+
+@pytest.fixture
+def requirements(tmp_path: Path) -> Path:
+    file = tmp_path / "requirements.txt"
+    file.write_text(
+        "# what it needs\ntorch==2.13.0\ntransformers==5.23.0\nnumpy==2.4.6\nmatplotlib==3.11.2\n"
+    )
+    return file
+
+
+def test_the_pinned_versions_are_no_fault(installed, requirements: Path) -> None:
+    installed("torch", "2.13.0")
+    installed("transformers", "5.23.0")
+    installed("numpy", "2.4.6")
+    assert version_faults(requirements) == []
+
+
+def test_this_environment_is_as_the_repository_pins_it() -> None:
+    assert version_faults() == []
+    assert mismatches(str(ROOT / "requirements_dev.txt")) == []
+
+
+@pytest.mark.parametrize("build", ["2.13.0+cu126", "2.13.0+cu130", "2.13.0+cpu"])
+def test_a_build_for_another_gpu_is_the_same_version(installed, requirements: Path, build: str) -> None:
+    installed("torch", build)
+    installed("transformers", "5.23.0")
+    installed("numpy", "2.4.6")
+    assert version_faults(requirements) == []
+    assert mismatches(str(requirements)) == []  # matplotlib is the environment's, and as pinned
+
+
+def test_other_versions_and_missing_packages_are_named_in_one_line(installed, requirements: Path) -> None:
+    installed("torch", "2.12.1+cu126")
+    installed("transformers", "5.23.1")
+    installed("numpy", "1.26.4")
+    requirements.write_text(requirements.read_text() + "no-such-package==1.0\n")
+    assert version_faults(requirements) == [
+        "Installed is torch 2.12.1 instead of 2.13.0; transformers 5.23.1 instead of 5.23.0; "
+        "numpy 1.26.4 instead of 2.4.6; no no-such-package, expected 1.0. "
+        f"Type python -m pip install -r {requirements}"
+    ]
+
+
+def test_a_patch_release_matters_only_where_the_code_reaches_inside(installed, requirements: Path) -> None:
+    installed("torch", "2.13.0")
+    installed("transformers", "5.23.0")
+    installed("numpy", "2.4.9")
+    assert version_faults(requirements) == []
+    assert mismatches(str(requirements)) == ["numpy"]  # but a new environment gets what is pinned
+
+
+def test_what_training_does_not_import_may_be_of_any_version(installed, requirements: Path) -> None:
+    installed("torch", "2.13.0")
+    installed("transformers", "5.23.0")
+    installed("numpy", "2.4.6")
+    installed("matplotlib", "3.5.0")
+    assert version_faults(requirements) == []
+
+
+def test_an_installed_wheel_takes_the_pins_from_its_metadata(installed, tmp_path: Path) -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"] == "dolly"
+    installed("dolly", "1.0.0", "torch==2.13.0", "numpy==2.4.6", 'trl==1.16.0; extra == "trl"')
+    installed("torch", "2.12.0")
+    installed("numpy", "2.4.6")
+    assert version_faults(tmp_path / "absent.txt") == [
+        "Installed is torch 2.12.0 instead of 2.13.0. Type python -m pip install torch==2.13.0"
+    ]
+
+
+def test_without_any_pins_nothing_is_said(tmp_path: Path) -> None:
+    bare = (
+        f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r}); "
+        f"from training.checks import version_faults; assert version_faults(Path({str(tmp_path / 'none')!r})) == []"
+    )
+    subprocess.run([sys.executable, "-I", "-S", "-c", bare], check=True)  # -S: no package is to be seen
+
+
+def test_a_bare_python_can_ask_before_anything_is_installed() -> None:
+    bare = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from training.checks import mismatches, tool_faults; "
+        f"tool_faults(); print(*mismatches({str(ROOT / 'requirements_dev.txt')!r}))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", bare], capture_output=True, text=True, check=True
+    )
+    assert {"torch", "deepspeed", "pytest"} <= set(result.stdout.split())
+
+
+def test_the_checks_cost_less_than_a_second(tmp_path: Path) -> None:
+    begin = time.process_time()
+    version_faults()
+    tool_faults()
+    kernel_faults()
+    disk_faults({tmp_path / "model": GIB}, {tmp_path / "model": "the model"})
+    with writing(tmp_path / "out"):
+        pass
+    assert time.process_time() - begin < 1
+
+
+# --- compiler ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A PATH with the named programs and no others."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+    return lambda *names: [executable(folder / name) for name in names]
+
+
+@pytest.fixture
+def with_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    header = tmp_path / "include" / "Python.h"
+    header.parent.mkdir()
+    header.touch()
+    monkeypatch.setattr(checks.sysconfig, "get_paths", lambda: {"include": str(header.parent)})
+    return header
+
+
+def test_a_machine_with_compiler_headers_and_ninja_has_no_fault(only_on_path, with_headers: Path) -> None:
+    only_on_path("c++", "ninja")
+    assert tool_faults() == []
+
+
+def test_a_missing_compiler_is_named_with_the_command_that_gets_it(only_on_path, with_headers: Path) -> None:
+    only_on_path("ninja")
+    assert tool_faults() == [
+        "DeepSpeed compiles C++ operators, and a C++ compiler, c++, is not on PATH. "
+        "Type sudo apt-get install g++ (Debian, Ubuntu), or xcode-select --install (Mac)"
+    ]
+
+
+def test_a_compiler_under_another_name_is_offered(only_on_path, with_headers: Path) -> None:
+    only_on_path("g++", "ninja")
+    (fault,) = tool_faults()
+    assert fault.endswith("Type export CXX=g++")
+
+
+@pytest.mark.parametrize("chosen", ["clang++-99", "", "ccache-of-old g++"])
+def test_a_compiler_that_is_chosen_and_not_there_is_named(
+    only_on_path, with_headers: Path, monkeypatch: pytest.MonkeyPatch, chosen: str
+) -> None:
+    only_on_path("c++", "g++", "ninja")
+    monkeypatch.setenv("CXX", chosen)
+    (fault,) = tool_faults()
+    assert f"CXX is '{chosen}', which is not on PATH. Type export CXX=g++" in fault
+
+
+def test_missing_headers_of_python_are_named(only_on_path, with_headers: Path) -> None:
+    only_on_path("c++", "ninja")
+    with_headers.unlink()
+    (fault,) = tool_faults()
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert str(with_headers) in fault
+    assert fault.endswith(f"Type sudo apt-get install python{version}-dev")
+
+
+def test_a_missing_ninja_is_installed_or_found_beside_python(
+    only_on_path, with_headers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_on_path("c++")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
+    (fault,) = tool_faults()
+    assert fault.endswith("ninja is not on PATH. Type python -m pip install ninja")
+    executable(tmp_path / "venv" / "bin" / "ninja")  # an environment that was never activated
+    (fault,) = tool_faults()
+    assert fault.endswith(f"Type export PATH={tmp_path}/venv/bin:$PATH")
+
+
+def test_the_scripts_stop_at_once_without_a_compiler(tmp_path: Path) -> None:
+    needed = tmp_path / "requirements.txt"
+    needed.write_text(f"click=={importlib.metadata.version('click')}\n")
+    source = ["bash", "-c", "set -euo pipefail; . config/environment.sh $0; echo ready", str(needed)]
+    path = tmp_path / "bin"
+    executable(path / "python", f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    for name in ("ninja", "bash"):
+        (path / name).symlink_to(shutil.which(name))
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(path)}
+    result = subprocess.run(source, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "a C++ compiler, c++, is not on PATH" in result.stderr
+    assert "ready" not in result.stdout
+    executable(path / "c++")
+    result = subprocess.run(source, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "ready\n"), result.stderr
+
+
+def toolkit(home: Path, release: str, header: str = "include/cuda_runtime.h") -> Path:
+    executable(
+        home / "bin" / "nvcc",
+        f'#!/bin/sh\necho "Cuda compilation tools, release {release}, V{release}.85"\n',
+    )
+    (home / header).parent.mkdir(parents=True, exist_ok=True)
+    (home / header).touch()
+    return home
+
+
+def test_a_cuda_toolkit_of_the_same_major_version_will_do(tmp_path: Path) -> None:
+    assert cuda_toolkit_faults(toolkit(tmp_path / "same", "12.6"), "12.6") == []
+    assert cuda_toolkit_faults(toolkit(tmp_path / "minor", "12.4"), "12.6") == []
+    conda = toolkit(tmp_path / "conda", "12.6", "targets/x86_64-linux/include/cuda_runtime.h")
+    assert cuda_toolkit_faults(conda, "12.6") == []
+
+
+def test_a_missing_foreign_or_incomplete_cuda_toolkit_is_named(tmp_path: Path) -> None:
+    (fault,) = cuda_toolkit_faults(None, "12.6")
+    assert "there is no nvcc (CUDA_HOME is not set)" in fault
+    assert "export CUDA_HOME=/usr/local/cuda-12.6" in fault
+    (fault,) = cuda_toolkit_faults(tmp_path / "none", "12.6")
+    assert f"there is no nvcc (CUDA_HOME is {tmp_path / 'none'})" in fault
+    (fault,) = cuda_toolkit_faults(toolkit(tmp_path / "old", "11.8"), "13.0")
+    assert "nvcc is of CUDA 11.8, but torch of CUDA 13.0" in fault
+    bare = toolkit(tmp_path / "bare", "13.0")
+    (bare / "include" / "cuda_runtime.h").unlink()
+    (fault,) = cuda_toolkit_faults(bare, "13.0")
+    assert f"{bare / 'include'} has no cuda_runtime.h" in fault
+
+
+# --- GPU ---------------------------------------------------------------------------------------------
+
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch_list", "missing"),
+    [
+        ((7, 0), CUDA_13, True),  # V100
+        ((7, 0), CUDA_12_6, False),
+        ((7, 5), CUDA_13, False),  # T4
+        ((8, 0), CUDA_13, False),  # A100
+        ((8, 6), ["sm_80"], False),  # A10 on the binary of an older minor version
+        ((8, 0), ["sm_86"], True),  # but not of a newer one
+        ((8, 9), ["sm_80", "sm_90"], False),  # L4
+        ((9, 0), ["sm_80", "sm_86"], True),  # another major version
+        ((9, 0), ["sm_80", "compute_80"], False),  # unless there is code to translate
+        ((7, 0), ["sm_80", "compute_80"], True),  # which goes forward only
+        ((9, 0), ["sm_90a"], False),
+        ((10, 0), ["sm_90a", "compute_90a"], True),  # for the one architecture
+        ((12, 0), CUDA_12_6, True),
+        ((12, 1), ["sm_120f"], False),
+        ((10, 3), ["compute_100f"], False),
+        ((12, 0), ["compute_100f"], True),  # for the one family
+        ((12, 0), ["sm_120"], False),  # three digits
+        ((8, 0), ["gfx90a", ""], True),
+        ((8, 0), [], True),
+    ],
+)
+def test_kernels_run_within_a_major_version_and_intermediate_code_forward(
+    capability: tuple[int, int], arch_list: list[str], missing: bool
+) -> None:
+    assert missing_kernels(capability, arch_list) is missing
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch):
+    """Makes torch report GPUs: (name, capability) of each, under a build for `cuda` with `arch_list`."""
+
+    def report(devices: list[tuple[str, tuple[int, int]]], cuda: str | None, arch_list: list[str]) -> None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(torch, "__version__", "2.13.0+cu" + (cuda or "").replace(".", ""))
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: devices[gpu][0])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: devices[gpu][1])
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: arch_list)
+
+    return report
+
+
+def test_gpus_with_kernels_are_no_fault(gpus) -> None:
+    gpus([("NVIDIA A100-SXM4-40GB", (8, 0))] * 8, "13.0", CUDA_13)
+    assert kernel_faults() == []
+
+
+def test_a_v100_under_cuda_13_is_told_the_build_for_cuda_12_6(gpus) -> None:
+    gpus([("Tesla V100-SXM2-32GB", (7, 0))] * 8, "13.0", CUDA_13)
+    assert kernel_faults() == [
+        "8 x Tesla V100-SXM2-32GB (sm_70): torch 2.13.0+cu130 has no kernels for it, only sm_75 sm_80 sm_86 sm_90 "
+        "sm_100 sm_120 compute_120. Type python -m pip install torch==2.13.0+cu126 "
+        "--index-url https://download.pytorch.org/whl/cu126"
+    ]
+
+
+def test_a_gpu_newer_or_older_than_every_kernel_is_not_told_a_build_that_lacks_them_too(gpus) -> None:
+    gpus([("NVIDIA B200", (10, 0)), ("Tesla K80", (3, 7))], "12.6", CUDA_12_6)
+    newer, older = kernel_faults()
+    assert newer.startswith("1 x NVIDIA B200 (sm_100)")
+    assert "python -m pip uninstall -y torch && python -m pip install torch==2.13.0, or" in newer
+    assert older.startswith("1 x Tesla K80 (sm_37)")
+    assert older.endswith("Use a newer GPU")
+
+
+def test_a_build_without_cuda_beside_a_gpu_is_told(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus([], None, [])
+    monkeypatch.setattr(checks, "_nvidia_gpu", lambda: True)
+    (fault,) = kernel_faults()
+    assert "a build without CUDA" in fault
+    assert "python -m pip uninstall -y torch && python -m pip install torch==2.13.0" in fault
+    assert "export CUDA_VISIBLE_DEVICES=-1 to train on the CPU" in fault
+
+
+def test_a_driver_that_is_too_old_is_told_in_its_own_words(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
+        )
+
+    gpus([], "13.0", CUDA_13)
+    monkeypatch.setattr(checks, "_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    (fault,) = kernel_faults()
+    assert "CUDA does not start: The NVIDIA driver on your system is too old (found version 11040)." in fault
+    assert "Update the driver to one for CUDA 13.0, type python -m pip install torch==2.13.0+cu126" in fault
+
+
+def test_a_machine_without_a_gpu_and_hidden_gpus_are_no_fault(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus([], None, [])
+    monkeypatch.setattr(checks, "_nvidia_gpu", lambda: False)
+    assert kernel_faults() == []
+    monkeypatch.setattr(checks, "_nvidia_gpu", lambda: True)
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert kernel_faults() == []
+
+
+def test_a_gpu_shows_as_a_device_or_to_nvidia_smi(tmp_path: Path, only_on_path) -> None:
+    devices = tmp_path / "dev"
+    devices.mkdir()
+    (devices / "nvidiactl").touch()  # images have it, and nvidia-smi, without a GPU
+    assert not checks._nvidia_gpu(devices)
+    (smi,) = only_on_path("nvidia-smi")
+    executable(smi, "#!/bin/sh\necho 'NVIDIA-SMI has failed' ; exit 9\n")
+    assert not checks._nvidia_gpu(devices)
+    executable(smi, "#!/bin/sh\necho 'GPU 0: NVIDIA A10 (UUID: GPU-1)'\n")
+    assert checks._nvidia_gpu(devices)
+    smi.unlink()
+    (devices / "nvidia0").touch()
+    assert checks._nvidia_gpu(devices)
+
+
+# --- disk --------------------------------------------------------------------------------------------
+
+
+def report_disk(monkeypatch: pytest.MonkeyPatch, blocks: int, available: int, fragment: int = 4096) -> None:
+    told = SimpleNamespace(f_blocks=blocks, f_bavail=available, f_frsize=fragment, f_bsize=4096)
+    monkeypatch.setattr(checks.os, "statvfs", lambda path: told)
+
+
+def test_what_is_written_on_one_disk_is_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report_disk(monkeypatch, blocks=100 * GIB // 4096, available=60 * GIB // 4096)
+    model, steps = tmp_path / "new" / "model", tmp_path / "new" / "checkpoints"
+    labels = {model: "the finished model", steps: "2 checkpoints"}
+    assert disk_faults({model: 12 * GIB, steps: 48 * GIB}, labels) == []
+    (fault,) = disk_faults({model: 12 * GIB, steps: 49 * GIB}, labels)
+    assert (
+        f"has 60.0 GiB free, and 61.0 GiB are needed: 12.0 GiB for the finished model ({model}), "
+        f"49.0 GiB for 2 checkpoints ({steps}). Free 1.0 GiB there, lower --save-total-limit" in fault
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "available"),
+    [(0, 0), (0, 2**50), (100, 200), (100, -1), (100, 2**64 - 1)],
+    ids=["no size", "no size but free", "more free than there is", "negative", "negative as unsigned"],
+)
+def test_the_absurd_sizes_of_mounted_object_stores_are_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int, available: int
+) -> None:
+    report_disk(monkeypatch, blocks, available)
+    assert free_bytes(tmp_path) is None
+    assert disk_faults({tmp_path: 2**60}, {tmp_path: "the model"}) == []
+
+
+def test_a_full_disk_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report_disk(monkeypatch, blocks=100, available=0)
+    assert free_bytes(tmp_path) == 0
+    assert len(disk_faults({tmp_path: 1}, {tmp_path: "the model"})) == 1
+
+
+def test_a_mount_that_does_not_answer_is_not_believed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stale(path: Path) -> None:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr(checks.os, "statvfs", stale)
+    assert free_bytes(tmp_path) is None
+
+
+def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
+    told = os.statvfs(tmp_path)
+    free = free_bytes(tmp_path / "not" / "yet" / "there")
+    assert free == pytest.approx(
+        told.f_bavail * told.f_frsize, abs=GIB
+    )  # others write on this disk meanwhile
+    (tmp_path / "file").touch()
+    assert free_bytes(tmp_path / "file" / "below") == pytest.approx(free, abs=GIB)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    if not shutil.which("mount") or os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("this system lets nobody mount")
+    yield folder
+    subprocess.run(["umount", folder], check=True)
+
+
+def test_a_real_small_disk_is_told_and_no_other(small_disk: Path, tmp_path: Path) -> None:
+    model, steps, elsewhere = small_disk / "out" / "model", small_disk / "out" / "steps", tmp_path / "cache"
+    labels = {model: "the finished model", steps: "1 checkpoint", elsewhere: "the download"}
+    assert free_bytes(model) == MIB
+    assert disk_faults({model: MIB // 2, steps: MIB // 2, elsewhere: 1}, labels) == []
+    (small_disk / "older").write_bytes(bytes(MIB * 3 // 4))
+    assert free_bytes(model) == MIB // 4
+    (fault,) = disk_faults({model: MIB // 2, steps: MIB // 2, elsewhere: 1}, labels)
+    assert fault.startswith(f"{small_disk} has 0.2 MiB free, and 1.0 MiB are needed")
+    assert "the download" not in fault
+
+
+# --- one writer --------------------------------------------------------------------------------------
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from training.checks import writing
+with writing(Path(sys.argv[1])):
+    child = os.fork() if sys.argv[2:] == ["fork"] else 0
+    if not child and sys.argv[2:] == ["fork"]:
+        os.write(1, f"{os.getpid()}\\n".encode())
+        time.sleep(60)
+        os._exit(0)
+    if not child:
+        os.write(1, b"held\\n")
+    time.sleep(60)
+"""
+
+
+def hold(folder: Path, *more: str) -> subprocess.Popen[str]:
+    """Another process that holds the folder."""
+    return subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder), *more], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+
+
+def test_a_second_process_is_refused_with_who_writes_and_what_to_do(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with hold(folder) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(FolderBusyError) as refusal, writing(folder):
+            pytest.fail("two processes hold the folder")
+        other.kill()
+    message = str(refusal.value)
+    assert message.startswith(f"{folder}: another run is writing into it (process {other.pid} on ")
+    assert f"stop it (kill {other.pid} on " in message
+    assert message.endswith("or name another --local-output-dir")
+
+
+def test_a_killed_writer_holds_nothing(tmp_path: Path) -> None:
+    with hold(tmp_path) as other:
+        assert other.stdout.readline() == "held\n"
+        other.send_signal(signal.SIGKILL)
+        assert other.wait() == -9
+    assert {path.name for path in tmp_path.iterdir()} == set(WRITER_FILES)
+    with writing(tmp_path):
+        assert json.loads((tmp_path / WRITER_INFO).read_text())["pid"] == os.getpid()
+    with hold(tmp_path) as other:  # and another process gets it after us
+        assert other.stdout.readline() == "held\n"
+        other.kill()
+
+
+def test_the_children_of_a_killed_writer_hold_nothing(tmp_path: Path) -> None:
+    with hold(tmp_path, "fork") as other:  # as a data loader's workers are
+        child = int(other.stdout.readline())
+        try:
+            other.kill()
+            other.wait()
+            os.kill(child, 0)  # it lives
+            with writing(tmp_path):
+                pass
+        finally:
+            os.kill(child, signal.SIGKILL)
+
+
+def test_of_many_processes_one_gets_the_folder(tmp_path: Path) -> None:
+    script = (
+        "import sys; from pathlib import Path; from training.checks import FolderBusyError, writing\n"
+        "try:\n"
+        "    with writing(Path(sys.argv[1])):\n"
+        "        print('mine', flush=True); sys.stdin.read()\n"
+        "except FolderBusyError:\n"
+        "    print('busy', flush=True)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path / "out")]
+    racing = [
+        subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(6)
+    ]
+    assert sorted(process.stdout.readline() for process in racing) == ["busy\n"] * 5 + ["mine\n"]
+    for process in racing:
+        process.communicate("")
+        assert process.returncode == 0
+
+
+def test_what_a_dead_writer_said_of_itself_refuses_nobody(tmp_path: Path) -> None:
+    (tmp_path / WRITER_INFO).write_text('{"pid": 1, "host": "gone", "since": "2020-01-01"}')
+    with writing(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("info", ["", "[]", "{}", "\x00"])
+def test_a_writer_that_has_not_said_who_it_is_still_refuses(tmp_path: Path, info: str) -> None:
+    with writing(tmp_path):
+        (tmp_path / WRITER_INFO).write_text(info)
+        with pytest.raises(FolderBusyError, match="it has not said which"), writing(tmp_path):
+            pytest.fail("two writers")
+
+
+def test_a_finished_writer_leaves_nothing_behind_even_if_it_failed(tmp_path: Path) -> None:
+    with writing(tmp_path / "out"):
+        assert {path.name for path in (tmp_path / "out").iterdir()} == set(WRITER_FILES)
+    assert list((tmp_path / "out").iterdir()) == []
+    with pytest.raises(ZeroDivisionError), writing(tmp_path / "out"):
+        _ = 1 / 0
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.parametrize("reason", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_warned_of_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
+) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(getattr(errno, reason), reason)
+
+    monkeypatch.setattr(filelock._unix.fcntl, "flock", refuse)
+    with writing(tmp_path):
+        (tmp_path / "model").touch()
+    assert "its file system has no locks" in caplog.text
+
+
+def test_a_folder_that_cannot_be_written_is_not_mistaken_for_one_without_locks(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError), writing(tmp_path / "file" / "out"):
+        pytest.fail("there is no folder")

@@ -1,0 +1,108 @@
+"""Every way a process ends has words, and a kill for want of memory has evidence."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from training.exits import INTERRUPTED, REFUSED, exit_meaning, oom_kills
+
+
+@pytest.mark.parametrize(
+    ("code", "words"),
+    [
+        (0, "finished"),
+        (1, "failed: its error stands above"),
+        (2, "refused before training"),
+        (75, "stopped by SIGTERM or Ctrl-C, with a checkpoint. Continue with --resume auto"),
+        (127, "a program could not be started"),
+        (-9, "killed, most likely because host memory ran out"),
+        (137, "killed, most likely because host memory ran out"),
+        (247, "killed, most likely because host memory ran out"),
+        (-11, "segmentation fault"),
+        (139, "segmentation fault"),
+        (245, "segmentation fault"),
+        (-6, "NCCL or gloo"),
+        (134, "NCCL or gloo"),
+        (-7, "--shm-size"),
+        (135, "--shm-size"),
+        (-15, "told to stop (SIGTERM)"),
+        (143, "told to stop (SIGTERM)"),
+        (-2, "interrupted by Ctrl-C before it could save"),
+        (130, "interrupted by Ctrl-C before it could save"),
+        (-1, "terminal or connection was closed"),
+        (-4, "instruction that this CPU lacks"),
+        (-10, "ended by the signal SIGUSR1"),
+        (-33, "failed: its error stands above"),  # no signal has this number
+        (255, "failed: its error stands above"),  # sys.exit(-1), or ssh
+        (3, "failed: its error stands above"),
+    ],
+)
+def test_an_exit_code_has_a_meaning(code: int, words: str) -> None:
+    assert words in exit_meaning(code)
+
+
+def test_a_kill_says_what_is_known_of_the_memory() -> None:
+    assert exit_meaning(-9, out_of_memory=True).startswith(
+        "killed by the system, because host memory ran out"
+    )
+    assert "no lack of memory" in exit_meaning(-9, out_of_memory=False)
+
+
+def test_a_killed_process_has_the_same_meaning_through_python_a_shell_and_the_launcher() -> None:
+    process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    process.send_signal(signal.SIGKILL)
+    direct = process.wait()
+    process.stdin.close()
+    shell = subprocess.run(["bash", "-c", "(kill -9 $BASHPID); exit $?"]).returncode
+    launcher = subprocess.run([sys.executable, "-c", f"import sys; sys.exit({direct})"]).returncode
+    assert (direct, shell, launcher) == (-9, 137, 247)
+    assert exit_meaning(direct) == exit_meaning(shell) == exit_meaning(launcher)
+
+
+def test_our_own_codes_are_those_of_the_system_and_of_click() -> None:
+    import click
+
+    assert os.EX_TEMPFAIL == INTERRUPTED
+    assert click.UsageError.exit_code == REFUSED
+
+
+def plant(root: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        (  # version 2
+            {
+                "proc/self/cgroup": "0::/user.slice/run\n",
+                "sys/fs/cgroup/user.slice/run/memory.events": "low 0\noom 3\noom_kill 2\noom_group_kill 0\n",
+                "proc/vmstat": "oom_kill 9\n",
+            },
+            2,
+        ),
+        (  # version 1
+            {
+                "proc/self/cgroup": "5:cpu,cpuacct:/job\n4:memory:/job/7\n0::/\n",
+                "sys/fs/cgroup/memory/job/7/memory.oom_control": "oom_kill_disable 0\nunder_oom 0\noom_kill 1\n",
+            },
+            1,
+        ),
+        ({"proc/self/cgroup": "0::/gone\n", "proc/vmstat": "nr_free_pages 7\noom_kill 4\n"}, 4),
+        ({"proc/self/cgroup": "0::/gone\n"}, None),
+        ({}, None),  # a Mac
+    ],
+)
+def test_kills_for_want_of_memory_are_counted_where_the_system_tells(
+    tmp_path: Path, files: dict[str, str], count: int | None
+) -> None:
+    assert oom_kills(plant(tmp_path, files)) == count

@@ -1,0 +1,103 @@
+"""Machines that users know, and what this one has."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import psutil
+import pytest
+
+from training.machines import (
+    GIB,
+    GPUS,
+    LINKS,
+    MACHINES,
+    PEAK_FLOPS,
+    MachineError,
+    family_of,
+    find_machine,
+    free_host_gib,
+    this_machine,
+)
+from training.settings import PRESETS
+
+
+@pytest.mark.parametrize(
+    "name", "8xA100-40GB 8xA100-80GB 8xH100 4xA10 2xA10 8xV100-32GB 3xA100-80GB Standard_ND96asr_v4 p4d.24xlarge "
+    "g5.24xlarge Standard_NV72ads_A10_v5 p3dn.24xlarge Standard_ND40rs_v2 P5.48XLARGE a2-highgpu-8g".split()
+)  # fmt: skip
+def test_machines_that_users_know_are_known(name):
+    assert find_machine(name).name.lower() == name.lower()
+
+
+def test_every_machine_has_a_family_a_link_and_sizes_of_a_machine():
+    for machine in MACHINES.values():
+        assert machine.family in PRESETS
+        assert machine.link in LINKS
+        assert machine.flops in PEAK_FLOPS.values()
+        assert 20 < machine.gpu_memory_gib < 80
+        assert machine.host_gib >= 16
+        assert machine.disk_gib > 200
+    assert find_machine("p4d.24xlarge").disk_gib == pytest.approx(7450.6, abs=0.1)  # 8 x 1000 GB
+
+
+def test_every_gpu_has_the_peak_that_training_measures_itself_by():
+    assert {name: PEAK_FLOPS[gpu.peak] for name, gpu in GPUS.items()} == {
+        "H100": 989.5e12,
+        "A100-80GB": 312e12,
+        "A100-40GB": 312e12,
+        "A10G": 70e12,
+        "A10": 125e12,
+        "V100-32GB": 125e12,
+    }
+
+
+def test_an_unknown_machine_is_refused_with_the_nearest_names():
+    with pytest.raises(MachineError, match=r"no machine 'p4d.24xlrge' is known. Nearest: p4d.24xlarge"):
+        find_machine("p4d.24xlrge")
+    with pytest.raises(MachineError) as error:
+        find_machine("8xA100-81GB")
+    assert "8xA100-80GB" in str(error.value).split("All:")[0]
+
+
+@pytest.mark.parametrize(
+    ("device", "has_bf16", "family"),
+    [
+        ("NVIDIA A100-SXM4-40GB", True, "a100"),
+        ("NVIDIA H100 80GB HBM3", True, "h100"),
+        ("NVIDIA H200", True, "h100"),
+        ("NVIDIA A10G", True, "a10"),
+        ("NVIDIA L4", True, "a10"),
+        ("Tesla V100-SXM2-32GB", False, "v100"),
+        ("Tesla T4", False, "v100"),
+    ],
+)
+def test_a_gpu_has_the_recipe_of_a_family_whose_precision_it_can_compute(device, has_bf16, family):
+    assert family_of(device, has_bf16) == family
+
+
+def test_this_machine_tells_what_is_free_even_for_a_folder_that_is_not_there_yet(tmp_path):
+    machine = this_machine(tmp_path / "not" / "yet", num_gpus=3)
+    assert (machine.family, machine.count) == ("cpu", 3)
+    assert machine.disk_gib == pytest.approx(shutil.disk_usage(tmp_path).free / GIB, abs=5)
+    assert 0 < machine.host_gib <= psutil.virtual_memory().total / GIB
+
+
+def limited(folder: Path, limit: str, used: str, stat: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "memory.max").write_text(limit)
+    (folder / "memory.current").write_text(used)
+    (folder / "memory.stat").write_text(stat)
+    return folder
+
+
+def test_a_container_s_limit_counts_and_the_files_it_has_cached_do_not(tmp_path):
+    whole = free_host_gib(tmp_path)
+    assert whole == pytest.approx(psutil.virtual_memory().available / GIB, abs=1)
+    # A limit of 1 GiB of which 0.75 are used, 0.5 of them for cached files.
+    container = limited(
+        tmp_path / "v2", f"{2**30}\n", f"{3 * 2**28}\n", f"anon {2**28}\ninactive_file {2**29}\n"
+    )
+    assert free_host_gib(container) == 0.75
+    assert free_host_gib(limited(tmp_path / "v2", "max\n", "1\n", "")) == pytest.approx(whole, abs=1)

@@ -1,0 +1,365 @@
+"""The plan: verdicts everybody knows, what to type, the published runs, and the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from transformers import T5Config
+
+from training.machines import GIB, MACHINES, find_machine, this_machine
+from training.options import OptionsError, TrainingOptions
+from training.plan import PUBLISHED, main, predict_published
+from training.settings import preset_options
+from training.verdict import Plan, plan_run
+from training.workload import Lengths, alpaca_lengths, gptj_facts, model_facts
+
+ROOT = Path(__file__).parents[1]
+BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
+FP16_OFFLOAD = "config/ds_z3_fp16_offload_config.json"
+GPTJ = model_facts("EleutherAI/gpt-j-6B")
+
+
+def planned(
+    machine: str,
+    num_gpus: int | None = None,
+    lengths: Lengths | None = None,
+    changed: dict[str, Any] | None = None,
+    **options: Any,
+) -> Plan:
+    """The plan of Dolly's run, with some options or figures of the machine changed."""
+    place = replace(find_machine(machine), **changed or {})
+    ranks = num_gpus or place.count
+    chosen = preset_options(place.family, ranks) | {"max_tokens_per_device": "auto", "epochs": 1.0} | options
+    return plan_run(
+        TrainingOptions(local_output_dir="OUTPUT", **chosen), ranks, lengths or alpaca_lengths(), GPTJ, place
+    )
+
+
+def run_cli(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+# --- verdicts ----------------------------------------------------------------------------------------
+
+
+def test_dolly_s_run_fits_on_eight_a100_of_40_gb():
+    packed = planned("8xA100-40GB")
+    assert packed.fits
+    assert packed.faults == []
+    assert (packed.settings.checkpointing, packed.settings.max_tokens) == (False, None)
+    assert planned("8xA100-40GB", batching="padded").fits
+    assert planned("8xA100-40GB", batching="padded", gradient_checkpointing="on").fits
+
+
+def test_gptj_does_not_fit_on_four_a10_until_the_optimizer_is_offloaded():
+    without = planned("4xA10", deepspeed=BF16)
+    assert not without.fits
+    (fault,) = without.faults
+    needed = sum(without.gpu_memory_gib.values())
+    assert f"{needed:.1f} GiB are needed on each A10G, {needed - 22:.1f} more than its 22.0" in fault
+    assert fault.endswith(f"Type --deepspeed {BF16_OFFLOAD}")
+    assert planned("4xA10", deepspeed=BF16_OFFLOAD).fits
+    assert planned("2xA10").fits
+
+
+@pytest.mark.parametrize("host_gb", [48, 128])
+def test_a_small_host_does_not_do_for_eight_offloaded_ranks(host_gb):
+    small = planned("8xV100-32GB", changed={"host_gib": host_gb * 1e9 / GIB})
+    assert list(small.shortages) == ["host memory"]
+    needed = max(small.host_memory_gib.values())
+    assert f"A machine with {math.ceil(needed)} GiB of free host memory would do" in small.faults[0]
+    assert planned("8xV100-32GB", changed={"host_gib": needed + 1}).fits
+
+
+def test_each_shortage_has_its_own_advice():
+    short = planned("8xA100-40GB", changed={"disk_gib": 200.0, "host_gib": 30.0})
+    host, disk = short.faults
+    assert host.startswith("host memory: 46.5 GiB are needed")
+    assert disk == (
+        "disk: 271.0 GiB are needed for checkpoints, model and cache, 71.0 more than the 200.0 of 8xA100-40GB. "
+        "Type --save-total-limit 1"
+    )
+    tiny_disk = planned("8xA100-40GB", changed={"disk_gib": 100.0})
+    assert tiny_disk.faults[0].endswith(
+        "Name a folder on a disk with 271 GiB free: --local-output-dir FOLDER"
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "advice"),
+    [
+        ("8xA100-40GB", {"gradient_checkpointing": "off", "batching": "padded"}, "Type --gradient-checkpointing on"),
+        (
+            "8xA100-40GB",
+            {"per_device_train_batch_size": 128, "batching": "padded"},
+            "Type --per-device-train-batch-size 32 --gradient-accumulation-steps 4",
+        ),
+        (
+            "8xA100-40GB",
+            {"per_device_train_batch_size": 2048, "max_tokens_per_device": None, "gradient_checkpointing": "on"},
+            r"Type --max-tokens-per-device \d+",
+        ),
+        ("2xA10", {"deepspeed": None, "bf16": True}, f"Type --deepspeed {BF16_OFFLOAD}"),
+        ("a2-highgpu-2g", {}, f"Type --deepspeed {BF16_OFFLOAD}"),
+        ("a2-highgpu-1g", {}, r"It fits on 3 A100-40GB with --per-device-train-batch-size 11 .*"),
+    ],
+)  # fmt: skip
+def test_the_nearest_change_is_what_to_type_and_makes_it_fit(machine, options, advice):
+    failed = planned(machine, **options)
+    assert "GPU memory" in failed.shortages
+    found = failed.changes["GPU memory"]
+    assert re.fullmatch(advice, found), found
+    typed = dict(re.findall(r"--([\w-]+) (\S+)", found))
+    mended = options | {
+        name.replace("-", "_"): int(value) if value.isdigit() else value for name, value in typed.items()
+    }
+    elsewhere = re.match(r"It fits on (\d+)", found)
+    count = int(elsewhere[1]) if elsewhere else find_machine(machine).count
+    assert "GPU memory" not in planned(machine, count, changed={"count": count}, **mended).shortages
+
+
+def test_more_ranks_than_a_machine_has_are_several_machines():
+    one, two = planned("8xV100-32GB"), planned("8xV100-32GB", num_gpus=16)
+    assert two.settings.ranks == 16
+    assert two.host_memory_gib["training"] < one.host_memory_gib["training"], "of one of them"
+
+
+def test_a_small_card_gets_checkpointing_and_a_token_budget_of_itself():
+    tight = planned("8xA100-40GB", changed={"gpu_memory_gib": 18.0})
+    assert tight.fits
+    assert tight.settings.checkpointing is True
+    assert tight.settings.max_tokens is None
+    long_rows = Lengths("long", np.full(10_000, 2000), 0.5)
+    split = planned("8xA100-40GB", lengths=long_rows, per_device_train_batch_size=64)
+    assert split.fits
+    assert split.settings.checkpointing is True
+    assert 2000 <= split.settings.max_tokens < 64 * 2000
+    assert f"--max-tokens-per-device {split.settings.max_tokens}" in split.command
+    assert not planned(
+        "8xA100-40GB", lengths=long_rows, per_device_train_batch_size=64, max_tokens_per_device=None
+    ).fits, "None never splits"
+
+
+def test_activations_are_told_with_and_without_checkpointing():
+    for checkpointing in ("on", "off"):
+        plan = planned("8xA100-40GB", gradient_checkpointing=checkpointing)
+        held = plan.gpu_memory_gib["activations"] + plan.gpu_memory_gib["logits and loss"]
+        word = "with" if checkpointing == "on" else "without"
+        assert plan.activations_gib[f"{word} checkpointing"] == pytest.approx(held)
+        assert plan.activations_gib["with checkpointing"] < plan.activations_gib["without checkpointing"]
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_no_machine_and_no_size_of_model_makes_it_stumble(name):
+    machine = find_machine(name)
+    for model in (GPTJ, model_facts("EleutherAI/pythia-12b"), gptj_facts("tiny", 2, 8, 2, 100)):
+        for batching in ("packed", "padded"):
+            options = preset_options(machine.family, machine.count, batching)
+            plan = plan_run(
+                TrainingOptions(local_output_dir="x", **options),
+                machine.count,
+                alpaca_lengths(),
+                model,
+                machine,
+            )
+            assert plan.fits == (plan.faults == [])
+            assert 0 < plan.hours_per_epoch["expected"] < 1000
+
+
+@pytest.mark.parametrize("run", PUBLISHED, ids=lambda run: run.machine)
+def test_published_runs_come_out_within_a_factor_of_one_and_a_half(run):
+    padded, packed = predict_published(run)
+    assert 1 / 1.5 < padded.hours_per_epoch["expected"] / run.hours < 1.5
+    assert padded.fits
+    assert packed.fits
+    assert packed.hours_per_epoch["expected"] < padded.hours_per_epoch["expected"]
+
+
+# --- what to type ------------------------------------------------------------------------------------
+
+
+def test_the_command_is_one_that_the_trainer_s_own_parser_takes():
+    from training.trainer import main as trainer
+
+    for plan, expected in (
+        (planned("8xA100-40GB"), {"deepspeed": BF16, "gradient_accumulation_steps": 1, "epochs": 1.0}),
+        (planned("2xA10"), {"deepspeed": BF16_OFFLOAD, "per_device_train_batch_size": 16}),
+        (planned("8xV100-32GB", batching="padded"), {"deepspeed": FP16_OFFLOAD, "batching": "padded"}),
+        (planned("8xA100-40GB", bf16=False, fp16=True, deepspeed=None), {"fp16": True, "bf16": False}),
+        (
+            planned("8xA100-40GB", max_tokens_per_device=700, lr=2e-5),
+            {"max_tokens_per_device": 700, "lr": 2e-5},
+        ),
+    ):
+        words = plan.command.split()
+        context = trainer.make_context("trainer", words[words.index("training.trainer") + 1 :])
+        assert expected | {"local_output_dir": "OUTPUT"} == {
+            name: context.params[name] for name in [*expected, "local_output_dir"]
+        }
+
+
+def test_the_command_starts_every_rank_and_says_checkpointing_only_if_it_was_asked_for():
+    assert planned("8xA100-40GB").command == (
+        "deepspeed --num_gpus 8 --module training.trainer --epochs 1 "
+        f"--deepspeed {BF16} --local-output-dir OUTPUT"
+    )
+    asked = planned("8xA100-40GB", gradient_checkpointing="on").command
+    assert "--gradient-checkpointing on" in asked
+    assert planned("8xA100-40GB", deepspeed=None).command.startswith(
+        "torchrun --nproc_per_node=8 -m training.trainer"
+    )
+    assert planned("8xA100-40GB", 1, deepspeed=None).command.startswith("python -m training.trainer")
+
+
+# --- the command line --------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_dolly_s_run_in_seconds_without_a_network_or_torch():
+    code = (
+        "import sys, time, socket\n"
+        "socket.socket.connect = lambda *_: sys.exit('it went to the network')\n"
+        "from click.testing import CliRunner\n"
+        "from training.plan import main\n"
+        "result = CliRunner().invoke(main, ['--machine', '8xA100-40GB', '--json', '--price', '32.77'])\n"
+        "assert 'torch' not in sys.modules, 'a built-in model and Alpaca need no torch'\n"
+        "assert time.process_time() < 5, time.process_time()\n"
+        "print(result.output)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["fits"] is True
+    assert answer["faults"] == []
+    assert answer["model"] == "EleutherAI/gpt-j-6B"
+    assert answer["global_batch_rows"] == 64
+    assert answer["steps_per_epoch"] == 797
+    for kind in ("gpu_memory_gib", "disk_gib"):
+        parts = [value for key, value in answer[kind].items() if key not in ("total", "available")]
+        assert answer[kind]["total"] == pytest.approx(sum(parts)), kind
+    host = answer["host_memory_gib"]
+    assert host["total"] == max(host["loading"], host["training"])
+    hours = answer["hours_per_epoch"]
+    assert hours["low"] < hours["expected"] < hours["high"]
+    assert answer["cost_per_epoch"]["expected"] == pytest.approx(32.77 * hours["expected"])
+    assert answer["command"].startswith("deepspeed --num_gpus 8 --module training.trainer")
+
+
+def test_the_table_tells_people_what_fails_and_what_to_type():
+    output = run_cli("--machine", "4xA10", "--deepspeed", BF16, "--price", 8).output
+    for words in ("DOES NOT FIT", "GPU memory: ", f"Type --deepspeed {BF16_OFFLOAD}", "optimizer", "of 22.0"):
+        assert words in output
+    assert "at 8 an hour it costs" in output
+    fits = run_cli("--machine", "8xH100").output
+    assert "FITS, with" in fits
+    assert planned("8xH100").command in fits
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--machine", "p4d.24xlrge"], "Nearest: p4d.24xlarge"),
+        (["--machine", "8xH100", "--num-gpus", 0], "--num-gpus 0: at least one device is needed"),
+        (["--num-gpus", -1], "--num-gpus -1: at least one device is needed"),
+        (["--machine", "8xH100", "--num-gpus", 9], "--num-gpus 9: 8xH100 has 8"),
+        (["--machine", "8xH100", "--deepspeed", "none.json"], "Shipped are"),
+        (["--machine", "8xH100", "--model", "demo", "--training-dataset", "none.jsonl"], "none.jsonl"),
+        (["--machine", "8xH100", "--input-model", "/no/such/model"], "no model could be found"),
+        (["--machine", "8xH100", "--batching", "padded", "--max-tokens-per-device", 9], "splits packed rows"),
+    ],
+)
+def test_bad_input_is_refused_in_words(arguments, words):
+    result = run_cli(*arguments)
+    assert result.exit_code == 2, result.output
+    assert words in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_model_that_is_no_causal_lm_is_refused(tmp_path):
+    T5Config().save_pretrained(tmp_path)
+    result = run_cli("--machine", "8xH100", "--input-model", tmp_path)
+    assert result.exit_code == 2
+    assert "t5 model is no causal language model" in result.output
+
+
+def test_this_machine_is_planned_for_with_the_demo(tmp_path):
+    picture = tmp_path / "memory.png"
+    result = run_cli(
+        "--input-model", "demo", "--training-dataset", "demo", "--test-size", 100, "--json", "--plot", picture
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert (answer["gpu"], answer["num_gpus"], answer["global_batch_rows"]) == ("CPU", 2, 64)
+    assert 0 < answer["hours_per_epoch"]["expected"] < 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (
+        "CPU rank" in run_cli("--input-model", "demo", "--training-dataset", "demo", "--num-gpus", 1).output
+    )
+
+
+def test_a_model_too_large_for_this_machine_s_memory_is_told_so(tmp_path):
+    small = replace(this_machine(tmp_path, 2), host_gib=4.0)
+    options = TrainingOptions(local_output_dir="x", **preset_options("cpu", 2))
+    plan = plan_run(options, 2, alpaca_lengths(), GPTJ, small)
+    assert "host memory" in plan.shortages
+    assert "GPU memory" not in plan.shortages
+
+
+def test_a_model_in_a_folder_with_rows_in_a_file_is_planned_for(tmp_path, base_folder):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(
+        "".join(json.dumps({"instruction": "a" * n, "output": "b c"}) + "\n" for n in range(1, 41))
+    )
+    result = run_cli(
+        "--machine", "8xH100", "--input-model", base_folder, "--training-dataset", file, "--json"
+    )
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["fits"]
+    assert answer["steps_per_epoch"] == 1
+    assert f"--training-dataset {file}" in answer["command"]
+
+
+def test_readme_tells_what_the_plan_says():
+    readme = (ROOT / "README.md").read_text()
+    assert run_cli("--machine", "8xA100-40GB", "--price", 32.77).output.rstrip() in readme
+    assert planned("4xA10", deepspeed=BF16).faults[0] in readme
+    rows = [line for line in readme.splitlines() if re.search(r"\| \d\.\d\d \[[12]\] \|", line)]
+    for run, row in zip(PUBLISHED, rows, strict=True):
+        padded, packed = predict_published(run)
+        hours, ours = padded.hours_per_epoch["expected"], packed.hours_per_epoch["expected"]
+        figures = re.findall(r"\d+\.\d\d", row.split("`", 2)[-1].split("an epoch")[-1])
+        expected = [run.hours, hours, hours / run.hours, ours]
+        assert figures == [f"{figure:.2f}" for figure in expected], run.machine
+        for option in re.findall(
+            r"--per-device-train-batch-size \d+|--gradient-accumulation-steps \d+|--deepspeed \S+json",
+            row,
+        ):
+            assert option in packed.command, run.machine
+
+
+def test_published_runs_are_printed_as_a_table():
+    lines = run_cli("--published").output.splitlines()
+    assert len(lines) == 2 + len(PUBLISHED)
+    assert lines[2].startswith("| 8xA100-40GB | 0.50 |")
+
+
+@pytest.mark.parametrize("deepspeed", [BF16, BF16_OFFLOAD])
+def test_the_picture_is_drawn(deepspeed, tmp_path):
+    file = tmp_path / "memory.png"
+    assert run_cli("--machine", "4xA10", "--deepspeed", deepspeed, "--plot", file).exit_code == 0
+    assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_unreadable_configuration_is_an_error_of_the_options():
+    with pytest.raises(OptionsError, match="No such file"):
+        planned("8xH100", deepspeed="none.json")

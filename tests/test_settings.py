@@ -1,0 +1,115 @@
+"""The recipes of the GPU families, and what memory and time read from the options."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from training.machines import MachineError
+from training.options import OptionsError, TrainingOptions
+from training.settings import (
+    PRESETS,
+    ROOT,
+    Settings,
+    Zero,
+    preset_options,
+    read_zero,
+    rows_and_accumulation,
+    settings_of,
+)
+
+BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
+
+
+def settings(ranks: int = 8, family: str = "a100", **options):
+    return settings_of(TrainingOptions(local_output_dir="x", **options), ranks, family)
+
+
+def test_presets_keep_the_global_batch_for_one_to_eight_devices():
+    for family in PRESETS:
+        for batching in ("packed", "padded"):
+            for devices in (1, 2, 4, 8):
+                chosen = preset_options(family, devices, batching)
+                rows = chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"] * devices
+                assert rows == 64
+    assert rows_and_accumulation(64, 8) == (8, 1)
+    assert rows_and_accumulation(64, 4) == (16, 1)
+    assert rows_and_accumulation(64, 2, "padded") == (8, 4)
+    assert rows_and_accumulation(64, 3) == (11, 2)
+    assert rows_and_accumulation(64, 100) == (1, 1)
+
+
+def test_presets_name_shipped_files_of_their_own_precision():
+    for preset in PRESETS.values():
+        for file in filter(None, (preset.deepspeed, preset.offload)):
+            config = json.loads((ROOT / file).read_text())
+            assert config[preset.precision]["enabled"] is True
+            assert ("offload" in file) == ("offload_optimizer" in config["zero_optimization"])
+
+
+def test_presets_are_options_of_the_trainer():
+    for family in PRESETS:
+        TrainingOptions(local_output_dir="x", **preset_options(family, 4))
+
+
+def test_an_unknown_family_and_no_device_are_named():
+    with pytest.raises(
+        MachineError, match=r"no GPU family 'b200' is known. There are: a100, h100, a10, v100, cpu"
+    ):
+        preset_options("b200", 8)
+    with pytest.raises(MachineError, match="--num-gpus 0: at least one device"):
+        preset_options("a100", 0)
+
+
+def test_a_shipped_configuration_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert settings(deepspeed=BF16_OFFLOAD, per_device_train_batch_size=4) == Settings(
+        ranks=8, rows=4, checkpointing=True, zero=Zero(stage=3, offload_optimizer=True, pinned=True), epochs=3.0
+    )  # fmt: skip
+    with pytest.raises(OptionsError, match="No such file"):
+        settings(deepspeed="config/none.json")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [(True, True), (False, False), ("on", True), ("off", False), ("auto", "auto")]
+)
+def test_checkpointing_may_be_a_word_or_a_bool(typed, meant):
+    assert settings(deepspeed=BF16, gradient_checkpointing=typed).checkpointing == meant
+
+
+def test_a_token_budget_may_be_auto_and_is_none_of_padded_rows():
+    assert settings(max_tokens_per_device="auto").max_tokens == "auto"
+    assert settings(max_tokens_per_device=512).max_tokens == 512
+    assert settings(max_tokens_per_device="auto", batching="padded").max_tokens is None
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "precision", "weight_bytes"),
+    [
+        ("a100", {"deepspeed": BF16}, "bf16", 2),
+        ("cpu", {"deepspeed": BF16}, "bf16", 2),
+        ("a100", {}, "bf16", 4),
+        ("v100", {}, "fp16", 4),
+        ("cpu", {}, "fp32", 4),
+        ("a100", {"bf16": False}, "fp32", 4),
+        ("a100", {"fp16": True}, "fp16", 4),
+    ],
+)
+def test_precision_is_the_options_the_configuration_s_or_the_family_s(
+    family, options, precision, weight_bytes
+):
+    found = settings(family=family, **options)
+    assert (found.precision, found.weight_bytes) == (precision, weight_bytes)
+
+
+def test_what_a_configuration_leaves_open_is_deepspeeds_default():
+    assert read_zero({}) == Zero(stage=0)
+    assert read_zero({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}) == Zero(
+        stage=2
+    )
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    theirs = DeepSpeedZeroConfig(stage=3)
+    ours = Zero(stage=3)
+    assert (theirs.max_live_parameters, theirs.sub_group_size) == (ours.live_parameters, ours.sub_group)

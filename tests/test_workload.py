@@ -1,0 +1,180 @@
+"""Models, row lengths, and an epoch of them, counted by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import BertConfig, GPTJConfig, GPTNeoXConfig, LlamaConfig, T5Config
+
+from training import collator
+from training.data import prepare_dataset
+from training.model import ModelError, load_tokenizer
+from training.settings import Settings
+from training.workload import (
+    ALPACA_HISTOGRAM,
+    ALPACA_RESPONSE_SHARE,
+    PAD_TO_MULTIPLE_OF,
+    Lengths,
+    alpaca_lengths,
+    dataset_lengths,
+    epoch_load,
+    gptj_facts,
+    lengths_of,
+    model_facts,
+    neox_facts,
+)
+
+SHARED = Path(__file__).parents[2] / "shared"
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("EleutherAI/gpt-j-6B", 6_050_882_784),
+        ("eleutherai/GPT-J-6b", 6_050_882_784),
+        ("EleutherAI/pythia-70m", 70_426_624),
+        ("EleutherAI/pythia-6.9b", 6_857_302_016),
+        ("EleutherAI/pythia-12b-deduped", 11_846_072_320),
+    ],
+)
+def test_built_in_models_have_the_parameters_that_their_cards_tell(name, parameters):
+    assert model_facts(name).parameters == parameters
+
+
+def test_a_folder_s_model_is_counted_from_its_config_alone(tmp_path):
+    gptj, neox, llama = tmp_path / "gptj", tmp_path / "neox", tmp_path / "llama"
+    GPTJConfig(vocab_size=100, n_positions=64, n_embd=8, n_layer=2, n_head=2, rotary_dim=4, bos_token_id=0, eos_token_id=0).save_pretrained(gptj)  # fmt: skip
+    known = gptj_facts(str(gptj), layers=2, width=8, heads=2, vocabulary=100, positions=64)
+    assert model_facts(str(gptj)) == replace(known, file_bytes=2 * known.parameters)
+    (gptj / "model.safetensors").write_bytes(b"1234567")
+    assert model_facts(str(gptj)).file_bytes == 7
+
+    GPTNeoXConfig(vocab_size=96, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32).save_pretrained(neox)  # fmt: skip
+    assert model_facts(str(neox)) == replace(neox_facts(str(neox), 3, 8, 2, 96))
+
+    LlamaConfig(vocab_size=96, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, tie_word_embeddings=True).save_pretrained(llama)  # fmt: skip
+    facts = model_facts(str(llama))
+    # q, k, v, out 4 x 8 x 8; gate, up, down 3 x 8 x 20; three norms of 8. The head is the embedding.
+    assert (facts.layer_parameters, facts.parameters) == (256 + 480 + 24, 256 + 480 + 24 + 96 * 8)
+    assert (facts.gated, facts.inner) == (True, 20)
+
+
+def test_the_demo_s_facts_are_those_of_the_demo_s_model_with_the_control_tokens():
+    from training.workload import _facts_of_config
+
+    known, built = model_facts("demo"), _facts_of_config("demo")
+    grown = 3 * (2 * known.width + 1)  # rows of embedding and head, and the head's bias
+    assert known.parameters == built.parameters + grown
+    assert (known.layers, known.width, known.heads, known.positions, known.layer_parameters) == (
+        built.layers, built.width, built.heads, built.positions, built.layer_parameters
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "words"), [(T5Config(), "t5 model is no causal"), (None, "no model could be found")]
+)
+def test_a_model_that_is_no_causal_lm_or_does_not_exist_is_named(config, words, tmp_path):
+    if config:
+        config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=words):
+        model_facts(str(tmp_path))
+
+
+def test_an_encoder_is_no_causal_lm(tmp_path):
+    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="encoder, no causal language model"):
+        model_facts(str(tmp_path))
+
+
+# --- rows --------------------------------------------------------------------------------------------
+
+
+def test_the_built_in_rows_are_alpaca_s():
+    rows = alpaca_lengths().tokens
+    assert len(rows) == 52_002
+    assert rows.mean() == pytest.approx(106.7, rel=0.005)
+    assert np.percentile(rows, 99) == pytest.approx(307, abs=8)
+    assert rows.max() == pytest.approx(603, abs=8)
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the Alpaca sample")
+def test_the_built_in_histogram_is_what_the_product_itself_counts():
+    tokenizer = load_tokenizer(str(SHARED / "gpt2-bpe"))
+    rows, _ = prepare_dataset(str(SHARED / "data/alpaca_1500.jsonl"), tokenizer, 2048)
+    counted = lengths_of("alpaca", rows["length"][:], rows["response_start"][:])
+    bins = np.bincount((counted.tokens - 1) // 8, minlength=len(ALPACA_HISTOGRAM))
+    assert bins.tolist() == list(ALPACA_HISTOGRAM)
+    assert counted.response_share == pytest.approx(ALPACA_RESPONSE_SHARE, abs=0.001)
+
+
+def test_lengths_are_those_of_the_rows_and_the_share_that_of_their_responses():
+    lengths = lengths_of("mine", [10, 30], [5, 15])
+    assert lengths.tokens.tolist() == [10, 30]
+    assert lengths.response_share == 0.5
+
+
+def test_a_dataset_of_one_s_own_is_counted(tmp_path, base_folder):
+    file = tmp_path / "rows.jsonl"
+    rows = [{"instruction": "a" * n, "output": "b c"} for n in range(1, 41)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lengths = dataset_lengths(str(file), model_facts(str(base_folder)))
+    assert len(lengths.tokens) == 40
+    assert lengths.tokens[-1] > lengths.tokens[0]
+    assert 0 < lengths.response_share < 0.5
+
+
+# --- an epoch ----------------------------------------------------------------------------------------
+
+
+def test_an_epoch_is_counted_as_by_hand():
+    # Eight rows of ten tokens, four held out; two ranks of two rows make one step of the rest.
+    lengths, settings = Lengths("ten", np.full(8, 10), 0.5), Settings(ranks=2, rows=2, test_size=4)
+    packed = epoch_load(lengths, settings)
+    assert (packed.steps, packed.real_tokens, packed.computed_tokens, packed.peak_row) == (1, 40, 40, 10)
+    assert packed.slowest_tokens == pytest.approx(20, rel=0.01)
+    assert packed.slowest_scores == pytest.approx(2 * 10 * 10 / 2, rel=0.01)
+    padded = epoch_load(lengths, replace(settings, packed=False))
+    assert (padded.computed_tokens, padded.slowest_tokens, padded.peak_tokens, padded.peak_row) == (
+        64,
+        32,
+        32,
+        16,
+    )
+    assert padded.slowest_scores == 2 * 16 * 16
+
+
+def test_the_rank_with_the_longest_row_sets_the_pace():
+    lengths = Lengths("one long row", np.array([8, 8, 8, 40]), 0.5)
+    padded = epoch_load(lengths, Settings(ranks=2, rows=1, accumulation=1, packed=False, test_size=1), seed=1)
+    assert padded.paced_tokens >= padded.computed_tokens
+    one_step = epoch_load(
+        replace(lengths, tokens=np.array([40, 8, 8])),
+        Settings(ranks=2, rows=1, packed=False, test_size=1),
+        seed=0,
+    )
+    assert one_step.steps == 1
+    assert one_step.peak_row == one_step.slowest_tokens
+
+
+def test_rows_fewer_than_a_step_are_a_step():
+    load = epoch_load(Lengths("few", np.array([9, 9, 9]), 0.5), Settings(ranks=8, test_size=1000))
+    assert (load.steps, load.real_tokens) == (1, 18)
+
+
+def test_dolly_s_padding_leaves_half_the_tokens_real_and_a_third_at_the_pace_of_eight_ranks():
+    def real(ranks: int) -> tuple[float, float]:
+        load = epoch_load(alpaca_lengths(), Settings(ranks=ranks, packed=False))
+        return load.real_tokens / load.computed_tokens, load.real_tokens / load.paced_tokens
+
+    assert real(1)[0] == pytest.approx(0.53, abs=0.03)
+    assert real(8)[1] == pytest.approx(0.34, abs=0.03)
+    packed = epoch_load(alpaca_lengths(), Settings(ranks=8))
+    assert packed.real_tokens / packed.paced_tokens > 0.99
+
+
+def test_padding_is_the_collator_s():
+    assert PAD_TO_MULTIPLE_OF == collator.PAD_TO_MULTIPLE_OF
