@@ -108,7 +108,9 @@ def faults_of(folder: Path, model_only: bool = False) -> list[str]:
     ]
     whole = [name for name in sizes if sizes[name] == written[name]["size"]]
     now = digests(folder, whole)
-    return faults + [f"{name} has changed since it was written" for name in whole if now[name] != written[name]]
+    return faults + [
+        f"{name} has changed since it was written" for name in whole if now[name] != written[name]
+    ]
 
 
 def best(output: Path) -> Path | None:

@@ -244,7 +244,9 @@ class CompletionTrainer(Trainer):
             checkpoint.write_json(folder / checkpoint.PROGRESS_FILE, progress)
         self.accelerator.wait_for_everyone()
         names = checkpoint.files_of(folder)
-        mine = checkpoint.digests(folder, names[self.args.process_index :: self.args.world_size], written_now=True)
+        mine = checkpoint.digests(
+            folder, names[self.args.process_index :: self.args.world_size], written_now=True
+        )
         digests = [mine]
         if self.args.world_size > 1:
             digests = [{} for _ in range(self.args.world_size)]
@@ -260,7 +262,9 @@ class CompletionTrainer(Trainer):
     def _lacks_space(self, output: Path) -> str | None:
         """Why the next checkpoint would not fit, or None."""
         # 12 bytes a parameter for float32 weights and AdamW's two moments, and the gathered model again.
-        need = self.saved_bytes or 16 * sum(getattr(p, "ds_numel", p.numel()) for p in self.model.parameters())
+        need = self.saved_bytes or 16 * sum(
+            getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()
+        )
         free = shutil.disk_usage(output).free
         if free >= need:
             return None
@@ -273,7 +277,9 @@ class CompletionTrainer(Trainer):
         output = Path(self.args.output_dir)
         complete = [folder for folder in checkpoint.checkpoints(output) if checkpoint.read_manifest(folder)]
         if not complete:
-            return "No checkpoint has been written yet: type the same command with --resume auto to begin anew"
+            return (
+                "No checkpoint has been written yet: type the same command with --resume auto to begin anew"
+            )
         return f"{complete[-1].name} is good: type the same command with --resume auto to go on from it"
 
     def _agree(self, fault: str | None) -> None:

@@ -75,11 +75,7 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
         )
     for difference in different:
         logger.warning("continued by --force, though %s", difference)
-    if (
-        finished
-        and former["steps"] == steps
-        and former["options"].get("final_model") == options.final_model
-    ):
+    if finished and former["steps"] == steps and former["options"].get("final_model") == options.final_model:
         return Start(former=former, finished=True)
     folder = given or _newest_whole(output)
     if folder is None:
