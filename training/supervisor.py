@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from types import FrameType
 from typing import BinaryIO
 
@@ -24,6 +25,7 @@ SUPERVISED = (
     "DOLLY_SUPERVISED"  # set for the rank proper; its value tells whether somebody looks at a terminal
 )
 LAST_LINES = 15
+ECHO = 1.0  # seconds in which a Ctrl-C may come twice: from the terminal, and once more from torchrun
 PATIENCE = 25  # seconds after SIGTERM; the launchers kill what still lives after 30
 
 EXPECTED_EXITS = (0, REFUSED, ENDED, INTERRUPTED, LOST_PEER)  # the rank has said itself what there is to say
@@ -96,19 +98,19 @@ def _hand_on(pipe: BinaryIO, target: BinaryIO, last: collections.deque[bytes]) -
         last.append(begun)
 
 
-def _forward_signals(child: subprocess.Popen[bytes], hanging: threading.Timer) -> list[int]:
+def _forward_signals(child: subprocess.Popen[bytes], hanging: threading.Timer) -> list[float]:
     """SIGTERM and Ctrl-C reach the rank, which finishes its step and saves; a second Ctrl-C ends it at once.
 
-    The list is that of the signals so far, a list because a handler may be interrupted by the next signal.
+    The list is that of the moments at which they came, a list because a handler may be interrupted by the next one.
     """
-    taken: list[int] = []
+    taken: list[float] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        taken.append(number)
+        taken.append(time.monotonic())
         if len(taken) == 1 and "RANK" in os.environ:
             hanging.start()
         if child.poll() is None:
-            again = taken.count(signal.SIGINT) > 1
+            again = number == signal.SIGINT and taken[-1] - taken[0] > ECHO
             child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT):
