@@ -21,6 +21,7 @@ ORDER = [
     "machines",
     "model",
     "operators",
+    "publish",
     "options",
     "callbacks",
     "checkpoint",

@@ -1,12 +1,10 @@
-"""The finished model: gathered, saved with all that stock transformers needs, described, and published."""
+"""The finished model: gathered, saved with all that stock transformers needs, and described."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
 import platform
-import shutil
 import subprocess
 import time
 from dataclasses import asdict
@@ -17,13 +15,10 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData
 from transformers import GenerationConfig, PreTrainedTokenizerBase, Trainer
 
-from training.consts import DEMO, END_KEY, SAMPLE_INSTRUCTIONS
+from training.consts import DEMO, END_KEY, RUN_FILE, SAMPLE_INSTRUCTIONS
 from training.data import Ledger
 from training.options import TrainingOptions
 
-logger = logging.getLogger(__name__)
-
-RUN_FILE = "run.json"
 LEDGER_FILE = "ledger.json"
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
@@ -160,14 +155,3 @@ It answers one instruction at a time, stops at `{END_KEY}`, and like its base it
 {changed}
 """
     ModelCard(content).save(folder / "README.md")
-
-
-def publish(folder: Path, target: Path) -> None:
-    """Copies the finished model, not its checkpoints, to `target`, one file after the other."""
-    target.mkdir(parents=True, exist_ok=True)
-    for source in sorted(folder.iterdir()):
-        if source.is_file() and source.name != RUN_FILE:
-            shutil.copyfile(source, target / source.name)
-    # The record last: a folder without it was not copied to the end.
-    shutil.copyfile(folder / RUN_FILE, target / RUN_FILE)
-    logger.info("published to %s", target)

@@ -1,4 +1,4 @@
-"""The prompt's words, the control tokens, and Dolly's defaults. Imports nothing.
+"""The prompt's words, the control tokens, Dolly's defaults, and the name of a run's record. Imports nothing.
 
 The wording is Stanford Alpaca's, byte for byte: a model trained on other words would be another model.
 """
@@ -27,6 +27,8 @@ DEFAULT_TRAINING_DATASET = "tatsu-lab/alpaca"
 DEFAULT_SEED = 42
 DEFAULT_TEST_SIZE = 1000  # rows held out
 DEFAULT_LEARNING_RATE = 1e-5
+
+RUN_FILE = "run.json"  # in every output folder: the run's record, and whether it finished
 
 DEMO = "demo"  # the name of the embedded model and dataset, wherever a model or dataset is asked for
 

@@ -18,8 +18,8 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
 
 from training.attention import use_packed_attention
-from training.checkpoint import MAX_NEW_TOKENS, RUN_FILE, generation_config
-from training.consts import DEFAULT_SEED, RESPONSE_KEY
+from training.checkpoint import MAX_NEW_TOKENS, generation_config
+from training.consts import DEFAULT_SEED, RESPONSE_KEY, RUN_FILE
 from training.data import encode_prompts
 from training.model import DTYPES, ModelError, load_model, load_tokenizer, max_positions
 

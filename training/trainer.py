@@ -31,7 +31,6 @@ from training.batching import GlobalBatchSampler, check_token_budget, held_out_b
 from training.callbacks import ProgressLog, StepCounter, count_labels, duration, peak_memory_gib
 from training.checkpoint import (
     LEDGER_FILE,
-    publish,
     save_model,
     start_record,
     write_model_card,
@@ -61,6 +60,7 @@ from training.options import (
     value_faults,
     world_size,
 )
+from training.publish import publish
 from training.rows import DataError
 
 logger = logging.getLogger("training")
@@ -303,7 +303,7 @@ def train(options: TrainingOptions) -> dict[str, Any]:
             output,
         )
         if options.dbfs_output_dir:
-            publish(output, Path(options.dbfs_output_dir).expanduser())
+            publish(output, options.dbfs_output_dir)
     return record
 
 
