@@ -242,6 +242,10 @@ REFUSES_FD(EPERM, int, ftruncate, (int fd, off_t length), (fd, length), fd)
 REFUSES_FD(EPERM, int, ftruncate64, (int fd, off64_t length), (fd, length), fd)
 REFUSES_FD(ENOTSUP, int, fallocate, (int fd, int mode, off_t place, off_t length), (fd, mode, place, length), fd)
 REFUSES_FD(ENOTSUP, int, fallocate64, (int fd, int mode, off64_t place, off64_t length), (fd, mode, place, length), fd)
+int posix_fallocate(int fd, off_t place, off_t length) { /* which returns its error */
+    return refused_fd(fd) ? ENOTSUP : REAL(posix_fallocate)(fd, place, length);
+}
+int posix_fallocate64(int fd, off64_t place, off64_t length) { return posix_fallocate(fd, place, length); }
 REFUSES_FD(ENOTSUP, ssize_t, sendfile, (int to, int from, off_t *place, size_t n), (to, from, place, n), to)
 REFUSES_FD(ENOTSUP, ssize_t, sendfile64, (int to, int from, off64_t *place, size_t n), (to, from, place, n), to)
 REFUSES_FD(ENOTSUP, ssize_t, copy_file_range,
