@@ -15,7 +15,7 @@ def pins(path):
     for line in open(path):
         if line.startswith("-r "):
             yield from pins(line[3:].strip())
-        elif match := re.match(r"([\w.-]+)==(\S+)", line):
+        elif match := re.match(r"([\w.-]+)(?:\[[\w,-]+\])?==(\S+)", line):
             yield match.groups()
 sys.exit(not all(version(name).split("+")[0] == pin for name, pin in pins(sys.argv[1])))
 PY

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import termios
+import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -607,7 +608,7 @@ def test_a_write_that_s3_refuses_is_told_and_leaves_no_record(
         ("s3://none/dolly", {}, "s3://none/dolly: there is no bucket 'none'. Make it first\n"),
         ("s3://none", {}, "s3://none: there is no bucket 'none'. Make it first\n"),
         ("s3://models/x", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "cannot be listed: Unable to locate credentials"),
-        ("s3://models/x", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9"}, "cannot be listed: Could not connect to the endpoint"),
+        ("s3://models/x", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}, "cannot be listed: Could not connect to the endpoint"),
     ],
     ids=["no bucket", "no bucket, no folder", "no credentials", "no server"],
 )  # fmt: skip
@@ -634,3 +635,10 @@ def test_without_s3fs_the_extra_that_brings_it_is_named(
     assert fault == "s3://models/x: s3fs is not installed. Type pip install '.[s3]'"
     with pytest.raises(PublishError, match="s3fs is not installed"):
         publish(finished, "s3://models/x")
+
+
+def test_the_extra_is_the_version_that_is_tested() -> None:
+    """s3fs asks for the fsspec of its own release, so the three pins move together."""
+    [extra] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["s3"]
+    assert extra in (ROOT / "requirements_dev.txt").read_text().split()
+    assert extra.replace("s3fs", "fsspec") in (ROOT / "requirements.txt").read_text().split()
