@@ -225,11 +225,13 @@ def test_a_large_file_has_a_line_in_the_log_and_a_bar_on_a_terminal(finished: Pa
 
 def kill_and_publish_again(command: Callable[..., Any], finished: Path, target: Path, change: int) -> bool:
     """Kills the copy at its nth change to the target, looks, and goes on; whether there was an nth change."""
-    untouched = target.exists() and content(target)
+    before = content(target)
     killed = command(KILL_AT=f"{change}:{target}")
     assert killed.returncode in (0, -signal.SIGKILL), killed.stderr
-    if says_finished(target) and content(target) != untouched:
-        assert content(target).keys() >= PUBLISHED
+    after = content(target)
+    after.pop("publishing.json", None)  # the mark on a copy that is about to be mended, still as it was found
+    if says_finished(target) and after != before:
+        assert after.keys() == PUBLISHED
         for name in PUBLISHED - {"manifest.json"}:
             assert (target / name).read_bytes() == (finished / name).read_bytes(), name
     assert target_faults(str(target), finished) == [], "the run's own copy may go on"
@@ -263,7 +265,7 @@ def test_a_copy_killed_at_any_moment_is_continued(
                 record = (finished / "run.json").read_bytes()
                 (target / "publishing.json").write_bytes(publishing._marker(record))
         killed = kill_and_publish_again(command, finished, target, change)
-    assert change > 8
+    assert change > 5
 
 
 def test_a_copy_killed_again_and_again_comes_to_its_end(
