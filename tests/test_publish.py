@@ -159,7 +159,7 @@ def test_a_model_is_published_where_files_can_only_be_written_front_to_back(
     before = content(finished)
     result = command()
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.startswith(f"published to {target}: 8 files, 0.02 GiB, each file read back")
+    assert result.stdout.startswith(f"published to {target}: 8 files, 16.0 MiB, each file read back")
     assert_whole(content(target), finished)
     assert content(finished) == before
 
@@ -351,7 +351,7 @@ def test_a_target_with_too_little_room_is_refused_before_anything_is_written(
     finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(os, "statvfs", figures(2**24))
-    with pytest.raises(PublishError, match=r"0\.02 GiB are needed, and 0\.02 GiB are free. Make room"):
+    with pytest.raises(PublishError, match=r"16\.0 MiB are needed, and 16\.0 MiB are free. Make room"):
         publish(finished, str(target))
     assert not target.exists()
     monkeypatch.setattr(os, "statvfs", figures(2**25))

@@ -285,7 +285,7 @@ def _refuse_lack_of_space(target: Target, needed: int) -> None:
     free = free_bytes(target.shown)
     if free is not None and free < needed:
         raise PublishError(
-            f"{target.shown}: {_gib(needed)} are needed, and {_gib(free)} are free. Make room, or name another folder"
+            f"{target.shown}: {_shown(needed)} are needed, and {_shown(free)} are free. Make room, or name another folder"
         )
 
 
@@ -323,7 +323,7 @@ def publish(folder: Path, target: str) -> list[str]:
     contents[RUN_FILE] = contents.pop(RUN_FILE)  # the last to be written
     expected = {name: expected.get(name) or _source_figures(name, contents[name]) for name in contents}
     missing = [name for name in contents if not _is_there(opened, name, there, expected[name])]
-    total = f"{len(contents)} files, {_gib(sum(each['size'] for each in expected.values()))}"
+    total = f"{len(contents)} files, {_shown(sum(each['size'] for each in expected.values()))}"
     if not missing:
         if MARKER_FILE in there:
             _remove(opened, MARKER_FILE)
@@ -403,7 +403,7 @@ def _write(target: Target, name: str, source: Path | bytes, wanted: dict[str, An
             if _target_figures(target, name, size) == wanted:
                 if size >= LARGE:
                     speed = size / 2**20 / max(seconds, 1e-9)
-                    logger.info("%s: %s at %.0f MiB/s, read back", name, _gib(size), speed)
+                    logger.info("%s: %s at %.0f MiB/s, read back", name, _shown(size), speed)
                 return
             logger.warning("%s/%s read back otherwise than it was written", target.shown, name)
         except PublishError:
@@ -414,8 +414,8 @@ def _write(target: Target, name: str, source: Path | bytes, wanted: dict[str, An
     raise PublishError(f"{target.shown}/{name}: read back otherwise than it was written, twice")
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _shown(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= LARGE else f"{size / 2**20:.1f} MiB"
 
 
 @click.command()
