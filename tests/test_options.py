@@ -393,8 +393,12 @@ def test_a_publishing_folder_that_holds_something_or_is_the_output_is_refused(tm
         "old/config.json": "already holds something",
         "out": "is the local output itself",
         "old/config.json/x": "cannot be written",
+        "zz9://x": "there is no file system",
     }.items():
-        [fault] = find_faults(options(tmp_path, dbfs_output_dir=str(tmp_path / folder)))
+        [fault] = find_faults(
+            options(tmp_path, dbfs_output_dir=folder if "://" in folder else str(tmp_path / folder))
+        )
+        assert fault.startswith("--dbfs-output-dir ")
         assert message in fault
     assert find_faults(options(tmp_path, dbfs_output_dir=str(tmp_path / "new"))) == []
 

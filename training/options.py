@@ -23,6 +23,7 @@ from training.consts import (
     DEMO,
     RUN_FILE,
 )
+from training.publish import local_path, target_faults, writable
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
@@ -212,7 +213,10 @@ class TrainingOptions:
         metavar="FOLDER",
     )
     dbfs_output_dir: str | None = _option(
-        None, "Output", "Where the finished model is copied: DBFS, a Volume, or any folder.", metavar="FOLDER"
+        None,
+        "Output",
+        "Where the finished model is copied: DBFS, a Volume, any folder, or a URL such as s3://bucket/folder.",
+        metavar="TARGET",
     )
     logging_steps: int = _option(
         10, "Output", "Steps between two lines of the log.", type=click.IntRange(1), metavar="STEPS"
@@ -525,7 +529,7 @@ def _output_faults(options: TrainingOptions) -> list[str]:
     if options.local_output_dir is None:  # told already: it is required
         return []
     faults = []
-    output = _local_path(options.local_output_dir)
+    output = local_path(options.local_output_dir)
     if output.resolve().parts[:2] in (("/", "dbfs"), ("/", "Volumes")):
         faults.append(
             f"--local-output-dir {output}: training writes at random places, which DBFS and Volumes refuse. "
@@ -538,24 +542,14 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         faults.append(
             f"--local-output-dir {output}: is not empty, and nothing in it shall be lost. Name a new folder{go_on}"
         )
-    elif not _writable(output):
+    elif not writable(output):
         faults.append(f"--local-output-dir {output}: cannot be written. Name a folder of your own")
     if options.resume not in ("never", "auto") and not Path(options.resume).expanduser().is_dir():
         faults.append(
             f"--resume {options.resume}: no such folder. Type never, auto, or a checkpoint's folder"
         )
     if options.dbfs_output_dir:
-        published = _local_path(options.dbfs_output_dir)
-        if options.dbfs_output_dir.startswith("dbfs:"):
-            faults.append(f"--dbfs-output-dir {options.dbfs_output_dir}: a path is needed. Type {published}")
-        elif published.resolve() == output.resolve():
-            faults.append(
-                f"--dbfs-output-dir {published}: is the local output itself. Name another folder, or leave it out"
-            )
-        elif published.exists() and (not published.is_dir() or any(published.iterdir())):
-            faults.append(f"--dbfs-output-dir {published}: already holds something. Name a new folder")
-        elif not _writable(published):
-            faults.append(f"--dbfs-output-dir {published}: cannot be written. Name a folder of your own")
+        faults += [f"--dbfs-output-dir {fault}" for fault in target_faults(options.dbfs_output_dir, output)]
     return faults
 
 
@@ -565,15 +559,3 @@ def _holds_something(folder: Path) -> bool:
 
 def _is_run(folder: Path) -> bool:
     return (folder / RUN_FILE).is_file()
-
-
-def _local_path(folder: str) -> Path:
-    """dbfs:/x is what Databricks shows, and /dbfs/x where programs find it; taken as a path it would be `./dbfs:/x`."""
-    return Path(re.sub("^dbfs:/*", "/dbfs/", folder)).expanduser()
-
-
-def _writable(folder: Path) -> bool:
-    """Whether `folder` can be made, or written: asked of its nearest parent that exists."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
