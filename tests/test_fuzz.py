@@ -119,15 +119,19 @@ class Oracle:
     bpe: ByteLevelBPETokenizer
     control: dict[str, int]
     eos: int
+    known: dict[Row, tuple[list[int], int]] = field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode(text).ids if text else []
 
     def expected(self, row: Row) -> tuple[list[int], int]:
         """(ids, where the response begins) of a row, however long."""
-        head, key, body, response = prompt_pieces(row[0], row[1])
-        prompt = [*self.encode(head), self.control[key], *self.encode(body), self.control[response]]
-        return [*prompt, *self.encode(f"{row[2]}\n\n"), self.control["### End"]], len(prompt)
+        if row not in self.known:
+            head, key, body, response = prompt_pieces(row[0], row[1])
+            prompt = [*self.encode(head), self.control[key], *self.encode(body), self.control[response]]
+            ids = [*prompt, *self.encode(f"{row[2]}\n\n"), self.control["### End"]]
+            self.known[row] = ids, len(prompt)
+        return self.known[row]
 
     def text(self, ids: list[int]) -> str:
         words = {number: word for word, number in self.control.items()}
@@ -535,6 +539,7 @@ def test_a_damaged_file_is_refused_by_name_or_read_as_others_read_it(
         check_file(file, next(folders), tokenizer, oracle, 2048, keep, 1.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
 def test_rows_of_a_megabyte_are_kept_or_dropped_like_others(
     kind: str, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
@@ -581,7 +586,10 @@ def test_a_name_that_is_no_file_is_refused_by_that_name(
     def check(source: str) -> None:
         with pytest.raises(DataError) as error:
             read_columns(source)
-        assert source in str(error.value) or str(Path(source)) in str(error.value)
+        names = {source, str(Path(source))}
+        with suppress(RuntimeError):  # no such home
+            names.add(str(Path(source).expanduser()))
+        assert any(name in str(error.value) for name in names)
 
 
 @pytest.fixture

@@ -171,6 +171,7 @@ def _read_csv(path: Path) -> Columns:
     csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
+        line = 1
         try:
             header = next(reader, [])
             if len(set(header)) < len(header):
@@ -179,17 +180,17 @@ def _read_csv(path: Path) -> Columns:
             wanted = _match_columns(header, str(path))
             places = {key: header.index(column) if column else None for key, column in wanted.items()}
             values: dict[str, list[str]] = {key: [] for key in COLUMN_NAMES}
+            line = reader.line_num + 1  # where a row begins: an open quote runs on, and fails far below
             for fields in reader:
-                if not fields:
-                    continue
-                if len(fields) != len(header):
+                if fields and len(fields) != len(header):
                     raise DataError(
-                        f"{path}, line {reader.line_num}: {len(fields)} fields, but the header has {len(header)}"
+                        f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}"
                     )
-                for key, place in places.items():
+                for key, place in places.items() if fields else ():
                     values[key].append("" if place is None else fields[place])
+                line = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error
+            raise DataError(f"{path}, line {line}: broken CSV: {error}") from error
     return Columns(**values)
 
 
