@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -362,17 +363,18 @@ def find_faults(options: TrainingOptions) -> list[str]:
     faults += _precision_faults(options, config)
     faults += _device_faults()
     if is_main_process():  # the other ranks may see what rank 0 has already begun to write
-        try:
-            faults += _output_faults(options)
-        except OSError as error:  # a folder above it may not be entered, or the name is too long
-            faults.append(
-                f"{error.filename}: cannot be written ({error.strerror}). Name a folder of your own"
-            )
-        except (RuntimeError, ValueError) as error:  # ~nobody, links in a circle, a null byte
-            faults.append(
-                f"--local-output-dir {options.local_output_dir} or --dbfs-output-dir {options.dbfs_output_dir}: "
-                f"no such folder can be ({error}). Name a folder of your own"
-            )
+        for flag, folder, check in (
+            ("--local-output-dir", options.local_output_dir, _output_faults),
+            ("--dbfs-output-dir", options.dbfs_output_dir, _publishing_faults),
+        ):
+            if not (folder or "").strip():  # told already, or not asked for
+                continue
+            try:
+                faults += check(options)
+            except (OSError, RuntimeError, ValueError) as error:
+                # a folder above it may not be entered, too long a name, ~nobody, links in a circle, a null byte
+                reason = error.strerror if isinstance(error, OSError) else error
+                faults.append(f"{flag} {folder}: cannot be written ({reason}). Name a folder of your own")
     return faults
 
 
@@ -551,13 +553,10 @@ def _device_faults() -> list[str]:
 
 
 def _output_faults(options: TrainingOptions) -> list[str]:
-    if not (options.local_output_dir or "").strip():  # told already: it is required
-        return []
-    faults = []
-    output = _local_path(options.local_output_dir)
+    output, faults = _local_path(options.local_output_dir), []
     if output.resolve().parts[:2] in (("/", "dbfs"), ("/", "Volumes")):
         faults.append(
-            f"--local-output-dir {output}: training writes at random places, which DBFS and Volumes refuse. "
+            f"--local-output-dir {options.local_output_dir}: training writes at random places, which DBFS and Volumes refuse. "
             "Name a local disk here (on Databricks /local_disk0/...), and this folder with --dbfs-output-dir"
         )
     elif output.exists() and not output.is_dir():
@@ -568,19 +567,26 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         )
     elif not _writable(output):
         faults.append(f"--local-output-dir {output}: cannot be written. Name a folder of your own")
-    if options.dbfs_output_dir:
-        published = _local_path(options.dbfs_output_dir)
-        if options.dbfs_output_dir.startswith("dbfs:"):
-            faults.append(f"--dbfs-output-dir {options.dbfs_output_dir}: a path is needed. Type {published}")
-        elif published.resolve() == output.resolve():
-            faults.append(
-                f"--dbfs-output-dir {published}: is the local output itself. Name another folder, or leave it out"
-            )
-        elif published.exists() and (not published.is_dir() or any(published.iterdir())):
-            faults.append(f"--dbfs-output-dir {published}: already holds something. Name a new folder")
-        elif not _writable(published):
-            faults.append(f"--dbfs-output-dir {published}: cannot be written. Name a folder of your own")
     return faults
+
+
+def _publishing_faults(options: TrainingOptions) -> list[str]:
+    folder = str(options.dbfs_output_dir)
+    published = _local_path(folder)
+    resolved, output = published.resolve(), None
+    with suppress(OSError, RuntimeError, ValueError):  # told of the local output
+        output = _local_path(options.local_output_dir or "").resolve()
+    if folder.startswith("dbfs:"):
+        return [f"--dbfs-output-dir {folder}: a path is needed. Type {published}"]
+    if resolved == output:
+        return [
+            f"--dbfs-output-dir {published}: is the local output itself. Name another folder, or leave it out"
+        ]
+    if published.exists() and (not published.is_dir() or any(published.iterdir())):
+        return [f"--dbfs-output-dir {published}: already holds something. Name a new folder"]
+    if not _writable(published):
+        return [f"--dbfs-output-dir {published}: cannot be written. Name a folder of your own"]
+    return []
 
 
 def _local_path(folder: str) -> Path:

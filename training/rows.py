@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,7 +68,8 @@ def _read_hub(name: str) -> Columns:
             f"{name}: no such file. Expected a {', '.join(FILE_KINDS)} file, or a dataset's name on the Hub"
         )
     # To `datasets` these are no names but kinds: it would take whatever files lie in the working folder.
-    if not name.strip() or (Path(datasets.__file__).parent / "packaged_modules" / name).is_dir():
+    kinds = Path(datasets.__file__).parent / "packaged_modules"
+    if not name.strip() or os.path.isdir(kinds / name):  # False for a name too long
         raise DataError(
             f"'{name}': no dataset's name. Expected a {', '.join(FILE_KINDS)} file, a name on the Hub, or '{DEMO}'"
         )
