@@ -257,6 +257,8 @@ def _read_cache(target: Path) -> tuple[datasets.Dataset, Ledger] | None:
     """What lies in a cache folder; None where nothing does, or not all: files may have been deleted or cut."""
     try:
         ledger = Ledger(**json.loads((target / "ledger.json").read_text()))
+        if ledger.rows_kept + sum(ledger.dropped.values()) != ledger.rows_read or not ledger.rows_read:
+            return None
         if not ledger.rows_kept:  # no file was written for them
             return datasets.Dataset.from_dict({name: [] for name in COLUMNS}), ledger
         rows = datasets.load_from_disk(str(target))
