@@ -6,6 +6,7 @@ byte-pair encoder that has never heard of control tokens; nothing of `training` 
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 import itertools
@@ -971,7 +972,7 @@ def deepspeed_files(draw: Any) -> dict[str, Any]:
         section = draw(st.sampled_from(sections))
         key = draw(st.sampled_from(SETTINGS if section is config else INNER))
         if draw(st.integers(0, 3)):
-            section[key] = draw(scraps)
+            section[key] = copy.deepcopy(draw(scraps))
         else:
             section.pop(key, None)
     return json.loads(json.dumps(config))

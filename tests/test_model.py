@@ -178,6 +178,14 @@ def test_a_tokenizer_that_finds_its_end_token_in_text_is_refused(tmp_path: Path)
         load_tokenizer(str(tmp_path))
 
 
+def test_a_tokenizer_that_loads_and_cannot_be_used_is_told(base_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_folder, tmp_path / "odd")
+    path = tmp_path / "odd" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(ModelError, match=f"^{tmp_path}/odd: its tokenizer is broken"):
+        load_tokenizer(str(tmp_path / "odd"))
+
+
 # --- the embedding -----------------------------------------------------------------------------------
 
 

@@ -325,7 +325,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, tokenizer: PreTrai
 
 
 @pytest.mark.parametrize(
-    "source", ["x" * 5000, "x" * 300 + ".json", "~nobody-here/rows.json", "csv/" + "x" * 300]
+    "source", ["x" * 5000, "x" * 300 + ".json", "~nobody-here/rows.json", "csv/" + "x" * 300, "~\0"]
 )
 def test_a_name_that_no_file_can_have_is_told(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, source: str

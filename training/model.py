@@ -76,12 +76,17 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: its tokenizer has no EOS token. Set eos_token in tokenizer_config.json")
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": list(CONTROL_TOKENS)}, replace_extra_special_tokens=False
-    )
-    tokenizer.chat_template = chat_template(tokenizer)
-    _check_control_tokens(tokenizer, name)
+    try:
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": list(CONTROL_TOKENS)}, replace_extra_special_tokens=False
+        )
+        tokenizer.chat_template = chat_template(tokenizer)
+        _check_control_tokens(tokenizer, name)
+    except ModelError:
+        raise
+    except Exception as error:  # files that can be loaded, but not used
+        raise ModelError(f"{name}: its tokenizer is broken ({_first_line(error)})") from error
     return tokenizer
 
 

@@ -480,15 +480,10 @@ def _json_faults(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
 
 
 def _refusals(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
-    """DeepSpeed's own reading of the JSON, every key that transformers fills in left to its default."""
+    """DeepSpeed's own reading of the JSON; its sections take an "auto" for their default by themselves."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
-    def unfilled(section: dict[str, Any]) -> dict[str, Any]:
-        return {key: value for key, value in section.items() if value != "auto"}
-
-    copy = unfilled(
-        {key: unfilled(value) if isinstance(value, dict) else value for key, value in config.items()}
-    )
+    copy = {key: value for key, value in config.items() if (key, value) != ("gradient_clipping", "auto")}
     copy |= {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     try:
         DeepSpeedConfig(json.loads(json.dumps(copy)))

@@ -57,7 +57,8 @@ def read_columns(source: str) -> Columns:
     try:
         path = Path(source).expanduser()
         local = path.suffix.lower() in FILE_KINDS or path.exists()
-    except (OSError, RuntimeError) as error:  # too long a name, a folder that may not be entered, ~nobody
+    except (OSError, RuntimeError, ValueError) as error:
+        # too long a name, a folder that may not be entered, ~nobody, a null byte
         raise DataError(f"{source}: cannot be read ({error})") from error
     return _read_file(path) if local else _read_hub(source)
 
