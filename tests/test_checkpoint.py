@@ -64,6 +64,13 @@ def test_a_saved_folder_has_the_weights_bit_for_bit(
         assert again[key].dtype == tensor.dtype
 
 
+def test_who_may_read_the_config_may_read_the_weights(
+    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    save(answering_model, tokenizer, tmp_path, "50KB")
+    assert len({file.stat().st_mode for file in tmp_path.iterdir() if file.is_file()}) == 1
+
+
 def test_a_saved_folder_says_how_to_stop_pad_and_sample(
     answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
