@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -117,3 +119,28 @@ def answering_folder(
     answering_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The library of refusing_filesystem.c, for LD_PRELOAD; its first lines say what it can be told to do."""
+    if sys.platform != "linux":
+        pytest.skip("LD_PRELOAD is Linux's")
+    library = tmp_path_factory.mktemp("library") / "refusing.so"
+    source = Path(__file__).with_name("refusing_filesystem.c")
+    command = [
+        "g++",
+        "-x",
+        "c",
+        "-shared",
+        "-fPIC",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        str(source),
+        "-o",
+        str(library),
+        "-ldl",
+    ]
+    subprocess.run(command, check=True)
+    return str(library)

@@ -1,4 +1,4 @@
-"""The finished folder: weights bit for bit, a record never half-written, a card that can be read, a whole copy."""
+"""The finished folder: weights bit for bit, a record never half-written, a card that can be read."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import json
 import os
 import re
-import shutil
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,6 @@ from transformers import (
 )
 
 from training.checkpoint import (
-    publish,
     save_model,
     start_record,
     write_model_card,
@@ -64,6 +62,13 @@ def test_a_saved_folder_has_the_weights_bit_for_bit(
     for key, tensor in weights.items():
         assert torch.equal(again[key], tensor), key
         assert again[key].dtype == tensor.dtype
+
+
+def test_who_may_read_the_config_may_read_the_weights(
+    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    save(answering_model, tokenizer, tmp_path, "50KB")
+    assert len({file.stat().st_mode for file in tmp_path.iterdir() if file.is_file()}) == 1
 
 
 def test_a_saved_folder_says_how_to_stop_pad_and_sample(
@@ -159,43 +164,3 @@ def test_the_card_of_a_local_model_and_data_points_to_no_page_of_the_hub(tmp_pat
     assert card.data.base_model is None
     assert card.data.datasets is None
     assert "licence: unknown" in card.text
-
-
-# --- publishing --------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """A finished output: model files, the record, and what belongs to the run alone."""
-    folder = tmp_path / "out"
-    for name in ("checkpoint-200", "runs"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "big").write_bytes(b"big")
-    for name in ("a.safetensors", "config.json", "run.json", "tokenizer.json", "z.txt"):
-        (folder / name).write_bytes(os.urandom(1000))
-    return folder
-
-
-def test_publishing_copies_the_model_byte_for_byte_without_checkpoints(
-    finished: Path, tmp_path: Path
-) -> None:
-    publish(finished, tmp_path / "new" / "target")
-    copied = {file.name: file.read_bytes() for file in (tmp_path / "new" / "target").iterdir()}
-    assert copied == {file.name: file.read_bytes() for file in finished.iterdir() if file.is_file()}
-
-
-@pytest.mark.parametrize("copies", range(5))
-def test_a_copy_that_broke_off_has_no_record(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, copies: int
-) -> None:
-    real, done = shutil.copyfile, []
-
-    def break_off(source: Path, target: Path) -> None:
-        if len(done) == copies:
-            raise OSError(28, "No space left on device")
-        done.append(real(source, target))
-
-    monkeypatch.setattr(shutil, "copyfile", break_off)
-    with pytest.raises(OSError, match="No space left"):
-        publish(finished, tmp_path / "target")
-    assert not (tmp_path / "target" / "run.json").exists()

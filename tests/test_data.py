@@ -437,6 +437,71 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_cache(
     assert len(rows) == ledger.rows_kept == 20
 
 
+@pytest.mark.parametrize(
+    "lost", ["ledger.json", "state.json", "dataset_info.json", "data-00000-of-00001.arrow"]
+)
+@pytest.mark.parametrize("cut", [None, 0, 100])
+def test_half_a_cache_is_made_anew(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, lost: str, cut: int | None
+) -> None:
+    path, cache = jsonl(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "cache"
+    first, ledger = prepare_dataset(path, tokenizer, 256, cache_root=cache)
+    rows = first[:]
+    [folder] = cache.iterdir()
+    whole = (folder / lost).read_bytes()
+    assert len(whole) > 100
+    (folder / lost).unlink()
+    if cut is not None:
+        (folder / lost).write_bytes(whole[:cut])
+    again, ledger_again = prepare_dataset(path, tokenizer, 256, cache_root=cache)
+    assert again[:] == rows
+    assert ledger_again == ledger
+    assert list(cache.iterdir()) == [folder]
+
+
+@pytest.mark.parametrize("broken", ["7", "[]", '{"rows_kept": 20}', '{"source": 1, "max_length": 2}'])
+def test_a_ledger_that_is_none_is_no_cache(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, broken: str
+) -> None:
+    path, cache = jsonl(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "cache"
+    prepare_dataset(path, tokenizer, 256, cache_root=cache)
+    [folder] = cache.iterdir()
+    (folder / "ledger.json").write_text(broken)
+    rows, ledger = prepare_dataset(path, tokenizer, 256, cache_root=cache)
+    assert len(rows) == ledger.rows_kept == ledger.rows_read == 20
+
+
+def test_a_cache_that_cannot_be_written_is_told_with_its_cure(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(tmp_path / "rows.jsonl", rows_of(20))
+    (tmp_path / "a_file").touch()
+    with pytest.raises(DataError, match=r"a_file/cache: .* cannot be written .* export HF_DATASETS_CACHE="):
+        prepare_dataset(path, tokenizer, 256, cache_root=tmp_path / "a_file" / "cache")
+
+    def full(self: Ledger, path: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Ledger, "save", full)
+    with pytest.raises(DataError, match=r"No space left on device\). Make room"):
+        prepare_dataset(path, tokenizer, 256, cache_root=tmp_path / "cache")
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_file_named_demo_is_not_taken_for_the_embedded_rows(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "demo").touch()
+    keys = []
+    real = data._fingerprint
+    monkeypatch.setattr(data, "_fingerprint", lambda *args: keys.append(real(*args)) or keys[-1])
+    prepare_dataset("demo", tokenizer, 512, max_dropped_fraction=1, cache_root=tmp_path / "cache")
+    (tmp_path / "demo").unlink()
+    prepare_dataset("demo", tokenizer, 512, max_dropped_fraction=1, cache_root=tmp_path / "cache")
+    assert keys[0] == keys[1]
+
+
 def test_two_writers_of_one_cache_do_not_disturb_each_other(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,14 @@ def test_a_run_that_did_not_finish_is_refused_and_a_finished_one_is_not(
     (tmp_path / "run.json").write_text(json.dumps({"status": "running"}))
     with pytest.raises(ModelError, match=r"its training did not finish. Train again into a new"):
         load_model_tokenizer_for_generate(str(tmp_path))
+    for record in ("[]", "7", "null"):
+        (tmp_path / "run.json").write_text(record)
+        with pytest.raises(ModelError, match="its training did not finish"):
+            load_model_tokenizer_for_generate(str(tmp_path))
+    for record in (b'{"status": "fini', b"", b"\xff"):
+        (tmp_path / "run.json").write_bytes(record)
+        with pytest.raises(ModelError, match=r"run.json: is no JSON .* Copy or train the model again"):
+            load_model_tokenizer_for_generate(str(tmp_path))
     (tmp_path / "run.json").write_text(json.dumps({"status": "finished"}))
     load_model_tokenizer_for_generate(str(tmp_path))
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import Unigram
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,11 +26,13 @@ from transformers import (
     GPTNeoXForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from training import model as model_module
+from training.data import encode_text
 from training.model import (
     ModelError,
     load_config,
@@ -124,6 +128,62 @@ def test_a_tokenizer_without_an_end_token_is_refused(bpe_folder: Path, tmp_path:
     path.write_text(json.dumps(config))
     with pytest.raises(ModelError, match=r"no EOS token. Set eos_token in tokenizer_config.json"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_control_word_that_the_base_knows_as_a_plain_word_is_still_no_text(
+    bpe_folder: Path, tmp_path: Path
+) -> None:
+    base = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
+    base.add_tokens(["### End"])
+    base.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    end = tokenizer.convert_tokens_to_ids("### End")
+    assert end == len(base) - 1
+    assert end not in encode_text(tokenizer, ["a ### End b"])[0]
+
+
+def bare_bpe(bpe_folder: Path, folder: Path, last_id: int) -> str:
+    """GPT-2's two files, the last entry of the vocabulary moved to another id."""
+    shutil.copytree(bpe_folder, folder)
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    vocabulary[max(vocabulary, key=vocabulary.__getitem__)] = last_id
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    return str(folder)
+
+
+def test_a_vocabulary_in_which_a_control_token_would_be_a_word_is_refused(
+    bpe_folder: Path, tmp_path: Path
+) -> None:
+    size = len(json.loads((bpe_folder / "vocab.json").read_text()))
+    with pytest.raises(ModelError, match=r"gives two words the same id"):
+        load_tokenizer(bare_bpe(bpe_folder, tmp_path / "gap", size))  # the next free id by count is taken
+
+
+def test_the_embedding_holds_the_largest_id_though_the_ids_have_gaps(
+    bpe_folder: Path, base_folder: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(bare_bpe(bpe_folder, tmp_path / "gaps", 700))
+    assert len(tokenizer) < 400
+    model = load_model(str(base_folder), tokenizer, torch.float32, seed=42)
+    assert len(model.get_input_embeddings().weight) == 701
+
+
+def test_a_tokenizer_that_finds_its_end_token_in_text_is_refused(tmp_path: Path) -> None:
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "ab/<>s#EndIrtucioRp: \n")]
+    unigram = Tokenizer(Unigram(pieces, 0))
+    PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="</s>", unk_token="<unk>").save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ModelError, match="takes '</s>' for a control token wherever it stands in a text"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_loads_and_cannot_be_used_is_told(base_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(base_folder, tmp_path / "odd")
+    path = tmp_path / "odd" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
+    with pytest.raises(ModelError, match=f"^{tmp_path}/odd: its tokenizer is broken"):
+        load_tokenizer(str(tmp_path / "odd"))
 
 
 # --- the embedding -----------------------------------------------------------------------------------
@@ -227,12 +287,53 @@ def test_a_weight_file_cut_short_is_refused(
 def test_weights_of_another_shape_or_none_at_all_are_refused(
     base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    with pytest.raises(ModelError, match="the weights could not be loaded"):
+    with pytest.raises(
+        ModelError,
+        match=r"24 tensors of the weight files .*: lm_head.weight \[\d+, 32\], expected \[\d+, 64\]",
+    ):
         load_model(edited(base_folder, tmp_path / "wide", n_embd=64), tokenizer, torch.float32, seed=42)
     name = edited(base_folder, tmp_path / "bare")
     (tmp_path / "bare" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"Error no file named model.safetensors"):
         load_model(name, tokenizer, torch.float32, seed=42)
+
+
+class Bomb:
+    """What a pickle runs when it is loaded the unsafe way: it leaves a file."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self) -> object:
+        return Path.touch, (self.trace,)
+
+
+def test_a_pickle_is_not_run(base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+    name = edited(base_folder, tmp_path / "pickle")
+    (tmp_path / "pickle" / "model.safetensors").unlink()
+    torch.save({"lm_head.bias": Bomb(tmp_path / "was_here")}, tmp_path / "pickle" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="the weights could not be loaded"):
+        load_model(name, tokenizer, torch.float32, seed=42)
+    assert not (tmp_path / "was_here").exists()
+    torch.load(tmp_path / "pickle" / "pytorch_model.bin", weights_only=False)
+    assert (tmp_path / "was_here").exists()  # so it would have told
+
+
+@pytest.mark.parametrize(
+    ("entry", "value"),
+    [("n_positions", "many"), ("n_positions", [64]), ("architectures", 5), ("n_head", 0), ("n_layer", "2")],
+)
+def test_a_config_of_which_no_model_can_be_made_is_told(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, entry: str, value: object
+) -> None:
+    name = edited(base_folder, tmp_path / "odd", **{entry: value})
+
+    def use() -> None:
+        max_positions(load_config(name))
+        load_model(name, tokenizer, torch.float32, seed=42)
+
+    with pytest.raises(ModelError, match=f"^{name}: "):
+        use()
 
 
 def test_a_folder_without_a_model_is_told(tmp_path: Path, bpe_folder: Path) -> None:

@@ -245,13 +245,27 @@ def test_the_environment_that_switches_deepspeed_off_is_told(
 
 
 GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
+BATCH = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+GOOD_CONFIG: dict[str, Any] = BATCH | {"zero_optimization": {"stage": 3} | GATHER}
+# What is changed in the good file, and what is said of it.
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a scheduler": ({"scheduler": {"type": "WarmupLR"}}, "would override --lr-scheduler-type constant"),
     "another rate": (
-        {"optimizer": {"params": {"lr": 2e-5}}},
+        {"optimizer": {"type": "AdamW", "params": {"lr": 2e-5}}},
         'sets lr 2e-05, but --lr is 1e-05. Write "auto"',
     ),
-    "another decay": ({"optimizer": {"params": {"weight_decay": 0.1}}}, "but --weight-decay is 0.0"),
+    "another decay": (
+        {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.1}}},
+        "but --weight-decay is 0.0",
+    ),
+    "an optimizer that has a rate of its own": (
+        {"optimizer": {"type": "AdamW"}},  # DeepSpeed's default is 1e-3
+        'leaves out lr, but --lr is 1e-05. Write "auto"',
+    ),
+    "an optimizer without a type": (
+        {"optimizer": {"params": {"lr": "auto"}}},
+        "has an 'optimizer' without a 'type'",
+    ),
     "another batch": (
         {"train_micro_batch_size_per_gpu": 4},
         "sets train_micro_batch_size_per_gpu 4, but --per-device-train-batch-size is 8",
@@ -259,6 +273,32 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "another accumulation": (
         {"gradient_accumulation_steps": 2},
         "sets gradient_accumulation_steps 2, but --gradient-accumulation-steps is 1",
+    ),
+    "another batch of all ranks": (
+        {"train_batch_size": 64},
+        "sets train_batch_size 64, but the product with all ranks is 8",
+    ),
+    "a batch in words": (
+        {"train_micro_batch_size_per_gpu": "8"},
+        "sets train_micro_batch_size_per_gpu '8', but",
+    ),
+    "true for a number": (
+        {"gradient_accumulation_steps": True},
+        "sets gradient_accumulation_steps True, but",
+    ),
+    "another clipping": ({"gradient_clipping": 0.5}, "sets gradient_clipping 0.5, but the recipe's is 1.0"),
+    "a list for an object": ({"bf16": [True]}, "sets bf16 [True], expected an object"),
+    "yes for true": (
+        {"bf16": {"enabled": "yes"}},
+        "sets bf16.enabled 'yes', expected true, false or \"auto\"",
+    ),
+    "a stage in words": (
+        {"zero_optimization": {"stage": "3"} | GATHER},
+        "stage '3', expected 3 (or 0, 1, 2)",
+    ),
+    "a key that DeepSpeed dropped, or a value it cannot take": (
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": "much"} | GATHER},
+        "DeepSpeed refuses it (ValidationError: ",
     ),
     "no gather": ({"zero_optimization": {"stage": 3}}, "would save an empty model: set zero_optimization"),
     "both precisions": (
@@ -277,8 +317,40 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 def test_a_deepspeed_file_that_contradicts_the_options_is_refused(
     tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
-    [fault] = find_faults(options(tmp_path, deepspeed=written(tmp_path / "ds.json", config)))
+    path = written(tmp_path / "ds.json", GOOD_CONFIG | config)
+    [fault] = find_faults(options(tmp_path, deepspeed=path))
     assert message in fault
+
+
+@pytest.mark.usefixtures("launched")
+@pytest.mark.parametrize(
+    ("key", "changed", "message"),
+    [
+        # DeepSpeed would stop when the model is loaded, ...
+        ("train_micro_batch_size_per_gpu", {}, "leaves out train_micro_batch_size_per_gpu, but --per-device"),
+        # ... and here go on with one batch a step.
+        ("gradient_accumulation_steps", {"gradient_accumulation_steps": 4}, 'steps is 4. Write "auto"'),
+        ("zero_optimization", {}, "sets zero_optimization.stage None, expected 3"),
+    ],
+)
+def test_a_deepspeed_file_that_leaves_out_what_the_options_say_is_refused(
+    tmp_path: Path, key: str, changed: dict[str, Any], message: str
+) -> None:
+    config = {name: value for name, value in GOOD_CONFIG.items() if name != key}
+    [fault] = find_faults(options(tmp_path, deepspeed=written(tmp_path / "ds.json", config), **changed))
+    assert message in fault
+
+
+def test_a_pipe_or_a_key_twice_is_no_deepspeed_file(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(OptionsError, match="Is a folder, a pipe or a device, no file"):
+        read_deepspeed_json(str(tmp_path / "pipe.json"))
+    (tmp_path / "twice.json").write_text('{"bf16": {"enabled": true, "enabled": false}}')
+    with pytest.raises(OptionsError, match="'enabled' stands twice"):
+        read_deepspeed_json(str(tmp_path / "twice.json"))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    with pytest.raises(OptionsError, match="recursion"):
+        read_deepspeed_json(str(tmp_path / "deep.json"))
 
 
 @pytest.mark.usefixtures("launched")
@@ -288,6 +360,9 @@ def test_a_deepspeed_file_that_says_the_same_as_the_options_is_taken(tmp_path: P
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": "auto"}},
         "zero_optimization": {"stage": 3} | GATHER,
         "train_micro_batch_size_per_gpu": 8,
+        "train_batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 1.0,
     }
     assert find_faults(options(tmp_path, deepspeed=written(tmp_path / "ds.json", config))) == []
 
@@ -393,10 +468,38 @@ def test_a_publishing_folder_that_holds_something_or_is_the_output_is_refused(tm
         "old/config.json": "already holds something",
         "out": "is the local output itself",
         "old/config.json/x": "cannot be written",
+        "zz9://x": "there is no file system",
     }.items():
-        [fault] = find_faults(options(tmp_path, dbfs_output_dir=str(tmp_path / folder)))
+        [fault] = find_faults(
+            options(tmp_path, dbfs_output_dir=folder if "://" in folder else str(tmp_path / folder))
+        )
+        assert fault.startswith("--dbfs-output-dir ")
         assert message in fault
     assert find_faults(options(tmp_path, dbfs_output_dir=str(tmp_path / "new"))) == []
+
+
+@pytest.mark.parametrize(
+    "folder", ["~nobody-here/x", "a\0b", "loop/x", "x" * 300], ids=["no home", "null byte", "loop", "long"]
+)
+@pytest.mark.parametrize("option", ["local_output_dir", "dbfs_output_dir"])
+def test_a_folder_that_cannot_be_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, folder: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    [fault] = find_faults(options(tmp_path, **{option: folder}))
+    assert folder in fault
+    assert "Name a folder of your own" in fault
+
+
+@pytest.mark.parametrize("option", ["input_model", "training_dataset", "local_output_dir", "dbfs_output_dir"])
+def test_an_empty_value_and_a_name_that_utf8_cannot_hold_are_told(tmp_path: Path, option: str) -> None:
+    flag = "--" + option.replace("_", "-")
+    [fault] = find_faults(options(tmp_path, **{option: ""}))
+    assert fault == f"{flag} is empty. Give a value, or leave the option out"
+    [fault] = find_faults(options(tmp_path, **{option: f"{tmp_path}/zeile\udce4"}))  # Latin-1 on a Linux disk
+    assert fault.startswith(f"{flag} '{tmp_path}/zeile\\udce4': is not UTF-8")
+    assert find_faults(options(tmp_path, **{option: f"{tmp_path}/Zeile-ä"})) == []
 
 
 @pytest.fixture

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
@@ -206,6 +208,21 @@ BAD_FILES = {
     "an endless number in a list": ("x.json", f"[{'1' * 5000}]".encode(), "Exceeds the limit"),
     "endless nesting": ("x.jsonl", b'{"a":' * 100_000, "line 1: maximum recursion depth"),
     "endless nesting of lists": ("x.json", b"[" * 100_000, "maximum recursion depth"),
+    "Latin-1 far behind": (  # a reader counts bytes from its buffer
+        "x.csv",
+        b"instruction,output\n" + b"a,b\n" * 10_000 + b"\xe9,c\n",
+        "line 10002: not UTF-8 at byte 40,019",
+    ),
+    "Latin-1 behind a byte order mark": (
+        "x.jsonl",
+        f"\ufeff{GOOD}\n".encode() + b"\xe9",
+        "line 2: not UTF-8 at byte 39",
+    ),
+    "an open quote far above": (
+        "x.csv",
+        b'instruction,output\na,"b\n' + b"c,d\n" * 50 + b'"e","f"\n',
+        "line 2: broken CSV",
+    ),
     "Latin-1": ("x.jsonl", '{"instruction": "é", "output": "b"}'.encode("latin-1"), "not UTF-8 at byte 17"),
     "UTF-16": ("x.csv", "instruction,output\na,b\n".encode("utf-16"), "not UTF-8 at byte 0"),
     "a column twice": (
@@ -239,6 +256,23 @@ BAD_TABLES = {
     "null": (pa.table({"instruction": ["a", "b"], "output": ["c", None]}), "row 2: output is NoneType None"),
     "bytes": (pa.table({"instruction": ["a"], "output": [b"c"]}), "row 1: output is bytes b'c'"),
     "nested": (pa.table({"instruction": ["a"], "output": [{"b": "c"}]}), "row 1: output is dict {'b': 'c'}"),
+    "a date that Python has not": (
+        pa.table({"instruction": ["a"], "output": pa.array([2**31 - 1], pa.date32())}),
+        "row 1: a date32[day] that cannot be read (days=2147483647",
+    ),
+    "text that is not UTF-8": (
+        pa.table(
+            {
+                "instruction": ["a", "b"],
+                "output": pa.Array.from_buffers(
+                    pa.string(),
+                    2,
+                    [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"c\xff")],
+                ),
+            }
+        ),
+        "row 2: a string that cannot be read ('utf-8' codec",
+    ),
     "missing": (pa.table({"text": ["a"]}), "no column 'instruction'"),
     "no rows": (
         pa.table({"instruction": pa.array([], pa.string()), "output": pa.array([], pa.string())}),
@@ -276,6 +310,40 @@ def test_missing_files_and_folders_are_told(tmp_path: Path) -> None:
     }.items():
         with pytest.raises(DataError, match=message):
             read_columns(source)
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    pipe, device = tmp_path / "rows.jsonl", tmp_path / "zero.csv"
+    os.mkfifo(pipe)
+    device.symlink_to("/dev/zero")
+    for source in (str(pipe), str(device)):
+        with pytest.raises(DataError, match=r"a pipe or a device, no file. Write the rows into a file first"):
+            read_columns(source)
+        with pytest.raises(DataError, match="a pipe or a device"):
+            prepare_dataset(source, tokenizer, 64, cache_root=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "source", ["x" * 5000, "x" * 300 + ".json", "~nobody-here/rows.json", "csv/" + "x" * 300, "~\0"]
+)
+def test_a_name_that_no_file_can_have_is_told(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, source: str
+) -> None:
+    with pytest.raises(DataError, match=f"^{source}: "):
+        read_columns(source)
+    with pytest.raises(DataError, match=f"^{source}: "):
+        prepare_dataset(source, tokenizer, 64, cache_root=tmp_path)
+
+
+@pytest.mark.parametrize("name", ["csv", "json", "parquet", "text"])
+def test_a_kind_of_file_is_no_name_and_takes_no_files_of_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    as_csv(tmp_path / "somebody_elses", ALPACA)
+    with pytest.raises(DataError, match=f"'{name}': no dataset's name. Expected a .json"):
+        read_columns(name)
 
 
 def test_a_file_that_may_not_be_read_is_told(

@@ -67,7 +67,7 @@ def read_pins(requirements: Path) -> dict[str, str]:
     for line in requirements.read_text().splitlines():
         if line.startswith("-r "):
             pins |= read_pins(requirements.parent / line[3:].strip())
-        elif match := re.match(r"([\w.-]+)==([^\s;]+)", line):
+        elif match := re.match(r"([\w.-]+)(?:\[[\w,-]+\])?==([^\s;]+)", line):
             pins[match[1]] = match[2]
     return pins
 

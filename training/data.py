@@ -26,6 +26,7 @@ import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
 from training.consts import (
+    DEMO,
     END_KEY,
     INPUT_KEY,
     INSTRUCTION_KEY,
@@ -42,6 +43,7 @@ PROMPT_TOO_LONG = "prompt alone fills max_length"
 RESPONSE_CUT = "response would be cut at max_length"
 HISTOGRAM_EDGES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 ROWS_PER_TOKENIZER_CALL = 2000
+COLUMNS = ["row", "input_ids", "response_start", "length"]  # of the tokenised rows
 CACHE_FORMAT = 2  # raise it whenever the same rows would give other ids
 
 
@@ -230,15 +232,39 @@ def prepare_dataset(
     the cache. Raises DataError when more than `max_dropped_fraction` of the rows had to be dropped.
     """
     root = cache_root or Path(datasets.config.HF_DATASETS_CACHE) / "dolly"
-    columns = None if Path(source).is_file() else read_columns(source)
+    columns = None if source != DEMO and os.path.isfile(source) else read_columns(source)
     target = root / _fingerprint(source, columns, tokenizer, max_length, keep_truncated)
-    if not (target / "ledger.json").is_file():
+    cached = _read_cache(target)
+    if cached is None:
         columns = columns or read_columns(source)
-        _write_cache(target, columns, tokenizer, Ledger(source, max_length), keep_truncated)
-    ledger = Ledger(**json.loads((target / "ledger.json").read_text()))
+        try:
+            _write_cache(target, columns, tokenizer, Ledger(source, max_length), keep_truncated)
+        except OSError as error:
+            raise DataError(
+                f"{root}: the tokenised rows cannot be written there ({error}). "
+                "Make room, or name another folder with export HF_DATASETS_CACHE=..."
+            ) from error
+        cached = _read_cache(target)
+        if cached is None:
+            raise DataError(f"{target}: what was written there cannot be read again. Check the disk")
+    rows, ledger = cached
     ledger.source = source  # the same rows may have been cached under another path
     _check_dropped(ledger, max_dropped_fraction)
-    return datasets.load_from_disk(str(target)), ledger
+    return rows, ledger
+
+
+def _read_cache(target: Path) -> tuple[datasets.Dataset, Ledger] | None:
+    """What lies in a cache folder; None where nothing does, or not all: files may have been deleted or cut."""
+    try:
+        ledger = Ledger(**json.loads((target / "ledger.json").read_text()))
+        if ledger.rows_kept + sum(ledger.dropped.values()) != ledger.rows_read or not ledger.rows_read:
+            return None
+        if not ledger.rows_kept:  # no file was written for them
+            return datasets.Dataset.from_dict({name: [] for name in COLUMNS}), ledger
+        rows = datasets.load_from_disk(str(target))
+    except Exception:  # a dozen unrelated types; what cannot be read is made anew
+        return None
+    return (rows, ledger) if len(rows) == ledger.rows_kept and rows.column_names == COLUMNS else None
 
 
 def _fingerprint(
@@ -303,10 +329,12 @@ def _write_cache(
     try:
         datasets.Dataset(table).save_to_disk(str(partial))
         ledger.save(partial / "ledger.json")
-        os.replace(partial, target)
-    except OSError:
-        if not (target / "ledger.json").is_file():  # another process may have finished first
-            raise
+        try:
+            os.replace(partial, target)
+        except OSError:  # something is there already: another process has finished first, or half a cache
+            if _read_cache(target) is None:
+                shutil.rmtree(target)
+                os.replace(partial, target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

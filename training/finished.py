@@ -52,6 +52,8 @@ def save_model(
     model.generation_config = generation_config(tokenizer)
     model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
     tokenizer.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):  # safetensors' writer lets nobody else read them
+        shutil.copymode(folder / "config.json", file)
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

@@ -58,8 +58,14 @@ def best_device() -> str:
 
 
 def _refuse_unfinished(path: str) -> None:
-    record = Path(path) / RUN_FILE
-    if record.is_file() and json.loads(record.read_text()).get("status") != "finished":
+    file = Path(path) / RUN_FILE
+    if not file.is_file():
+        return
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise ModelError(f"{file}: is no JSON ({error}). Copy or train the model again") from error
+    if not isinstance(record, dict) or record.get("status") != "finished":
         raise ModelError(f"{path}: its training did not finish. Go on with its command and --resume auto")
 
 

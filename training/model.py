@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HOME
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -29,7 +28,7 @@ from transformers import (
 from transformers import __version__ as transformers_version
 
 from training.consts import CONTROL_TOKENS, DEMO
-from training.data import chat_template
+from training.data import chat_template, encode_text
 
 logger = logging.getLogger(__name__)
 
@@ -71,18 +70,23 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # missing folder, no network, broken JSON: a dozen unrelated types
         raise ModelError(f"{name}: no tokenizer could be loaded ({_first_line(error)})") from error
-    if not tokenizer.is_fast:
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
         raise ModelError(
             f"{name}: its tokenizer has no fast (Rust) form. Save one as tokenizer.json in the folder"
         )
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: its tokenizer has no EOS token. Set eos_token in tokenizer_config.json")
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.add_special_tokens(
-        {"extra_special_tokens": list(CONTROL_TOKENS)}, replace_extra_special_tokens=False
-    )
-    tokenizer.chat_template = chat_template(tokenizer)
-    _check_control_tokens(tokenizer, name)
+    try:
+        tokenizer.pad_token = tokenizer.eos_token
+        tokenizer.add_special_tokens(
+            {"extra_special_tokens": list(CONTROL_TOKENS)}, replace_extra_special_tokens=False
+        )
+        tokenizer.chat_template = chat_template(tokenizer)
+        _check_control_tokens(tokenizer, name)
+    except ModelError:
+        raise
+    except Exception as error:  # files that can be loaded, but not used
+        raise ModelError(f"{name}: its tokenizer is broken ({_first_line(error)})") from error
     return tokenizer
 
 
@@ -96,10 +100,21 @@ def _is_bare_bpe(name: str) -> bool:
 
 def _check_control_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Each control token must be one id, and must not eat the text beside it."""
+    ids_of_words = tokenizer.get_vocab()
+    if len(set(ids_of_words.values())) < len(ids_of_words):
+        raise ModelError(
+            f"{name}: its tokenizer gives two words the same id. Use the tokenizer of the base model"
+        )
     for key in CONTROL_TOKENS:
         ids = tokenizer(f"a{key}b", add_special_tokens=False)["input_ids"]
         if ids.count(tokenizer.convert_tokens_to_ids(key)) != 1:
             raise ModelError(f"{name}: its tokenizer does not keep {key!r} as one token (got ids {ids})")
+    for key in (*CONTROL_TOKENS, tokenizer.eos_token):
+        if tokenizer.convert_tokens_to_ids(key) in encode_text(tokenizer, [key])[0]:
+            raise ModelError(
+                f"{name}: its tokenizer takes {key!r} for a control token wherever it stands in a text, "
+                "so rows could not be told from their ends. Use a model with another tokenizer"
+            )
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -112,11 +127,16 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
             f"{name}: no model could be found ({_first_line(error)}). "
             "Expected a folder with config.json, or a model's name on the Hub"
         ) from error
+    try:
+        max_positions(config)
+        architectures = [str(kind) for kind in config.architectures or []]
+    except Exception as error:  # numbers that are none, a list that is none
+        raise ModelError(f"{name}: its config.json is broken ({_first_line(error)})") from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
         raise ModelError(f"{name}: a {config.model_type} model is no causal language model")
     # transformers would load an encoder as a causal model, and each token would see those that follow it.
-    if any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in config.architectures or []):
-        raise ModelError(f"{name}: a {config.architectures[0]} is an encoder, no causal language model")
+    if any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in architectures):
+        raise ModelError(f"{name}: a {architectures[0]} is an encoder, no causal language model")
     return config
 
 
@@ -144,10 +164,17 @@ def load_model(
     try:
         with _freed_memory_returned():
             model, loaded = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
+                name,
+                dtype=dtype,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # told below, by name; from_pretrained only points to its log
             )
-            grow_embedding(model, len(tokenizer), seed)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            _check_shapes(name, loaded["mismatched_keys"])
+            grow_embedding(model, max(tokenizer.get_vocab().values()) + 1, seed)  # the ids may have gaps
+    except ModelError:
+        raise
+    except Exception as error:  # of torch, safetensors, pickle, or a config that makes no model
         raise ModelError(f"{name}: the weights could not be loaded ({_first_line(error)})") from error
     missing = sorted(loaded["missing_keys"])
     if missing:
@@ -157,6 +184,16 @@ def load_model(
         )
     model.config.use_cache = False  # of no use in training; the saved config has it on again
     return model
+
+
+def _check_shapes(name: str, mismatched: set[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:
+    """`mismatched` are tensors with their shapes in the files and in the model that config.json describes."""
+    if mismatched:
+        key, found, expected = min(mismatched)
+        raise ModelError(
+            f"{name}: {len(mismatched)} tensors of the weight files have other shapes than config.json asks for, "
+            f"the first: {key} {list(found)}, expected {list(expected)}. Download the model again, or mend config.json"
+        )
 
 
 @contextmanager
@@ -196,4 +233,6 @@ def grow_embedding(model: PreTrainedModel, tokens: int, seed: int) -> None:
 
 
 def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"
+    """Of a message that only begins with "...:", the line after it as well."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    return f"{type(error).__name__}: {' '.join(lines[: 2 if lines[0].endswith(':') else 1])}"

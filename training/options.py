@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from training.consts import (
     DEMO,
     RUN_FILE,
 )
+from training.publish import local_path, target_faults, writable
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
@@ -212,7 +214,10 @@ class TrainingOptions:
         metavar="FOLDER",
     )
     dbfs_output_dir: str | None = _option(
-        None, "Output", "Where the finished model is copied: DBFS, a Volume, or any folder.", metavar="FOLDER"
+        None,
+        "Output",
+        "Where the finished model is copied: DBFS, a Volume, any folder, or a URL such as s3://bucket/folder.",
+        metavar="TARGET",
     )
     logging_steps: int = _option(
         10, "Output", "Steps between two lines of the log.", type=click.IntRange(1), metavar="STEPS"
@@ -320,7 +325,9 @@ def click_options(function: Callable[..., Any]) -> Callable[..., Any]:
 def read_deepspeed_json(path: str) -> dict[str, Any]:
     """The DeepSpeed configuration. Raises OptionsError where there is no such file or no JSON object in it."""
     try:
-        config = json.loads(Path(path).read_text())
+        if Path(path).exists() and not Path(path).is_file():  # to read a pipe may wait for ever
+            raise OSError(0, "Is a folder, a pipe or a device, no file")
+        config = json.loads(Path(path).read_text(), object_pairs_hook=_no_key_twice)
     except OSError as error:
         shipped = (
             ", ".join(sorted(str(file) for file in Path("config").glob("ds_*.json"))) or "config/ds_*.json"
@@ -328,11 +335,19 @@ def read_deepspeed_json(path: str) -> dict[str, Any]:
         raise OptionsError(
             [f"--deepspeed {path}: {error.strerror or error}. Shipped are: {shipped}"]
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise OptionsError([f"--deepspeed {path}: broken JSON: {error}"]) from error
     if not isinstance(config, dict):
         raise OptionsError([f"--deepspeed {path}: expected a JSON object, found a {type(config).__name__}"])
     return config
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key!r} stands twice")
+    return dict(pairs)
 
 
 def _enabled(config: dict[str, Any], precision: str) -> bool | None:
@@ -395,12 +410,18 @@ def find_faults(options: TrainingOptions) -> list[str]:
     faults += _precision_faults(options, config)
     faults += _device_faults()
     if is_main_process():  # the other ranks may see what rank 0 has already begun to write
-        try:
-            faults += _output_faults(options)
-        except OSError as error:  # a folder above it may not be entered, or the name is too long
-            faults.append(
-                f"{error.filename}: cannot be written ({error.strerror}). Name a folder of your own"
-            )
+        for flag, folder, check in (
+            ("--local-output-dir", options.local_output_dir, _output_faults),
+            ("--dbfs-output-dir", options.dbfs_output_dir, _publishing_faults),
+        ):
+            if not (folder or "").strip():  # told already, or not asked for
+                continue
+            try:
+                faults += check(options)
+            except (OSError, RuntimeError, ValueError) as error:
+                # a folder above it may not be entered, too long a name, ~nobody, links in a circle, a null byte
+                reason = error.strerror if isinstance(error, OSError) else error
+                faults.append(f"{flag} {folder}: cannot be written ({reason}). Name a folder of your own")
     return faults
 
 
@@ -410,6 +431,13 @@ def _plain_faults(options: TrainingOptions) -> list[str]:
         value = getattr(options, option.name)
         if isinstance(value, float) and not math.isfinite(value):  # click's ranges let nan and inf pass
             faults.append(f"--{option.name.replace('_', '-')} {value}: expected a finite number")
+        if isinstance(value, str) and option.name not in ("deepspeed", "deepspeed_config"):
+            flag = f"--{option.name.replace('_', '-')}"
+            if not value.strip():  # of a shell variable that was never set
+                faults.append(f"{flag} is empty. Give a value, or leave the option out")
+            elif not value.isascii() and value.encode(errors="replace").decode() != value:
+                # The model card is written when all is trained, and UTF-8 could not hold it.
+                faults.append(f"{flag} {value!r}: is not UTF-8. Rename the file or folder")
     if options.lr_scheduler_type == "constant" and options.warmup_steps:
         faults.append(
             f"--lr-scheduler-type constant has no warm-up, so --warmup-steps {options.warmup_steps} would be "
@@ -420,7 +448,7 @@ def _plain_faults(options: TrainingOptions) -> list[str]:
             f"--max-tokens-per-device {options.max_tokens_per_device} splits packed rows, and --batching padded has none. "
             "Lower --per-device-train-batch-size and raise --gradient-accumulation-steps instead"
         )
-    if not re.fullmatch(r"[1-9]\d*(KB|MB|GB)", options.max_shard_size):
+    if not re.fullmatch(r"[1-9][0-9]{0,8}(KB|MB|GB)", options.max_shard_size):
         faults.append(f"--max-shard-size {options.max_shard_size}: expected a size such as 5GB or 500MB")
     return faults
 
@@ -441,34 +469,79 @@ def _deepspeed_faults(options: TrainingOptions, config: dict[str, Any]) -> list[
             f"{options.deepspeed_json} has a 'scheduler', which would override --lr-scheduler-type "
             f"{options.lr_scheduler_type} and --warmup-steps silently. Remove it from the JSON"
         )
-    optimizer = config.get("optimizer")
-    parameters = optimizer.get("params") if isinstance(optimizer, dict) else None
-    written = config | (parameters if isinstance(parameters, dict) else {})
-    for key, flag, value in (
-        ("lr", "--lr", options.lr),
-        ("weight_decay", "--weight-decay", options.weight_decay),
+    return faults + (_json_faults(options, config) if config else [])
+
+
+def _json_faults(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
+    """What transformers, accelerate or DeepSpeed would refuse after loading the model, or change in silence."""
+    file = options.deepspeed_json
+    faults = []
+    sections = ("bf16", "fp16", "optimizer", "zero_optimization", "optimizer.params")
+    found = config | {"optimizer.params": _object(config.get("optimizer")).get("params", {})}
+    for name in sections:
+        if name in found and not isinstance(found[name], dict):
+            faults.append(f"{file} sets {name} {found[name]!r}, expected an object {{...}}")
+    for name in ("bf16", "fp16"):
+        enabled = _object(config.get(name)).get("enabled", "auto")
+        if enabled not in (True, False, "auto") or type(enabled) in (int, float):
+            faults.append(f'{file} sets {name}.enabled {enabled!r}, expected true, false or "auto"')
+
+    parameters = _object(found["optimizer.params"])
+    rows, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
+    for section, key, flag, value, unsaid in (
+        # `unsaid` is what DeepSpeed takes where the file does not name the key; None: nothing it could work with
+        (config, "train_micro_batch_size_per_gpu", "--per-device-train-batch-size", rows, None),
+        (config, "gradient_accumulation_steps", "--gradient-accumulation-steps", accumulation, 1),
         (
-            "train_micro_batch_size_per_gpu",
-            "--per-device-train-batch-size",
-            options.per_device_train_batch_size,
+            config,
+            "train_batch_size",
+            "the product with all ranks",
+            rows * accumulation * world_size(),
+            "auto",
         ),
-        ("gradient_accumulation_steps", "--gradient-accumulation-steps", options.gradient_accumulation_steps),
+        (config, "gradient_clipping", "the recipe's", 1.0, "auto"),
+        (parameters, "lr", "--lr", options.lr, 1e-3),
+        (parameters, "weight_decay", "--weight-decay", options.weight_decay, 0.0),
+        (parameters, "betas", "the recipe's", [0.9, 0.999], "auto"),
+        (parameters, "eps", "the recipe's", 1e-8, "auto"),
     ):
-        if written.get(key, "auto") not in ("auto", value):
-            faults.append(
-                f'{options.deepspeed_json} sets {key} {written[key]}, but {flag} is {value}. Write "auto"'
-            )
-    zero = config.get("zero_optimization")
-    if (
-        isinstance(zero, dict)
-        and zero.get("stage") == 3
-        and not zero.get("stage3_gather_16bit_weights_on_model_save")
-    ):
+        if section is parameters and "optimizer" not in config:
+            continue
+        written = section.get(key, unsaid)
+        if isinstance(written, bool) or written not in ("auto", value):
+            says = f"sets {key} {written!r}" if key in section else f"leaves out {key}"
+            faults.append(f'{file} {says}, but {flag} is {value}. Write "auto"')
+    if isinstance(config.get("optimizer"), dict) and not isinstance(config["optimizer"].get("type"), str):
+        faults.append(f"{file} has an 'optimizer' without a 'type'. Write \"AdamW\", or remove the section")
+    zero = _object(config.get("zero_optimization"))
+    stage = zero.get("stage")
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
+        faults.append(f"{file} sets zero_optimization.stage {stage!r}, expected 3 (or 0, 1, 2)")
+    if stage == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
         faults.append(
-            f"{options.deepspeed_json} would save an empty model: "
+            f"{file} would save an empty model: "
             "set zero_optimization.stage3_gather_16bit_weights_on_model_save to true"
         )
-    return faults
+    both = _enabled(config, "bf16") and _enabled(config, "fp16")  # told with the precision
+    return faults if faults or both else _refusals(options, config)
+
+
+def _refusals(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
+    """DeepSpeed's own reading of the JSON; its sections take an "auto" for their default by themselves."""
+    from deepspeed.runtime.config import DeepSpeedConfig
+
+    copy = {key: value for key, value in config.items() if (key, value) != ("gradient_clipping", "auto")}
+    copy |= {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+    try:
+        DeepSpeedConfig(json.loads(json.dumps(copy)))
+    except Exception as error:  # assertions, pydantic's, missing attributes
+        reason = " ".join(str(error).split())
+        return [f"{options.deepspeed_json}: DeepSpeed refuses it ({type(error).__name__}: {reason})"]
+    return []
+
+
+def _object(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _precision_faults(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
@@ -522,13 +595,10 @@ def _device_faults() -> list[str]:
 
 
 def _output_faults(options: TrainingOptions) -> list[str]:
-    if options.local_output_dir is None:  # told already: it is required
-        return []
-    faults = []
-    output = _local_path(options.local_output_dir)
+    output, faults = local_path(options.local_output_dir), []
     if output.resolve().parts[:2] in (("/", "dbfs"), ("/", "Volumes")):
         faults.append(
-            f"--local-output-dir {output}: training writes at random places, which DBFS and Volumes refuse. "
+            f"--local-output-dir {options.local_output_dir}: training writes at random places, which DBFS and Volumes refuse. "
             "Name a local disk here (on Databricks /local_disk0/...), and this folder with --dbfs-output-dir"
         )
     elif output.exists() and not output.is_dir():
@@ -538,25 +608,20 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         faults.append(
             f"--local-output-dir {output}: is not empty, and nothing in it shall be lost. Name a new folder{go_on}"
         )
-    elif not _writable(output):
+    elif not writable(output):
         faults.append(f"--local-output-dir {output}: cannot be written. Name a folder of your own")
     if options.resume not in ("never", "auto") and not Path(options.resume).expanduser().is_dir():
         faults.append(
             f"--resume {options.resume}: no such folder. Type never, auto, or a checkpoint's folder"
         )
-    if options.dbfs_output_dir:
-        published = _local_path(options.dbfs_output_dir)
-        if options.dbfs_output_dir.startswith("dbfs:"):
-            faults.append(f"--dbfs-output-dir {options.dbfs_output_dir}: a path is needed. Type {published}")
-        elif published.resolve() == output.resolve():
-            faults.append(
-                f"--dbfs-output-dir {published}: is the local output itself. Name another folder, or leave it out"
-            )
-        elif published.exists() and (not published.is_dir() or any(published.iterdir())):
-            faults.append(f"--dbfs-output-dir {published}: already holds something. Name a new folder")
-        elif not _writable(published):
-            faults.append(f"--dbfs-output-dir {published}: cannot be written. Name a folder of your own")
     return faults
+
+
+def _publishing_faults(options: TrainingOptions) -> list[str]:
+    output = None
+    with suppress(OSError, RuntimeError, ValueError):  # told of the local output
+        output = local_path(options.local_output_dir or "")
+    return [f"--dbfs-output-dir {fault}" for fault in target_faults(str(options.dbfs_output_dir), output)]
 
 
 def _holds_something(folder: Path) -> bool:
@@ -565,15 +630,3 @@ def _holds_something(folder: Path) -> bool:
 
 def _is_run(folder: Path) -> bool:
     return (folder / RUN_FILE).is_file()
-
-
-def _local_path(folder: str) -> Path:
-    """dbfs:/x is what Databricks shows, and /dbfs/x where programs find it; taken as a path it would be `./dbfs:/x`."""
-    return Path(re.sub("^dbfs:/*", "/dbfs/", folder)).expanduser()
-
-
-def _writable(folder: Path) -> bool:
-    """Whether `folder` can be made, or written: asked of its nearest parent that exists."""
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

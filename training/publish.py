@@ -221,7 +221,10 @@ def _open_url(target: str) -> Target:
         ) from error
     with _telling(f"{target}: cannot be reached"):
         fs, path = fsspec.url_to_fs(target)
-    return Target(fs, path.rstrip("/"), target, in_bucket=protocol in BUCKETS)
+    opened = Target(fs, path.rstrip("/"), target, in_bucket=protocol in BUCKETS)
+    if opened.in_bucket and not opened.path:
+        raise PublishError(f"{target}: names no bucket. Type {protocol}://bucket/folder")
+    return opened
 
 
 @contextmanager
@@ -234,9 +237,7 @@ def _telling(what: str) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise PublishError(f"{what}: no space is left there") from error
-        reason = (
-            (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        )
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise PublishError(f"{what}: {reason}") from error
 
 
@@ -247,9 +248,8 @@ def _listing(target: Target) -> dict[str, int | None]:
         try:
             entries = target.fs.ls(target.path, detail=True)
         except FileNotFoundError as error:
-            if (
-                target.in_bucket and error.__cause__
-            ):  # S3's own answer; of a missing folder s3fs speaks itself
+            # A cause is S3's own answer; of a folder that is not there s3fs speaks itself.
+            if target.in_bucket and error.__cause__:
                 bucket = target.path.split("/")[0]
                 raise PublishError(f"{target.shown}: there is no bucket '{bucket}'. Make it first") from error
             return {}
@@ -285,7 +285,7 @@ def _refuse_lack_of_space(target: Target, needed: int) -> None:
     free = free_bytes(target.shown)
     if free is not None and free < needed:
         raise PublishError(
-            f"{target.shown}: {_gib(needed)} are needed, and {_gib(free)} are free. Make room, or name another folder"
+            f"{target.shown}: {_shown(needed)} are needed, and {_shown(free)} are free. Make room, or name another folder"
         )
 
 
@@ -323,7 +323,7 @@ def publish(folder: Path, target: str) -> list[str]:
     contents[RUN_FILE] = contents.pop(RUN_FILE)  # the last to be written
     expected = {name: expected.get(name) or _source_figures(name, contents[name]) for name in contents}
     missing = [name for name in contents if not _is_there(opened, name, there, expected[name])]
-    total = f"{len(contents)} files, {_gib(sum(each['size'] for each in expected.values()))}"
+    total = f"{len(contents)} files, {_shown(sum(each['size'] for each in expected.values()))}"
     if not missing:
         if MARKER_FILE in there:
             _remove(opened, MARKER_FILE)
@@ -403,7 +403,7 @@ def _write(target: Target, name: str, source: Path | bytes, wanted: dict[str, An
             if _target_figures(target, name, size) == wanted:
                 if size >= LARGE:
                     speed = size / 2**20 / max(seconds, 1e-9)
-                    logger.info("%s: %s at %.0f MiB/s, read back", name, _gib(size), speed)
+                    logger.info("%s: %s at %.0f MiB/s, read back", name, _shown(size), speed)
                 return
             logger.warning("%s/%s read back otherwise than it was written", target.shown, name)
         except PublishError:
@@ -414,8 +414,8 @@ def _write(target: Target, name: str, source: Path | bytes, wanted: dict[str, An
     raise PublishError(f"{target.shown}/{name}: read back otherwise than it was written, twice")
 
 
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB"
+def _shown(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= LARGE else f"{size / 2**20:.1f} MiB"
 
 
 @click.command()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,16 +54,25 @@ def read_columns(source: str) -> Columns:
         from training.demo import demo_rows
 
         return _select(demo_rows(), source, "row")
-    path = Path(source).expanduser()
-    if path.suffix.lower() in FILE_KINDS or path.exists():
-        return _read_file(path)
-    return _read_hub(source)
+    try:
+        path = Path(source).expanduser()
+        local = path.suffix.lower() in FILE_KINDS or path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        # too long a name, a folder that may not be entered, ~nobody, a null byte
+        raise DataError(f"{source}: cannot be read ({error})") from error
+    return _read_file(path) if local else _read_hub(source)
 
 
 def _read_hub(name: str) -> Columns:
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise DataError(
             f"{name}: no such file. Expected a {', '.join(FILE_KINDS)} file, or a dataset's name on the Hub"
+        )
+    # To `datasets` these are no names but kinds: it would take whatever files lie in the working folder.
+    kinds = Path(datasets.__file__).parent / "packaged_modules"
+    if not name.strip() or os.path.isdir(kinds / name):  # False for a name too long
+        raise DataError(
+            f"'{name}': no dataset's name. Expected a {', '.join(FILE_KINDS)} file, a name on the Hub, or '{DEMO}'"
         )
     try:
         table = datasets.load_dataset(name, split="train")
@@ -78,12 +88,6 @@ def _read_hub(name: str) -> Columns:
 
 
 def _read_file(path: Path) -> Columns:
-    if not path.exists():
-        raise DataError(f"{path}: no such file")
-    if not path.is_file():
-        raise DataError(f"{path}: a folder. Name one file in it ({', '.join(FILE_KINDS)})")
-    if path.stat().st_size == 0:
-        raise DataError(f"{path}: the file is empty")
     readers: dict[str, Callable[[Path], Columns]] = {
         ".json": _read_json,
         ".jsonl": _read_json,
@@ -91,17 +95,37 @@ def _read_file(path: Path) -> Columns:
         ".parquet": _read_parquet,
     }
     reader = readers.get(path.suffix.lower())
-    if reader is None:
-        raise DataError(f"{path}: cannot read '{path.suffix}' files. Expected one of {', '.join(FILE_KINDS)}")
     try:
+        if not path.exists():
+            raise DataError(f"{path}: no such file")
+        if path.is_dir():
+            raise DataError(f"{path}: a folder. Name one file in it ({', '.join(FILE_KINDS)})")
+        if not path.is_file():  # to open a pipe may wait for ever
+            raise DataError(f"{path}: a pipe or a device, no file. Write the rows into a file first")
+        if path.stat().st_size == 0:
+            raise DataError(f"{path}: the file is empty")
+        if reader is None:
+            raise DataError(
+                f"{path}: cannot read '{path.suffix}' files. Expected one of {', '.join(FILE_KINDS)}"
+            )
         columns = reader(path)
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 at byte {error.start:,}. Save the file as UTF-8") from error
+        line, byte = _first_byte_not_utf8(path.read_bytes())
+        raise DataError(f"{path}, line {line}: not UTF-8 at byte {byte:,}. Save the file as UTF-8") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
     if not len(columns):
         raise DataError(f"{path}: no rows")
     return columns
+
+
+def _first_byte_not_utf8(content: bytes) -> tuple[int, int]:
+    """(line, byte in the file); a reader's own error counts from its buffer, or from behind the byte order mark."""
+    try:
+        content.decode()
+    except UnicodeDecodeError as error:
+        return content.count(b"\n", 0, error.start) + 1, error.start
+    return 1, 0  # mended in the meantime
 
 
 def _read_json(path: Path) -> Columns:
@@ -150,6 +174,7 @@ def _read_csv(path: Path) -> Columns:
     csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.reader(file, strict=True)
+        line = 1
         try:
             header = next(reader, [])
             if len(set(header)) < len(header):
@@ -158,17 +183,17 @@ def _read_csv(path: Path) -> Columns:
             wanted = _match_columns(header, str(path))
             places = {key: header.index(column) if column else None for key, column in wanted.items()}
             values: dict[str, list[str]] = {key: [] for key in COLUMN_NAMES}
+            line = reader.line_num + 1  # where a row begins: an open quote runs on, and fails far below
             for fields in reader:
-                if not fields:
-                    continue
-                if len(fields) != len(header):
+                if fields and len(fields) != len(header):
                     raise DataError(
-                        f"{path}, line {reader.line_num}: {len(fields)} fields, but the header has {len(header)}"
+                        f"{path}, line {line}: {len(fields)} fields, but the header has {len(header)}"
                     )
-                for key, place in places.items():
+                for key, place in places.items() if fields else ():
                     values[key].append("" if place is None else fields[place])
+                line = reader.line_num + 1
         except csv.Error as error:
-            raise DataError(f"{path}, line {reader.line_num}: broken CSV: {error}") from error
+            raise DataError(f"{path}, line {line}: broken CSV: {error}") from error
     return Columns(**values)
 
 
@@ -178,10 +203,31 @@ def _read_parquet(path: Path) -> Columns:
         names = file.schema_arrow.names
         wanted = _match_columns(names, str(path))
         table = file.read(columns=[column for column in wanted.values() if column])
-        values = {key: table[column].to_pylist() if column else None for key, column in wanted.items()}
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, DataError):
+            raise
         raise DataError(f"{path}: not a readable Parquet file ({error})") from error
+    values: dict[str, list[Any] | None] = {}
+    for key, column in wanted.items():
+        values[key] = None
+        if column:
+            try:
+                values[key] = table[column].to_pylist()
+            except (pa.ArrowException, ValueError, OverflowError, ImportError):
+                values[key] = [_as_python(scalar, path, row) for row, scalar in enumerate(table[column], 1)]
     return _check_strings(values, table.num_rows, str(path), "row")
+
+
+def _as_python(scalar: pa.Scalar, path: Path, row: int) -> Any:
+    try:
+        return scalar.as_py()
+    except (
+        pa.ArrowException,
+        ValueError,
+        OverflowError,
+        ImportError,
+    ) as error:  # no UTF-8, no date of Python's
+        raise DataError(f"{path}, row {row}: a {scalar.type} that cannot be read ({error})") from error
 
 
 def _select(rows: Any, source: str, unit: str) -> Columns:

@@ -67,7 +67,7 @@ from training.options import (
     value_faults,
     world_size,
 )
-from training.publish import publish
+from training.publish import PublishError, publish
 from training.record import global_batch, rows_digest, start_record, write_run_record
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError
@@ -238,7 +238,8 @@ def check_plan(options: TrainingOptions, prepared: Prepared) -> dict[str, Any]:
     )  # torchrun's, DeepSpeed's
     machine = this_machine(prepared.args.output_dir, int(local))
     lengths = lengths_of(
-        options.training_dataset, prepared.train_rows["length"][:], prepared.train_rows["response_start"][:]
+        options.training_dataset,
+        *(prepared.train_rows[c][:] + prepared.held_out_rows[c][:] for c in ("length", "response_start")),
     )
     plan = plan_run(options, world, lengths, model_facts(options.input_model), machine)
     if plan.faults and not options.force:
@@ -461,6 +462,9 @@ def main(ctx: click.Context, **values: Any) -> None:
         record = train(options, request)
         if record["status"] == "stopped":
             raise Interrupted
+    except PublishError as error:
+        print(f"Cannot publish:\n{error}", file=sys.stderr, flush=True)
+        sys.exit(1)
     except (OptionsError, DataError, ModelError, FolderBusyError) as error:
         # Every rank finds the same faults; one tells them.
         if is_main_process():
