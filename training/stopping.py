@@ -13,9 +13,11 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 # fp16 steps in a row that were skipped because a gradient overflowed. The loss scale of 2^16 is halved each time
-# (DeepSpeed: but for the first), so it is about 1, and what overflows then is no matter of scale. One or two later
-# DeepSpeed would end the run itself, with a bare Exception (DynamicLossScaler.update_scale).
+# (DeepSpeed: but for the first), so it is about 1, and what overflows then is no matter of scale.
 OVERFLOWS_IN_A_ROW = 16
+# A scale that was small before is at its minimum earlier, and DeepSpeed raises a bare Exception with these words
+# (DynamicLossScaler.update_scale).
+AT_MINIMUM = "loss scale already at minimum"
 
 
 class TrainingError(RuntimeError):
@@ -116,11 +118,14 @@ class StepGuard(TrainerCallback):
         self.overflows += 1
         self.overflows_in_a_row += 1
         if self.overflows_in_a_row >= OVERFLOWS_IN_A_ROW:
-            raise TrainingError(
-                f"step {state.global_step}: the gradients have overflowed fp16 in {self.overflows_in_a_row} steps in a "
-                "row, so nothing is learned. Lower --lr, or train in bf16 on a GPU that has it "
-                "(--deepspeed config/ds_z3_bf16_offload_config.json)"
-            )
+            raise self.overflowed(state.global_step)
+
+    def overflowed(self, step: int) -> TrainingError:
+        return TrainingError(
+            f"step {step}: the gradients have overflowed fp16 in {self.overflows_in_a_row} steps in a row, so nothing "
+            "is learned. Lower --lr, or train in bf16 on a GPU that has it "
+            "(--deepspeed config/ds_z3_bf16_offload_config.json)"
+        )
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

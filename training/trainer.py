@@ -71,7 +71,7 @@ from training.publish import PublishError, publish
 from training.record import global_batch, rows_digest, start_record, write_run_record
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError
-from training.stopping import Interrupted, StopRequest, TrainingError, lost_peer
+from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer
 from training.verdict import plan_run
 from training.workload import lengths_of, model_facts
 
@@ -283,7 +283,12 @@ def run_steps(
             shutil.rmtree(output / RESHARDED, ignore_errors=True)
     if start.folder is not None:
         trainer.add_callback(Continued(trainer, start.folder))
-    trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
+    try:
+        trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
+    except Exception as error:
+        if AT_MINIMUM not in str(error):
+            raise
+        raise trainer.guard.overflowed(trainer.state.global_step + 1) from error
     return trainer.guard.stopped
 
 

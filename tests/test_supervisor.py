@@ -1,0 +1,229 @@
+"""The process beside each rank: hands on what it says, tells how it ended, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from training.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED
+
+ROOT = Path(__file__).parents[1]
+# Stands for the training proper in a package of the same name, as `supervise` starts `python -m training.trainer`.
+STAND_IN = """
+from training.supervisor import supervise
+supervise()
+import os, signal, sys, time
+"""
+LISTEN = "signal.signal(signal.SIGTERM, lambda *_: (print('stopping', flush=True), os._exit(75)))"
+
+
+class Supervised:
+    def __init__(self, place: Path, rank_does: str, **how: object) -> None:
+        package = place / "training"
+        package.mkdir()
+        for name in ("__init__", "supervisor", "exits"):
+            (package / f"{name}.py").symlink_to(ROOT / "training" / f"{name}.py")
+        (package / "trainer.py").write_text(str(how.pop("first", "")) + STAND_IN + textwrap.dedent(rank_does))
+        environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "DOLLY_SUPERVISED")}
+        environment |= how.pop("environment", {})
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "training.trainer", "--lr", "1"],
+            cwd=place,
+            env=environment,
+            text=True,
+            **pipes,
+        )
+
+    def rank(self) -> int:
+        """The process that it started."""
+        file = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        while not file.read_text().split():
+            time.sleep(0.01)
+        return int(file.read_text().split()[0])
+
+    def end(self) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=30)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def supervised(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
+    started = []
+
+    def start(rank_does: str, **how: object) -> Supervised:
+        started.append(Supervised(tmp_path, rank_does, **how))
+        return started[-1]
+
+    yield start
+    for each in started:
+        each.process.kill()
+        each.process.wait()
+
+
+def gone(pid: int) -> bool:
+    end = time.monotonic() + 10
+    while time.monotonic() < end:
+        try:
+            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z":
+                return True
+        except OSError:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_what_a_rank_prints_arrives_as_it_is_on_both_streams(supervised: Callable[..., Supervised]) -> None:
+    code, out, err = supervised("""
+        print(sys.argv[1:], flush=True)
+        sys.stdout.buffer.write(b"\\xe2\\x82\\xac no line end")
+        print("bar 1\\rbar 2", file=sys.stderr)
+    """).end()
+    assert (code, out, err) == (0, "['--lr', '1']\n€ no line end", "bar 1\nbar 2\n")
+
+
+@pytest.mark.parametrize("code", [0, REFUSED, ENDED, INTERRUPTED, LOST_PEER])
+def test_of_an_end_that_the_rank_told_itself_nothing_is_repeated(
+    supervised: Callable[..., Supervised], code: int
+) -> None:
+    assert supervised(f"print('why', file=sys.stderr); sys.exit({code})").end() == (code, "", "why\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_that_is_killed_is_told_in_words_with_its_last_lines(
+    supervised: Callable[..., Supervised],
+) -> None:
+    code, _, err = supervised(
+        "for n in range(40): print('line', n, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)",
+        environment={"RANK": "3"},
+    ).end()
+    assert code == 137
+    assert "Rank 3 ended: killed, most likely because host memory ran out" in err
+    assert "Its last lines:\n  line 25\n  line 26" in err
+    assert "line 24" not in err
+    assert err.rstrip().endswith("line 39")
+
+
+def test_a_rank_that_crashes_is_told_with_its_traceback(supervised: Callable[..., Supervised]) -> None:
+    code, _, err = supervised("1 / 0").end()
+    assert code == 1
+    assert err.count("ZeroDivisionError") == 2, "as it came, and in the last lines"
+    assert "Rank 0 ended: failed" in err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_reaches_the_rank_which_ends_in_its_own_way(
+    supervised: Callable[..., Supervised], number: signal.Signals
+) -> None:
+    run = supervised(f"{LISTEN}; print('ready', flush=True); time.sleep(60)")
+    assert run.process.stdout.readline() == "ready\n"
+    run.process.send_signal(number)
+    code, out, err = run.end()
+    assert (code, out, err) == (INTERRUPTED, "stopping\n", "")
+
+
+def test_a_signal_before_the_rank_can_listen_is_a_stop_as_well(supervised: Callable[..., Supervised]) -> None:
+    run = supervised("print('importing', flush=True); time.sleep(60)")
+    assert run.process.stdout.readline() == "importing\n"
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == (INTERRUPTED, "", "Stopped. To go on, type the same command with --resume auto\n")
+
+
+@pytest.mark.parametrize(("pause", "code"), [(0.1, INTERRUPTED), (1.5, 137)])
+def test_a_second_ctrl_c_ends_at_once_but_not_the_echo_of_the_first(
+    supervised: Callable[..., Supervised], pause: float, code: int
+) -> None:
+    run = supervised("""
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        print('ready', flush=True)
+        time.sleep(4)
+        sys.exit(75)
+    """)
+    assert run.process.stdout.readline() == "ready\n"
+    run.process.send_signal(signal.SIGINT)
+    time.sleep(pause)
+    run.process.send_signal(signal.SIGINT)
+    assert run.end()[0] == code
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a child with its parent")
+def test_no_rank_outlives_a_killed_supervisor(supervised: Callable[..., Supervised]) -> None:
+    run = supervised(f"{LISTEN}; print('ready', flush=True); time.sleep(60)")
+    assert run.process.stdout.readline() == "ready\n"
+    rank = run.rank()
+    run.process.kill()
+    assert gone(rank)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a child with its parent")
+@pytest.mark.parametrize(("under_a_launcher", "stops"), [(True, True), (False, False)])
+def test_a_launcher_that_is_killed_takes_its_ranks_along_and_a_shell_that_is_left_does_not(
+    tmp_path: Path, under_a_launcher: bool, stops: bool
+) -> None:
+    Supervised(tmp_path, f"{LISTEN}; print('ready', os.getppid(), flush=True); time.sleep(60)").process.kill()
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "DOLLY_SUPERVISED")}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"],
+        cwd=tmp_path, env=environment | ({"RANK": "0"} if under_a_launcher else {}), stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    supervisor = int(launcher.stdout.readline().split()[1])
+    launcher.kill()
+    launcher.wait()
+    if stops:
+        assert launcher.stdout.readline() == "stopping\n", "its rank finishes its step"
+        assert gone(supervisor)
+    else:
+        time.sleep(1)
+        os.kill(supervisor, signal.SIGTERM)  # it was there
+        assert gone(supervisor)
+    launcher.stdout.close()
+
+
+def test_a_reader_that_goes_away_does_not_stop_the_rank(
+    supervised: Callable[..., Supervised], tmp_path: Path
+) -> None:
+    """As in `deepspeed ... | head -1`, or where a terminal is closed: more than a pipe holds, and nobody reads."""
+    done = tmp_path / "done"
+    run = supervised(f"""
+        for n in range(20000): print('line of some length', n, flush=True)
+        open({str(done)!r}, 'w').close()
+    """)
+    run.process.stdout.readline()
+    run.process.stdout.close()
+    assert run.process.wait(timeout=30) == 0
+    assert done.exists()
+
+
+@pytest.mark.parametrize(("patience", "told"), [(1, True), (25, False)])
+def test_a_rank_that_hangs_is_told_before_the_launcher_kills_it(
+    supervised: Callable[..., Supervised], patience: int, told: bool
+) -> None:
+    run = supervised(
+        """
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        print('step 7', flush=True)
+        time.sleep(3)
+        sys.exit(75)
+        """,
+        first=f"import training.supervisor; training.supervisor.PATIENCE = {patience}",
+        environment={"RANK": "1"},
+    )
+    assert run.process.stdout.readline() == "step 7\n"
+    run.process.send_signal(signal.SIGTERM)
+    words = f"\nRank 1 is still busy {patience} s after it was told to stop\nIts last lines:\n  step 7\n"
+    assert run.end() == (INTERRUPTED, "", words if told else "")
+
+
+def test_the_supervisor_is_small() -> None:
+    """It lives beside every rank: no torch, no transformers."""
+    words = "import sys, training.supervisor; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stderr
