@@ -144,7 +144,7 @@ def test_a_small_card_gets_checkpointing_and_a_token_budget_of_itself():
     assert split.fits
     assert split.settings.checkpointing is True
     assert 2000 <= split.settings.max_tokens < 64 * 2000
-    assert f"--max-tokens-per-device {split.settings.max_tokens}" in split.command
+    assert "--max-tokens-per-device" not in split.command, "the trainer decides alike"
     assert not planned(
         "8xA100-40GB", lengths=long_rows, per_device_train_batch_size=64, max_tokens_per_device=None
     ).fits, "None never splits"
