@@ -19,6 +19,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.core_model_loading import revert_weight_conversion
 
 from training.checkpoint import read_manifest
 from training.consts import CONTROL_TOKENS, DEMO, END_KEY, SAMPLE_INSTRUCTIONS
@@ -109,7 +110,9 @@ def _weight_faults(folder: Path, trust_remote_code: bool) -> list[str]:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    expected = {name: list(tensor.shape) for name, tensor in model.state_dict().items()}
+    # Saving writes some architectures under their original names: GPT-NeoX's head is embed_out in its files.
+    named = revert_weight_conversion(model, model.state_dict())
+    expected = {name: list(tensor.shape) for name, tensor in named.items()}
     found: dict[str, list[int]] = {}
     faults = []
     for file in sorted(folder.glob("*.safetensors")):

@@ -240,6 +240,7 @@ class CompletionTrainer(Trainer):
                 "logged_step": self._globalstep_last_logged,
                 "loss_total": self._total_loss_scalar,
                 "seconds": self.seconds_before + time.monotonic() - self.begin,
+                "batching": self.batching,
             }
             checkpoint.write_json(folder / checkpoint.PROGRESS_FILE, progress)
         self.accelerator.wait_for_everyone()

@@ -329,6 +329,7 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
         "train_loss": loss_sum / checkpoint.step_of(last),
         "held_out_loss": {"before": held_out[min(held_out)], "after": held_out[checkpoint.step_of(chosen)]},
         "seconds": {"training": progress["seconds"]},
+        "batching": progress["batching"],
     }
     write_model_card(output, record, ledger)
     write_run_record(output, record)
