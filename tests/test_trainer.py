@@ -189,6 +189,21 @@ def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_taken_port_is_told_with_what_to_type(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        result = subprocess.run(
+            [sys.executable, "-m", "training.trainer", *DEMO, "--deepspeed", BF16, "--local-output-dir", str(tmp_path / "out")],
+            cwd=ROOT, env=os.environ | environment | {"MASTER_PORT": str(port)}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert result.returncode == 2
+    assert f"port {port}, by which the ranks meet, is taken" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def train_demo(folder: Path, **changes: object) -> dict:
     """A short run on the demo in this process; `changes` are options."""
     options = {"input_model": "demo", "training_dataset": "demo", "test_size": 50, "logging_steps": 1}

@@ -517,12 +517,21 @@ def main(ctx: click.Context, **values: Any) -> None:
             print("Stopped. To go on, type the same command with --resume auto", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            port = os.environ.get("MASTER_PORT")
+            print(
+                f"Cannot train:\n  - port {port}, by which the ranks meet, is taken, most likely by another run. "
+                "Type deepspeed --master_port 29501 ... (torchrun: --master-port)",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.exit(REFUSED)
         if not lost_peer(error):
             raise
         waited = (
             f"waited {options.rank_timeout} s (--rank-timeout) for" if "imed out" in str(error) else "lost"
         )
-        rank = torch.distributed.get_rank()
+        rank = os.environ.get("RANK", "0")
         print(
             f"Rank {rank} {waited} another rank: one that ended says why, one that hangs says nothing",
             file=sys.stderr,
