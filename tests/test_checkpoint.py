@@ -1,116 +1,112 @@
-"""The finished folder: weights bit for bit, a record never half-written, a card that can be read."""
+"""A checkpoint is whole or not there: what is torn is named, and rotation leaves what is still needed."""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
-import re
-from importlib.metadata import version
+import shutil
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from huggingface_hub import ModelCard
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    Trainer,
-    TrainingArguments,
-)
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from training.checkpoint import (
-    save_model,
-    start_record,
-    write_model_card,
-    write_run_record,
-)
-from training.data import Ledger
-from training.options import TrainingOptions
+from training import checkpoint
+from training.checkpoint import MANIFEST_FILE, best, checkpoints, faults_of, read_manifest, rotate
 
 
-def a_record(tmp_path: Path, **options: Any) -> dict[str, Any]:
-    record = start_record(TrainingOptions(local_output_dir=str(tmp_path), **options), 8, "bf16")
-    return record | {"status": "finished", "steps": 797, "held_out_loss": {"before": 2.34567, "after": 1.2}}
+def a_checkpoint(output: Path, step: int, eval_loss: float | None = 1.0, whole: bool = True) -> Path:
+    """checkpoint-<step> with three small files, one in a folder."""
+    folder = output / f"checkpoint-{step}"
+    (folder / "global_step").mkdir(parents=True)
+    for name in ("model.safetensors", "trainer_state.json", "global_step/rank_0.pt"):
+        (folder / name).write_bytes(f"{name} of step {step}".encode())
+    if whole:
+        files = checkpoint.digests(folder, checkpoint.files_of(folder), written_now=True)
+        checkpoint.write_manifest(folder, eval_loss, ["model.safetensors"], files)
+    return folder
 
 
-def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, shard: str) -> None:
-    """`save_model` with the Trainer that training has, on one device."""
-    args = TrainingArguments(output_dir=str(folder), use_cpu=True, report_to="none")
-    save_model(Trainer(model=model, args=args), tokenizer, folder, shard)
-
-
-# --- weights, tokenizer, generation config -----------------------------------------------------------
-
-
-@pytest.mark.parametrize(("shard", "several"), [("5GB", False), ("50KB", True)])
-def test_a_saved_folder_has_the_weights_bit_for_bit(
-    answering_model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tmp_path: Path,
-    shard: str,
-    several: bool,
-) -> None:
-    save(answering_model, tokenizer, tmp_path, shard)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is several
-    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
-    weights = answering_model.state_dict()
-    assert again.keys() == weights.keys()
-    for key, tensor in weights.items():
-        assert torch.equal(again[key], tensor), key
-        assert again[key].dtype == tensor.dtype
-
-
-def test_who_may_read_the_config_may_read_the_weights(
-    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    save(answering_model, tokenizer, tmp_path, "50KB")
-    assert len({file.stat().st_mode for file in tmp_path.iterdir() if file.is_file()}) == 1
-
-
-def test_a_saved_folder_says_how_to_stop_pad_and_sample(
-    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    answering_model.config.use_cache = False  # as in training
-    save(answering_model, tokenizer, tmp_path, "5GB")
-    end = tokenizer.convert_tokens_to_ids("### End")
-    written = json.loads((tmp_path / "generation_config.json").read_text())
-    written.pop("transformers_version")
-    written.pop("_from_model_config", None)
-    assert written == {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": [end, tokenizer.eos_token_id],
-        "pad_token_id": tokenizer.eos_token_id,
-        "max_new_tokens": 256,
-        "do_sample": True,
-        "top_p": 0.92,
-        "top_k": 0,
+def test_the_manifest_names_every_file_with_size_and_checksum(tmp_path: Path) -> None:
+    folder = a_checkpoint(tmp_path, 200, 1.25)
+    manifest = read_manifest(folder)
+    # printf 'trainer_state.json of step 200' | sha256sum
+    assert manifest["files"]["trainer_state.json"] == {
+        "size": 30,
+        "sha256": "7c06d0981b7db598eec2c6ff79959786a4ca1eb9868a415f5e02e74475d94dd0",
     }
-    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is True
-    stock = AutoTokenizer.from_pretrained(tmp_path)
-    assert len(stock) == len(tokenizer)
-    assert stock.convert_tokens_to_ids("### End") == end
-    assert stock.chat_template == tokenizer.chat_template
+    assert list(manifest["files"]) == ["global_step/rank_0.pt", "model.safetensors", "trainer_state.json"]
+    assert (manifest["step"], manifest["eval_loss"], manifest["model"]) == (200, 1.25, ["model.safetensors"])
+    assert faults_of(folder) == []
 
 
-# --- the record --------------------------------------------------------------------------------------
+def flip(file: Path, place: int = 3) -> None:
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
 
 
-def test_the_record_tells_versions_options_and_commit(tmp_path: Path) -> None:
-    record = start_record(TrainingOptions(local_output_dir=str(tmp_path), lr=2e-5), 8, "bf16")
-    assert record["status"] == "running"
-    assert (record["world_size"], record["precision"], record["options"]["lr"]) == (8, "bf16", 2e-5)
-    for package in ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers"):
-        assert record["versions"][package] == version(package)
-    assert record["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", record["git_commit"])
-    assert json.loads(json.dumps(record)) == record
+@pytest.mark.parametrize(
+    ("damage", "fault"),
+    [
+        (lambda f: (f / MANIFEST_FILE).unlink(), "it was not written to the end"),
+        (lambda f: (f / MANIFEST_FILE).write_text("{"), "it was not written to the end"),
+        (
+            lambda f: os.truncate(f / "global_step/rank_0.pt", 10),
+            "global_step/rank_0.pt has 10 bytes instead of 33",
+        ),
+        (
+            lambda f: (f / "model.safetensors").write_bytes(b""),
+            "model.safetensors has 0 bytes instead of 29",
+        ),
+        (lambda f: (f / "trainer_state.json").unlink(), "trainer_state.json is missing"),
+        (lambda f: shutil.rmtree(f / "global_step"), "global_step/rank_0.pt is missing"),
+        (
+            lambda f: flip(f / "global_step/rank_0.pt"),
+            "global_step/rank_0.pt has changed since it was written",
+        ),
+    ],
+)
+def test_what_is_torn_is_recognised_and_named(
+    tmp_path: Path, damage: Callable[[Path], Any], fault: str
+) -> None:
+    folder = a_checkpoint(tmp_path, 200)
+    damage(folder)
+    assert faults_of(folder) == [fault]
 
 
-def test_a_record_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_run_record(tmp_path, {"status": "running"})
+def test_every_single_bit_of_a_checkpoint_counts_those_of_the_manifest_as_well(tmp_path: Path) -> None:
+    folder = a_checkpoint(tmp_path, 200, 1.25)
+    whole = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    for file, content in whole.items():
+        for place in range(len(content)):
+            flip(file, place)
+            if file.name != MANIFEST_FILE:
+                assert faults_of(folder), f"{file.name}, byte {place}"
+            elif read_manifest(folder) is not None:  # a space or a line end
+                assert json.loads(file.read_text()) == json.loads(content), f"byte {place}"
+            file.write_bytes(content)
+    assert not faults_of(folder)
+
+
+def test_a_checkpoint_under_the_name_of_another_step_is_none(tmp_path: Path) -> None:
+    a_checkpoint(tmp_path, 200).rename(tmp_path / "checkpoint-300")
+    assert faults_of(tmp_path / "checkpoint-300") == ["it was not written to the end"]
+
+
+def test_the_model_alone_can_be_asked(tmp_path: Path) -> None:
+    folder = a_checkpoint(tmp_path, 200)
+    flip(folder / "trainer_state.json")
+    assert faults_of(folder, model_only=True) == []
+    flip(folder / "model.safetensors")
+    assert faults_of(folder, model_only=True) == ["model.safetensors has changed since it was written"]
+
+
+def test_a_manifest_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = a_checkpoint(tmp_path, 200, whole=False)
 
     def killed(*args: Any) -> None:
         raise KeyboardInterrupt
@@ -118,49 +114,76 @@ def test_a_record_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            write_run_record(tmp_path, {"status": "finished"})
-    assert json.loads((tmp_path / "run.json").read_text()) == {"status": "running"}
-    write_run_record(tmp_path, {"status": "finished"})
-    assert json.loads((tmp_path / "run.json").read_text()) == {"status": "finished"}
-    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+            checkpoint.write_manifest(folder, 1.0, [], {})
+    assert faults_of(folder) == ["it was not written to the end"]
+    assert MANIFEST_FILE not in "".join(checkpoint.files_of(folder))
 
 
-# --- the card ----------------------------------------------------------------------------------------
+def test_checkpoints_are_found_by_step_and_nothing_else_is_one(tmp_path: Path) -> None:
+    for step in (1000, 9, 200):
+        a_checkpoint(tmp_path, step, whole=step != 9)
+    for name in ("checkpoint-", "checkpoint-x", "checkpoint-5.old", "runs"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").write_text("a file")
+    assert [folder.name for folder in checkpoints(tmp_path)] == [
+        "checkpoint-9",
+        "checkpoint-200",
+        "checkpoint-1000",
+    ]
 
 
-def test_the_card_names_base_data_licences_losses_options_and_ledger(tmp_path: Path) -> None:
-    ledger = Ledger("tatsu-lab/alpaca", 2048, 10, 8, {"empty response": 2}, {"empty response": [3, 7]})
-    write_model_card(tmp_path, a_record(tmp_path), ledger)
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model == "EleutherAI/gpt-j-6B"
-    assert card.data.datasets == ["tatsu-lab/alpaca"]
-    assert card.data.pipeline_tag == "text-generation"
-    assert card.data.license == "other"
-    for words in (
-        "licence: apache-2.0",
-        "licence: cc-by-nc-4.0",
-        "2.3457 before training, **1.2000** after",
-        "797 steps on 8 devices in bf16",
-        "dropped 2: empty response (first rows: 3, 7)",
-        "| `lr` | `1e-05` |",
-    ):
-        assert words in card.text
+def test_the_best_has_the_least_held_out_loss_and_the_newest_of_equals_counts(tmp_path: Path) -> None:
+    assert best(tmp_path) is None
+    for step, loss in {1: 2.0, 2: 1.0, 3: 1.0, 4: None, 5: float("nan"), 6: float("inf"), 7: 3.0}.items():
+        a_checkpoint(tmp_path, step, loss)
+    a_checkpoint(tmp_path, 8, 0.5, whole=False)
+    assert best(tmp_path).name == "checkpoint-3"
 
 
-def test_the_cards_example_is_python(tmp_path: Path) -> None:
-    write_model_card(tmp_path, a_record(tmp_path), Ledger("x", 8))
-    [example] = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
-    ast.parse(example)
+@settings(deadline=None, max_examples=60)
+@given(
+    saves=st.lists(
+        st.tuples(st.sampled_from([None, 1.0, 1.5, 2.0, float("nan")]), st.booleans()), min_size=1, max_size=8
+    ),
+    limit=st.integers(1, 4),
+)
+def test_rotation_keeps_the_newest_whole_one_and_the_best_and_no_torn_one_before_them(
+    saves: list[tuple[float | None, bool]], limit: int
+) -> None:
+    with tempfile.TemporaryDirectory() as place:
+        output, least = Path(place), None
+        for step, (loss, whole) in enumerate(saves, start=1):
+            folder = a_checkpoint(output, step, loss, whole)
+            if not whole:
+                continue
+            rotate(output, limit)
+            # A run of its own account: the best of all so far, as losses of removed ones count no less.
+            if loss is not None and loss == loss and (least is None or loss <= least[0]):
+                least = loss, folder
+            there = checkpoints(output)
+            assert folder in there
+            assert least is None or least[1] in there
+            assert all(read_manifest(each) for each in there), "torn ones are gone"
+            assert len(there) <= max(limit, 2)
 
 
-def test_the_card_of_a_local_model_and_data_points_to_no_page_of_the_hub(tmp_path: Path) -> None:
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own.jsonl").touch()
-    record = a_record(
-        tmp_path, input_model=str(tmp_path / "own"), training_dataset=str(tmp_path / "own.jsonl")
-    )
-    write_model_card(tmp_path, record, Ledger("x", 8))
-    card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model is None
-    assert card.data.datasets is None
-    assert "licence: unknown" in card.text
+def test_a_torn_checkpoint_that_is_newer_is_left_to_the_run_that_writes_it(tmp_path: Path) -> None:
+    a_checkpoint(tmp_path, 1, 1.0)
+    a_checkpoint(tmp_path, 2, whole=False)
+    rotate(tmp_path, 1)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
+
+
+def test_nothing_is_removed_while_nothing_is_whole(tmp_path: Path) -> None:
+    a_checkpoint(tmp_path, 1, whole=False)
+    rotate(tmp_path, 1)
+    assert len(checkpoints(tmp_path)) == 1
+
+
+def test_a_removal_that_is_killed_leaves_no_whole_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = a_checkpoint(tmp_path, 1)
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+    checkpoint.remove(folder)
+    assert faults_of(folder) == ["it was not written to the end"]

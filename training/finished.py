@@ -19,7 +19,6 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.core_model_loading import revert_weight_conversion
 
 from training.checkpoint import read_manifest
 from training.consts import CONTROL_TOKENS, DEMO, END_KEY, SAMPLE_INSTRUCTIONS
@@ -49,9 +48,12 @@ def save_model(
     max_shard_size: str,
 ) -> None:
     """Writes a model's weights, gathered as `state_dict`, with tokenizer and generation config."""
-    model.config.use_cache = True
-    model.generation_config = generation_config(tokenizer)
-    model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+    training = model.config.use_cache, model.generation_config
+    model.config.use_cache, model.generation_config = True, generation_config(tokenizer)
+    try:
+        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+    finally:  # with a cache, transformers would let packed documents read each other from the next step on
+        model.config.use_cache, model.generation_config = training
     tokenizer.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # safetensors' writer lets nobody else read them
         shutil.copymode(folder / "config.json", file)
@@ -94,11 +96,12 @@ def verify_model(folder: Path, trust_remote_code: bool = False) -> None:
     tokenizer and generation config agree; and a greedy answer of a few tokens comes out. Holds the model once in
     host memory, in the precision of its files. Raises ModelError with everything that is wrong.
     """
+    faults: list[str] = []
     try:
-        faults = _weight_faults(folder, trust_remote_code)
-        faults = faults or _answer_faults(folder, trust_remote_code)
+        faults += _weight_faults(folder, trust_remote_code)
+        faults += _answer_faults(folder, trust_remote_code)
     except Exception as error:  # whatever reads a broken file raises: tokenizers has a bare Exception
-        faults = [f"{type(error).__name__}: {error}"]
+        faults += [f"{type(error).__name__}: {error}"]
     if faults:
         more = [f"and {len(faults) - 8} more"] if len(faults) > 8 else []
         raise ModelError(
@@ -107,45 +110,49 @@ def verify_model(folder: Path, trust_remote_code: bool = False) -> None:
 
 
 def _weight_faults(folder: Path, trust_remote_code: bool) -> list[str]:
+    """Of the tensors in the files, under whatever names: transformers renames some when it saves and loads."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    # Saving writes some architectures under their original names: GPT-NeoX's head is embed_out in its files.
-    named = revert_weight_conversion(model, model.state_dict())
-    expected = {name: list(tensor.shape) for name, tensor in named.items()}
-    found: dict[str, list[int]] = {}
-    faults = []
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = [tensor for name, tensor in model.state_dict().items() if name not in parameters]
+    expected = sum(tensor.numel() for tensor in [*model.parameters(), *buffers])  # a tied weight counts once
+    found, faults = 0, []
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (not a dict)
                 tensor = weights.get_tensor(name)
-                found[name] = list(tensor.shape)
+                found += tensor.numel()
                 if tensor.numel() == 0:
                     faults.append(f"{name} is empty")
                 elif not torch.isfinite(tensor).all():
                     faults.append(f"{name} holds NaN or infinite numbers")
-    # Tied weights are saved once, under one of their names.
-    tied = set(model._tied_weights_keys or ()) if config.get_text_config().tie_word_embeddings else set()
-    faults += [f"{name} is missing" for name in expected if name not in found and name not in tied]
-    faults += [f"{name} is not of this architecture" for name in found if name not in expected]
-    faults += [
-        f"{name} has the shape {found[name]}, and {expected[name]} is that of the config"
-        for name in found
-        if name in expected and found[name] != expected[name]
-    ]
+    if found != expected:
+        faults.append(f"its files hold {found:,} numbers, and the model of its config {expected:,}")
     return faults
 
 
 @torch.inference_mode()
 def _answer_faults(folder: Path, trust_remote_code: bool) -> list[str]:
+    """Of the model as transformers loads it, which would make up at random what it does not find."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     model, loaded = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="auto", trust_remote_code=trust_remote_code, output_loading_info=True
+        folder,
+        dtype="auto",
+        trust_remote_code=trust_remote_code,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,  # told below, with the others
     )
     model.eval()
+    faults = [f"{name} is missing" for name in sorted(loaded["missing_keys"])]
+    faults += [f"{name} is not of this architecture" for name in sorted(loaded["unexpected_keys"])]
+    faults += [
+        f"{name} has the shape {list(found)}, and {list(expected)} is that of the config"
+        for name, found, expected in sorted(loaded["mismatched_keys"])
+    ]
+    if faults:
+        return faults
     rows, stops = model.get_input_embeddings().num_embeddings, model.generation_config.eos_token_id
-    # An index of shards that names too few of them: what is missing would be made up at random.
-    faults = [f"{name} is not found when the model is loaded" for name in sorted(loaded["missing_keys"])]
     if len(tokenizer) > rows:
         faults.append(f"the tokenizer has {len(tokenizer):,} entries, and the embedding {rows:,} rows")
     lost = [key for key in CONTROL_TOKENS if len(tokenizer(key, add_special_tokens=False)["input_ids"]) != 1]

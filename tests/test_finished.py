@@ -1,0 +1,315 @@
+"""The finished folder: weights bit for bit, verified from its files alone, a card that can be read."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPTNeoXConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from training import checkpoint
+from training.data import Ledger
+from training.finished import place_model, save_model, verify_model, write_model_card
+from training.model import ModelError
+from training.options import TrainingOptions
+from training.record import start_record
+
+
+def a_record(tmp_path: Path, **options: Any) -> dict[str, Any]:
+    record = start_record(TrainingOptions(local_output_dir=str(tmp_path), bf16=True, **options), 8)
+    return record | {"status": "finished", "steps": 797, "held_out_loss": {"before": 2.34567, "after": 1.2}}
+
+
+def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, shard: str) -> None:
+    save_model(model, model.state_dict(), tokenizer, folder, shard)
+
+
+# --- weights, tokenizer, generation config -----------------------------------------------------------
+
+
+@pytest.mark.parametrize(("shard", "several"), [("5GB", False), ("50KB", True)])
+def test_a_saved_folder_has_the_weights_bit_for_bit(
+    answering_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    shard: str,
+    several: bool,
+) -> None:
+    save(answering_model, tokenizer, tmp_path, shard)
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is several
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    weights = answering_model.state_dict()
+    assert again.keys() == weights.keys()
+    for key, tensor in weights.items():
+        assert torch.equal(again[key], tensor), key
+        assert again[key].dtype == tensor.dtype
+
+
+def test_a_save_in_mid_training_leaves_the_model_as_it_is(
+    answering_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(
+        answering_model.config, "use_cache", False
+    )  # with it packed documents read each other
+    before = answering_model.generation_config
+    save(answering_model, tokenizer, tmp_path, "5GB")
+    assert answering_model.config.use_cache is False
+    assert answering_model.generation_config is before
+
+
+def test_who_may_read_the_config_may_read_the_weights(
+    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    save(answering_model, tokenizer, tmp_path, "50KB")
+    assert len({file.stat().st_mode for file in tmp_path.iterdir() if file.is_file()}) == 1
+
+
+def test_a_saved_folder_says_how_to_stop_pad_and_sample(
+    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    answering_model.config.use_cache = False  # as in training
+    save(answering_model, tokenizer, tmp_path, "5GB")
+    end = tokenizer.convert_tokens_to_ids("### End")
+    written = json.loads((tmp_path / "generation_config.json").read_text())
+    written.pop("transformers_version")
+    written.pop("_from_model_config", None)
+    assert written == {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": [end, tokenizer.eos_token_id],
+        "pad_token_id": tokenizer.eos_token_id,
+        "max_new_tokens": 256,
+        "do_sample": True,
+        "top_p": 0.92,
+        "top_k": 0,
+    }
+    assert json.loads((tmp_path / "config.json").read_text())["use_cache"] is True
+    stock = AutoTokenizer.from_pretrained(tmp_path)
+    assert len(stock) == len(tokenizer)
+    assert stock.convert_tokens_to_ids("### End") == end
+    assert stock.chat_template == tokenizer.chat_template
+
+
+# --- the card ----------------------------------------------------------------------------------------
+
+
+def test_the_card_names_base_data_licences_losses_options_and_ledger(tmp_path: Path) -> None:
+    ledger = Ledger("tatsu-lab/alpaca", 2048, 10, 8, {"empty response": 2}, {"empty response": [3, 7]})
+    write_model_card(tmp_path, a_record(tmp_path), ledger)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model == "EleutherAI/gpt-j-6B"
+    assert card.data.datasets == ["tatsu-lab/alpaca"]
+    assert card.data.pipeline_tag == "text-generation"
+    assert card.data.license == "other"
+    for words in (
+        "licence: apache-2.0",
+        "licence: cc-by-nc-4.0",
+        "2.3457 before training, **1.2000** after",
+        "797 steps on 8 devices in bf16",
+        "dropped 2: empty response (first rows: 3, 7)",
+        "| `lr` | `1e-05` |",
+    ):
+        assert words in card.text
+
+
+def test_the_cards_example_is_python(tmp_path: Path) -> None:
+    write_model_card(tmp_path, a_record(tmp_path), Ledger("x", 8))
+    [example] = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    ast.parse(example)
+
+
+def test_the_card_of_a_local_model_and_data_points_to_no_page_of_the_hub(tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own.jsonl").touch()
+    record = a_record(
+        tmp_path, input_model=str(tmp_path / "own"), training_dataset=str(tmp_path / "own.jsonl")
+    )
+    write_model_card(tmp_path, record, Ledger("x", 8))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is None
+    assert card.data.datasets is None
+    assert "licence: unknown" in card.text
+
+
+# --- verified from the files alone -------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_folder(
+    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> Path:
+    """A whole model, in a folder that a test may break."""
+    save(answering_model, tokenizer, tmp_path / "model", "5GB")
+    return tmp_path / "model"
+
+
+def change_weights(folder: Path, change: Callable[[dict[str, torch.Tensor]], Any]) -> None:
+    weights = load_file(folder / "model.safetensors")
+    change(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_json(folder: Path, name: str, change: Callable[[dict[str, Any]], Any]) -> None:
+    content = json.loads((folder / name).read_text())
+    change(content)
+    (folder / name).write_text(json.dumps(content))
+
+
+HEAD, EMBEDDING = "lm_head.weight", "transformer.wte.weight"
+
+
+def poison(value: float) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        change_weights(folder, lambda weights: weights[EMBEDDING][3, 5].fill_(value))
+
+    return change
+
+
+def forget_shard(folder: Path) -> None:
+    """The index of two shards that names tensors of one of them only."""
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    (folder / "model.safetensors").unlink()
+    for number, part in enumerate((names[:5], names[5:]), start=1):
+        save_file(
+            {n: weights[n] for n in part},
+            folder / f"model-{number:05}-of-00002.safetensors",
+            {"format": "pt"},
+        )
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names[:5], "model-00001-of-00002.safetensors")}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def forget_control_token(folder: Path) -> None:
+    def forget(content: dict[str, Any]) -> None:
+        content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "### Response:\n"]
+
+    change_json(folder, "tokenizer.json", forget)
+    change_json(folder, "tokenizer_config.json", lambda content: content.update(extra_special_tokens=[]))
+
+
+def enlarge_tokenizer(folder: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens([f"<more{n}>" for n in range(5)])
+    tokenizer.save_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: change_weights(f, lambda w: w.pop(HEAD)), f"{HEAD} is missing"),
+        (lambda f: change_weights(f, lambda w: w.update(x=torch.ones(2))), "x is not of this architecture"),
+        (
+            lambda f: change_weights(f, lambda w: w.update({HEAD: w[HEAD][:-1].clone()})),
+            f"{HEAD} has the shape [",
+        ),
+        (poison(float("nan")), f"{EMBEDDING} holds NaN or infinite numbers"),
+        (poison(float("inf")), f"{EMBEDDING} holds NaN or infinite numbers"),
+        (lambda f: change_weights(f, lambda w: w.update({HEAD: torch.empty(0, 32)})), f"{HEAD} is empty"),
+        (lambda f: os.truncate(f / "model.safetensors", 50_000), "SafetensorError"),
+        (lambda f: (f / "model.safetensors").write_bytes(b""), "SafetensorError"),
+        (lambda f: (f / "model.safetensors").unlink(), "its files hold 0 numbers"),
+        (lambda f: (f / "config.json").unlink(), "config"),
+        (lambda f: change_json(f, "config.json", lambda c: c.update(n_layer=3)), "h.2.attn.k_proj.weight is missing"),
+        (forget_shard, " is missing"),
+        (enlarge_tokenizer, "and the embedding"),
+        (forget_control_token, "does not keep '### Response:\\n' as one token"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "Error"),
+        (
+            lambda f: change_json(f, "generation_config.json", lambda c: c.update(eos_token_id=0)),
+            "generation_config.json does not stop at '### End'",
+        ),
+        (lambda f: (f / "chat_template.jinja").unlink(), "chat"),
+    ],
+)  # fmt: skip
+def test_a_model_that_is_not_whole_is_told_from_its_files(
+    model_folder: Path, damage: Callable[[Path], Any], words: str
+) -> None:
+    verify_model(model_folder)
+    damage(model_folder)
+    with pytest.raises(ModelError, match="is not a model that can be used") as told:
+        verify_model(model_folder)
+    assert words in str(told.value)
+
+
+def test_a_model_in_several_shards_is_whole(
+    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    save(answering_model, tokenizer, tmp_path, "50KB")
+    assert len(list(tmp_path.glob("*.safetensors"))) > 2
+    verify_model(tmp_path)
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(ModelError, match="its files hold"):
+        verify_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, tie_word_embeddings=True),
+        GPTNeoXConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
+    ],
+    ids=["tied embeddings", "gpt-neox"],
+)
+def test_other_architectures_are_whole_as_stock_transformers_saves_them(
+    config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    config.vocab_size = len(tokenizer)
+    save(AutoModelForCausalLM.from_config(config), tokenizer, tmp_path, "5GB")
+    verify_model(tmp_path)
+    change_weights(tmp_path, lambda weights: weights.pop(sorted(weights)[0]))
+    with pytest.raises(ModelError, match="is missing"):
+        verify_model(tmp_path)
+
+
+# --- a checkpoint's model becomes the run's ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_placed_model_is_that_of_the_checkpoint_and_nothing_of_an_earlier_end_stays(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
+) -> None:
+    source = tmp_path / "checkpoint-7"
+    shutil.copytree(model_folder, source)
+    names = checkpoint.files_of(source)
+    (source / "optimizer.pt").write_bytes(b"not the model's")
+    checkpoint.write_manifest(source, 1.0, names, checkpoint.digests(source, names))
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in (
+        "model-00001-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "config.json",
+        "run.json",
+    ):
+        (output / name).write_bytes(b"of an earlier end")
+
+    def refuse(*args: Any) -> None:
+        raise OSError(1, "Operation not permitted")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    place_model(source, output)
+    assert checkpoint.files_of(output) == sorted([*names, "run.json"])
+    assert all((output / name).read_bytes() == (source / name).read_bytes() for name in names)
+    assert (output / "model.safetensors").samefile(source / "model.safetensors") is links

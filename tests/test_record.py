@@ -1,0 +1,144 @@
+"""run.json: never half-written; and another command either continues a run, or is told what differs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+
+from training.options import TrainingOptions
+from training.record import (
+    differences,
+    global_batch,
+    read_run_record,
+    rows_digest,
+    start_record,
+    write_run_record,
+)
+
+
+def record_of(world_size: int = 8, rows: str = "abc", **options: Any) -> dict[str, Any]:
+    """As it comes back from the file."""
+    options = {"local_output_dir": "out", "bf16": True} | options
+    return json.loads(json.dumps(start_record(TrainingOptions(**options), world_size, rows)))
+
+
+def test_the_record_tells_versions_options_and_commit() -> None:
+    record = record_of(lr=2e-5)
+    assert record["status"] == "running"
+    assert (record["world_size"], record["precision"], record["options"]["lr"]) == (8, "bf16", 2e-5)
+    assert (record["global_batch"], record["rows"]) == (64, "abc")
+    for package in ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers"):
+        assert record["versions"][package] == version(package)
+    assert record["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", record["git_commit"])
+
+
+def test_a_record_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_run_record(tmp_path, {"status": "running"})
+
+    def killed(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", killed)
+        with pytest.raises(KeyboardInterrupt):
+            write_run_record(tmp_path, {"status": "finished"})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"status": "running"}
+    write_run_record(tmp_path, {"status": "finished"})
+    assert json.loads((tmp_path / "run.json").read_text()) == {"status": "finished"}
+    assert [file.name for file in tmp_path.iterdir()] == ["run.json"]
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"status": "running"}', '{"options": 3}', "\0\0"])
+def test_what_is_no_record_is_none(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "run.json").write_text(content)
+    assert read_run_record(tmp_path) is None
+
+
+# --- what would make another run of it ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"seed": 1}, ["--seed was 42, and is 1"]),
+        ({"lr": 2e-5}, ["--lr was 1e-05, and is 2e-05"]),
+        ({"weight_decay": 0.1}, ["--weight-decay was 0.0, and is 0.1"]),
+        ({"input_model": "demo"}, ["--input-model was EleutherAI/gpt-j-6B, and is demo"]),
+        ({"batching": "padded"}, ["--batching was packed, and is padded"]),
+        (
+            {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 9},
+            ["--lr-scheduler-type was constant, and is constant_with_warmup", "--warmup-steps was 0, and is 9"],
+        ),
+        ({"bf16": None, "fp16": True}, ["the precision was bf16, and is fp16"]),
+        ({"rows": "other"}, ["the rows differ: another --training-dataset, --test-size, --max-length or "
+                             "--keep-truncated, or the file has changed (it was tatsu-lab/alpaca)"]),
+        ({"world_size": 4}, ["a step was of 64 rows, and is of 32. Type --gradient-accumulation-steps 2"]),
+        ({"world_size": 3}, ["a step was of 64 rows, and is of 24: --per-device-train-batch-size x "
+                             "--gradient-accumulation-steps x devices must stay the same"]),
+        ({"gradient_accumulation_steps": 2},
+         ["a step was of 64 rows, and is of 128. Type --gradient-accumulation-steps 1"]),
+    ],
+)  # fmt: skip
+def test_each_option_that_changes_the_result_is_told_with_both_values(
+    changed: dict[str, Any], told: list[str]
+) -> None:
+    assert differences(record_of(), record_of(**changed)) == told
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        {"world_size": 4, "gradient_accumulation_steps": 2},
+        {"world_size": 1, "per_device_train_batch_size": 64},
+        {"epochs": 5.0},
+        {"max_steps": 7},
+        {"local_output_dir": "elsewhere", "dbfs_output_dir": "copy"},
+        {"eval_steps": 7, "save_steps": 9, "logging_steps": 3, "save_total_limit": 9},
+        {"final_model": "best", "resume": "auto", "force": True},
+    ],
+)
+def test_what_leaves_the_result_alone_is_no_difference(changed: dict[str, Any]) -> None:
+    assert differences(record_of(), record_of(**changed)) == []
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_a_rate_that_falls_to_the_end_must_keep_its_end(schedule: str) -> None:
+    former, now = record_of(lr_scheduler_type=schedule), record_of(lr_scheduler_type=schedule, epochs=1.0)
+    assert differences(former, now) == ["--epochs was 3.0, and is 1.0"]
+
+
+def test_all_differences_are_told_at_once() -> None:
+    assert len(differences(record_of(), record_of(seed=1, lr=1.0, rows="x", world_size=1))) == 4
+
+
+def test_the_rows_of_a_step_are_those_of_all_devices_and_accumulated_batches() -> None:
+    options = TrainingOptions(
+        local_output_dir="out", per_device_train_batch_size=3, gradient_accumulation_steps=5
+    )
+    assert global_batch(options, 2) == 30
+
+
+def test_the_digest_of_the_rows_changes_with_a_token_a_border_or_their_order() -> None:
+    rows = [{"input_ids": [1, 2, 3], "response_start": 2}, {"input_ids": [4, 5], "response_start": 1}]
+
+    def digest(rows: list[dict[str, Any]]) -> str:
+        return rows_digest(datasets.Dataset.from_list(rows))
+
+    others = [
+        rows[::-1],
+        rows[:1],
+        [rows[0] | {"input_ids": [1, 2, 9]}, rows[1]],
+        [rows[0] | {"response_start": 1}, rows[1]],
+        [rows[0] | {"input_ids": [1, 2, 3, 2]}, rows[1]],
+    ]
+    assert digest(rows) == digest(rows)
+    assert len({digest(rows), *map(digest, others)}) == 1 + len(others)

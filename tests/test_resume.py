@@ -1,0 +1,484 @@
+"""--resume: which checkpoint it means, what it refuses, and that the run which goes on is the one that was begun."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import training.trainer
+from tests.conftest import jsonl
+from training import checkpoint
+from training.batching import GlobalBatchSampler
+from training.loop import CompletionTrainer
+from training.model import model_folder
+from training.options import OptionsError, TrainingOptions
+from training.record import start_record, write_run_record
+from training.resume import Start, find_start, remove_newer, reshard
+from training.stopping import Interrupted, StopRequest, TrainingError
+from training.trainer import planned_steps, train
+
+STEPS = 12
+
+
+def options_of(output: Path, **changed: Any) -> TrainingOptions:
+    return TrainingOptions(
+        **{"local_output_dir": str(output), "input_model": "demo", "resume": "auto", "bf16": False} | changed
+    )
+
+
+def a_run(output: Path, *steps: int, status: str = "running", **record: Any) -> None:
+    """The folder of a run with complete checkpoints at these steps."""
+    output.mkdir(exist_ok=True)
+    for step in steps:
+        folder = output / f"checkpoint-{step}"
+        folder.mkdir()
+        checkpoint.write_json(folder / checkpoint.PROGRESS_FILE, {"loss_sums": [0.5]})
+        (folder / "optimizer.pt").write_bytes(b"moments")
+        files = checkpoint.digests(folder, checkpoint.files_of(folder))
+        checkpoint.write_manifest(folder, 1.0, [], files)
+    write_run_record(output, start_record(options_of(output), 1, "rows") | {"status": status} | record)
+
+
+def found(output: Path, steps: int = STEPS, **changed: Any) -> Start:
+    options = options_of(output, **changed)
+    return find_start(output, options, start_record(options, 1, "rows"), steps)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+# --- which checkpoint --------------------------------------------------------------------------------
+
+
+def test_without_resume_nothing_is_looked_for(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    assert found(tmp_path / "out", resume="never") == Start()
+
+
+@pytest.mark.parametrize("content", [[], ["notes.txt"], ["checkpoint-3/model.safetensors"]])
+def test_auto_begins_anew_in_a_folder_without_a_run(tmp_path: Path, content: list[str]) -> None:
+    for name in content:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("of somebody else")
+    assert found(tmp_path) == Start()
+
+
+def test_auto_means_the_newest_complete_one_and_tells_how_many_ranks_wrote_it(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    start = found(tmp_path / "out")
+    assert (start.folder, start.step, start.saved_ranks) == (tmp_path / "out" / "checkpoint-6", 6, 1)
+    assert not start.finished
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew_even_with_other_options(tmp_path: Path) -> None:
+    a_run(tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-3").mkdir()
+    assert found(tmp_path / "out", seed=1) == Start()
+
+
+def test_torn_and_damaged_ones_are_named_and_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "out"
+    a_run(output, 3, 6, 9, 12)
+    (output / "checkpoint-12" / checkpoint.MANIFEST_FILE).unlink()
+    (output / "checkpoint-9" / "optimizer.pt").write_bytes(b"momentS")
+    before = contents(output)
+    assert found(output).folder == output / "checkpoint-6"
+    assert f"{output}/checkpoint-12 is passed over: it was not written to the end" in caplog.text
+    assert (
+        f"{output}/checkpoint-9 is passed over: optimizer.pt has changed since it was written" in caplog.text
+    )
+    assert contents(output) == before, "to look changes nothing"
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew_over_them(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    for step, name in ((3, "optimizer.pt"), (6, "progress.json")):
+        os.truncate(tmp_path / "out" / f"checkpoint-{step}" / name, 2)
+    with pytest.raises(
+        OptionsError, match=r"no checkpoint in .* is whole \(checkpoint-6: progress.json has 2"
+    ) as told:
+        found(tmp_path / "out")
+    assert "checkpoint-3: optimizer.pt has 2 bytes instead of 7" in str(told.value)
+
+
+def test_a_damaged_manifest_is_no_reason_to_begin_anew(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 3)
+    file = tmp_path / "out" / "checkpoint-3" / checkpoint.MANIFEST_FILE
+    file.write_text(file.read_text().replace("1.0", "2.0"))
+    with pytest.raises(OptionsError, match=r"checkpoint-3: manifest.json has changed since it was written"):
+        found(tmp_path / "out")
+
+
+def test_other_options_are_refused_with_the_list_and_forced_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a_run(tmp_path / "out", 3)
+    with pytest.raises(OptionsError) as told:
+        found(tmp_path / "out", seed=1, lr=1.0)
+    assert "--seed was 42, and is 1" in str(told.value)
+    assert "--lr was 1e-05, and is 1.0" in str(told.value)
+    assert "--force continues all the same" in str(told.value)
+    assert found(tmp_path / "out", seed=1, force=True).step == 3
+    assert "continued by --force, though --seed was 42, and is 1" in caplog.text
+
+
+def test_a_finished_run_is_finished_with_or_without_its_checkpoints(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 12, status="finished", steps=12)
+    assert found(tmp_path / "out").finished
+    shutil.rmtree(tmp_path / "out" / "checkpoint-12")
+    assert found(tmp_path / "out").finished
+
+
+def test_a_finished_run_can_go_on_or_end_with_another_model_only_from_a_checkpoint(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 12, status="finished", steps=12)
+    assert found(tmp_path / "out", steps=20).step == 12
+    assert not found(tmp_path / "out", final_model="best").finished
+    shutil.rmtree(tmp_path / "out" / "checkpoint-12")
+    for changed in ({"steps": 20}, {"final_model": "best"}):
+        with pytest.raises(
+            OptionsError, match="a finished model of 12 steps, and no checkpoint to go on from"
+        ):
+            found(tmp_path / "out", **changed)
+
+
+def test_a_run_cannot_end_before_where_it_is(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    assert found(tmp_path / "out", steps=6).step == 6
+    with pytest.raises(OptionsError, match="is at step 6, and the run would end at 5") as told:
+        found(tmp_path / "out", steps=5)
+    assert "to end at 6 or later" in str(told.value)
+
+
+def test_a_checkpoint_without_a_held_out_loss_is_no_end_of_a_run(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 6)
+    checkpoint.write_manifest(tmp_path / "out" / "checkpoint-6", None, [], checkpoint.read_manifest(
+        tmp_path / "out" / "checkpoint-6")["files"])  # fmt: skip
+    assert found(tmp_path / "out", steps=7).step == 6
+    with pytest.raises(OptionsError, match="to end at 7 or later"):
+        found(tmp_path / "out", steps=6)
+
+
+def test_a_checkpoint_of_deepspeed_is_not_loaded_without_it(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 6)
+    folder = tmp_path / "out" / "checkpoint-6"
+    (folder / "global_step6").mkdir()
+    with pytest.raises(OptionsError, match=r"was written with DeepSpeed\. Add --deepspeed"):
+        found(tmp_path / "out")
+
+
+# --- --resume FOLDER ---------------------------------------------------------------------------------
+
+
+def test_a_named_checkpoint_is_taken_into_a_new_folder_or_as_the_newest_of_its_own(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    named = tmp_path / "out" / "checkpoint-6"
+    assert found(tmp_path / "out", resume=str(named)).folder == named
+    assert found(tmp_path / "new", resume=str(tmp_path / "out" / "checkpoint-3")).step == 3
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("resume", "output", "words"),
+    [
+        ("out/checkpoint-3", "out", "has newer checkpoints (checkpoint-6), which the run would run into"),
+        ("out/checkpoint-6", "other", "holds a run of its own. Type --resume auto to go on with that"),
+        ("out", "out", "it is no checkpoint. Type --resume auto"),
+        ("out/runs", "out", "it is no checkpoint. Type --resume auto"),
+        ("out/checkpoint-7", "out", "it was not written to the end"),
+        ("checkpoint-2", "new", "there is no run.json beside it"),
+    ],
+)
+def test_a_name_that_cannot_be_meant_is_refused_with_what_to_type(
+    tmp_path: Path, resume: str, output: str, words: str
+) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    a_run(tmp_path / "other", 9)
+    for name in ("out/runs", "out/checkpoint-7", "x"):
+        (tmp_path / name).mkdir()
+    if output != "out" or resume == "out/checkpoint-3":
+        (tmp_path / "out" / "checkpoint-7").rmdir()
+    shutil.copytree(tmp_path / "out" / "checkpoint-3", tmp_path / "checkpoint-2")
+    manifest = checkpoint.read_manifest(tmp_path / "out" / "checkpoint-3")
+    checkpoint.write_manifest(tmp_path / "checkpoint-2", 1.0, [], manifest["files"])
+    with pytest.raises(OptionsError, match=re.escape(words)):
+        found(tmp_path / output, resume=str(tmp_path / resume))
+
+
+# --- what is cut anew, what is removed ---------------------------------------------------------------
+
+
+def test_what_the_run_will_write_again_is_removed_and_no_more(tmp_path: Path) -> None:
+    a_run(tmp_path, 3, 6, 9)
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "runs").mkdir()
+    remove_newer(tmp_path, 6)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6", "run.json", "runs"]
+
+
+def sharded(output: Path) -> Path:
+    folder = output / "checkpoint-3"
+    (folder / "global_step3").mkdir(parents=True)
+    (folder / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"no pickle" * 100)
+    return folder
+
+
+def test_what_deepspeed_cannot_convert_is_refused_with_its_last_line_and_nothing_stays(
+    tmp_path: Path,
+) -> None:
+    folder = sharded(tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises(OptionsError, match="DeepSpeed cannot convert") as told:
+        reshard(folder, tmp_path)
+    assert "Use as many as before" in str(told.value)
+    assert contents(tmp_path) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_room_for_the_conversion_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = sharded(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(OptionsError, match="Make room, or use as many devices as before"):
+        reshard(folder, tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+# --- the run that goes on is the run that was begun --------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    words = "red blue green cat dog house river tree stone bird".split()
+    return jsonl(
+        tmp_path_factory.mktemp("rows") / "rows.jsonl",
+        [
+            {
+                "instruction": f"Say {n}{' please' * (n % 7)}.",
+                "input": "",
+                "output": " ".join(words[: n % 9 + 1]),
+            }
+            for n in range(70)
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def dropping(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small GPT-2, which is trained with dropout: what is random goes on as well."""
+    folder = tmp_path_factory.mktemp("base")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, vocab_size=len(tokenizer),
+                        bos_token_id=0, eos_token_id=0)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+class Spy(TrainerCallback):
+    """Notes the tokens of each step, and asks to stop at a step."""
+
+    def __init__(self, request: StopRequest, stop_at: int | None, seen: list[Any]) -> None:
+        self.request, self.stop_at, self.seen = request, stop_at, seen
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.request.asked |= state.global_step + 1 == self.stop_at
+
+
+def run(
+    rows: str, output: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, **changed: Any
+) -> tuple[dict[str, Any], list[Any]]:
+    """A run in this process, with its record and the tokens of each micro-step; stopped in a step as by SIGTERM."""
+    request, seen = StopRequest(), []
+
+    class SpiedTrainer(CompletionTrainer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.add_callback(Spy(request, stop_at, seen))
+
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            seen.append((self.state.global_step, inputs["input_ids"].tolist()))
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(training.trainer, "CompletionTrainer", SpiedTrainer)
+    options = {
+        "training_dataset": rows, "test_size": 10, "epochs": 2, "logging_steps": 2, "eval_steps": 4, "save_steps": 3,
+        "lr": 1e-3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    return train(options_of(output, **options | changed), request), seen
+
+
+def history(output: Path) -> list[dict[str, float]]:
+    entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [
+        {k: v for k, v in entry.items() if k in ("step", "loss", "grad_norm", "eval_loss")}
+        for entry in entries
+    ]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(
+    rows: str, dropping: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict, list]:
+    """16 steps in two epochs, of 8 rows each but for the last of an epoch."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        record, seen = run(rows, output, patch, input_model=dropping, save_total_limit=50)
+    assert record["steps"] == 16
+    return output, record, seen
+
+
+# 3: saved anyway, between two lines of the log. 4: with a held-out loss due. 5: neither. 8: the end of an epoch.
+# 12: all of it. 15 and 16: at the end.
+@pytest.mark.parametrize("stops", [[3], [4], [5, 6], [8], [12], [15], [16]], ids=str)
+def test_a_stopped_run_goes_on_with_the_same_rows_losses_dropout_and_weights(
+    rows: str,
+    dropping: str,
+    undisturbed: tuple[Path, dict, list],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stops: list[int],
+) -> None:
+    reference, its_record, its_rows = undisturbed
+    output, all_seen = tmp_path / "out", []
+    for stop_at in stops:
+        record, seen = run(rows, output, monkeypatch, stop_at, input_model=dropping)
+        all_seen += seen
+        assert record["status"] == "stopped"
+        assert json.loads((output / "run.json").read_text())["status"] == "stopped"
+        assert checkpoint.checkpoints(output)[-1].name == f"checkpoint-{stop_at}"
+    record, seen = run(rows, output, monkeypatch, input_model=dropping)
+    assert all_seen + seen == its_rows
+    assert history(output) == history(reference)
+    ours, theirs = (load_file(each / "model.safetensors") for each in (output, reference))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert (record["train_loss"], record["held_out_loss"]) == (
+        its_record["train_loss"],
+        its_record["held_out_loss"],
+    )
+    for folder in checkpoint.checkpoints(output):
+        theirs = checkpoint.read_manifest(reference / folder.name)
+        if theirs is not None:
+            assert checkpoint.read_manifest(folder)["eval_loss"] == theirs["eval_loss"]
+    assert "trainer_state.json" in os.listdir(output)
+
+
+def test_a_finished_run_is_left_as_it_is_and_the_best_can_be_chosen_later(
+    rows: str,
+    dropping: str,
+    undisturbed: tuple[Path, dict, list],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed[0], output)
+    before = contents(output)
+    record, seen = run(rows, output, monkeypatch, input_model=dropping)
+    assert record["status"] == "finished"
+    assert not seen
+    assert contents(output) == before
+    best = output / "checkpoint-6"
+    manifest = checkpoint.read_manifest(best)
+    checkpoint.write_manifest(best, 0.1, manifest["model"], manifest["files"])
+    record, seen = run(rows, output, monkeypatch, input_model=dropping, final_model="best")
+    assert not seen
+    assert (record["model_of_step"], record["steps"]) == (6, 16)
+    assert (output / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+
+
+def test_a_model_that_was_damaged_in_its_checkpoint_is_not_made_the_runs(
+    rows: str,
+    dropping: str,
+    undisturbed: tuple[Path, dict, list],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    shutil.copytree(undisturbed[0], output)
+    best = output / "checkpoint-6"
+    manifest = checkpoint.read_manifest(best)
+    checkpoint.write_manifest(best, 0.1, manifest["model"], manifest["files"])
+    content = bytearray((best / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (best / "model.safetensors").write_bytes(content)
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-6 cannot be used, because model.safetensors has changed"
+    ):
+        run(rows, output, monkeypatch, input_model=dropping, final_model="best")
+    shutil.rmtree(best)
+    record, _ = run(rows, output, monkeypatch, input_model=dropping, final_model="best")
+    assert record["model_of_step"] != 6
+
+
+def test_a_damaged_newer_checkpoint_is_written_anew_and_never_ends_up_as_the_model(
+    rows: str,
+    dropping: str,
+    undisturbed: tuple[Path, dict, list],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    run(rows, output, monkeypatch, 9, input_model=dropping)
+    optimizer = output / "checkpoint-9" / "optimizer.pt"
+    content = bytearray(optimizer.read_bytes())
+    content[len(content) // 2] ^= 1
+    optimizer.write_bytes(content)
+    _, seen = run(rows, output, monkeypatch, input_model=dropping, save_total_limit=1)
+    assert seen[0][0] == 6, "the step after checkpoint-6"
+    assert history(output) == history(undisturbed[0])
+    assert not any(map(checkpoint.faults_of, checkpoint.checkpoints(output)))
+
+
+def test_a_stop_after_the_last_step_leaves_the_end_to_the_next_command(
+    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = StopRequest()
+    monkeypatch.setattr(training.trainer, "run_steps", lambda *args: setattr(request, "asked", True))
+    options = options_of(tmp_path / "out", training_dataset=rows, test_size=10, input_model=dropping)
+    with pytest.raises(Interrupted):
+        train(options, request)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+
+
+# --- the Trainer's own count of steps ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [0.1, 0.5, 1.0, 1.1, 2.0, 2.7, 3.0])
+def test_the_planned_steps_are_those_of_the_trainer(epochs: float, base_folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(base_folder), TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=epochs, use_cpu=True, report_to="none"))  # fmt: skip
+    for rows in (1, 7, 8, 9, 63, 64, 65, 1000):
+        for batch, accumulation in ((1, 1), (8, 1), (3, 2), (8, 8), (5, 3)):
+            trainer.args.gradient_accumulation_steps = accumulation
+            options = options_of(
+                tmp_path,
+                epochs=epochs,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulation,
+            )
+            sampler = GlobalBatchSampler(
+                [4] * rows, batch * accumulation, world_size=1, rank=0, accumulation=accumulation, seed=1, deal="packed"
+            )  # fmt: skip
+            loader = torch.utils.data.DataLoader(list(range(rows)), batch_sampler=sampler)
+            *_, steps = trainer.set_initial_training_values(trainer.args, loader)
+            assert planned_steps(options, rows, 1) == steps >= 1
+    assert planned_steps(options_of(tmp_path, epochs=epochs, max_steps=5), 10_000, 1) == 5
