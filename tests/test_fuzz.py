@@ -868,10 +868,11 @@ def nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     """A folder with some things in it; training ends after its own checks. Collects what it would train with."""
     accepted: list[TrainingOptions] = []
 
-    def checked(options: TrainingOptions) -> None:
+    def checked(options: TrainingOptions, request: object) -> dict[str, str]:
         if faults := find_faults(options):
             raise OptionsError(faults)
         accepted.append(options)
+        return {"status": "finished"}
 
     monkeypatch.setattr(trainer, "train", checked)
     monkeypatch.chdir(tmp_path)

@@ -47,7 +47,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> None:
 def given_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TrainingOptions]:
     """Collects what the command line hands to `train`, which then does nothing."""
     taken: list[TrainingOptions] = []
-    monkeypatch.setattr(trainer, "train", taken.append)
+
+    def train(options: TrainingOptions, request: object) -> dict[str, str]:
+        taken.append(options)
+        return {"status": "finished"}
+
+    monkeypatch.setattr(trainer, "train", train)
     return taken
 
 
@@ -86,7 +91,7 @@ def test_the_defaults_are_dollys(tmp_path: Path, given_options: list[TrainingOpt
     assert (taken.per_device_train_batch_size, taken.per_device_eval_batch_size) == (8, 8)
     assert (taken.lr_scheduler_type, taken.warmup_steps, taken.weight_decay) == ("constant", 0, 0)
     assert (taken.logging_steps, taken.eval_steps) == (10, 100)
-    assert taken.gradient_checkpointing is True
+    assert (taken.gradient_checkpointing, taken.max_tokens_per_device) == ("auto", "auto")
     assert taken.trust_remote_code is False
     assert taken.bf16 is taken.fp16 is taken.deepspeed is taken.deepspeed_config is None
 
@@ -102,7 +107,7 @@ def test_dollys_own_command_line_is_understood(tmp_path: Path, given_options: li
     assert given_options == [
         options(
             tmp_path, deepspeed=BF16_JSON, epochs=1.0, dbfs_output_dir=str(tmp_path / "dbfs"), seed=7,
-            gradient_checkpointing=False, bf16=True, local_rank=3,
+            gradient_checkpointing="off", bf16=True, local_rank=3,
         )
     ]  # fmt: skip
 
@@ -140,7 +145,9 @@ def test_help_shows_groups_units_and_defaults() -> None:
         "--warmup-steps STEPS",
         "--lr RATE",
         "--gradient-accumulation-steps BATCHES",
-        "--gradient-checkpointing / --no-gradient-checkpointing",
+        "--gradient-checkpointing [auto|on|off]",
+        "--max-tokens-per-device auto|TOKENS",
+        "--resume never|auto|FOLDER",
         "--bf16 / --no-bf16",
         "--deepspeed_config FILE",
         "--local_rank RANK",

@@ -23,7 +23,7 @@ import fsspec
 import pytest
 
 from training import publish as publishing
-from training.publish import PublishError, free_bytes, publish, target_faults
+from training.publish import PublishError, publish, target_faults
 
 ROOT = Path(__file__).parents[1]
 MODEL = (
@@ -366,14 +366,8 @@ def test_figures_that_dbfs_makes_up_stop_nobody(
     finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch, free: int, blocks: int
 ) -> None:
     monkeypatch.setattr(os, "statvfs", figures(free, blocks))
-    assert free_bytes(str(target)) is None
     publish(finished, str(target))
     assert_whole(content(target), finished)
-
-
-def test_free_space_is_that_of_the_nearest_folder_and_unknown_of_a_url(tmp_path: Path) -> None:
-    assert 0 < free_bytes(str(tmp_path / "a" / "b")) <= shutil.disk_usage(tmp_path).total
-    assert free_bytes("s3://bucket/x") is None
 
 
 # --- what is refused ---------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +23,12 @@ from transformers import (
     OPTConfig,
 )
 
+import training.trainer
 from training.collator import DataCollatorForCompletionOnlyLM
 from training.consts import CONTROL_TOKENS, END_KEY
 from training.data import prepare_dataset, split_held_out
 from training.model import load_tokenizer, model_folder
-from training.options import TrainingOptions
+from training.options import OptionsError, TrainingOptions
 from training.trainer import train
 
 ROOT = Path(__file__).parents[1]
@@ -189,6 +191,21 @@ def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_taken_port_is_told_with_what_to_type(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        result = subprocess.run(
+            [sys.executable, "-m", "training.trainer", *DEMO, "--deepspeed", BF16, "--local-output-dir", str(tmp_path / "out")],
+            cwd=ROOT, env=os.environ | environment | {"MASTER_PORT": str(port)}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    assert result.returncode == 2
+    assert f"port {port}, by which the ranks meet, is taken" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
 def train_demo(folder: Path, **changes: object) -> dict:
     """A short run on the demo in this process; `changes` are options."""
     options = {"input_model": "demo", "training_dataset": "demo", "test_size": 50, "logging_steps": 1}
@@ -225,6 +242,52 @@ def test_a_token_budget_changes_the_memory_and_not_the_training(tmp_path):
 def test_a_budget_below_the_longest_row_is_told_before_training(tmp_path):
     with pytest.raises(ValueError, match="--max-tokens-per-device 20 is less than the length"):
         train_demo(tmp_path / "out", max_tokens_per_device=20)
+
+
+def small_host(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    """This machine with so much free host memory."""
+    found = training.trainer.this_machine
+    monkeypatch.setattr(training.trainer, "this_machine", lambda *args: replace(found(*args), host_gib=gib))
+
+
+def test_a_run_that_does_not_fit_is_refused_before_a_weight_is_loaded_unless_forced(
+    tmp_path, monkeypatch, caplog
+):
+    small_host(monkeypatch, 0.3)
+    monkeypatch.setattr(training.trainer, "load_model", lambda *args: pytest.fail("a weight was loaded"))
+    with pytest.raises(OptionsError, match=r"host memory: .* more than the 0\.3 of this machine"):
+        train_demo(tmp_path / "out", max_steps=1)
+    assert not (tmp_path / "out" / "run.json").exists()
+    monkeypatch.undo()
+    small_host(monkeypatch, 0.3)
+    with caplog.at_level("WARNING", logger="training"):
+        record = train_demo(tmp_path / "out", max_steps=1, force=True)
+    assert record["status"] == "finished"
+    assert "trained by --force, though the plan says host memory" in caplog.text
+
+
+def test_auto_checkpoints_only_where_memory_is_short_and_a_run_keeps_what_was_decided(tmp_path, monkeypatch):
+    roomy = train_demo(tmp_path / "roomy", max_steps=1)
+    assert roomy["decided"] == {"gradient_checkpointing": False, "max_tokens_per_device": None}
+    small_host(monkeypatch, 1.1)
+    tight = train_demo(tmp_path / "tight", max_steps=1, per_device_train_batch_size=512, test_size=1000)
+    assert tight["decided"]["gradient_checkpointing"] is True
+    monkeypatch.undo()
+    assert train_demo(tmp_path / "tight", max_steps=2, per_device_train_batch_size=512, test_size=1000,
+                      resume="auto")["decided"] == tight["decided"]  # fmt: skip
+
+
+def test_each_disk_is_asked_for_what_will_be_written_on_it(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(
+        training.trainer, "disk_faults", lambda needs, labels: asked.update(needs) or ["full"]
+    )
+    with pytest.raises(OptionsError, match="full"):
+        train_demo(tmp_path / "out", max_steps=1, dbfs_output_dir=str(tmp_path / "copy"))
+    checkpoints, model = asked[tmp_path / "out" / "checkpoints"], asked[tmp_path / "out" / "model"]
+    assert checkpoints == pytest.approx(3 * model, rel=0.01), "float32 weights, and two moments of AdamW"
+    assert asked[tmp_path / "copy"] == model
+    assert len(asked) == 4, "and the cache"
 
 
 @pytest.mark.parametrize(
@@ -271,8 +334,6 @@ def test_another_architecture_is_packed_only_where_it_keeps_documents_apart(
 def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> dict:
     """The gradients before the first optimizer step of a real run, by parameter."""
     from transformers import TrainerCallback
-
-    import training.trainer
 
     found: dict[str, torch.Tensor] = {}
 

@@ -21,6 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from training import checkpoint
 from training.batching import GlobalBatchSampler, held_out_batches, micro_steps_needed
 from training.callbacks import StepCounter, count_labels, peak_memory_gib
+from training.checks import free_bytes
 from training.collator import document_lengths, split_packed_batch
 from training.finished import not_finite, save_model
 from training.flops import model_flops, model_parameters
@@ -225,7 +226,7 @@ class CompletionTrainer(Trainer):
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TrainingError(
                 f"step {self.state.global_step}: {folder} could not be written ({why}); "
-                f"{_gib(shutil.disk_usage(folder.parent).free)} are free there. Make room. {self._older()}",
+                f"{_gib(free_bytes(folder.parent) or 0)} are free there. Make room. {self._older()}",
                 alone=True,
             ) from error
 
@@ -240,6 +241,7 @@ class CompletionTrainer(Trainer):
                 "logged_step": self._globalstep_last_logged,
                 "loss_total": self._total_loss_scalar,
                 "seconds": self.seconds_before + time.monotonic() - self.begin,
+                "batching": self.batching,
             }
             checkpoint.write_json(folder / checkpoint.PROGRESS_FILE, progress)
         self.accelerator.wait_for_everyone()
@@ -265,8 +267,8 @@ class CompletionTrainer(Trainer):
         need = self.saved_bytes or 16 * sum(
             getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()
         )
-        free = shutil.disk_usage(output).free
-        if free >= need:
+        free = free_bytes(output)
+        if free is None or free >= need:
             return None
         return (
             f"step {self.state.global_step}: a checkpoint needs {_gib(need)}, and {_gib(free)} are free in {output}. "

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
+
+from training.checks import free_bytes
 
 GIB = 2**30
 
@@ -205,11 +207,9 @@ def _link(family: str, device_name: str) -> str:
 
 
 def free_disk_gib(folder: str | Path) -> float:
-    """Free space of the disk on which `folder` lies, or would: asked of its nearest parent that exists."""
-    place = Path(folder).expanduser().resolve()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free / GIB
+    """Free space of the disk on which `folder` lies, or would; endless where the disk cannot tell."""
+    free = free_bytes(Path(folder).expanduser())
+    return math.inf if free is None else free / GIB
 
 
 def free_host_gib(cgroups: str | Path = "/sys/fs/cgroup") -> float:

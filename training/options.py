@@ -269,6 +269,10 @@ class TrainingOptions:
 class GroupedCommand(click.Command):
     """A command whose --help shows its options under the headings of their groups."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        words = {"--no-gradient-checkpointing": "--gradient-checkpointing=off"}  # as Dolly's command had it
+        return super().parse_args(ctx, [words.get(word, word) for word in args])
+
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
         names = {f.name: f.metadata["group"] for f in fields(TrainingOptions)}

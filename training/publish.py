@@ -35,6 +35,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
+from training.checks import free_bytes, nearest_existing
 from training.consts import RUN_FILE
 
 logger = logging.getLogger(__name__)
@@ -45,7 +46,6 @@ NOT_PUBLISHED = r"^\.|\.lock$|\.partial$"
 
 BLOCK = 2**23  # bytes read and written at once
 LARGE = 2**28  # bytes from which a file has a bar on a terminal, and a line in the log
-ABSURD = 2**60  # bytes free that no disk has: DBFS makes its figures up
 MOUNTS = ("/dbfs", "/Volumes")  # of Databricks
 BUCKETS = ("s3", "s3a")  # what has no folders to be made
 NEW_FOLDER = "Name a new folder"
@@ -140,24 +140,8 @@ def local_path(folder: str) -> Path:
 
 def writable(folder: Path) -> bool:
     """Whether `folder` can be made, or written: asked of its nearest parent that exists."""
-    folder = _nearest(folder)
+    folder = nearest_existing(folder)
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-
-
-def _nearest(folder: Path) -> Path:
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    return folder
-
-
-def free_bytes(target: str) -> int | None:
-    """Bytes free where `target` is or will be. None where it cannot tell: object stores, and DBFS's fancies."""
-    if "://" in target:
-        return None
-    figures = os.statvfs(_nearest(local_path(target).absolute()))
-    free = figures.f_bavail * figures.f_frsize
-    # A full disk says 0 as well; writing to it tells the truth.
-    return free if 0 < free < ABSURD and figures.f_bavail <= figures.f_blocks else None
 
 
 def target_faults(target: str, folder: Path | None = None) -> list[str]:
@@ -282,8 +266,8 @@ def _refuse_others(target: Target, there: dict[str, int | None], record: bytes |
 
 
 def _refuse_lack_of_space(target: Target, needed: int) -> None:
-    free = free_bytes(target.shown)
-    if free is not None and free < needed:
+    free = None if "://" in target.shown else free_bytes(local_path(target.shown))
+    if free and free < needed:  # a mounted object store may say 0; writing to a full disk tells the truth
         raise PublishError(
             f"{target.shown}: {_shown(needed)} are needed, and {_shown(free)} are free. Make room, or name another folder"
         )

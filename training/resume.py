@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training import checkpoint
+from training.checks import free_bytes
 from training.consts import RUN_FILE
 from training.options import OptionsError, TrainingOptions
 from training.record import differences, read_run_record
@@ -184,8 +185,8 @@ def reshard(folder: Path, output: Path) -> Path:
     shutil.rmtree(target, ignore_errors=True)
     [shards] = folder.glob("global_step*")
     optimizer = sum(file.stat().st_size for file in shards.glob("*optim_states.pt"))
-    free = shutil.disk_usage(output).free
-    if free < 2 * optimizer:  # and as much again for DeepSpeed's own intermediate files
+    free = free_bytes(output)
+    if free is not None and free < 2 * optimizer:  # and as much again for DeepSpeed's own intermediate files
         raise OptionsError(
             [
                 f"--resume on another number of devices needs {2 * optimizer / 2**30:.1f} GiB in {output} for a while, "

@@ -17,6 +17,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import sys
@@ -24,7 +25,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -35,6 +36,8 @@ import click
 import datasets
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
 from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -44,7 +47,7 @@ from training import checkpoint
 from training.attention import packs_cleanly, use_packed_attention
 from training.batching import check_token_budget
 from training.callbacks import ProgressLog, duration
-from training.checks import FolderBusyError, kernel_faults, version_faults, writing
+from training.checks import FolderBusyError, disk_faults, kernel_faults, version_faults, writing
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
 from training.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED
@@ -52,7 +55,7 @@ from training.finished import LEDGER_FILE, place_model, verify_model, write_mode
 from training.flops import peak_flops
 from training.loop import Batching, CompletionTrainer, Continued
 from training.loss import use_response_loss
-from training.machines import this_machine
+from training.machines import GIB, this_machine
 from training.model import DTYPES, ModelError, load_config, load_model, load_tokenizer, max_positions
 from training.operators import compile_operators, compiler_faults
 from training.options import (
@@ -67,7 +70,7 @@ from training.options import (
     value_faults,
     world_size,
 )
-from training.publish import PublishError, publish
+from training.publish import PublishError, local_path, publish
 from training.record import global_batch, rows_digest, start_record, write_run_record
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError
@@ -186,9 +189,8 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
         return start.former
     if start.former is not None:
         record["started"] = start.former["started"]
-    # A run that goes on keeps what was decided for it, or its numbers would change in their last digits.
-    decided = start.former and start.former.get("decided")
-    record["decided"] = decided or _on_rank_0(args, lambda: check_plan(options, prepared))
+    decided = start.former.get("decided") if start.former else None
+    record["decided"] = _on_rank_0(args, partial(check_plan, options, prepared, decided))
     folder = start.folder
     if folder and start.step < steps and options.deepspeed_json and start.saved_ranks != args.world_size:
         folder = _on_rank_0(args, partial(reshard, folder, output))
@@ -230,21 +232,33 @@ def _on_rank_0(args: TrainingArguments, function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def check_plan(options: TrainingOptions, prepared: Prepared) -> dict[str, Any]:
-    """What "auto" comes to on this machine, by the plan. Raises OptionsError where the run does not fit."""
+def check_plan(
+    options: TrainingOptions, prepared: Prepared, decided: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """What "auto" comes to on this machine, by the plan. Raises OptionsError where the run does not fit.
+
+    A run that goes on keeps what was `decided` for it, or its numbers would change in their last digits.
+    """
+    if decided:
+        options = replace(
+            options,
+            gradient_checkpointing="on" if decided["gradient_checkpointing"] else "off",
+            max_tokens_per_device=decided["max_tokens_per_device"],
+        )
     world = prepared.args.world_size
-    local = (
-        os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
-    )  # torchrun's, DeepSpeed's
+    # As torchrun and DeepSpeed's launcher call it; on one node it is all ranks.
+    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
     machine = this_machine(prepared.args.output_dir, int(local))
     lengths = lengths_of(
         options.training_dataset,
         *(prepared.train_rows[c][:] + prepared.held_out_rows[c][:] for c in ("length", "response_start")),
     )
     plan = plan_run(options, world, lengths, model_facts(options.input_model), machine)
-    if plan.faults and not options.force:
-        raise OptionsError([*plan.faults, "--force trains all the same: the plan may err by a tenth or more"])
-    for fault in plan.faults:
+    faults = [fault for kind, fault in zip(plan.shortages, plan.faults, strict=True) if kind != "disk"]
+    faults += _disk_faults(options, plan.disk_gib)
+    if faults and not options.force:
+        raise OptionsError([*faults, "--force trains all the same: the plan may err by a tenth or more"])
+    for fault in faults:
         logger.warning("trained by --force, though the plan says %s", fault)
     logger.info(
         "the plan: %.2f GiB a device, checkpointing %s; an epoch in %s to %s",
@@ -256,6 +270,28 @@ def check_plan(options: TrainingOptions, prepared: Prepared) -> dict[str, Any]:
         "gradient_checkpointing": plan.settings.checkpointing,
         "max_tokens_per_device": plan.settings.max_tokens,
     }
+
+
+def _disk_faults(options: TrainingOptions, gib: dict[str, float]) -> list[str]:
+    """Which disks have too little free for what the plan says will be written on each."""
+    output = local_path(options.local_output_dir)
+    there = sum(file.stat().st_size for file in output.glob("checkpoint-*/**/*") if file.is_file())
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    downloaded = any(
+        isinstance(try_to_load_from_cache(options.input_model, file), str)
+        for file in files
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", options.input_model)
+    )
+    needs = {
+        Path(HF_HOME): 0 if downloaded else int(gib["cache"] * GIB),
+        output / "checkpoints": max(0, int(gib["checkpoints"] * GIB) - there),
+        output / "model": int(gib["model"] * GIB),
+    }
+    labels = dict(zip(needs, ("downloads and tokenised rows", "checkpoints", "the model"), strict=True))
+    if options.dbfs_output_dir and "://" not in options.dbfs_output_dir:
+        published = local_path(options.dbfs_output_dir)
+        needs[published], labels[published] = needs[output / "model"], "its copy"
+    return disk_faults(needs, labels)
 
 
 def run_steps(
@@ -334,6 +370,7 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
         "train_loss": loss_sum / checkpoint.step_of(last),
         "held_out_loss": {"before": held_out[min(held_out)], "after": held_out[checkpoint.step_of(chosen)]},
         "seconds": {"training": progress["seconds"]},
+        "batching": progress["batching"],
     }
     write_model_card(output, record, ledger)
     write_run_record(output, record)
@@ -485,12 +522,21 @@ def main(ctx: click.Context, **values: Any) -> None:
             print("Stopped. To go on, type the same command with --resume auto", file=sys.stderr, flush=True)
         sys.exit(INTERRUPTED)
     except RuntimeError as error:
+        if "EADDRINUSE" in str(error):
+            port = os.environ.get("MASTER_PORT")
+            print(
+                f"Cannot train:\n  - port {port}, by which the ranks meet, is taken, most likely by another run. "
+                "Type deepspeed --master_port 29501 ... (torchrun: --master-port)",
+                file=sys.stderr,
+                flush=True,
+            )
+            sys.exit(REFUSED)
         if not lost_peer(error):
             raise
         waited = (
             f"waited {options.rank_timeout} s (--rank-timeout) for" if "imed out" in str(error) else "lost"
         )
-        rank = torch.distributed.get_rank()
+        rank = os.environ.get("RANK", "0")
         print(
             f"Rank {rank} {waited} another rank: one that ended says why, one that hangs says nothing",
             file=sys.stderr,

@@ -98,7 +98,10 @@ def _weigh(
     settings = settings_of(options, ranks, machine.family)
     load, share, cpu = epoch_load(lengths, settings), lengths.response_share, machine.is_cpu
     local = min(ranks, machine.count)
-    room = machine.host_gib / local if cpu else machine.gpu_memory_gib
+    host = host_memory(model, settings, local, cpu)
+    # Ranks on a CPU share the host's memory among them, and with what saving takes.
+    saving = host["training"] - local * CPU_PROCESS_GIB
+    room = (machine.host_gib - saving) / local if cpu else machine.gpu_memory_gib
     if settings.checkpointing == "auto":
         decided = auto_gradient_checkpointing(model, settings, load, share, room, cpu)
         settings = replace(settings, checkpointing=decided)
@@ -111,7 +114,6 @@ def _weigh(
         / GIB
         for word in ("with", "without")
     }
-    host = host_memory(model, settings, local, cpu)
     if cpu:
         host["training"] += local * (sum(gpu.values()) - CPU_PROCESS_GIB)
     steps = settings.max_steps or math.ceil(settings.epochs * load.steps)
