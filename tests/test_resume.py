@@ -21,6 +21,7 @@ from transformers import (
     TrainingArguments,
 )
 
+import training.resume
 import training.trainer
 from tests.conftest import jsonl
 from training import checkpoint
@@ -255,7 +256,7 @@ def test_what_deepspeed_cannot_convert_is_refused_with_its_last_line_and_nothing
 
 def test_room_for_the_conversion_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sharded(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(training.resume, "free_bytes", lambda place: 1)
     with pytest.raises(OptionsError, match="Make room, or use as many devices as before"):
         reshard(folder, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
