@@ -792,7 +792,11 @@ VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "--per-device-train-batch-size": (("1", "8", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
     "--per-device-eval-batch-size": (("1", "8", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
     "--batching": (("packed", "padded"), ("", "Packed", "both")),
-    "--max-tokens-per-device": (("1", "4096", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
+    "--max-tokens-per-device": (("1", "4096", HUGE, "auto"), (*WHOLE_NUMBERS_BAD, "0", "Auto")),
+    "--gradient-checkpointing": (("auto", "on", "off"), ("", "yes", "ON")),
+    "--rank-timeout": (("10", "1800", HUGE), (*WHOLE_NUMBERS_BAD, "9")),
+    "--final-model": (("last", "best"), ("", "first")),
+    "--resume": (("never", "auto", "empty"), ("", "none", "a_file", "a\udce4", "~nobody-here/x", "x" * 300)),
     "--gradient-accumulation-steps": (("1", "4", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
     "--logging-steps": (("1", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
     "--eval-steps": (("1", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
@@ -812,8 +816,7 @@ VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "--deepspeed": ((), ("", "none.json", "full", "a_file", "a\0b", "x" * 300, "~nobody-here/ds.json", "broken.json")),
 }  # fmt: skip
 SWITCHES = (
-    "--keep-truncated", "--trust-remote-code", "--bf16", "--no-bf16", "--fp16", "--no-fp16", "--gradient-checkpointing",
-    "--no-gradient-checkpointing",
+    "--keep-truncated", "--trust-remote-code", "--bf16", "--no-bf16", "--fp16", "--no-fp16", "--force",
 )  # fmt: skip
 STRANGE = (
     "--bf61",
@@ -856,7 +859,7 @@ def contradictions(values: dict[str, str], switches: list[str]) -> list[str]:
     needed = []
     if value("--lr-scheduler-type", "constant") == "constant" and value("--warmup-steps", "0") != "0":
         needed.append("--warmup-steps")
-    if value("--batching", "packed") == "padded" and value("--max-tokens-per-device", ""):
+    if value("--batching", "packed") == "padded" and value("--max-tokens-per-device", "auto") != "auto":
         needed.append("--max-tokens-per-device")
     if on["fp16"]:
         needed.append("--bf16 and --fp16 exclude each other" if on["bf16"] else "fp16 needs a CUDA GPU")
@@ -868,10 +871,11 @@ def nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     """A folder with some things in it; training ends after its own checks. Collects what it would train with."""
     accepted: list[TrainingOptions] = []
 
-    def checked(options: TrainingOptions) -> None:
+    def checked(options: TrainingOptions, *more: Any) -> dict[str, Any]:
         if faults := find_faults(options):
             raise OptionsError(faults)
         accepted.append(options)
+        return {"status": "finished"}
 
     monkeypatch.setattr(trainer, "train", checked)
     monkeypatch.chdir(tmp_path)
