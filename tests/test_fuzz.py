@@ -590,7 +590,7 @@ def test_a_name_that_is_no_file_is_refused_by_that_name(
         with pytest.raises(DataError) as error:
             read_columns(source)
         names = {source, str(Path(source))}
-        with suppress(RuntimeError):  # no such home
+        with suppress(RuntimeError, ValueError):  # no such home, a null byte
             names.add(str(Path(source).expanduser()))
         assert any(name in str(error.value) for name in names)
 
@@ -716,9 +716,9 @@ def spoil_model(folder: Path, draw: Any) -> None:
             (folder / "model.safetensors.index.json").write_text(json.dumps(index))
             weights.rename(folder / "elsewhere.safetensors")
         elif change == "pickle":
-            weights.unlink(missing_ok=True)
             if weights.is_dir():
                 weights.rmdir()
+            weights.unlink(missing_ok=True)
             state = draw(st.sampled_from([Bomb(trace), {"lm_head.weight": Bomb(trace)}, {"a": 1}, [1], None]))
             if draw(st.booleans()):
                 torch.save(state, folder / "pytorch_model.bin")
@@ -736,7 +736,7 @@ def use_model(name: str) -> None:
     [(_, ids, start)] = encode_rows(tokenizer, Columns([words], [words], [words]), Ledger("", 10_000))
     assert [i for i in ids[:start] if i in control] == control[1:]
     assert [i for i in ids[start:] if i in control] == [ids[-1]] == control[:1]
-    assert tokenizer.eos_token_id not in ids
+    assert tokenizer.eos_token_id not in ids or tokenizer.eos_token_id in control
     assert max(tokenizer.get_vocab().values()) < len(model.get_input_embeddings().weight)
     files = [file for file in Path(name).glob("*.safetensors") if file.is_file()]
     saved = {key: tensor for file in files for key, tensor in load_file(file).items()}

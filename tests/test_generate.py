@@ -203,7 +203,9 @@ def test_a_run_that_did_not_finish_is_refused_and_a_finished_one_is_not(
     for file in answering_folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "run.json").write_text(json.dumps({"status": "running"}))
-    with pytest.raises(ModelError, match=r"its training did not finish. Go on with its command and --resume auto"):
+    with pytest.raises(
+        ModelError, match=r"its training did not finish. Go on with its command and --resume auto"
+    ):
         load_model_tokenizer_for_generate(str(tmp_path))
     for record in ("[]", "7", "null"):
         (tmp_path / "run.json").write_text(record)

@@ -481,9 +481,14 @@ def _json_faults(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
     """What transformers, accelerate or DeepSpeed would refuse after loading the model, or change in silence."""
     file = options.deepspeed_json
     faults = []
-    sections = ("bf16", "fp16", "optimizer", "zero_optimization", "optimizer.params")
-    found = config | {"optimizer.params": _object(config.get("optimizer")).get("params", {})}
-    for name in sections:
+    found: dict[str, Any] = dict(config)
+    for section, inner in (
+        ("optimizer", "params"),
+        ("zero_optimization", "offload_optimizer"),
+        ("zero_optimization", "offload_param"),
+    ):
+        found[f"{section}.{inner}"] = _object(config.get(section)).get(inner) or {}
+    for name in ("bf16", "fp16", "optimizer", "zero_optimization", *(name for name in found if "." in name)):
         if name in found and not isinstance(found[name], dict):
             faults.append(f"{file} sets {name} {found[name]!r}, expected an object {{...}}")
     for name in ("bf16", "fp16"):
