@@ -871,7 +871,7 @@ def nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     """A folder with some things in it; training ends after its own checks. Collects what it would train with."""
     accepted: list[TrainingOptions] = []
 
-    def checked(options: TrainingOptions, *more: Any) -> dict[str, Any]:
+    def checked(options: TrainingOptions, request: object) -> dict[str, str]:
         if faults := find_faults(options):
             raise OptionsError(faults)
         accepted.append(options)

@@ -2,7 +2,7 @@
 
 checkpoint-200/
   manifest.json          {"step": 200, "eval_loss": 1.23, "model": [name, ...],
-                          "files": {name: {"size": bytes, "sha256": hex}, ...}}
+                          "files": {name: {"size": bytes, "sha256": hex}, ...}, "sha256": that of all this}
   model*.safetensors     the model as stock transformers loads it, with its tokenizer
   global_step200/        DeepSpeed's shards of weights and optimizer; optimizer.pt without DeepSpeed
   trainer_state.json     every figure logged so far
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
+import math
 import os
 import re
 import shutil
@@ -22,8 +22,6 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-
-logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
@@ -56,12 +54,13 @@ def files_of(folder: Path) -> list[str]:
     return sorted(name for name in names if name.removesuffix(".partial") != MANIFEST_FILE)
 
 
-def digests(folder: Path, names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """{name: {"size": bytes, "sha256": hex}} of files, read anew and forced to the disk first."""
+def digests(folder: Path, names: Iterable[str], written_now: bool = False) -> dict[str, dict[str, Any]]:
+    """{name: {"size": bytes, "sha256": hex}} of files, read anew; forced to the disk first if `written_now`."""
 
     def digest(name: str) -> dict[str, Any]:
         with open(folder / name, "rb") as file:
-            os.fsync(file.fileno())
+            if written_now:
+                os.fsync(file.fileno())
             checksum = hashlib.file_digest(file, "sha256").hexdigest()
             return {"size": file.tell(), "sha256": checksum}
 
@@ -75,25 +74,31 @@ def write_manifest(
 ) -> None:
     """Makes a checkpoint complete. `model` names the files that a finished model consists of; `files` as of `digests`."""
     manifest = {"step": step_of(folder), "eval_loss": eval_loss, "model": model, "files": files}
-    write_json(folder / MANIFEST_FILE, manifest)
+    write_json(folder / MANIFEST_FILE, manifest | {"sha256": _digest_of(manifest)})
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, or None where there is none that can be read: the checkpoint was not written to the end."""
+    """The manifest, or None where there is none that is as it was written: the checkpoint is not complete."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
     except (OSError, ValueError):
         return None
-    known = isinstance(manifest, dict) and isinstance(manifest.get("files"), dict)
-    return manifest if known else None
+    whole = isinstance(manifest, dict) and manifest.pop("sha256", None) == _digest_of(manifest)
+    return manifest if whole and manifest["step"] == step_of(folder) else None
 
 
-def faults_of(folder: Path) -> list[str]:
-    """Why a checkpoint must not be used, file by file; empty if every byte is as it was written."""
+def faults_of(folder: Path, model_only: bool = False) -> list[str]:
+    """Why a checkpoint, or the model in it, must not be used, file by file; empty if every byte is as written."""
     manifest = read_manifest(folder)
     if manifest is None:
         return ["it was not written to the end"]
     written, there = manifest["files"], set(files_of(folder))
+    if model_only:
+        written = {name: written[name] for name in manifest["model"]}
     faults = [f"{name} is missing" for name in written if name not in there]
     sizes = {name: (folder / name).stat().st_size for name in written if name in there}
     faults += [
@@ -104,30 +109,18 @@ def faults_of(folder: Path) -> list[str]:
     whole = [name for name in sizes if sizes[name] == written[name]["size"]]
     now = digests(folder, whole)
     return faults + [
-        f"{name} has changed since it was written"
-        for name in whole
-        if now[name]["sha256"] != written[name]["sha256"]
+        f"{name} has changed since it was written" for name in whole if now[name] != written[name]
     ]
-
-
-def newest_complete(output: Path) -> Path | None:
-    """The newest checkpoint whose every byte is right. Those passed over are named in the log, and kept."""
-    for folder in reversed(checkpoints(output)):
-        faults = faults_of(folder)
-        if not faults:
-            return folder
-        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
-        logger.warning("%s is passed over: %s%s", folder, faults[0], more)
-    return None
 
 
 def best(output: Path) -> Path | None:
     """The complete checkpoint with the least held-out loss, the newest of equals; None where none has one."""
-    losses = {}
+    losses: dict[Path, float] = {}
     for folder in checkpoints(output):
         manifest = read_manifest(folder)
-        if manifest is not None and isinstance(manifest.get("eval_loss"), float):
-            losses[folder] = manifest["eval_loss"]
+        loss = None if manifest is None else manifest["eval_loss"]
+        if loss is not None and math.isfinite(loss):
+            losses[folder] = loss
     return min(reversed(losses), key=losses.__getitem__, default=None)
 
 
@@ -139,8 +132,8 @@ def rotate(output: Path, limit: int) -> None:
     for folder in checkpoints(output):
         if folder not in complete and step_of(folder) < step_of(complete[-1]):
             remove(folder)
-    keep = {complete[-1], best(output)}
-    surplus = len(complete) - max(limit, len(keep & set(complete)))
+    keep = {complete[-1], best(output) or complete[-1]}
+    surplus = len(complete) - max(limit, len(keep))
     for folder in [folder for folder in complete if folder not in keep][: max(surplus, 0)]:
         remove(folder)
 

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 REFUSED = 2  # the options, the data or the machine; click ends with it as well
+ENDED = 70  # EX_SOFTWARE of sysexits.h: training cannot go on, and the rank has said why
 INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: not now, try again
 LOST_PEER = 76  # EX_PROTOCOL: this rank is sound, another one ended or hangs
 
@@ -42,6 +43,8 @@ def exit_meaning(code: int, out_of_memory: bool | None = None) -> str:
         return "finished"
     if code == REFUSED:
         return "refused before training: the reasons, and what to type, stand above"
+    if code == ENDED:
+        return f"training could not go on: the reason, and what to do, stand above. {_CONTINUE}"
     if code == INTERRUPTED:
         return f"stopped by SIGTERM or Ctrl-C, with a checkpoint. {_CONTINUE}"
     if code == LOST_PEER:

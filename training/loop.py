@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,9 +22,10 @@ from training import checkpoint
 from training.batching import GlobalBatchSampler, held_out_batches, micro_steps_needed
 from training.callbacks import StepCounter, count_labels, peak_memory_gib
 from training.collator import document_lengths, split_packed_batch
-from training.finished import save_model
+from training.finished import not_finite, save_model
 from training.flops import model_flops, model_parameters
-from training.stopping import StepGuard, StopRequest, TrainingError
+from training.resume import RESHARDED
+from training.stopping import StepGuard, StopRequest, TrainingError, lost_peer
 
 Batching = Literal["packed", "padded", "length"]
 
@@ -83,6 +87,7 @@ class CompletionTrainer(Trainer):
             rows,
             batch_sampler=[ranks[self.args.process_index] for ranks in steps],
             collate_fn=self.data_collator,
+            generator=torch.Generator(),  # else it draws from the one that dropout draws from
         )
 
     def evaluation_loop(
@@ -112,6 +117,11 @@ class CompletionTrainer(Trainer):
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         summed = self.accelerator.reduce(summed)
         loss = (summed[0] / summed[1]).item()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {self.state.global_step}: the held-out loss is NaN or infinite. Look at the held-out rows and at "
+                f"the base model; if they are sound, lower --lr. Nothing of this step is saved. {self._older()}"
+            )
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(self.eval_dataset))
 
     def training_step(
@@ -169,8 +179,24 @@ class CompletionTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The checkpoint's model, as complete as the finished one. All ranks call it."""
         folder = Path(output_dir or self.args.output_dir)
-        save_model(self, self.processing_class, folder, self.max_shard_size)
-        self.model_files = checkpoint.files_of(folder) if self.is_world_process_zero() else []
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
+        main = self.is_world_process_zero()
+        self._agree(self._bad_weights(weights) if main else None)
+        if main:
+            model = self.accelerator.unwrap_model(self.model_wrapped)
+            save_model(model, weights, self.processing_class, folder, self.max_shard_size)
+            self.model_files = checkpoint.files_of(folder)
+        self.accelerator.wait_for_everyone()  # what the other ranks write into the folder is not the model's
+
+    def _bad_weights(self, weights: dict[str, torch.Tensor]) -> str | None:
+        bad = not_finite(weights)
+        if not bad:
+            return None
+        return (
+            f"step {self.state.global_step}: {len(bad)} tensors of the model hold NaN or infinite numbers, the first: "
+            f"{bad[0]}. Look at the base model; if it is sound, lower --lr. Nothing of this step is saved. "
+            f"{self._older()}"
+        )
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         """Writes a checkpoint, completes it by its manifest, and only then removes older ones. All ranks call it."""
@@ -181,31 +207,47 @@ class CompletionTrainer(Trainer):
         main = self.is_world_process_zero()
         if main:
             checkpoint.remove(folder)  # what a killed save left
-        self._agree(main and self._lacks_space(output))
+        self._agree(self._lacks_space(output) if main else None)
+        with self._told(folder):
+            self._write_checkpoint(folder, model, trial)
+        if main:
+            checkpoint.rotate(output, self.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _told(self, folder: Path) -> Iterator[None]:
+        """Tells a failure to write in words. safetensors and torch.save have errors of their own for a full disk."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, TrainingError) or lost_peer(error):
+                raise
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TrainingError(
+                f"step {self.state.global_step}: {folder} could not be written ({why}); "
+                f"{_gib(shutil.disk_usage(folder.parent).free)} are free there. Make room. {self._older()}",
+                alone=True,
+            ) from error
+
+    def _write_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:
+        main, step = self.is_world_process_zero(), self.state.global_step
         # The loss since the last line of the log, of each rank: the next line must not forget it.
         summed = self.accelerator.gather(self._tr_loss.detach().reshape(1)).double().tolist()
-        try:
-            super()._save_checkpoint(model, trial)
-        except (
-            OSError,
-            RuntimeError,
-            SafetensorError,
-        ) as error:  # safetensors and torch.save tell a full disk so
-            raise TrainingError(
-                f"step {step}: {folder} could not be written ({str(error).splitlines()[0]}); "
-                f"{_gib(shutil.disk_usage(output).free)} are free there. {self._older(output)}"
-            ) from error
+        super()._save_checkpoint(model, trial)
         if main:
             progress = {
                 "loss_sums": summed,
                 "logged_step": self._globalstep_last_logged,
                 "loss_total": self._total_loss_scalar,
                 "seconds": self.seconds_before + time.monotonic() - self.begin,
+                "batching": self.batching,
             }
             checkpoint.write_json(folder / checkpoint.PROGRESS_FILE, progress)
         self.accelerator.wait_for_everyone()
         names = checkpoint.files_of(folder)
-        mine = checkpoint.digests(folder, names[self.args.process_index :: self.args.world_size])
+        mine = checkpoint.digests(
+            folder, names[self.args.process_index :: self.args.world_size], written_now=True
+        )
         digests = [mine]
         if self.args.world_size > 1:
             digests = [{} for _ in range(self.args.world_size)]
@@ -216,34 +258,34 @@ class CompletionTrainer(Trainer):
             }
             files = {name: each[name] for each in digests for name in each}
             checkpoint.write_manifest(folder, losses.get(step), self.model_files, dict(sorted(files.items())))
-            checkpoint.rotate(output, self.keep_checkpoints)
             self.saved_bytes = sum(file["size"] for file in files.values())
-        self.accelerator.wait_for_everyone()
 
     def _lacks_space(self, output: Path) -> str | None:
         """Why the next checkpoint would not fit, or None."""
         # 12 bytes a parameter for float32 weights and AdamW's two moments, and the gathered model again.
-        need = self.saved_bytes or 16 * sum(self.parameters)
+        need = self.saved_bytes or 16 * sum(
+            getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()
+        )
         free = shutil.disk_usage(output).free
         if free >= need:
             return None
         return (
             f"step {self.state.global_step}: a checkpoint needs {_gib(need)}, and {_gib(free)} are free in {output}. "
-            f"{self._older(output)}"
+            f"Make room. {self._older()}"
         )
 
-    def _older(self, output: Path) -> str:
+    def _older(self) -> str:
+        output = Path(self.args.output_dir)
         complete = [folder for folder in checkpoint.checkpoints(output) if checkpoint.read_manifest(folder)]
-        good = (
-            f"{complete[-1].name} is good: make room, and"
-            if complete
-            else "Nothing is saved yet: make room, and"
-        )
-        return f"{good} type the same command with --resume auto"
+        if not complete:
+            return (
+                "No checkpoint has been written yet: type the same command with --resume auto to begin anew"
+            )
+        return f"{complete[-1].name} is good: type the same command with --resume auto to go on from it"
 
-    def _agree(self, fault: str | bool | None) -> None:
+    def _agree(self, fault: str | None) -> None:
         """Raises TrainingError on every rank if rank 0 has a fault to tell."""
-        told = [fault or None]
+        told = [fault]
         if self.args.world_size > 1:
             torch.distributed.broadcast_object_list(told, src=0)
         if told[0]:
@@ -262,22 +304,26 @@ class CompletionTrainer(Trainer):
         return (
             f"step {self.state.global_step}: the loss of rank {rank} is NaN or infinite. It was computing rows "
             f"{', '.join(map(str, rows))} of the dataset. Look at them; if they are sound, lower --lr. "
-            f"Nothing of this step is saved. {self._older(Path(self.args.output_dir))}"
+            f"Nothing of this step is saved. {self._older()}"
         )
 
 
 class Continued(TrainerCallback):
-    """What transformers forgets in a checkpoint: the loss since the last line of the log, and a due held-out loss."""
+    """What transformers forgets in a checkpoint: the loss since the last line of the log, and a due held-out loss.
 
-    def __init__(self, trainer: CompletionTrainer, folder: Path) -> None:
+    Args:
+        saved: the checkpoint that the run goes on from, as it was written.
+    """
+
+    def __init__(self, trainer: CompletionTrainer, saved: Path) -> None:
         self.trainer = trainer
-        self.folder = folder
+        self.saved = saved
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         trainer = self.trainer
-        progress = json.loads((self.folder / checkpoint.PROGRESS_FILE).read_text())
+        progress = json.loads((self.saved / checkpoint.PROGRESS_FILE).read_text())
         sums = progress["loss_sums"]
         mean = sum(sums) / len(sums)
         same_ranks = len(sums) == args.world_size
@@ -286,9 +332,17 @@ class Continued(TrainerCallback):
         trainer._total_loss_scalar = progress["loss_total"]
         trainer._initial_global_step = 0  # the mean loss is that of all steps, not of those since this start
         trainer.seconds_before = progress["seconds"]
+        trainer.accelerator.wait_for_everyone()
+        if state.is_world_process_zero:
+            shutil.rmtree(Path(args.output_dir) / RESHARDED, ignore_errors=True)
         measured = {entry["step"] for entry in state.log_history if "eval_loss" in entry}
-        if state.global_step % args.eval_steps == 0 and state.global_step not in measured:
-            trainer.evaluate()
+        due = state.global_step % args.eval_steps == 0 or state.global_step % args.save_steps == 0
+        if due and state.global_step not in measured:
+            loss = trainer.evaluate()["eval_loss"]
+            manifest = checkpoint.read_manifest(self.saved)
+            ours = self.saved.parent == Path(args.output_dir)
+            if state.is_world_process_zero and ours and manifest is not None:
+                checkpoint.write_manifest(self.saved, loss, manifest["model"], manifest["files"])
 
 
 def _gib(size: float) -> str:

@@ -481,13 +481,13 @@ def _json_faults(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
     """What transformers, accelerate or DeepSpeed would refuse after loading the model, or change in silence."""
     file = options.deepspeed_json
     faults = []
-    found: dict[str, Any] = dict(config)
-    for section, inner in (
+    found = dict(config)
+    for outer, inner in (
         ("optimizer", "params"),
         ("zero_optimization", "offload_optimizer"),
         ("zero_optimization", "offload_param"),
     ):
-        found[f"{section}.{inner}"] = _object(config.get(section)).get(inner) or {}
+        found[f"{outer}.{inner}"] = _object(config.get(outer)).get(inner) or {}
     for name in ("bf16", "fp16", "optimizer", "zero_optimization", *(name for name in found if "." in name)):
         if name in found and not isinstance(found[name], dict):
             faults.append(f"{file} sets {name} {found[name]!r}, expected an object {{...}}")

@@ -16,6 +16,7 @@ from training import checkpoint
 from training.consts import RUN_FILE
 from training.options import OptionsError, TrainingOptions
 from training.record import differences, read_run_record
+from training.supervisor import die_with_parent
 
 logger = logging.getLogger(__name__)
 
@@ -26,31 +27,42 @@ RESHARDED = (
 
 @dataclass
 class Start:
-    """Where a run begins. `former` is the record of the run that it continues, `saved_ranks` how many ranks that had."""
+    """Where a run begins. `former` is the record of the run that it continues, `saved_ranks` how many ranks that had;
+    `finished` says that nothing is left to do."""
 
     folder: Path | None = None
     former: dict[str, Any] | None = None
     saved_ranks: int | None = None
+    finished: bool = False
 
     @property
     def step(self) -> int:
         return 0 if self.folder is None else checkpoint.step_of(self.folder)
 
 
-def find_start(output: Path, options: TrainingOptions, now: dict[str, Any]) -> Start:
-    """The checkpoint that `--resume` means; `now` is the record of the run to come. Reads every byte of it.
+def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], steps: int) -> Start:
+    """The checkpoint that `--resume` means. Reads every byte of it, and changes nothing.
+
+    Args:
+        now: the record of the run to come.
+        steps: how many that run will have done in the end.
 
     Raises OptionsError where there is none, or where the options would make another run of it.
     """
     if options.resume == "never":
         return Start()
-    given = None if options.resume == "auto" else Path(options.resume).expanduser().resolve()
+    given = None if options.resume == "auto" else _given(options.resume, output)
     former = read_run_record(given.parent if given else output)
     if former is None:
         if given:
             raise OptionsError(
                 [f"--resume {options.resume}: there is no {RUN_FILE} beside it, so it is of no run"]
             )
+        return Start()
+    finished = former["status"] == "finished" and given is None
+    if not given and not finished and not any(map(checkpoint.read_manifest, checkpoint.checkpoints(output))):
+        _newest_whole(output)
+        logger.info("%s has no checkpoint yet: the run begins anew", output)
         return Start()
     different = differences(former, now)
     if different and not options.force:
@@ -63,33 +75,103 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any]) -> S
         )
     for difference in different:
         logger.warning("continued by --force, though %s", difference)
-    folder = _checked(given, output) if given else checkpoint.newest_complete(output)
+    if finished and former["steps"] == steps and former["options"].get("final_model") == options.final_model:
+        return Start(former=former, finished=True)
+    folder = given or _newest_whole(output)
     if folder is None:
-        logger.info("%s has no checkpoint that is whole: the run begins anew", output)
-        return Start(former=former)
+        raise OptionsError(
+            [
+                f"--resume: {output} holds a finished model of {former['steps']} steps, and no checkpoint to go on from. "
+                "Name a new --local-output-dir"
+            ]
+        )
+    _check_fit(folder, options, steps)
     progress = json.loads((folder / checkpoint.PROGRESS_FILE).read_text())
     return Start(folder, former, len(progress["loss_sums"]))
 
 
-def _checked(given: Path, output: Path) -> Path:
-    faults = checkpoint.faults_of(given)
+def _given(resume: str, output: Path) -> Path:
+    """The checkpoint that --resume names, whole and with none after it that the run would run into."""
+    given, output = Path(resume).expanduser().resolve(), output.resolve()
+    faults = ["it is no checkpoint"]
+    if given in checkpoint.checkpoints(given.parent):
+        faults = checkpoint.faults_of(given)
     if faults:
         raise OptionsError(
-            [f"--resume {given}: {faults[0]}. Type --resume auto for the newest that is whole"]
+            [f"--resume {resume}: {faults[0]}. Type --resume auto for the newest that is whole"]
         )
-    newer = [
-        each.name
-        for each in checkpoint.checkpoints(output)
-        if checkpoint.step_of(each) > checkpoint.step_of(given)
-    ]
-    if newer and given.parent == output.resolve():
+    others = [each for each in checkpoint.checkpoints(output) if each != given]
+    if given.parent != output and (others or read_run_record(output)):
         raise OptionsError(
             [
-                f"--resume {given}: {output} has newer checkpoints ({', '.join(newer)}), which the run would run into. "
+                f"--resume {resume}: {output} holds a run of its own. Type --resume auto to go on with that, "
+                "or name a new --local-output-dir"
+            ]
+        )
+    newer = [each.name for each in others if checkpoint.step_of(each) > checkpoint.step_of(given)]
+    if newer:
+        raise OptionsError(
+            [
+                f"--resume {resume}: {output} has newer checkpoints ({', '.join(newer)}), which the run would run into. "
                 "Name a new --local-output-dir, or remove them"
             ]
         )
     return given
+
+
+def _newest_whole(output: Path) -> Path | None:
+    """The newest checkpoint whose every byte is right; those passed over are named in the log.
+
+    Raises OptionsError where there are complete ones, and all of them have been damaged since.
+    """
+    damaged = []
+    for folder in reversed(checkpoint.checkpoints(output)):
+        faults = checkpoint.faults_of(folder)
+        if not faults:
+            return folder
+        if (folder / checkpoint.MANIFEST_FILE).is_file():
+            if checkpoint.read_manifest(folder) is None:
+                faults = [f"{checkpoint.MANIFEST_FILE} has changed since it was written"]
+            damaged.append(f"{folder.name}: {faults[0]}")
+        more = f", and {len(faults) - 1} more" if len(faults) > 1 else ""
+        logger.warning("%s is passed over: %s%s", folder, faults[0], more)
+    if damaged:
+        raise OptionsError(
+            [
+                f"--resume: no checkpoint in {output} is whole ({'; '.join(damaged)}). "
+                "Restore the file, or name a new --local-output-dir to begin anew"
+            ]
+        )
+    return None
+
+
+def _check_fit(folder: Path, options: TrainingOptions, steps: int) -> None:
+    """Raises OptionsError if a run with these options cannot go on, or end, at this checkpoint."""
+    step, manifest = checkpoint.step_of(folder), checkpoint.read_manifest(folder)
+    assert manifest is not None
+    measured = manifest["eval_loss"] is not None
+    sharded = any(folder.glob("global_step*"))
+    if sharded != bool(options.deepspeed_json):
+        written, missing = ("with", "Add") if sharded else ("without", "Leave out")
+        raise OptionsError(
+            [
+                f"--resume: {folder} was written {written} DeepSpeed. {missing} --deepspeed, and start it as before"
+            ]
+        )
+    if step > steps or (step == steps and not measured):
+        raise OptionsError(
+            [
+                f"--resume: {folder} is at step {step}, and the run would end at {steps}. "
+                f"Raise --epochs or --max-steps to end at {step if measured else step + 1} or later"
+            ]
+        )
+
+
+def remove_newer(output: Path, step: int) -> None:
+    """Removes what a run that goes on from `step` will write again: torn checkpoints, and those passed over."""
+    for folder in checkpoint.checkpoints(output):
+        if checkpoint.step_of(folder) > step:
+            checkpoint.remove(folder)
 
 
 def reshard(folder: Path, output: Path) -> Path:
@@ -121,7 +203,9 @@ def reshard(folder: Path, output: Path) -> Path:
     # Not as a rank of this run: it would look for its peers.
     ours = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in ours}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        command, env=environment, capture_output=True, text=True, preexec_fn=die_with_parent
+    )
     if result.returncode:
         shutil.rmtree(target, ignore_errors=True)
         why = (result.stderr.strip() or "no message").splitlines()[-1]

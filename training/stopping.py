@@ -12,25 +12,34 @@ from typing import Any
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-# fp16 steps in a row that were skipped because a gradient overflowed. DeepSpeed halves its loss scale of 2^16 each
-# time, so long before the scale is 1, and what overflows then is no matter of scale.
-OVERFLOWS_IN_A_ROW = 50
+# fp16 steps in a row that were skipped because a gradient overflowed. The loss scale of 2^16 is halved each time
+# (DeepSpeed: but for the first), so it is about 1, and what overflows then is no matter of scale. One or two later
+# DeepSpeed would end the run itself, with a bare Exception (DynamicLossScaler.update_scale).
+OVERFLOWS_IN_A_ROW = 16
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on. The message says at which step, why, and what to do; the last checkpoint is good."""
+    """Training cannot go on. The message says at which step, why, and what to do; the last checkpoint is good.
+
+    All ranks raise it together, and one needs to tell it; or one `alone`, which then tells it itself.
+    """
+
+    def __init__(self, message: str, alone: bool = False) -> None:
+        self.alone = alone
+        super().__init__(message)
 
 
 class Interrupted(KeyboardInterrupt):
     """SIGTERM or Ctrl-C where no step was under way that could be finished."""
 
 
-def lost_peer(error: RuntimeError) -> bool:
+def lost_peer(error: Exception) -> bool:
     """Whether gloo or NCCL says that another rank went away, or did not come within its time."""
     if isinstance(error, torch.distributed.DistError):
         return True
     signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
-    return torch.distributed.is_initialized() and any(sign in str(error) for sign in signs)
+    told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+    return told and torch.distributed.is_initialized()
 
 
 class StopRequest:

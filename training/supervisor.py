@@ -8,24 +8,27 @@ unexpectedly repeats its last lines with the meaning of its exit code. It import
 from __future__ import annotations
 
 import collections
+import contextlib
 import ctypes
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
 from types import FrameType
 from typing import BinaryIO
 
-from training.exits import INTERRUPTED, LOST_PEER, REFUSED, exit_meaning
+from training.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED, exit_meaning
 
 SUPERVISED = (
     "DOLLY_SUPERVISED"  # set for the rank proper; its value tells whether somebody looks at a terminal
 )
 LAST_LINES = 15
+ECHO = 1.0  # seconds in which a Ctrl-C may come twice: from the terminal, and once more from torchrun
 PATIENCE = 25  # seconds after SIGTERM; the launchers kill what still lives after 30
 
-EXPECTED_EXITS = (0, REFUSED, INTERRUPTED, LOST_PEER)  # the rank has said itself what there is to say
+EXPECTED_EXITS = (0, REFUSED, ENDED, INTERRUPTED, LOST_PEER)  # the rank has said itself what there is to say
 
 
 def supervise() -> None:
@@ -35,8 +38,10 @@ def supervise() -> None:
     rank = os.environ.get("RANK", "0")
     environment = os.environ | {SUPERVISED: "terminal" if sys.stderr.isatty() else "log"}
     command = [sys.executable, "-u", "-m", "training.trainer", *sys.argv[1:]]
+    if "RANK" in os.environ:  # a launcher that is killed leaves nobody to end its ranks
+        _at_death_of_parent(signal.SIGTERM)
     child = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_die_with_parent
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_in_the_rank
     )
     assert child.stdout is not None
     assert child.stderr is not None
@@ -47,7 +52,7 @@ def supervise() -> None:
 
     hanging = threading.Timer(PATIENCE, tell_of_hanging)
     hanging.daemon = True
-    _forward_signals(child, hanging)
+    taken = _forward_signals(child, hanging)
     readers = [
         threading.Thread(target=_hand_on, args=(pipe, target, last), daemon=True)
         for pipe, target in ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer))
@@ -58,6 +63,10 @@ def supervise() -> None:
     for reader in readers:
         reader.join(timeout=5)  # a grandchild may hold the pipe open
     hanging.cancel()
+    if code == -signal.SIGTERM and taken:  # before it could listen
+        code = INTERRUPTED
+        if rank == "0":
+            _write("Stopped. To go on, type the same command with --resume auto\n")
     if code not in EXPECTED_EXITS:
         _tell(f"Rank {rank} ended: {exit_meaning(code)}", last)
     # A process that ends by a signal is told apart from one that fails: shells and launchers expect 128 + n.
@@ -67,41 +76,60 @@ def supervise() -> None:
 def _tell(what: str, last: collections.deque[bytes]) -> None:
     lines = b"".join(list(last)).decode(errors="replace").splitlines()
     said = "".join(f"  {line}\n" for line in lines if line.strip()) or "  (none)\n"
-    sys.stderr.write(f"\n{what}\nIts last lines:\n{said}")
-    sys.stderr.flush()
+    _write(f"\n{what}\nIts last lines:\n{said}")
+
+
+def _write(words: str) -> None:
+    with contextlib.suppress(OSError):  # nobody reads any more
+        sys.stderr.write(words)
+        sys.stderr.flush()
 
 
 def _hand_on(pipe: BinaryIO, target: BinaryIO, last: collections.deque[bytes]) -> None:
     """Copies what the rank prints as it comes, also a progress bar that ends no line, and keeps the last lines."""
     begun = b""
     while chunk := os.read(pipe.fileno(), 65536):
-        target.write(chunk)
-        target.flush()
+        with contextlib.suppress(OSError):  # who does not read, or has gone, must not stop the rank
+            target.write(chunk)
+            target.flush()
         *lines, begun = (begun + chunk).split(b"\n")
         last.extend(line.rpartition(b"\r")[2] + b"\n" for line in lines)
     if begun:
         last.append(begun)
 
 
-def _forward_signals(child: subprocess.Popen[bytes], hanging: threading.Timer) -> None:
-    """SIGTERM and Ctrl-C reach the rank, which finishes its step and saves; a second Ctrl-C ends it at once."""
-    interrupts = 0
+def _forward_signals(child: subprocess.Popen[bytes], hanging: threading.Timer) -> list[float]:
+    """SIGTERM and Ctrl-C reach the rank, which finishes its step and saves; a second Ctrl-C ends it at once.
+
+    The list is that of the moments at which they came, a list because a handler may be interrupted by the next one.
+    """
+    taken: list[float] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal interrupts
-        interrupts += number == signal.SIGINT
-        if "RANK" in os.environ and hanging.ident is None:
+        taken.append(time.monotonic())
+        if len(taken) == 1 and "RANK" in os.environ:
             hanging.start()
         if child.poll() is None:
-            child.send_signal(signal.SIGKILL if interrupts > 1 else signal.SIGTERM)
+            again = number == signal.SIGINT and taken[-1] - taken[0] > ECHO
+            child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
+    return taken
 
 
-def _die_with_parent() -> None:
-    """The rank must not outlive a killed supervisor: no process is left behind. Linux alone can promise it."""
+def _in_the_rank() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes through the supervisor
+    die_with_parent()
+
+
+def die_with_parent() -> None:
+    """For `preexec_fn`: a process that is started must not outlive a killed one, so that none is left behind."""
+    _at_death_of_parent(signal.SIGKILL)
+
+
+def _at_death_of_parent(number: int) -> None:
+    """Linux alone can promise it (prctl(2))."""
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)

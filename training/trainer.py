@@ -47,7 +47,7 @@ from training.callbacks import ProgressLog, duration
 from training.checks import FolderBusyError, kernel_faults, version_faults, writing
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
-from training.exits import INTERRUPTED, LOST_PEER, REFUSED
+from training.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED
 from training.finished import LEDGER_FILE, place_model, verify_model, write_model_card
 from training.flops import peak_flops
 from training.loop import Batching, CompletionTrainer, Continued
@@ -69,7 +69,7 @@ from training.options import (
 )
 from training.publish import PublishError, publish
 from training.record import global_batch, rows_digest, start_record, write_run_record
-from training.resume import RESHARDED, Start, find_start, reshard
+from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError
 from training.stopping import Interrupted, StopRequest, TrainingError, lost_peer
 from training.verdict import plan_run
@@ -177,28 +177,36 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
     args = prepared.args
     output, main = Path(args.output_dir), args.process_index == 0
     record = start_record(options, args.world_size, rows_digest(prepared.train_rows))
-    start = _on_rank_0(args, lambda: find_start(output, options, record))
+    steps = planned_steps(options, len(prepared.train_rows), args.world_size)
+    start = _on_rank_0(args, lambda: find_start(output, options, record, steps))
+    if start.finished:
+        logger.info("%s is finished already", output)
+        if main and options.dbfs_output_dir:
+            publish(output, options.dbfs_output_dir)
+        return start.former
+    if start.former is not None:
+        record["started"] = start.former["started"]
     # A run that goes on keeps what was decided for it, or its numbers would change in their last digits.
     decided = start.former and start.former.get("decided")
     record["decided"] = decided or _on_rank_0(args, lambda: check_plan(options, prepared))
-    steps = planned_steps(options, len(prepared.train_rows), args.world_size)
-    if start.former is not None:
-        record["started"] = start.former["started"]
-        if start.former["status"] == "finished" and start.step == steps:
-            logger.info("%s is finished already", output)
-            if main and options.dbfs_output_dir:
-                publish(output, options.dbfs_output_dir)
-            return start.former
+    folder = start.folder
+    if folder and start.step < steps and options.deepspeed_json and start.saved_ranks != args.world_size:
+        folder = _on_rank_0(args, partial(reshard, folder, output))
     if main:
         prepared.ledger.save(output / LEDGER_FILE)
         write_run_record(output, record)
-    if start.step < steps and run_steps(options, prepared, record["decided"], start, request):
+    if start.step < steps and run_steps(options, prepared, record["decided"], start, folder, request):
         record["status"] = "stopped"
         if main:
             write_run_record(output, record)
         return record
     _leave_ranks()
-    return finish(options, prepared.ledger, record) if main else record
+    if not main:
+        return record
+    if request.asked:  # after the last step
+        raise Interrupted
+    last = start.folder if start.folder and start.step == steps else output / f"checkpoint-{steps}"
+    return finish(options, prepared.ledger, record, last)
 
 
 def planned_steps(options: TrainingOptions, rows: int, world_size: int) -> int:
@@ -255,24 +263,27 @@ def run_steps(
     prepared: Prepared,
     decided: dict[str, Any],
     start: Start,
+    folder: Path | None,
     request: StopRequest,
 ) -> bool:
-    """Trains from `start` to the last step, which leaves a checkpoint. Returns whether it was stopped before."""
+    """Trains from `start` to the last step, which leaves a checkpoint. Returns whether it was stopped before.
+
+    `folder` is the checkpoint to load: that of `start`, or what `reshard` has made of it.
+    """
     args, output = prepared.args, Path(prepared.args.output_dir)
-    folder = start.folder
-    if folder is not None:
+    if start.folder is not None:
         args.eval_on_start = False  # measured before the first step of all
-        logger.info("the run goes on from %s", folder)
-        if options.deepspeed_json and start.saved_ranks != args.world_size:
-            folder = _on_rank_0(args, partial(reshard, folder, output))
+        logger.info("the run goes on from %s", start.folder)
     if folder != start.folder:
         args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
     trainer = build_trainer(options, prepared, decided, request)
-    if folder is not None:
-        trainer.add_callback(Continued(trainer, folder))
-    trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
     if args.process_index == 0:
-        shutil.rmtree(output / RESHARDED, ignore_errors=True)
+        remove_newer(output, start.step)
+        if folder == start.folder:  # a start that was killed may have left it
+            shutil.rmtree(output / RESHARDED, ignore_errors=True)
+    if start.folder is not None:
+        trainer.add_callback(Continued(trainer, start.folder))
+    trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
     return trainer.guard.stopped
 
 
@@ -283,17 +294,27 @@ def _leave_ranks() -> None:
         torch.distributed.destroy_process_group()
 
 
-def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any]) -> dict[str, Any]:
+def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], last: Path) -> dict[str, Any]:
     """Makes the last or the best checkpoint's model the run's, verifies, describes and publishes it. Rank 0 alone.
 
     It reads files only, so it can be done again by a later command if this one is killed.
     """
     output = Path(options.local_output_dir).expanduser()
-    last = checkpoint.checkpoints(output)[-1]
     chosen = (checkpoint.best(output) or last) if options.final_model == "best" else last
-    place_model(chosen, output)
+    faults = checkpoint.faults_of(chosen, model_only=True)
+    if faults:
+        raise TrainingError(
+            f"its last step: the model in {chosen} cannot be used, because {faults[0]}. Remove that folder, and type the "
+            "same command with --resume auto"
+        )
     try:
+        place_model(chosen, output)
         verify_model(output, options.trust_remote_code)
+    except OSError as error:
+        raise TrainingError(
+            f"its last step: the model of {chosen} could not be placed in {output} ({error}). Make room, and type the "
+            "same command with --resume auto"
+        ) from error
     except ModelError as error:
         raise TrainingError(f"its last step, {checkpoint.step_of(last)}: {error}") from error
     shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
@@ -308,6 +329,7 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any]) -> 
         "train_loss": loss_sum / checkpoint.step_of(last),
         "held_out_loss": {"before": held_out[min(held_out)], "after": held_out[checkpoint.step_of(chosen)]},
         "seconds": {"training": progress["seconds"]},
+        "batching": progress["batching"],
     }
     write_model_card(output, record, ledger)
     write_run_record(output, record)
@@ -450,8 +472,9 @@ def main(ctx: click.Context, **values: Any) -> None:
             print(f"Cannot train:\n{error}", file=sys.stderr, flush=True)
         sys.exit(REFUSED)
     except TrainingError as error:
-        print(f"Training ended at {error}", file=sys.stderr, flush=True)
-        sys.exit(1)
+        if error.alone or is_main_process():
+            print(f"Training ended at {error}", file=sys.stderr, flush=True)
+        sys.exit(ENDED)
     except Interrupted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may repeat it while Python shuts down
         if is_main_process():

@@ -1,0 +1,387 @@
+"""Real runs, really killed: at any moment, by any signal, on a full disk; what goes on is the run that was begun."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import jsonl
+from tests.test_trainer import BF16, ROOT, deepspeed
+from training import checkpoint
+from training.exits import ENDED, INTERRUPTED, REFUSED
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+]
+
+ALONE, TWO_RANKS = 30, 18  # steps of the runs
+# Checkpoints between two lines of the log, with a held-out loss and without one due.
+EVERY = ["--save-steps", "3", "--eval-steps", "4", "--logging-steps", "2", "--lr", "1e-3"]
+FIGURES = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
+PATIENCE = 120  # seconds that a start may take on a busy machine
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    chance = random.Random(1)
+    words = "red blue green cat dog house river tree stone bird".split()
+    return jsonl(
+        tmp_path_factory.mktemp("rows") / "rows.jsonl",
+        [
+            {
+                "instruction": f"Say {n} {' '.join(chance.choices(words, k=chance.randint(0, 12)))}",
+                "input": "",
+                "output": " ".join(chance.choices(words, k=chance.randint(1, 8))),
+            }
+            for n in range(120)
+        ],
+    )
+
+
+class Run:
+    """A command that trains into `folder`, started as a user would, in a process group of its own."""
+
+    def __init__(self, rows: str, folder: Path, ranks: int, *more: object, **environment: str) -> None:
+        options = ["--input-model", "demo", "--training-dataset", rows, "--test-size", "20",
+                   "--gradient-checkpointing", "off", *EVERY, "--local-output-dir", folder]  # fmt: skip
+        steps = ALONE if ranks == 0 else TWO_RANKS
+        launcher = [sys.executable, "-m", "training.trainer"]
+        if ranks:
+            launcher = deepspeed(ranks)
+            options += ["--deepspeed", BF16, "--per-device-train-batch-size", 8 // ranks]
+        self.folder = folder
+        self.log = folder.with_name(f"{folder.name}.log")
+        variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
+        variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
+        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+            variables.pop(name, None)
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                [*launcher, *map(str, options), "--max-steps", str(steps), *map(str, more)],
+                cwd=ROOT,
+                env=variables,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def pids(self, kind: str) -> list[int]:
+        """Processes of this run: its "ranks", their "supervisors", DeepSpeed's "launcher", or "all" of them."""
+        found: dict[int, tuple[int, str]] = {}
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
+                dead = (place / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            except (OSError, ValueError):
+                continue  # it has just ended
+            if str(self.folder) in words and not dead:
+                module = "launcher" if any("launcher.launch" in word for word in words) else "runner"
+                if "training.trainer" in words and "--module" not in words and module != "launcher":
+                    module = "trainer"
+                found[int(place.name)] = (parent, module)
+        trainers = {pid for pid, (_, module) in found.items() if module == "trainer"}
+        ranks = {pid for pid in trainers if found[pid][0] in trainers}
+        return sorted(
+            {
+                "all": set(found),
+                "rank": ranks,
+                "supervisor": trainers - ranks,
+                "launcher": {pid for pid, (_, module) in found.items() if module == "launcher"},
+            }[kind]
+        )
+
+    def wait_until(self, reached: Callable[[], bool]) -> bool:
+        """False if the run ended before."""
+        end = time.monotonic() + PATIENCE
+        while not reached():
+            if self.process.poll() is not None:
+                return False
+            assert time.monotonic() < end, self.said
+            time.sleep(0.0005)
+        return True
+
+    def wait(self, seconds: float = PATIENCE) -> int:
+        """The exit code of the command, once none of its processes is left."""
+        code = self.process.wait(timeout=seconds)
+        end = time.monotonic() + seconds
+        while left := self.pids("all"):
+            assert time.monotonic() < end, f"left behind: {left}\n{self.said}"
+            time.sleep(0.05)
+        return code
+
+    def starting(self) -> bool:
+        return bool(self.pids("rank"))
+
+    def stepping(self) -> bool:
+        return "s/step" in self.said
+
+    def saving(self) -> bool:
+        torn = [f for f in checkpoint.checkpoints(self.folder) if not (f / checkpoint.MANIFEST_FILE).exists()]
+        return (
+            bool(torn) and self.stepping()
+        )  # there is a line of the log before each save, and none was left torn
+
+    def placing(self) -> bool:
+        return (self.folder / "model.safetensors").exists()
+
+
+@pytest.fixture
+def start(rows: str) -> Iterator[Callable[..., Run]]:
+    """Starts runs, and leaves none behind."""
+    runs: list[Run] = []
+
+    def begin(folder: Path, ranks: int, *more: object, **environment: str) -> Run:
+        runs.append(Run(rows, folder, ranks, *more, **environment))
+        return runs[-1]
+
+    yield begin
+    for run in runs:
+        for pid in run.pids("all"):
+            os.kill(pid, signal.SIGKILL)
+        run.process.wait()
+
+
+def reference(rows: str, folder: Path, ranks: int, *more: object) -> Path:
+    """A run that nobody disturbs; all its checkpoints are kept."""
+    run = Run(rows, folder, ranks, "--save-total-limit", 100, *more)
+    assert run.wait(PATIENCE) == 0, run.said
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference(rows, tmp_path_factory.mktemp("alone") / "reference", 0)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return reference(rows, tmp_path_factory.mktemp("two") / "reference", 2)
+
+
+def history(folder: Path) -> list[dict[str, float]]:
+    """Every logged figure that does not depend on the clock."""
+    entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [{name: entry[name] for name in FIGURES if name in entry} for entry in entries]
+
+
+def assert_the_same_run(folder: Path, undisturbed: Path) -> None:
+    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    assert history(folder) == history(undisturbed)
+    assert (folder / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    ours, theirs = (json.loads((each / "run.json").read_text()) for each in (folder, undisturbed))
+    assert (ours["train_loss"], ours["held_out_loss"]) == (theirs["train_loss"], theirs["held_out_loss"])
+
+
+def kill_again_and_again(
+    start: Callable[..., Run], folder: Path, ranks: int, plan: list[tuple[str, str]], seed: int
+) -> list[str]:
+    """Carries out the faults of a plan, (moment, victim) each, one a start; then lets the run finish."""
+    chance, table = random.Random(seed), []
+    for moment, victim in plan:
+        folder_of_model = folder / "model.safetensors"
+        folder_of_model.unlink(missing_ok=True)  # of an end that was killed, so that the next can be seen
+        run = start(folder, ranks, "--resume", "auto")
+        whole = [f.name for f in checkpoint.checkpoints(folder) if checkpoint.read_manifest(f)]
+        reached = {
+            "start": run.starting,
+            "step": run.stepping,
+            "save": run.saving,
+            "final": run.placing,
+        }[moment]
+        assert run.wait_until(reached), f"{moment} was not reached\n{run.said}"
+        if moment in ("start", "step"):
+            time.sleep(chance.uniform(0, 3 if moment == "start" else 0.2))
+        victims = run.pids("all" if victim == "group" else victim)
+        begin = time.monotonic()
+        for pid in victims if victim in ("group", "launcher") else victims[-1:]:
+            os.kill(pid, signal.SIGKILL)
+        run.wait(60)
+        seconds = time.monotonic() - begin
+        if victim == "rank":
+            assert "host memory" in run.said, run.said
+            assert "Its last lines:" in run.said
+        passed = run.said.count("is passed over")
+        torn_now = [f.name for f in checkpoint.checkpoints(folder) if checkpoint.read_manifest(f) is None]
+        table.append(
+            f"{ranks or 1} rank(s)  {moment:<6} {victim:<11} began at {whole[-1] if whole else 'the start':<14}"
+            f" {passed} passed over; torn by it: {', '.join(torn_now) or 'none':<14} all gone after {seconds:.1f} s"
+        )
+    run = start(folder, ranks, "--resume", "auto")
+    assert run.wait() == 0, run.said
+    return table
+
+
+def test_a_single_process_killed_sixteen_times_gives_the_same_run_bit_for_bit(start, alone, tmp_path):
+    plan = [("start", "group"), ("save", "rank"), ("step", "rank"), ("save", "group"), ("step", "supervisor"),
+            ("save", "supervisor"), ("step", "group"), ("step", "rank"), ("save", "rank"), ("start", "rank"),
+            ("step", "supervisor"), ("save", "group"), ("final", "rank"), ("final", "supervisor"),
+            ("final", "group"), ("start", "supervisor")]  # fmt: skip
+    table = kill_again_and_again(start, tmp_path / "out", 0, plan, seed=1)
+    print("", *table, sep="\n")
+    assert_the_same_run(tmp_path / "out", alone)
+
+
+def test_two_zero3_ranks_killed_nine_times_give_the_same_run_bit_for_bit(start, two_ranks, tmp_path):
+    plan = [("step", "rank"), ("save", "rank"), ("step", "launcher"), ("save", "group"), ("step", "supervisor"),
+            ("save", "supervisor"), ("start", "rank"), ("final", "rank"), ("final", "group")]  # fmt: skip
+    table = kill_again_and_again(start, tmp_path / "out", 2, plan, seed=2)
+    print("", *table, sep="\n")
+    assert_the_same_run(tmp_path / "out", two_ranks)
+
+
+# --- another number of ranks -------------------------------------------------------------------------
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_ranks(start, rows, two_ranks, tmp_path, before, after):
+    began = two_ranks
+    if before == 1:
+        began = reference(rows, tmp_path / "began", 1)
+    source = began / "checkpoint-6"
+    written = contents(source)
+    run = start(tmp_path / "out", after, "--resume", source)
+    assert run.wait() == 0, run.said
+    assert "cut anew for another number of devices" in run.said
+    assert contents(source) == written
+    assert not (tmp_path / "out" / ".resharded").exists()
+    ours, theirs = history(tmp_path / "out"), history(began)
+    assert ours[: len(theirs) // 3] == theirs[: len(theirs) // 3], "what was logged before"
+    assert [entry["step"] for entry in ours] == [entry["step"] for entry in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        for name in ("loss", "eval_loss"):
+            assert mine.get(name) == pytest.approx(other.get(name), rel=5e-3), mine
+    assert ours[-1]["eval_loss"] < ours[0]["eval_loss"] - 0.5
+
+
+def test_a_broken_shard_is_refused_in_words_and_nothing_changes(start, two_ranks, tmp_path):
+    folder = tmp_path / "out"
+    folder.mkdir()
+    shutil.copytree(two_ranks / "checkpoint-6", folder / "checkpoint-6")
+    shutil.copy(two_ranks / "run.json", folder)
+    [shard, _] = sorted((folder / "checkpoint-6").rglob("*optim_states.pt"))
+    broken = bytearray(shard.read_bytes())
+    broken[len(broken) // 2] ^= 1
+    shard.write_bytes(broken)
+    before = contents(folder)
+    run = start(folder, 1, "--resume", "auto")
+    assert run.wait() == REFUSED, run.said
+    assert f"{shard.name} has changed since it was written" in run.said
+    assert "Traceback" not in run.said
+    assert contents(folder) == before
+
+
+# --- told to stop ------------------------------------------------------------------------------------
+
+
+def test_sigterm_and_ctrl_c_finish_the_step_save_and_go_on_bit_for_bit(start, alone, tmp_path):
+    folder = tmp_path / "out"
+    for number, whom in ((signal.SIGTERM, "rank"), (signal.SIGINT, "all"), (signal.SIGTERM, "supervisor")):
+        run = start(folder, 0, "--resume", "auto")
+        assert run.wait_until(run.stepping), run.said
+        for pid in run.pids(whom):
+            os.kill(pid, number)
+        assert run.wait(30) == INTERRUPTED, run.said
+        assert "type the same command with --resume auto" in run.said
+        assert "Traceback" not in run.said
+        assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
+        assert not checkpoint.faults_of(checkpoint.checkpoints(folder)[-1])
+    run = start(folder, 0, "--resume", "auto")
+    assert run.wait() == 0, run.said
+    assert_the_same_run(folder, alone)
+
+
+def test_two_ranks_told_to_stop_in_each_way_go_on_bit_for_bit(start, two_ranks, tmp_path):
+    """DeepSpeed's launcher turns a signal to itself into its own exit code 1: that is not ours to change."""
+    folder = tmp_path / "out"
+    for number, whom, expected in (
+        (signal.SIGTERM, "rank", INTERRUPTED),
+        (signal.SIGINT, "terminal", 1),
+        (signal.SIGTERM, "launcher", 1),
+    ):
+        run = start(folder, 2, "--resume", "auto")
+        assert run.wait_until(run.stepping), run.said
+        if whom == "terminal":
+            os.killpg(run.process.pid, number)  # a group of its own, as a terminal makes one
+        else:
+            os.kill(run.pids(whom)[-1], number)
+        assert run.wait(60) == expected, run.said
+        assert run.said.count("type the same command with --resume auto") == 1, run.said
+        assert "Traceback" not in run.said
+        assert not checkpoint.faults_of(checkpoint.checkpoints(folder)[-1])
+    run = start(folder, 2, "--resume", "auto")
+    assert run.wait() == 0, run.said
+    assert_the_same_run(folder, two_ranks)
+
+
+def test_sigterm_while_it_starts_is_told_as_a_stop(start, tmp_path):
+    run = start(tmp_path / "out", 0)
+    assert run.wait_until(run.starting)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait(30) == INTERRUPTED, run.said
+    assert "type the same command with --resume auto" in run.said
+
+
+def test_a_second_ctrl_c_ends_a_run_at_once(start, tmp_path):
+    run = start(tmp_path / "out", 0)
+    assert run.wait_until(run.stepping), run.said
+    os.kill(run.pids("rank")[0], signal.SIGSTOP)  # a step without end
+    os.killpg(run.process.pid, signal.SIGINT)
+    time.sleep(2)
+    assert run.process.poll() is None
+    os.killpg(run.process.pid, signal.SIGINT)
+    assert run.wait(10) == 128 + signal.SIGKILL
+
+
+# --- a rank that hangs, a disk that is full ----------------------------------------------------------
+
+
+def test_a_rank_that_hangs_ends_the_run_and_its_last_lines_are_told(start, tmp_path):
+    run = start(tmp_path / "out", 2, "--rank-timeout", 15)
+    assert run.wait_until(run.stepping), run.said
+    begin = time.monotonic()
+    os.kill(run.pids("rank")[-1], signal.SIGSTOP)
+    assert run.wait(15 + 60) != 0
+    assert time.monotonic() - begin < 15 + 60
+    assert "waited 15 s (--rank-timeout) for another rank" in run.said
+    assert "is still busy 25 s after it was told to stop\nIts last lines:" in run.said
+
+
+def test_a_disk_that_fills_up_in_a_save_leaves_the_older_checkpoint_good(
+    start, alone, failing_disk, tmp_path
+):
+    folder = tmp_path / "out"
+    room = 2 * sum(file.stat().st_size for file in (alone / "checkpoint-3").iterdir())
+    run = start(folder, 0, "--resume", "auto", LD_PRELOAD=failing_disk, FULL_DISK=f"{room}:{folder}")
+    assert run.wait() == ENDED, run.said
+    torn = checkpoint.checkpoints(folder)[-1]
+    older = checkpoint.checkpoints(folder)[-2]
+    assert f"{torn} could not be written" in run.said
+    assert f"{older.name} is good" in run.said
+    assert run.said.count("Make room") == 1
+    assert checkpoint.read_manifest(torn) is None
+    assert not checkpoint.faults_of(older)
+    run = start(folder, 0, "--resume", "auto")
+    assert run.wait() == 0, run.said
+    assert f"{torn} is passed over: it was not written to the end" in run.said
+    assert_the_same_run(folder, alone)
