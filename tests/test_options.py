@@ -295,6 +295,10 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "another clipping": ({"gradient_clipping": 0.5}, "sets gradient_clipping 0.5, but the recipe's is 1.0"),
     "a list for an object": ({"bf16": [True]}, "sets bf16 [True], expected an object"),
+    "a word for an object": (
+        {"zero_optimization": {"stage": 3, "offload_optimizer": "auto"} | GATHER},
+        "sets zero_optimization.offload_optimizer 'auto', expected an object",
+    ),
     "yes for true": (
         {"bf16": {"enabled": "yes"}},
         "sets bf16.enabled 'yes', expected true, false or \"auto\"",

@@ -417,6 +417,7 @@ def find_faults(options: TrainingOptions) -> list[str]:
         for flag, folder, check in (
             ("--local-output-dir", options.local_output_dir, _output_faults),
             ("--dbfs-output-dir", options.dbfs_output_dir, _publishing_faults),
+            ("--resume", options.resume, _resume_faults),
         ):
             if not (folder or "").strip():  # told already, or not asked for
                 continue
@@ -480,9 +481,14 @@ def _json_faults(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
     """What transformers, accelerate or DeepSpeed would refuse after loading the model, or change in silence."""
     file = options.deepspeed_json
     faults = []
-    sections = ("bf16", "fp16", "optimizer", "zero_optimization", "optimizer.params")
-    found = config | {"optimizer.params": _object(config.get("optimizer")).get("params", {})}
-    for name in sections:
+    found = dict(config)
+    for outer, inner in (
+        ("optimizer", "params"),
+        ("zero_optimization", "offload_optimizer"),
+        ("zero_optimization", "offload_param"),
+    ):
+        found[f"{outer}.{inner}"] = _object(config.get(outer)).get(inner) or {}
+    for name in ("bf16", "fp16", "optimizer", "zero_optimization", *(name for name in found if "." in name)):
         if name in found and not isinstance(found[name], dict):
             faults.append(f"{file} sets {name} {found[name]!r}, expected an object {{...}}")
     for name in ("bf16", "fp16"):
@@ -614,18 +620,22 @@ def _output_faults(options: TrainingOptions) -> list[str]:
         )
     elif not writable(output):
         faults.append(f"--local-output-dir {output}: cannot be written. Name a folder of your own")
-    if options.resume not in ("never", "auto") and not Path(options.resume).expanduser().is_dir():
-        faults.append(
-            f"--resume {options.resume}: no such folder. Type never, auto, or a checkpoint's folder"
-        )
     return faults
 
 
 def _publishing_faults(options: TrainingOptions) -> list[str]:
-    output = None
+    target, output = str(options.dbfs_output_dir), None
+    if "://" not in target:
+        local_path(target).resolve()  # raises where links go in a circle
     with suppress(OSError, RuntimeError, ValueError):  # told of the local output
-        output = local_path(options.local_output_dir or "")
-    return [f"--dbfs-output-dir {fault}" for fault in target_faults(str(options.dbfs_output_dir), output)]
+        output = local_path(options.local_output_dir or "").resolve()
+    return [f"--dbfs-output-dir {fault}" for fault in target_faults(target, output)]
+
+
+def _resume_faults(options: TrainingOptions) -> list[str]:
+    if options.resume in ("never", "auto") or Path(options.resume).expanduser().is_dir():
+        return []
+    return [f"--resume {options.resume}: no such folder. Type never, auto, or a checkpoint's folder"]
 
 
 def _holds_something(folder: Path) -> bool:
