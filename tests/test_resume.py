@@ -30,7 +30,7 @@ from training.loop import CompletionTrainer
 from training.model import model_folder
 from training.options import OptionsError, TrainingOptions
 from training.record import start_record, write_run_record
-from training.resume import Start, find_start, remove_newer, reshard
+from training.resume import Start, find_start, own_steps, remove_newer, reshard
 from training.stopping import Interrupted, StopRequest, TrainingError
 from training.trainer import planned_steps, train
 
@@ -260,6 +260,20 @@ def test_room_for_the_conversion_is_asked_for_first(tmp_path: Path, monkeypatch:
     with pytest.raises(OptionsError, match="Make room, or use as many devices as before"):
         reshard(folder, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_each_group_of_parameters_counts_its_own_steps() -> None:
+    """Of one tensor for all, as DeepSpeed's universal load leaves it, each of three would count three a step."""
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = torch.optim.AdamW([{"params": [each]} for each in parameters])
+    shared = torch.tensor(6.0)
+    for each in parameters:
+        each.grad = torch.ones(2)
+        moments = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+        optimizer.state[each] = {"step": shared, **moments}
+    own_steps(optimizer)
+    optimizer.step()
+    assert [float(optimizer.state[each]["step"]) for each in parameters] == [7.0, 7.0, 7.0]
 
 
 # --- the run that goes on is the run that was begun --------------------------------------------------

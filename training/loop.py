@@ -25,7 +25,7 @@ from training.checks import free_bytes
 from training.collator import document_lengths, split_packed_batch
 from training.finished import not_finite, save_model
 from training.flops import model_flops, model_parameters
-from training.resume import RESHARDED
+from training.resume import RESHARDED, own_steps
 from training.stopping import StepGuard, StopRequest, TrainingError, lost_peer
 
 Batching = Literal["packed", "padded", "length"]
@@ -333,6 +333,8 @@ class Continued(TrainerCallback):
         trainer._total_loss_scalar = progress["loss_total"]
         trainer._initial_global_step = 0  # the mean loss is that of all steps, not of those since this start
         trainer.seconds_before = progress["seconds"]
+        if not same_ranks and trainer.is_deepspeed_enabled:
+            own_steps(trainer.model_wrapped.optimizer.optimizer)
         trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             shutil.rmtree(Path(args.output_dir) / RESHARDED, ignore_errors=True)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from training import checkpoint
 from training.checks import free_bytes
 from training.consts import RUN_FILE
@@ -216,3 +218,14 @@ def reshard(folder: Path, output: Path) -> Path:
             ]
         )
     return target
+
+
+def own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every group of parameters its own count of steps, after a start from what `reshard` has made.
+
+    DeepSpeed 0.19.8 hands one tensor to all of them (load_hp_checkpoint_state_from_checkpoint_dir_stage3), and each
+    counts it up: with two groups Adam would correct its bias for twice the steps, and take larger ones than it should.
+    """
+    for state in optimizer.state.values():
+        if isinstance(state.get("step"), torch.Tensor):
+            state["step"] = state["step"].clone()
