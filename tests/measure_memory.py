@@ -19,6 +19,7 @@ from transformers.integrations import HfDeepSpeedConfig
 
 from training.operators import compile_operators
 from training.options import read_deepspeed_json
+from training.supervisor import remove_shared_buffer
 
 
 def filled_in(path: str, width: int, live: int | None) -> dict[str, Any]:
@@ -105,6 +106,7 @@ def main(path: str, out: str, *shapes: str) -> None:
         dist.barrier()
     finally:
         dist.destroy_process_group()
+        remove_shared_buffer()
 
 
 if __name__ == "__main__":

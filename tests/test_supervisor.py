@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from training.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED
+from training.supervisor import remove_shared_buffer
 
 ROOT = Path(__file__).parents[1]
 # Stands for the training proper in a package of the same name, as `supervise` starts `python -m training.trainer`.
@@ -227,3 +228,17 @@ def test_the_supervisor_is_small() -> None:
     words = "import sys, training.supervisor; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_the_shared_memory_of_this_rank_alone_is_given_back(tmp_path, monkeypatch):
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    names = [
+        f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{end}"
+        for end in ("29500_0", "29500_1", "29501_1")
+    ]
+    for name in names:
+        (tmp_path / name).touch()
+    remove_shared_buffer(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [names[0], names[2]]
+    remove_shared_buffer(tmp_path)  # nothing there is no fault

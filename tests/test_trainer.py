@@ -86,11 +86,14 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a short run on two ranks."""
     folder = tmp_path_factory.mktemp("run") / "out"
     published = folder.parent / "published"
+    launcher = deepspeed(2)
     result = run(
-        deepspeed(2), *DEMO, "--deepspeed", BF16, "--max-steps", 6, "--logging-steps", 2,
+        launcher, *DEMO, "--deepspeed", BF16, "--max-steps", 6, "--logging-steps", 2,
         "--local-output-dir", folder, "--dbfs-output-dir", published,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
+    port = launcher[launcher.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*")), "no shared memory is left behind"
     (folder / "stdout.txt").write_text(result.stdout)
     return folder
 

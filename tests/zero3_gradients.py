@@ -20,6 +20,7 @@ from training.batching import GlobalBatchSampler
 from training.collator import split_packed_batch
 from training.loss import use_response_loss
 from training.operators import compile_operators
+from training.supervisor import remove_shared_buffer
 
 WORLD_SIZE = 2
 ACCUMULATION = 2
@@ -94,6 +95,7 @@ def main(folder: Path) -> None:
         (folder / f"rank{dist.get_rank()}").write_text("passed")
     finally:
         dist.destroy_process_group()
+        remove_shared_buffer()
 
 
 if __name__ == "__main__":

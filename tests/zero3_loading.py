@@ -17,6 +17,7 @@ import torch
 from training.model import load_model, load_tokenizer
 from training.operators import compile_operators
 from training.options import TrainingOptions
+from training.supervisor import remove_shared_buffer
 from training.trainer import training_arguments
 
 CONFIG = Path(__file__).parents[1] / "config" / "ds_z3_bf16_config.json"
@@ -52,6 +53,7 @@ def main(folder: str) -> None:
     figures = {"shard": shard, "peak": peak - before, "after": own_memory() - before}
     print(f"rank {arguments.process_index} {json.dumps(figures)}", flush=True)
     torch.distributed.destroy_process_group()
+    remove_shared_buffer()
 
 
 if __name__ == "__main__":
