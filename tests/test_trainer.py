@@ -168,10 +168,13 @@ def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(finish
     assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
 
 
-def test_torchrun_with_sparks_way_of_naming_the_config_trains_the_same_model(finished, tmp_path):
+def test_torchrun_with_sparks_way_of_naming_the_config_and_a_models_folder_trains_the_same_model(
+    finished, tmp_path
+):
     folder = tmp_path / "out"
+    demo_as_a_folder = ["--input-model", model_folder("demo"), *DEMO[2:]]
     result = run(
-        torchrun(2), *DEMO, "--max-steps", 6, "--logging-steps", 2, "--local-output-dir", folder,
+        torchrun(2), *demo_as_a_folder, "--max-steps", 6, "--logging-steps", 2, "--local-output-dir", folder,
         "--deepspeed", "--deepspeed_config", BF16,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout

@@ -151,13 +151,15 @@ def _facts_of_config(name: str) -> ModelFacts:
     """Facts by transformers: the config, and the parameters of a model without memory behind it."""
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.models.auto.auto_factory import _get_model_class
 
     from training.flops import model_parameters
     from training.model import load_config, max_positions
 
     config = load_config(name)
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+        # Not by from_config: under ZeRO-3 it would ask all ranks to share the parameters, and one alone plans.
+        model = _get_model_class(config, AutoModelForCausalLM._model_mapping)(config)
     text, folder = config.get_text_config(), Path(name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     inner = next(
