@@ -364,7 +364,11 @@ def undisturbed(
 
 # 3: saved anyway, between two lines of the log. 4: with a held-out loss due. 5: neither. 8: the end of an epoch.
 # 12: all of it. 15 and 16: at the end.
-@pytest.mark.parametrize("stops", [[3], [4], [5, 6], [8], [12], [15], [16]], ids=str)
+@pytest.mark.parametrize(
+    "stops",
+    [[3], [5, 6], [8], [16], *(pytest.param(stops, marks=pytest.mark.slow) for stops in ([4], [12], [15]))],
+    ids=str,
+)
 def test_a_stopped_run_goes_on_with_the_same_rows_losses_dropout_and_weights(
     rows: str,
     dropping: str,
