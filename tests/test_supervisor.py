@@ -227,3 +227,18 @@ def test_the_supervisor_is_small() -> None:
     words = "import sys, training.supervisor; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
+
+
+def test_a_signal_that_comes_before_there_is_a_rank_is_not_lost(
+    supervised: Callable[..., Supervised],
+) -> None:
+    first = """
+import os, signal, subprocess
+real = subprocess.Popen
+def slow(*args, **how):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **how)
+if "DOLLY_SUPERVISED" not in os.environ: subprocess.Popen = slow
+"""
+    code, _, err = supervised("time.sleep(60)", first=first).end()
+    assert (code, err) == (INTERRUPTED, "Stopped. To go on, type the same command with --resume auto\n")
