@@ -242,3 +242,18 @@ def test_the_shared_memory_of_this_rank_alone_is_given_back(tmp_path, monkeypatc
     remove_shared_buffer(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [names[0], names[2]]
     remove_shared_buffer(tmp_path)  # nothing there is no fault
+
+
+def test_a_signal_that_comes_before_there_is_a_rank_is_not_lost(
+    supervised: Callable[..., Supervised],
+) -> None:
+    first = """
+import os, signal, subprocess
+real = subprocess.Popen
+def slow(*args, **how):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return real(*args, **how)
+if "DOLLY_SUPERVISED" not in os.environ: subprocess.Popen = slow
+"""
+    code, _, err = supervised("time.sleep(60)", first=first).end()
+    assert (code, err) == (INTERRUPTED, "Stopped. To go on, type the same command with --resume auto\n")

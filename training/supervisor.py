@@ -41,11 +41,6 @@ def supervise() -> None:
     command = [sys.executable, "-u", "-m", "training.trainer", *sys.argv[1:]]
     if "RANK" in os.environ:  # a launcher that is killed leaves nobody to end its ranks
         _at_death_of_parent(signal.SIGTERM)
-    child = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_in_the_rank
-    )
-    assert child.stdout is not None
-    assert child.stderr is not None
     last: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
 
     def tell_of_hanging() -> None:
@@ -53,7 +48,18 @@ def supervise() -> None:
 
     hanging = threading.Timer(PATIENCE, tell_of_hanging)
     hanging.daemon = True
-    taken = _forward_signals(child, hanging)
+    started: list[subprocess.Popen[bytes]] = []
+    taken = _forward_signals(
+        started, hanging
+    )  # before there is a rank: a signal must find somebody to take it
+    child = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_in_the_rank
+    )
+    started.append(child)
+    if taken:
+        child.terminate()
+    assert child.stdout is not None
+    assert child.stderr is not None
     readers = [
         threading.Thread(target=_hand_on, args=(pipe, target, last), daemon=True)
         for pipe, target in ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer))
@@ -112,7 +118,7 @@ def _hand_on(pipe: BinaryIO, target: BinaryIO, last: collections.deque[bytes]) -
         last.append(begun)
 
 
-def _forward_signals(child: subprocess.Popen[bytes], hanging: threading.Timer) -> list[float]:
+def _forward_signals(started: list[subprocess.Popen[bytes]], hanging: threading.Timer) -> list[float]:
     """SIGTERM and Ctrl-C reach the rank, which finishes its step and saves; a second Ctrl-C ends it at once.
 
     The list is that of the moments at which they came, a list because a handler may be interrupted by the next one.
@@ -123,9 +129,10 @@ def _forward_signals(child: subprocess.Popen[bytes], hanging: threading.Timer) -
         taken.append(time.monotonic())
         if len(taken) == 1 and "RANK" in os.environ:
             hanging.start()
-        if child.poll() is None:
-            again = number == signal.SIGINT and taken[-1] - taken[0] > ECHO
-            child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+        again = number == signal.SIGINT and taken[-1] - taken[0] > ECHO
+        for child in started:
+            if child.poll() is None:
+                child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
