@@ -321,7 +321,15 @@ def test_a_model_in_a_folder_with_rows_in_a_file_is_planned_for(tmp_path, base_f
         "".join(json.dumps({"instruction": "a" * n, "output": "b c"}) + "\n" for n in range(1, 41))
     )
     result = run_cli(
-        "--machine", "8xH100", "--input-model", base_folder, "--training-dataset", file, "--json"
+        "--machine",
+        "8xH100",
+        "--input-model",
+        base_folder,
+        "--training-dataset",
+        file,
+        "--json",
+        "--test-size",
+        10,
     )
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
@@ -357,8 +365,26 @@ def test_published_runs_are_printed_as_a_table():
 @pytest.mark.parametrize("deepspeed", [BF16, BF16_OFFLOAD])
 def test_the_picture_is_drawn(deepspeed, tmp_path):
     file = tmp_path / "memory.png"
-    assert run_cli("--machine", "4xA10", "--deepspeed", deepspeed, "--plot", file).exit_code == 0
+    result = run_cli("--machine", "4xA10", "--deepspeed", deepspeed, "--plot", file)
+    assert result.exit_code == (1 if "DOES NOT FIT" in result.output else 0), "so that `plan && train` stops"
     assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["--machine", "8xV100-32GB", "--deepspeed", BF16], "a V100 cannot compute in bf16"),
+        (["--machine", "8xH100", "--test-size", 60000], "--test-size 60,000 of 52,002 rows leaves none"),
+        (["--machine", "8xH100", "--epochs", "nan"], "--epochs nan: expected a finite number"),
+        (["--machine", "8xH100", "--price", "inf"], "--price inf: expected a finite number"),
+        (["--machine", "8xH100", "--plot", "/no/such/folder/a.png"], "in a folder that exists"),
+        (["--machine", "8xH100", "--plot", "a.xyz"], "ends in .png, .pdf or .svg"),
+    ],
+)
+def test_what_cannot_be_planned_is_told_without_a_traceback(typed, told):
+    result = run_cli(*typed)
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.split())
 
 
 def test_an_unreadable_configuration_is_an_error_of_the_options():

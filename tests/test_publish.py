@@ -373,6 +373,22 @@ def test_figures_that_dbfs_makes_up_stop_nobody(
 # --- what is refused ---------------------------------------------------------------------------------
 
 
+def test_weights_that_are_not_those_that_were_verified_are_not_published(
+    finished: Path, target: Path
+) -> None:
+    weights = finished / "model.safetensors"
+    record = json.loads((finished / "run.json").read_text())
+    record["weights"] = {weights.name: {"sha256": hashlib.sha256(weights.read_bytes()).hexdigest()}}
+    (finished / "run.json").write_text(json.dumps(record))
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(PublishError, match="is not the file that training wrote and verified"):
+        publish(finished, str(target))
+    assert not target.exists()
+    weights.write_bytes(whole)
+    publish(finished, str(target))
+
+
 @pytest.mark.parametrize(
     ("record", "message"),
     [

@@ -73,12 +73,25 @@ def test_without_resume_nothing_is_looked_for(tmp_path: Path) -> None:
     assert found(tmp_path / "out", resume="never") == Start()
 
 
-@pytest.mark.parametrize("content", [[], ["notes.txt"], ["checkpoint-3/model.safetensors"]])
+@pytest.mark.parametrize("content", [[], ["notes.txt"]])
 def test_auto_begins_anew_in_a_folder_without_a_run(tmp_path: Path, content: list[str]) -> None:
     for name in content:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("of somebody else")
     assert found(tmp_path) == Start()
+
+
+@pytest.mark.parametrize("record", ["", "{{{", "{}", '{"options": {}}', None])
+def test_a_run_whose_record_cannot_be_read_is_refused_and_nothing_of_it_is_lost(
+    tmp_path: Path, record: str | None
+) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    file = tmp_path / "out" / "run.json"
+    file.unlink() if record is None else file.write_text(record)
+    before = contents(tmp_path)
+    with pytest.raises(OptionsError, match=r"run\.json cannot be read, so nobody can tell which run this is"):
+        found(tmp_path / "out")
+    assert contents(tmp_path) == before
 
 
 def test_auto_means_the_newest_complete_one_and_tells_how_many_ranks_wrote_it(tmp_path: Path) -> None:
@@ -271,9 +284,17 @@ def test_each_group_of_parameters_counts_its_own_steps() -> None:
         each.grad = torch.ones(2)
         moments = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
         optimizer.state[each] = {"step": shared, **moments}
-    own_steps(optimizer)
+    own_steps(optimizer, weight_decay=0.1)
     optimizer.step()
     assert [float(optimizer.state[each]["step"]) for each in parameters] == [7.0, 7.0, 7.0]
+
+
+def test_the_second_group_of_parameters_keeps_no_decay() -> None:
+    """DeepSpeed's universal load gives the first group's settings to all."""
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": 0.1} for _ in range(2)]
+    optimizer = torch.optim.AdamW(groups)
+    own_steps(optimizer, weight_decay=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
 # --- the run that goes on is the run that was begun --------------------------------------------------

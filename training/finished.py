@@ -76,7 +76,7 @@ def not_finite(state_dict: dict[str, torch.Tensor]) -> list[str]:
 
 
 def place_model(checkpoint: Path, output: Path) -> None:
-    """Makes a checkpoint's model that of the output folder: as links, which cost no disk, where links can be made."""
+    """Makes a checkpoint's model that of the output folder: the weights as links, which cost no disk, where they can be made."""
     manifest = read_manifest(checkpoint)
     assert manifest is not None, f"{checkpoint} is not complete"
     for old in output.glob("*.safetensors*"):  # of an earlier end of this run, perhaps in more shards
@@ -84,6 +84,8 @@ def place_model(checkpoint: Path, output: Path) -> None:
     for name in manifest["model"]:
         (output / name).unlink(missing_ok=True)
         try:
+            if not name.endswith(".safetensors"):  # what a person may edit is a file of its own
+                raise OSError
             os.link(checkpoint / name, output / name)
         except OSError:
             shutil.copyfile(checkpoint / name, output / name)

@@ -334,7 +334,7 @@ class Continued(TrainerCallback):
         trainer._initial_global_step = 0  # the mean loss is that of all steps, not of those since this start
         trainer.seconds_before = progress["seconds"]
         if not same_ranks and trainer.is_deepspeed_enabled:
-            own_steps(trainer.model_wrapped.optimizer.optimizer)
+            own_steps(trainer.model_wrapped.optimizer.optimizer, args.weight_decay)
         trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             shutil.rmtree(Path(args.output_dir) / RESHARDED, ignore_errors=True)

@@ -10,7 +10,9 @@ Sizes are GiB (2**30 bytes), times hours or seconds. `plan_run` (training/verdic
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
@@ -19,7 +21,7 @@ from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TEST_SIZE, DEFAULT_TRAI
 from training.machines import MACHINES, MachineError, find_machine, this_machine
 from training.options import OptionsError, TrainingOptions
 from training.picture import draw_memory
-from training.settings import PRESETS, preset_options
+from training.settings import PRESETS, preset_options, settings_of
 from training.verdict import Plan, plan_run
 from training.workload import alpaca_lengths, dataset_lengths, model_facts
 
@@ -226,6 +228,15 @@ def main(
     if published:
         click.echo(published_table())
         return
+    for name, number in (("--epochs", options["epochs"]), ("--price", price)):
+        if number is not None and not math.isfinite(number):
+            raise click.UsageError(f"{name} {number}: expected a finite number")
+    if plot and (
+        Path(plot).suffix not in (".png", ".pdf", ".svg") or not Path(plot).absolute().parent.is_dir()
+    ):
+        raise click.UsageError(
+            f"--plot {plot}: expected a file that ends in .png, .pdf or .svg, in a folder that exists"
+        )
     try:
         plan = _plan_typed(machine, num_gpus, options)
     except (MachineError, OptionsError) as error:
@@ -237,6 +248,8 @@ def main(
     if plot:
         draw(plan, plot)
     click.echo(json.dumps(as_json(plan, price), indent=2) if json_ else as_table(plan, price))
+    if not plan.fits and not json_:
+        raise SystemExit(1)  # so that `plan && train` does not train
 
 
 def _plan_typed(name: str | None, num_gpus: int | None, typed: dict[str, Any]) -> Plan:
@@ -251,8 +264,15 @@ def _plan_typed(name: str | None, num_gpus: int | None, typed: dict[str, Any]) -
     chosen |= {key: value for key, value in typed.items() if value is not None}
     if chosen["batching"] == "padded" and isinstance(chosen["max_tokens_per_device"], int):
         raise OptionsError(["--max-tokens-per-device splits packed rows, and --batching padded has none"])
+    options = TrainingOptions(**chosen)
+    if machine.family == "v100" and settings_of(options, ranks, machine.family).precision == "bf16":
+        raise OptionsError([f"a V100 cannot compute in bf16. Type --deepspeed {PRESETS['v100'].deepspeed}"])
     lengths = dataset_lengths(typed["training_dataset"], model)
-    return plan_run(TrainingOptions(**chosen), ranks, lengths, model, machine)
+    if options.test_size >= len(lengths.tokens):
+        raise OptionsError(
+            [f"--test-size {options.test_size:,} of {len(lengths.tokens):,} rows leaves none to train on"]
+        )
+    return plan_run(options, ranks, lengths, model, machine)
 
 
 def draw(plan: Plan, file: str) -> None:

@@ -84,6 +84,14 @@ def _finished_record(folder: Path) -> bytes:
         raise PublishError(
             f"{folder}: its training did not finish. Finish it first: the same command with --resume auto"
         )
+    for name, told in record.get("weights", {}).items():
+        with suppress(OSError), open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() == told["sha256"]:
+                continue
+        raise PublishError(
+            f"{folder / name}: is not the file that training wrote and verified. Nothing is published; with its "
+            "checkpoints there, training's command with --resume auto and another --local-output-dir makes it again"
+        )
     return content
 
 

@@ -63,7 +63,8 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
         record = json.loads((folder / RUN_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("options"), dict) else None
+    known = isinstance(record, dict) and isinstance(record.get("options"), dict) and "status" in record
+    return record if known else None
 
 
 def global_batch(options: TrainingOptions, world_size: int) -> int:

@@ -61,6 +61,13 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
             raise OptionsError(
                 [f"--resume {options.resume}: there is no {RUN_FILE} beside it, so it is of no run"]
             )
+        if (output / RUN_FILE).exists() or checkpoint.checkpoints(output):
+            raise OptionsError(
+                [
+                    f"--resume: {output / RUN_FILE} cannot be read, so nobody can tell which run this is, and nothing of "
+                    "it shall be lost. Name a new --local-output-dir"
+                ]
+            )
         return Start()
     finished = former["status"] == "finished" and given is None
     if not given and not finished and not any(map(checkpoint.read_manifest, checkpoint.checkpoints(output))):
@@ -220,8 +227,8 @@ def reshard(folder: Path, output: Path) -> Path:
     return target
 
 
-def own_steps(optimizer: torch.optim.Optimizer) -> None:
-    """Gives every group of parameters its own count of steps, after a start from what `reshard` has made.
+def own_steps(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
+    """Gives every group of parameters its own count of steps and its decay, after a start from what `reshard` has made.
 
     DeepSpeed 0.19.8 hands one tensor to all of them (load_hp_checkpoint_state_from_checkpoint_dir_stage3), and each
     counts it up: with two groups Adam would correct its bias for twice the steps, and take larger ones than it should.
@@ -229,3 +236,6 @@ def own_steps(optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
+    # And the first group's settings to all; the Trainer's second group, of biases and norms, has no decay.
+    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=False):
+        group["weight_decay"] = decay

@@ -39,6 +39,7 @@ def supervise() -> None:
     rank = os.environ.get("RANK", "0")
     environment = os.environ | {SUPERVISED: "terminal" if sys.stderr.isatty() else "log"}
     command = [sys.executable, "-u", "-m", "training.trainer", *sys.argv[1:]]
+    threading.Thread(target=_end_with_deepspeed, daemon=True).start()
     if "RANK" in os.environ:  # a launcher that is killed leaves nobody to end its ranks
         _at_death_of_parent(signal.SIGTERM)
     last: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
@@ -79,6 +80,22 @@ def supervise() -> None:
         _tell(f"Rank {rank} ended: {exit_meaning(code)}", last)
     # A process that ends by a signal is told apart from one that fails: shells and launchers expect 128 + n.
     os._exit(128 - code if code < 0 else code)
+
+
+def _end_with_deepspeed() -> None:
+    """Takes the end of the `deepspeed` command for a SIGTERM: it hands none on, and leaves launch.py and the ranks."""
+    launcher = Path(f"/proc/{os.getppid()}")
+    with contextlib.suppress(OSError):
+        if b"deepspeed.launcher.launch" not in (launcher / "cmdline").read_bytes():
+            return
+        command = _parent_of(launcher)
+        while _parent_of(launcher) == command:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _parent_of(process: Path) -> int:
+    return int((process / "stat").read_text().rpartition(")")[2].split()[1])  # proc_pid_stat(5)
 
 
 def remove_shared_buffer(folder: Path = Path("/dev/shm")) -> None:

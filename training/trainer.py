@@ -255,7 +255,8 @@ def check_plan(
     )
     plan = plan_run(options, world, lengths, model_facts(options.input_model), machine)
     faults = [fault for kind, fault in zip(plan.shortages, plan.faults, strict=True) if kind != "disk"]
-    faults += _disk_faults(options, plan.disk_gib)
+    download = plan.model.file_bytes if plan.model.downloaded else 0  # the rows are tokenised already
+    faults += _disk_faults(options, plan.disk_gib, download)
     if faults and not options.force:
         raise OptionsError([*faults, "--force trains all the same: the plan may err by a tenth or more"])
     for fault in faults:
@@ -272,7 +273,7 @@ def check_plan(
     }
 
 
-def _disk_faults(options: TrainingOptions, gib: dict[str, float]) -> list[str]:
+def _disk_faults(options: TrainingOptions, gib: dict[str, float], download: int) -> list[str]:
     """Which disks have too little free for what the plan says will be written on each."""
     output = local_path(options.local_output_dir)
     there = sum(file.stat().st_size for file in output.glob("checkpoint-*/**/*") if file.is_file())
@@ -283,11 +284,11 @@ def _disk_faults(options: TrainingOptions, gib: dict[str, float]) -> list[str]:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", options.input_model)
     )
     needs = {
-        Path(HF_HOME): 0 if downloaded else int(gib["cache"] * GIB),
+        Path(HF_HOME): 0 if downloaded else download,
         output / "checkpoints": max(0, int(gib["checkpoints"] * GIB) - there),
         output / "model": int(gib["model"] * GIB),
     }
-    labels = dict(zip(needs, ("downloads and tokenised rows", "checkpoints", "the model"), strict=True))
+    labels = dict(zip(needs, ("the base model", "checkpoints", "the model"), strict=True))
     if options.dbfs_output_dir and "://" not in options.dbfs_output_dir:
         published = local_path(options.dbfs_output_dir)
         needs[published], labels[published] = needs[output / "model"], "its copy"
@@ -359,6 +360,8 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
     except ModelError as error:
         raise TrainingError(f"its last step, {checkpoint.step_of(last)}: {error}") from error
     shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
+    manifest = checkpoint.read_manifest(chosen)
+    assert manifest is not None
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     progress = json.loads((last / checkpoint.PROGRESS_FILE).read_text())
@@ -371,6 +374,11 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
         "held_out_loss": {"before": held_out[min(held_out)], "after": held_out[checkpoint.step_of(chosen)]},
         "seconds": {"training": progress["seconds"]},
         "batching": progress["batching"],
+        "weights": {
+            name: told
+            for name, told in manifest["files"].items()
+            if name in manifest["model"] and name.endswith(".safetensors")
+        },
     }
     write_model_card(output, record, ledger)
     write_run_record(output, record)
