@@ -98,7 +98,7 @@ def measure(
 
 
 def main(path: str, out: str, *shapes: str) -> None:
-    compile_operators(offload="offload" in path)
+    compile_operators(read_deepspeed_json(path))
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     try:
         found = [measure(path, *map(int, shape.split(","))) for shape in shapes]
