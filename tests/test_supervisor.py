@@ -35,9 +35,10 @@ class Supervised:
         (package / "trainer.py").write_text(str(how.pop("first", "")) + STAND_IN + textwrap.dedent(rank_does))
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "DOLLY_SUPERVISED")}
         environment |= how.pop("environment", {})
+        command = how.pop("command", [sys.executable, "-m", "training.trainer", "--lr", "1"])
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "training.trainer", "--lr", "1"],
+            command,
             cwd=place,
             env=environment,
             text=True,
@@ -257,3 +258,17 @@ if "DOLLY_SUPERVISED" not in os.environ: subprocess.Popen = slow
 """
     code, _, err = supervised("time.sleep(60)", first=first).end()
     assert (code, err) == (INTERRUPTED, "Stopped. To go on, type the same command with --resume auto\n")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_end_of_the_deepspeed_command_is_taken_for_a_sigterm(
+    supervised: Callable[..., Supervised],
+) -> None:
+    """That command hands no signal on: when it is told to stop, launch.py and the ranks are left."""
+    launch = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"
+    words = [sys.executable, "-c", launch, "deepspeed.launcher.launch"]
+    rank = f"{LISTEN}\nprint('ready', flush=True)\ntime.sleep(60)"
+    run = supervised(rank, command=[sys.executable, "-c", f"import subprocess; subprocess.run({words!r})"])
+    assert run.process.stdout.readline() == "ready\n"
+    run.process.terminate()
+    assert run.process.stdout.read() == "stopping\n", "and then nobody holds the pipe any more"

@@ -269,10 +269,10 @@ def disk_faults(needs: Mapping[Path, int], labels: Mapping[Path, str]) -> list[s
         needed, free = sum(needs[path] for path in paths), free_bytes(paths[0])
         if free is None or needed <= free:
             continue
-        purposes = ", ".join(f"{size(needs[path])} for {labels[path]} ({path})" for path in paths)
+        purposes = ", ".join(f"{size_in_words(needs[path])} for {labels[path]} ({path})" for path in paths)
         faults.append(
-            f"{_mount_point(paths[0])} has {size(free)} free, and {size(needed)} are needed: {purposes}. "
-            f"Free {size(needed - free)} there, lower --save-total-limit, or use a larger disk "
+            f"{_mount_point(paths[0])} has {size_in_words(free)} free, and {size_in_words(needed)} are needed: {purposes}. "
+            f"Free {size_in_words(needed - free)} there, lower --save-total-limit, or use a larger disk "
             "(--local-output-dir, and HF_HOME for what is downloaded)"
         )
     return faults
@@ -311,7 +311,7 @@ def _mount_point(path: Path) -> Path:
     return path
 
 
-def size(count: int) -> str:
+def size_in_words(count: int) -> str:
     """Bytes as "12.3 GiB", or as MiB below a tenth of one."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.1f} MiB"
 

@@ -21,7 +21,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from training import checkpoint
 from training.batching import GlobalBatchSampler, held_out_batches, micro_steps_needed
 from training.callbacks import StepCounter, count_labels, peak_memory_gib
-from training.checks import free_bytes
+from training.checks import free_bytes, size_in_words
 from training.collator import document_lengths, split_packed_batch
 from training.finished import not_finite, save_model
 from training.flops import model_flops, model_parameters
@@ -226,7 +226,7 @@ class CompletionTrainer(Trainer):
             why = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise TrainingError(
                 f"step {self.state.global_step}: {folder} could not be written ({why}); "
-                f"{_gib(free_bytes(folder.parent) or 0)} are free there. Make room. {self._older()}",
+                f"{size_in_words(free_bytes(folder.parent) or 0)} are free there. Make room. {self._older()}",
                 alone=True,
             ) from error
 
@@ -271,7 +271,7 @@ class CompletionTrainer(Trainer):
         if free is None or free >= need:
             return None
         return (
-            f"step {self.state.global_step}: a checkpoint needs {_gib(need)}, and {_gib(free)} are free in {output}. "
+            f"step {self.state.global_step}: a checkpoint needs {size_in_words(need)}, and {size_in_words(free)} are free in {output}. "
             f"Make room. {self._older()}"
         )
 
@@ -346,7 +346,3 @@ class Continued(TrainerCallback):
             ours = self.saved.parent == Path(args.output_dir)
             if state.is_world_process_zero and ours and manifest is not None:
                 checkpoint.write_manifest(self.saved, loss, manifest["model"], manifest["files"])
-
-
-def _gib(size: float) -> str:
-    return f"{size / 2**30:.2f} GiB"

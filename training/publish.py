@@ -84,14 +84,6 @@ def _finished_record(folder: Path) -> bytes:
         raise PublishError(
             f"{folder}: its training did not finish. Finish it first: the same command with --resume auto"
         )
-    for name, told in record.get("weights", {}).items():
-        with suppress(OSError), open(folder / name, "rb") as file:
-            if hashlib.file_digest(file, "sha256").hexdigest() == told["sha256"]:
-                continue
-        raise PublishError(
-            f"{folder / name}: is not the file that training wrote and verified. Nothing is published; with its "
-            "checkpoints there, training's command with --resume auto and another --local-output-dir makes it again"
-        )
     return content
 
 
@@ -311,6 +303,12 @@ def publish(folder: Path, target: str) -> list[str]:
         )
 
     expected = {name: _source_figures(name, source) for name, source in contents.items()}
+    for name, told in json.loads(record).get("weights", {}).items():
+        if name not in expected or expected[name]["sha256"] != told["sha256"]:
+            raise PublishError(
+                f"{folder / name}: is not the file that training wrote and verified. Nothing is published; with its "
+                "checkpoints there, training's command with --resume auto and another --local-output-dir makes it again"
+            )
     contents[MANIFEST_FILE] = (json.dumps(expected, indent=2) + "\n").encode()
     contents[RUN_FILE] = contents.pop(RUN_FILE)  # the last to be written
     expected = {name: expected.get(name) or _source_figures(name, contents[name]) for name in contents}

@@ -39,7 +39,6 @@ def supervise() -> None:
     rank = os.environ.get("RANK", "0")
     environment = os.environ | {SUPERVISED: "terminal" if sys.stderr.isatty() else "log"}
     command = [sys.executable, "-u", "-m", "training.trainer", *sys.argv[1:]]
-    threading.Thread(target=_end_with_deepspeed, daemon=True).start()
     if "RANK" in os.environ:  # a launcher that is killed leaves nobody to end its ranks
         _at_death_of_parent(signal.SIGTERM)
     last: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
@@ -65,8 +64,8 @@ def supervise() -> None:
         threading.Thread(target=_hand_on, args=(pipe, target, last), daemon=True)
         for pipe, target in ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer))
     ]
-    for reader in readers:
-        reader.start()
+    for thread in (*readers, threading.Thread(target=_end_with_deepspeed, daemon=True)):
+        thread.start()
     code = child.wait()
     for reader in readers:
         reader.join(timeout=5)  # a grandchild may hold the pipe open

@@ -17,7 +17,6 @@ import json
 import logging
 import math
 import os
-import re
 import shutil
 import signal
 import sys
@@ -75,7 +74,7 @@ from training.record import global_batch, rows_digest, start_record, write_run_r
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError
 from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer
-from training.verdict import plan_run
+from training.verdict import Plan, plan_run
 from training.workload import lengths_of, model_facts
 
 logger = logging.getLogger("training")
@@ -179,7 +178,7 @@ def machine_faults(options: TrainingOptions) -> list[str]:
 def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopRequest) -> dict[str, Any]:
     args = prepared.args
     output, main = Path(args.output_dir), args.process_index == 0
-    record = start_record(options, args.world_size, rows_digest(prepared.train_rows))
+    record = start_record(options, args.world_size, rows_digest(prepared.train_rows) if main else None)
     steps = planned_steps(options, len(prepared.train_rows), args.world_size)
     start = _on_rank_0(args, lambda: find_start(output, options, record, steps))
     if start.finished:
@@ -248,15 +247,14 @@ def check_plan(
     world = prepared.args.world_size
     # As torchrun and DeepSpeed's launcher call it; on one node it is all ranks.
     local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
-    machine = this_machine(prepared.args.output_dir, int(local))
+    # Each disk is asked for itself below.
+    machine = replace(this_machine(prepared.args.output_dir, int(local)), disk_gib=math.inf)
     lengths = lengths_of(
         options.training_dataset,
         *(prepared.train_rows[c][:] + prepared.held_out_rows[c][:] for c in ("length", "response_start")),
     )
     plan = plan_run(options, world, lengths, model_facts(options.input_model), machine)
-    faults = [fault for kind, fault in zip(plan.shortages, plan.faults, strict=True) if kind != "disk"]
-    download = plan.model.file_bytes if plan.model.downloaded else 0  # the rows are tokenised already
-    faults += _disk_faults(options, plan.disk_gib, download)
+    faults = plan.faults + _disk_faults(options, plan)
     if faults and not options.force:
         raise OptionsError([*faults, "--force trains all the same: the plan may err by a tenth or more"])
     for fault in faults:
@@ -273,20 +271,18 @@ def check_plan(
     }
 
 
-def _disk_faults(options: TrainingOptions, gib: dict[str, float], download: int) -> list[str]:
-    """Which disks have too little free for what the plan says will be written on each."""
+def _disk_faults(options: TrainingOptions, plan: Plan) -> list[str]:
+    """Which disks have too little free for what the plan says will be written on each; the rows are there already."""
     output = local_path(options.local_output_dir)
     there = sum(file.stat().st_size for file in output.glob("checkpoint-*/**/*") if file.is_file())
     files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    downloaded = any(
-        isinstance(try_to_load_from_cache(options.input_model, file), str)
-        for file in files
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", options.input_model)
+    download = plan.model.downloaded and not any(
+        isinstance(try_to_load_from_cache(options.input_model, file), str) for file in files
     )
     needs = {
-        Path(HF_HOME): 0 if downloaded else download,
-        output / "checkpoints": max(0, int(gib["checkpoints"] * GIB) - there),
-        output / "model": int(gib["model"] * GIB),
+        Path(HF_HOME): plan.model.file_bytes if download else 0,
+        output / "checkpoints": max(0, int(plan.disk_gib["checkpoints"] * GIB) - there),
+        output / "model": int(plan.disk_gib["model"] * GIB),
     }
     labels = dict(zip(needs, ("the base model", "checkpoints", "the model"), strict=True))
     if options.dbfs_output_dir and "://" not in options.dbfs_output_dir:
@@ -495,6 +491,10 @@ def _quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 
+def _say(words: str) -> None:
+    print(words, file=sys.stderr, flush=True)
+
+
 @click.command(cls=GroupedCommand, context_settings={"max_content_width": 110})
 @click_options
 @click.pass_context
@@ -513,30 +513,28 @@ def main(ctx: click.Context, **values: Any) -> None:
         if record["status"] == "stopped":
             raise Interrupted
     except PublishError as error:
-        print(f"Cannot publish:\n{error}", file=sys.stderr, flush=True)
+        _say(f"Cannot publish:\n{error}")
         sys.exit(1)
     except (OptionsError, DataError, ModelError, FolderBusyError) as error:
         # Every rank finds the same faults; one tells them.
         if is_main_process():
-            print(f"Cannot train:\n{error}", file=sys.stderr, flush=True)
+            _say(f"Cannot train:\n{error}")
         sys.exit(REFUSED)
     except TrainingError as error:
         if error.alone or is_main_process():
-            print(f"Training ended at {error}", file=sys.stderr, flush=True)
+            _say(f"Training ended at {error}")
         sys.exit(ENDED)
     except Interrupted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may repeat it while Python shuts down
         if is_main_process():
-            print("Stopped. To go on, type the same command with --resume auto", file=sys.stderr, flush=True)
+            _say("Stopped. To go on, type the same command with --resume auto")
         sys.exit(INTERRUPTED)
     except RuntimeError as error:
         if "EADDRINUSE" in str(error):
             port = os.environ.get("MASTER_PORT")
-            print(
+            _say(
                 f"Cannot train:\n  - port {port}, by which the ranks meet, is taken, most likely by another run. "
-                "Type deepspeed --master_port 29501 ... (torchrun: --master-port)",
-                file=sys.stderr,
-                flush=True,
+                "Type deepspeed --master_port 29501 ... (torchrun: --master-port)"
             )
             sys.exit(REFUSED)
         if not lost_peer(error):
@@ -545,11 +543,7 @@ def main(ctx: click.Context, **values: Any) -> None:
             f"waited {options.rank_timeout} s (--rank-timeout) for" if "imed out" in str(error) else "lost"
         )
         rank = os.environ.get("RANK", "0")
-        print(
-            f"Rank {rank} {waited} another rank: one that ended says why, one that hangs says nothing",
-            file=sys.stderr,
-            flush=True,
-        )
+        _say(f"Rank {rank} {waited} another rank: one that ended says why, one that hangs says nothing")
         time.sleep(PEER_GRACE)
         os._exit(LOST_PEER)
     finally:
