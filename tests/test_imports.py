@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ORDER = [
     "consts",
+    "metrics",
     "exits",
     "supervisor",
     "checks",
@@ -25,6 +26,7 @@ ORDER = [
     "model",
     "publish",
     "options",
+    "launch",
     "operators",
     "settings",
     "workload",

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
@@ -321,6 +321,27 @@ def click_options(function: Callable[..., Any]) -> Callable[..., Any]:
             settings.setdefault("show_default", option_field.default is not None)
         function = click.option(flag, option_field.name, cls=CollectedOption, **settings)(function)
     return function
+
+
+def option_words(chosen: Mapping[str, Any]) -> list[str]:
+    """The words of the command line for options by their names: {"lr": 1e-5} gives ["--lr", "1e-05"]. None is left out.
+
+    Raises KeyError for a name that is no option.
+    """
+    defaults = {option.name: option.default for option in fields(TrainingOptions)}
+    words = []
+    for name, value in chosen.items():
+        flag, default = "--" + name.replace("_", "-"), defaults[name]
+        if value is None or (value is False and default is False):  # an option without a --no-
+            continue
+        if isinstance(value, bool):
+            words.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(value, float):
+            short = f"{value:g}"
+            words += [flag, short if float(short) == value else repr(value)]
+        else:
+            words += [flag, str(value)]
+    return words
 
 
 # --- what the options come to ------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from training.memory import (
     host_memory,
     peak_activation_bytes,
 )
-from training.options import TrainingOptions
+from training.options import TrainingOptions, option_words
 from training.settings import PRESETS, Settings, rows_and_accumulation, settings_of
 from training.timing import CPU_RANGE, GPU_RANGE, CpuRates, cpu_rates, epoch_hours, step_seconds
 from training.workload import Lengths, Load, ModelFacts, epoch_load
@@ -253,15 +253,8 @@ def command(options: TrainingOptions, settings: Settings) -> str:
         words = ["torchrun", f"--nproc_per_node={settings.ranks}", "-m", "training.trainer"]
     else:
         words = ["python", "-m", "training.trainer"]
-    for option in fields(TrainingOptions):
-        value = getattr(options, option.name)
-        flag = "--" + option.name.replace("_", "-")
-        if option.name == "deepspeed":
-            value = options.deepspeed_json
-        if value == option.default or option.name in ("deepspeed_config", "local_rank"):
-            continue
-        if isinstance(value, bool):
-            words.append(flag if value else f"--no-{flag[2:]}")
-        else:
-            words += [flag, f"{value:g}" if isinstance(value, float) else str(value)]
+    chosen = {option.name: getattr(options, option.name) for option in fields(TrainingOptions)}
+    chosen |= {"deepspeed": options.deepspeed_json, "deepspeed_config": None, "local_rank": -1}
+    defaults = {option.name: option.default for option in fields(TrainingOptions)}
+    words += option_words({name: value for name, value in chosen.items() if value != defaults[name]})
     return shlex.join(words)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -14,61 +12,48 @@ import torch
 import transformers
 
 from training.callbacks import duration
+from training.checks import ROOT
 from training.consts import DEFAULT_SEED, DEMO
 from training.data import prepare_dataset, split_held_out
 from training.demo import demo_rows
 from training.generate import generate_responses, load_model_tokenizer_for_generate
+from training.launch import deepspeed_command, launch_environment, typed
 from training.model import max_positions
 
 ROWS_A_STEP = 64
 TEST_SIZE = 400
 # A model that starts at random needs a higher rate, and more passes, than one that already speaks.
 RECIPE = {
-    "--epochs": 6,
-    "--lr": 2.5e-3,
-    "--lr-scheduler-type": "cosine",
-    "--warmup-steps": 50,
-    "--eval-steps": 180,
-    "--logging-steps": 20,
-    "--save-steps": 100000,
+    "epochs": 6.0,
+    "lr": 2.5e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 50,
+    "eval_steps": 180,
+    "logging_steps": 20,
+    "save_steps": 100000,
 }
 SHOWN = 12
 MAX_NEW_TOKENS = 48
 
 
-def command(output: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
+def demo_command(output: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
     """What a user would type to train on the demo."""
-    launcher = shutil.which(
-        "deepspeed", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    )
-    if launcher is None:
-        raise click.ClickException("deepspeed is not on PATH. Type pip install -r requirements.txt")
-    config = Path(__file__).parents[2] / "config" / "ds_z3_bf16_config.json"
-    recipe = [word for name, value in RECIPE.items() for word in (name, str(value))]
-    return [
-        launcher,
-        "--num_gpus",
-        str(ranks),
-        "--module",
-        "training.trainer",
-        "--input-model",
-        DEMO,
-        "--training-dataset",
-        DEMO,
-        "--deepspeed",
-        os.path.relpath(config),
-        "--test-size",
-        str(TEST_SIZE),
-        "--per-device-train-batch-size",
-        str(ROWS_A_STEP // ranks),
-        "--per-device-eval-batch-size",
-        "50",
-        "--no-gradient-checkpointing",
-        *recipe,
-        "--local-output-dir",
-        output,
-        *extra,
-    ]
+    config = ROOT / "config" / "ds_z3_bf16_config.json"
+    values = {
+        "input_model": DEMO,
+        "training_dataset": DEMO,
+        "deepspeed": os.path.relpath(config, ROOT),
+        "test_size": TEST_SIZE,
+        "per_device_train_batch_size": ROWS_A_STEP // ranks,
+        "per_device_eval_batch_size": 50,
+        "gradient_checkpointing": "off",
+        **RECIPE,
+        "local_output_dir": output,
+    }
+    try:
+        return [*deepspeed_command(values, ranks), *extra]
+    except FileNotFoundError as error:
+        raise click.ClickException(str(error)) from error
 
 
 def held_out_rows(tokenizer: transformers.PreTrainedTokenizerBase, longest: int) -> list[dict[str, str]]:
@@ -130,13 +115,10 @@ def main(num_gpus: int | None, local_output_dir: str | None, trainer_options: tu
     output = local_output_dir or str(
         Path.home() / "dolly_training" / time.strftime("demo__%Y-%m-%dT%H-%M-%S")
     )
-    typed = command(output, ranks, trainer_options)
-    print("Running, as you would for the large model:\n  " + " ".join(["deepspeed", *typed[1:]]), flush=True)
-    environment = os.environ.copy()
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    if not gpus:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or ranks) // ranks)))
-    code = subprocess.run(typed, env=environment, cwd=Path(__file__).parents[2]).returncode
+    command = demo_command(output, ranks, trainer_options)
+    print(f"Running, as you would for the large model:\n  {typed(command)}", flush=True)
+    # Its output is inherited, for the bar that moves on a terminal.
+    code = subprocess.run(command, env=launch_environment(0 if gpus else ranks), cwd=ROOT).returncode
     if code:
         raise click.ClickException(f"training failed with exit code {code}; its last lines stand above")
     model, tokenizer = load_model_tokenizer_for_generate(output)
