@@ -429,8 +429,8 @@ def precision_of(options: TrainingOptions) -> str:
 def steps_between_samples(options: TrainingOptions, steps_per_epoch: int) -> Fraction:
     """`--sample-every` in steps, which need not be whole. Raises OptionsError where it is neither steps nor epochs."""
     every = options.sample_every or "1epoch"
-    epochs = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9}) ?epochs?", every)
-    steps = re.fullmatch(r"\d{1,9}", every)
+    epochs = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9}) ?epochs?", every)
+    steps = re.fullmatch(r"[0-9]{1,9}", every)
     number = Fraction(epochs.group(1) if epochs else every) if epochs or steps else Fraction(0)
     if not number:
         raise OptionsError(
