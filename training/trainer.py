@@ -42,14 +42,13 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from training import checkpoint
 from training.attention import packs_cleanly, use_packed_attention
 from training.batching import check_token_budget
-from training.callbacks import MetricsLog, ProgressLog, duration
+from training.callbacks import Curves, MetricsLog, ProgressLog, duration
 from training.checks import FolderBusyError, disk_faults, kernel_faults, version_faults, writing
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
@@ -484,19 +483,17 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLog())
-    output, board = Path(args.output_dir), None
-    if args.process_index == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(log_dir=str(output / "runs"))
-        trainer.add_callback(TensorBoardCallback(board))
+    output = Path(args.output_dir)
+    curves = Curves(output / "runs") if args.process_index == 0 else None
+    if curves:
+        trainer.add_callback(curves)
         trainer.add_callback(MetricsLog(output / METRICS_FILE, trainer.seconds))
     if options.sample_prompts:
         asked = _on_rank_0(args, partial(read_prompts, options.sample_prompts))
         every = steps_between_samples(
             options, steps_per_epoch(options, len(prepared.train_rows), args.world_size)
         )
-        trainer.add_callback(Samples(trainer, asked, every, output / SAMPLES_FILE, board))
+        trainer.add_callback(Samples(trainer, asked, every, output / SAMPLES_FILE, curves))
     logger.info(
         "%s rows to train on, %s held out; %s rows a step, %s, on %s %s in %s%s; %s rate %g",
         f"{len(prepared.train_rows):,}",
