@@ -13,6 +13,7 @@ from training.supervisor import supervise
 if __name__ == "__main__":
     supervise()  # before the imports below: it is a small process that never needs them
 
+import errno
 import json
 import logging
 import math
@@ -38,14 +39,13 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from training import checkpoint
 from training.attention import packs_cleanly, use_packed_attention
 from training.batching import check_token_budget
-from training.callbacks import ProgressLog, duration
+from training.callbacks import Curves, ProgressLog, duration
 from training.checks import FolderBusyError, disk_faults, kernel_faults, version_faults, writing
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
@@ -73,12 +73,18 @@ from training.publish import PublishError, local_path, publish
 from training.record import global_batch, rows_digest, start_record, write_run_record
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError
-from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer
+from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer, out_of_memory
 from training.verdict import Plan, plan_run
 from training.workload import lengths_of, model_facts
 
 logger = logging.getLogger("training")
 
+FULL_OR_BROKEN = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+)  # what a disk says that is no fault of ours
 PEER_GRACE = 3  # seconds that a launcher, which looks every second, has to see which rank ended first
 
 
@@ -345,9 +351,13 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
             f"its last step: the model in {chosen} cannot be used, because {faults[0]}. Remove that folder, and type the "
             "same command with --resume auto"
         )
+    record |= _outcome(chosen, last)
     try:
         place_model(chosen, output)
         verify_model(output, options.trust_remote_code)
+        shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
+        write_model_card(output, record, ledger)
+        write_run_record(output, record)
     except OSError as error:
         raise TrainingError(
             f"its last step: the model of {chosen} could not be placed in {output} ({error}). Make room, and type the "
@@ -355,14 +365,27 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
         ) from error
     except ModelError as error:
         raise TrainingError(f"its last step, {checkpoint.step_of(last)}: {error}") from error
-    shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
+    logger.info(
+        "held-out loss %.4f before, %.4f after; %s of training; the model is in %s",
+        record["held_out_loss"]["before"],
+        record["held_out_loss"]["after"],
+        duration(record["seconds"]["training"]),
+        output,
+    )
+    if options.dbfs_output_dir:
+        publish(output, options.dbfs_output_dir)
+    return record
+
+
+def _outcome(chosen: Path, last: Path) -> dict[str, Any]:
+    """What run.json says of a finished run, from its last checkpoint and from that whose model it takes."""
     manifest = checkpoint.read_manifest(chosen)
     assert manifest is not None
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     progress = json.loads((last / checkpoint.PROGRESS_FILE).read_text())
     loss_sum = progress["loss_total"] + fmean(progress["loss_sums"])
-    record |= {
+    return {
         "status": "finished",
         "steps": checkpoint.step_of(last),
         "model_of_step": checkpoint.step_of(chosen),
@@ -376,24 +399,12 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
             if name in manifest["model"] and name.endswith(".safetensors")
         },
     }
-    write_model_card(output, record, ledger)
-    write_run_record(output, record)
-    logger.info(
-        "held-out loss %.4f before, %.4f after; %s of training; the model is in %s",
-        record["held_out_loss"]["before"],
-        record["held_out_loss"]["after"],
-        duration(progress["seconds"]),
-        output,
-    )
-    if options.dbfs_output_dir:
-        publish(output, options.dbfs_output_dir)
-    return record
 
 
 def prepare(options: TrainingOptions) -> Prepared:
     """Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
     if options.deepspeed_json:
-        compile_operators(read_deepspeed_json(options.deepspeed_json))
+        compile_operators(read_deepspeed_json(options.deepspeed_json), options.rank_timeout)
     if options.deepspeed_json and not torch.cuda.is_available():
         import deepspeed
 
@@ -463,9 +474,7 @@ def build_trainer(
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLog())
     if args.process_index == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(Path(args.output_dir) / "runs"))))
+        trainer.add_callback(Curves(Path(args.output_dir) / "runs"))
     logger.info(
         "%s rows to train on, %s held out; %s rows a step, %s, on %s %s in %s%s; %s rate %g",
         f"{len(prepared.train_rows):,}",
@@ -529,7 +538,18 @@ def main(ctx: click.Context, **values: Any) -> None:
         if is_main_process():
             _say("Stopped. To go on, type the same command with --resume auto")
         sys.exit(INTERRUPTED)
-    except RuntimeError as error:
+    except OSError as error:
+        if error.errno not in FULL_OR_BROKEN:
+            raise
+        _say(
+            f"Training ended: {error.filename or options.local_output_dir} could not be written ({error.strerror}). "
+            "Make room, or mend the disk, and type the same command with --resume auto"
+        )
+        sys.exit(ENDED)
+    except (RuntimeError, MemoryError) as error:
+        if lack := out_of_memory(error):
+            _say(f"Rank {os.environ.get('RANK', '0')} {lack}")
+            sys.exit(ENDED)
         if "EADDRINUSE" in str(error):
             port = os.environ.get("MASTER_PORT")
             _say(
