@@ -163,37 +163,34 @@ def test_what_the_readmes_python_imports_from_us_exists_and_takes_those_argument
                 assert all(hasattr(module, alias.name) for alias in node.names), block
 
 
-def words_of(text: str) -> list[str]:
-    """Its words without punctuation at their ends; "" for what a message fills in: a number, a file, a name of a GPU."""
-    stripped = (word.strip("`\"'.,:;()[]") for word in text.split())
-    return ["" if re.search(r"\d", word) else word for word in stripped]
+def stretches(text: str) -> list[str]:
+    """The words of a text without punctuation at their ends, cut where a message fills something in: a number, its
+    unit, an option, whatever stands for "..."."""
+    text = text.replace("...", " 0 ")
+    words = (word.strip("`\"'.,:;()[]") for word in text.split())
+    kept = " ".join("\0" if re.search(r"\d|GiB|^--", word) else word for word in words if word)
+    return [part for each in kept.split("\0") if (part := each.strip())]
 
 
 def test_the_messages_of_the_readme_are_those_of_the_code() -> None:
-    """Each stretch of words between two that are filled in stands in one string of training/, or in two on end."""
+    """What stands between two fillings is in one string of training/, or in two where one is filled into the other."""
     strings = []
     for file in (ROOT / "training").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.JoinedStr):
-                parts = [p.value if isinstance(p, ast.Constant) else " \0 " for p in node.values]
+                parts = [p.value if isinstance(p, ast.Constant) else " 0 " for p in node.values]
                 strings.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 strings.append(node.value)
-    known = "\n".join(" ".join(words_of(each)) for each in strings)
+    known = "\n".join(part for each in strings for part in stretches(each))
     [section] = re.findall(r"^## When something goes wrong\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
-    messages = [
-        message
-        for row in re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
-        for message in re.findall(r"`([^`]+)`", row)
-    ]
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
     assert len(messages) > 15
     for message in messages:
-        for stretch in re.split(r"\.\.\.", message):
-            left = words_of(stretch)
-            while left := left[next((i for i, word in enumerate(left) if word), len(left)) :]:
-                size = next((n for n in range(len(left), 0, -1) if " ".join(left[:n]) in known), 0)
-                assert size > 1 or len(words_of(stretch)) <= 2, f"{' '.join(left)!r} of {message!r}"
-                left = left[size:]
+        for words in map(str.split, stretches(message)):
+            cuts = [(" ".join(words[:n]), " ".join(words[n:])) for n in range(len(words))]
+            assert any(first in known and second in known for first, second in cuts), (message, words)
 
 
 def test_the_scripts_can_be_run() -> None:
