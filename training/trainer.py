@@ -17,6 +17,7 @@ if __name__ == "__main__":
     # DeepSpeed's launcher says it once for all; each rank would say it again while it imports DeepSpeed.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
 
+import errno
 import io
 import json
 import math
@@ -79,12 +80,18 @@ from training.record import global_batch, rows_digest, start_record, write_run_r
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError, read_prompts
 from training.samples import Samples
-from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer
+from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer, out_of_memory
 from training.verdict import Plan, plan_run
 from training.workload import lengths_of, model_facts
 
 logger = logging.getLogger("training")
 
+FULL_OR_BROKEN = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+)  # what a disk says that is no fault of ours
 PEER_GRACE = 3  # seconds that a launcher, which looks every second, has to see which rank ended first
 
 
@@ -365,9 +372,13 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
             f"its last step: the model in {chosen} cannot be used, because {faults[0]}. Remove that folder, and type the "
             "same command with --resume auto"
         )
+    record |= _outcome(chosen, last)
     try:
         place_model(chosen, output)
         verify_model(output, options.trust_remote_code)
+        shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
+        write_model_card(output, record, ledger)
+        write_run_record(output, record)
     except OSError as error:
         raise TrainingError(
             f"its last step: the model of {chosen} could not be placed in {output} ({error}). Make room, and type the "
@@ -375,14 +386,27 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
         ) from error
     except ModelError as error:
         raise TrainingError(f"its last step, {checkpoint.step_of(last)}: {error}") from error
-    shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
+    logger.info(
+        "held-out loss %.4f before, %.4f after; %s of training; the model is in %s",
+        record["held_out_loss"]["before"],
+        record["held_out_loss"]["after"],
+        duration(record["seconds"]["training"]),
+        output,
+    )
+    if options.dbfs_output_dir:
+        publish(output, options.dbfs_output_dir)
+    return record
+
+
+def _outcome(chosen: Path, last: Path) -> dict[str, Any]:
+    """What run.json says of a finished run, from its last checkpoint and from that whose model it takes."""
     manifest = checkpoint.read_manifest(chosen)
     assert manifest is not None
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     progress = json.loads((last / checkpoint.PROGRESS_FILE).read_text())
     loss_sum = progress["loss_total"] + fmean(progress["loss_sums"])
-    record |= {
+    return {
         "status": "finished",
         "steps": checkpoint.step_of(last),
         "model_of_step": checkpoint.step_of(chosen),
@@ -396,24 +420,12 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
             if name in manifest["model"] and name.endswith(".safetensors")
         },
     }
-    write_model_card(output, record, ledger)
-    write_run_record(output, record)
-    logger.info(
-        "held-out loss %.4f before, %.4f after; %s of training; the model is in %s",
-        record["held_out_loss"]["before"],
-        record["held_out_loss"]["after"],
-        duration(progress["seconds"]),
-        output,
-    )
-    if options.dbfs_output_dir:
-        publish(output, options.dbfs_output_dir)
-    return record
 
 
 def prepare(options: TrainingOptions) -> Prepared:
     """Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
     if options.deepspeed_json:
-        compile_operators(read_deepspeed_json(options.deepspeed_json))
+        compile_operators(read_deepspeed_json(options.deepspeed_json), options.rank_timeout)
     if options.deepspeed_json and not torch.cuda.is_available():
         import deepspeed
 
@@ -561,7 +573,18 @@ def main(ctx: click.Context, **values: Any) -> None:
         if is_main_process():
             _say("Stopped. To go on, type the same command with --resume auto")
         sys.exit(INTERRUPTED)
-    except RuntimeError as error:
+    except OSError as error:
+        if error.errno not in FULL_OR_BROKEN:
+            raise
+        _say(
+            f"Training ended: {error.filename or options.local_output_dir} could not be written ({error.strerror}). "
+            "Make room, or mend the disk, and type the same command with --resume auto"
+        )
+        sys.exit(ENDED)
+    except (RuntimeError, MemoryError) as error:
+        if lack := out_of_memory(error):
+            _say(f"Rank {os.environ.get('RANK', '0')} {lack}")
+            sys.exit(ENDED)
         if "EADDRINUSE" in str(error):
             port = os.environ.get("MASTER_PORT")
             _say(
