@@ -42,6 +42,8 @@ ORDER = [
     "callbacks",
     "loop",
     "generate",
+    "served",
+    "tracking",
     "plan",
     "bench",
     "notebook",
