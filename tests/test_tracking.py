@@ -145,6 +145,15 @@ def test_an_unfinished_folder_is_not_logged(tmp_path):
         log_finished(tmp_path)
 
 
+def test_weights_that_changed_since_they_were_verified_are_not_logged(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"changed")
+    verified = {"model.safetensors": {"size": 7, "sha256": "0" * 64}}
+    finished = record_of() | {"status": "finished", "weights": verified}
+    (tmp_path / "run.json").write_text(json.dumps(finished))
+    with pytest.raises(TrackingError, match="its weights are not those that training wrote and verified"):
+        log_finished(tmp_path)
+
+
 # --- the model that is served ------------------------------------------------------------------------
 
 
@@ -276,6 +285,16 @@ def closure(requirements: list[str]) -> set[str]:
 
 LOAD = """
 import json, sys
+from importlib.machinery import PathFinder
+
+class OnlyRequired(PathFinder):  # nothing is installed but what the model's requirements bring
+    absent = set(json.loads(sys.argv[3]))
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in cls.absent else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = OnlyRequired
 import mlflow, pandas
 model = mlflow.pyfunc.load_model(sys.argv[1])
 import training
@@ -285,7 +304,6 @@ print(json.dumps({
     "package": training.__file__,
     "answers": model.predict(table, params=greedy)["response"].tolist(),
     "with_input": model.predict(table.assign(input="drum"), params=greedy)["response"].tolist(),
-    "modules": sorted({name.split(".")[0] for name, module in sys.modules.items() if module is not None}),
     "signature": model.metadata.signature.to_dict(),
 }))
 """
@@ -313,17 +331,29 @@ def test_two_ranks_make_one_run_and_its_model_answers_where_this_repository_is_n
     (version,) = client.search_model_versions(f"name='{NAME}'")
     assert version.run_id == logged.info.run_id
 
-    again = run(server.uri, *deepspeed(2), *words, "--resume", "auto")
+    again = run(server.uri, sys.executable, "-m", "training.tracking", "--model", out, "--name", NAME)
     assert f"logged to MLflow: models:/{NAME}/{version.version}" in again
     assert len(client.search_model_versions(f"name='{NAME}'")) == 1, "what is there is not logged again"
 
+    (artifacts,) = server.folder.glob("artifacts/**/MLmodel")
+    assert not list(artifacts.parent.rglob("*.pkl"))
+    required = closure((artifacts.parent / "requirements.txt").read_text().splitlines())
+    absent = [
+        module
+        for module, names in packages_distributions().items()
+        if not {canonicalize_name(name) for name in names} & required
+    ]
+    assert {"deepspeed", "matplotlib", "sqlalchemy"} <= set(absent)
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     instructions = ["Classify the word drum.", "What do 2 and 1 make together?"]
     there = environment(server.uri)
     there.pop("PYTHONPATH", None)
     result = subprocess.run(
-        [sys.executable, "-P", "-c", LOAD, f"models:/{NAME}/{version.version}", json.dumps(instructions)],
+        [
+            sys.executable, "-P", "-c", LOAD,
+            f"models:/{NAME}/{version.version}", json.dumps(instructions), json.dumps(absent),
+        ],
         cwd=elsewhere, env=there, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -338,14 +368,6 @@ def test_two_ranks_make_one_run_and_its_model_answers_where_this_repository_is_n
     inputs = {each["name"]: each["required"] for each in json.loads(told["signature"]["inputs"])}
     assert inputs == {"instruction": True, "input": False}
     assert [each["name"] for each in json.loads(told["signature"]["outputs"])] == ["response"]
-
-    (artifacts,) = server.folder.glob("artifacts/**/MLmodel")
-    assert not list(artifacts.parent.rglob("*.pkl"))
-    allowed = closure((artifacts.parent / "requirements.txt").read_text().splitlines())
-    for module in told["modules"]:
-        names = {canonicalize_name(name) for name in packages_distributions().get(module, [])}
-        optional = {"deepspeed", "accelerate", "tensorboard"}  # transformers looks whether they are there
-        assert not names or names & (allowed | optional), f"{module} is imported, and not in the requirements"
 
 
 @pytest.mark.slow
@@ -378,13 +400,15 @@ def test_a_run_that_is_resumed_goes_on_in_the_same_mlflow_run_and_logs_its_new_m
 ):
     out = tmp_path / "out"
     words = [*TRAIN, "--local-output-dir", out, "--mlflow-model-name", "resumed", "--resume", "auto"]
-    run(server.uri, *words, "--max-steps", 2)
-    run(server.uri, *words, "--max-steps", 4)
+    for steps in (2, 4, 4):
+        run(server.uri, *words, "--max-steps", steps)
     (logged,) = mlflow_runs(client, out)
     assert sorted(steps_of(client, logged.info.run_id, "loss")) == [1, 2, 3, 4]
     versions = client.search_model_versions("name='resumed'")
     assert {each.run_id for each in versions} == {logged.info.run_id}
-    assert len({each.source for each in versions}) == 2, "each end of the run has its own model"
+    assert len({each.source for each in versions}) == len(versions) == 2, (
+        "each end of the run has its own model, logged once"
+    )
 
 
 @pytest.mark.slow
@@ -392,27 +416,8 @@ def test_a_server_that_never_answers_costs_no_step_and_is_told_once(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
         uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
         out = tmp_path / "out"
-        begin = time.monotonic()
+        # MLflow's own patience, eight times two minutes for each request, would take longer than `run` allows.
         printed = run(uri, *TRAIN, "--max-steps", 4, "--local-output-dir", out, "--mlflow")
-        with_it = time.monotonic() - begin
     assert printed.count("MLflow does not answer") == 1, printed
     assert printed.count("could not be logged") == 1
     assert json.loads((out / "run.json").read_text())["status"] == "finished"
-    assert with_it < 300
-
-
-@pytest.mark.slow
-def test_weights_that_changed_since_they_were_verified_are_not_logged(server, client, tmp_path):
-    out = tmp_path / "out"
-    run(server.uri, *TRAIN, "--max-steps", 1, "--local-output-dir", out)
-    assert not mlflow_runs(client, out), "no one asked for it"
-    weights = out / "model.safetensors"
-    content = bytearray(weights.read_bytes())
-    content[-1] ^= 1
-    weights.unlink()
-    weights.write_bytes(content)
-    process = start(server.uri, sys.executable, "-m", "training.tracking", "--model", out)
-    printed = process.communicate(timeout=300)[0]
-    assert process.returncode == 2
-    assert "its weights are not those that training wrote and verified" in printed
-    assert not mlflow_runs(client, out)
