@@ -43,6 +43,8 @@ ORDER = [
     "loop",
     "generate",
     "samples",
+    "served",
+    "tracking",
     "plan",
     "bench",
     "notebook",

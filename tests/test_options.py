@@ -129,7 +129,13 @@ def test_every_option_can_be_given_and_has_a_group_and_a_help() -> None:
     parameters = {parameter.name: parameter for parameter in trainer.main.params}
     assert list(parameters) == [option.name for option in fields(TrainingOptions)]
     for option in fields(TrainingOptions):
-        assert option.metadata["group"] in {"Model and data", "Training", "Precision and devices", "Output"}
+        assert option.metadata["group"] in {
+            "Model and data",
+            "Training",
+            "Precision and devices",
+            "Output",
+            "MLflow",
+        }
         assert parameters[option.name].help.endswith((".", "]", "(V100)."))
 
 

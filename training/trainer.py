@@ -81,6 +81,7 @@ from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError, read_prompts
 from training.samples import Samples
 from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer, out_of_memory
+from training.tracking import log_or_tell, tracked
 from training.verdict import Plan, plan_run
 from training.workload import lengths_of, model_facts
 
@@ -198,9 +199,11 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
         logger.info("%s is finished already", output)
         if main and options.dbfs_output_dir:
             publish(output, options.dbfs_output_dir)
+        if main and options.logs_to_mlflow:
+            log_or_tell(output, options.mlflow_model_name)
         return start.former
     if start.former is not None:
-        record["started"] = start.former["started"]
+        record |= {name: start.former[name] for name in ("started", "id") if name in start.former}
     decided = start.former.get("decided") if start.former else None
     record["decided"] = _on_rank_0(args, partial(check_plan, options, prepared, decided))
     folder = start.folder
@@ -209,7 +212,7 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
     if main:
         prepared.ledger.save(output / LEDGER_FILE)
         write_run_record(output, record)
-    if start.step < steps and run_steps(options, prepared, record["decided"], start, folder, request):
+    if start.step < steps and run_steps(options, prepared, record, start, folder, request):
         record["status"] = "stopped"
         if main:
             write_run_record(output, record)
@@ -316,7 +319,7 @@ def _disk_faults(options: TrainingOptions, plan: Plan) -> list[str]:
 def run_steps(
     options: TrainingOptions,
     prepared: Prepared,
-    decided: dict[str, Any],
+    record: dict[str, Any],
     start: Start,
     folder: Path | None,
     request: StopRequest,
@@ -331,7 +334,7 @@ def run_steps(
         logger.info("the run goes on from %s", start.folder)
     if folder != start.folder:
         args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
-    trainer = build_trainer(options, prepared, decided, request)
+    trainer = build_trainer(options, prepared, record["decided"], request)
     if args.process_index == 0:
         remove_newer(output, start.step)
         for name in (METRICS_FILE, SAMPLES_FILE):
@@ -344,7 +347,10 @@ def run_steps(
     if start.folder is not None:
         trainer.add_callback(Continued(trainer, start.folder))
     try:
-        trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
+        with tracked(options.logs_to_mlflow and args.process_index == 0, record, output) as callbacks:
+            for callback in callbacks:
+                trainer.add_callback(callback)
+            trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
     except Exception as error:
         if AT_MINIMUM not in str(error):
             raise
@@ -395,6 +401,8 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
     )
     if options.dbfs_output_dir:
         publish(output, options.dbfs_output_dir)
+    if options.logs_to_mlflow:
+        log_or_tell(output, options.mlflow_model_name)
     return record
 
 
