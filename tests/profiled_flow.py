@@ -29,10 +29,10 @@ def break_everything(folder: Path) -> None:
     def broken(*arguments: object, **options: object) -> None:
         raise RuntimeError("planted")
 
+    CardComponentManager.refresh = broken
     time.sleep(2)  # so that there is something to lose
     psutil.cpu_percent = psutil.virtual_memory = broken
     (folder / SAMPLES_FILE).mkdir()
-    CardComponentManager.refresh = broken
 
 
 class ProfiledFlow(FlowSpec):

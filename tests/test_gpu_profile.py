@@ -607,14 +607,11 @@ def flow_runs(tmp_path_factory: pytest.TempPathFactory, nvml_folder: Path) -> It
         if charts(parts).get("loss") and charts(parts)["loss"] not in runs["looks"]:
             runs["looks"].append(charts(parts)["loss"])
         time.sleep(0.5)
-    well.wait()
     begin("raise", PROFILED_LINES="12", PROFILED_END="raise", **gpus)
     begin("exit", PROFILED_LINES="12", PROFILED_END="exit")
-    for name in ("raise", "exit"):
+    begin("broken", PROFILED_LINES="12", PROFILED_END="well", PROFILED_BREAK="1", NVML_DIES="5", **gpus)
+    for name in ("well", "raise", "exit", "broken"):
         runs[name].wait()
-    begin(
-        "broken", PROFILED_LINES="12", PROFILED_END="well", PROFILED_BREAK="1", NVML_DIES="5", **gpus
-    ).wait()
     return runs
 
 
@@ -685,12 +682,8 @@ def test_a_failed_step_has_its_last_figures_and_why(flow_runs: dict[str, Any], n
     assert run.process.returncode == 1, run.output()
     _, parts = run.card()
     assert "The step has failed" in json.dumps(parts)
-    assert (
-        [part for part in parts if part["type"] == "pythonCode"][0]["data"]
-        .rstrip()
-        .splitlines()[-1]
-        .startswith(why)
-    )
+    error = next(part["data"] for part in parts if part["type"] == "pythonCode")
+    assert error.rstrip().splitlines()[-1].startswith(why)
     assert [row["x"] for row in charts(parts)["loss"]] == [10 * n for n in range(1, 13)], "to the last line"
     if name == "raise":
         assert "ValueError: rank 3 was" in run.output(), "as without the profile"
@@ -733,12 +726,16 @@ def test_a_browser_draws_the_card_without_a_network(
         timeout=120,
     )
     dom = result.stdout
-    assert dom.count("<canvas") + dom.count('<svg class="marks"') == 5, (
-        "loss, speed, utilisation, memory, host"
-    )
+    drawn = re.findall(r'<svg[^>]* class="marks".*?</svg>', dom, re.DOTALL)
+    titles = ["loss", "speed", "GPU utilisation", "GPU memory", "host"]
+    assert [title for title, svg in zip(titles, drawn, strict=True) if f">{title}<" in svg] == titles
+    assert all("mark-line role-mark" in svg for svg in drawn)
+    assert all(f">{name}<" in drawn[2] for name in ("GPU 0", "GPU 3"))
+    assert ">held-out loss<" in drawn[0]
     assert "the 1 answer" in dom
     assert "&lt;img src=x" in dom, "an answer is text"
-    assert "<img src=" not in dom.replace('<img src="data:', "")
+    assert "<img src=x" not in re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
+    assert "<title>1</title>" not in dom
     assert "Tesla V100" in dom
     if name == "raise":
         assert "killed" in dom
