@@ -510,6 +510,21 @@ def test_a_fault_is_told_and_costs_nothing_else(
     assert "host" in charts(card.drawn())
 
 
+def test_a_section_that_cannot_be_drawn_costs_none_of_the_others(tmp_path: Path) -> None:
+    append(tmp_path / METRICS_FILE, line(10, loss=2.0))
+    card = Card()
+    profile = profiler(card, tmp_path)
+    profile.host = gpu_profile.Host()
+    profile.sample(0.0)
+    profile.draw()
+    assert profile.run
+    profile.run.progress = raising
+    profile.draw()
+    profile.draw()
+    assert list(charts(card.drawn())) == ["host"]
+    assert tables(card.drawn(), "part")[0]["data"] == [["card", "RuntimeError: planted"]]
+
+
 def test_options_that_cannot_be_meant_are_refused() -> None:
     with pytest.raises(MetaflowException, match=r"interval is 0; give seconds, 0\.1 or more"):
         gpu_profile.gpu_profile(interval=0).external_init()
