@@ -368,12 +368,13 @@ class Run:
     def answer_table(self) -> tuple[list[str], list[Any]]:
         """(headers, rows): a row an instruction, a column a stage."""
         stages = self.stages()
-        headers = ["instruction"]
-        for step in stages:
-            epoch = self.epochs.get(step)
-            headers.append(f"step {step:,.0f}" + ("" if epoch is None else f" (epoch {epoch:.2f})"))
+        # A header is not broken into lines: the shorter word for a stage, where it tells all of them apart.
+        epochs = [f"epoch {epoch:.2f}" for epoch in map(self.epochs.get, stages) if epoch is not None]
+        names = epochs if len(set(epochs)) == len(stages) else [f"step {step:,.0f}" for step in stages]
         prompts = list(dict.fromkeys(prompt for step in stages for prompt in self.answers[step]))[:PROMPTS]
-        return headers, [[p, *(self.answers[step].get(p, "") for step in stages)] for p in prompts]
+        return ["instruction", *names], [
+            [p, *(self.answers[step].get(p, "") for step in stages)] for p in prompts
+        ]
 
 
 class Profiler:
@@ -661,7 +662,13 @@ def chart_spec(
     encoding = {
         "x": {"field": "x", "type": "quantitative", "title": x, "scale": {"zero": False, "nice": False}},
         "y": {"field": "value", "type": "quantitative", "title": y, "scale": scale},
-        "color": {"field": "name", "type": "nominal", "title": None, "sort": names},
+        "color": {
+            "field": "name",
+            "type": "nominal",
+            "title": None,
+            "sort": names,
+            "legend": {"symbolType": "stroke", "symbolOpacity": 1, "symbolStrokeWidth": 3},
+        },
         "tooltip": [{"field": "name"}, {"field": "x", "title": x}, {"field": "value", "title": y}],
     }
 

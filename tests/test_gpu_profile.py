@@ -133,8 +133,8 @@ def test_ten_hours_of_eight_gpus_stay_small_and_lose_no_peak(tmp_path: Path) -> 
             profile.draw()
             sizes[now + 1] = (len(card.text()), len(pickle.dumps(profile._record())))
     for drawn, artifact in sizes.values():
-        assert drawn < 250_000, sizes
-        assert artifact < 250_000, sizes
+        assert drawn < 150_000, sizes
+        assert artifact < 150_000, sizes
     assert sizes[36_000][0] < 1.5 * sizes[3_600][0]
     kept = profile._record()["peaks"]["gpu_utilisation_percent"]
     assert kept == {name: 100.0 - n for n, name in enumerate(names)}
@@ -399,7 +399,7 @@ def test_the_answers_stand_one_column_a_stage(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.read()
     assert run.answer_table() == (
-        ["instruction", "step 0 (epoch 0.00)", "step 100 (epoch 1.25)"],
+        ["instruction", "epoch 0.00", "epoch 1.25"],
         [
             ["Name a river.", "Name a river. 0", "Name a river. 100"],
             ["Shorten.\nLong text", "Shorten. 0", "Shorten. 100"],
