@@ -189,6 +189,38 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_a_shell_that_is_lef
     launcher.stdout.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_launcher_that_is_killed_while_its_supervisor_starts_leaves_nobody(
+    supervised: Callable[..., Supervised],
+) -> None:
+    """Before the supervisor can ask the system to be told of its launcher's end."""
+    run = supervised(
+        "time.sleep(60)",
+        first="import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(1)",
+        command=[sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"],
+        environment={"RANK": "0"}, start_new_session=True,
+    )  # fmt: skip
+    supervisor = int(run.process.stdout.readline())
+    run.process.kill()
+    assert gone(supervisor)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_deepspeed_command_may_end_before_a_supervisor_is_there(
+    supervised: Callable[..., Supervised],
+) -> None:
+    """launch.py, which outlives it, takes seconds to start the ranks."""
+    launch = "import subprocess, sys, time; time.sleep(1); subprocess.run([sys.executable, '-m', 'training.trainer'])"
+    words = [sys.executable, "-c", launch, "deepspeed.launcher.launch"]
+    rank = f"{LISTEN}\nprint('ready', flush=True)\ntime.sleep(60)"
+    command = [sys.executable, "-c", f"import subprocess; subprocess.run({words!r})"]
+    run = supervised(rank, command=command, start_new_session=True)
+    time.sleep(0.3)
+    run.process.kill()
+    said = run.process.stdout.read()  # until nobody holds the pipe any more
+    assert said in ("ready\nstopping\n", ""), "told to stop, perhaps before it could listen"
+
+
 def test_a_reader_that_goes_away_does_not_stop_the_rank(
     supervised: Callable[..., Supervised], tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -127,10 +128,19 @@ def test_the_run_says_what_it_did(finished):
     assert printed.count("rows read") == 1, "one rank speaks"
     assert "«" in printed
     assert "left" in printed
+    assert re.search(rf"^{finished}/checkpoint-6 saved: [\d.]+ MiB in [\d.]+ s$", printed, re.MULTILINE)
     assert json.loads((finished / "ledger.json").read_text())["rows_kept"] > 4000
     card = (finished / "README.md").read_text()
     assert f"{run_record['held_out_loss']['after']:.4f}" in card
     assert "rows read" in card
+
+
+def test_libraries_speak_only_of_what_matters(finished):
+    """What DeepSpeed's two launching processes say before a rank exists is theirs."""
+    printed = (finished / "stdout.txt").read_text()
+    assert printed.count("Setting accelerator to CPU") <= 2
+    for chatter in ("gcc", "built successfully", "-laio"):
+        assert chatter not in printed
 
 
 def test_tensorboard_holds_losses_and_rate(finished):

@@ -41,6 +41,8 @@ def supervise() -> None:
     command = [sys.executable, "-u", "-m", "training.trainer", *sys.argv[1:]]
     if "RANK" in os.environ:  # a launcher that is killed leaves nobody to end its ranks
         at_death_of_parent(signal.SIGTERM)
+        if _orphaned(Path("/proc/self")):  # it was killed before that
+            sys.exit(INTERRUPTED)
     last: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
 
     def tell_of_hanging() -> None:
@@ -88,9 +90,21 @@ def _end_with_deepspeed() -> None:
         if b"deepspeed.launcher.launch" not in (launcher / "cmdline").read_bytes():
             return
         command = _parent_of(launcher)
-        while _parent_of(launcher) == command:
+        while _parent_of(launcher) == command and not _orphaned(launcher):
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def _orphaned(process: Path) -> bool:
+    """Whether who started a process has gone: it was left to the system's first one, and is of another's group.
+
+    What that one starts itself, as systemd or a container does, leads a group of its own or is in that one's.
+    """
+    try:
+        _, parent, group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
+        return parent == "1" and group not in ("0", "1", process.resolve().name)
+    except OSError:  # no Linux
+        return False
 
 
 def _parent_of(process: Path) -> int:

@@ -8,13 +8,18 @@ The same module runs under torchrun, Spark's DeepSpeed distributor, and on one d
 
 from __future__ import annotations
 
+import logging
+
 from training.supervisor import supervise
 
 if __name__ == "__main__":
     supervise()  # before the imports below: it is a small process that never needs them
+    # DeepSpeed's launcher says it once for all; each rank would say it again while it imports DeepSpeed.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
 
+import errno
+import io
 import json
-import logging
 import math
 import os
 import shutil
@@ -23,7 +28,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -38,14 +43,13 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from training import checkpoint
 from training.attention import packs_cleanly, use_packed_attention
 from training.batching import check_token_budget
-from training.callbacks import ProgressLog, duration
+from training.callbacks import Curves, MetricsLog, ProgressLog, duration
 from training.checks import FolderBusyError, disk_faults, kernel_faults, version_faults, writing
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
@@ -55,6 +59,7 @@ from training.flops import peak_flops
 from training.loop import Batching, CompletionTrainer, Continued
 from training.loss import use_response_loss
 from training.machines import GIB, this_machine
+from training.metrics import METRICS_FILE, SAMPLES_FILE, forget_after
 from training.model import DTYPES, ModelError, load_config, load_model, load_tokenizer, max_positions
 from training.operators import compile_operators, compiler_faults
 from training.options import (
@@ -66,19 +71,27 @@ from training.options import (
     is_main_process,
     precision_of,
     read_deepspeed_json,
+    steps_between_samples,
     value_faults,
     world_size,
 )
 from training.publish import PublishError, local_path, publish
 from training.record import global_batch, rows_digest, start_record, write_run_record
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
-from training.rows import DataError
-from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer
+from training.rows import DataError, read_prompts
+from training.samples import Samples
+from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer, out_of_memory
 from training.verdict import Plan, plan_run
 from training.workload import lengths_of, model_facts
 
 logger = logging.getLogger("training")
 
+FULL_OR_BROKEN = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EROFS,
+    errno.EIO,
+)  # what a disk says that is no fault of ours
 PEER_GRACE = 3  # seconds that a launcher, which looks every second, has to see which rank ended first
 
 
@@ -212,18 +225,23 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
 
 def planned_steps(options: TrainingOptions, rows: int, world_size: int) -> int:
     """Optimizer steps of the whole run, as the Trainer counts them."""
-    per_epoch = math.ceil(rows / global_batch(options, world_size))
-    return options.max_steps or math.ceil(options.epochs * per_epoch)
+    return options.max_steps or math.ceil(options.epochs * steps_per_epoch(options, rows, world_size))
+
+
+def steps_per_epoch(options: TrainingOptions, rows: int, world_size: int) -> int:
+    return math.ceil(rows / global_batch(options, world_size))
 
 
 def _on_rank_0(args: TrainingArguments, function: Callable[[], Any]) -> Any:
-    """What `function` gives on rank 0, or the OptionsError that it raises there, on every rank."""
+    """What `function` gives on rank 0, or as an OptionsError what is wrong there, on every rank."""
     outcome: list[Any] = [None, None]
     if args.process_index == 0:
         try:
             outcome[0] = function()
         except OptionsError as error:
             outcome[1] = error.faults
+        except DataError as error:
+            outcome[1] = [str(error)]
     if args.world_size > 1:
         torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
@@ -260,10 +278,14 @@ def check_plan(
     for fault in faults:
         logger.warning("trained by --force, though the plan says %s", fault)
     logger.info(
-        "the plan: %.2f GiB a device, checkpointing %s; an epoch in %s to %s",
+        "the plan: %.2f GiB a device, checkpointing %s; an epoch in %s to %s, the run in %s to %s",
         sum(plan.gpu_memory_gib.values()),
         "on" if plan.settings.checkpointing else "off",
-        *(duration(3600 * plan.hours_per_epoch[bound]) for bound in ("low", "high")),
+        *(
+            duration(3600 * hours[bound])
+            for hours in (plan.hours_per_epoch, plan.hours)
+            for bound in ("low", "high")
+        ),
     )
     return {
         "gradient_checkpointing": plan.settings.checkpointing,
@@ -312,6 +334,11 @@ def run_steps(
     trainer = build_trainer(options, prepared, decided, request)
     if args.process_index == 0:
         remove_newer(output, start.step)
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            if start.folder is None:  # what a run told that was killed before its first checkpoint
+                (output / name).unlink(missing_ok=True)
+            else:
+                forget_after(output / name, start.step, start.folder.parent / name)
         if folder == start.folder:  # a start that was killed may have left it
             shutil.rmtree(output / RESHARDED, ignore_errors=True)
     if start.folder is not None:
@@ -345,9 +372,13 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
             f"its last step: the model in {chosen} cannot be used, because {faults[0]}. Remove that folder, and type the "
             "same command with --resume auto"
         )
+    record |= _outcome(chosen, last)
     try:
         place_model(chosen, output)
         verify_model(output, options.trust_remote_code)
+        shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
+        write_model_card(output, record, ledger)
+        write_run_record(output, record)
     except OSError as error:
         raise TrainingError(
             f"its last step: the model of {chosen} could not be placed in {output} ({error}). Make room, and type the "
@@ -355,14 +386,27 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
         ) from error
     except ModelError as error:
         raise TrainingError(f"its last step, {checkpoint.step_of(last)}: {error}") from error
-    shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
+    logger.info(
+        "held-out loss %.4f before, %.4f after; %s of training; the model is in %s",
+        record["held_out_loss"]["before"],
+        record["held_out_loss"]["after"],
+        duration(record["seconds"]["training"]),
+        output,
+    )
+    if options.dbfs_output_dir:
+        publish(output, options.dbfs_output_dir)
+    return record
+
+
+def _outcome(chosen: Path, last: Path) -> dict[str, Any]:
+    """What run.json says of a finished run, from its last checkpoint and from that whose model it takes."""
     manifest = checkpoint.read_manifest(chosen)
     assert manifest is not None
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     progress = json.loads((last / checkpoint.PROGRESS_FILE).read_text())
     loss_sum = progress["loss_total"] + fmean(progress["loss_sums"])
-    record |= {
+    return {
         "status": "finished",
         "steps": checkpoint.step_of(last),
         "model_of_step": checkpoint.step_of(chosen),
@@ -376,30 +420,19 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
             if name in manifest["model"] and name.endswith(".safetensors")
         },
     }
-    write_model_card(output, record, ledger)
-    write_run_record(output, record)
-    logger.info(
-        "held-out loss %.4f before, %.4f after; %s of training; the model is in %s",
-        record["held_out_loss"]["before"],
-        record["held_out_loss"]["after"],
-        duration(progress["seconds"]),
-        output,
-    )
-    if options.dbfs_output_dir:
-        publish(output, options.dbfs_output_dir)
-    return record
 
 
 def prepare(options: TrainingOptions) -> Prepared:
     """Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
     if options.deepspeed_json:
-        compile_operators(read_deepspeed_json(options.deepspeed_json))
+        compile_operators(read_deepspeed_json(options.deepspeed_json), options.rank_timeout)
     if options.deepspeed_json and not torch.cuda.is_available():
         import deepspeed
 
-        deepspeed.init_distributed(
-            dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=options.rank_timeout)
-        )
+        with redirect_stdout(io.StringIO()):  # it prints which operators it has loaded, once a rank
+            deepspeed.init_distributed(
+                dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=options.rank_timeout)
+            )
     args = training_arguments(options)
     with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
         positions = max_positions(load_config(options.input_model, options.trust_remote_code))
@@ -462,10 +495,17 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLog())
-    if args.process_index == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(Path(args.output_dir) / "runs"))))
+    output = Path(args.output_dir)
+    curves = Curves(output / "runs") if args.process_index == 0 else None
+    if curves:
+        trainer.add_callback(curves)
+        trainer.add_callback(MetricsLog(output / METRICS_FILE, trainer.seconds))
+    if options.sample_prompts:
+        asked = _on_rank_0(args, partial(read_prompts, options.sample_prompts))
+        every = steps_between_samples(
+            options, steps_per_epoch(options, len(prepared.train_rows), args.world_size)
+        )
+        trainer.add_callback(Samples(trainer, asked, every, output / SAMPLES_FILE, curves))
     logger.info(
         "%s rows to train on, %s held out; %s rows a step, %s, on %s %s in %s%s; %s rate %g",
         f"{len(prepared.train_rows):,}",
@@ -501,8 +541,12 @@ def _say(words: str) -> None:
 def main(ctx: click.Context, **values: Any) -> None:
     """Fine-tune a causal language model to follow instructions. The defaults are Dolly's run."""
     logging.basicConfig(
-        level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s", stream=sys.stdout
+        level=logging.WARNING if is_main_process() else logging.ERROR, format="%(message)s", stream=sys.stdout
     )
+    if (
+        is_main_process()
+    ):  # what others tell below a warning is not for users: setuptools tells its gcc commands
+        logger.setLevel(logging.INFO)
     request = StopRequest()
     try:
         request.listen()
@@ -529,7 +573,18 @@ def main(ctx: click.Context, **values: Any) -> None:
         if is_main_process():
             _say("Stopped. To go on, type the same command with --resume auto")
         sys.exit(INTERRUPTED)
-    except RuntimeError as error:
+    except OSError as error:
+        if error.errno not in FULL_OR_BROKEN:
+            raise
+        _say(
+            f"Training ended: {error.filename or options.local_output_dir} could not be written ({error.strerror}). "
+            "Make room, or mend the disk, and type the same command with --resume auto"
+        )
+        sys.exit(ENDED)
+    except (RuntimeError, MemoryError) as error:
+        if lack := out_of_memory(error):
+            _say(f"Rank {os.environ.get('RANK', '0')} {lack}")
+            sys.exit(ENDED)
         if "EADDRINUSE" in str(error):
             port = os.environ.get("MASTER_PORT")
             _say(
