@@ -1,0 +1,377 @@
+"""Dolly as a Metaflow flow: start -> train -> end. It chooses options and runs the one command; see README, Metaflow.
+
+    python flows/train_dolly_flow.py run                                      Dolly's run on this machine's GPUs
+    python flows/train_dolly_flow.py run --gpu-family cpu                     the demo
+    python flows/train_dolly_flow.py --datastore s3 --config-value machine 8xV100-32GB run --with kubernetes
+    python flows/train_dolly_flow.py resume                                   goes on from the last checkpoint
+
+Imports no torch at its top: every task and every refresh of a card starts this file anew.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import signal
+import socket
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE if (HERE / "training").is_dir() else HERE.parent  # in Metaflow's package all lies side by side
+sys.path.insert(0, str(ROOT))
+
+from model_on_s3 import NO_METAFLOW, StoreError, push, root_faults
+
+try:
+    from metaflow import (
+        Config,
+        FlowSpec,
+        IncludeFile,
+        Parameter,
+        config_expr,
+        current,
+        package_sources,
+        resources,
+        step,
+    )
+    from metaflow.exception import MetaflowException
+    from metaflow.metaflow_config import DATATOOLS_S3ROOT
+except ImportError:
+    sys.exit(NO_METAFLOW)
+
+import pod
+
+from training import metrics
+from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE, SAMPLE_INSTRUCTIONS
+from training.demo import demo_options
+from training.launch import TrainingFailedError, deepspeed_command, launch, typed
+from training.machines import Machine, MachineError, this_machine
+from training.options import (
+    GroupedCommand,
+    OptionsError,
+    TrainingOptions,
+    click_options,
+    option_words,
+    value_faults,
+)
+from training.publish import model_figures
+from training.settings import PRESETS, preset_options
+from training.verdict import Plan, plan_run
+
+# What a task on another machine needs beside this folder. requirements.txt is what training.checks compares with.
+SOURCES = [ROOT / "training", ROOT / "config", ROOT / "requirements.txt"]
+SUFFIXES = [".py", ".json", ".txt"]
+
+
+class RunRefusedError(MetaflowException):
+    """The run cannot be begun; the message has every reason and what to type."""
+
+    headline = "Cannot train"
+
+    def __init__(self, faults: list[str]):
+        super().__init__("\n" + "\n".join(f"  - {fault}" for fault in faults))
+
+
+class StepFailedError(MetaflowException):
+    """Training, or the push of its model, has failed; the message says why, and how to go on."""
+
+    headline = "The run can go on"
+
+    def __init__(self, error: Exception):
+        cure = f"When the cause is mended, type python flows/train_dolly_flow.py resume --origin-run-id {current.run_id}"
+        super().__init__(f"{error}\n{cure}")
+
+
+@package_sources([str(source) for source in SOURCES], suffixes=SUFFIXES)
+class TrainDollyFlow(FlowSpec):
+    """Fine-tunes a causal language model to follow instructions. The defaults are Dolly's run."""
+
+    machine = Config(
+        "machine",
+        default_value="8xA100-40GB",
+        parser=pod.parse_machine,
+        plain=True,
+        help="Machine of the train step on Kubernetes or Batch, by its name in training.plan, or cpu.",
+    )
+    asked = Config(
+        "resources",
+        default_value="{}",
+        parser=pod.parse_resources,
+        plain=True,
+        help='What to ask for in place of what the plan says, as {"memory": 128000, "disk": 300000}, in MB.',
+    )
+
+    gpu_family = Parameter(
+        "gpu-family",
+        help=f"Recipe: {', '.join(PRESETS)}. cpu is the demo on two ranks.  [default: the machine's]",
+        type=str,
+        default=None,
+    )
+    num_gpus = Parameter("num-gpus", help="GPUs, or ranks on a CPU.  [default: all]", type=int, default=None)
+    input_model = Parameter(
+        "input-model",
+        help=f"Base model: a name on the Hub, a folder, or '{DEMO}'.  [default: {DEFAULT_INPUT_MODEL}]",
+        type=str,
+        default=None,
+    )
+    training_dataset = Parameter(
+        "training-dataset",
+        help=f"A name on the Hub, or '{DEMO}'.  [default: {DEFAULT_TRAINING_DATASET}]",
+        type=str,
+        default=None,
+    )
+    training_file = IncludeFile(
+        "training-file",
+        help="Rows of your own instead, .json, .jsonl, .csv or .parquet. Metaflow keeps a copy with the run.",
+        is_text=False,
+        default=None,
+    )
+    epochs = Parameter("epochs", help="Times to go through the rows.  [default: 1]", type=float, default=None)
+    max_steps = Parameter("max-steps", help="Stop after so many steps, for a trial.", type=int, default=None)
+    lr = Parameter("lr", help="Learning rate.  [default: Dolly's]", type=float, default=None)
+    seed = Parameter("seed", help="Seed of split, order and new rows.", type=int, default=None)
+    local_training_root = Parameter(
+        "local-training-root",
+        help="Where the run's folder is made. On a cluster: storage that all pods share, or a resume begins anew."
+        "  [default: ~/dolly_training]",
+        type=str,
+        default=None,
+    )
+    dbfs_output_root = Parameter(
+        "dbfs-output-root",
+        help="Where the finished model is copied as well: a folder or URL.",
+        type=str,
+        default=None,
+    )
+    trainer_options = Parameter(
+        "trainer-options",
+        help="Any other options of training.trainer, in one string: '--save-steps 50 --batching padded'.",
+        type=str,
+        default="",
+    )
+
+    @resources(memory=8000)  # it tokenises the rows
+    @step
+    def start(self) -> None:
+        """Everything that can be refused is refused here, before a GPU is paid for."""
+        faults: list[str] = root_faults()
+        remote = _is_remote()
+        name = f"dolly__{current.run_id}"
+        root = Path(self.local_training_root or "~/dolly_training").expanduser().absolute()
+        self.folder = str(root / name)
+        self.output = str(root / name / "model")  # in resumed runs too, as this step is not run again
+        try:
+            machine = (
+                pod.pod_machine(self.machine, self.asked) if remote else this_machine(root, self.num_gpus)
+            )
+            self.ranks = self.num_gpus or machine.count
+            options = self._options(machine, name)
+        except (MachineError, OptionsError) as error:
+            raise RunRefusedError(faults + getattr(error, "faults", [str(error)])) from error
+        if remote and not (DATATOOLS_S3ROOT or self.dbfs_output_root or self.local_training_root):
+            faults.append(
+                "the model would be lost with the pod. Configure METAFLOW_DATATOOLS_S3ROOT, or name a target with "
+                "--dbfs-output-root, or shared storage with --local-training-root"
+            )
+        self.cpu_ranks = self.ranks if machine.is_cpu else 0
+        self.options = asdict(options)
+        plan = self._plan(options, machine)
+        faults += plan.faults
+        if plan.faults and remote:
+            faults += filter(None, [pod.advice(plan, self.machine, self.asked)])
+        if faults and not options.force:
+            raise RunRefusedError(faults)
+        self.next(self.train)
+
+    @resources(
+        cpu=config_expr("pod.resources(machine, resources)['cpu']"),
+        gpu=config_expr("pod.resources(machine, resources)['gpu']"),
+        memory=config_expr("pod.resources(machine, resources)['memory']"),
+        disk=config_expr("pod.resources(machine, resources)['disk']"),
+        shared_memory=config_expr("pod.resources(machine, resources)['shared_memory']"),
+    )
+    @step
+    def train(self) -> None:
+        """Runs the command, and leaves the model where it is safe."""
+        # A kill ends the training with a checkpoint, as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        self.host = socket.gethostname()
+        self._write_files()
+        defaults = {option.name: option.default for option in fields(TrainingOptions)}
+        command = deepspeed_command(
+            {name: value for name, value in self.options.items() if value != defaults[name]}, self.ranks
+        )
+        print(f"Running on {self.host}:\n  {typed(command)}", flush=True)
+        try:
+            launch(command, self.cpu_ranks)
+        except TrainingFailedError as error:
+            raise StepFailedError(error) from error
+        finally:
+            self.metrics = metrics.read(Path(self.output) / metrics.METRICS_FILE)
+            self.samples = metrics.read(Path(self.output) / metrics.SAMPLES_FILE)
+        self._keep_model()
+        self.next(self.end)
+
+    @step
+    def end(self) -> None:
+        """Says what came out, and how to use it."""
+        losses = self.record["held_out_loss"]
+        print(
+            f"held-out loss {losses['before']:.4f} before, {losses['after']:.4f} after {self.record['steps']:,} steps\n"
+            f"the model: {self.model['s3'] or self.output}"
+        )
+        folder = self.output
+        if self.model["s3"]:
+            folder = Path(self.output).parent.name
+            print(f"fetch it:  python flows/model_on_s3.py {current.run_id} --to {folder}")
+        print(f'ask it:    python -m training.generate --model {folder} "{SAMPLE_INSTRUCTIONS[0]}"')
+
+    # --- what the steps do ---------------------------------------------------------------------------
+
+    def _options(self, machine: Machine, name: str) -> TrainingOptions:
+        """The trainer's options: the family's recipe, then Dolly's or the demo's, then what was asked.
+
+        Raises OptionsError or MachineError.
+        """
+        family = self.gpu_family or machine.family
+        if self.ranks > machine.count and not machine.is_cpu:
+            raise OptionsError([f"--num-gpus {self.ranks}: {machine.name} has {machine.count}"])
+        if _is_remote() and family != machine.family:
+            raise OptionsError(
+                [
+                    f"--gpu-family {family}: the pod was asked for as for {self.machine}. Leave it out, and name the "
+                    "machine: --config-value machine 8xV100-32GB before run"
+                ]
+            )
+        if family != "cpu" and machine.is_cpu:
+            raise OptionsError(
+                [f"--gpu-family {family}: {machine.name} has no GPU. Type --gpu-family cpu for the demo"]
+            )
+        if family == "cpu" and not self.gpu_family and self.machine != "cpu":
+            raise OptionsError(
+                [
+                    "this machine has no GPU. Type --gpu-family cpu for the demo, or --with kubernetes after run"
+                ]
+            )
+        chosen = preset_options(family, self.ranks)
+        if family == "cpu" and self.input_model in (None, DEMO) and self.training_dataset in (None, DEMO):
+            chosen |= demo_options(self.ranks) | {"save_steps": 100}
+        else:
+            chosen |= {"epochs": 1.0}
+        asked = {
+            "input_model": self.input_model,
+            "training_dataset": self.training_dataset,
+            "epochs": self.epochs,
+            "max_steps": self.max_steps,
+            "lr": self.lr,
+            "seed": self.seed,
+            "local_output_dir": self.output,
+            "dbfs_output_dir": self.dbfs_output_root and f"{self.dbfs_output_root.rstrip('/')}/{name}",
+            "resume": "auto",
+        }
+        if self.training_file is not None:
+            if self.training_dataset:
+                raise OptionsError(["--training-file and --training-dataset: give one of them"])
+            asked["training_dataset"] = f"{self.folder}/rows{_suffix(self.training_file)}"
+        chosen |= {key: value for key, value in asked.items() if value is not None}
+        options = _parsed(option_words(chosen) + shlex.split(self.trainer_options))
+        if options.local_output_dir != self.output:
+            raise OptionsError(
+                ["--local-output-dir is the flow's. Name where its folder is made: --local-training-root"]
+            )
+        return options
+
+    def _plan(self, options: TrainingOptions, machine: Machine) -> Plan:
+        """Tokenises the rows, and weighs the run: artifacts `ledger` and `plan`. Raises RunRefusedError."""
+        import datasets
+        import transformers
+
+        from training.data import prepare_dataset, split_held_out
+        from training.model import ModelError, load_config, load_tokenizer, max_positions
+        from training.plan import as_json, as_table
+        from training.rows import DataError
+        from training.workload import lengths_of, model_facts
+
+        datasets.disable_progress_bars()  # a bar that moves is many lines of a task's log
+        transformers.utils.logging.disable_progress_bar()
+        self._write_files()
+        try:
+            positions = max_positions(load_config(options.input_model, options.trust_remote_code))
+            tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
+            rows, ledger = prepare_dataset(
+                options.training_dataset,
+                tokenizer,
+                min(options.max_length or positions, positions),
+                options.keep_truncated,
+                options.max_dropped_fraction,
+            )
+            split_held_out(rows, options.test_size, options.seed)
+            lengths = lengths_of(options.training_dataset, rows["length"][:], rows["response_start"][:])
+            plan = plan_run(options, self.ranks, lengths, model_facts(options.input_model), machine)
+        except (DataError, ModelError, OptionsError) as error:
+            raise RunRefusedError(getattr(error, "faults", [str(error)])) from error
+        self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)
+        print(f"{ledger}\n\n{as_table(plan, price=None)}", flush=True)
+        return plan
+
+    def _write_files(self) -> None:
+        """The user's rows, where the command finds them: on this machine too."""
+        file = Path(self.options["training_dataset"])
+        if self.training_file is not None and not file.exists():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f"{file.name}.partial")
+            partial.write_bytes(self.training_file)
+            os.replace(partial, file)
+
+    def _keep_model(self) -> None:
+        """The artifacts `model`, `record` and `versions`, and the model itself on S3 where a root is configured."""
+        import json
+        import platform
+        from importlib.metadata import version
+
+        folder = Path(self.output)
+        self.record = json.loads((folder / RUN_FILE).read_text())
+        self.versions = self.record["versions"] | {
+            "metaflow": version("metaflow"),
+            "python": platform.python_version(),
+        }
+        self.model = {"folder": self.output, "host": self.host, "files": model_figures(folder), "s3": None}
+        try:
+            self.model["s3"] = push(folder, self.model["files"], self)
+        except StoreError as error:
+            raise StepFailedError(
+                StoreError(f"{error}. The model in {self.output} on {self.host} is whole")
+            ) from error
+
+
+def _is_remote() -> bool:
+    """Whether this task runs in a pod, of Kubernetes or Batch."""
+    return "METAFLOW_KUBERNETES_WORKLOAD" in os.environ or "AWS_BATCH_JOB_ID" in os.environ
+
+
+def _suffix(content: bytes) -> str:
+    """By which ending the trainer reads rows, told from their first bytes: Metaflow keeps no file's name."""
+    first = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if content[:4] == b"PAR1":
+        return ".parquet"
+    return {b"[": ".json", b"{": ".jsonl"}.get(first, ".csv")
+
+
+def _parsed(words: list[str]) -> TrainingOptions:
+    """The trainer's options from words of its command line. Raises OptionsError with all that it cannot take."""
+    import click
+
+    command = click.command(cls=GroupedCommand)(click_options(lambda **values: None))
+    try:
+        context = command.make_context("training.trainer", words)
+    except click.UsageError as error:  # an option that is none
+        raise OptionsError([f"--trainer-options: {error.format_message()}"]) from error
+    if value_faults(context):
+        raise OptionsError(value_faults(context))
+    return TrainingOptions(**context.params)
+
+
+if __name__ == "__main__":
+    TrainDollyFlow()
