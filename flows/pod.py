@@ -31,6 +31,7 @@ SHARED_GIB = 2.0
 CPUS_A_GPU = 4
 DRIVER_GIB = 2.0  # the flow's own process and card, DeepSpeed's launcher, Metaflow's sidecars
 MARGIN = 1.1  # the plan's own accuracy
+SHARE_OF_NODE = 0.95  # of a machine's memory, what a node has left for pods. An assumption
 KEYS = ("cpu", "gpu", "memory", "disk", "shared_memory")  # of Metaflow's @resources
 
 
@@ -95,6 +96,9 @@ def resources(name: str, asked: Mapping[str, Any]) -> dict[str, int | None]:
     machine = machine_of(name, asked.get("gpu"))
     plan = plan_for(machine)
     memory = _overhead(machine) + MARGIN * max(plan.host_memory_gib.values())
+    memory = min(
+        memory, SHARE_OF_NODE * machine.host_gib
+    )  # more no node could give, and the pod would wait for ever
     return {
         "cpu": machine.count * (1 if machine.is_cpu else CPUS_A_GPU),
         "gpu": None if machine.is_cpu else machine.count,

@@ -42,6 +42,7 @@ except ImportError:
     sys.exit(NO_METAFLOW)
 
 import pod
+from gpu_profile import gpu_profile
 
 from training import metrics
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE, SAMPLE_INSTRUCTIONS
@@ -54,6 +55,7 @@ from training.options import (
     TrainingOptions,
     click_options,
     option_words,
+    plain_faults,
     value_faults,
 )
 from training.publish import model_figures
@@ -156,35 +158,36 @@ class TrainDollyFlow(FlowSpec):
     @step
     def start(self) -> None:
         """Everything that can be refused is refused here, before a GPU is paid for."""
-        faults: list[str] = root_faults()
         remote = _is_remote()
-        name = f"dolly__{current.run_id}"
         root = Path(self.local_training_root or "~/dolly_training").expanduser().absolute()
-        self.folder = str(root / name)
-        self.output = str(root / name / "model")  # in resumed runs too, as this step is not run again
-        try:
-            machine = (
-                pod.pod_machine(self.machine, self.asked) if remote else this_machine(root, self.num_gpus)
-            )
-            self.ranks = self.num_gpus or machine.count
-            options = self._options(machine, name)
-        except (MachineError, OptionsError) as error:
-            raise RunRefusedError(faults + getattr(error, "faults", [str(error)])) from error
+        self.folder = str(root / f"dolly__{current.run_id}")
+        self.output = f"{self.folder}/model"  # in resumed runs too, as this step is not run again
+        faults = root_faults()
         if remote and not (DATATOOLS_S3ROOT or self.dbfs_output_root or self.local_training_root):
             faults.append(
                 "the model would be lost with the pod. Configure METAFLOW_DATATOOLS_S3ROOT, or name a target with "
                 "--dbfs-output-root, or shared storage with --local-training-root"
             )
-        self.cpu_ranks = self.ranks if machine.is_cpu else 0
+        try:
+            machine = (
+                pod.pod_machine(self.machine, self.asked) if remote else this_machine(root, self.num_gpus)
+            )
+            self.ranks = self.num_gpus or machine.count
+            self.cpu_ranks = self.ranks if machine.is_cpu else 0
+            options = self._options(machine, remote)
+        except (MachineError, OptionsError) as error:
+            raise RunRefusedError(faults + getattr(error, "faults", [str(error)])) from error
         self.options = asdict(options)
-        plan = self._plan(options, machine)
-        faults += plan.faults
-        if plan.faults and remote:
-            faults += filter(None, [pod.advice(plan, self.machine, self.asked)])
-        if faults and not options.force:
+        plan = self._plan(options, machine, faults)
+        if not options.force:
+            faults += plan.faults
+            if plan.faults and remote:
+                faults += filter(None, [pod.advice(plan, self.machine, self.asked)])
+        if faults:
             raise RunRefusedError(faults)
         self.next(self.train)
 
+    @gpu_profile(run_folder="output")
     @resources(
         cpu=config_expr("pod.resources(machine, resources)['cpu']"),
         gpu=config_expr("pod.resources(machine, resources)['gpu']"),
@@ -230,36 +233,34 @@ class TrainDollyFlow(FlowSpec):
 
     # --- what the steps do ---------------------------------------------------------------------------
 
-    def _options(self, machine: Machine, name: str) -> TrainingOptions:
+    def _options(self, machine: Machine, remote: bool) -> TrainingOptions:
         """The trainer's options: the family's recipe, then Dolly's or the demo's, then what was asked.
 
-        Raises OptionsError or MachineError.
+        Raises OptionsError with all that is wrong, or MachineError.
         """
         family = self.gpu_family or machine.family
-        if self.ranks > machine.count and not machine.is_cpu:
-            raise OptionsError([f"--num-gpus {self.ranks}: {machine.name} has {machine.count}"])
-        if _is_remote() and family != machine.family:
-            raise OptionsError(
-                [
-                    f"--gpu-family {family}: the pod was asked for as for {self.machine}. Leave it out, and name the "
-                    "machine: --config-value machine 8xV100-32GB before run"
-                ]
+        faults = []
+        if machine.is_cpu and family != "cpu":
+            faults.append(
+                f"--gpu-family {family}: {machine.name} has no GPU. Type --gpu-family cpu for the demo"
             )
-        if family != "cpu" and machine.is_cpu:
-            raise OptionsError(
-                [f"--gpu-family {family}: {machine.name} has no GPU. Type --gpu-family cpu for the demo"]
+        elif machine.is_cpu and not self.gpu_family and not remote:
+            faults.append(
+                "this machine has no GPU. Type --gpu-family cpu for the demo, or --with kubernetes after run"
             )
-        if family == "cpu" and not self.gpu_family and self.machine != "cpu":
-            raise OptionsError(
-                [
-                    "this machine has no GPU. Type --gpu-family cpu for the demo, or --with kubernetes after run"
-                ]
+        elif remote and family != machine.family:
+            faults.append(
+                f"--gpu-family {family}: the pod was asked for as for {self.machine}. Leave it out, and name the machine: "
+                "--config-value machine 8xV100-32GB before run"
             )
+        if self.ranks > machine.count:
+            faults.append(f"--num-gpus {self.ranks}: {machine.name} has {machine.count}")
+        if self.training_file is not None and self.training_dataset:
+            faults.append("--training-file and --training-dataset: give one of them")
+        demo = family == "cpu" and self.input_model in (None, DEMO) and self.training_dataset in (None, DEMO)
         chosen = preset_options(family, self.ranks)
-        if family == "cpu" and self.input_model in (None, DEMO) and self.training_dataset in (None, DEMO):
-            chosen |= demo_options(self.ranks) | {"save_steps": 100}
-        else:
-            chosen |= {"epochs": 1.0}
+        # The demo saves nothing on its way, and here it shall be able to go on.
+        chosen |= demo_options(self.ranks) | {"save_steps": 100} if demo else {"epochs": 1.0}
         asked = {
             "input_model": self.input_model,
             "training_dataset": self.training_dataset,
@@ -268,23 +269,31 @@ class TrainDollyFlow(FlowSpec):
             "lr": self.lr,
             "seed": self.seed,
             "local_output_dir": self.output,
-            "dbfs_output_dir": self.dbfs_output_root and f"{self.dbfs_output_root.rstrip('/')}/{name}",
+            "dbfs_output_dir": self.dbfs_output_root
+            and f"{self.dbfs_output_root.rstrip('/')}/{Path(self.folder).name}",
             "resume": "auto",
         }
         if self.training_file is not None:
-            if self.training_dataset:
-                raise OptionsError(["--training-file and --training-dataset: give one of them"])
             asked["training_dataset"] = f"{self.folder}/rows{_suffix(self.training_file)}"
         chosen |= {key: value for key, value in asked.items() if value is not None}
-        options = _parsed(option_words(chosen) + shlex.split(self.trainer_options))
+        try:
+            options = _parsed(option_words(chosen), self.trainer_options)
+        except OptionsError as error:
+            raise OptionsError(faults + error.faults) from error
         if options.local_output_dir != self.output:
-            raise OptionsError(
-                ["--local-output-dir is the flow's. Name where its folder is made: --local-training-root"]
+            faults.append(
+                "--local-output-dir is the flow's own. Name where its folder is made: --local-training-root"
             )
+        faults += plain_faults(options)
+        if faults:
+            raise OptionsError(faults)
         return options
 
-    def _plan(self, options: TrainingOptions, machine: Machine) -> Plan:
-        """Tokenises the rows, and weighs the run: artifacts `ledger` and `plan`. Raises RunRefusedError."""
+    def _plan(self, options: TrainingOptions, machine: Machine, faults: list[str]) -> Plan:
+        """Tokenises the rows, and weighs the run: artifacts `ledger` and `plan`.
+
+        Raises RunRefusedError where model or rows cannot be used, with the `faults` so far.
+        """
         import datasets
         import transformers
 
@@ -311,7 +320,7 @@ class TrainDollyFlow(FlowSpec):
             lengths = lengths_of(options.training_dataset, rows["length"][:], rows["response_start"][:])
             plan = plan_run(options, self.ranks, lengths, model_facts(options.input_model), machine)
         except (DataError, ModelError, OptionsError) as error:
-            raise RunRefusedError(getattr(error, "faults", [str(error)])) from error
+            raise RunRefusedError(faults + getattr(error, "faults", [str(error)])) from error
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)
         print(f"{ledger}\n\n{as_table(plan, price=None)}", flush=True)
         return plan
@@ -359,15 +368,16 @@ def _suffix(content: bytes) -> str:
     return {b"[": ".json", b"{": ".jsonl"}.get(first, ".csv")
 
 
-def _parsed(words: list[str]) -> TrainingOptions:
-    """The trainer's options from words of its command line. Raises OptionsError with all that it cannot take."""
+def _parsed(words: list[str], more: str) -> TrainingOptions:
+    """The trainer's options from words of its command line, the last of which counts. Raises OptionsError."""
     import click
 
     command = click.command(cls=GroupedCommand)(click_options(lambda **values: None))
     try:
-        context = command.make_context("training.trainer", words)
-    except click.UsageError as error:  # an option that is none
-        raise OptionsError([f"--trainer-options: {error.format_message()}"]) from error
+        context = command.make_context("training.trainer", words + shlex.split(more))
+    except (click.UsageError, ValueError) as error:  # an option that is none, a quote without an end
+        reason = error.format_message() if isinstance(error, click.UsageError) else error
+        raise OptionsError([f"--trainer-options {more!r}: {reason}"]) from error
     if value_faults(context):
         raise OptionsError(value_faults(context))
     return TrainingOptions(**context.params)

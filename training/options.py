@@ -418,7 +418,7 @@ def is_main_process() -> bool:
 
 def find_faults(options: TrainingOptions) -> list[str]:
     """Everything wrong with the options on this machine, each with what to type instead. Loads nothing."""
-    faults = _plain_faults(options)
+    faults = plain_faults(options)
     config: dict[str, Any] = {}
     if options.deepspeed is not None and not options.deepspeed_json:
         faults.append("--deepspeed names no file. Type --deepspeed config/ds_z3_bf16_config.json")
@@ -451,7 +451,8 @@ def find_faults(options: TrainingOptions) -> list[str]:
     return faults
 
 
-def _plain_faults(options: TrainingOptions) -> list[str]:
+def plain_faults(options: TrainingOptions) -> list[str]:
+    """What is wrong with the options by themselves, on whatever machine they are used."""
     faults = []
     for option in fields(options):
         value = getattr(options, option.name)
