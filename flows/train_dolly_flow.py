@@ -10,7 +10,9 @@ Imports no torch at its top: every task and every refresh of a card starts this 
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import shlex
 import signal
 import socket
@@ -25,6 +27,7 @@ sys.path.insert(0, str(ROOT))
 from model_on_s3 import NO_METAFLOW, StoreError, push, root_faults
 
 try:
+    import metaflow
     from metaflow import (
         Config,
         FlowSpec,
@@ -335,17 +338,8 @@ class TrainDollyFlow(FlowSpec):
             os.replace(partial, file)
 
     def _keep_model(self) -> None:
-        """The artifacts `model`, `record` and `versions`, and the model itself on S3 where a root is configured."""
-        import json
-        import platform
-        from importlib.metadata import version
-
+        """The model on S3, where a root is configured, and then the artifacts `model`, `record` and `versions`."""
         folder = Path(self.output)
-        self.record = json.loads((folder / RUN_FILE).read_text())
-        self.versions = self.record["versions"] | {
-            "metaflow": version("metaflow"),
-            "python": platform.python_version(),
-        }
         self.model = {"folder": self.output, "host": self.host, "files": model_figures(folder), "s3": None}
         try:
             self.model["s3"] = push(folder, self.model["files"], self)
@@ -353,6 +347,10 @@ class TrainDollyFlow(FlowSpec):
             raise StepFailedError(
                 StoreError(f"{error}. The model in {self.output} on {self.host} is whole")
             ) from error
+        self.record = json.loads((folder / RUN_FILE).read_text())
+        # Metaflow comes with the package of the flow, and has no metadata there.
+        mine = {"metaflow": metaflow.__version__, "python": platform.python_version()}
+        self.versions = self.record["versions"] | mine
 
 
 def _is_remote() -> bool:

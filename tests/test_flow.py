@@ -41,6 +41,9 @@ class Metaflow:
     endpoint: str
 
     def environment(self, **more: str) -> dict[str, str]:
+        cache = self.folder / ".cache"
+        if not cache.is_symlink():  # DeepSpeed's operators are compiled already, in the real home
+            cache.symlink_to(Path.home() / ".cache")
         mine = {
             name: value
             for name, value in os.environ.items()
