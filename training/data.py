@@ -34,7 +34,7 @@ from training.consts import (
     INTRO_WITH_INPUT,
     RESPONSE_KEY,
 )
-from training.rows import Columns, DataError, read_columns
+from training.rows import Columns, DataError, read_columns, too_few_rows
 
 logger = logging.getLogger(__name__)
 
@@ -359,6 +359,8 @@ def split_held_out(
     rows: datasets.Dataset, test_size: int, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """(training rows, held-out rows), shuffled and split by the two calls that Dolly made."""
+    if len(rows) < 2:
+        raise DataError(f"--training-dataset: {too_few_rows(len(rows))}. Name one with more")
     if not 0 < test_size < len(rows):
         raise DataError(
             f"--test-size {test_size:,} of {len(rows):,} rows leaves "
