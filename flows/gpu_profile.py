@@ -368,12 +368,13 @@ class Run:
     def answer_table(self) -> tuple[list[str], list[Any]]:
         """(headers, rows): a row an instruction, a column a stage."""
         stages = self.stages()
-        headers = ["instruction"]
-        for step in stages:
-            epoch = self.epochs.get(step)
-            headers.append(f"step {step:,.0f}" + ("" if epoch is None else f" (epoch {epoch:.2f})"))
+        # A header is not broken into lines: the shorter word for a stage, where it tells all of them apart.
+        epochs = [f"epoch {epoch:.2f}" for epoch in map(self.epochs.get, stages) if epoch is not None]
+        names = epochs if len(set(epochs)) == len(stages) else [f"step {step:,.0f}" for step in stages]
         prompts = list(dict.fromkeys(prompt for step in stages for prompt in self.answers[step]))[:PROMPTS]
-        return headers, [[p, *(self.answers[step].get(p, "") for step in stages)] for p in prompts]
+        return ["instruction", *names], [
+            [p, *(self.answers[step].get(p, "") for step in stages)] for p in prompts
+        ]
 
 
 class Profiler:
@@ -421,11 +422,11 @@ class Profiler:
             else:
                 with self.harmless("card"):
                     self.draw()
-                    if (
-                        error is not None
-                    ):  # Metaflow draws the card once more for a step that succeeds, and for no other
-                        for _ in range(2):  # the second waits for what the first has found under way
-                            self.card.refresh(force=True)
+                    # Of itself Metaflow draws the card once more only for a step that succeeds.
+                    for _ in range(
+                        0 if error is None else 2
+                    ):  # the second waits for what the first finds under way
+                        self.card.refresh(force=True)
             if self.gpus and not self.sampler.is_alive():
                 with self.harmless("GPUs"):
                     self.gpus.close()
@@ -485,7 +486,7 @@ class Profiler:
             since = self.seconds()
             wait = min(
                 REFRESH_SECONDS, max(3.0, since / 4)
-            )  # sooner at first, so that a person sees something
+            )  # sooner at first: somebody waits to see something
             with self.harmless("card"):
                 changed = self.draw()
                 if _card_process_runs(self.card):
@@ -504,8 +505,10 @@ class Profiler:
                 self.run = Run(folder)
             if self.run is not None:  # after sys.exit the flow has no attributes any more
                 self.run.read()
-        with self.lock:
-            layout = [*self._status(), *self._training(), *self._devices()]
+        layout: list[Any] = []
+        for section in (self._status, self._training, self._devices):
+            with self.lock, self.harmless("card"):
+                layout += section()
         if [id(part) for part in layout] == [id(part) for part in self.shown]:
             return False
         self.card.clear()
@@ -520,7 +523,7 @@ class Profiler:
         if self.error is not None:
             yield self.part("error head", lambda: Markdown("## The step failed"))
             yield self.part("error", lambda: PythonCode(code_string=error_text(self.error)))
-        faults = {part: text for part, text in self.faults.items() if part != "GPUs" or self.gpus}
+        faults = {part: text for part, text in dict(self.faults).items() if part != "GPUs" or self.gpus}
         if faults:
             yield self.part(
                 "fault head", lambda: Markdown("**What the profile could not do** (the step goes on)")
@@ -557,9 +560,10 @@ class Profiler:
             words = f"Driver {gpus.driver or '?'}, CUDA {gpus.cuda or '?'} (the newest that this driver runs)"
             yield self.part("driver", lambda: Markdown(words))
         elif "GPUs" in self.faults:
-            no_host = {"host": self.faults["host"]} if "host" in self.faults and not self.host else {}
-            why = _one_line(str({"GPUs": self.faults["GPUs"]} | no_host))
-            what = "**No device can be read**" if no_host else "No NVIDIA GPU"
+            what, why = "No NVIDIA GPU", self.faults["GPUs"]
+            if "host" in self.faults and not self.host:
+                what, why = "**No device can be read**", f"{why}; {self.faults['host']}"
+            why = " ".join(why.replace("`", "'").split())
             yield self.part(f"no gpu {why}", lambda: Markdown(f"{what}: `{why}`"), of="no gpu")
         yield from self._device_table()
         unit, scale = time_unit(self.seconds())
@@ -578,7 +582,7 @@ class Profiler:
             yield self.part("links legend", lambda: Markdown(LEGEND))
 
     def _device_table(self) -> Iterator[Any]:
-        """Each device with its latest, mean and highest figures. Cells of a table are brought up to date one by one."""
+        """Each device with its mean and highest figures. Of a table, Metaflow brings Markdown cells up to date alone."""
         rows: list[list[str]] = []
         for device in self.gpus.devices if self.gpus else ():
             name, size = device["device"], device["memory_gib"]
@@ -658,7 +662,13 @@ def chart_spec(
     encoding = {
         "x": {"field": "x", "type": "quantitative", "title": x, "scale": {"zero": False, "nice": False}},
         "y": {"field": "value", "type": "quantitative", "title": y, "scale": scale},
-        "color": {"field": "name", "type": "nominal", "title": None, "sort": names},
+        "color": {
+            "field": "name",
+            "type": "nominal",
+            "title": None,
+            "sort": names,
+            "legend": {"symbolType": "stroke", "symbolOpacity": 1, "symbolStrokeWidth": 3},
+        },
         "tooltip": [{"field": "name"}, {"field": "x", "title": x}, {"field": "value", "title": y}],
     }
 
@@ -705,13 +715,10 @@ def duration(seconds: float) -> str:
 
 def time_unit(seconds: float) -> tuple[str, float]:
     """(title, seconds) of the unit in which a step this long is drawn."""
-    if seconds < 300:
-        return "seconds since the step began", 1.0
-    return (
-        ("minutes since the step began", 60.0)
-        if seconds < 3 * 3600
-        else ("hours since the step began", 3600.0)
+    name, scale = (
+        ("seconds", 1.0) if seconds < 300 else ("minutes", 60.0) if seconds < 3 * 3600 else ("hours", 3600.0)
     )
+    return f"{name} since the step began", scale
 
 
 def error_text(error: BaseException | str | None) -> str:
@@ -746,10 +753,6 @@ def _text(value: bytes | str | None) -> str | None:
 
 def _cut(text: str) -> str:
     return text if len(text) <= ANSWER_CHARACTERS else text[: ANSWER_CHARACTERS - 1] + "…"
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.replace("`", "'").split())
 
 
 def _card_process_runs(card: Any) -> bool:
@@ -846,7 +849,7 @@ def main() -> None:
         def __init__(self, address: tuple[str, int], routes: Any):
             super().__init__(("127.0.0.1", address[1]), routes)
 
-    card_server.ThreadingHTTPServer = ThisMachineAlone  # type: ignore[assignment]
+    card_server.ThreadingHTTPServer = ThisMachineAlone  # type: ignore[assignment, misc]
     flow = str(Path(sys.argv[1]).resolve())
     sys.argv = [flow, "card", "server", *sys.argv[2:]]
     sys.path.insert(0, str(Path(flow).parent))
