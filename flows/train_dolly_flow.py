@@ -49,7 +49,7 @@ from gpu_profile import gpu_profile
 
 from training import metrics
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE, SAMPLE_INSTRUCTIONS
-from training.demo import demo_options
+from training.demo import demo_options, demo_rows
 from training.launch import TrainingFailedError, deepspeed_command, launch, typed
 from training.machines import Machine, MachineError, this_machine
 from training.options import (
@@ -59,6 +59,7 @@ from training.options import (
     click_options,
     option_words,
     plain_faults,
+    sampling_faults,
     value_faults,
 )
 from training.publish import model_figures
@@ -137,6 +138,18 @@ class TrainDollyFlow(FlowSpec):
     max_steps = Parameter("max-steps", help="Stop after so many steps, for a trial.", type=int, default=None)
     lr = Parameter("lr", help="Learning rate.  [default: Dolly's]", type=float, default=None)
     seed = Parameter("seed", help="Seed of split, order and new rows.", type=int, default=None)
+    sample_prompts = IncludeFile(
+        "sample-prompts",
+        help="Instructions that the model answers as it trains: .txt, .json or .jsonl.  [default: Dolly's five]",
+        is_text=False,
+        default=None,
+    )
+    sample_every = Parameter(
+        "sample-every",
+        help="Steps (100) or epochs (0.5epochs) between two rounds of answers.  [default: 1epoch]",
+        type=str,
+        default=None,
+    )
     local_training_root = Parameter(
         "local-training-root",
         help="Where the run's folder is made. On a cluster: storage that all pods share, or a resume begins anew."
@@ -181,6 +194,8 @@ class TrainDollyFlow(FlowSpec):
         except (MachineError, OptionsError) as error:
             raise RunRefusedError(faults + getattr(error, "faults", [str(error)])) from error
         self.options = asdict(options)
+        self._write_files()
+        faults += sampling_faults(options)
         plan = self._plan(options, machine, faults)
         if not options.force:
             faults += plan.faults
@@ -275,9 +290,12 @@ class TrainDollyFlow(FlowSpec):
             "dbfs_output_dir": self.dbfs_output_root
             and f"{self.dbfs_output_root.rstrip('/')}/{Path(self.folder).name}",
             "resume": "auto",
+            "sample_every": self.sample_every,
         }
+        self.prompts = self.sample_prompts or _dollys_prompts(demo)
+        asked["sample_prompts"] = f"{self.folder}/prompts{_suffix(self.prompts, '.txt')}"
         if self.training_file is not None:
-            asked["training_dataset"] = f"{self.folder}/rows{_suffix(self.training_file)}"
+            asked["training_dataset"] = f"{self.folder}/rows{_suffix(self.training_file, '.csv')}"
         chosen |= {key: value for key, value in asked.items() if value is not None}
         try:
             options = _parsed(option_words(chosen), self.trainer_options)
@@ -308,7 +326,6 @@ class TrainDollyFlow(FlowSpec):
 
         datasets.disable_progress_bars()  # a bar that moves is many lines of a task's log
         transformers.utils.logging.disable_progress_bar()
-        self._write_files()
         try:
             positions = max_positions(load_config(options.input_model, options.trust_remote_code))
             tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
@@ -329,13 +346,16 @@ class TrainDollyFlow(FlowSpec):
         return plan
 
     def _write_files(self) -> None:
-        """The user's rows, where the command finds them: on this machine too."""
-        file = Path(self.options["training_dataset"])
-        if self.training_file is not None and not file.exists():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f"{file.name}.partial")
-            partial.write_bytes(self.training_file)
-            os.replace(partial, file)
+        """The user's rows and prompts, where the command finds them: a pod has a disk of its own."""
+        for option, content in (("sample_prompts", self.prompts), ("training_dataset", self.training_file)):
+            file = Path(self.options[option])
+            if content is not None and file.parent == Path(
+                self.folder
+            ):  # or it is named by --trainer-options
+                file.parent.mkdir(parents=True, exist_ok=True)
+                partial = file.with_name(f"{file.name}.partial")
+                partial.write_bytes(content)
+                os.replace(partial, file)
 
     def _keep_model(self) -> None:
         """The model on S3, where a root is configured, and then the artifacts `model`, `record` and `versions`."""
@@ -358,12 +378,24 @@ def _is_remote() -> bool:
     return "METAFLOW_KUBERNETES_WORKLOAD" in os.environ or "AWS_BATCH_JOB_ID" in os.environ
 
 
-def _suffix(content: bytes) -> str:
-    """By which ending the trainer reads rows, told from their first bytes: Metaflow keeps no file's name."""
-    first = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+def _suffix(content: bytes, otherwise: str) -> str:
+    """By which ending the trainer reads a file, told from its first bytes: Metaflow keeps no file's name."""
     if content[:4] == b"PAR1":
         return ".parquet"
-    return {b"[": ".json", b"{": ".jsonl"}.get(first, ".csv")
+    first = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    return {b"[": ".json", b"{": ".jsonl"}.get(first, otherwise)
+
+
+def _dollys_prompts(demo: bool) -> bytes:
+    """What is asked as the model trains, if nobody says what: Dolly's five, or some of the demo's rows."""
+    if demo:
+        asked = [
+            {key: row[key] for key in ("instruction", "input")}
+            for row in demo_rows()[:: len(demo_rows()) // 5]
+        ]
+    else:
+        asked = [{"instruction": instruction} for instruction in SAMPLE_INSTRUCTIONS]
+    return json.dumps(asked).encode()
 
 
 def _parsed(words: list[str], more: str) -> TrainingOptions:

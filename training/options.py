@@ -467,7 +467,7 @@ def find_faults(options: TrainingOptions) -> list[str]:
         faults += _deepspeed_faults(options, config)
     faults += _precision_faults(options, config)
     faults += _device_faults()
-    faults += _sampling_faults(options)
+    faults += sampling_faults(options)
     if is_main_process():  # the other ranks may see what rank 0 has already begun to write
         for flag, folder, check in (
             ("--local-output-dir", options.local_output_dir, _output_faults),
@@ -660,7 +660,8 @@ def _device_faults() -> list[str]:
     return []
 
 
-def _sampling_faults(options: TrainingOptions) -> list[str]:
+def sampling_faults(options: TrainingOptions) -> list[str]:
+    """What is wrong with the instructions that the model shall answer as it trains; reads their file."""
     faults = []
     if options.sample_every is not None and options.sample_every.strip():
         if options.sample_prompts is None:
