@@ -849,7 +849,7 @@ def main() -> None:
         def __init__(self, address: tuple[str, int], routes: Any):
             super().__init__(("127.0.0.1", address[1]), routes)
 
-    card_server.ThreadingHTTPServer = ThisMachineAlone  # type: ignore[assignment, misc]
+    card_server.ThreadingHTTPServer = ThisMachineAlone
     flow = str(Path(sys.argv[1]).resolve())
     sys.argv = [flow, "card", "server", *sys.argv[2:]]
     sys.path.insert(0, str(Path(flow).parent))

@@ -468,7 +468,7 @@ def is_main_process() -> bool:
 
 def find_faults(options: TrainingOptions) -> list[str]:
     """Everything wrong with the options on this machine, each with what to type instead. Loads nothing."""
-    faults = _plain_faults(options)
+    faults = plain_faults(options)
     config: dict[str, Any] = {}
     if options.deepspeed is not None and not options.deepspeed_json:
         faults.append("--deepspeed names no file. Type --deepspeed config/ds_z3_bf16_config.json")
@@ -484,7 +484,7 @@ def find_faults(options: TrainingOptions) -> list[str]:
         faults += _deepspeed_faults(options, config)
     faults += _precision_faults(options, config)
     faults += _device_faults()
-    faults += _sampling_faults(options)
+    faults += sampling_faults(options)
     if options.logs_to_mlflow:
         faults += tracking_faults("--mlflow-model-name", options.mlflow_model_name or None)
         faults += _large_file_faults(options)
@@ -505,7 +505,8 @@ def find_faults(options: TrainingOptions) -> list[str]:
     return faults
 
 
-def _plain_faults(options: TrainingOptions) -> list[str]:
+def plain_faults(options: TrainingOptions) -> list[str]:
+    """What is wrong with the options by themselves, on whatever machine they are used."""
     faults = []
     for option in fields(options):
         value = getattr(options, option.name)
@@ -679,7 +680,8 @@ def _device_faults() -> list[str]:
     return []
 
 
-def _sampling_faults(options: TrainingOptions) -> list[str]:
+def sampling_faults(options: TrainingOptions) -> list[str]:
+    """What is wrong with the instructions that the model shall answer as it trains; reads their file."""
     faults = []
     if options.sample_every is not None and options.sample_every.strip():
         if options.sample_prompts is None:

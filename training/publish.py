@@ -91,6 +91,22 @@ def _finished_record(folder: Path) -> bytes:
     return content
 
 
+def model_figures(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name: {"size": bytes, "sha256": hex}} of what is published of a finished run, run.json last.
+
+    Raises PublishError where the run did not finish, or a weight file is not the one that training verified.
+    """
+    record = json.loads(_finished_record(folder))
+    figures = {file.name: _source_figures(file.name, file) for file in model_files(folder)}
+    for name, told in record.get("weights", {}).items():
+        if name not in figures or figures[name]["sha256"] != told["sha256"]:
+            raise PublishError(
+                f"{folder / name}: is not the file that training wrote and verified. Nothing is published; with its "
+                "checkpoints there, training's command with --resume auto and another --local-output-dir makes it again"
+            )
+    return figures
+
+
 def _open(source: Path | bytes) -> IO[bytes]:
     if isinstance(source, bytes):
         return io.BytesIO(source)
@@ -319,13 +335,7 @@ def publish(folder: Path, target: str) -> list[str]:
             f"{target}: holds what is not of this model ({', '.join(foreign)}). {NEW_FOLDER}, or move it away"
         )
 
-    expected = {name: _source_figures(name, source) for name, source in contents.items()}
-    for name, told in json.loads(record).get("weights", {}).items():
-        if name not in expected or expected[name]["sha256"] != told["sha256"]:
-            raise PublishError(
-                f"{folder / name}: is not the file that training wrote and verified. Nothing is published; with its "
-                "checkpoints there, training's command with --resume auto and another --local-output-dir makes it again"
-            )
+    expected = model_figures(folder)
     contents[MANIFEST_FILE] = (json.dumps(expected, indent=2) + "\n").encode()
     contents[RUN_FILE] = contents.pop(RUN_FILE)  # the last to be written
     expected = {name: expected.get(name) or _source_figures(name, contents[name]) for name in contents}
