@@ -10,11 +10,12 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import IO, Any
 
 from training.checks import ROOT
 from training.exits import exit_meaning, oom_kills
@@ -35,6 +36,10 @@ class TrainingFailedError(RuntimeError):
         self.code = code
         super().__init__(message)
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows, IPython asks for it by this name: the words alone, for the frames are all ours."""
+        return "\n".join([str(self), *getattr(self, "__notes__", [])]).splitlines()
+
 
 def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
     """What a user would type for these options, by the names of TrainingOptions, on one node.
@@ -46,7 +51,11 @@ def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
         raise FileNotFoundError(
             "the deepspeed command is not on PATH. Type python -m pip install -r requirements.txt"
         )
-    return [launcher, "--num_gpus", str(num_gpus), "--module", TRAINER, *option_words(options)]
+    with socket.socket() as probe:  # DeepSpeed's own is the same for every run, and two would not meet by it
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    words = ["--num_gpus", str(num_gpus), "--master_port", port, "--module", TRAINER]
+    return [launcher, *words, *option_words(options)]
 
 
 def typed(command: Sequence[str]) -> str:
@@ -86,7 +95,7 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
     if code:
         killed_after = oom_kills()
         known = killed_before is not None and killed_after is not None
-        meaning = exit_meaning(code, killed_after > killed_before if known else None)
+        meaning = exit_meaning(code, killed_after != killed_before if known else None)
         raise TrainingFailedError(
             f"Training ended with exit code {code}: {meaning}\nIts last lines:\n{''.join(last).rstrip()}",
             code,
@@ -102,7 +111,7 @@ def launch_environment(cpu_ranks: int = 0) -> dict[str, str]:
     return environment
 
 
-def _lines(process: subprocess.Popen[str], output: TextIO) -> Iterator[str]:
+def _lines(process: subprocess.Popen[str], output: IO[str]) -> Iterator[str]:
     """The lines of a process. An interruption is handed on to it, and the lines go on until it has saved and ended."""
     while True:
         try:

@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 from training.consts import INPUT_KEY, INTRO, INTRO_WITH_INPUT
 from training.demo import tasks
@@ -12,6 +13,20 @@ VOCAB_SIZE = 1024  # nearly every word of the rows becomes one token
 # The smallest GPT-J found that learns the rows in minutes on two cores. As in GPT-J, only a part of each head
 # turns with the position.
 SHAPE = {"n_positions": 512, "n_embd": 128, "n_layer": 3, "n_head": 4, "rotary_dim": 16}
+
+# The trainer's options that suit it: a model that starts at random needs a higher rate, and more passes, than one
+# that already speaks.
+RECIPE: dict[str, Any] = {
+    "epochs": 6.0,
+    "lr": 2.5e-3,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 50,
+    "test_size": 400,
+    "per_device_eval_batch_size": 50,
+    "eval_steps": 180,
+    "logging_steps": 20,
+    "save_steps": 100000,
+}
 
 TASKS = (
     tasks.classify,

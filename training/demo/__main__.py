@@ -15,23 +15,12 @@ from training.callbacks import duration
 from training.checks import ROOT
 from training.consts import DEFAULT_SEED, DEMO
 from training.data import prepare_dataset, split_held_out
-from training.demo import demo_rows
+from training.demo import RECIPE, demo_rows
 from training.generate import generate_responses, load_model_tokenizer_for_generate
 from training.launch import deepspeed_command, launch_environment, typed
 from training.model import max_positions
 
 ROWS_A_STEP = 64
-TEST_SIZE = 400
-# A model that starts at random needs a higher rate, and more passes, than one that already speaks.
-RECIPE = {
-    "epochs": 6.0,
-    "lr": 2.5e-3,
-    "lr_scheduler_type": "cosine",
-    "warmup_steps": 50,
-    "eval_steps": 180,
-    "logging_steps": 20,
-    "save_steps": 100000,
-}
 SHOWN = 12
 MAX_NEW_TOKENS = 48
 
@@ -43,9 +32,7 @@ def demo_command(output: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
         "input_model": DEMO,
         "training_dataset": DEMO,
         "deepspeed": os.path.relpath(config, ROOT),
-        "test_size": TEST_SIZE,
         "per_device_train_batch_size": ROWS_A_STEP // ranks,
-        "per_device_eval_batch_size": 50,
         "gradient_checkpointing": "off",
         **RECIPE,
         "local_output_dir": output,
@@ -60,7 +47,9 @@ def held_out_rows(tokenizer: transformers.PreTrainedTokenizerBase, longest: int)
     """The rows that training held out, by the same split."""
     prepared, _ = prepare_dataset(DEMO, tokenizer, longest)
     rows = demo_rows()
-    return [rows[number - 1] for number in split_held_out(prepared, TEST_SIZE, DEFAULT_SEED)[1]["row"]]
+    return [
+        rows[number - 1] for number in split_held_out(prepared, RECIPE["test_size"], DEFAULT_SEED)[1]["row"]
+    ]
 
 
 def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
