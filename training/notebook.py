@@ -38,7 +38,7 @@ from training.demo import RECIPE
 from training.launch import TrainingFailedError
 from training.machines import Machine, MachineError
 from training.options import OptionsError, TrainingOptions
-from training.publish import local_path, writable
+from training.publish import local_path
 from training.settings import PRESETS, preset_options
 
 if TYPE_CHECKING:
@@ -291,7 +291,9 @@ def find_machine(choices: Choices) -> Machine:
             "cluster the driver needs them as well), or choose cpu, which trains the demo"
         )
     if machine.is_cpu:
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # or DeepSpeed warns in every process that it found no other
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # or DeepSpeed warns in every process that it found no other
     return machine
 
 
@@ -311,7 +313,9 @@ def check_plan(
             plan = plan_options(TrainingOptions(**options, **recipe), ranks, machine)
         except OptionsError as error:
             return "", error.faults
-        return as_table(plan, None), plan.faults
+        return as_table(plan, None).removesuffix(
+            f"\n  {plan.command}"
+        ), plan.faults  # started below, and shown there
 
     try:
         table, faults = faults_of(recipe)
@@ -543,13 +547,16 @@ def main(notebook: Path, given: tuple[str, ...], out: Path, no_run: bool) -> Non
         raise click.UsageError(
             f"--set {', '.join(unknown)}: expected WIDGET=VALUE. The widgets are: {', '.join(known)}"
         )
-    if not writable(out.absolute().parent):
-        raise click.UsageError(f"--out {out}: cannot be written. Name a file in a folder of your own")
     give(cells, values)
     nbformat.validate(cells)
-    out.absolute().parent.mkdir(parents=True, exist_ok=True)
-    if no_run:
+    try:
+        out.absolute().parent.mkdir(parents=True, exist_ok=True)
         write(cells, out)
+    except OSError as error:
+        raise click.UsageError(
+            f"--out {out}: cannot be written ({error.strerror}). Name a file in a folder of your own"
+        ) from error
+    if no_run:
         return
     try:
         run(cells, notebook.absolute().parent, out)
