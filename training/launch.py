@@ -13,9 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from training.checks import ROOT
 from training.exits import exit_meaning, oom_kills
@@ -23,6 +23,15 @@ from training.options import option_words
 
 LAST_LINES = 20
 TRAINER = "training.trainer"
+
+# Becomes the command, which gets a SIGTERM, and saves, should the notebook's kernel or the flow's step be killed. Not
+# by preexec_fn, which may hang in a process with threads.
+_BOUND = """
+import os, signal, sys
+from training.supervisor import at_death_of_parent
+at_death_of_parent(signal.SIGTERM)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
 
 
 class TrainingFailedError(RuntimeError):
@@ -71,14 +80,14 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
     """Runs the command, showing each line as it comes. Raises TrainingFailedError if it ends with another code than 0.
 
     It runs in the repository's folder, whatever the caller's is: relative paths of data and outputs must have been
-    made absolute. Ctrl-C, and a notebook's Interrupt, let it finish the step and save.
+    made absolute. Ctrl-C, and a notebook's Interrupt, let it finish the step and save; a second one ends it at once.
 
     `cpu_ranks` is how many ranks share this machine's cores; 0 where they have GPUs.
     """
     killed_before = oom_kills()
     last: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-c", _BOUND, *command],
         env=launch_environment(cpu_ranks),
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -87,19 +96,29 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
         errors="replace",
         start_new_session=True,  # a terminal's Ctrl-C comes through this function, once
     )
-    assert process.stdout is not None
-    try:
-        for line in _lines(process, process.stdout):
-            print(line, end="", flush=True)  # print, not an inherited stdout: a notebook shows it in the cell
-            last.append(line)
-        code = process.wait()
-    except BaseException:
-        process.kill()
-        raise
+    interrupted = False
+    while True:
+        try:
+            for line in (
+                process.stdout or ()
+            ):  # ends when the last rank has, also where the launcher went before
+                print(line, end="", flush=True)  # not an inherited stdout: a notebook shows it in the cell
+                last.append(line)
+            code = process.wait()
+            break
+        except KeyboardInterrupt:
+            if interrupted:
+                os.killpg(process.pid, signal.SIGKILL)
+                raise
+            interrupted = True
+            process.send_signal(signal.SIGINT)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
     if code:
-        killed_after = oom_kills()
-        known = killed_before is not None and killed_after is not None
-        meaning = exit_meaning(code, killed_after != killed_before if known else None)
+        killed = oom_kills()
+        known = None if killed_before is None or killed is None else killed > killed_before
+        meaning = "interrupted" if interrupted else exit_meaning(code, known)
         raise TrainingFailedError(
             f"Training ended with exit code {code}: {meaning}\nIts last lines:\n{''.join(last).rstrip()}",
             code,
@@ -113,16 +132,6 @@ def launch_environment(cpu_ranks: int = 0) -> dict[str, str]:
     if cpu_ranks:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or cpu_ranks) // cpu_ranks)))
     return environment
-
-
-def _lines(process: subprocess.Popen[str], output: IO[str]) -> Iterator[str]:
-    """The lines of a process. An interruption is handed on to it, and the lines go on until it has saved and ended."""
-    while True:
-        try:
-            yield from output
-            return
-        except KeyboardInterrupt:
-            process.send_signal(signal.SIGINT)
 
 
 def _path() -> str:

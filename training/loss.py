@@ -44,10 +44,16 @@ class _CrossEntropy(torch.autograd.Function):
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
             bias_grad = weight.new_zeros(weight.shape[0], dtype=torch.float32)
 
-        tokens = max(1, CHUNK_BYTES // (4 * weight.shape[0]))
+        vocabulary = weight.shape[0]
+        tokens = max(1, CHUNK_BYTES // (4 * vocabulary))
         for start in range(0, hidden.shape[0], tokens):
             chunk, target = hidden[start : start + tokens], targets[start : start + tokens, None]
-            logits = (chunk @ weight.T if bias is None else torch.addmm(bias, chunk, weight.T)).float()
+            product = _aligned(len(chunk), vocabulary, weight)
+            if bias is None:
+                torch.mm(chunk, weight.T, out=product)
+            else:
+                torch.addmm(bias, chunk, weight.T, out=product)
+            logits = product.float()
             largest = logits.amax(dim=1, keepdim=True)
             logits -= largest
             chosen = logits.gather(1, target)
@@ -57,7 +63,7 @@ class _CrossEntropy(torch.autograd.Function):
                 # Probabilities, less one at the target, are the gradient of the logits.
                 logits /= total if later else total * items
                 logits.scatter_add_(1, target, torch.full_like(chosen, -1.0) / (1 if later else items))
-                gradient = logits.to(weight.dtype)
+                gradient = product.copy_(logits)  # itself in float32
                 torch.mm(gradient, weight, out=hidden_grad[start : start + tokens])
                 # beta=0: the first chunk overwrites what a fill with zeros would cost a pass over memory
                 weight_grad.addmm_(gradient.T, chunk, beta=min(start, 1))
@@ -79,6 +85,14 @@ class _CrossEntropy(torch.autograd.Function):
         if factor.device.type != "cpu" or factor != 1:
             gradients = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
         return (*gradients, None, None, None)
+
+
+def _aligned(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """An empty `(rows, columns)` matrix whose rows begin at multiples of 64 numbers, as matrix products like it.
+
+    GPT-J with Dolly's control tokens has 50,403 entries: an odd row length, on which a CPU takes 1.4 times as long.
+    """
+    return like.new_empty(rows, -(-columns // 64) * 64)[:, :columns]
 
 
 class ResponseLossHead(nn.Linear):

@@ -40,7 +40,7 @@ def supervise() -> None:
     environment = os.environ | {SUPERVISED: "terminal" if sys.stderr.isatty() else "log"}
     command = [sys.executable, "-u", "-m", "training.trainer", *sys.argv[1:]]
     if "RANK" in os.environ:  # a launcher that is killed leaves nobody to end its ranks
-        _at_death_of_parent(signal.SIGTERM)
+        at_death_of_parent(signal.SIGTERM)
     last: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
 
     def tell_of_hanging() -> None:
@@ -162,11 +162,11 @@ def _in_the_rank() -> None:
 
 def die_with_parent() -> None:
     """For `preexec_fn`: a process that is started must not outlive a killed one, so that none is left behind."""
-    _at_death_of_parent(signal.SIGKILL)
+    at_death_of_parent(signal.SIGKILL)
 
 
-def _at_death_of_parent(number: int) -> None:
-    """Linux alone can promise it (prctl(2))."""
+def at_death_of_parent(number: int) -> None:
+    """Lets this process get the signal when its parent ends. Linux alone can promise it (prctl(2))."""
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)

@@ -1,0 +1,138 @@
+"""The one command as notebook and flow start it: what is typed, live output, and an error that says what to do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from training.launch import TrainingFailedError, deepspeed_command, launch, typed
+from training.options import TrainingOptions, option_words
+from training.trainer import main
+
+
+def test_options_become_the_words_that_give_them_back() -> None:
+    chosen = {
+        "lr": 0.00012345678,
+        "epochs": 1.0,
+        "bf16": False,
+        "keep_truncated": True,
+        "force": False,
+        "max_steps": None,
+        "training_dataset": "my rows.jsonl",
+        "local_output_dir": "out",
+    }
+    context = main.make_context("training.trainer", option_words(chosen))
+    options = TrainingOptions(**context.params)
+    given = {name: value for name, value in chosen.items() if value is not None}
+    assert {name: getattr(options, name) for name in given} == given
+
+
+def test_an_option_that_does_not_exist_is_no_word() -> None:
+    with pytest.raises(KeyError, match="learning_rate"):
+        option_words({"learning_rate": 1e-5})
+
+
+def test_the_command_is_what_a_person_would_type() -> None:
+    command = deepspeed_command({"epochs": 1.0, "training_dataset": "my rows.jsonl"}, 8)
+    assert typed(command) == (
+        "deepspeed --num_gpus 8 --module training.trainer --epochs 1 --training-dataset 'my rows.jsonl'"
+    )
+
+
+def test_a_missing_deepspeed_is_told_with_what_to_type(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(FileNotFoundError, match=r"pip install -r requirements\.txt"):
+        deepspeed_command({}, 1)
+
+
+def test_output_is_shown_line_by_line_while_it_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    seen = []
+    waits = "import time; print('first'); time.sleep(1); print('second')"
+    thread = threading.Thread(target=lambda: (time.sleep(0.6), seen.append(capsys.readouterr().out)))
+    thread.start()
+    launch([sys.executable, "-c", waits])
+    thread.join()
+    assert seen[0] + capsys.readouterr().out == "first\nsecond\n"
+
+
+def test_a_failure_raises_with_its_code_its_meaning_and_its_last_lines() -> None:
+    fails = "import sys; print('rank 1: no such file', file=sys.stderr); sys.exit(2)"
+    with pytest.raises(TrainingFailedError) as failure:
+        launch([sys.executable, "-c", fails])
+    assert failure.value.code == 2
+    assert "exit code 2: refused before training" in str(failure.value)
+    assert str(failure.value).endswith("rank 1: no such file")
+
+
+def test_a_killed_command_is_told_in_words() -> None:
+    with pytest.raises(TrainingFailedError, match="exit code -9: killed"):
+        launch([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+
+
+def test_ranks_on_a_cpu_share_its_cores(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    show = [sys.executable, "-c", "import os; print(os.environ.get('OMP_NUM_THREADS'))"]
+    launch(show)
+    launch(show, cpu_ranks=2)
+    launch(show, cpu_ranks=10_000)
+    assert capsys.readouterr().out.split() == ["None", str(max(1, (os.cpu_count() or 2) // 2)), "1"]
+
+
+def driver_of(code: str) -> subprocess.Popen[str]:
+    """A process that launches Python code, as a notebook's kernel launches training; signals can be sent to it."""
+    driver = f"import sys; from training.launch import launch; launch([sys.executable, '-c', {code!r}])"
+    return subprocess.Popen(
+        [sys.executable, "-c", driver], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_an_interruption_lets_the_run_save_and_then_tells_how_it_ended() -> None:
+    saves = (
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: (print('saved'), sys.exit(75)))\n"
+        "print('training'); time.sleep(60)"
+    )
+    with driver_of(saves) as process:
+        assert process.stdout.readline() == "training\n"
+        process.send_signal(signal.SIGINT)
+        output, error = process.communicate(timeout=60)
+    assert output == "saved\n"
+    assert "exit code 75: interrupted" in error
+
+
+def test_two_interruptions_end_what_does_not_stop() -> None:
+    hangs = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(300)"
+    with driver_of(hangs) as process:
+        assert process.stdout.readline() == "deaf\n"
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.5)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=30) != 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone tells a process that its parent has ended")
+def test_a_killed_driver_leaves_no_run_behind() -> None:
+    saves = (
+        "import os, signal, sys, time; print(os.getpid(), flush=True); "
+        "signal.signal(signal.SIGTERM, lambda *_: sys.exit(75)); time.sleep(300)"
+    )
+    with driver_of(saves) as process:
+        run = Path("/proc", process.stdout.readline().strip())
+        assert run.exists()
+        process.kill()
+    deadline = time.monotonic() + 30
+    while run.exists() and "(zombie)" not in (run / "status").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
