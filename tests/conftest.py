@@ -22,11 +22,19 @@ for _name in ("HF_DATASETS_CACHE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERA
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from tokenizers import ByteLevelBPETokenizer  # noqa: E402
-from transformers import GPT2TokenizerFast, GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerBase  # noqa: E402
+from transformers import (  # noqa: E402
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2TokenizerFast,
+    GPTJConfig,
+    GPTJForCausalLM,
+    PreTrainedTokenizerBase,
+)
 
 from training.consts import INPUT_KEY, INTRO, INTRO_WITH_INPUT  # noqa: E402
 from training.finished import generation_config  # noqa: E402
-from training.model import load_model, load_tokenizer  # noqa: E402
+from training.model import load_model, load_tokenizer, model_folder  # noqa: E402
 
 EOS = "<|endoftext|>"
 POSITIONS = 256
@@ -106,6 +114,20 @@ def answering_model(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> GP
     model.config.use_cache = True
     model.generation_config = generation_config(tokenizer)
     return model.eval()
+
+
+@pytest.fixture(scope="session")
+def dropping(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small GPT-2, which is trained with dropout: what is random goes on as well."""
+    folder = tmp_path_factory.mktemp("dropping")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
+    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, vocab_size=len(tokenizer),
+                        bos_token_id=0, eos_token_id=0)  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        GPT2LMHeadModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
 
 
 @pytest.fixture(scope="session")

@@ -37,6 +37,16 @@ def test_time_of_an_evaluation_is_no_part_of_the_speed():
     assert counter.take()[1] < 0
 
 
+def test_what_came_before_the_first_batch_is_no_part_of_the_speed():
+    counter = StepCounter()
+    counter.begin -= 1000  # of loading, measuring and answering
+    counter.add(DataCollatorForPackedRows(pad_token_id=0)(ROWS))
+    assert counter.take()[1] < 100
+    counter.begin -= 1000
+    counter.add(DataCollatorForPackedRows(pad_token_id=0)(ROWS))
+    assert counter.take()[1] > 100
+
+
 def test_both_collators_have_the_same_number_of_labels():
     for collator in (DataCollatorForPackedRows, DataCollatorForCompletionOnlyLM):
         assert count_labels(collator(pad_token_id=0)(ROWS)) == 3
@@ -54,6 +64,7 @@ def lines(tmp_path, capsys, logs, **state):
     args = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
     now = TrainerState(max_steps=100, **state)
     log.on_train_begin(args, TrainerState(max_steps=100), TrainerControl())
+    log.on_step_begin(args, TrainerState(max_steps=100), TrainerControl())
     log.on_log(args, now, TrainerControl(), logs=logs)
     return capsys.readouterr().out
 

@@ -42,6 +42,7 @@ ORDER = [
     "callbacks",
     "loop",
     "generate",
+    "samples",
     "plan",
     "bench",
     "notebook",

@@ -12,14 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GPT2Config,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import training.resume
 import training.trainer
@@ -27,7 +20,6 @@ from tests.conftest import jsonl
 from training import checkpoint
 from training.batching import GlobalBatchSampler
 from training.loop import CompletionTrainer
-from training.model import model_folder
 from training.options import OptionsError, TrainingOptions
 from training.record import start_record, write_run_record
 from training.resume import Start, find_start, own_steps, remove_newer, reshard
@@ -314,20 +306,6 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
             for n in range(70)
         ],
     )
-
-
-@pytest.fixture(scope="module")
-def dropping(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small GPT-2, which is trained with dropout: what is random goes on as well."""
-    folder = tmp_path_factory.mktemp("base")
-    tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
-    config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, vocab_size=len(tokenizer),
-                        bos_token_id=0, eos_token_id=0)  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 class Spy(TrainerCallback):

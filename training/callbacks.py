@@ -1,4 +1,4 @@
-"""What a person sees while a run trains: one line an event, a progress bar on a terminal."""
+"""What is told while a run trains: one line an event, a progress bar on a terminal, and metrics.jsonl for programs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,15 @@ import os
 import resource
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from training import metrics
 from training.consts import IGNORE_INDEX
 from training.supervisor import SUPERVISED
 
@@ -22,9 +25,15 @@ class StepCounter:
     def __init__(self) -> None:
         self.sums: torch.Tensor | None = None
         self.begin = time.perf_counter()
+        self.started = False
 
     def add(self, batch: dict[str, torch.Tensor]) -> None:
-        """Counts a batch: real tokens, computed tokens, labels, and the squared lengths of its rows."""
+        """Counts a batch: real tokens, computed tokens, labels, and the squared lengths of its rows.
+
+        The first one starts the clock: before it the run was loading, measuring and answering.
+        """
+        if not self.started:
+            self.started, self.begin = True, time.perf_counter()
         ids = batch["input_ids"]
         if "position_ids" in batch:  # packed: the odd numbers up to 2n - 1 add up to n squared
             real = torch.tensor(ids.numel(), device=ids.device)
@@ -78,9 +87,14 @@ class ProgressLog(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.begin, self.first_step = time.monotonic(), state.global_step
+        self.begin, self.first_step = 0.0, state.global_step
         if state.is_world_process_zero and (sys.stderr.isatty() or os.environ.get(SUPERVISED) == "terminal"):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.begin = self.begin or time.monotonic()  # what came before the first step is no part of its time
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -99,10 +113,10 @@ class ProgressLog(TrainerCallback):
         if not state.is_world_process_zero or not logs:
             return
         if "eval_loss" in logs:
-            self._write(f"{self._place(state)}  held-out loss {logs['eval_loss']:.4f}")
+            write(f"{place(state)}  held-out loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
-            self._write(
-                f"{self._place(state)}  loss {logs['loss']:.4f}  rate {logs.get('learning_rate', 0.0):.2e}"
+            write(
+                f"{place(state)}  loss {logs['loss']:.4f}  rate {logs.get('learning_rate', 0.0):.2e}"
                 f"  gradient norm {float(logs.get('grad_norm') or 0.0):.2f}{self._figures(logs)}{self._speed(state)}"
             )
 
@@ -112,9 +126,6 @@ class ProgressLog(TrainerCallback):
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-    def _place(self, state: TrainerState) -> str:
-        return f"step {state.global_step:,}/{state.max_steps:,}"
 
     def _figures(self, logs: dict[str, float]) -> str:
         if "tokens_per_second" not in logs:
@@ -127,15 +138,59 @@ class ProgressLog(TrainerCallback):
 
     def _speed(self, state: TrainerState) -> str:
         steps = state.global_step - self.first_step
-        if not steps:
+        if not steps or not self.begin:
             return ""
         seconds = (time.monotonic() - self.begin) / steps
         left = round(seconds * (state.max_steps - state.global_step))
         return f"  {seconds:.2f} s/step  {duration(left)} left"
 
-    def _write(self, line: str) -> None:
-        tqdm.write(line, file=sys.stdout)
-        sys.stdout.flush()
+
+class MetricsLog(TrainerCallback):
+    """Writes what is logged into metrics.jsonl, on rank 0 alone.
+
+    Args:
+        seconds: of training so far, those before a resume included.
+    """
+
+    def __init__(self, file: Path, seconds: Callable[[], float]) -> None:
+        self.file = file
+        self.seconds = seconds
+        self.written: set[tuple[int, bool]] = set()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # A held-out loss that was measured at a resume is in no checkpoint, and is measured at the next resume again.
+        self.written = {(entry["step"], "eval_loss" in entry) for entry in metrics.read(self.file)}
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or not logs.keys() & {"loss", "eval_loss"}:
+            return
+        held_out = "eval_loss" in logs
+        if (state.global_step, held_out) in self.written:
+            return
+        self.written.add((state.global_step, held_out))
+        figures = {"eval_loss": logs["eval_loss"]} if held_out else logs
+        about = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0,
+                 "seconds": self.seconds()}  # fmt: skip
+        metrics.append(self.file, about | {name: value for name, value in figures.items() if name != "epoch"})
+
+
+def place(state: TrainerState) -> str:
+    return f"step {state.global_step:,}/{state.max_steps:,}"
+
+
+def write(text: str) -> None:
+    """Prints above the bar, if there is one."""
+    tqdm.write(text, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def duration(seconds: float) -> str:

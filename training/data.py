@@ -359,6 +359,11 @@ def split_held_out(
     rows: datasets.Dataset, test_size: int, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """(training rows, held-out rows), shuffled and split by the two calls that Dolly made."""
+    if len(rows) < 2:
+        raise DataError(
+            f"{len(rows)} row{'' if len(rows) == 1 else 's'} can be used, and at least 2 are needed: one to train on, and "
+            "one held out. Add rows to --training-dataset"
+        )
     if not 0 < test_size < len(rows):
         raise DataError(
             f"--test-size {test_size:,} of {len(rows):,} rows leaves "

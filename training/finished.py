@@ -30,6 +30,8 @@ LEDGER_FILE = "ledger.json"
 # What Dolly generated with, and the most useful defaults for whoever loads the folder.
 MAX_NEW_TOKENS = 256
 SAMPLING = {"do_sample": True, "top_p": 0.92, "top_k": 0}
+# The likeliest token each time: the same model always gives the same answer.
+GREEDY: dict[str, Any] = {"do_sample": False, "top_p": None, "top_k": None}
 
 LICENCES = {
     "EleutherAI/gpt-j-6B": "apache-2.0",
@@ -38,6 +40,7 @@ LICENCES = {
     "databricks/databricks-dolly-15k": "cc-by-sa-3.0",
     DEMO: "apache-2.0",
 }
+ENGLISH = ("tatsu-lab/alpaca", "databricks/databricks-dolly-15k", DEMO)  # data whose language is known
 
 
 def save_model(
@@ -170,9 +173,7 @@ def _answer_faults(folder: Path, trust_remote_code: bool) -> list[str]:
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=4,
-        do_sample=False,
-        top_p=None,
-        top_k=None,
+        **GREEDY,
         output_logits=True,
         return_dict_in_generate=True,
     )
@@ -188,7 +189,7 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> No
     base_licence = LICENCES.get(base, "unknown")
     data_licence = LICENCES.get(dataset, "unknown")
     data = ModelCardData(
-        language="en",
+        language="en" if dataset in ENGLISH else None,
         license=data_licence if data_licence == base_licence else "other",
         base_model=base if "/" in base and not Path(base).exists() else None,
         datasets=[dataset] if "/" in dataset and not Path(dataset).exists() else None,

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer,
 from training.attention import use_packed_attention
 from training.consts import DEFAULT_SEED, RESPONSE_KEY, RUN_FILE
 from training.data import encode_prompts
-from training.finished import MAX_NEW_TOKENS, generation_config
+from training.finished import GREEDY, MAX_NEW_TOKENS, generation_config
 from training.model import DTYPES, ModelError, load_model, load_tokenizer, max_positions
 
 logger = logging.getLogger(__name__)
@@ -100,24 +100,36 @@ def generate_responses(
     inputs = inputs if inputs is not None else [None] * len(instructions)
     room = max_positions(model.config) - int(generation.get("max_new_tokens", MAX_NEW_TOKENS))
     prompts = prompt_ids(tokenizer, instructions, inputs, room)
-    config = generation_config(tokenizer)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for begin in range(0, len(order), batch_size):
         batch = order[begin : begin + batch_size]
-        longest = max(len(prompts[i]) for i in batch)
-        ids = torch.full((len(batch), longest), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, i in enumerate(batch):
-            ids[row, longest - len(prompts[i]) :] = torch.tensor(prompts[i])
-            mask[row, longest - len(prompts[i]) :] = 1
-        output = model.generate(
-            ids.to(model.device), attention_mask=mask.to(model.device), generation_config=config, **generation
-        )
-        texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+        texts = answer_batch([prompts[i] for i in batch], model, tokenizer, model.device, **generation)
         for i, text in zip(batch, texts, strict=True):
-            answers[i] = text.strip()
+            answers[i] = text
     return answers
+
+
+def answer_batch(
+    prompts: Sequence[Sequence[int]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    **generation: Any,
+) -> list[str]:
+    """The answers to a batch of prompts, given as ids. Under ZeRO-3 all ranks call it with the same number of batches."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    config = generation_config(tokenizer)
+    output = model.generate(
+        ids.to(device), attention_mask=mask.to(device), generation_config=config, **generation
+    )
+    texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
+    return [text.strip() for text in texts]
 
 
 def prompt_ids(
@@ -187,7 +199,7 @@ def main(
             set_seed(seed)
         generation: dict[str, Any] = {"max_new_tokens": max_new_tokens}
         if greedy:
-            generation |= {"do_sample": False, "top_p": None, "top_k": None}
+            generation |= GREEDY
         generate_response(
             instruction,
             context,

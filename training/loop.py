@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from training import checkpoint
 from training.batching import GlobalBatchSampler, held_out_batches, micro_steps_needed
-from training.callbacks import StepCounter, count_labels, peak_memory_gib
+from training.callbacks import StepCounter, count_labels, peak_memory_gib, write
 from training.checks import free_bytes, size_in_words
 from training.collator import document_lengths, split_packed_batch
 from training.finished import not_finite, save_model
@@ -170,6 +170,10 @@ class CompletionTrainer(Trainer):
                 logs["fp16_overflows"] = self.guard.overflows
         super().log(logs, start_time)
 
+    def seconds(self) -> float:
+        """Of training so far, those before a resume included."""
+        return self.seconds_before + time.monotonic() - self.begin
+
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
         begin = time.perf_counter()
         super()._maybe_log_save_evaluate(*args, **kwargs)
@@ -209,9 +213,12 @@ class CompletionTrainer(Trainer):
         if main:
             checkpoint.remove(folder)  # what a killed save left
         self._agree(self._lacks_space(output) if main else None)
+        begin = time.monotonic()
         with self._told(folder):
             self._write_checkpoint(folder, model, trial)
         if main:
+            seconds = time.monotonic() - begin
+            write(f"{folder} saved: {size_in_words(self.saved_bytes)} in {seconds:.1f} s")
             checkpoint.rotate(output, self.keep_checkpoints)
         self.accelerator.wait_for_everyone()
 
@@ -240,7 +247,7 @@ class CompletionTrainer(Trainer):
                 "loss_sums": summed,
                 "logged_step": self._globalstep_last_logged,
                 "loss_total": self._total_loss_scalar,
-                "seconds": self.seconds_before + time.monotonic() - self.begin,
+                "seconds": self.seconds(),
                 "batching": self.batching,
             }
             checkpoint.write_json(folder / checkpoint.PROGRESS_FILE, progress)

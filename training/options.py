@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,12 @@ from training.consts import (
     DEFAULT_TRAINING_DATASET,
     DEMO,
     RUN_FILE,
+    SAMPLE_TOKENS,
 )
 from training.publish import local_path, target_faults, writable
+
+# Beyond these a number is a slip of the keyboard; 10,000 steps an hour for ten years are fewer.
+MOST_EPOCHS, MOST_STEPS = 10_000, 10**9
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
@@ -109,14 +114,14 @@ class TrainingOptions:
         3.0,
         "Training",
         "Times to go through the rows.",
-        type=click.FloatRange(0, min_open=True),
+        type=click.FloatRange(0, MOST_EPOCHS, min_open=True),
         metavar="EPOCHS",
     )
     max_steps: int | None = _option(
         None,
         "Training",
         "Stop after this many optimizer steps, whatever --epochs says.",
-        type=click.IntRange(1),
+        type=click.IntRange(1, MOST_STEPS),
         metavar="STEPS",
     )
     lr: float = _option(
@@ -228,6 +233,21 @@ class TrainingOptions:
         "Steps between two measurements of the held-out loss.",
         type=click.IntRange(1),
         metavar="STEPS",
+    )
+    sample_prompts: str | None = _option(
+        None,
+        "Output",
+        "Instructions that the model answers as it trains, before the first step and at the last one as well: a .txt "
+        "file with one a line, or a .json or .jsonl file with instruction and input. The answers are greedy, and at "
+        f"most {SAMPLE_TOKENS} tokens long.",
+        metavar="FILE",
+    )
+    sample_every: str | None = _option(
+        None,
+        "Output",
+        "Steps (100) or epochs (1epoch, 0.5epochs) between two rounds of answers to --sample-prompts.  "
+        "[default: 1epoch]",
+        metavar="STEPS|EPOCHS",
     )
     save_steps: int = _option(
         200, "Output", "Steps between two checkpoints.", type=click.IntRange(1), metavar="STEPS"
@@ -406,6 +426,19 @@ def precision_of(options: TrainingOptions) -> str:
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
+def steps_between_samples(options: TrainingOptions, steps_per_epoch: int) -> Fraction:
+    """`--sample-every` in steps, which need not be whole. Raises OptionsError where it is neither steps nor epochs."""
+    every = options.sample_every or "1epoch"
+    epochs = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?|\.\d{1,9}) ?epochs?", every)
+    steps = re.fullmatch(r"\d{1,9}", every)
+    number = Fraction(epochs.group(1) if epochs else every) if epochs or steps else Fraction(0)
+    if not number:
+        raise OptionsError(
+            [f"--sample-every {every}: expected steps, such as 100, or epochs, such as 1epoch or 0.5epochs"]
+        )
+    return number * steps_per_epoch if epochs else number
+
+
 def world_size() -> int:
     """Ranks of this run, as its launcher wrote it into the environment; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -434,6 +467,7 @@ def find_faults(options: TrainingOptions) -> list[str]:
         faults += _deepspeed_faults(options, config)
     faults += _precision_faults(options, config)
     faults += _device_faults()
+    faults += _sampling_faults(options)
     if is_main_process():  # the other ranks may see what rank 0 has already begun to write
         for flag, folder, check in (
             ("--local-output-dir", options.local_output_dir, _output_faults),
@@ -623,6 +657,27 @@ def _device_faults() -> list[str]:
             f"Type deepspeed --num_gpus {gpus} --module training.trainer ..., or export CUDA_VISIBLE_DEVICES=0"
         ]
     return []
+
+
+def _sampling_faults(options: TrainingOptions) -> list[str]:
+    faults = []
+    if options.sample_every is not None and options.sample_every.strip():
+        if options.sample_prompts is None:
+            faults.append(
+                f"--sample-every {options.sample_every}, but nothing is asked. Add --sample-prompts FILE, or leave it out"
+            )
+        try:
+            steps_between_samples(options, 1)
+        except OptionsError as error:
+            faults += error.faults
+    if is_main_process() and (options.sample_prompts or "").strip():  # rank 0 reads them for all
+        from training.rows import DataError, read_prompts
+
+        try:
+            read_prompts(str(options.sample_prompts))
+        except DataError as error:
+            faults.append(f"--sample-prompts {error}")
+    return faults
 
 
 def _output_faults(options: TrainingOptions) -> list[str]:

@@ -19,7 +19,7 @@ import click
 
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TEST_SIZE, DEFAULT_TRAINING_DATASET
 from training.machines import MACHINES, Machine, MachineError, find_machine, this_machine
-from training.options import OptionsError, TrainingOptions
+from training.options import MOST_EPOCHS, MOST_STEPS, OptionsError, TrainingOptions
 from training.picture import draw_memory
 from training.settings import PRESETS, preset_options, settings_of
 from training.verdict import Plan, plan_run
@@ -118,9 +118,12 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "paced_tokens_per_epoch": load.paced_tokens,
         "step_seconds": plan.step_seconds,
         "hours_per_epoch": plan.hours_per_epoch,
+        "steps": plan.steps,
+        "hours": plan.hours,
     }
     if price is not None:
         answer["cost_per_epoch"] = {key: price * hours for key, hours in plan.hours_per_epoch.items()}
+        answer["cost"] = {key: price * hours for key, hours in plan.hours.items()}
     return answer
 
 
@@ -128,7 +131,7 @@ def as_table(plan: Plan, price: float | None) -> str:
     """The plan for people."""
     machine, settings, load = plan.machine, plan.settings, plan.load
     device = "CPU rank" if machine.is_cpu else machine.gpu
-    total, hours, seconds = sum(plan.gpu_memory_gib.values()), plan.hours_per_epoch, plan.step_seconds
+    total, seconds = sum(plan.gpu_memory_gib.values()), plan.step_seconds
     split = f", at most {settings.max_tokens:,} tokens at once" if settings.max_tokens else ""
     lines = [
         f"{plan.model.name} ({_count(plan.model.parameters)} parameters) on {machine.name}: "
@@ -153,10 +156,11 @@ def as_table(plan: Plan, price: float | None) -> str:
         f"  {load.real_tokens:,} real tokens of {load.computed_tokens:,} computed "
         f"({load.real_tokens / load.computed_tokens:.0%}); {load.real_tokens / load.paced_tokens:.0%} "
         "of what the slowest device's pace allows",
-        f"  {_time(hours['expected'])}, between {_time(hours['low'])} and {_time(hours['high'])}"
-        + ("" if price is None else f"; at {price:g} an hour it costs {_costs(price, hours)}"),
-        "",
+        _time_and_cost(plan.hours_per_epoch, price),
     ]
+    if plan.steps != load.steps:
+        lines += [f"the whole run, {plan.steps:,} steps", _time_and_cost(plan.hours, price)]
+    lines.append("")
     if plan.fits:
         left = (
             "" if machine.is_cpu else f", with {machine.gpu_memory_gib - total:.1f} GiB of each {device} left"
@@ -180,9 +184,12 @@ def _time(hours: float) -> str:
     return f"{60 * hours:.0f} minutes" if hours >= 1 / 30 else f"{3600 * hours:.0f} seconds"
 
 
-def _costs(price: float, hours: dict[str, float]) -> str:
+def _time_and_cost(hours: dict[str, float], price: float | None) -> str:
+    line = f"  {_time(hours['expected'])}, between {_time(hours['low'])} and {_time(hours['high'])}"
+    if price is None:
+        return line
     low, expected, high = (f"{price * hours[key]:,.2f}" for key in ("low", "expected", "high"))
-    return f"{expected}, between {low} and {high}"
+    return f"{line}; at {price:g} an hour it costs {expected}, between {low} and {high}"
 
 
 # --- the command line --------------------------------------------------------------------------------
@@ -207,7 +214,10 @@ def _costs(price: float, hours: dict[str, float]) -> str:
 )
 @click.option("--max-tokens-per-device", type=click.IntRange(1), help="[default: what fits]")
 @click.option("--deepspeed", metavar="FILE", help="DeepSpeed JSON.  [default: the GPU family's]")
-@click.option("--epochs", type=click.FloatRange(0, min_open=True), default=1.0, show_default=True)
+@click.option(
+    "--epochs", type=click.FloatRange(0, MOST_EPOCHS, min_open=True), default=1.0, show_default=True
+)
+@click.option("--max-steps", type=click.IntRange(1, MOST_STEPS), help="As the trainer's.")
 @click.option("--test-size", type=click.IntRange(1), default=DEFAULT_TEST_SIZE, show_default=True)
 @click.option("--save-total-limit", type=click.IntRange(1), help="[default: the trainer's]")
 @click.option("--local-output-dir", default="OUTPUT", help="The folder on whose disk free space counts.")

@@ -9,7 +9,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,11 @@ COLUMN_NAMES = {
     "output": ("output", "response"),
 }
 FILE_KINDS = (".json", ".jsonl", ".csv", ".parquet")
+NEEDED = ("instruction", "output")  # of a row to train on
+NEEDED_WORDS = (
+    "needed are instruction and output (as in Alpaca; input may be left out), "
+    "or instruction and response (as in dolly-15k; context may be left out)"
+)
 
 
 class DataError(ValueError):
@@ -60,7 +65,24 @@ def read_columns(source: str) -> Columns:
     except (OSError, RuntimeError, ValueError) as error:
         # too long a name, a folder that may not be entered, ~nobody, a null byte
         raise DataError(f"{source}: cannot be read ({error})") from error
-    return _read_file(path) if local else _read_hub(source)
+    return _read_file(path, READERS) if local else _read_hub(source)
+
+
+def read_prompts(file: str) -> list[tuple[str, str]]:
+    """(instruction, input) of each prompt in a .txt file, one instruction a line, or in a .json or .jsonl file.
+
+    A prompt that stands there twice is given once. Raises DataError, naming file and row.
+    """
+    try:
+        columns = _read_file(Path(file).expanduser(), PROMPT_READERS)
+    except (RuntimeError, ValueError) as error:  # ~nobody, a null byte
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{file}: cannot be read ({error})") from error
+    for number, instruction in enumerate(columns.instruction, start=1):
+        if not instruction.strip():
+            raise DataError(f"{file}, row {number}: the instruction is empty")
+    return list(dict.fromkeys(zip(columns.instruction, columns.input, strict=True)))
 
 
 def _read_hub(name: str) -> Columns:
@@ -87,27 +109,21 @@ def _read_hub(name: str) -> Columns:
     )
 
 
-def _read_file(path: Path) -> Columns:
-    readers: dict[str, Callable[[Path], Columns]] = {
-        ".json": _read_json,
-        ".jsonl": _read_json,
-        ".csv": _read_csv,
-        ".parquet": _read_parquet,
-    }
+def _read_file(path: Path, readers: Mapping[str, Callable[[Path], Columns]]) -> Columns:
+    """A file by the reader of its kind. Raises DataError for what is no such file, or holds nothing."""
     reader = readers.get(path.suffix.lower())
+    kinds = ", ".join(readers)
     try:
         if not path.exists():
             raise DataError(f"{path}: no such file")
         if path.is_dir():
-            raise DataError(f"{path}: a folder. Name one file in it ({', '.join(FILE_KINDS)})")
+            raise DataError(f"{path}: a folder. Name one file in it ({kinds})")
         if not path.is_file():  # to open a pipe may wait for ever
             raise DataError(f"{path}: a pipe or a device, no file. Write the rows into a file first")
         if path.stat().st_size == 0:
             raise DataError(f"{path}: the file is empty")
         if reader is None:
-            raise DataError(
-                f"{path}: cannot read '{path.suffix}' files. Expected one of {', '.join(FILE_KINDS)}"
-            )
+            raise DataError(f"{path}: cannot read '{path.suffix}' files. Expected one of {kinds}")
         columns = reader(path)
     except UnicodeDecodeError as error:
         line, byte = _first_byte_not_utf8(path.read_bytes())
@@ -128,7 +144,21 @@ def _first_byte_not_utf8(content: bytes) -> tuple[int, int]:
     return 1, 0  # mended in the meantime
 
 
+def _read_lines(path: Path) -> Columns:
+    lines = path.read_text(encoding="utf-8-sig").split("\n")
+    instructions = [line.strip() for line in lines if line.strip()]
+    return Columns(instructions, [""] * len(instructions), [""] * len(instructions))
+
+
 def _read_json(path: Path) -> Columns:
+    return _select(_json_rows(path), str(path), "row")
+
+
+def _read_json_prompts(path: Path) -> Columns:
+    return _select(_json_rows(path), str(path), "row", ("instruction",))
+
+
+def _json_rows(path: Path) -> Any:
     """A JSON list of objects, or one object a line; told apart by the first character, not the name."""
     text = path.read_text(encoding="utf-8-sig")
     decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
@@ -139,7 +169,7 @@ def _read_json(path: Path) -> Columns:
             raise DataError(f"{path}, line {error.lineno}: broken JSON: {error.msg}") from error
         except (ValueError, RecursionError) as error:  # a key twice, an endless number, endless nesting
             raise DataError(f"{path}: {error}") from error
-        return _select(rows, str(path), "row")
+        return rows
     rows = []
     # Not str.splitlines: it also splits at U+2028 and its like, which may stand inside a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -153,7 +183,7 @@ def _read_json(path: Path) -> Columns:
             ) from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path}, line {number}: {error}") from error
-    return _select(rows, str(path), "row")
+    return rows
 
 
 class DuplicateKeyError(ValueError):
@@ -230,14 +260,15 @@ def _as_python(scalar: pa.Scalar, path: Path, row: int) -> Any:
         raise DataError(f"{path}, row {row}: a {scalar.type} that cannot be read ({error})") from error
 
 
-def _select(rows: Any, source: str, unit: str) -> Columns:
-    """Columns from a list of objects. Every row must have an instruction and an output, under one name."""
+def _select(rows: Any, source: str, unit: str, needed: tuple[str, ...] = NEEDED) -> Columns:
+    """Columns from a list of objects. Every row must have what is `needed`, under one name."""
     if not isinstance(rows, list) or not rows:
-        raise DataError(f"{source}: no rows. Expected a list of objects with 'instruction' and 'output'")
+        expected = " and ".join(map(repr, needed))
+        raise DataError(f"{source}: no rows. Expected a list of objects with {expected}")
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{source}, {unit} {number}: {_shown(row)} is not an object with named columns")
-    wanted = _match_columns(list(dict.fromkeys(name for row in rows for name in row)), source)
+    wanted = _match_columns(list(dict.fromkeys(name for row in rows for name in row)), source, needed)
     values: dict[str, list[Any] | None] = {}
     for key, column in wanted.items():
         if column is not None and key != "input":  # an input may be in some rows only
@@ -250,11 +281,12 @@ def _select(rows: Any, source: str, unit: str) -> Columns:
     return _check_strings(values, len(rows), source, unit)
 
 
-def _match_columns(found: list[str], source: str) -> dict[str, str | None]:
-    """Which of the found columns serves as instruction, input and output; None where there is no input."""
+def _match_columns(found: list[str], source: str, needed: tuple[str, ...] = NEEDED) -> dict[str, str | None]:
+    """Which of the found columns serves as instruction, input and output; None where there is no input, and for an
+    output that is not needed."""
     matched: dict[str, str | None] = {}
     for key, names in COLUMN_NAMES.items():
-        present = [name for name in names if name in found]
+        present = [name for name in names if name in found and key in (*needed, "input")]
         for name in present:
             if found.count(name) > 1:  # Parquet allows it; CSV and JSON are told by their readers
                 raise DataError(f"{source}: column {name!r} stands twice. Keep one of the two")
@@ -263,14 +295,11 @@ def _match_columns(found: list[str], source: str) -> dict[str, str | None]:
                 f"{source}: has both {present[0]!r} and {present[1]!r}. Keep one of the two columns"
             )
         matched[key] = present[0] if present else None
-    missing = [
-        " or ".join(map(repr, COLUMN_NAMES[key])) for key in ("instruction", "output") if matched[key] is None
-    ]
+    missing = [" or ".join(map(repr, COLUMN_NAMES[key])) for key in needed if matched[key] is None]
     if missing:
+        words = NEEDED_WORDS if needed == NEEDED else "needed is instruction, and input may be left out"
         raise DataError(
-            f"{source}: no column {' and no column '.join(missing)}. Found {', '.join(map(repr, found)) or 'none'}; "
-            "needed are instruction and output (as in Alpaca; input may be left out), "
-            "or instruction and response (as in dolly-15k; context may be left out)"
+            f"{source}: no column {' and no column '.join(missing)}. Found {', '.join(map(repr, found)) or 'none'}; {words}"
         )
     return matched
 
@@ -297,3 +326,7 @@ def _check_strings(values: dict[str, list[Any] | None], rows: int, source: str, 
 def _shown(value: Any) -> str:
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 40 else text[:37] + '...'}"
+
+
+READERS = {".json": _read_json, ".jsonl": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+PROMPT_READERS = {".txt": _read_lines, ".json": _read_json_prompts, ".jsonl": _read_json_prompts}

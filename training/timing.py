@@ -88,8 +88,10 @@ def step_seconds(
     }
 
 
-def epoch_hours(model: ModelFacts, settings: Settings, load: Load, seconds: dict[str, float]) -> float:
-    """Hours of an epoch: its steps, and the held-out loss every `eval_steps` and before the first.
+def hours_of(
+    model: ModelFacts, settings: Settings, load: Load, seconds: dict[str, float], steps: int
+) -> float:
+    """Hours of a run: its steps, and the held-out loss every `eval_steps` and before the first.
 
     Held-out rows go forward only: a third of a step's compute, a quarter of one with checkpointing, and one of
     its three passes of weights.
@@ -98,8 +100,8 @@ def epoch_hours(model: ModelFacts, settings: Settings, load: Load, seconds: dict
     batches = math.ceil(settings.test_size / (settings.ranks * settings.eval_rows))
     evaluation = forward * settings.test_size / settings.global_batch
     evaluation += batches * seconds["gathering"] / settings.accumulation / 3
-    evaluations = load.steps / settings.eval_steps + 1
-    return (load.steps * sum(seconds.values()) + evaluations * evaluation) / 3600
+    evaluations = steps / settings.eval_steps + 1
+    return (steps * sum(seconds.values()) + evaluations * evaluation) / 3600
 
 
 # --- CPU ranks ---------------------------------------------------------------------------------------

@@ -8,13 +8,17 @@ The same module runs under torchrun, Spark's DeepSpeed distributor, and on one d
 
 from __future__ import annotations
 
+import logging
+
 from training.supervisor import supervise
 
 if __name__ == "__main__":
     supervise()  # before the imports below: it is a small process that never needs them
+    # DeepSpeed's launcher says it once for all; each rank would say it again while it imports DeepSpeed.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
 
+import io
 import json
-import logging
 import math
 import os
 import shutil
@@ -23,7 +27,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, redirect_stdout, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import partial
@@ -45,7 +49,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from training import checkpoint
 from training.attention import packs_cleanly, use_packed_attention
 from training.batching import check_token_budget
-from training.callbacks import ProgressLog, duration
+from training.callbacks import MetricsLog, ProgressLog, duration
 from training.checks import FolderBusyError, disk_faults, kernel_faults, version_faults, writing
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
@@ -55,6 +59,7 @@ from training.flops import peak_flops
 from training.loop import Batching, CompletionTrainer, Continued
 from training.loss import use_response_loss
 from training.machines import GIB, this_machine
+from training.metrics import METRICS_FILE, SAMPLES_FILE, forget_after
 from training.model import DTYPES, ModelError, load_config, load_model, load_tokenizer, max_positions
 from training.operators import compile_operators, compiler_faults
 from training.options import (
@@ -66,13 +71,15 @@ from training.options import (
     is_main_process,
     precision_of,
     read_deepspeed_json,
+    steps_between_samples,
     value_faults,
     world_size,
 )
 from training.publish import PublishError, local_path, publish
 from training.record import global_batch, rows_digest, start_record, write_run_record
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
-from training.rows import DataError
+from training.rows import DataError, read_prompts
+from training.samples import Samples
 from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer
 from training.verdict import Plan, plan_run
 from training.workload import lengths_of, model_facts
@@ -212,18 +219,23 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
 
 def planned_steps(options: TrainingOptions, rows: int, world_size: int) -> int:
     """Optimizer steps of the whole run, as the Trainer counts them."""
-    per_epoch = math.ceil(rows / global_batch(options, world_size))
-    return options.max_steps or math.ceil(options.epochs * per_epoch)
+    return options.max_steps or math.ceil(options.epochs * steps_per_epoch(options, rows, world_size))
+
+
+def steps_per_epoch(options: TrainingOptions, rows: int, world_size: int) -> int:
+    return math.ceil(rows / global_batch(options, world_size))
 
 
 def _on_rank_0(args: TrainingArguments, function: Callable[[], Any]) -> Any:
-    """What `function` gives on rank 0, or the OptionsError that it raises there, on every rank."""
+    """What `function` gives on rank 0, or as an OptionsError what is wrong there, on every rank."""
     outcome: list[Any] = [None, None]
     if args.process_index == 0:
         try:
             outcome[0] = function()
         except OptionsError as error:
             outcome[1] = error.faults
+        except DataError as error:
+            outcome[1] = [str(error)]
     if args.world_size > 1:
         torch.distributed.broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
@@ -260,10 +272,14 @@ def check_plan(
     for fault in faults:
         logger.warning("trained by --force, though the plan says %s", fault)
     logger.info(
-        "the plan: %.2f GiB a device, checkpointing %s; an epoch in %s to %s",
+        "the plan: %.2f GiB a device, checkpointing %s; an epoch in %s to %s, the run in %s to %s",
         sum(plan.gpu_memory_gib.values()),
         "on" if plan.settings.checkpointing else "off",
-        *(duration(3600 * plan.hours_per_epoch[bound]) for bound in ("low", "high")),
+        *(
+            duration(3600 * hours[bound])
+            for hours in (plan.hours_per_epoch, plan.hours)
+            for bound in ("low", "high")
+        ),
     )
     return {
         "gradient_checkpointing": plan.settings.checkpointing,
@@ -312,6 +328,11 @@ def run_steps(
     trainer = build_trainer(options, prepared, decided, request)
     if args.process_index == 0:
         remove_newer(output, start.step)
+        for name in (METRICS_FILE, SAMPLES_FILE):
+            if start.folder is None:  # what a run told that was killed before its first checkpoint
+                (output / name).unlink(missing_ok=True)
+            else:
+                forget_after(output / name, start.step, start.folder.parent / name)
         if folder == start.folder:  # a start that was killed may have left it
             shutil.rmtree(output / RESHARDED, ignore_errors=True)
     if start.folder is not None:
@@ -397,9 +418,10 @@ def prepare(options: TrainingOptions) -> Prepared:
     if options.deepspeed_json and not torch.cuda.is_available():
         import deepspeed
 
-        deepspeed.init_distributed(
-            dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=options.rank_timeout)
-        )
+        with redirect_stdout(io.StringIO()):  # it prints which operators it has loaded, once a rank
+            deepspeed.init_distributed(
+                dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=options.rank_timeout)
+            )
     args = training_arguments(options)
     with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
         positions = max_positions(load_config(options.input_model, options.trust_remote_code))
@@ -462,10 +484,19 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLog())
+    output, board = Path(args.output_dir), None
     if args.process_index == 0:
         from torch.utils.tensorboard import SummaryWriter
 
-        trainer.add_callback(TensorBoardCallback(SummaryWriter(log_dir=str(Path(args.output_dir) / "runs"))))
+        board = SummaryWriter(log_dir=str(output / "runs"))
+        trainer.add_callback(TensorBoardCallback(board))
+        trainer.add_callback(MetricsLog(output / METRICS_FILE, trainer.seconds))
+    if options.sample_prompts:
+        asked = _on_rank_0(args, partial(read_prompts, options.sample_prompts))
+        every = steps_between_samples(
+            options, steps_per_epoch(options, len(prepared.train_rows), args.world_size)
+        )
+        trainer.add_callback(Samples(trainer, asked, every, output / SAMPLES_FILE, board))
     logger.info(
         "%s rows to train on, %s held out; %s rows a step, %s, on %s %s in %s%s; %s rate %g",
         f"{len(prepared.train_rows):,}",
@@ -501,8 +532,12 @@ def _say(words: str) -> None:
 def main(ctx: click.Context, **values: Any) -> None:
     """Fine-tune a causal language model to follow instructions. The defaults are Dolly's run."""
     logging.basicConfig(
-        level=logging.INFO if is_main_process() else logging.ERROR, format="%(message)s", stream=sys.stdout
+        level=logging.WARNING if is_main_process() else logging.ERROR, format="%(message)s", stream=sys.stdout
     )
+    if (
+        is_main_process()
+    ):  # what others tell below a warning is not for users: setuptools tells its gcc commands
+        logger.setLevel(logging.INFO)
     request = StopRequest()
     try:
         request.listen()

@@ -19,7 +19,7 @@ from training.memory import (
 )
 from training.options import TrainingOptions, option_words
 from training.settings import PRESETS, Settings, rows_and_accumulation, settings_of
-from training.timing import CPU_RANGE, GPU_RANGE, CpuRates, cpu_rates, epoch_hours, step_seconds
+from training.timing import CPU_RANGE, GPU_RANGE, CpuRates, cpu_rates, hours_of, step_seconds
 from training.workload import Lengths, Load, ModelFacts, epoch_load
 
 
@@ -35,6 +35,7 @@ class Plan:
         disk_gib: by part.
         step_seconds: of one optimizer step by part.
         hours_per_epoch: "low", "expected", "high".
+        steps, hours: of the whole run; the latter as those of an epoch.
         shortages: kind ("GPU memory", "host memory", "disk") to a sentence; empty if it fits.
         changes: for each kind the nearest change that makes it fit.
         command: what to type for this run.
@@ -50,6 +51,8 @@ class Plan:
     disk_gib: dict[str, float]
     step_seconds: dict[str, float]
     hours_per_epoch: dict[str, float]
+    steps: int
+    hours: dict[str, float]
     shortages: dict[str, str]
     changes: dict[str, str]
     command: str
@@ -119,7 +122,11 @@ def _weigh(
     steps = settings.max_steps or math.ceil(settings.epochs * load.steps)
     stored = disk(model, settings, steps)
     seconds = step_seconds(model, machine, settings, load, share, rates)
-    hours, spread = epoch_hours(model, settings, load, seconds), CPU_RANGE if cpu else GPU_RANGE
+    spread = CPU_RANGE if cpu else GPU_RANGE
+    epoch, run = (
+        {"low": hours / spread, "expected": hours, "high": hours * spread}
+        for hours in (hours_of(model, settings, load, seconds, count) for count in (load.steps, steps))
+    )
     return Plan(
         model=model,
         machine=machine,
@@ -130,7 +137,9 @@ def _weigh(
         host_memory_gib=host,
         disk_gib=stored,
         step_seconds=seconds,
-        hours_per_epoch={"low": hours / spread, "expected": hours, "high": hours * spread},
+        hours_per_epoch=epoch,
+        steps=steps,
+        hours=run,
         shortages=_shortages(machine, sum(gpu.values()), host, sum(stored.values())),
         changes={},
         command=command(options, settings),

@@ -16,6 +16,7 @@ from training.checks import ROOT
 from training.consts import DEFAULT_SEED, DEMO
 from training.data import prepare_dataset, split_held_out
 from training.demo import RECIPE, demo_rows
+from training.finished import GREEDY
 from training.generate import generate_responses, load_model_tokenizer_for_generate
 from training.launch import deepspeed_command, launch_environment, typed
 from training.model import max_positions
@@ -62,9 +63,7 @@ def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
         tokenizer=tokenizer,
         batch_size=100,
         max_new_tokens=MAX_NEW_TOKENS,
-        do_sample=False,
-        top_p=None,
-        top_k=None,
+        **GREEDY,
     )
 
 
