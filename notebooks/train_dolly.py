@@ -106,16 +106,23 @@ print(notebook.check_plan(options, recipe, ranks, machine, chosen.gpu_family))
 # MAGIC %md
 # MAGIC ## Data and tokenizer
 # MAGIC Prepared once, by one process, so that the ranks find them in the cache and none waits for another. The ledger says
-# MAGIC what became of every row.
+# MAGIC what became of every row. What the model is asked while it trains, and below: Dolly's five instructions, and three of
+# MAGIC the rows that it does not train on.
 
 # COMMAND ----------
 
+from training.consts import DEFAULT_TEST_SIZE, SAMPLE_INSTRUCTIONS
 from training.data import prepare_dataset
 from training.model import load_config, load_tokenizer, max_positions
 
 longest = max_positions(load_config(chosen.input_model))
 rows, ledger = prepare_dataset(chosen.training_dataset, load_tokenizer(chosen.input_model), longest)
 print(ledger)
+
+asked = [{"instruction": each, "input": "", "output": ""} for each in SAMPLE_INSTRUCTIONS]
+test_size = options.get("test_size", DEFAULT_TEST_SIZE)
+asked += notebook.held_out_rows(chosen.training_dataset, rows, test_size, 3)
+options["sample_prompts"] = notebook.write_prompts(chosen, asked)
 
 # COMMAND ----------
 
@@ -178,45 +185,50 @@ print("held-out loss {before:.3f} before, {after:.3f} after".format(**record["he
 
 # MAGIC %md
 # MAGIC ## What it answers
-# MAGIC Dolly's five instructions, and three of the held-out rows with the answer that the dataset has, put to the base model
-# MAGIC and to the trained one.
+# MAGIC The base model and the trained one, sampled as Dolly was, beside the answer that the dataset has.
 
 # COMMAND ----------
 
-from training.consts import SAMPLE_INSTRUCTIONS
-
 notebook.finished_record(chosen)
-asked = [{"instruction": each, "input": "", "output": ""} for each in SAMPLE_INSTRUCTIONS]
-asked += notebook.held_out_rows(chosen.training_dataset, rows, record["options"]["test_size"], 3)
+questions = [f"{row['instruction']}\n{row['input']}".strip() for row in asked]
 before = notebook.answers(chosen.input_model, asked)
 after = notebook.answers(str(chosen.output), asked)
-questions = [f"{row['instruction']}\n{row['input']}".strip() for row in asked]
 columns = zip(questions, before, after, [row["output"] for row in asked], strict=True)
-display(notebook.Table(["instruction", "base model", "trained", "in the dataset"], list(columns)))
-samples = read(chosen.output / SAMPLES_FILE)
-if samples:
-    display(notebook.answer_stages(samples))
+notebook.Table(["instruction", "base model", "trained", "in the dataset"], list(columns))
+
+# COMMAND ----------
+
+# MAGIC %md
+# MAGIC ## How the answers changed
+# MAGIC The likeliest answer to the same instructions, before training and after each epoch.
+
+# COMMAND ----------
+
+notebook.finished_record(chosen)
+notebook.answer_stages(read(chosen.output / SAMPLES_FILE))
 
 # COMMAND ----------
 
 # MAGIC %md
 # MAGIC ## Where it is
-# MAGIC `manifest.json` there has the size and checksum of each file.
+# MAGIC In the published folder `manifest.json` has the size and checksum of each file.
 
 # COMMAND ----------
 
 notebook.finished_record(chosen)
-place = chosen.published or chosen.output
-print(f"""The model is in {place}. Load it, here or anywhere else:
+published = chosen.published or "nowhere, as dbfs_output_root is empty"
+folder = chosen.output if "://" in published or not chosen.published else chosen.published
+print(f"""The model is in     {chosen.output}
+and published to    {published}
 
 from training.generate import generate_response, load_model_tokenizer_for_generate
 
-model, tokenizer = load_model_tokenizer_for_generate("{place}")
+model, tokenizer = load_model_tokenizer_for_generate("{folder}")
 generate_response("Name three colours.", model=model, tokenizer=tokenizer)
 
 or without this repository:
 
 from transformers import pipeline
 
-ask = pipeline("text-generation", model="{place}")
+ask = pipeline("text-generation", model="{folder}")
 ask([{{"role": "user", "content": "Name three colours."}}])""")

@@ -490,6 +490,8 @@ def test_every_cell_runs_on_the_demo_and_leaves_a_published_model_that_answers(t
     answers = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)[1:3] for row in rows]
     assert len(answers) == len(SAMPLE_INSTRUCTIONS) + 3
     assert all(before != after for before, after in answers)
+    (stages,) = [output.data for output in cells[cell_with(cells, "answer_stages")].outputs]
+    assert re.findall(r"<th[^>]*>(.*?)</th>", stages["text/html"]) == ["instruction", "step 0", "step 27"]
     published = run.models / run.name
     assert read_run_record(published)["status"] == "finished"
     assert (published / "manifest.json").is_file()

@@ -362,6 +362,15 @@ def held_out_rows(dataset: str, rows: datasets.Dataset, test_size: int, count: i
     ]
 
 
+def write_prompts(choices: Choices, rows: Sequence[Mapping[str, str]]) -> str:
+    """The rows as a file for --sample-prompts, beside the run's folder, which the trainer wants empty. Returns its name."""
+    file = choices.output.with_name(f"{choices.name}.prompts.jsonl")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lines = (json.dumps({key: row[key] for key in ("instruction", "input")}) for row in rows)
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(file)
+
+
 def answers(model: str, rows: Sequence[Mapping[str, str]]) -> list[str]:
     """A model's answers to rows with `instruction` and perhaps `input`. It is loaded for them, and its memory given back."""
     import torch
@@ -411,14 +420,11 @@ class Table:
 def answer_stages(samples: Sequence[Mapping[str, Any]]) -> Table:
     """The entries of samples.jsonl (training/metrics.py): a row for each instruction, a column for each stage."""
     steps = sorted({entry["step"] for entry in samples})
-    asked = list(
-        dict.fromkeys(f"{entry['instruction']}\n{entry.get('input', '')}".strip() for entry in samples)
-    )
-    given = {
-        (f"{entry['instruction']}\n{entry.get('input', '')}".strip(), entry["step"]): entry["response"]
-        for entry in samples
-    }
-    rows = [[question, *(given.get((question, step), "") for step in steps)] for question in asked]
+    given: dict[str, dict[int, str]] = {}
+    for entry in samples:
+        question = f"{entry['instruction']}\n{entry['input']}".strip()
+        given.setdefault(question, {})[entry["step"]] = entry["response"]
+    rows = [[question, *(stages.get(step, "") for step in steps)] for question, stages in given.items()]
     return Table(["instruction", *(f"step {step:,}" for step in steps)], rows)
 
 
