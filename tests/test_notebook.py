@@ -213,10 +213,16 @@ def test_all_that_is_wrong_with_the_widgets_is_told_at_once(tmp_path: Path) -> N
         )
     assert str(refused.value).splitlines() == [
         f"resume b: no such run in {tmp_path}. There are: dolly__a. Leave it empty for a new run",
-        "num_gpus many: expected a whole number above 0",
         "num_nodes 0: expected a whole number above 0",
+        "num_gpus many: expected a whole number above 0",
         "epochs nan: expected a number above 0",
     ]
+
+
+def test_several_nodes_need_a_folder_that_they_share() -> None:
+    with pytest.raises(notebook.RunRefusedError, match="/local_disk0/runs: is each node's own"):
+        notebook.read_widgets(widgets(num_nodes="2", local_training_root="/local_disk0/runs"))
+    assert notebook.read_widgets(widgets(num_nodes="2", local_training_root="/mnt/efs")).num_nodes == 2
 
 
 def test_a_stopped_run_is_named_to_go_on_with_it(tmp_path: Path) -> None:

@@ -72,8 +72,12 @@ def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
 
 
 def typed(command: Sequence[str]) -> str:
-    """The command as a person would type it."""
-    return shlex.join([Path(command[0]).name, *command[1:]])
+    """The command as a person would type it, who needs neither a port of its own nor a quiet launcher."""
+    words = [Path(command[0]).name, *command[1:]]
+    if "--master_port" in words:
+        at = words.index("--master_port")
+        del words[at : at + 3]
+    return shlex.join(words)
 
 
 def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:

@@ -245,13 +245,18 @@ def read_widgets(widgets: Any) -> Choices:
         runs = sorted(file.parent.name for file in root.glob(f"*/{RUN_FILE}"))
         there = f"There are: {', '.join(runs)}" if runs else "There is none"
         faults.append(f"resume {name}: no such run in {root}. {there}. Leave it empty for a new run")
+    nodes = number("num_nodes", int, 1)
+    if nodes > 1 and root.is_relative_to("/local_disk0"):
+        faults.append(
+            f"local_training_root {root}: is each node's own. Name a folder that all {nodes} nodes share"
+        )
     name = name or time.strftime("dolly__%Y-%m-%dT%H-%M-%S")
     if said["dbfs_output_root"]:
         folder = said["dbfs_output_root"].rstrip("/")
         target = f"{folder}/{name}" if "://" in folder else str(local_path(folder).absolute() / name)
     choices = Choices(
         num_gpus=number("num_gpus", int, None),
-        num_nodes=number("num_nodes", int, 1),
+        num_nodes=nodes,
         gpu_family=said["gpu_family"],
         input_model=model,
         training_dataset=_name(said["training_dataset"]) or (DEMO if demo else DEFAULT_TRAINING_DATASET),
