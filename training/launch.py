@@ -63,12 +63,9 @@ def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
     with socket.socket() as probe:  # DeepSpeed's own is the same for every run, and two would not meet by it
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
+    # --quiet: of what the launcher itself says, errors alone.
     words = ["--num_gpus", str(num_gpus), "--master_port", port, "--quiet", "--module", TRAINER]
-    return [
-        launcher,
-        *words,
-        *option_words(options),
-    ]  # --quiet: errors alone, of what the launcher itself says
+    return [launcher, *words, *option_words(options)]
 
 
 def typed(command: Sequence[str]) -> str:
