@@ -125,7 +125,9 @@ def test_every_module_that_is_run_exists(document: Path) -> None:
 @EACH_DOCUMENT
 def test_every_file_of_the_repository_that_is_named_exists(document: Path) -> None:
     for line in code(document):
-        for name in re.findall(r"(?<![\w/.-])(?:\./)?((?:config|training|tests|\.ci)/[\w./-]*\w)", line):
+        for name in re.findall(
+            r"(?<![\w/.-])(?:\./)?((?:config|training|notebooks|tests|\.ci)/[\w./-]*\w)", line
+        ):
             assert (ROOT / name).exists(), f"no {name}, named in: {line}"
         for name in re.findall(
             r"(?<![\w/.-])(?:\./)?(run_\w+\.sh|requirements\w*\.txt|pyproject\.toml)", line

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -44,6 +45,10 @@ class TrainingFailedError(RuntimeError):
         self.code = code
         super().__init__(message)
 
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows, IPython asks for it by this name: the words alone, for the frames are all ours."""
+        return "\n".join([str(self), *getattr(self, "__notes__", [])]).splitlines()
+
 
 def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
     """What a user would type for these options, by the names of TrainingOptions, on one node.
@@ -55,12 +60,21 @@ def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
         raise FileNotFoundError(
             "the deepspeed command is not on PATH. Type python -m pip install -r requirements.txt"
         )
-    return [launcher, "--num_gpus", str(num_gpus), "--module", TRAINER, *option_words(options)]
+    with socket.socket() as probe:  # DeepSpeed's own is the same for every run, and two would not meet by it
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # --quiet: of what the launcher itself says, errors alone.
+    words = ["--num_gpus", str(num_gpus), "--master_port", port, "--quiet", "--module", TRAINER]
+    return [launcher, *words, *option_words(options)]
 
 
 def typed(command: Sequence[str]) -> str:
-    """The command as a person would type it."""
-    return shlex.join([Path(command[0]).name, *command[1:]])
+    """The command as a person would type it, who needs neither a port of its own nor a quiet launcher."""
+    words = [Path(command[0]).name, *command[1:]]
+    if "--master_port" in words:
+        at = words.index("--master_port")
+        del words[at : at + 3]
+    return shlex.join(words)
 
 
 def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
