@@ -27,6 +27,7 @@ ORDER = [
     "publish",
     "options",
     "launch",
+    "spark",
     "operators",
     "settings",
     "workload",

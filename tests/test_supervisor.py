@@ -304,3 +304,44 @@ def test_the_end_of_the_deepspeed_command_is_taken_for_a_sigterm(
     assert run.process.stdout.readline() == "ready\n"
     run.process.terminate()
     assert run.process.stdout.read() == "stopping\n", "and then nobody holds the pipe any more"
+
+
+UNDER_SPARK = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"
+
+
+def start_under_spark(supervised: Callable[..., Supervised], rank: str, first: str = "") -> Supervised:
+    """As a Spark task does: its worker, forked from `python -m pyspark.daemon`, starts torchrun."""
+    torchrun = [sys.executable, "-c", UNDER_SPARK, "torch.distributed.run"]
+    worker = [
+        sys.executable,
+        "-c",
+        f"import subprocess; subprocess.run({torchrun!r})",
+        "-m",
+        "pyspark.daemon",
+    ]
+    run = supervised(rank, command=worker, first=first)
+    assert run.process.stdout.readline() == "ready\n"
+    return run
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_spark_kills_takes_its_rank_along(supervised: Callable[..., Supervised]) -> None:
+    """Spark kills the worker of a cancelled task, and leaves the torchrun that it started."""
+    run = start_under_spark(supervised, f"{LISTEN}\nprint('ready', flush=True)\ntime.sleep(60)")
+    run.process.kill()
+    assert run.process.stdout.read() == "stopping\n", (
+        "it finishes its step, and nobody holds the pipe any more"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_that_hangs_does_not_outlive_the_worker_of_spark_for_long(
+    supervised: Callable[..., Supervised],
+) -> None:
+    rank = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('ready', flush=True)\ntime.sleep(60)"
+    first = "import training.supervisor; training.supervisor.KILLED_AFTER = 1"
+    run = start_under_spark(supervised, rank, first)
+    run.process.kill()
+    begin = time.monotonic()
+    assert run.process.stdout.read() == ""
+    assert time.monotonic() - begin < 30

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ SUPERVISED = (
 )
 LAST_LINES = 15
 ECHO = 1.0  # seconds in which a Ctrl-C may come twice: from the terminal, and once more from torchrun
-PATIENCE = 25  # seconds after SIGTERM; the launchers kill what still lives after 30
+KILLED_AFTER = 30  # seconds that the launchers wait after SIGTERM
+PATIENCE = 25  # seconds after SIGTERM until a rank that hangs is told, before it is killed
 
 EXPECTED_EXITS = (0, REFUSED, ENDED, INTERRUPTED, LOST_PEER)  # the rank has said itself what there is to say
 
@@ -66,7 +68,7 @@ def supervise() -> None:
         threading.Thread(target=_hand_on, args=(pipe, target, last), daemon=True)
         for pipe, target in ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer))
     ]
-    for thread in (*readers, threading.Thread(target=_end_with_deepspeed, daemon=True)):
+    for thread in (*readers, threading.Thread(target=_end_with_starter, args=(child,), daemon=True)):
         thread.start()
     code = child.wait()
     for reader in readers:
@@ -83,16 +85,24 @@ def supervise() -> None:
     os._exit(128 - code if code < 0 else code)
 
 
-def _end_with_deepspeed() -> None:
-    """Takes the end of the `deepspeed` command for a SIGTERM: it hands none on, and leaves launch.py and the ranks."""
+def _end_with_starter(rank: subprocess.Popen[bytes]) -> None:
+    """Takes the end of the process that started the launcher for a SIGTERM, where nobody hands one on.
+
+    The `deepspeed` command leaves launch.py and the ranks. Spark kills the worker of a task that is cancelled, or of
+    which another rank has failed, and leaves its torchrun; nor is there anybody who would kill what still lives then.
+    """
     launcher = Path(f"/proc/{os.getppid()}")
     with contextlib.suppress(OSError):
-        if b"deepspeed.launcher.launch" not in (launcher / "cmdline").read_bytes():
+        starter = _parent_of(launcher)
+        of_spark = re.search(rb"pyspark\.(daemon|worker)", Path(f"/proc/{starter}/cmdline").read_bytes())
+        if not of_spark and b"deepspeed.launcher.launch" not in (launcher / "cmdline").read_bytes():
             return
-        command = _parent_of(launcher)
-        while _parent_of(launcher) == command and not _orphaned(launcher):
+        while _parent_of(launcher) == starter and not _orphaned(launcher):
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
+        if of_spark:
+            time.sleep(KILLED_AFTER)
+            rank.kill()
 
 
 def _orphaned(process: Path) -> bool:

@@ -24,6 +24,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -205,7 +206,8 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
     if start.former is not None:
         record |= {name: start.former[name] for name in ("started", "id") if name in start.former}
     decided = start.former.get("decided") if start.former else None
-    record["decided"] = _on_rank_0(args, partial(check_plan, options, prepared, decided))
+    check = partial(check_plan, options, prepared, _ranks_of_this_host(args), decided)
+    record["decided"] = _on_rank_0(args, check)
     folder = start.folder
     if folder and start.step < steps and options.deepspeed_json and start.saved_ranks != args.world_size:
         folder = _on_rank_0(args, partial(reshard, folder, output))
@@ -252,10 +254,23 @@ def _on_rank_0(args: TrainingArguments, function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def _ranks_of_this_host(args: TrainingArguments) -> int:
+    """Ranks that share this host's memory. All ranks call it: Spark starts a launcher for each, and none of them knows."""
+    hosts = [socket.gethostname()] * args.world_size
+    if args.world_size > 1:
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+    return hosts.count(socket.gethostname())
+
+
 def check_plan(
-    options: TrainingOptions, prepared: Prepared, decided: dict[str, Any] | None = None
+    options: TrainingOptions,
+    prepared: Prepared,
+    ranks_here: int,
+    decided: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What "auto" comes to on this machine, by the plan. Raises OptionsError where the run does not fit.
+
+    `ranks_here` is how many of the run's ranks share this machine, also where each of them sees its own GPU alone.
 
     A run that goes on keeps what was `decided` for it, or its numbers would change in their last digits.
     """
@@ -266,10 +281,8 @@ def check_plan(
             max_tokens_per_device=decided["max_tokens_per_device"],
         )
     world = prepared.args.world_size
-    # As torchrun and DeepSpeed's launcher call it; on one node it is all ranks.
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
     # Each disk is asked for itself below.
-    machine = replace(this_machine(prepared.args.output_dir, int(local)), disk_gib=math.inf)
+    machine = replace(this_machine(prepared.args.output_dir), count=ranks_here, disk_gib=math.inf)
     lengths = lengths_of(
         options.training_dataset,
         *(prepared.train_rows[c][:] + prepared.held_out_rows[c][:] for c in ("length", "response_start")),
@@ -568,9 +581,12 @@ def main(ctx: click.Context, **values: Any) -> None:
         _say(f"Cannot publish:\n{error}")
         sys.exit(1)
     except (OptionsError, DataError, ModelError, FolderBusyError) as error:
-        # Every rank finds the same faults; one tells them.
-        if is_main_process():
-            _say(f"Cannot train:\n{error}")
+        # Most faults are found by every rank. One tells them, and the launcher ends the others while they wait; what is
+        # wrong on one node alone its own ranks must tell.
+        if not is_main_process():
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(REFUSED))
+            time.sleep(PEER_GRACE)
+        _say(f"Cannot train:\n{error}")
         sys.exit(REFUSED)
     except TrainingError as error:
         if error.alone or is_main_process():

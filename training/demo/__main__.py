@@ -39,9 +39,7 @@ def held_out_rows(tokenizer: transformers.PreTrainedTokenizerBase, longest: int)
     """The rows that training held out, by the same split."""
     prepared, _ = prepare_dataset(DEMO, tokenizer, longest)
     rows = demo_rows()
-    return [
-        rows[number - 1] for number in split_held_out(prepared, RECIPE["test_size"], DEFAULT_SEED)[1]["row"]
-    ]
+    return [rows[number - 1] for number in split_held_out(prepared, TEST_SIZE, DEFAULT_SEED)[1]["row"]]
 
 
 def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
