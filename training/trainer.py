@@ -526,7 +526,13 @@ def build_trainer(
         every = steps_between_samples(
             options, steps_per_epoch(options, len(prepared.train_rows), args.world_size)
         )
-        trainer.add_callback(Samples(trainer, asked, every, output / SAMPLES_FILE, curves))
+        try:
+            trainer.add_callback(Samples(trainer, asked, every, output / SAMPLES_FILE, curves))
+        except ValueError as error:  # not even an empty prompt fits beside an answer
+            few = (
+                f"the model's {max_positions(trainer.model.config)} positions hold no prompt beside an answer"
+            )
+            raise OptionsError([f"--sample-prompts {options.sample_prompts}: {few}. Leave it out"]) from error
     logger.info(
         "%s rows to train on, %s held out; %s rows a step, %s, on %s %s in %s%s; %s rate %g",
         f"{len(prepared.train_rows):,}",
