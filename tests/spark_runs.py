@@ -8,6 +8,7 @@ any, and the processes that were left behind.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -57,11 +58,11 @@ def of_run(folder: str) -> list[psutil.Process]:
 
 
 def left_of(folder: str) -> list[str]:
-    """The command lines that are still there when all should have ended."""
+    """What is still there when all should have ended."""
     end = time.monotonic() + 40
     while (there := of_run(folder)) and time.monotonic() < end:
         time.sleep(0.2)
-    return [" ".join(process.cmdline()) for process in there]
+    return [str(process) for process in there]
 
 
 def kill_rank_1(folder: str) -> None:
@@ -78,9 +79,10 @@ def addresses() -> list[str]:
     """Where Spark listens: the driver, its JVM, and those of the workers."""
     found = set()
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        for connection in process.net_connections(kind="inet"):
-            if connection.status == psutil.CONN_LISTEN:
-                found.add(connection.laddr.ip.removeprefix("::ffff:"))
+        with contextlib.suppress(psutil.NoSuchProcess):  # a rank of the run before, at its end
+            for connection in process.net_connections(kind="inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    found.add(connection.laddr.ip.removeprefix("::ffff:"))
     return sorted(found)
 
 

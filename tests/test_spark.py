@@ -27,7 +27,10 @@ OPTIONS = {"input_model": "demo", "training_dataset": "demo", "test_size": 100, 
 STEPS = {"max_steps": 6, "logging_steps": 2}
 FEW = [*DEMO, "--deepspeed", BF16, "--max-steps", 6, "--logging-steps", 2]
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and listens on lo")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and listens on lo"),
+    pytest.mark.timeout(1500),  # the first test that needs the driver waits for all of its runs
+]
 
 
 # --- before anything is started ----------------------------------------------------------------------
@@ -187,12 +190,12 @@ def on_spark(tmp_path_factory: pytest.TempPathFactory) -> dict:
             stdout=stream, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     try:
-        end = time.monotonic() + 700
+        end = time.monotonic() + 1200
         while (
             driver.poll() is None
             and "step 2/500" not in said.read_text().rpartition(f"=== run {len(runs) - 1}")[2]
         ):
-            assert time.monotonic() < end, said.read_text()
+            assert time.monotonic() < end, said.read_text()[-3000:]
             time.sleep(0.2)
         driver.send_signal(signal.SIGINT)
         driver.wait(timeout=120)
@@ -200,7 +203,7 @@ def on_spark(tmp_path_factory: pytest.TempPathFactory) -> dict:
         driver.kill()
     parts = said.read_text().split("=== run ")[1:]
     outcomes = json.loads((place / "outcomes.json").read_text())
-    assert len(outcomes) == len(runs), said.read_text()
+    assert len(outcomes) == len(runs), said.read_text()[-3000:]
     return {
         name: outcome | {"said": part, "folder": Path(one["options"]["local_output_dir"])}
         for (name, one), outcome, part in zip(runs.items(), outcomes, parts, strict=True)
@@ -234,6 +237,7 @@ def test_a_rank_that_refuses_reaches_the_caller_with_its_message(on_spark: dict)
     refused = on_spark["refused"]
     assert (refused["kind"], refused["code"]) == ("TrainingFailedError", REFUSED)
     assert "rows.jsonl, line 2: broken JSON" in refused["error"]
+    assert refused["said"].count("Cannot train:") == 1, "one rank tells what both have found"
     assert "Traceback" not in refused["error"]
     assert "org.apache" not in refused["error"]
     assert not refused["folder"].exists()
@@ -263,6 +267,7 @@ def test_what_the_cluster_lacks_is_told_before_training(on_spark: dict) -> None:
 def test_an_interrupted_cell_leaves_a_checkpoint(on_spark: dict) -> None:
     interrupted = on_spark["interrupted"]
     assert interrupted["kind"] == "KeyboardInterrupt"
+    assert "Traceback" not in interrupted["said"]
     assert record(interrupted["folder"])["status"] == "stopped"
     assert list(interrupted["folder"].glob("checkpoint-*/manifest.json"))
 

@@ -208,6 +208,7 @@ def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_is_wrong_on_a_node_without_rank_0_is_told_there(tmp_path):
     """Rank 0, on another node, finds no fault and says nothing."""
     result = subprocess.run(

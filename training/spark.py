@@ -13,8 +13,10 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, cast
 
@@ -25,7 +27,8 @@ from training.launch import LAST_LINES, TRAINER, TrainingFailedError
 from training.options import OptionsError, option_words, read_deepspeed_json
 
 SILENCE = 30.0  # seconds without a line of the ranks, after which their metrics.jsonl is read out instead
-SETTLED = 15.0  # seconds without another worker, after which no more are waited for
+FIRST_WORKER = 120.0  # seconds that a cluster that has just been started is waited for
+SETTLED = 15.0  # seconds without another worker, after which no more are
 GPUS_PER_TASK = "spark.task.resource.gpu.amount"
 IGNORE_TLS = "deepspeed.spark.distributor.ignoreSsl"
 
@@ -51,9 +54,10 @@ def launch_on_spark(
     from pyspark.ml.deepspeed.deepspeed_distributor import DeepspeedTorchDistributor
     from pyspark.sql import SparkSession
 
+    session = SparkSession.getActiveSession()
     output, ranks = Path(options["local_output_dir"]), num_nodes * gpus_per_node
     try:
-        nodes = look_at_nodes(SparkSession.getActiveSession(), ranks, output)
+        nodes = look_at_nodes(session, ranks, output)
         faults = node_faults(nodes, output)
         if faults:
             raise OptionsError(faults)
@@ -70,13 +74,37 @@ def launch_on_spark(
         )
         words = option_words({name: value for name, value in options.items() if name != "deepspeed"})
         with never_silent(output / metrics.METRICS_FILE):
-            distributor.run("-m", TRAINER, *words)
+            _run_beside(session, partial(distributor.run, "-m", TRAINER, *words))
     except OptionsError:
         raise
     except (
         Exception
     ) as error:  # Py4J's, PySpark's, Spark Connect's: pages of Java, and the rank's words within
         raise failure(str(error)) from None
+
+
+def _run_beside(session: Any, job: Callable[[], Any]) -> None:
+    """Runs a Spark job in a thread of its own. In the main thread an interruption would break the connection to Spark
+    in the middle of an answer, and nothing could be cancelled by it."""
+    group = f"dolly-{uuid.uuid4().hex}"
+
+    def run() -> None:
+        with suppress(Exception):  # Spark Connect has none
+            session.sparkContext.setJobGroup(group, "training")
+        job()
+
+    with ThreadPoolExecutor(1) as beside:
+        running = beside.submit(run)
+        try:
+            running.result()
+        except KeyboardInterrupt:
+            print(
+                "Interrupted. The ranks finish their step and save, for which they have 30 seconds; go on with resume auto",
+                flush=True,
+            )
+            with suppress(Exception):
+                session.sparkContext.cancelJobGroup(group)
+            raise
 
 
 # --- before anything is started ----------------------------------------------------------------------
@@ -168,11 +196,11 @@ def _task_slots(session: Any, wanted: int) -> int | None:
 
     Spark's scheduler counts them so for a barrier job, and says only after ten minutes that they are too few.
     """
-    slots, since = -1, 0.0
+    slots, since = -1, time.monotonic()
     with suppress(Exception):
         scala = session.sparkContext._jsc.sc()
         profile = scala.resourceProfileManager().defaultResourceProfile()
-        while slots < wanted and (slots < 0 or time.monotonic() - since < SETTLED):
+        while slots < wanted and time.monotonic() - since < (SETTLED if slots > 0 else FIRST_WORKER):
             now = int(scala.maxNumConcurrentTasks(profile))
             if now != slots:
                 slots, since = now, time.monotonic()

@@ -94,6 +94,9 @@ FULL_OR_BROKEN = (
     errno.EROFS,
     errno.EIO,
 )  # what a disk says that is no fault of ours
+REFUSAL_GRACE = (
+    12  # seconds that launchers need to end the ranks of a run that another rank has refused; Spark about 6
+)
 PEER_GRACE = 3  # seconds that a launcher, which looks every second, has to see which rank ended first
 
 
@@ -591,7 +594,7 @@ def main(ctx: click.Context, **values: Any) -> None:
         # wrong on one node alone its own ranks must tell.
         if not is_main_process():
             signal.signal(signal.SIGTERM, lambda *_: os._exit(REFUSED))
-            time.sleep(PEER_GRACE)
+            time.sleep(REFUSAL_GRACE)
         _say(f"Cannot train:\n{error}")
         sys.exit(REFUSED)
     except TrainingError as error:
