@@ -24,7 +24,7 @@ from training import notebook, trainer
 from training.consts import DEMO, SAMPLE_INSTRUCTIONS
 from training.demo import RECIPE
 from training.generate import generate_response, load_model_tokenizer_for_generate
-from training.launch import TrainingFailedError, deepspeed_command
+from training.launch import TrainingFailedError, deepspeed_command, launch
 from training.machines import find_machine
 from training.metrics import METRICS_FILE, read
 from training.options import option_words
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "train_dolly.py"
 HEAD = "# Databricks notebook source\n"
 NEXT = "\n# COMMAND ----------\n\n"
-PATIENCE = 500  # seconds for what takes some minutes on a busy machine
+PATIENCE = 900  # seconds for what takes a minute or two, on a busy machine
 
 
 def source(*cells: str) -> str:
@@ -402,6 +402,15 @@ def test_an_interrupted_notebook_lets_training_save(tmp_path: Path, signal_sent:
     assert [cell.execution_count for cell in code_cells(out)] == [1, 2, None]
 
 
+def test_a_line_without_end_does_not_drown_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = "import sys; print('x' * 5000); sys.exit('why')"
+    with pytest.raises(TrainingFailedError) as failed:
+        launch([sys.executable, "-c", wide])
+    assert "x" * 5000 in capsys.readouterr().out
+    assert "x" * 401 not in str(failed.value)
+    assert str(failed.value).endswith(" ...\nwhy")
+
+
 def test_failed_training_is_shown_by_its_message_and_its_notes() -> None:
     error = TrainingFailedError("first\nsecond", 70)
     error.add_note("third")
@@ -431,7 +440,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        (folder,) = self.root.iterdir()
+        (folder,) = [each for each in self.root.iterdir() if each.is_dir()]
         return folder.name
 
     def wait_for(self, words: str) -> None:
@@ -480,7 +489,7 @@ def test_every_cell_runs_on_the_demo_and_leaves_a_published_model_that_answers(t
     trained = outputs(cells[cell_with(cells, "launch(command")])
     assert "on 2 CPUs in bf16, DeepSpeed ZeRO-3" in trained
     assert trained in run.said  # shown as it came
-    assert len(trained.splitlines()) < 60, trained
+    assert len(trained.splitlines()) < 100, trained
     (picture,) = [
         output.data["image/png"]
         for output in cells[cell_with(cells, "draw_run")].outputs
