@@ -534,3 +534,12 @@ def test_a_split_that_leaves_one_side_empty_is_refused(test_size: int) -> None:
     rows = datasets.Dataset.from_dict({"row": list(range(20))})
     with pytest.raises(DataError, match="Try --test-size 2"):
         data.split_held_out(rows, test_size, seed=42)
+
+
+@pytest.mark.parametrize(("count", "words"), [(0, "no rows"), (1, "1 row")])
+def test_rows_too_few_to_split_are_told_with_their_number(count: int, words: str) -> None:
+    rows = datasets.Dataset.from_dict({"row": list(range(count))})
+    with pytest.raises(
+        DataError, match=f"{words}, and at least 2 are needed: one to train on, and one held out"
+    ):
+        data.split_held_out(rows, 1000, seed=42)

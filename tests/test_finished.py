@@ -121,6 +121,7 @@ def test_the_card_names_base_data_licences_losses_options_and_ledger(tmp_path: P
     assert card.data.datasets == ["tatsu-lab/alpaca"]
     assert card.data.pipeline_tag == "text-generation"
     assert card.data.license == "other"
+    assert card.data.language == "en"
     for words in (
         "licence: apache-2.0",
         "licence: cc-by-nc-4.0",
@@ -148,6 +149,7 @@ def test_the_card_of_a_local_model_and_data_points_to_no_page_of_the_hub(tmp_pat
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model is None
     assert card.data.datasets is None
+    assert card.data.language is None, "nobody knows"
     assert "licence: unknown" in card.text
 
 

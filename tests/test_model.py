@@ -215,6 +215,17 @@ def test_the_embedding_grows_to_the_tokenizer_and_keeps_its_rows(
     assert torch.equal(model.eval()(ids).logits, again(ids).logits)
 
 
+def test_a_tokenizer_whose_words_have_no_embeddings_is_another_models(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    config = GPTJConfig.from_pretrained(base_folder, vocab_size=300)
+    GPTJForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"words of its tokenizer, as .* lie beyond the 300 rows of its embedding"
+    ):
+        load_model(str(tmp_path), tokenizer, torch.float32, seed=42)
+
+
 @ARCHITECTURES
 @pytest.mark.parametrize("spare", [0, 5])
 def test_an_embedding_with_rows_enough_is_never_shrunk(

@@ -129,7 +129,13 @@ def test_every_option_can_be_given_and_has_a_group_and_a_help() -> None:
     parameters = {parameter.name: parameter for parameter in trainer.main.params}
     assert list(parameters) == [option.name for option in fields(TrainingOptions)]
     for option in fields(TrainingOptions):
-        assert option.metadata["group"] in {"Model and data", "Training", "Precision and devices", "Output"}
+        assert option.metadata["group"] in {
+            "Model and data",
+            "Training",
+            "Precision and devices",
+            "Output",
+            "MLflow",
+        }
         assert parameters[option.name].help.endswith((".", "]", "(V100)."))
 
 
@@ -187,7 +193,7 @@ def test_a_missing_output_is_told_beside_the_other_faults() -> None:
     result = run("--epochs", "0")
     assert result.exit_code == 2
     assert "Missing option '--local-output-dir'" in result.output
-    assert "'--epochs': 0.0 is not in the range x>0" in result.output
+    assert "'--epochs': 0.0 is not in the range 0<x<=10000" in result.output
     assert not result.exception or isinstance(result.exception, SystemExit)
 
 
@@ -198,6 +204,20 @@ def test_no_number_and_infinity_are_refused(tmp_path: Path, flag: str, value: st
     assert result.exit_code == 2
     assert flag in result.output
     assert value in result.output
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "words"),
+    [
+        ("--epochs", "1e300", "1e+300 is not in the range 0<x<=10000"),
+        ("--max-steps", "1" + 30 * "0", "is not in the range 1<=x<=1000000000"),
+    ],
+)
+def test_a_length_that_no_run_has_is_refused(tmp_path: Path, flag: str, value: str, words: str) -> None:
+    result = run("--local-output-dir", str(tmp_path / "out"), flag, value)
+    assert result.exit_code == 2
+    assert f"'{flag}': " in result.output
+    assert words in result.output
 
 
 def test_nothing_is_written_when_an_option_is_wrong(tmp_path: Path) -> None:

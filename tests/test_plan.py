@@ -16,6 +16,7 @@ import pytest
 from click.testing import CliRunner
 from transformers import T5Config
 
+from tests.conftest import jsonl, rows_of
 from training.machines import GIB, MACHINES, find_machine, this_machine
 from training.options import OptionsError, TrainingOptions
 from training.plan import PUBLISHED, main, predict_published
@@ -253,6 +254,27 @@ def test_the_defaults_are_dolly_s_run_in_seconds_without_a_network_or_torch():
     assert hours["low"] < hours["expected"] < hours["high"]
     assert answer["cost_per_epoch"]["expected"] == pytest.approx(32.77 * hours["expected"])
     assert answer["command"].startswith("deepspeed --num_gpus 8 --module training.trainer")
+    assert (answer["steps"], answer["hours"], answer["cost"]) == (797, hours, answer["cost_per_epoch"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"), [(["--epochs", 10], 7970), (["--epochs", 0.5], 399), (["--max-steps", 100], 100)]
+)
+def test_the_whole_run_has_its_time_and_price_beside_the_epochs(asked, steps):
+    machine = ["--machine", "8xA100-40GB", "--price", 32.77]
+    answer = json.loads(run_cli(*machine, *asked, "--json").output)
+    assert answer["steps"] == steps
+    for bound in ("low", "expected", "high"):
+        epoch, run = answer["hours_per_epoch"][bound], answer["hours"][bound]
+        assert run / epoch == pytest.approx(steps / 797, rel=0.05), (
+            "one held-out loss more, before the first step"
+        )
+        assert answer["cost"][bound] == pytest.approx(32.77 * run)
+    table = run_cli(*machine, *asked).output
+    assert f"the whole run, {steps:,} steps\n" in table
+    assert f"{answer['cost']['expected']:,.2f}, between {answer['cost']['low']:,.2f}" in table
+    assert " ".join(map(str, asked)) in answer["command"]
+    assert "the whole run" not in run_cli(*machine, "--epochs", 1).output
 
 
 def test_the_table_tells_people_what_fails_and_what_to_type():
@@ -376,6 +398,7 @@ def test_the_picture_is_drawn(deepspeed, tmp_path):
         (["--machine", "8xV100-32GB", "--deepspeed", BF16], "a V100 cannot compute in bf16"),
         (["--machine", "8xH100", "--test-size", 60000], "--test-size 60,000 of 52,002 rows leaves none"),
         (["--machine", "8xH100", "--epochs", "nan"], "--epochs nan: expected a finite number"),
+        (["--machine", "8xH100", "--epochs", "1e300"], "1e+300 is not in the range 0<x<=10000"),
         (["--machine", "8xH100", "--price", "inf"], "--price inf: expected a finite number"),
         (["--machine", "8xH100", "--plot", "/no/such/folder/a.png"], "in a folder that exists"),
         (["--machine", "8xH100", "--plot", "a.xyz"], "ends in .png, .pdf or .svg"),
@@ -385,6 +408,13 @@ def test_what_cannot_be_planned_is_told_without_a_traceback(typed, told):
     result = run_cli(*typed)
     assert result.exit_code == 2
     assert told in " ".join(result.output.split())
+
+
+def test_too_few_rows_to_plan_for_are_told_with_their_number(tmp_path):
+    file = jsonl(tmp_path / "one.jsonl", rows_of(1))
+    result = run_cli("--machine", "8xH100", "--model", "demo", "--training-dataset", file)
+    assert result.exit_code == 2
+    assert "1 row, and at least 2 are needed: one to train on, and one held out" in result.output
 
 
 def test_an_unreadable_configuration_is_an_error_of_the_options():

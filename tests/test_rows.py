@@ -144,7 +144,7 @@ def test_a_dataset_that_the_hub_does_not_give_is_told_with_its_name(monkeypatch:
 GOOD = '{"instruction": "a", "output": "b"}'
 BAD_FILES = {
     "empty file": ("x.json", b"", "the file is empty"),
-    "empty list": ("x.json", b"[]", "no rows"),
+    "empty list": ("x.json", b"[]", "no rows, and at least 2 are needed"),
     "only blank lines": ("x.jsonl", b"\n\n", "no rows"),
     "only a header": ("x.csv", b"instruction,output\n", "no rows"),
     "broken list": ("x.json", b'[\n{"instruction": "a",\n"output": }]', "line 3: broken JSON"),

@@ -18,7 +18,7 @@ from training import flops
 from training.machines import GIB, Machine, find_machine
 from training.options import TrainingOptions
 from training.settings import Settings, Zero, settings_of
-from training.timing import CpuRates, cpu_rates, epoch_hours, step_flops, step_seconds
+from training.timing import CpuRates, cpu_rates, hours_of, step_flops, step_seconds
 from training.workload import alpaca_lengths, dataset_lengths, epoch_load, gptj_facts, model_facts
 
 ROOT = Path(__file__).parents[1]
@@ -75,7 +75,7 @@ def test_an_epoch_is_its_steps_and_its_held_out_losses():
     load = replace(epoch_load(alpaca_lengths(), settings), steps=100)
     seconds = {"compute": 3.0, "gathering": 3.0, "optimizer": 0.0}
     # 640 rows are ten steps' rows: ten forwards of 1 s, and ten times one of three gatherings. Three times.
-    assert epoch_hours(GPTJ, settings, load, seconds) == pytest.approx((100 * 6 + 3 * (10 + 10)) / 3600)
+    assert hours_of(GPTJ, settings, load, seconds, 100) == pytest.approx((100 * 6 + 3 * (10 + 10)) / 3600)
 
 
 def test_ranks_that_share_a_cpu_share_its_rate(monkeypatch):

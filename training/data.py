@@ -34,7 +34,7 @@ from training.consts import (
     INTRO_WITH_INPUT,
     RESPONSE_KEY,
 )
-from training.rows import Columns, DataError, read_columns
+from training.rows import Columns, DataError, read_columns, too_few_rows
 
 logger = logging.getLogger(__name__)
 
@@ -360,10 +360,7 @@ def split_held_out(
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
     """(training rows, held-out rows), shuffled and split by the two calls that Dolly made."""
     if len(rows) < 2:
-        raise DataError(
-            f"{len(rows)} row{'' if len(rows) == 1 else 's'} can be used, and at least 2 are needed: one to train on, and "
-            "one held out. Add rows to --training-dataset"
-        )
+        raise DataError(f"--training-dataset: {too_few_rows(len(rows))}. Name one with more")
     if not 0 < test_size < len(rows):
         raise DataError(
             f"--test-size {test_size:,} of {len(rows):,} rows leaves "

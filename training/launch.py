@@ -39,7 +39,7 @@ class TrainingFailedError(RuntimeError):
     """The command ended with an exit code other than 0. The message has its meaning and its last lines.
 
     Attributes:
-        code: of the launcher, as subprocess gives it; None where there was no process of ours (Spark).
+        code: of the launcher, as subprocess gives it; on Spark of the rank that failed first, None where none did.
     """
 
     def __init__(self, message: str, code: int | None = None):

@@ -171,6 +171,7 @@ def load_model(
                 ignore_mismatched_sizes=True,  # told below, by name; from_pretrained only points to its log
             )
             _check_shapes(name, loaded["mismatched_keys"])
+            _check_vocabulary(name, tokenizer, model.config.get_text_config().vocab_size)
             grow_embedding(model, max(tokenizer.get_vocab().values()) + 1, seed)  # the ids may have gaps
     except ModelError:
         raise
@@ -193,6 +194,20 @@ def _check_shapes(name: str, mismatched: set[tuple[str, tuple[int, ...], tuple[i
         raise ModelError(
             f"{name}: {len(mismatched)} tensors of the weight files have other shapes than config.json asks for, "
             f"the first: {key} {list(found)}, expected {list(expected)}. Download the model again, or mend config.json"
+        )
+
+
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """A tokenizer of which more than a hundredth of the words have no embedding is another model's; added tokens may lack
+    theirs, and a few words where ids have gaps."""
+    added = tokenizer.get_added_vocab()
+    beyond = {
+        word: place for word, place in tokenizer.get_vocab().items() if place >= rows and word not in added
+    }
+    if 100 * len(beyond) > len(tokenizer):
+        raise ModelError(
+            f"{name}: {len(beyond):,} words of its tokenizer, as {min(beyond, key=beyond.__getitem__)!r}, lie beyond the "
+            f"{rows:,} rows of its embedding, and would begin as noise. Use the tokenizer that the model was trained with"
         )
 
 

@@ -286,6 +286,10 @@ def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan
     if machine.family == "v100" and settings_of(options, ranks, machine.family).precision == "bf16":
         raise OptionsError([f"a V100 cannot compute in bf16. Type --deepspeed {PRESETS['v100'].deepspeed}"])
     lengths = dataset_lengths(options.training_dataset, model)
+    if len(lengths.tokens) < 2:
+        from training.rows import too_few_rows  # not above: it imports what a built-in dataset does not need
+
+        raise OptionsError([f"--training-dataset: {too_few_rows(len(lengths.tokens))}. Name one with more"])
     if options.test_size >= len(lengths.tokens):
         raise OptionsError(
             [f"--test-size {options.test_size:,} of {len(lengths.tokens):,} rows leaves none to train on"]

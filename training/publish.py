@@ -55,6 +55,10 @@ class PublishError(RuntimeError):
     """The model could not be published; the message says why and what to type. The source is untouched."""
 
 
+class SourceError(PublishError):
+    """A file of the model itself cannot be read, or has changed while it was copied."""
+
+
 # --- the source --------------------------------------------------------------------------------------
 
 
@@ -87,8 +91,36 @@ def _finished_record(folder: Path) -> bytes:
     return content
 
 
+def model_figures(folder: Path) -> dict[str, dict[str, Any]]:
+    """{name: {"size": bytes, "sha256": hex}} of what is published of a finished run, run.json last.
+
+    Raises PublishError where the run did not finish, or a weight file is not the one that training verified.
+    """
+    record = json.loads(_finished_record(folder))
+    figures = {file.name: _source_figures(file.name, file) for file in model_files(folder)}
+    for name, told in record.get("weights", {}).items():
+        if name not in figures or figures[name]["sha256"] != told["sha256"]:
+            raise PublishError(
+                f"{folder / name}: is not the file that training wrote and verified. Nothing is published; with its "
+                "checkpoints there, training's command with --resume auto and another --local-output-dir makes it again"
+            )
+    return figures
+
+
 def _open(source: Path | bytes) -> IO[bytes]:
-    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    with _reading(source):
+        return source.open("rb")
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Tells a source that cannot be read from a target that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{source}: cannot be read ({error.strerror})") from error
 
 
 def _blocks(file: IO[bytes], size: int, label: str) -> Iterator[bytes]:
@@ -112,9 +144,10 @@ def _figures(blocks: Iterable[bytes]) -> dict[str, Any]:
 
 
 def _source_figures(name: str, source: Path | bytes) -> dict[str, Any]:
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
-    with _open(source) as file:
-        return _figures(_blocks(file, size, f"{name}: checksum"))
+    if isinstance(source, bytes):
+        return _figures([source])
+    with _reading(source), _open(source) as file:
+        return _figures(_blocks(file, source.stat().st_size, f"{name}: checksum"))
 
 
 # --- the target --------------------------------------------------------------------------------------
@@ -302,13 +335,7 @@ def publish(folder: Path, target: str) -> list[str]:
             f"{target}: holds what is not of this model ({', '.join(foreign)}). {NEW_FOLDER}, or move it away"
         )
 
-    expected = {name: _source_figures(name, source) for name, source in contents.items()}
-    for name, told in json.loads(record).get("weights", {}).items():
-        if name not in expected or expected[name]["sha256"] != told["sha256"]:
-            raise PublishError(
-                f"{folder / name}: is not the file that training wrote and verified. Nothing is published; with its "
-                "checkpoints there, training's command with --resume auto and another --local-output-dir makes it again"
-            )
+    expected = model_figures(folder)
     contents[MANIFEST_FILE] = (json.dumps(expected, indent=2) + "\n").encode()
     contents[RUN_FILE] = contents.pop(RUN_FILE)  # the last to be written
     expected = {name: expected.get(name) or _source_figures(name, contents[name]) for name in contents}
@@ -326,9 +353,13 @@ def publish(folder: Path, target: str) -> list[str]:
         _write_missing(opened, there, contents, expected, missing, _marker(record))
     except PublishError as error:
         command = shlex.join(["python", "-m", "training.publish", "--model", str(folder), "--to", target])
+        ours = (
+            f"{folder} must stay as it is"
+            if isinstance(error, SourceError)
+            else f"The model in {folder} is whole"
+        )
         raise PublishError(
-            f"{error}. The model in {folder} is whole, and what was copied is kept. "
-            f"When the cause is mended, type {command}"
+            f"{error}. {ours}, and what was copied is kept. When the cause is mended, type {command}"
         ) from error
     logger.info("published to %s: %s, each file read back; %.0f s", target, total, time.monotonic() - begin)
     return missing
@@ -395,6 +426,8 @@ def _write(target: Target, name: str, source: Path | bytes, wanted: dict[str, An
                     speed = size / 2**20 / max(seconds, 1e-9)
                     logger.info("%s: %s at %.0f MiB/s, read back", name, _shown(size), speed)
                 return
+            if isinstance(source, Path) and _source_figures(name, source) != wanted:
+                raise SourceError(f"{source}: has changed while it was copied")
             logger.warning("%s/%s read back otherwise than it was written", target.shown, name)
         except PublishError:
             with suppress(PublishError):

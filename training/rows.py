@@ -65,7 +65,16 @@ def read_columns(source: str) -> Columns:
     except (OSError, RuntimeError, ValueError) as error:
         # too long a name, a folder that may not be entered, ~nobody, a null byte
         raise DataError(f"{source}: cannot be read ({error})") from error
-    return _read_file(path, READERS) if local else _read_hub(source)
+    columns = _read_file(path, READERS) if local else _read_hub(source)
+    if not len(columns):
+        raise DataError(f"{source}: {too_few_rows(0)}")
+    return columns
+
+
+def too_few_rows(count: int) -> str:
+    """How many rows there are, and what is needed."""
+    found = f"{count} row" if count == 1 else f"{count or 'no'} rows"
+    return f"{found}, and at least 2 are needed: one to train on, and one held out"
 
 
 def read_prompts(file: str) -> list[tuple[str, str]]:
@@ -79,6 +88,8 @@ def read_prompts(file: str) -> list[tuple[str, str]]:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{file}: cannot be read ({error})") from error
+    if not len(columns):
+        raise DataError(f"{file}: no instruction in it")
     for number, instruction in enumerate(columns.instruction, start=1):
         if not instruction.strip():
             raise DataError(f"{file}, row {number}: the instruction is empty")
@@ -110,7 +121,7 @@ def _read_hub(name: str) -> Columns:
 
 
 def _read_file(path: Path, readers: Mapping[str, Callable[[Path], Columns]]) -> Columns:
-    """A file by the reader of its kind. Raises DataError for what is no such file, or holds nothing."""
+    """A file by the reader of its kind. Raises DataError for what is no such file, or an empty one."""
     reader = readers.get(path.suffix.lower())
     kinds = ", ".join(readers)
     try:
@@ -130,8 +141,6 @@ def _read_file(path: Path, readers: Mapping[str, Callable[[Path], Columns]]) -> 
         raise DataError(f"{path}, line {line}: not UTF-8 at byte {byte:,}. Save the file as UTF-8") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error})") from error
-    if not len(columns):
-        raise DataError(f"{path}: no rows")
     return columns
 
 
@@ -158,7 +167,7 @@ def _read_json_prompts(path: Path) -> Columns:
     return _select(_json_rows(path), str(path), "row", ("instruction",))
 
 
-def _json_rows(path: Path) -> Any:
+def _json_rows(path: Path) -> list[Any]:
     """A JSON list of objects, or one object a line; told apart by the first character, not the name."""
     text = path.read_text(encoding="utf-8-sig")
     decoder = json.JSONDecoder(object_pairs_hook=_unique_keys)
@@ -260,11 +269,10 @@ def _as_python(scalar: pa.Scalar, path: Path, row: int) -> Any:
         raise DataError(f"{path}, row {row}: a {scalar.type} that cannot be read ({error})") from error
 
 
-def _select(rows: Any, source: str, unit: str, needed: tuple[str, ...] = NEEDED) -> Columns:
+def _select(rows: list[Any], source: str, unit: str, needed: tuple[str, ...] = NEEDED) -> Columns:
     """Columns from a list of objects. Every row must have what is `needed`, under one name."""
-    if not isinstance(rows, list) or not rows:
-        expected = " and ".join(map(repr, needed))
-        raise DataError(f"{source}: no rows. Expected a list of objects with {expected}")
+    if not rows:
+        return Columns([], [], [])
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise DataError(f"{source}, {unit} {number}: {_shown(row)} is not an object with named columns")

@@ -44,6 +44,23 @@ def lost_peer(error: Exception) -> bool:
     return told and torch.distributed.is_initialized()
 
 
+def out_of_memory(error: Exception) -> str | None:
+    """What a rank that got no more memory says, of its GPU or of the host; None for any other error."""
+    words = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in words:
+        return (
+            f"ran out of GPU memory ({words.splitlines()[0].split('. GPU')[0]}). Type --gradient-checkpointing on; if it is, "
+            "--max-tokens-per-device 2048, or half the --per-device-train-batch-size with twice the "
+            "--gradient-accumulation-steps; and --resume auto goes on from the last checkpoint"
+        )
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in words:
+        return (
+            "ran out of host memory. Start fewer ranks, use a machine with more, or a config without an offloaded "
+            "optimizer; --resume auto goes on from the last checkpoint"
+        )
+    return None
+
+
 class StopRequest:
     """Whether SIGTERM or Ctrl-C has asked this process to end. While steps are computed it waits for the step's end."""
 

@@ -5,7 +5,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from training.consts import INPUT_KEY, INTRO, INTRO_WITH_INPUT
+from training.consts import DEMO, INPUT_KEY, INTRO, INTRO_WITH_INPUT
 from training.demo import tasks
 
 SEED = 42
@@ -14,6 +14,8 @@ VOCAB_SIZE = 1024  # nearly every word of the rows becomes one token
 # turns with the position.
 SHAPE = {"n_positions": 512, "n_embd": 128, "n_layer": 3, "n_head": 4, "rotary_dim": 16}
 
+ROWS_A_STEP = 64
+TEST_SIZE = 400
 # The trainer's options that suit it: a model that starts at random needs a higher rate, and more passes, than one
 # that already speaks.
 RECIPE: dict[str, Any] = {
@@ -21,7 +23,7 @@ RECIPE: dict[str, Any] = {
     "lr": 2.5e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 50,
-    "test_size": 400,
+    "test_size": TEST_SIZE,
     "per_device_eval_batch_size": 50,
     "eval_steps": 180,
     "logging_steps": 20,
@@ -46,6 +48,18 @@ TASKS = (
     tasks.read,
     tasks.rewrite,
 )
+
+
+def demo_options(ranks: int) -> dict[str, Any]:
+    """The trainer's options for the demo on so many ranks, by the names of TrainingOptions."""
+    return {
+        "input_model": DEMO,
+        "training_dataset": DEMO,
+        "per_device_train_batch_size": ROWS_A_STEP // ranks,
+        "gradient_accumulation_steps": 1,
+        "gradient_checkpointing": "off",
+        **RECIPE,
+    }
 
 
 def demo_rows() -> list[tasks.Row]:

@@ -15,13 +15,12 @@ from training.callbacks import duration
 from training.checks import ROOT
 from training.consts import DEFAULT_SEED, DEMO
 from training.data import prepare_dataset, split_held_out
-from training.demo import RECIPE, demo_rows
+from training.demo import TEST_SIZE, demo_options, demo_rows
 from training.finished import GREEDY
 from training.generate import generate_responses, load_model_tokenizer_for_generate
 from training.launch import deepspeed_command, launch_environment, typed
 from training.model import max_positions
 
-ROWS_A_STEP = 64
 SHOWN = 12
 MAX_NEW_TOKENS = 48
 
@@ -29,15 +28,7 @@ MAX_NEW_TOKENS = 48
 def demo_command(output: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
     """What a user would type to train on the demo."""
     config = ROOT / "config" / "ds_z3_bf16_config.json"
-    values = {
-        "input_model": DEMO,
-        "training_dataset": DEMO,
-        "deepspeed": os.path.relpath(config, ROOT),
-        "per_device_train_batch_size": ROWS_A_STEP // ranks,
-        "gradient_checkpointing": "off",
-        **RECIPE,
-        "local_output_dir": output,
-    }
+    values = demo_options(ranks) | {"deepspeed": os.path.relpath(config, ROOT), "local_output_dir": output}
     try:
         return [*deepspeed_command(values, ranks), *extra]
     except FileNotFoundError as error:
@@ -48,9 +39,7 @@ def held_out_rows(tokenizer: transformers.PreTrainedTokenizerBase, longest: int)
     """The rows that training held out, by the same split."""
     prepared, _ = prepare_dataset(DEMO, tokenizer, longest)
     rows = demo_rows()
-    return [
-        rows[number - 1] for number in split_held_out(prepared, RECIPE["test_size"], DEFAULT_SEED)[1]["row"]
-    ]
+    return [rows[number - 1] for number in split_held_out(prepared, TEST_SIZE, DEFAULT_SEED)[1]["row"]]
 
 
 def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:

@@ -1,0 +1,182 @@
+"""The finished model of a run on S3: pushed under the run by the flow, fetched by the run's id.
+
+    python flows/model_on_s3.py 1764229912 --to dolly       then: python -m training.generate --model dolly "..."
+
+It lies under METAFLOW_DATATOOLS_S3ROOT/TrainDollyFlow/<run id>/. Like everywhere else, run.json comes last, so that
+training.generate refuses what is not whole; and the artifact `model` of the run has each file's size and SHA-256.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import click
+
+from training.consts import RUN_FILE
+
+FLOW = "TrainDollyFlow"
+NO_METAFLOW = "Metaflow is not installed. Type pip install '.[metaflow]'"
+
+
+class StoreError(RuntimeError):
+    """The model could not be pushed or fetched; the message says why and what to type."""
+
+
+def root_faults() -> list[str]:
+    """Why nothing could be pushed to the configured root; [] too where none is configured."""
+    from metaflow.metaflow_config import DATATOOLS_S3ROOT
+    from metaflow.plugins.datatools.s3.s3util import get_s3_client
+
+    if not DATATOOLS_S3ROOT:
+        return []
+    bucket = DATATOOLS_S3ROOT.removeprefix("s3://").split("/")[0]
+    client, _ = get_s3_client()
+    try:
+        client.head_bucket(Bucket=bucket)
+    except Exception as error:  # of boto3, by the kind of the failure; no bucket, no right, no connection
+        return [
+            f"METAFLOW_DATATOOLS_S3ROOT {DATATOOLS_S3ROOT}: the bucket {bucket!r} cannot be reached ({error}). "
+            "Make it, or give the right to write there"
+        ]
+    return []
+
+
+def push(folder: Path, files: dict[str, dict[str, Any]], run: Any) -> str | None:
+    """Copies a finished model's `files` ({name: {"size", "sha256"}}, of `publish.model_figures`) under the run.
+
+    What an earlier attempt of the same run has left there is kept where it is right. Returns the URL of the folder, or
+    None where no root is configured. Raises StoreError; the local model is untouched then.
+    """
+    from metaflow import S3, current
+    from metaflow.metaflow_config import DATATOOLS_S3ROOT
+    from metaflow.plugins.datatools.s3 import S3PutObject
+
+    if not DATATOOLS_S3ROOT:
+        return None
+    root = (
+        f"{DATATOOLS_S3ROOT.rstrip('/')}/{current.flow_name}/{current.run_id}"  # of S3(run=run), for people
+    )
+    with S3(run=run) as s3:
+        try:
+            there = _right(s3, files)
+            for names in ([name for name in files if name != RUN_FILE], [RUN_FILE]):
+                missing = [name for name in names if name not in there]
+                objects = [
+                    S3PutObject(
+                        key=name,
+                        path=str(folder / name),
+                        metadata={"sha256": files[name]["sha256"]},
+                    )
+                    for name in missing
+                ]
+                urls = s3.put_files(objects) if objects else []
+                if len(urls) != len(missing):  # of a missing bucket it returns [], and says nothing
+                    raise StoreError(f"{root}: {len(urls)} of {len(missing)} files arrived")
+            wrong = sorted(files.keys() - _right(s3, files))
+        except StoreError:
+            raise
+        except Exception as error:  # Metaflow's and boto3's, by the kind of the failure
+            raise StoreError(f"{root}: {type(error).__name__}: {error}") from error
+    if wrong:
+        raise StoreError(f"{root}: not there, or of another size than here: {', '.join(wrong)}")
+    return root
+
+
+def _right(s3: Any, files: dict[str, dict[str, Any]]) -> set[str]:
+    """Which of the files lie there with their size, pushed from the same content."""
+    found = s3.info_many(list(files), return_missing=True)
+    return {
+        each.key
+        for each in found
+        if each.exists
+        and each.size == files[each.key]["size"]
+        and (each.metadata or {}).get("sha256") == files[each.key]["sha256"]
+    }
+
+
+def fetch(run_id: str, folder: Path) -> Path:
+    """Copies the model of a run to `folder`, each file compared with its SHA-256. What is there and right is kept.
+
+    Returns the folder that holds the model. Raises StoreError.
+    """
+    from metaflow import S3, Run, namespace
+    from metaflow.exception import MetaflowException
+
+    namespace(None)  # anybody's runs
+    try:
+        run = Run(f"{FLOW}/{run_id}")
+        model = run["train"].task.data.model
+    except (MetaflowException, KeyError, AttributeError) as error:
+        raise StoreError(
+            f"run {run_id}: there is no model of it ({error}). Type python flows/train_dolly_flow.py logs {run_id}/train"
+        ) from error
+    if not model.get("s3"):
+        raise StoreError(
+            f"run {run_id}: was not pushed to S3, as no METAFLOW_DATATOOLS_S3ROOT was configured. It lies in {model['folder']} "
+            f"on {model['host']}"
+        )
+    if folder.exists() and not folder.is_dir():
+        raise StoreError(f"{folder}: is a file. Name a new folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    foreign = sorted({file.name for file in folder.iterdir()} - model["files"].keys())
+    if foreign:
+        raise StoreError(
+            f"{folder}: holds what is not of this model ({', '.join(foreign[:3])}). Name a new folder"
+        )
+    missing = [name for name, told in model["files"].items() if _figures(folder / name) != told]
+    missing.sort(key=lambda name: name == RUN_FILE)
+    if missing:
+        (folder / RUN_FILE).unlink(missing_ok=True)  # nobody shall take for whole what is being mended
+        missing = [name for name in missing if name != RUN_FILE] + [RUN_FILE]
+    with S3(s3root=model["s3"], tmproot=str(folder)) as s3:
+        for name in missing:
+            try:
+                copy = Path(s3.get(name).path)
+            except Exception as error:  # Metaflow's and boto3's, by the kind of the failure
+                raise StoreError(
+                    f"{model['s3']}/{name}: {type(error).__name__}: {error}. The same command goes on"
+                ) from error
+            if _figures(copy) != model["files"][name]:
+                raise StoreError(
+                    f"{model['s3']}/{name}: is not the file that was pushed. Fetch another run's model"
+                )
+            os.replace(copy, folder / name)
+    return folder
+
+
+def _figures(file: Path) -> dict[str, Any] | None:
+    """{"size", "sha256"} of a file, None where there is none."""
+    if not file.is_file():
+        return None
+    with file.open("rb") as stream:
+        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+@click.command()
+@click.argument("run_id")
+@click.option(
+    "--to", "folder", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="A new folder."
+)
+def main(run_id: str, folder: Path) -> None:
+    """Fetch the model of a flow's run, by its RUN_ID, to FOLDER, or go on with a copy that broke off."""
+    try:
+        import metaflow  # noqa: F401
+    except ImportError:
+        sys.exit(NO_METAFLOW)
+    try:
+        fetch(run_id, folder.expanduser())
+    except StoreError as error:
+        sys.exit(f"Cannot fetch: {error}")
+    click.echo(
+        f'{folder} holds the model. Ask it: python -m training.generate --model {folder} "Name a river."'
+    )
+
+
+if __name__ == "__main__":
+    main()

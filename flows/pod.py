@@ -1,0 +1,143 @@
+"""What a pod is asked for to train on a machine: CPUs, GPUs, memory, disk and shared memory, from the plan.
+
+Metaflow must know it before a run has parameters, so it is counted for Dolly's run (on "cpu" for the demo's). A run
+that needs more is refused in its first step, with the number to ask for. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from metaflow.exception import MetaflowException
+
+from training.consts import DEFAULT_INPUT_MODEL, DEMO
+from training.demo import demo_options
+from training.machines import GIB, Machine, MachineError, find_machine
+from training.options import TrainingOptions
+from training.settings import preset_options
+from training.timing import CpuRates
+from training.verdict import Plan, plan_run
+from training.workload import alpaca_lengths, model_facts
+
+CPU_RANKS = 2
+# A container has 64 MiB of /dev/shm, and NCCL keeps its buffers between the GPUs of a node there: 2 GiB a rank make
+# the 16 GiB of eight that training.exits asks for as well. What is used of it counts as the pod's memory.
+SHARED_GIB = 2.0
+# Each rank, with its supervisor and the threads of the offloaded Adam. The least of what clouds give with a GPU,
+# as a pod that asks for more than a node has waits for ever.
+CPUS_A_GPU = 4
+DRIVER_GIB = 2.0  # the flow's own process and card, DeepSpeed's launcher, Metaflow's sidecars
+MARGIN = 1.1  # the plan's own accuracy
+SHARE_OF_NODE = 0.95  # of a machine's memory, what a node has left for pods. An assumption
+KEYS = ("cpu", "gpu", "memory", "disk", "shared_memory")  # of Metaflow's @resources
+
+
+class PodError(MetaflowException):
+    """What cannot be asked for; Metaflow shows its message without a traceback."""
+
+    headline = "No such pod"
+
+
+def parse_machine(name: str) -> str:
+    """The config "machine", checked. Raises PodError with the names that there are."""
+    machine_of(name.strip())
+    return name.strip()
+
+
+def parse_resources(text: str) -> dict[str, int]:
+    """The config "resources", checked: a JSON object of positive whole numbers. Raises PodError."""
+    import json
+
+    wanted = 'a JSON object such as {"memory": 128000}, in MB; its keys may be ' + ", ".join(KEYS)
+    try:
+        asked = json.loads(text)
+    except ValueError as error:
+        raise PodError(f"resources {text!r}: expected {wanted}") from error
+    if not isinstance(asked, dict) or any(
+        key not in KEYS or isinstance(value, bool) or not isinstance(value, int) or value < 1
+        for key, value in asked.items()
+    ):
+        raise PodError(f"resources {text}: expected {wanted}")
+    return asked
+
+
+def machine_of(name: str, gpus: int | None = None) -> Machine:
+    """The machine of that name, or `gpus` of its GPUs; "cpu" is any without one. Raises PodError."""
+    if name == "cpu":
+        return Machine("cpu", "cpu", "CPU", CPU_RANKS, 0.0, 0.0, "none", math.inf, math.inf)
+    try:
+        machine = find_machine(name)
+    except MachineError as error:
+        raise PodError(f"machine: {error}, cpu") from error
+    if gpus and gpus > machine.count:
+        raise PodError(f'resources {{"gpu": {gpus}}}: {machine.name} has {machine.count}')
+    return replace(machine, count=gpus or machine.count)
+
+
+def plan_for(machine: Machine) -> Plan:
+    """The plan of Dolly's run there, whether it fits or not; on "cpu" of the demo's, with rows as long as Alpaca's."""
+    chosen = preset_options(machine.family, machine.count)
+    if machine.is_cpu:
+        chosen |= demo_options(machine.count)
+    options = TrainingOptions(local_output_dir="OUTPUT", **chosen)
+    model = model_facts(DEMO if machine.is_cpu else DEFAULT_INPUT_MODEL)
+    rates = CpuRates(1e9, 1e9) if machine.is_cpu else None  # of times, which nobody reads here
+    return plan_run(options, machine.count, alpaca_lengths(), model, machine, rates)
+
+
+def resources(name: str, asked: Mapping[str, Any]) -> dict[str, int | None]:
+    """Metaflow's @resources for the step that trains on a machine; `asked` stands in place of what the plan says.
+
+    {"cpu": 32, "gpu": 8, "memory": MB, "disk": MB, "shared_memory": MiB}; "gpu" is None without one.
+    """
+    machine = machine_of(name, asked.get("gpu"))
+    plan = plan_for(machine)
+    memory = _overhead(machine) + MARGIN * max(plan.host_memory_gib.values())
+    memory = min(
+        memory, SHARE_OF_NODE * machine.host_gib
+    )  # more no node could give, and the pod would wait for ever
+    return {
+        "cpu": machine.count * (1 if machine.is_cpu else CPUS_A_GPU),
+        "gpu": None if machine.is_cpu else machine.count,
+        "memory": _megabytes(memory),
+        "disk": _megabytes(MARGIN * sum(plan.disk_gib.values())),
+        "shared_memory": round(1024 * SHARED_GIB * machine.count),
+        **asked,
+    }
+
+
+def pod_machine(name: str, asked: Mapping[str, Any]) -> Machine:
+    """The machine that training finds in such a pod: its GPUs, with the memory and the disk that were asked for."""
+    machine, granted = machine_of(name, asked.get("gpu")), resources(name, asked)
+    return replace(
+        machine,
+        name="this pod",
+        host_gib=(granted["memory"] or 0) * 1e6 / GIB - _overhead(machine),
+        disk_gib=(granted["disk"] or 0) * 1e6 / GIB,
+    )
+
+
+def advice(plan: Plan, name: str, asked: Mapping[str, Any]) -> str:
+    """What to type so that a pod gets what this run's plan lacks; "" where no pod of the machine has it."""
+    machine, more = machine_of(name, asked.get("gpu")), dict(asked)
+    if "host memory" in plan.shortages:
+        more["memory"] = _megabytes(_overhead(machine) + MARGIN * max(plan.host_memory_gib.values()))
+    if "disk" in plan.shortages:
+        more["disk"] = _megabytes(MARGIN * sum(plan.disk_gib.values()))
+    if more == asked or "GPU memory" in plan.shortages:
+        return ""
+    keys = ", ".join(f'"{key}": {value}' for key, value in more.items())
+    return f"To ask for it, type --config-value resources '{{{keys}}}' before run"
+
+
+def _overhead(machine: Machine) -> float:
+    """GiB of a pod's memory that training does not get."""
+    return DRIVER_GIB + SHARED_GIB * machine.count
+
+
+def _megabytes(gib: float) -> int:
+    """Metaflow's unit for memory and disk, 10**6 bytes (Kubernetes' M), rounded up to the next 1000."""
+    return 1000 * math.ceil(gib * GIB / 1e9)

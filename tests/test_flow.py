@@ -1,0 +1,485 @@
+"""The Metaflow flow: refused early, resumed where it was, packed whole, its pod and its model on S3."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import boto3
+import psutil
+import pytest
+from moto.server import ThreadedMotoServer
+
+from flows import pod
+from training.machines import GIB, MACHINES
+from training.options import TrainingOptions
+from training.settings import preset_options
+from training.verdict import plan_run
+from training.workload import alpaca_lengths, model_facts
+
+ROOT = Path(__file__).parents[1]
+FLOW = ROOT / "flows" / "train_dolly_flow.py"
+FETCH = ROOT / "flows" / "model_on_s3.py"
+TRIAL = ["--gpu-family", "cpu", "--max-steps", "8"]
+SHORT = "--save-steps 3 --test-size 64 --logging-steps 2"
+
+
+@dataclass
+class Metaflow:
+    """A Metaflow that knows nothing of its user's, with metadata and S3 of its own."""
+
+    folder: Path
+    endpoint: str
+
+    def environment(self, **more: str) -> dict[str, str]:
+        cache = self.folder / ".cache"
+        if not cache.is_symlink():  # DeepSpeed's operators are compiled already, in the real home
+            cache.symlink_to(Path.home() / ".cache")
+        mine = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("METAFLOW_", "AWS_", "KUBERNETES_"))
+        }
+        return (
+            mine
+            | {
+                "METAFLOW_HOME": str(self.folder / "home"),
+                "METAFLOW_USER": "tester",
+                "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(self.folder / "store"),
+                "METAFLOW_S3_ENDPOINT_URL": self.endpoint,
+                "METAFLOW_S3_RETRY_COUNT": "0",
+                "AWS_ENDPOINT_URL": self.endpoint,
+                "AWS_ACCESS_KEY_ID": "nobody",
+                "AWS_SECRET_ACCESS_KEY": "nothing",
+                "AWS_DEFAULT_REGION": "us-east-1",
+                "AWS_EC2_METADATA_DISABLED": "true",
+                "OMP_NUM_THREADS": "1",
+                "HOME": str(self.folder),
+            }
+            | more
+        )
+
+    def start(self, *words: object, file: Path = FLOW, **more: str) -> subprocess.Popen[str]:
+        """Begins a command of the flow, in a folder that is not the repository's."""
+        return subprocess.Popen(
+            [sys.executable, str(file), *map(str, words)],
+            cwd=self.folder,
+            env=self.environment(**more),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *words: object, file: Path = FLOW, **more: str) -> tuple[int, str]:
+        process = self.start(*words, file=file, **more)
+        told, _ = process.communicate(timeout=800)
+        return process.returncode, told
+
+    def artifacts(self, *names: str) -> dict[str, Any]:
+        """Of the train step of the latest run."""
+        code = (
+            "import json, sys; from metaflow import Flow, namespace; namespace(None)\n"
+            "run = Flow('TrainDollyFlow').latest_run; data = run['train'].task.data\n"
+            "print(json.dumps({'run': run.id} | {name: getattr(data, name) for name in sys.argv[1:]}))"
+        )
+        result = subprocess.run(
+            [sys.executable, "-c", code, *names],
+            cwd=self.folder,
+            env=self.environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        return json.loads(result.stdout)
+
+    def bucket(self, name: str) -> Any:
+        client = boto3.client(
+            "s3",
+            endpoint_url=self.endpoint,
+            aws_access_key_id="nobody",
+            aws_secret_access_key="nothing",
+            region_name="us-east-1",
+        )
+        client.create_bucket(Bucket=name)
+        return client
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture
+def metaflow(endpoint: str, tmp_path: Path) -> Metaflow:
+    return Metaflow(tmp_path, endpoint)
+
+
+# --- what a pod is asked for -------------------------------------------------------------------------
+
+
+def test_a_pod_for_eight_v100s_has_the_host_memory_of_the_offloaded_optimizer() -> None:
+    asked = pod.resources("8xV100-32GB", {})
+    plan = pod.plan_for(pod.machine_of("8xV100-32GB"))
+    needed = max(plan.host_memory_gib.values())
+    assert asked["gpu"] == 8
+    assert asked["cpu"] == 32
+    assert asked["shared_memory"] == 16 * 1024
+    assert asked["memory"] * 1e6 / GIB > needed + 16, "what lies in /dev/shm counts as memory"
+    assert 128_000 < asked["memory"] < 768 * GIB / 1e6, (
+        "128 GB, as once was asked, are too few for eight ranks"
+    )
+    assert asked["disk"] * 1e6 / GIB > sum(plan.disk_gib.values())
+
+
+def test_without_a_gpu_none_is_asked_for() -> None:
+    asked = pod.resources("cpu", {})
+    assert asked["gpu"] is None
+    assert asked["cpu"] == 2
+    assert asked["memory"] < 16_000
+
+
+@pytest.mark.parametrize("name", [*MACHINES, "cpu"])
+def test_a_run_that_leaves_a_node_some_memory_fits_the_pod_that_is_asked_for(name: str) -> None:
+    machine, granted = pod.machine_of(name), pod.pod_machine(name, {})
+    plan = pod.plan_for(machine)
+    assert pod.resources(name, {})["memory"] * 1e6 / GIB < max(0.97 * machine.host_gib, 16), "no node has it"
+    most = 0.95 * machine.host_gib - pod.DRIVER_GIB - pod.SHARED_GIB * machine.count
+    if plan.fits and max(plan.host_memory_gib.values()) < most:
+        assert pod.plan_for(granted).fits
+    if max(plan.host_memory_gib.values()) > most:
+        assert "host memory" in pod.plan_for(granted).shortages, "it would begin, and be killed"
+
+
+def test_what_is_asked_for_by_name_stands_in_place_of_the_plan() -> None:
+    asked = pod.resources("8xA100-80GB", {"gpu": 4, "memory": 300_000})
+    assert asked["memory"] == 300_000
+    assert asked["gpu"] == 4
+    assert asked["cpu"] == 16, "of four GPUs"
+    with pytest.raises(pod.PodError, match=r"4xA10 has 4"):
+        pod.resources("4xA10", {"gpu": 5})
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "{", '{"mem": 1}', '{"memory": "1"}', '{"memory": 0}', '{"cpu": true}']
+)
+def test_resources_that_metaflow_does_not_know_are_refused_with_those_it_does(text: str) -> None:
+    with pytest.raises(pod.PodError, match="cpu, gpu, memory, disk, shared_memory"):
+        pod.parse_resources(text)
+
+
+def test_an_unknown_machine_is_refused_with_the_names_that_there_are() -> None:
+    with pytest.raises(pod.PodError, match=r"Nearest: .*8xV100-32GB.* cpu"):
+        pod.parse_machine("8xV100")
+
+
+def test_a_model_that_needs_more_is_told_what_to_ask_for_and_fits_then() -> None:
+    name, model = "8xA100-80GB", model_facts("EleutherAI/pythia-12b")
+    options = TrainingOptions(local_output_dir="OUTPUT", input_model=model.name, **preset_options("a100", 8))
+
+    def plan(asked: dict[str, int]) -> Any:
+        return plan_run(options, 8, alpaca_lengths(), model, pod.pod_machine(name, asked))
+
+    refused = plan({})
+    assert "disk" in refused.shortages
+    told = pod.advice(refused, name, {})
+    assert plan(pod.parse_resources(told.split("'")[1])).fits
+
+
+# --- the flow as a program ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("file", [FLOW, FETCH], ids=lambda file: file.stem)
+def test_without_metaflow_the_extra_is_named(file: Path, metaflow: Metaflow) -> None:
+    code = f"import sys, runpy; sys.modules['metaflow'] = None; sys.argv = ['x', '1', '--to', 'y']; sys.path.insert(0, {str(file.parent)!r}); runpy.run_path({str(file)!r}, run_name='__main__')"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=metaflow.environment(), capture_output=True, text=True
+    )
+    assert result.returncode == 1
+    assert result.stderr.strip() == "Metaflow is not installed. Type pip install '.[metaflow]'"
+
+
+def test_the_flow_imports_no_torch(metaflow: Metaflow) -> None:
+    code = f"import sys, runpy; sys.path.insert(0, {str(FLOW.parent)!r}); runpy.run_path({str(FLOW)!r}, run_name='flow'); print('torch' in sys.modules)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], env=metaflow.environment(), capture_output=True, text=True
+    )
+    assert result.stdout.strip() == "False", result.stderr
+
+
+@pytest.mark.slow
+def test_all_faults_are_told_at_once_before_anything_is_trained(metaflow: Metaflow, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("")
+    words = "--gpu-family a10 --num-gpus 3 --training-dataset demo --epochs nan".split()
+    words += ["--training-file", rows, "--trainer-options", "--warmup-steps 5"]
+    code, told = metaflow.run("run", *words, METAFLOW_DATATOOLS_S3ROOT="s3://nobodys/data")
+    assert code == 1
+    for fault in (
+        "the bucket 'nobodys' cannot be reached",
+        "--gpu-family a10: this machine has no GPU. Type --gpu-family cpu",
+        "--training-file and --training-dataset: give one of them",
+        "--epochs nan: expected a finite number",
+        "--warmup-steps 5 would be ignored",
+    ):
+        assert fault in told, told
+    assert "Traceback" not in told
+    assert not (tmp_path / "dolly_training").exists()
+
+
+def test_the_pod_of_the_train_step_alone_has_the_gpus(metaflow: Metaflow) -> None:
+    metaflow.bucket("pods")
+    code, told = metaflow.run(
+        *"--quiet --datastore s3 --config-value machine 8xV100-32GB".split(),
+        *"--with kubernetes:image=registry.example/dolly:1 argo-workflows create --only-json".split(),
+        METAFLOW_DATASTORE_SYSROOT_S3="s3://pods/metaflow",
+    )
+    assert code == 0, told
+    spec, _ = json.JSONDecoder().raw_decode(told[told.index("{") :])
+    pods = {
+        each["name"]: each for each in spec["spec"]["templates"] if each["name"] in ("start", "train", "end")
+    }
+    expected = pod.resources("8xV100-32GB", {})
+    container = pods["train"]["container"]
+    assert container["image"] == "registry.example/dolly:1"
+    assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
+    for key, unit in (("cpu", ""), ("memory", "M")):
+        assert float(container["resources"]["requests"][key].removesuffix(unit)) == expected[key]
+    assert (
+        float(container["resources"]["requests"]["ephemeral-storage"].removesuffix("M")) == expected["disk"]
+    )
+    shared = next(each for each in pods["train"]["volumes"] if each["name"] == "dhsm")
+    assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{expected['shared_memory']}Mi"}
+    assert {"/dev/shm"} <= {each["mountPath"] for each in container["volumeMounts"]}
+    for name in ("start", "end"):
+        assert not pods[name]["container"]["resources"]["limits"], f"{name} has GPUs"
+
+
+def test_the_package_holds_every_file_that_training_needs(metaflow: Metaflow, tmp_path: Path) -> None:
+    code, told = metaflow.run("--quiet", "package", "save", tmp_path / "package.tgz")
+    assert code == 0, told
+    with tarfile.open(tmp_path / "package.tgz") as package:
+        packed = set(package.getnames())
+    needed = {file for folder in ("training", "config") for file in (ROOT / folder).rglob("*")}
+    needed = {
+        str(file.relative_to(ROOT))
+        for file in needed
+        if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".sh"
+    }
+    assert "config/ds_z3_bf16_config.json" in needed
+    assert packed >= needed | {"requirements.txt", "train_dolly_flow.py", "pod.py", "gpu_profile.py"}
+
+
+def test_every_config_of_the_flow_has_a_help_and_every_parameter_one_too() -> None:
+    for node in ast.walk(ast.parse(FLOW.read_text())):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
+            "Config",
+            "Parameter",
+            "IncludeFile",
+        ):
+            assert "help" in {keyword.arg for keyword in node.keywords}, ast.unparse(node)
+
+
+# --- real runs ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def in_a_pod(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Metaflow, str]:
+    """A run of the package, unpacked elsewhere, as a pod without GPUs would: (Metaflow, what it told)."""
+    metaflow = Metaflow(tmp_path_factory.mktemp("pod"), endpoint)
+    metaflow.bucket("models")
+    code, told = metaflow.run("--quiet", "package", "save", metaflow.folder / "package.tgz")
+    assert code == 0, told
+    unpacked = metaflow.folder / "unpacked"
+    with tarfile.open(metaflow.folder / "package.tgz") as package:
+        package.extractall(unpacked, filter="data")
+    code, told = metaflow.run(
+        *"--config-value machine cpu run --max-steps 8 --trainer-options".split(),
+        SHORT,
+        file=unpacked / "train_dolly_flow.py",
+        PYTHONPATH=str(unpacked / ".mf_code"),
+        METAFLOW_EXTRACTED_ROOT=str(unpacked),
+        METAFLOW_KUBERNETES_WORKLOAD="1",
+        METAFLOW_DATATOOLS_S3ROOT="s3://models/data",
+    )
+    assert code == 0, told
+    return metaflow, told
+
+
+@pytest.mark.slow
+def test_a_run_from_its_package_keeps_what_a_person_asks_for_later(in_a_pod: tuple[Metaflow, str]) -> None:
+    metaflow, told = in_a_pod
+    assert "on this pod: 2 x CPU rank, bf16" in told
+    assert "step 8/8" in told, "the output is live"
+    kept = metaflow.artifacts("ledger", "plan", "model", "versions", "record", "metrics", "samples", "ranks")
+    assert kept["ledger"]["rows_kept"] == 6104
+    assert kept["plan"]["fits"]
+    assert kept["plan"]["global_batch_rows"] == 64
+    assert kept["record"]["status"] == "finished"
+    assert kept["record"]["steps"] == 8
+    assert kept["versions"].keys() >= {"torch", "deepspeed", "metaflow", "python"}
+    folder = Path(kept["model"]["folder"])
+    assert folder.is_relative_to(metaflow.folder / "dolly_training"), "in the home of the pod's user"
+    assert list(kept["model"]["files"])[-1] == "run.json"
+    for name, told_of in kept["model"]["files"].items():
+        assert (folder / name).stat().st_size == told_of["size"]
+    assert kept["model"]["files"]["model.safetensors"] == kept["record"]["weights"]["model.safetensors"]
+
+
+@pytest.mark.slow
+def test_the_pushed_model_is_fetched_by_the_runs_id_and_answers(
+    in_a_pod: tuple[Metaflow, str], tmp_path: Path
+) -> None:
+    metaflow, told = in_a_pod
+    kept = metaflow.artifacts("model")
+    assert kept["model"]["s3"] == f"s3://models/data/TrainDollyFlow/{kept['run']}"
+    assert f"python flows/model_on_s3.py {kept['run']} --to" in told
+    folder = tmp_path / "fetched"
+    assert metaflow.run(kept["run"], "--to", folder, file=FETCH)[0] == 0
+    assert {file.name for file in folder.iterdir()} == kept["model"]["files"].keys()
+    result = subprocess.run(
+        [sys.executable, "-m", "training.generate", "--model", folder, "Name the month that follows May."],
+        cwd=ROOT,
+        env=metaflow.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+
+    (folder / "run.json").unlink()
+    (folder / "model.safetensors").write_bytes(b"cut off")
+    assert metaflow.run(kept["run"], "--to", folder, file=FETCH)[0] == 0
+    assert (folder / "model.safetensors").read_bytes() == (
+        Path(kept["model"]["folder"]) / "model.safetensors"
+    ).read_bytes()
+
+    metaflow.bucket("models").put_object(
+        Bucket="models", Key=f"data/TrainDollyFlow/{kept['run']}/model.safetensors", Body=b"another"
+    )
+    code, told = metaflow.run(kept["run"], "--to", tmp_path / "other", file=FETCH)
+    assert code == 1
+    assert "model.safetensors: is not the file that was pushed" in told
+    assert not (tmp_path / "other" / "run.json").exists()
+    code, told = metaflow.run("123", "--to", tmp_path / "none", file=FETCH)
+    assert code == 1
+    assert "run 123: there is no model of it" in told
+    assert "Traceback" not in told
+
+
+def ranks_of(folder: Path) -> list[psutil.Process]:
+    """The ranks that train into a folder, without the small process beside each."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            words = " ".join(process.cmdline())
+            if (
+                "training.trainer" in words
+                and str(folder) in words
+                and "DOLLY_SUPERVISED" in process.environ()
+            ):
+                found.append(process)
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_resumed_to_the_same_weights_and_pushed_once_there_is_a_bucket(
+    in_a_pod: tuple[Metaflow, str], metaflow: Metaflow, tmp_path: Path
+) -> None:
+    client, root = metaflow.bucket("soon-gone"), {"METAFLOW_DATATOOLS_S3ROOT": "s3://soon-gone/data"}
+    process = metaflow.start("run", *TRIAL, "--trainer-options", SHORT, **root)
+    assert process.stdout is not None
+    told = ""
+    for line in process.stdout:  # its lines come while it runs
+        told += line
+        if "step 4/8" in line:  # after the first checkpoint, of step 3
+            ranks_of(tmp_path)[-1].kill()
+            break
+    told += process.communicate(timeout=300)[0]
+    assert process.returncode == 1
+    assert "Training ended with exit code" in told
+    assert "resume --origin-run-id" in told
+    model = next((tmp_path / "dolly_training").glob("*/model"))
+    assert (model / "checkpoint-3" / "manifest.json").exists()
+    assert not (model / "model.safetensors").exists()
+
+    client.delete_bucket(Bucket="soon-gone")
+    code, told = metaflow.run("resume", **root)
+    assert code == 1
+    assert "the run goes on from" in told
+    assert "step 2/8" not in told, "it began anew"
+    assert "files arrived" in told
+    assert f"The model in {model}" in told, "nobody is told where the model is"
+    written = (model / "model.safetensors").stat().st_mtime_ns
+
+    metaflow.bucket("soon-gone")
+    code, told = metaflow.run("resume", **root)
+    assert code == 0, told
+    assert "is finished already" in told
+    assert (model / "model.safetensors").stat().st_mtime_ns == written, "it trained again"
+    kept, undisturbed = metaflow.artifacts("model"), in_a_pod[0].artifacts("model")
+    assert kept["model"]["s3"] == f"s3://soon-gone/data/TrainDollyFlow/{kept['run']}"
+    weights = "model.safetensors"
+    assert kept["model"]["files"][weights] == undisturbed["model"]["files"][weights], "not bit for bit"
+    assert len(list((tmp_path / "dolly_training").iterdir())) == 1, (
+        "a resumed run has the folder of the first"
+    )
+
+
+@pytest.mark.slow
+def test_a_push_that_broke_off_goes_on_with_what_is_missing(metaflow: Metaflow, tmp_path: Path) -> None:
+    client = metaflow.bucket("half")
+    files = {"a.bin": b"a" * 1000, "b.bin": b"b" * 2000, "run.json": b"{}"}
+    (tmp_path / "model").mkdir()
+    for name, content in files.items():
+        (tmp_path / "model" / name).write_bytes(content)
+    code = """
+import hashlib, json, sys
+from pathlib import Path
+sys.path[:0] = [sys.argv[2]]
+from metaflow import current
+from metaflow.client import core
+from flows import model_on_s3
+class Run:
+    id = "7"
+    class parent: id = "TrainDollyFlow"
+current._set_env(run_id="7", flow=None); current._flow_name = "TrainDollyFlow"
+folder = Path(sys.argv[1])
+files = {f.name: {"size": f.stat().st_size, "sha256": hashlib.sha256(f.read_bytes()).hexdigest()} for f in sorted(folder.iterdir())}
+print(model_on_s3.push(folder, files, Run()))
+"""
+
+    def push() -> str:
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "model"), str(ROOT)],
+            env=metaflow.environment(METAFLOW_DATATOOLS_S3ROOT="s3://half/data"),
+            capture_output=True,
+            text=True,
+        )
+        return result.stdout + result.stderr
+
+    def times() -> dict[str, Any]:
+        listed = client.list_objects_v2(Bucket="half").get("Contents", [])
+        return {each["Key"].rsplit("/", 1)[-1]: each["LastModified"] for each in listed}
+
+    assert push().strip() == "s3://half/data/TrainDollyFlow/7"
+    first = times()
+    assert first.keys() == files.keys()
+    client.delete_object(Bucket="half", Key="data/TrainDollyFlow/7/b.bin")
+    time.sleep(1.1)  # S3's clock has seconds
+    push()
+    assert times()["a.bin"] == first["a.bin"], "it was there already"
+    assert times()["b.bin"] > first["b.bin"]
