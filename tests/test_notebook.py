@@ -281,6 +281,35 @@ def test_the_trainer_takes_what_the_notebook_chooses(tmp_path: Path, monkeypatch
     assert (taken[0].lr, taken[0].epochs, taken[0].resume) == (RECIPE["lr"], RECIPE["epochs"], "never")
 
 
+@pytest.mark.parametrize("named", ["", "main.models.dolly"])
+def test_a_name_for_mlflow_reaches_the_trainer(tmp_path: Path, named: str) -> None:
+    chosen = notebook.read_widgets(
+        widgets(gpu_family="cpu", local_training_root=str(tmp_path), mlflow_model_name=named)
+    )
+    cells = notebook.read_source(NOTEBOOK.read_text()).cells
+    (cell,) = [cell for cell in cells if "find_machine" in cell.source]
+    known = {"notebook": notebook, "chosen": chosen, "preset_options": preset_options}
+    exec(cell.source, known)
+    words = option_words(known["options"])
+    assert words.count("--mlflow-model-name") == bool(named)
+    assert not named or words[words.index("--mlflow-model-name") + 1] == named
+
+
+def test_several_nodes_go_through_spark_and_a_cluster_that_cannot_train_is_refused_shortly(
+    tmp_path: Path,
+) -> None:
+    cells = notebook.read_source(NOTEBOOK.read_text()).cells
+    (cell,) = [cell for cell in cells if "launch(command" in cell.source]
+    chosen = notebook.read_widgets(
+        widgets(gpu_family="cpu", num_nodes="2", local_training_root=str(tmp_path))
+    )
+    machine = notebook.find_machine(chosen)
+    known = {"notebook": notebook, "chosen": chosen, "machine": machine, "num_gpus": 2,
+             "options": {"local_output_dir": str(chosen.output)}, "recipe": preset_options("cpu", 4)}  # fmt: skip
+    with pytest.raises(notebook.RunRefusedError, match=r"Cannot train:\n  - .*[Ss]park"):
+        exec(cell.source, known)
+
+
 def test_two_runs_on_one_machine_meet_at_ports_of_their_own() -> None:
     ports = {
         words[words.index("--master_port") + 1] for words in (deepspeed_command({}, 2) for _ in range(2))
