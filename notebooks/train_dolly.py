@@ -145,6 +145,7 @@ options["sample_prompts"] = notebook.write_prompts(chosen, asked)
 # COMMAND ----------
 
 from training.launch import TrainingFailedError, deepspeed_command, launch, typed
+from training.options import OptionsError
 
 try:
     if chosen.num_nodes > 1:
@@ -155,6 +156,8 @@ try:
         command = deepspeed_command(options | recipe, num_gpus)
         print(typed(command), flush=True)
         launch(command, cpu_ranks=num_gpus if machine.is_cpu else 0)
+except OptionsError as error:  # of a cluster that cannot train
+    raise notebook.RunRefusedError(f"Cannot train:\n{error}") from error
 except TrainingFailedError as error:
     error.add_note(notebook.how_to_go_on(chosen))
     raise

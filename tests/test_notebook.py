@@ -24,7 +24,7 @@ from training import notebook, trainer
 from training.consts import DEMO, SAMPLE_INSTRUCTIONS
 from training.demo import RECIPE
 from training.generate import generate_response, load_model_tokenizer_for_generate
-from training.launch import TrainingFailedError, deepspeed_command
+from training.launch import TrainingFailedError, deepspeed_command, launch
 from training.machines import find_machine
 from training.metrics import METRICS_FILE, read
 from training.options import option_words
@@ -35,7 +35,7 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "train_dolly.py"
 HEAD = "# Databricks notebook source\n"
 NEXT = "\n# COMMAND ----------\n\n"
-PATIENCE = 500  # seconds for what takes some minutes on a busy machine
+PATIENCE = 900  # seconds for what takes a minute or two, on a busy machine
 
 
 def source(*cells: str) -> str:
@@ -281,6 +281,35 @@ def test_the_trainer_takes_what_the_notebook_chooses(tmp_path: Path, monkeypatch
     assert (taken[0].lr, taken[0].epochs, taken[0].resume) == (RECIPE["lr"], RECIPE["epochs"], "never")
 
 
+@pytest.mark.parametrize("named", ["", "main.models.dolly"])
+def test_a_name_for_mlflow_reaches_the_trainer(tmp_path: Path, named: str) -> None:
+    chosen = notebook.read_widgets(
+        widgets(gpu_family="cpu", local_training_root=str(tmp_path), mlflow_model_name=named)
+    )
+    cells = notebook.read_source(NOTEBOOK.read_text()).cells
+    (cell,) = [cell for cell in cells if "find_machine" in cell.source]
+    known = {"notebook": notebook, "chosen": chosen, "preset_options": preset_options}
+    exec(cell.source, known)
+    words = option_words(known["options"])
+    assert words.count("--mlflow-model-name") == bool(named)
+    assert not named or words[words.index("--mlflow-model-name") + 1] == named
+
+
+def test_several_nodes_go_through_spark_and_a_cluster_that_cannot_train_is_refused_shortly(
+    tmp_path: Path,
+) -> None:
+    cells = notebook.read_source(NOTEBOOK.read_text()).cells
+    (cell,) = [cell for cell in cells if "launch(command" in cell.source]
+    chosen = notebook.read_widgets(
+        widgets(gpu_family="cpu", num_nodes="2", local_training_root=str(tmp_path))
+    )
+    machine = notebook.find_machine(chosen)
+    known = {"notebook": notebook, "chosen": chosen, "machine": machine, "num_gpus": 2,
+             "options": {"local_output_dir": str(chosen.output)}, "recipe": preset_options("cpu", 4)}  # fmt: skip
+    with pytest.raises(notebook.RunRefusedError, match=r"Cannot train:\n  - .*[Ss]park"):
+        exec(cell.source, known)
+
+
 def test_two_runs_on_one_machine_meet_at_ports_of_their_own() -> None:
     ports = {
         words[words.index("--master_port") + 1] for words in (deepspeed_command({}, 2) for _ in range(2))
@@ -402,6 +431,15 @@ def test_an_interrupted_notebook_lets_training_save(tmp_path: Path, signal_sent:
     assert [cell.execution_count for cell in code_cells(out)] == [1, 2, None]
 
 
+def test_a_line_without_end_does_not_drown_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = "import sys; print('x' * 5000); sys.exit('why')"
+    with pytest.raises(TrainingFailedError) as failed:
+        launch([sys.executable, "-c", wide])
+    assert "x" * 5000 in capsys.readouterr().out
+    assert "x" * 401 not in str(failed.value)
+    assert str(failed.value).endswith(" ...\nwhy")
+
+
 def test_failed_training_is_shown_by_its_message_and_its_notes() -> None:
     error = TrainingFailedError("first\nsecond", 70)
     error.add_note("third")
@@ -431,7 +469,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        (folder,) = self.root.iterdir()
+        (folder,) = [each for each in self.root.iterdir() if each.is_dir()]
         return folder.name
 
     def wait_for(self, words: str) -> None:
@@ -480,7 +518,7 @@ def test_every_cell_runs_on_the_demo_and_leaves_a_published_model_that_answers(t
     trained = outputs(cells[cell_with(cells, "launch(command")])
     assert "on 2 CPUs in bf16, DeepSpeed ZeRO-3" in trained
     assert trained in run.said  # shown as it came
-    assert len(trained.splitlines()) < 60, trained
+    assert len(trained.splitlines()) < 100, trained
     (picture,) = [
         output.data["image/png"]
         for output in cells[cell_with(cells, "draw_run")].outputs

@@ -22,6 +22,7 @@ from training.exits import exit_meaning, oom_kills
 from training.options import option_words
 
 LAST_LINES = 20
+LAST_WIDTH = 400  # characters of a line that are repeated: DeepSpeed's own has the whole command in it
 TRAINER = "training.trainer"
 
 # Becomes the command, which gets a SIGTERM, and saves, should the notebook's kernel or the flow's step be killed. Not
@@ -104,7 +105,7 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
                 process.stdout or ()
             ):  # ends when the last rank has, also where the launcher went before
                 print(line, end="", flush=True)  # not an inherited stdout: a notebook shows it in the cell
-                last.append(line)
+                last.append(line if len(line) <= LAST_WIDTH else f"{line[:LAST_WIDTH]} ...\n")
             code = process.wait()
             break
         except KeyboardInterrupt:
