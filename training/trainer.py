@@ -88,15 +88,10 @@ from training.workload import lengths_of, model_facts
 
 logger = logging.getLogger("training")
 
-FULL_OR_BROKEN = (
-    errno.ENOSPC,
-    errno.EDQUOT,
-    errno.EROFS,
-    errno.EIO,
-)  # what a disk says that is no fault of ours
-REFUSAL_GRACE = (
-    12  # seconds that launchers need to end the ranks of a run that another rank has refused; Spark about 6
-)
+# What a disk says that is no fault of ours.
+FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# Seconds that launchers need to end the ranks of a run that another rank has refused; Spark about 6.
+REFUSAL_GRACE = 12
 PEER_GRACE = 3  # seconds that a launcher, which looks every second, has to see which rank ended first
 
 
