@@ -328,7 +328,13 @@ def test_a_disk_that_is_full_at_the_very_end_of_a_save_is_told_in_words(
     assert not checkpoint.faults_of(output / "checkpoint-2")
 
 
-@pytest.mark.parametrize("name", ["place_model", "write_model_card", "write_run_record"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "write_run_record",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("place_model", "write_model_card")),
+    ],
+)
 def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_again(
     base_folder: Path, rows: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -517,7 +517,7 @@ def main(ctx: click.Context, **values: Any) -> None:
         request.listen()
         options = TrainingOptions(**values)
         if value_faults(ctx):
-            raise OptionsError(value_faults(ctx) + find_faults(options))
+            raise OptionsError(value_faults(ctx) + find_faults(options) + machine_faults(options))
         record = train(options, request)
         if record["status"] == "stopped":
             raise Interrupted
@@ -542,7 +542,7 @@ def main(ctx: click.Context, **values: Any) -> None:
         if error.errno not in FULL_OR_BROKEN:
             raise
         _say(
-            f"Training ended: {error.filename or options.local_output_dir} could not be written ({error.strerror}). "
+            f"Training ended: {error.filename2 or error.filename or options.local_output_dir} could not be written ({error.strerror}). "
             "Make room, or mend the disk, and type the same command with --resume auto"
         )
         sys.exit(ENDED)
