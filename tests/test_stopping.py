@@ -31,6 +31,7 @@ from training.stopping import (
     StopRequest,
     TrainingError,
     lost_peer,
+    timed_out,
 )
 from training.trainer import train
 
@@ -178,6 +179,13 @@ def test_an_error_of_a_lost_rank_is_told_from_others(monkeypatch: pytest.MonkeyP
     assert not lost_peer(gloo), "there are no ranks"
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert lost_peer(gloo)
+    assert not timed_out(gloo)
+    for words in (
+        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation",
+        "Application timeout caused pair closure",
+    ):
+        assert lost_peer(RuntimeError(words))
+        assert timed_out(RuntimeError(words))
     assert lost_peer(torch.distributed.DistBackendError("NCCL communicator was aborted"))
     assert not lost_peer(RuntimeError("shape mismatch"))
     assert not lost_peer(OSError(errno.ENOSPC, "No space left on device", "gloo"))

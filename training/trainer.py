@@ -73,7 +73,15 @@ from training.publish import PublishError, local_path, publish
 from training.record import global_batch, rows_digest, start_record, write_run_record
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError
-from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer, out_of_memory
+from training.stopping import (
+    AT_MINIMUM,
+    Interrupted,
+    StopRequest,
+    TrainingError,
+    lost_peer,
+    out_of_memory,
+    timed_out,
+)
 from training.verdict import Plan, plan_run
 from training.workload import lengths_of, model_facts
 
@@ -559,9 +567,7 @@ def main(ctx: click.Context, **values: Any) -> None:
             sys.exit(REFUSED)
         if not lost_peer(error):
             raise
-        waited = (
-            f"waited {options.rank_timeout} s (--rank-timeout) for" if "imed out" in str(error) else "lost"
-        )
+        waited = f"waited {options.rank_timeout} s (--rank-timeout) for" if timed_out(error) else "lost"
         rank = os.environ.get("RANK", "0")
         _say(f"Rank {rank} {waited} another rank: one that ended says why, one that hangs says nothing")
         time.sleep(PEER_GRACE)
