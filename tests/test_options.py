@@ -189,6 +189,20 @@ def test_bad_values_and_bad_combinations_are_told_in_one_message(tmp_path: Path)
         assert sum(words in line for line in lines) == 1, words
 
 
+@pytest.mark.parametrize("bad", [["--lr", "-1"], ["--max-shard-size", "5"]], ids=["a value", "a combination"])
+def test_what_the_machine_lacks_is_told_in_the_same_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: list[str]
+) -> None:
+    monkeypatch.setattr(trainer, "version_faults", lambda: ["Installed is torch 2.9 instead of 2.13.0"])
+    monkeypatch.setattr(trainer, "kernel_faults", lambda: ["no kernels for it"])
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    result = run("--local-output-dir", str(tmp_path / "taken"), *bad)
+    assert result.exit_code == 2
+    for words in (bad[0], "is not empty", "Installed is torch 2.9", "no kernels for it"):
+        assert result.output.count(words) == 1, result.output
+
+
 def test_a_missing_output_is_told_beside_the_other_faults() -> None:
     result = run("--epochs", "0")
     assert result.exit_code == 2

@@ -31,6 +31,7 @@ from training.stopping import (
     StopRequest,
     TrainingError,
     lost_peer,
+    timed_out,
 )
 from training.trainer import train
 
@@ -178,6 +179,13 @@ def test_an_error_of_a_lost_rank_is_told_from_others(monkeypatch: pytest.MonkeyP
     assert not lost_peer(gloo), "there are no ranks"
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert lost_peer(gloo)
+    assert not timed_out(gloo)
+    for words in (
+        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation",
+        "Application timeout caused pair closure",
+    ):
+        assert lost_peer(RuntimeError(words))
+        assert timed_out(RuntimeError(words))
     assert lost_peer(torch.distributed.DistBackendError("NCCL communicator was aborted"))
     assert not lost_peer(RuntimeError("shape mismatch"))
     assert not lost_peer(OSError(errno.ENOSPC, "No space left on device", "gloo"))
@@ -328,7 +336,13 @@ def test_a_disk_that_is_full_at_the_very_end_of_a_save_is_told_in_words(
     assert not checkpoint.faults_of(output / "checkpoint-2")
 
 
-@pytest.mark.parametrize("name", ["place_model", "write_model_card", "write_run_record"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "write_run_record",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("place_model", "write_model_card")),
+    ],
+)
 def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_again(
     base_folder: Path, rows: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -50,14 +51,28 @@ def model_folder(name: str) -> str:
     key = hashlib.sha256(sources + transformers_version.encode()).hexdigest()[:16]
     target = Path(HF_HOME) / "dolly" / f"demo-{key}"
     if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
-        demo.save_demo_model(partial)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+        except OSError as error:
+            raise _no_cache(error) from error
+        try:
+            demo.save_demo_model(partial)
+        except (OSError, SafetensorError) as error:  # the second is its own for a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _no_cache(error) from error
         try:
             os.replace(partial, target)
         except OSError:  # another process was first
             shutil.rmtree(partial)
     return str(target)
+
+
+def _no_cache(error: Exception) -> ModelError:
+    return ModelError(
+        f"the embedded model cannot be written into {HF_HOME} ({_first_line(error)}). Make room there, or type "
+        "export HF_HOME=/a/folder/of/yours"
+    )
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -81,7 +81,15 @@ from training.record import global_batch, rows_digest, start_record, write_run_r
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError, read_prompts
 from training.samples import Samples
-from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer, out_of_memory
+from training.stopping import (
+    AT_MINIMUM,
+    Interrupted,
+    StopRequest,
+    TrainingError,
+    lost_peer,
+    out_of_memory,
+    timed_out,
+)
 from training.tracking import log_or_tell, tracked
 from training.verdict import Plan, plan_run
 from training.workload import lengths_of, model_facts
@@ -577,7 +585,7 @@ def main(ctx: click.Context, **values: Any) -> None:
         request.listen()
         options = TrainingOptions(**values)
         if value_faults(ctx):
-            raise OptionsError(value_faults(ctx) + find_faults(options))
+            raise OptionsError(value_faults(ctx) + find_faults(options) + machine_faults(options))
         record = train(options, request)
         if record["status"] == "stopped":
             raise Interrupted
@@ -605,7 +613,7 @@ def main(ctx: click.Context, **values: Any) -> None:
         if error.errno not in FULL_OR_BROKEN:
             raise
         _say(
-            f"Training ended: {error.filename or options.local_output_dir} could not be written ({error.strerror}). "
+            f"Training ended: {error.filename2 or error.filename or options.local_output_dir} could not be written ({error.strerror}). "
             "Make room, or mend the disk, and type the same command with --resume auto"
         )
         sys.exit(ENDED)
@@ -622,9 +630,7 @@ def main(ctx: click.Context, **values: Any) -> None:
             sys.exit(REFUSED)
         if not lost_peer(error):
             raise
-        waited = (
-            f"waited {options.rank_timeout} s (--rank-timeout) for" if "imed out" in str(error) else "lost"
-        )
+        waited = f"waited {options.rank_timeout} s (--rank-timeout) for" if timed_out(error) else "lost"
         rank = os.environ.get("RANK", "0")
         _say(f"Rank {rank} {waited} another rank: one that ended says why, one that hangs says nothing")
         time.sleep(PEER_GRACE)
