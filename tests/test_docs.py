@@ -7,6 +7,7 @@ import contextlib
 import importlib
 import importlib.util
 import io
+import os
 import re
 import subprocess
 import sys
@@ -34,6 +35,9 @@ OURS = {
     if "\ndef main(" in file.read_text()
 }
 OURS["run_demo.sh"] = OURS["training.demo"]
+# ... the flow, whose command line is Metaflow's, ...
+FLOW = "flows/train_dolly_flow.py"
+OURS["flows/model_on_s3.py"] = ROOT / "flows" / "model_on_s3.py"
 # ... Python's tools, and one of a Mac, which cannot be asked here.
 PYTHON_TOOLS = {
     "run_pytest.sh": ["pytest"],  # hands its arguments on
@@ -46,7 +50,8 @@ PYTHON_TOOLS = {
 }
 FOREIGN = {"xcode-select": {"--install"}}
 PROGRAMS = re.compile(
-    "|".join(map(re.escape, [*OURS, *PYTHON_TOOLS, *FOREIGN])) + r"|(?<![-\w])(?:deepspeed|torchrun|python)\b"
+    "|".join(map(re.escape, [*OURS, FLOW, *PYTHON_TOOLS, *FOREIGN]))
+    + r"|(?<![-\w])(?:deepspeed|torchrun|python)\b"
 )
 OPTION = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
 
@@ -78,6 +83,19 @@ def flags(program: str) -> set[str]:
         module = ".".join(OURS[program].relative_to(ROOT).with_suffix("").parts)
         taken = click_flags(importlib.import_module(module).main)
         return taken | flags("training.trainer") if "demo" in program else taken  # it hands options on
+    if program == FLOW:
+        told = [
+            subprocess.run(
+                [sys.executable, FLOW, *command, "--help"],
+                cwd=ROOT,
+                env=os.environ | {"METAFLOW_USER": "tester"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,  # by which Metaflow speaks
+                text=True,
+            ).stdout
+            for command in ([], ["run"], ["resume"])
+        ]
+        return set(OPTION.findall("".join(told))) | flags("training.trainer")  # it hands options on
     if program == "deepspeed":
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
@@ -111,7 +129,7 @@ def options_by_program(line: str) -> list[tuple[str, str]]:
 def test_every_option_exists(document: Path) -> None:
     for line in code(document):
         for program, option in options_by_program(line):
-            known = flags(program) if program else set.union(*map(flags, OURS))
+            known = flags(program) if program else set.union(*map(flags, [*OURS, FLOW]))
             assert option in known, f"{program or 'no command of ours'} has no {option}, named in: {line}"
 
 
@@ -126,7 +144,7 @@ def test_every_module_that_is_run_exists(document: Path) -> None:
 def test_every_file_of_the_repository_that_is_named_exists(document: Path) -> None:
     for line in code(document):
         for name in re.findall(
-            r"(?<![\w/.-])(?:\./)?((?:config|training|notebooks|tests|\.ci)/[\w./-]*\w)", line
+            r"(?<![\w/.-])(?:\./)?((?:config|training|notebooks|flows|tests|\.ci)/[\w./-]*\w)", line
         ):
             assert (ROOT / name).exists(), f"no {name}, named in: {line}"
         for name in re.findall(

@@ -158,7 +158,12 @@ def prompt_ids(
 
 @click.command()
 @click.argument("instruction")
-@click.option("--model", "path", required=True, help="A folder that training wrote, or a model on the Hub.")
+@click.option(
+    "--model",
+    "path",
+    required=True,
+    help="A folder that training wrote, or a model on the Hub. Of a Metaflow run: python flows/model_on_s3.py RUN_ID --to FOLDER",
+)
 @click.option("--input", "context", default=None, help="Text that the instruction is about.")
 @click.option(
     "--max-new-tokens",
