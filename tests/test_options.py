@@ -245,11 +245,19 @@ def test_an_unknown_option_is_told_by_name() -> None:
     assert "--bf61" in result.output
 
 
-def test_only_the_main_rank_tells_the_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+def test_the_main_rank_tells_the_faults_at_once_and_others_when_no_launcher_has_ended_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(trainer.time, "sleep", waited.append)
+    monkeypatch.setattr(trainer.signal, "signal", lambda *_: None)  # or the next SIGTERM would end pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = run("--local-output-dir", str(tmp_path / "out"), "--bf16", "--fp16")
-    assert (result.exit_code, result.output) == (2, "")
+    for rank, grace in ((0, []), (1, [trainer.REFUSAL_GRACE])):
+        waited.clear()
+        monkeypatch.setenv("RANK", str(rank))
+        result = run("--local-output-dir", str(tmp_path / "out"), "--bf16", "--fp16")
+        assert (result.exit_code, waited) == (2, grace)
+        assert "exclude each other" in result.output
 
 
 # --- one fault after the other -----------------------------------------------------------------------
