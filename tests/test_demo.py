@@ -176,3 +176,17 @@ def test_prompt_is_short_in_tokens(tokenizer, rows):
     assert len(tokenizer(INTRO_WITH_INPUT)["input_ids"]) == 27
     texts = [" ".join(row.values()) for row in rows]
     assert sum(len(ids) for ids in tokenizer(texts)["input_ids"]) / len(texts) < 30
+
+
+def test_a_rank_that_is_not_the_first_writes_the_whole_model_too(tmp_path: Path) -> None:
+    """The first rank of another node has its own cache, and under Spark each rank may be the first to write it."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    save_demo_model(tmp_path / "alone")
+    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        save_demo_model(tmp_path / "second")
+    finally:
+        torch.distributed.destroy_process_group()
+    for file in (tmp_path / "alone").iterdir():
+        assert (tmp_path / "second" / file.name).read_bytes() == file.read_bytes(), file.name

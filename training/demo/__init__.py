@@ -91,6 +91,8 @@ def save_demo_model(folder: str | Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         model = GPTJForCausalLM(config)
+    # save_pretrained writes nothing on another rank than 0, and on another node there is none.
+    model.should_save_on_this_rank = lambda is_main_process: True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
