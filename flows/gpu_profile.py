@@ -845,11 +845,13 @@ def main() -> None:
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         sys.exit("Type python gpu_profile.py FLOW.py [--run-id ID] [--port PORT]")
 
-    class ThisMachineAlone(card_server.ThreadingHTTPServer):
+    server: Any = card_server
+
+    class ThisMachineAlone(server.ThreadingHTTPServer):
         def __init__(self, address: tuple[str, int], routes: Any):
             super().__init__(("127.0.0.1", address[1]), routes)
 
-    card_server.ThreadingHTTPServer = ThisMachineAlone
+    server.ThreadingHTTPServer = ThisMachineAlone
     flow = str(Path(sys.argv[1]).resolve())
     sys.argv = [flow, "card", "server", *sys.argv[2:]]
     sys.path.insert(0, str(Path(flow).parent))

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -51,6 +54,21 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def rows_of(count: int, **other: str) -> list[dict[str, Any]]:
     return [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} | other for n in range(count)]
+
+
+@contextmanager
+def mounted(folder: Path, size: str) -> Iterator[Path]:
+    """A real file system of that size at `folder`. Skips the test where this system lets us mount none."""
+    folder.mkdir()
+    if not shutil.which("mount") or os.geteuid() != 0:
+        pytest.skip("mounting needs root")
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", folder], check=True)
 
 
 @pytest.fixture(scope="session")

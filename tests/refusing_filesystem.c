@@ -246,8 +246,17 @@ int posix_fallocate(int fd, off_t place, off_t length) { /* which returns its er
     return refused_fd(fd) ? ENOTSUP : REAL(posix_fallocate)(fd, place, length);
 }
 int posix_fallocate64(int fd, off64_t place, off64_t length) { return posix_fallocate(fd, place, length); }
-REFUSES_FD(ENOTSUP, ssize_t, sendfile, (int to, int from, off_t *place, size_t n), (to, from, place, n), to)
-REFUSES_FD(ENOTSUP, ssize_t, sendfile64, (int to, int from, off64_t *place, size_t n), (to, from, place, n), to)
+ssize_t sendfile64(int to, int from, off64_t *place, size_t n) {
+    char path[PATH_MAX];
+    if (refused_fd(to)) FAIL(ENOTSUP);
+    ssize_t sent = REAL(sendfile64)(to, from, place, n), taken = sent;
+    if (sent > 0) taken = room(path_of(to, path), (size_t)sent);
+    if (taken == sent) return sent;
+    off64_t end = REAL(lseek64)(to, 0, SEEK_CUR) - sent + (taken < 0 ? 0 : taken); /* what did not fit goes again */
+    if (REAL(ftruncate64)(to, end)) return -1;
+    FAIL(ENOSPC);
+}
+ssize_t sendfile(int to, int from, off_t *place, size_t n) { return sendfile64(to, from, place, n); }
 REFUSES_FD(ENOTSUP, ssize_t, copy_file_range,
            (int from, off64_t *at, int to, off64_t *place, size_t n, unsigned flags), (from, at, to, place, n, flags), to)
 REFUSES_FD(ENOTSUP, ssize_t, splice,

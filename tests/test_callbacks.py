@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from training.callbacks import ProgressLog, StepCounter, count_labels, duration
+from tests.conftest import mounted
+from training.callbacks import Curves, ProgressLog, StepCounter, count_labels, duration
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 
 ROWS = [
@@ -96,3 +99,24 @@ def test_the_held_out_loss_has_its_line(tmp_path, capsys):
 
 def test_only_rank_0_speaks(tmp_path, capsys):
     assert lines(tmp_path, capsys, {"loss": 1.0}, global_step=1, is_world_process_zero=False) == ""
+
+
+@pytest.mark.filterwarnings(
+    "ignore::pytest.PytestUnhandledThreadExceptionWarning"
+)  # TensorBoard's own thread
+def test_a_disk_that_takes_no_more_curves_is_told_once_and_ends_nothing(tmp_path, caplog):
+    args, state = TrainingArguments(str(tmp_path), report_to="none"), TrainerState(max_steps=9)
+    control = TrainerControl()
+    with mounted(tmp_path / "disk", "64k") as disk:
+        curves = Curves(disk / "runs")
+        curves.on_train_begin(args, state, control)
+        curves.on_log(args, state, control, logs={"loss": 1.0})
+        assert not caplog.text
+        with suppress(OSError), open(disk / "other", "wb") as file:
+            file.write(bytes(2**17))
+        for step in range(200):
+            state.global_step = step
+            curves.on_log(args, state, control, logs={f"loss {n}": 1.0 for n in range(20)})
+        curves.on_train_end(args, state, control)
+    assert caplog.text.count("no more curves for TensorBoard (") == 1
+    assert "No space left on device" in caplog.text

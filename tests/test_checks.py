@@ -20,6 +20,7 @@ import filelock._unix
 import pytest
 import torch
 
+from tests.conftest import mounted
 from training import checks
 from training.checks import (
     WRITER_FILES,
@@ -473,15 +474,8 @@ def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) ->
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MiB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    if not shutil.which("mount") or os.geteuid() != 0:
-        pytest.skip("mounting needs root")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip("this system lets nobody mount")
-    yield folder
-    subprocess.run(["umount", folder], check=True)
+    with mounted(tmp_path / "small", "1m") as folder:
+        yield folder
 
 
 def test_a_real_small_disk_is_told_and_no_other(small_disk: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from deepspeed.launcher import runner
 from training import trainer
 
 ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / ".ci" / "run", *sorted((ROOT / "config").glob("*.sh"))]
 DOCUMENTS = [ROOT / "README.md", *SCRIPTS]
 EACH_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
@@ -143,7 +144,7 @@ def test_every_module_that_is_run_exists(document: Path) -> None:
 def test_every_file_of_the_repository_that_is_named_exists(document: Path) -> None:
     for line in code(document):
         for name in re.findall(
-            r"(?<![\w/.-])(?:\./)?((?:config|training|flows|tests|\.ci)/[\w./-]*\w)", line
+            r"(?<![\w/.-])(?:\./)?((?:config|training|notebooks|flows|tests|\.ci)/[\w./-]*\w)", line
         ):
             assert (ROOT / name).exists(), f"no {name}, named in: {line}"
         for name in re.findall(
@@ -180,6 +181,36 @@ def test_what_the_readmes_python_imports_from_us_exists_and_takes_those_argument
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("training"):
                 module = importlib.import_module(node.module)
                 assert all(hasattr(module, alias.name) for alias in node.names), block
+
+
+def stretches(text: str) -> list[str]:
+    """The words of a text without punctuation at their ends, cut where a message fills something in: a number, its
+    unit, an option, whatever stands for "..."."""
+    text = text.replace("...", " 0 ")
+    words = (word.strip("`\"'.,:;()[]") for word in text.split())
+    kept = " ".join("\0" if re.search(r"\d|GiB|^--", word) else word for word in words if word)
+    return [part for each in kept.split("\0") if (part := each.strip())]
+
+
+def test_the_messages_of_the_readme_are_those_of_the_code() -> None:
+    """What stands between two fillings is in one string of training/, or in two where one is filled into the other."""
+    strings = []
+    for file in (ROOT / "training").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else " 0 " for p in node.values]
+                strings.append("".join(map(str, parts)))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+    known = "\n".join(part for each in strings for part in stretches(each))
+    [section] = re.findall(r"^## When something goes wrong\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
+    assert len(messages) > 15
+    for message in messages:
+        for words in map(str.split, stretches(message)):
+            cuts = [(" ".join(words[:n]), " ".join(words[n:])) for n in range(len(words))]
+            assert any(first in known and second in known for first, second in cuts), (message, words)
 
 
 def test_the_scripts_can_be_run() -> None:

@@ -621,7 +621,7 @@ def flow_runs(tmp_path_factory: pytest.TempPathFactory, nvml_folder: Path) -> It
         _, parts = well.card()
         if charts(parts).get("loss") and charts(parts)["loss"] not in runs["looks"]:
             runs["looks"].append(charts(parts)["loss"])
-        time.sleep(0.5)
+        time.sleep(2)
     begin("raise", PROFILED_LINES="12", PROFILED_END="raise", **gpus)
     begin("exit", PROFILED_LINES="12", PROFILED_END="exit")
     begin("broken", PROFILED_LINES="12", PROFILED_END="well", PROFILED_BREAK="1", NVML_DIES="5", **gpus)

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import jsonl
-from tests.test_trainer import BF16, ROOT, deepspeed
+from tests.test_trainer import BF16, ROOT, deepspeed, torchrun
 from training import checkpoint
 from training.exits import ENDED, INTERRUPTED, REFUSED
 
@@ -53,13 +53,16 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Run:
     """A command that trains into `folder`, started as a user would, in a process group of its own."""
 
-    def __init__(self, rows: str, folder: Path, ranks: int, *more: object, **environment: str) -> None:
+    def __init__(
+        self, rows: str, folder: Path, ranks: int, *more: object, by: Callable[[int], list[str]] = deepspeed,
+        **environment: str,
+    ) -> None:  # fmt: skip
         options = ["--input-model", "demo", "--training-dataset", rows, "--test-size", "20",
                    "--gradient-checkpointing", "off", *EVERY, "--local-output-dir", folder]  # fmt: skip
         steps = ALONE if ranks == 0 else TWO_RANKS
         launcher = [sys.executable, "-m", "training.trainer"]
         if ranks:
-            launcher = deepspeed(ranks)
+            launcher = by(ranks)
             options += ["--deepspeed", BF16, "--per-device-train-batch-size", 8 // ranks]
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log")
@@ -75,6 +78,9 @@ class Run:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=lambda: signal.signal(
+                    signal.SIGINT, signal.SIG_DFL
+                ),  # ignored where tests run with "&"
             )
 
     @property
@@ -129,6 +135,9 @@ class Run:
     def starting(self) -> bool:
         return bool(self.pids("rank"))
 
+    def both_started(self) -> bool:
+        return len(self.pids("rank")) == 2
+
     def stepping(self) -> bool:
         return "s/step" in self.said
 
@@ -147,8 +156,8 @@ def start(rows: str) -> Iterator[Callable[..., Run]]:
     """Starts runs, and leaves none behind."""
     runs: list[Run] = []
 
-    def begin(folder: Path, ranks: int, *more: object, **environment: str) -> Run:
-        runs.append(Run(rows, folder, ranks, *more, **environment))
+    def begin(folder: Path, ranks: int, *more: object, **how: object) -> Run:
+        runs.append(Run(rows, folder, ranks, *more, **how))
         return runs[-1]
 
     yield begin
@@ -363,6 +372,29 @@ def test_two_ranks_told_to_stop_in_each_way_go_on_bit_for_bit(start, two_ranks, 
     assert_the_same_run(folder, two_ranks)
 
 
+def test_the_launchers_command_may_be_killed_or_told_to_stop_and_the_run_goes_on(start, two_ranks, tmp_path):
+    """By whatever ends it, no process stays; with a signal that can be taken the ranks save, and so they do without."""
+    folder = tmp_path / "out"
+    for by, number in (
+        (deepspeed, signal.SIGKILL),
+        (deepspeed, signal.SIGTERM),
+        (torchrun, signal.SIGKILL),
+        (torchrun, signal.SIGTERM),
+    ):
+        run = start(folder, 2, "--resume", "auto", "--max-steps", 10_000, by=by)
+        assert run.wait_until(run.stepping), run.said
+        run.process.send_signal(number)
+        run.wait(60)
+        assert run.said.count("type the same command with --resume auto") == 1, run.said
+        newest = checkpoint.checkpoints(folder)[-1]
+        assert not checkpoint.faults_of(newest)
+        assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
+    ours, theirs = history(newest), history(two_ranks)
+    same = [entry for entry in theirs if entry["step"] <= ours[-1]["step"] and "loss" in entry]
+    assert len(same) > 3
+    assert [entry for entry in ours if "loss" in entry][: len(same)] == same
+
+
 def test_sigterm_while_it_starts_is_told_as_a_stop(start, tmp_path):
     run = start(tmp_path / "out", 0)
     assert run.wait_until(run.starting)
@@ -385,15 +417,39 @@ def test_a_second_ctrl_c_ends_a_run_at_once(start, tmp_path):
 # --- a rank that hangs, a disk that is full ----------------------------------------------------------
 
 
-def test_a_rank_that_hangs_ends_the_run_and_its_last_lines_are_told(start, tmp_path):
-    run = start(tmp_path / "out", 2, "--rank-timeout", 15)
-    assert run.wait_until(run.stepping), run.said
-    begin = time.monotonic()
-    os.kill(run.pids("rank")[-1], signal.SIGSTOP)
-    assert run.wait(15 + 60) != 0
-    assert time.monotonic() - begin < 15 + 60
-    assert "waited 15 s (--rank-timeout) for another rank" in run.said
-    assert "is still busy 25 s after it was told to stop\nIts last lines:" in run.said
+def test_a_rank_that_hangs_or_dies_ends_the_run_wherever_it_is_and_its_last_lines_are_told(start, tmp_path):
+    """While data is prepared, in a step, in the last save; under both launchers. One waits while the next one starts."""
+    patience = 20
+    begun = []
+    for name, by, number in (
+        ("starting", deepspeed, signal.SIGSTOP),
+        ("stepping", deepspeed, signal.SIGSTOP),
+        ("saving", torchrun, signal.SIGSTOP),
+        ("stepping", torchrun, signal.SIGKILL),
+    ):
+        steps = 3 if name == "saving" else 10_000
+        run = start(
+            tmp_path / f"{name}-{by.__name__}", 2, "--rank-timeout", patience, "--max-steps", steps, by=by
+        )
+        reached = {"starting": run.both_started, "stepping": run.stepping, "saving": run.saving}[name]
+        assert run.wait_until(reached), run.said
+        os.kill(run.pids("rank")[-1], number)
+        begun.append((time.time(), name, number, run))
+    for begin, name, number, run in begun:
+        assert run.wait() != 0
+        seconds = (
+            run.log.stat().st_mtime - begin
+        )  # to its last words: it may have ended while another started
+        print(f"{run.folder.name}: {seconds:.0f} s")
+        assert (
+            seconds < patience + 60 or name == "starting"
+        )  # whose time-out begins when the other rank is there
+        if number == signal.SIGKILL:
+            assert "ended: killed, most likely because host memory ran out" in run.said, run.said
+        else:
+            assert f"waited {patience} s (--rank-timeout) for another rank" in run.said, run.said
+            assert "is still busy 25 s after it was told to stop\nIts last lines:" in run.said, run.said
+        assert "Its last lines:" in run.said
 
 
 def test_a_disk_that_fills_up_in_a_save_leaves_the_older_checkpoint_good(
@@ -413,4 +469,39 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_older_checkpoint_good(
     run = start(folder, 0, "--resume", "auto")
     assert run.wait() == 0, run.said
     assert f"{torn} is passed over: it was not written to the end" in run.said
+    assert_the_same_run(folder, alone)
+
+
+def test_a_disk_that_is_full_at_the_finish_line_costs_nothing_that_was_trained(
+    start, alone, failing_disk, tmp_path
+):
+    """What is left to write then: the record, the model's small files (its weights are links), and their card."""
+    folder = tmp_path / "out"
+    shutil.copytree(alone, folder)
+    record = json.loads((folder / "run.json").read_text()) | {"status": "running"}
+    (folder / "run.json").write_text(json.dumps(record))
+    last = checkpoint.checkpoints(folder)[-1]
+    own = ("ledger.json", "trainer_state.json", "README.md", "run.json")
+    small = [name for name in checkpoint.read_manifest(last)["model"] if not name.endswith(".safetensors")]
+    needed = sum((folder / name).stat().st_size for name in (*own, *small))
+    saved = contents(last)
+    for room in (0, needed // 2, needed - 1000):
+        run = start(folder, 0, "--resume", "auto", LD_PRELOAD=failing_disk, FULL_DISK=f"{room}:{folder}")
+        assert run.wait() == ENDED, run.said
+        assert "No space left on device" in run.said
+        assert "Make room" in run.said
+        assert "Traceback" not in run.said
+        assert json.loads((folder / "run.json").read_text())["status"] == "running"
+        assert contents(last) == saved
+    run = start(folder, 0, "--resume", "auto")
+    assert run.wait() == 0, run.said
+    assert "s/step" not in run.said, "nothing is trained again"
+    assert_the_same_run(folder, alone)
+
+
+def test_a_disk_that_takes_no_more_curves_ends_no_training(start, alone, failing_disk, tmp_path):
+    folder = tmp_path / "out"
+    run = start(folder, 0, LD_PRELOAD=failing_disk, FULL_DISK=f"1000:{folder}/runs")
+    assert run.wait() == 0, run.said
+    assert run.said.count("no more curves for TensorBoard") == 1
     assert_the_same_run(folder, alone)

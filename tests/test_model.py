@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import Unigram
@@ -215,6 +216,17 @@ def test_the_embedding_grows_to_the_tokenizer_and_keeps_its_rows(
     assert torch.equal(model.eval()(ids).logits, again(ids).logits)
 
 
+def test_a_tokenizer_whose_words_have_no_embeddings_is_another_models(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    config = GPTJConfig.from_pretrained(base_folder, vocab_size=300)
+    GPTJForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(
+        ModelError, match=r"words of its tokenizer, as .* lie beyond the 300 rows of its embedding"
+    ):
+        load_model(str(tmp_path), tokenizer, torch.float32, seed=42)
+
+
 @ARCHITECTURES
 @pytest.mark.parametrize("spare", [0, 5])
 def test_an_embedding_with_rows_enough_is_never_shrunk(
@@ -409,6 +421,27 @@ def test_the_embedded_model_is_written_once_and_whole(
     assert first == second
     assert len(written) == 2
     assert (Path(first) / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("(os error 28)")])
+def test_an_embedded_model_without_a_place_is_told_with_its_cure_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    from training import demo
+
+    def full(folder: Path) -> None:
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr(model_module, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(demo, "save_demo_model", full)
+    with pytest.raises(ModelError, match=f"cannot be written into {tmp_path} .*28.*export HF_HOME="):
+        model_folder("demo")
+    assert list((tmp_path / "dolly").iterdir()) == []
+    (tmp_path / "a_file").touch()
+    monkeypatch.setattr(model_module, "HF_HOME", str(tmp_path / "a_file"))
+    with pytest.raises(ModelError, match=r"a_file \(NotADirectoryError"):
+        model_folder("demo")
 
 
 def test_any_other_name_is_left_as_it_is() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
 from deepspeed.ops.op_builder.builder import OpBuilder
+from filelock import FileLock
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import _get_build_directory
 
@@ -41,6 +42,15 @@ def test_a_mark_left_by_a_killed_rank_does_not_hang_the_next_run():
     result = python("from training.operators import compile_operators; compile_operators({})")
     assert result.returncode == 0, result.stderr
     assert not mark.exists()
+
+
+def test_a_process_that_hangs_while_it_compiles_is_not_waited_for_without_an_end():
+    folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
+    with (
+        FileLock(folder / "one-rank-at-a-time.lock"),
+        pytest.raises(OptionsError, match=r"for 1 s \(--rank-timeout\), and hangs. Find it \(fuser /"),
+    ):
+        compile_operators({}, patience=1)
 
 
 def test_what_is_compiled_already_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

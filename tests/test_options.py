@@ -129,7 +129,13 @@ def test_every_option_can_be_given_and_has_a_group_and_a_help() -> None:
     parameters = {parameter.name: parameter for parameter in trainer.main.params}
     assert list(parameters) == [option.name for option in fields(TrainingOptions)]
     for option in fields(TrainingOptions):
-        assert option.metadata["group"] in {"Model and data", "Training", "Precision and devices", "Output"}
+        assert option.metadata["group"] in {
+            "Model and data",
+            "Training",
+            "Precision and devices",
+            "Output",
+            "MLflow",
+        }
         assert parameters[option.name].help.endswith((".", "]", "(V100)."))
 
 
@@ -183,6 +189,20 @@ def test_bad_values_and_bad_combinations_are_told_in_one_message(tmp_path: Path)
         assert sum(words in line for line in lines) == 1, words
 
 
+@pytest.mark.parametrize("bad", [["--lr", "-1"], ["--max-shard-size", "5"]], ids=["a value", "a combination"])
+def test_what_the_machine_lacks_is_told_in_the_same_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: list[str]
+) -> None:
+    monkeypatch.setattr(trainer, "version_faults", lambda: ["Installed is torch 2.9 instead of 2.13.0"])
+    monkeypatch.setattr(trainer, "kernel_faults", lambda: ["no kernels for it"])
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "file").touch()
+    result = run("--local-output-dir", str(tmp_path / "taken"), *bad)
+    assert result.exit_code == 2
+    for words in (bad[0], "is not empty", "Installed is torch 2.9", "no kernels for it"):
+        assert result.output.count(words) == 1, result.output
+
+
 def test_a_missing_output_is_told_beside_the_other_faults() -> None:
     result = run("--epochs", "0")
     assert result.exit_code == 2
@@ -225,11 +245,19 @@ def test_an_unknown_option_is_told_by_name() -> None:
     assert "--bf61" in result.output
 
 
-def test_only_the_main_rank_tells_the_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+def test_the_main_rank_tells_the_faults_at_once_and_others_when_no_launcher_has_ended_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(trainer.time, "sleep", waited.append)
+    monkeypatch.setattr(trainer.signal, "signal", lambda *_: None)  # or the next SIGTERM would end pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
-    result = run("--local-output-dir", str(tmp_path / "out"), "--bf16", "--fp16")
-    assert (result.exit_code, result.output) == (2, "")
+    for rank, grace in ((0, []), (1, [trainer.REFUSAL_GRACE])):
+        waited.clear()
+        monkeypatch.setenv("RANK", str(rank))
+        result = run("--local-output-dir", str(tmp_path / "out"), "--bf16", "--fp16")
+        assert (result.exit_code, waited) == (2, grace)
+        assert "exclude each other" in result.output
 
 
 # --- one fault after the other -----------------------------------------------------------------------

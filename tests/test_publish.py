@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -22,6 +23,7 @@ from typing import Any
 import fsspec
 import pytest
 
+from tests.conftest import mounted
 from training import publish as publishing
 from training.publish import PublishError, publish, target_faults
 
@@ -322,6 +324,79 @@ def test_a_file_written_wrong_again_is_an_error_and_the_copy_can_be_continued(
     assert not (target / name).exists()
     assert command().returncode == 0
     assert_whole(content(target), finished)
+
+
+# --- a source or a target that changes meanwhile -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"), "has changed while it was copied"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1]), "has changed while it was copied"),
+        (lambda file: file.unlink(), r"cannot be read \(No such file or directory\)"),
+    ],
+    ids=["other bytes", "cut", "removed"],
+)
+def test_a_source_that_changes_while_it_is_copied_is_told_as_that_and_not_called_whole(
+    finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Any], message: str
+) -> None:
+    real, weights = publishing._write, finished / "model.safetensors"
+    whole = weights.read_bytes()
+
+    def write(target: Any, name: str, *args: Any) -> None:
+        if name == weights.name:
+            change(weights)
+        real(target, name, *args)
+
+    monkeypatch.setattr(publishing, "_write", write)
+    with pytest.raises(PublishError, match=f"{weights}: {message}. {finished} must stay as it is") as told:
+        publish(finished, str(target))
+    assert "is whole" not in str(told.value)
+    assert not (target / "run.json").exists()
+    assert not (target / weights.name).exists()
+    monkeypatch.undo()
+    weights.write_bytes(whole)
+    publish(finished, str(target))
+    assert_whole(content(target), finished)
+
+
+def test_a_source_that_cannot_be_read_is_told_before_anything_is_written(
+    finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+
+    def broken(path: Path, *args: Any, **how: Any) -> Any:
+        if path.name == "model.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *args, **how)
+
+    monkeypatch.setattr(Path, "open", broken)
+    with pytest.raises(PublishError, match=r"model\.safetensors: cannot be read \(Input/output error\)"):
+        publish(finished, str(target))
+    assert not target.exists()
+
+
+def test_a_target_that_turns_read_only_in_mid_copy_is_told_and_the_copy_goes_on_when_it_is_not(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = publishing._write
+
+    def write(target: Any, name: str, *args: Any) -> None:
+        if name == "model.safetensors":
+            subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        real(target, name, *args)
+
+    with mounted(tmp_path / "disk", "64m") as disk:
+        target = disk / "copy"
+        monkeypatch.setattr(publishing, "_write", write)
+        with pytest.raises(PublishError, match=r"Read-only file system\. The model in .* is whole"):
+            publish(finished, str(target))
+        assert not (target / "run.json").exists()
+        monkeypatch.undo()
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        assert "README.md" not in publish(finished, str(target)), "that is there already"
+        assert_whole(content(target), finished)
 
 
 # --- space -------------------------------------------------------------------------------------------

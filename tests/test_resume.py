@@ -423,6 +423,41 @@ def test_a_finished_run_is_left_as_it_is_and_the_best_can_be_chosen_later(
     assert (output / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
 
 
+def test_the_best_outlives_a_resume_and_each_rotation_and_becomes_the_model(
+    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, best = tmp_path / "out", tmp_path / "out" / "checkpoint-3"
+    run(rows, output, monkeypatch, 5, input_model=dropping, save_total_limit=1)
+    manifest = checkpoint.read_manifest(best)
+    checkpoint.write_manifest(best, 0.1, manifest["model"], manifest["files"])
+    record, _ = run(rows, output, monkeypatch, input_model=dropping, save_total_limit=1, final_model="best")
+    assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-3", "checkpoint-16"]
+    assert (record["model_of_step"], record["steps"]) == (3, 16)
+    assert (output / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+
+
+def test_a_data_file_that_has_changed_under_its_name_is_told_and_changes_nothing(
+    rows: str,
+    dropping: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    file, output = Path(shutil.copy(rows, tmp_path)), tmp_path / "out"
+    run(str(file), output, monkeypatch, 3, input_model=dropping, max_steps=5)
+    before = contents(output)
+    file.write_text(file.read_text().replace("red blue green", "red blue black"))  # of many rows
+    with pytest.raises(OptionsError, match=r"the rows differ: .* or the file has changed") as told:
+        run(str(file), output, monkeypatch, input_model=dropping, max_steps=5, seed=7)
+    assert "--seed was 42, and is 7" in str(told.value), "all that differs, in one message"
+    assert contents(output) == before
+    with caplog.at_level("WARNING", logger="training"):
+        record, seen = run(str(file), output, monkeypatch, input_model=dropping, max_steps=5, force=True)
+    assert seen[0][0] == 3
+    assert record["status"] == "finished"
+    assert "continued by --force, though the rows differ" in caplog.text
+
+
 def test_a_model_that_was_damaged_in_its_checkpoint_is_not_made_the_runs(
     rows: str,
     dropping: str,

@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import TrainerState
+from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerState
 
 import training.samples
 from tests.conftest import jsonl, write
@@ -26,10 +26,12 @@ from training import metrics, trainer
 from training.consts import SAMPLE_TOKENS
 from training.finished import GREEDY
 from training.generate import generate_responses, load_model_tokenizer_for_generate
+from training.model import model_folder
 from training.options import OptionsError, TrainingOptions, steps_between_samples
 from training.publish import model_files
 from training.rows import DataError, read_prompts
 from training.samples import Samples
+from training.trainer import train
 
 ASKED = [("Say 3.", ""), ("Say 4 please.", ""), ("Count the words.", "red blue\ngreen")]
 
@@ -233,6 +235,27 @@ def test_a_prompt_longer_than_the_model_is_cut_and_answered(
 ) -> None:
     samples = stand_in(answering_model, tokenizer, tmp_path, [("word " * 2000, ""), ("a", "")])
     assert samples._answers() == ["AB", "AB"]
+
+
+def test_a_model_too_small_for_an_answer_is_refused_in_words(rows: str, prompts: str, tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
+    tokenizer.save_pretrained(tmp_path / "base")
+    config = GPT2Config(
+        n_embd=32,
+        n_layer=1,
+        n_head=1,
+        n_positions=56,
+        vocab_size=len(tokenizer),
+        bos_token_id=0,
+        eos_token_id=0,
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
+    options = {"training_dataset": rows, "input_model": str(tmp_path / "base"), "max_dropped_fraction": 1.0}
+    output = str(tmp_path / "out")
+    with pytest.raises(
+        OptionsError, match=r"the model's 56 positions hold no prompt beside an answer\. Leave it out"
+    ):
+        train(TrainingOptions(test_size=5, sample_prompts=prompts, local_output_dir=output, **options))
 
 
 # --- what is told, and where ---------------------------------------------------------------------------

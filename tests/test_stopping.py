@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 
@@ -30,6 +31,7 @@ from training.stopping import (
     StopRequest,
     TrainingError,
     lost_peer,
+    timed_out,
 )
 from training.trainer import train
 
@@ -177,6 +179,13 @@ def test_an_error_of_a_lost_rank_is_told_from_others(monkeypatch: pytest.MonkeyP
     assert not lost_peer(gloo), "there are no ranks"
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert lost_peer(gloo)
+    assert not timed_out(gloo)
+    for words in (
+        "[../third_party/gloo/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 15000ms for recv operation",
+        "Application timeout caused pair closure",
+    ):
+        assert lost_peer(RuntimeError(words))
+        assert timed_out(RuntimeError(words))
     assert lost_peer(torch.distributed.DistBackendError("NCCL communicator was aborted"))
     assert not lost_peer(RuntimeError("shape mismatch"))
     assert not lost_peer(OSError(errno.ENOSPC, "No space left on device", "gloo"))
@@ -325,3 +334,85 @@ def test_a_disk_that_is_full_at_the_very_end_of_a_save_is_told_in_words(
     assert told.value.alone
     assert checkpoint.read_manifest(output / "checkpoint-4") is None
     assert not checkpoint.faults_of(output / "checkpoint-2")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "write_run_record",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("place_model", "write_model_card")),
+    ],
+)
+def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_again(
+    base_folder: Path, rows: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    from training import trainer
+
+    real, output = getattr(trainer, name), tmp_path / "out"
+
+    def full(*args: Any) -> Any:
+        if name == "write_run_record" and args[1]["status"] == "running":
+            return real(*args)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output))
+
+    monkeypatch.setattr(trainer, name, full)
+    options = options_of(output, input_model=str(base_folder), training_dataset=rows[0], save_steps=100)
+    with pytest.raises(
+        TrainingError,
+        match=r"its last step: the model of .* could not be placed .*No space left.*--resume auto",
+    ):
+        train(TrainingOptions(**options))
+    assert json.loads((output / "run.json").read_text())["status"] == "running"
+    monkeypatch.undo()
+    monkeypatch.setattr(trainer, "load_model", lambda *args: pytest.fail("nothing is trained again"))
+    assert train(TrainingOptions(**options | {"resume": "auto"}))["status"] == "finished"
+
+
+# --- what ends the command ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "told"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/disk/out/ledger.json"),
+            ENDED,
+            "Training ended: /disk/out/ledger.json could not be written (No space left on device). Make room",
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system"),
+            ENDED,
+            "Training ended: OUT could not be written (Read-only file system)",
+        ),
+        (
+            torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity"
+            ),
+            ENDED,
+            "Rank 0 ran out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB). Type --gradient-",
+        ),
+        (
+            RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
+            ENDED,
+            "Rank 0 ran out of host memory. Start fewer ranks",
+        ),
+        (MemoryError(), ENDED, "Rank 0 ran out of host memory. Start fewer ranks"),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 1, ""),  # a fault of ours keeps its traceback
+        (RuntimeError("shape mismatch"), 1, ""),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_a_person_can_mend_ends_the_command_in_words(
+    request_: StopRequest, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, told: str
+) -> None:
+    from training import trainer
+
+    def fail(*args: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(trainer, "train", fail)
+    monkeypatch.delenv("RANK", raising=False)
+    result = CliRunner().invoke(trainer.main, ["--local-output-dir", "OUT"])
+    assert result.exit_code == code
+    assert told in result.output
+    assert (result.exception is error) == (code == 1)

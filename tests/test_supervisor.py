@@ -189,6 +189,38 @@ def test_a_launcher_that_is_killed_takes_its_ranks_along_and_a_shell_that_is_lef
     launcher.stdout.close()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_launcher_that_is_killed_while_its_supervisor_starts_leaves_nobody(
+    supervised: Callable[..., Supervised],
+) -> None:
+    """Before the supervisor can ask the system to be told of its launcher's end."""
+    run = supervised(
+        "time.sleep(60)",
+        first="import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(1)",
+        command=[sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"],
+        environment={"RANK": "0"}, start_new_session=True,
+    )  # fmt: skip
+    supervisor = int(run.process.stdout.readline())
+    run.process.kill()
+    assert gone(supervisor)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_deepspeed_command_may_end_before_a_supervisor_is_there(
+    supervised: Callable[..., Supervised],
+) -> None:
+    """launch.py, which outlives it, takes seconds to start the ranks."""
+    launch = "import subprocess, sys, time; time.sleep(1); subprocess.run([sys.executable, '-m', 'training.trainer'])"
+    words = [sys.executable, "-c", launch, "deepspeed.launcher.launch"]
+    rank = f"{LISTEN}\nprint('ready', flush=True)\ntime.sleep(60)"
+    command = [sys.executable, "-c", f"import subprocess; subprocess.run({words!r})"]
+    run = supervised(rank, command=command, start_new_session=True)
+    time.sleep(0.3)
+    run.process.kill()
+    said = run.process.stdout.read()  # until nobody holds the pipe any more
+    assert said in ("ready\nstopping\n", ""), "told to stop, perhaps before it could listen"
+
+
 def test_a_reader_that_goes_away_does_not_stop_the_rank(
     supervised: Callable[..., Supervised], tmp_path: Path
 ) -> None:
@@ -272,3 +304,44 @@ def test_the_end_of_the_deepspeed_command_is_taken_for_a_sigterm(
     assert run.process.stdout.readline() == "ready\n"
     run.process.terminate()
     assert run.process.stdout.read() == "stopping\n", "and then nobody holds the pipe any more"
+
+
+UNDER_SPARK = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"
+
+
+def start_under_spark(supervised: Callable[..., Supervised], rank: str, first: str = "") -> Supervised:
+    """As a Spark task does: its worker, forked from `python -m pyspark.daemon`, starts torchrun."""
+    torchrun = [sys.executable, "-c", UNDER_SPARK, "torch.distributed.run"]
+    worker = [
+        sys.executable,
+        "-c",
+        f"import subprocess; subprocess.run({torchrun!r})",
+        "-m",
+        "pyspark.daemon",
+    ]
+    run = supervised(rank, command=worker, first=first)
+    assert run.process.stdout.readline() == "ready\n"
+    return run
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_worker_that_spark_kills_takes_its_rank_along(supervised: Callable[..., Supervised]) -> None:
+    """Spark kills the worker of a cancelled task, and leaves the torchrun that it started."""
+    run = start_under_spark(supervised, f"{LISTEN}\nprint('ready', flush=True)\ntime.sleep(60)")
+    run.process.kill()
+    assert run.process.stdout.read() == "stopping\n", (
+        "it finishes its step, and nobody holds the pipe any more"
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_rank_that_hangs_does_not_outlive_the_worker_of_spark_for_long(
+    supervised: Callable[..., Supervised],
+) -> None:
+    rank = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('ready', flush=True)\ntime.sleep(60)"
+    first = "import training.supervisor; training.supervisor.KILLED_AFTER = 1"
+    run = start_under_spark(supervised, rank, first)
+    run.process.kill()
+    begin = time.monotonic()
+    assert run.process.stdout.read() == ""
+    assert time.monotonic() - begin < 30

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,10 +129,19 @@ def test_the_run_says_what_it_did(finished):
     assert printed.count("rows read") == 1, "one rank speaks"
     assert "«" in printed
     assert "left" in printed
+    assert re.search(rf"^{finished}/checkpoint-6 saved: [\d.]+ MiB in [\d.]+ s$", printed, re.MULTILINE)
     assert json.loads((finished / "ledger.json").read_text())["rows_kept"] > 4000
     card = (finished / "README.md").read_text()
     assert f"{run_record['held_out_loss']['after']:.4f}" in card
     assert "rows read" in card
+
+
+def test_libraries_speak_only_of_what_matters(finished):
+    """What DeepSpeed's two launching processes say before a rank exists is theirs."""
+    printed = (finished / "stdout.txt").read_text()
+    assert printed.count("Setting accelerator to CPU") <= 2
+    for chatter in ("gcc", "built successfully", "-laio"):
+        assert chatter not in printed
 
 
 def test_tensorboard_holds_losses_and_rate(finished):
@@ -195,6 +206,17 @@ def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
     assert f"{file}, line 2: broken JSON" in result.stdout
     assert "Traceback (most recent call last)" not in result.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_what_is_wrong_on_a_node_without_rank_0_is_told_there(tmp_path):
+    """Rank 0, on another node, finds no fault and says nothing."""
+    result = subprocess.run(
+        [sys.executable, "-m", "training.trainer", *DEMO, "--bf16", "--fp16", "--local-output-dir", str(tmp_path / "out")],
+        cwd=ROOT, env=os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert "--bf16 and --fp16 exclude each other" in result.stderr
 
 
 def test_a_taken_port_is_told_with_what_to_type(tmp_path):
@@ -270,6 +292,20 @@ def test_a_run_that_does_not_fit_is_refused_before_a_weight_is_loaded_unless_for
         record = train_demo(tmp_path / "out", max_steps=1, force=True)
     assert record["status"] == "finished"
     assert "trained by --force, though the plan says host memory" in caplog.text
+
+
+def test_ranks_that_share_a_host_share_its_memory_also_where_each_has_a_launcher_of_its_own(
+    tmp_path, monkeypatch
+):
+    small_host(monkeypatch, 4)
+    options = TrainingOptions(
+        input_model="demo", training_dataset="demo", test_size=50, local_output_dir=str(tmp_path / "out")
+    )
+    args = SimpleNamespace(world_size=8, output_dir=str(tmp_path / "out"))
+    prepared = replace(training.trainer.prepare(options), args=args)
+    assert training.trainer.check_plan(options, prepared, ranks_here=2)
+    with pytest.raises(OptionsError, match=r"host memory: .* more than the 4\.0 of this machine"):
+        training.trainer.check_plan(options, prepared, ranks_here=8)
 
 
 def test_auto_checkpoints_only_where_memory_is_short_and_a_run_keeps_what_was_decided(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import sys
@@ -13,10 +14,50 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from training import metrics
 from training.consts import IGNORE_INDEX
 from training.supervisor import SUPERVISED
+
+logger = logging.getLogger(__name__)
+
+
+class Curves(TensorBoardCallback):
+    """TensorBoard's figures and texts. A disk that does not take them ends the curves, and not the training."""
+
+    def __init__(self, folder: Path) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.given_up = folder, False
+        try:
+            super().__init__(SummaryWriter(log_dir=str(folder)))
+        except OSError as error:
+            self._give_up(error)
+
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_train_begin, *args, **kwargs)
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_log, *args, **kwargs)
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self._try(super().on_train_end, *args, **kwargs)
+
+    def add_text(self, tag: str, text: str, step: int) -> None:
+        self._try(lambda: self.tb_writer.add_text(tag, text, step))
+
+    def _try(self, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
+        if self.given_up:
+            return
+        try:
+            write(*args, **kwargs)
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self.given_up = True
+        logger.warning("%s: no more curves for TensorBoard (%s); training goes on", self.folder, error)
 
 
 class StepCounter:

@@ -10,6 +10,7 @@ import os
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from training.exits import exit_meaning, oom_kills
 from training.options import option_words
 
 LAST_LINES = 20
+LAST_WIDTH = 400  # characters of a line that are repeated: DeepSpeed's own has the whole command in it
 TRAINER = "training.trainer"
 
 # Becomes the command, which gets a SIGTERM, and saves, should the notebook's kernel or the flow's step be killed. Not
@@ -37,12 +39,16 @@ class TrainingFailedError(RuntimeError):
     """The command ended with an exit code other than 0. The message has its meaning and its last lines.
 
     Attributes:
-        code: of the launcher, as subprocess gives it; None where there was no process of ours (Spark).
+        code: of the launcher, as subprocess gives it; on Spark of the rank that failed first, None where none did.
     """
 
     def __init__(self, message: str, code: int | None = None):
         self.code = code
         super().__init__(message)
+
+    def _render_traceback_(self) -> list[str]:
+        """What a notebook shows, IPython asks for it by this name: the words alone, for the frames are all ours."""
+        return "\n".join([str(self), *getattr(self, "__notes__", [])]).splitlines()
 
 
 def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
@@ -55,12 +61,21 @@ def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
         raise FileNotFoundError(
             "the deepspeed command is not on PATH. Type python -m pip install -r requirements.txt"
         )
-    return [launcher, "--num_gpus", str(num_gpus), "--module", TRAINER, *option_words(options)]
+    with socket.socket() as probe:  # DeepSpeed's own is the same for every run, and two would not meet by it
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    # --quiet: of what the launcher itself says, errors alone.
+    words = ["--num_gpus", str(num_gpus), "--master_port", port, "--quiet", "--module", TRAINER]
+    return [launcher, *words, *option_words(options)]
 
 
 def typed(command: Sequence[str]) -> str:
-    """The command as a person would type it."""
-    return shlex.join([Path(command[0]).name, *command[1:]])
+    """The command as a person would type it, who needs neither a port of its own nor a quiet launcher."""
+    words = [Path(command[0]).name, *command[1:]]
+    if "--master_port" in words:
+        at = words.index("--master_port")
+        del words[at : at + 3]
+    return shlex.join(words)
 
 
 def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
@@ -90,7 +105,7 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
                 process.stdout or ()
             ):  # ends when the last rank has, also where the launcher went before
                 print(line, end="", flush=True)  # not an inherited stdout: a notebook shows it in the cell
-                last.append(line)
+                last.append(line if len(line) <= LAST_WIDTH else f"{line[:LAST_WIDTH]} ...\n")
             code = process.wait()
             break
         except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.constants import HF_HOME
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -50,14 +51,28 @@ def model_folder(name: str) -> str:
     key = hashlib.sha256(sources + transformers_version.encode()).hexdigest()[:16]
     target = Path(HF_HOME) / "dolly" / f"demo-{key}"
     if not target.is_dir():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
-        demo.save_demo_model(partial)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
+        except OSError as error:
+            raise _no_cache(error) from error
+        try:
+            demo.save_demo_model(partial)
+        except (OSError, SafetensorError) as error:  # the second is its own for a full disk
+            shutil.rmtree(partial, ignore_errors=True)
+            raise _no_cache(error) from error
         try:
             os.replace(partial, target)
         except OSError:  # another process was first
             shutil.rmtree(partial)
     return str(target)
+
+
+def _no_cache(error: Exception) -> ModelError:
+    return ModelError(
+        f"the embedded model cannot be written into {HF_HOME} ({_first_line(error)}). Make room there, or type "
+        "export HF_HOME=/a/folder/of/yours"
+    )
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -171,6 +186,7 @@ def load_model(
                 ignore_mismatched_sizes=True,  # told below, by name; from_pretrained only points to its log
             )
             _check_shapes(name, loaded["mismatched_keys"])
+            _check_vocabulary(name, tokenizer, model.config.get_text_config().vocab_size)
             grow_embedding(model, max(tokenizer.get_vocab().values()) + 1, seed)  # the ids may have gaps
     except ModelError:
         raise
@@ -193,6 +209,20 @@ def _check_shapes(name: str, mismatched: set[tuple[str, tuple[int, ...], tuple[i
         raise ModelError(
             f"{name}: {len(mismatched)} tensors of the weight files have other shapes than config.json asks for, "
             f"the first: {key} {list(found)}, expected {list(expected)}. Download the model again, or mend config.json"
+        )
+
+
+def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
+    """A tokenizer of which more than a hundredth of the words have no embedding is another model's; added tokens may lack
+    theirs, and a few words where ids have gaps."""
+    added = tokenizer.get_added_vocab()
+    beyond = {
+        word: place for word, place in tokenizer.get_vocab().items() if place >= rows and word not in added
+    }
+    if 100 * len(beyond) > len(tokenizer):
+        raise ModelError(
+            f"{name}: {len(beyond):,} words of its tokenizer, as {min(beyond, key=beyond.__getitem__)!r}, lie beyond the "
+            f"{rows:,} rows of its embedding, and would begin as noise. Use the tokenizer that the model was trained with"
         )
 
 

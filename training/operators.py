@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from torch.utils import cpp_extension
 
 from training.checks import cuda_toolkit_faults, tool_faults
 from training.options import OptionsError, offloads_optimizer
 
 
-def compile_operators(config: dict[str, Any]) -> None:
+def compile_operators(config: dict[str, Any], patience: float = -1) -> None:
     """Compiles, or loads, what DeepSpeed would compile later, when the model is loaded already.
 
     torch marks a compilation by a file, and waits for it to go without an end: a rank that is killed while it
@@ -24,10 +24,23 @@ def compile_operators(config: dict[str, Any]) -> None:
 
     Args:
         config: the DeepSpeed configuration.
+        patience: seconds to wait for another process that compiles; -1: for ever.
+
+    Raises OptionsError where the compilation fails, or another process holds it up.
     """
     for builder in _builders(config):
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
-        with FileLock(folder / "one-rank-at-a-time.lock"):
+        lock = FileLock(folder / "one-rank-at-a-time.lock")
+        try:
+            held = lock.acquire(timeout=patience)
+        except Timeout as error:
+            raise OptionsError(
+                [
+                    f"another process has been compiling DeepSpeed's operator {builder.name} for {patience:.0f} s "
+                    f"(--rank-timeout), and hangs. Find it (fuser {lock.lock_file}), stop it, and start again"
+                ]
+            ) from error
+        with held:
             (folder / "lock").unlink(missing_ok=True)
             try:
                 builder.load()

@@ -10,8 +10,11 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import MISSING, dataclass, field, fields
 from fractions import Fraction
+from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import click
 
@@ -277,10 +280,24 @@ class TrainingOptions:
         "5GB", "Output", "Largest weight file of the finished model, as in 5GB or 500MB.", metavar="SIZE"
     )
 
+    mlflow: bool = _option(
+        False, "MLflow", "Log parameters, figures and the finished model to the active tracking URI."
+    )
+    mlflow_model_name: str | None = _option(
+        None,
+        "MLflow",
+        "Register the finished model under this name, catalog.schema.model for Unity Catalog. Implies --mlflow.",
+        metavar="NAME",
+    )
+
     @property
     def deepspeed_json(self) -> str | None:
         """The DeepSpeed file, by whichever of the two options it came."""
         return self.deepspeed or self.deepspeed_config or None
+
+    @property
+    def logs_to_mlflow(self) -> bool:
+        return self.mlflow or self.mlflow_model_name is not None
 
 
 # --- the command line --------------------------------------------------------------------------------
@@ -468,6 +485,9 @@ def find_faults(options: TrainingOptions) -> list[str]:
     faults += _precision_faults(options, config)
     faults += _device_faults()
     faults += sampling_faults(options)
+    if options.logs_to_mlflow:
+        faults += tracking_faults("--mlflow-model-name", options.mlflow_model_name or None)
+        faults += _large_file_faults(options)
     if is_main_process():  # the other ranks may see what rank 0 has already begun to write
         for flag, folder, check in (
             ("--local-output-dir", options.local_output_dir, _output_faults),
@@ -708,6 +728,64 @@ def _publishing_faults(options: TrainingOptions) -> list[str]:
     with suppress(OSError, RuntimeError, ValueError):  # told of the local output
         output = local_path(options.local_output_dir or "").resolve()
     return [f"--dbfs-output-dir {fault}" for fault in target_faults(target, output)]
+
+
+def tracking_uri() -> str | None:
+    """Where MLflow logs to: MLFLOW_TRACKING_URI, or Databricks' own; None where neither is there."""
+    on_databricks = "databricks" if os.environ.get("DATABRICKS_RUNTIME_VERSION") else None
+    return os.environ.get("MLFLOW_TRACKING_URI") or on_databricks
+
+
+def tracking_faults(flag: str, name: str | None) -> list[str]:
+    """Why nothing could be logged to MLflow, or registered under `name`, which was given by `flag`. Asks no server."""
+    if find_spec("mlflow") is None:
+        return ["MLflow is not installed. Type pip install '.[mlflow]', or leave --mlflow out"]
+    faults = []
+    uri = tracking_uri()
+    part = r"[^\s/:.]{1,255}"
+    if name is not None and not re.fullmatch(rf"{part}(\.{part}\.{part})?", name):
+        faults.append(f"{flag} {name!r}: expected one word, or catalog.schema.model for Unity Catalog")
+    elif name and uri and uri.startswith("databricks") and name.count(".") != 2:
+        faults.append(f"{flag} {name!r}: Databricks expects catalog.schema.model")
+    expected = "expected http(s)://HOST:PORT, databricks, file:///FOLDER or sqlite:////FILE"
+    if uri is None:
+        return [
+            *faults,
+            "MLFLOW_TRACKING_URI is not set, so there is nowhere to log to. Type export MLFLOW_TRACKING_URI=http://HOST:PORT",
+        ]
+    hidden = re.sub(r"//.*@", "//***@", uri)  # it may be a password
+    try:
+        parts = urlsplit(uri)
+        parts.port  # noqa: B018  (raises for a port that is none)
+    except ValueError as error:
+        return [*faults, f"MLFLOW_TRACKING_URI {hidden}: {error}; {expected}"]
+    if parts.scheme in ("http", "https"):
+        if not parts.hostname:
+            faults.append(f"MLFLOW_TRACKING_URI {hidden}: names no host; {expected}")
+        if parts.password is not None:
+            faults.append(
+                f"MLFLOW_TRACKING_URI {hidden}: holds a password. "
+                "Leave it out, and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+    elif not _is_store(uri, parts.scheme):
+        faults.append(f"MLFLOW_TRACKING_URI {hidden}: MLflow has no store of that kind; {expected}")
+    return faults
+
+
+def _is_store(uri: str, scheme: str) -> bool:
+    known = ("", "file", "databricks", "sqlite", "postgresql", "mysql", "mssql")
+    plugins = {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}
+    return uri == "databricks" or scheme.split("+")[0] in known or scheme in plugins
+
+
+def _large_file_faults(options: TrainingOptions) -> list[str]:
+    """S3 takes 5 GiB at most in one request, and not every way from MLflow to a store splits a file."""
+    size = re.fullmatch(r"([1-9][0-9]{0,8})(KB|MB|GB)", options.max_shard_size)
+    if size and int(size[1]) * {"KB": 10**3, "MB": 10**6, "GB": 10**9}[size[2]] > 5 * 2**30:
+        return [
+            f"--max-shard-size {options.max_shard_size}: MLflow's stores take no file above 5GB. Type 5GB"
+        ]
+    return []
 
 
 def _resume_faults(options: TrainingOptions) -> list[str]:

@@ -1,6 +1,9 @@
-"""Draws the memory of a device by part, as one stacked bar against the device's size."""
+"""Pictures: the memory of a device by part, as one stacked bar against its size; and the figures of a run, step by step."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import IO, Any
 
 # What stays is blue, what ZeRO moves green, what comes and goes with the rows orange, the rest grey.
 COLOURS = {
@@ -14,6 +17,7 @@ COLOURS = {
     "optimizer step": "#c6dbef",
     "context and fragmentation": "#b5b5b5",
 }
+MARKED = 30  # points of a run up to which each is marked: one alone makes no line
 
 
 def draw_memory(parts_gib: dict[str, float], room_gib: float, device: str, title: str, file: str) -> None:
@@ -42,3 +46,51 @@ def draw_memory(parts_gib: dict[str, float], room_gib: float, device: str, title
         axes.spines[side].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
     figure.savefig(file, dpi=150)
+
+
+def draw_run(entries: Sequence[dict[str, Any]], title: str, file: str | IO[bytes]) -> None:
+    """Writes a PNG of a run: loss on train and held-out rows, tokens a second, memory, over its steps.
+
+    `entries` are those of metrics.jsonl (training/metrics.py). Raises ValueError where none of them has a loss.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    def points(key: str) -> tuple[list[int], list[float]]:
+        found = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+        return [step for step, _ in found], [value for _, value in found]
+
+    curves = {"train rows": points("loss"), "held-out rows": points("eval_loss")}
+    if not any(steps for steps, _ in curves.values()):
+        raise ValueError("no step of this run has been logged yet: there is nothing to draw")
+    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    panels = figure.subplot_mosaic([["loss", "loss"], ["speed", "memory"]], height_ratios=[3, 2])
+    for (label, (steps, losses)), colour in zip(curves.items(), ("gradients", "activations"), strict=True):
+        if steps:
+            last = f"{label}, {losses[-1]:.3f} in the end"
+            panels["loss"].plot(steps, losses, label=last, color=COLOURS[colour], marker=_marker(steps))
+    panels["loss"].set_title("loss, nats a response token", fontsize=10, loc="left")
+    panels["loss"].legend(frameon=False)
+    for panel, key, words in (
+        ("speed", "tokens_per_second", "real tokens a second, all devices"),
+        ("memory", "peak_memory_gib", "peak memory of rank 0, GiB"),
+    ):
+        steps, values = points(key)
+        panels[panel].plot(steps, values, color=COLOURS["weights"], marker=_marker(steps))
+        panels[panel].set_ylim(0, 1.15 * max(values, default=1.0))
+        panels[panel].set_title(words, fontsize=10, loc="left")
+        panels[panel].yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+        panels[panel].yaxis.set_major_locator(MaxNLocator(4))
+    end = max(entry["step"] for entry in entries)
+    for axes in panels.values():
+        axes.set_xlim(0, max(end, 1))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_xlabel("step")
+        axes.grid(alpha=0.25)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.savefig(file, dpi=110, format="png")
+
+
+def _marker(steps: Sequence[int]) -> str:
+    return "." if len(steps) <= MARKED else ""

@@ -18,7 +18,7 @@ from typing import Any
 import click
 
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TEST_SIZE, DEFAULT_TRAINING_DATASET
-from training.machines import MACHINES, MachineError, find_machine, this_machine
+from training.machines import MACHINES, Machine, MachineError, find_machine, this_machine
 from training.options import MOST_EPOCHS, MOST_STEPS, OptionsError, TrainingOptions
 from training.picture import draw_memory
 from training.settings import PRESETS, preset_options, settings_of
@@ -269,15 +269,23 @@ def _plan_typed(name: str | None, num_gpus: int | None, typed: dict[str, Any]) -
     if num_gpus and num_gpus > machine.count:
         raise MachineError(f"--num-gpus {num_gpus}: {machine.name} has {machine.count}")
     ranks = num_gpus or machine.count
-    model = model_facts(typed["input_model"])
     chosen = preset_options(machine.family, ranks, typed["batching"]) | {"max_tokens_per_device": "auto"}
     chosen |= {key: value for key, value in typed.items() if value is not None}
     if chosen["batching"] == "padded" and isinstance(chosen["max_tokens_per_device"], int):
         raise OptionsError(["--max-tokens-per-device splits packed rows, and --batching padded has none"])
-    options = TrainingOptions(**chosen)
+    return plan_options(TrainingOptions(**chosen), ranks, machine)
+
+
+def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan:
+    """The plan of a run by the trainer's options, for whoever starts it: model and rows are looked up by their names.
+
+    Raises OptionsError for what can be said without the plan; ModelError or DataError (training.model, training.rows)
+    where model or dataset cannot be loaded.
+    """
+    model = model_facts(options.input_model)
     if machine.family == "v100" and settings_of(options, ranks, machine.family).precision == "bf16":
         raise OptionsError([f"a V100 cannot compute in bf16. Type --deepspeed {PRESETS['v100'].deepspeed}"])
-    lengths = dataset_lengths(typed["training_dataset"], model)
+    lengths = dataset_lengths(options.training_dataset, model)
     if len(lengths.tokens) < 2:
         from training.rows import too_few_rows  # not above: it imports what a built-in dataset does not need
 

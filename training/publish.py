@@ -55,6 +55,10 @@ class PublishError(RuntimeError):
     """The model could not be published; the message says why and what to type. The source is untouched."""
 
 
+class SourceError(PublishError):
+    """A file of the model itself cannot be read, or has changed while it was copied."""
+
+
 # --- the source --------------------------------------------------------------------------------------
 
 
@@ -104,7 +108,19 @@ def model_figures(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _open(source: Path | bytes) -> IO[bytes]:
-    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    with _reading(source):
+        return source.open("rb")
+
+
+@contextmanager
+def _reading(source: Path) -> Iterator[None]:
+    """Tells a source that cannot be read from a target that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise SourceError(f"{source}: cannot be read ({error.strerror})") from error
 
 
 def _blocks(file: IO[bytes], size: int, label: str) -> Iterator[bytes]:
@@ -128,9 +144,10 @@ def _figures(blocks: Iterable[bytes]) -> dict[str, Any]:
 
 
 def _source_figures(name: str, source: Path | bytes) -> dict[str, Any]:
-    size = len(source) if isinstance(source, bytes) else source.stat().st_size
-    with _open(source) as file:
-        return _figures(_blocks(file, size, f"{name}: checksum"))
+    if isinstance(source, bytes):
+        return _figures([source])
+    with _reading(source), _open(source) as file:
+        return _figures(_blocks(file, source.stat().st_size, f"{name}: checksum"))
 
 
 # --- the target --------------------------------------------------------------------------------------
@@ -336,9 +353,13 @@ def publish(folder: Path, target: str) -> list[str]:
         _write_missing(opened, there, contents, expected, missing, _marker(record))
     except PublishError as error:
         command = shlex.join(["python", "-m", "training.publish", "--model", str(folder), "--to", target])
+        ours = (
+            f"{folder} must stay as it is"
+            if isinstance(error, SourceError)
+            else f"The model in {folder} is whole"
+        )
         raise PublishError(
-            f"{error}. The model in {folder} is whole, and what was copied is kept. "
-            f"When the cause is mended, type {command}"
+            f"{error}. {ours}, and what was copied is kept. When the cause is mended, type {command}"
         ) from error
     logger.info("published to %s: %s, each file read back; %.0f s", target, total, time.monotonic() - begin)
     return missing
@@ -405,6 +426,8 @@ def _write(target: Target, name: str, source: Path | bytes, wanted: dict[str, An
                     speed = size / 2**20 / max(seconds, 1e-9)
                     logger.info("%s: %s at %.0f MiB/s, read back", name, _shown(size), speed)
                 return
+            if isinstance(source, Path) and _source_figures(name, source) != wanted:
+                raise SourceError(f"{source}: has changed while it was copied")
             logger.warning("%s/%s read back otherwise than it was written", target.shown, name)
         except PublishError:
             with suppress(PublishError):

@@ -7,6 +7,7 @@ import json
 import platform
 import subprocess
 import time
+import uuid
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,6 +41,7 @@ def start_record(options: TrainingOptions, world_size: int, rows: str | None = N
             continue
     return {
         "status": "running",
+        "id": uuid.uuid4().hex,  # of the run, by whatever commands it is continued
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "options": asdict(options),
         "world_size": world_size,

@@ -28,7 +28,7 @@ from transformers import (
 )
 
 from training import metrics
-from training.callbacks import place, write
+from training.callbacks import Curves, place, write
 from training.consts import SAMPLE_TOKENS
 from training.finished import GREEDY
 from training.generate import answer_batch, prompt_ids
@@ -47,7 +47,7 @@ class Samples(TrainerCallback):
         asked: (instruction, input) of each prompt, no two alike; the same on all ranks.
         every: steps between two stages; need not be whole.
         file: samples.jsonl. Rank 0 writes it.
-        board: TensorBoard's SummaryWriter; None on the other ranks.
+        curves: where TensorBoard finds the answers; None on the other ranks.
 
     Raises ValueError where the model's positions hold no prompt beside an answer.
     """
@@ -58,13 +58,13 @@ class Samples(TrainerCallback):
         asked: list[tuple[str, str]],
         every: Fraction,
         file: Path,
-        board: Any = None,
+        curves: Curves | None = None,
     ) -> None:
         self.trainer = trainer
         self.asked = asked
         self.every = every
         self.file = file
-        self.board = board
+        self.curves = curves
         self.tokenizer: PreTrainedTokenizerBase = trainer.processing_class
         positions = max_positions(trainer.model.config)
         self.new_tokens = min(SAMPLE_TOKENS, positions // 2)
@@ -120,12 +120,12 @@ class Samples(TrainerCallback):
             if (instruction, context) not in there
         ]
         metrics.append(self.file, *entries)
-        if self.board is not None:
+        if self.curves is not None:
             for number, ((instruction, context), answer) in enumerate(zip(self.asked, answers, strict=True)):
                 question = f"{instruction}\n\n{context}".strip()
                 # As code, which Markdown leaves as it is.
                 blocks = [textwrap.indent(text or "(nothing)", "    ") for text in (question, answer)]
-                self.board.add_text(
+                self.curves.add_text(
                     f"answers/{number:03}", "\n\nis answered by\n\n".join(blocks), state.global_step
                 )
 

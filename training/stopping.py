@@ -39,9 +39,34 @@ def lost_peer(error: Exception) -> bool:
     """Whether gloo or NCCL says that another rank went away, or did not come within its time."""
     if isinstance(error, torch.distributed.DistError):
         return True
-    signs = ("gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting")
+    # gloo's last sign is of a wait that is begun, or only looked at, once another one has timed out.
+    signs = (
+        "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "caused pair closure",
+    )  # fmt: skip
     told = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     return told and torch.distributed.is_initialized()
+
+
+def timed_out(error: Exception) -> bool:
+    """Whether a lost peer is one that was waited for in vain, as far as the error tells."""
+    return any(sign in str(error) for sign in ("imed out", "timeout", "Timeout"))
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """What a rank that got no more memory says, of its GPU or of the host; None for any other error."""
+    words = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in words:
+        return (
+            f"ran out of GPU memory ({words.splitlines()[0].split('. GPU')[0]}). Type --gradient-checkpointing on; if it is, "
+            "--max-tokens-per-device 2048, or half the --per-device-train-batch-size with twice the "
+            "--gradient-accumulation-steps; and --resume auto goes on from the last checkpoint"
+        )
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in words:
+        return (
+            "ran out of host memory. Start fewer ranks, use a machine with more, or a config without an offloaded "
+            "optimizer; --resume auto goes on from the last checkpoint"
+        )
+    return None
 
 
 class StopRequest:

@@ -11,6 +11,7 @@ import collections
 import contextlib
 import ctypes
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,8 @@ SUPERVISED = (
 )
 LAST_LINES = 15
 ECHO = 1.0  # seconds in which a Ctrl-C may come twice: from the terminal, and once more from torchrun
-PATIENCE = 25  # seconds after SIGTERM; the launchers kill what still lives after 30
+KILLED_AFTER = 30  # seconds that the launchers wait after SIGTERM
+PATIENCE = 25  # seconds after SIGTERM until a rank that hangs is told, before it is killed
 
 EXPECTED_EXITS = (0, REFUSED, ENDED, INTERRUPTED, LOST_PEER)  # the rank has said itself what there is to say
 
@@ -41,6 +43,8 @@ def supervise() -> None:
     command = [sys.executable, "-u", "-m", "training.trainer", *sys.argv[1:]]
     if "RANK" in os.environ:  # a launcher that is killed leaves nobody to end its ranks
         at_death_of_parent(signal.SIGTERM)
+        if _orphaned(Path("/proc/self")):  # it was killed before that
+            sys.exit(INTERRUPTED)
     last: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
 
     def tell_of_hanging() -> None:
@@ -64,7 +68,7 @@ def supervise() -> None:
         threading.Thread(target=_hand_on, args=(pipe, target, last), daemon=True)
         for pipe, target in ((child.stdout, sys.stdout.buffer), (child.stderr, sys.stderr.buffer))
     ]
-    for thread in (*readers, threading.Thread(target=_end_with_deepspeed, daemon=True)):
+    for thread in (*readers, threading.Thread(target=_end_with_starter, args=(child,), daemon=True)):
         thread.start()
     code = child.wait()
     for reader in readers:
@@ -81,16 +85,36 @@ def supervise() -> None:
     os._exit(128 - code if code < 0 else code)
 
 
-def _end_with_deepspeed() -> None:
-    """Takes the end of the `deepspeed` command for a SIGTERM: it hands none on, and leaves launch.py and the ranks."""
+def _end_with_starter(rank: subprocess.Popen[bytes]) -> None:
+    """Takes the end of the process that started the launcher for a SIGTERM, where nobody hands one on.
+
+    The `deepspeed` command leaves launch.py and the ranks. Spark kills the worker of a task that is cancelled, or of
+    which another rank has failed, and leaves its torchrun; nor is there anybody who would kill what still lives then.
+    """
     launcher = Path(f"/proc/{os.getppid()}")
     with contextlib.suppress(OSError):
-        if b"deepspeed.launcher.launch" not in (launcher / "cmdline").read_bytes():
+        starter = _parent_of(launcher)
+        of_spark = re.search(rb"pyspark\.(daemon|worker)", Path(f"/proc/{starter}/cmdline").read_bytes())
+        if not of_spark and b"deepspeed.launcher.launch" not in (launcher / "cmdline").read_bytes():
             return
-        command = _parent_of(launcher)
-        while _parent_of(launcher) == command:
+        while _parent_of(launcher) == starter and not _orphaned(launcher):
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
+        if of_spark:
+            time.sleep(KILLED_AFTER)
+            rank.kill()
+
+
+def _orphaned(process: Path) -> bool:
+    """Whether who started a process has gone: it was left to the system's first one, and is of another's group.
+
+    What that one starts itself, as systemd or a container does, leads a group of its own or is in that one's.
+    """
+    try:
+        _, parent, group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
+        return parent == "1" and group not in ("0", "1", process.resolve().name)
+    except OSError:  # no Linux
+        return False
 
 
 def _parent_of(process: Path) -> int:

@@ -17,12 +17,14 @@ if __name__ == "__main__":
     # DeepSpeed's launcher says it once for all; each rank would say it again while it imports DeepSpeed.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
 
+import errno
 import io
 import json
 import math
 import os
 import shutil
 import signal
+import socket
 import sys
 import time
 import warnings
@@ -42,14 +44,13 @@ import transformers
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.constants import HF_HOME
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments, set_seed
-from transformers.integrations import TensorBoardCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from training import checkpoint
 from training.attention import packs_cleanly, use_packed_attention
 from training.batching import check_token_budget
-from training.callbacks import MetricsLog, ProgressLog, duration
+from training.callbacks import Curves, MetricsLog, ProgressLog, duration
 from training.checks import FolderBusyError, disk_faults, kernel_faults, version_faults, writing
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
@@ -80,12 +81,25 @@ from training.record import global_batch, rows_digest, start_record, write_run_r
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError, read_prompts
 from training.samples import Samples
-from training.stopping import AT_MINIMUM, Interrupted, StopRequest, TrainingError, lost_peer
+from training.stopping import (
+    AT_MINIMUM,
+    Interrupted,
+    StopRequest,
+    TrainingError,
+    lost_peer,
+    out_of_memory,
+    timed_out,
+)
+from training.tracking import log_or_tell, tracked
 from training.verdict import Plan, plan_run
 from training.workload import lengths_of, model_facts
 
 logger = logging.getLogger("training")
 
+# What a disk says that is no fault of ours.
+FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+# Seconds that launchers need to end the ranks of a run that another rank has refused; Spark about 6.
+REFUSAL_GRACE = 12
 PEER_GRACE = 3  # seconds that a launcher, which looks every second, has to see which rank ended first
 
 
@@ -192,18 +206,21 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
         logger.info("%s is finished already", output)
         if main and options.dbfs_output_dir:
             publish(output, options.dbfs_output_dir)
+        if main and options.logs_to_mlflow:
+            log_or_tell(output, options.mlflow_model_name)
         return start.former
     if start.former is not None:
-        record["started"] = start.former["started"]
+        record |= {name: start.former[name] for name in ("started", "id") if name in start.former}
     decided = start.former.get("decided") if start.former else None
-    record["decided"] = _on_rank_0(args, partial(check_plan, options, prepared, decided))
+    check = partial(check_plan, options, prepared, _ranks_of_this_host(args), decided)
+    record["decided"] = _on_rank_0(args, check)
     folder = start.folder
     if folder and start.step < steps and options.deepspeed_json and start.saved_ranks != args.world_size:
         folder = _on_rank_0(args, partial(reshard, folder, output))
     if main:
         prepared.ledger.save(output / LEDGER_FILE)
         write_run_record(output, record)
-    if start.step < steps and run_steps(options, prepared, record["decided"], start, folder, request):
+    if start.step < steps and run_steps(options, prepared, record, start, folder, request):
         record["status"] = "stopped"
         if main:
             write_run_record(output, record)
@@ -243,10 +260,23 @@ def _on_rank_0(args: TrainingArguments, function: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
+def _ranks_of_this_host(args: TrainingArguments) -> int:
+    """Ranks that share this host's memory. All ranks call it: Spark starts a launcher for each, and none of them knows."""
+    hosts = [socket.gethostname()] * args.world_size
+    if args.world_size > 1:
+        torch.distributed.all_gather_object(hosts, socket.gethostname())
+    return hosts.count(socket.gethostname())
+
+
 def check_plan(
-    options: TrainingOptions, prepared: Prepared, decided: dict[str, Any] | None = None
+    options: TrainingOptions,
+    prepared: Prepared,
+    ranks_here: int,
+    decided: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """What "auto" comes to on this machine, by the plan. Raises OptionsError where the run does not fit.
+
+    `ranks_here` is how many of the run's ranks share this machine, also where each of them sees its own GPU alone.
 
     A run that goes on keeps what was `decided` for it, or its numbers would change in their last digits.
     """
@@ -257,10 +287,8 @@ def check_plan(
             max_tokens_per_device=decided["max_tokens_per_device"],
         )
     world = prepared.args.world_size
-    # As torchrun and DeepSpeed's launcher call it; on one node it is all ranks.
-    local = os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or world
     # Each disk is asked for itself below.
-    machine = replace(this_machine(prepared.args.output_dir, int(local)), disk_gib=math.inf)
+    machine = replace(this_machine(prepared.args.output_dir), count=ranks_here, disk_gib=math.inf)
     lengths = lengths_of(
         options.training_dataset,
         *(prepared.train_rows[c][:] + prepared.held_out_rows[c][:] for c in ("length", "response_start")),
@@ -310,7 +338,7 @@ def _disk_faults(options: TrainingOptions, plan: Plan) -> list[str]:
 def run_steps(
     options: TrainingOptions,
     prepared: Prepared,
-    decided: dict[str, Any],
+    record: dict[str, Any],
     start: Start,
     folder: Path | None,
     request: StopRequest,
@@ -325,7 +353,7 @@ def run_steps(
         logger.info("the run goes on from %s", start.folder)
     if folder != start.folder:
         args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
-    trainer = build_trainer(options, prepared, decided, request)
+    trainer = build_trainer(options, prepared, record["decided"], request)
     if args.process_index == 0:
         remove_newer(output, start.step)
         for name in (METRICS_FILE, SAMPLES_FILE):
@@ -338,7 +366,10 @@ def run_steps(
     if start.folder is not None:
         trainer.add_callback(Continued(trainer, start.folder))
     try:
-        trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
+        with tracked(options.logs_to_mlflow and args.process_index == 0, record, output) as callbacks:
+            for callback in callbacks:
+                trainer.add_callback(callback)
+            trainer.train(resume_from_checkpoint=None if folder is None else str(folder))
     except Exception as error:
         if AT_MINIMUM not in str(error):
             raise
@@ -366,9 +397,13 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
             f"its last step: the model in {chosen} cannot be used, because {faults[0]}. Remove that folder, and type the "
             "same command with --resume auto"
         )
+    record |= _outcome(chosen, last)
     try:
         place_model(chosen, output)
         verify_model(output, options.trust_remote_code)
+        shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
+        write_model_card(output, record, ledger)
+        write_run_record(output, record)
     except OSError as error:
         raise TrainingError(
             f"its last step: the model of {chosen} could not be placed in {output} ({error}). Make room, and type the "
@@ -376,14 +411,29 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
         ) from error
     except ModelError as error:
         raise TrainingError(f"its last step, {checkpoint.step_of(last)}: {error}") from error
-    shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
+    logger.info(
+        "held-out loss %.4f before, %.4f after; %s of training; the model is in %s",
+        record["held_out_loss"]["before"],
+        record["held_out_loss"]["after"],
+        duration(record["seconds"]["training"]),
+        output,
+    )
+    if options.dbfs_output_dir:
+        publish(output, options.dbfs_output_dir)
+    if options.logs_to_mlflow:
+        log_or_tell(output, options.mlflow_model_name)
+    return record
+
+
+def _outcome(chosen: Path, last: Path) -> dict[str, Any]:
+    """What run.json says of a finished run, from its last checkpoint and from that whose model it takes."""
     manifest = checkpoint.read_manifest(chosen)
     assert manifest is not None
-    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
     held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
     progress = json.loads((last / checkpoint.PROGRESS_FILE).read_text())
     loss_sum = progress["loss_total"] + fmean(progress["loss_sums"])
-    record |= {
+    return {
         "status": "finished",
         "steps": checkpoint.step_of(last),
         "model_of_step": checkpoint.step_of(chosen),
@@ -397,24 +447,12 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
             if name in manifest["model"] and name.endswith(".safetensors")
         },
     }
-    write_model_card(output, record, ledger)
-    write_run_record(output, record)
-    logger.info(
-        "held-out loss %.4f before, %.4f after; %s of training; the model is in %s",
-        record["held_out_loss"]["before"],
-        record["held_out_loss"]["after"],
-        duration(progress["seconds"]),
-        output,
-    )
-    if options.dbfs_output_dir:
-        publish(output, options.dbfs_output_dir)
-    return record
 
 
 def prepare(options: TrainingOptions) -> Prepared:
     """Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
     if options.deepspeed_json:
-        compile_operators(read_deepspeed_json(options.deepspeed_json))
+        compile_operators(read_deepspeed_json(options.deepspeed_json), options.rank_timeout)
     if options.deepspeed_json and not torch.cuda.is_available():
         import deepspeed
 
@@ -484,19 +522,23 @@ def build_trainer(
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     trainer.add_callback(ProgressLog())
-    output, board = Path(args.output_dir), None
-    if args.process_index == 0:
-        from torch.utils.tensorboard import SummaryWriter
-
-        board = SummaryWriter(log_dir=str(output / "runs"))
-        trainer.add_callback(TensorBoardCallback(board))
+    output = Path(args.output_dir)
+    curves = Curves(output / "runs") if args.process_index == 0 else None
+    if curves:
+        trainer.add_callback(curves)
         trainer.add_callback(MetricsLog(output / METRICS_FILE, trainer.seconds))
     if options.sample_prompts:
         asked = _on_rank_0(args, partial(read_prompts, options.sample_prompts))
         every = steps_between_samples(
             options, steps_per_epoch(options, len(prepared.train_rows), args.world_size)
         )
-        trainer.add_callback(Samples(trainer, asked, every, output / SAMPLES_FILE, board))
+        try:
+            trainer.add_callback(Samples(trainer, asked, every, output / SAMPLES_FILE, curves))
+        except ValueError as error:  # not even an empty prompt fits beside an answer
+            few = (
+                f"the model's {max_positions(trainer.model.config)} positions hold no prompt beside an answer"
+            )
+            raise OptionsError([f"--sample-prompts {options.sample_prompts}: {few}. Leave it out"]) from error
     logger.info(
         "%s rows to train on, %s held out; %s rows a step, %s, on %s %s in %s%s; %s rate %g",
         f"{len(prepared.train_rows):,}",
@@ -543,7 +585,7 @@ def main(ctx: click.Context, **values: Any) -> None:
         request.listen()
         options = TrainingOptions(**values)
         if value_faults(ctx):
-            raise OptionsError(value_faults(ctx) + find_faults(options))
+            raise OptionsError(value_faults(ctx) + find_faults(options) + machine_faults(options))
         record = train(options, request)
         if record["status"] == "stopped":
             raise Interrupted
@@ -551,9 +593,12 @@ def main(ctx: click.Context, **values: Any) -> None:
         _say(f"Cannot publish:\n{error}")
         sys.exit(1)
     except (OptionsError, DataError, ModelError, FolderBusyError) as error:
-        # Every rank finds the same faults; one tells them.
-        if is_main_process():
-            _say(f"Cannot train:\n{error}")
+        # Most faults are found by every rank. One tells them, and the launcher ends the others while they wait; what is
+        # wrong on one node alone its own ranks must tell.
+        if not is_main_process():
+            signal.signal(signal.SIGTERM, lambda *_: os._exit(REFUSED))
+            time.sleep(REFUSAL_GRACE)
+        _say(f"Cannot train:\n{error}")
         sys.exit(REFUSED)
     except TrainingError as error:
         if error.alone or is_main_process():
@@ -564,7 +609,18 @@ def main(ctx: click.Context, **values: Any) -> None:
         if is_main_process():
             _say("Stopped. To go on, type the same command with --resume auto")
         sys.exit(INTERRUPTED)
-    except RuntimeError as error:
+    except OSError as error:
+        if error.errno not in FULL_OR_BROKEN:
+            raise
+        _say(
+            f"Training ended: {error.filename2 or error.filename or options.local_output_dir} could not be written ({error.strerror}). "
+            "Make room, or mend the disk, and type the same command with --resume auto"
+        )
+        sys.exit(ENDED)
+    except (RuntimeError, MemoryError) as error:
+        if lack := out_of_memory(error):
+            _say(f"Rank {os.environ.get('RANK', '0')} {lack}")
+            sys.exit(ENDED)
         if "EADDRINUSE" in str(error):
             port = os.environ.get("MASTER_PORT")
             _say(
@@ -574,9 +630,7 @@ def main(ctx: click.Context, **values: Any) -> None:
             sys.exit(REFUSED)
         if not lost_peer(error):
             raise
-        waited = (
-            f"waited {options.rank_timeout} s (--rank-timeout) for" if "imed out" in str(error) else "lost"
-        )
+        waited = f"waited {options.rank_timeout} s (--rank-timeout) for" if timed_out(error) else "lost"
         rank = os.environ.get("RANK", "0")
         _say(f"Rank {rank} {waited} another rank: one that ended says why, one that hangs says nothing")
         time.sleep(PEER_GRACE)

@@ -1,0 +1,597 @@
+"""The notebook runs anywhere, cell by cell, stops where a cell fails, and chooses nothing but options."""
+
+from __future__ import annotations
+
+import ast
+import base64
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from click.testing import CliRunner
+
+from tests.conftest import jsonl, rows_of
+from training import notebook, trainer
+from training.consts import DEMO, SAMPLE_INSTRUCTIONS
+from training.demo import RECIPE
+from training.generate import generate_response, load_model_tokenizer_for_generate
+from training.launch import TrainingFailedError, deepspeed_command, launch
+from training.machines import find_machine
+from training.metrics import METRICS_FILE, read
+from training.options import option_words
+from training.record import read_run_record
+from training.settings import PRESETS, preset_options
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOK = ROOT / "notebooks" / "train_dolly.py"
+HEAD = "# Databricks notebook source\n"
+NEXT = "\n# COMMAND ----------\n\n"
+PATIENCE = 900  # seconds for what takes a minute or two, on a busy machine
+
+
+def source(*cells: str) -> str:
+    return HEAD + NEXT.join(cells)
+
+
+def command(file: Path, out: Path, *options: str) -> list[str]:
+    return [sys.executable, "-m", "training.notebook", str(file), "--out", str(out), *options]
+
+
+def outputs(cell: nbformat.NotebookNode) -> str:
+    """What a code cell printed."""
+    return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def code_cells(out: Path) -> list[nbformat.NotebookNode]:
+    notebook = nbformat.read(out, as_version=4)
+    nbformat.validate(notebook)
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def cell_with(cells: list[nbformat.NotebookNode], text: str) -> int:
+    (number,) = [number for number, cell in enumerate(cells) if text in cell.source]
+    return number
+
+
+def widgets(**chosen: str) -> notebook.Widgets:
+    """The stand-in with all widgets of the notebook at their defaults, but for those chosen."""
+    filled = notebook.Widgets()
+    for name in notebook.widget_names(notebook.read_source(NOTEBOOK.read_text())):
+        filled.text(
+            name, {"gpu_family": "a100", "local_training_root": "/local", "num_nodes": "1"}.get(name, "")
+        )
+    for name, value in chosen.items():
+        filled.text(name, value)
+    return filled
+
+
+# --- Databricks source to Jupyter ---------------------------------------------------------------------
+
+
+def test_each_kind_of_cell_becomes_its_jupyter_cell() -> None:
+    read = notebook.read_source(
+        source(
+            "# MAGIC %md\n# MAGIC # Title\n# MAGIC\n# MAGIC words",
+            "# MAGIC %pip install -r ../requirements.txt",
+            "# DBTITLE 1,Named\nx = 1\n\nif x:\n    print(x)",
+            '# MAGIC %load_ext tensorboard\n# MAGIC %tensorboard --logdir "$runs"',
+            "",
+        )
+    )
+    assert [(cell.cell_type, cell.source) for cell in read.cells] == [
+        ("markdown", "# Title\n\nwords"),
+        ("code", "%pip install -r ../requirements.txt"),
+        ("code", "x = 1\n\nif x:\n    print(x)"),
+        ("code", '%load_ext tensorboard\n%tensorboard --logdir "$runs"'),
+    ]
+    nbformat.validate(read)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("x = 1\n", "whose first line is '# Databricks notebook source'"),
+        (source("x = 1", "# MAGIC %md\ny = 1"), "cell 2: '# MAGIC' stands beside plain lines"),
+        (source("# MAGIC %sh ls"), "cell 1: '%sh' cannot run outside Databricks"),
+        (source("# MAGIC !ls"), "cell 1: '!ls' cannot run outside Databricks"),
+    ],
+)
+def test_what_cannot_run_elsewhere_is_named_with_its_cell(text: str, told: str) -> None:
+    with pytest.raises(notebook.SourceError, match=re.escape(told)):
+        notebook.read_source(text)
+
+
+def test_the_notebook_is_valid_python_in_databricks_format_and_short_enough_to_read() -> None:
+    text = NOTEBOOK.read_text()
+    ast.parse(text)
+    cells = notebook.read_source(text).cells
+    assert text.count("\n") < 250
+    kinds = [cell.cell_type for cell in cells]
+    # Each step has words before its code.
+    assert kinds.count("markdown") >= 9
+    assert kinds[0] == "markdown"
+    assert kinds[-1] == "code"
+
+
+def test_the_notebook_holds_no_training_logic() -> None:
+    imported = {
+        name
+        for node in ast.walk(ast.parse(NOTEBOOK.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+        for name in [getattr(node, "module", None) or node.names[0].name]
+    }
+    assert not {name.split(".")[0] for name in imported} & {
+        "torch",
+        "transformers",
+        "deepspeed",
+        "accelerate",
+    }
+    assert "training.trainer" not in imported
+
+
+def test_its_widgets_are_those_that_the_readme_names() -> None:
+    section = (ROOT / "README.md").read_text().split("\n## Databricks and Jupyter\n")[1].split("\n## ")[0]
+    named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
+    assert named == notebook.widget_names(notebook.read_source(NOTEBOOK.read_text()))
+    assert set(named) == {*"num_gpus gpu_family input_model training_dataset epochs local_training_root".split(),
+                          *"dbfs_output_root num_nodes resume mlflow_model_name".split()}  # fmt: skip
+
+
+# --- what stands in for dbutils -----------------------------------------------------------------------
+
+
+def test_the_stand_in_gives_defaults_and_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(notebook.GIVEN, json.dumps({"family": "cpu", "count": "3"}))
+    dbutils = notebook.StandIn()
+    dbutils.widgets.text("count", "1", "How many")
+    dbutils.widgets.text("name", "x")
+    dbutils.widgets.combobox("size", "s", ["s", "m"])
+    dbutils.widgets.dropdown("family", "a100", ["a100", "cpu"], "Family")
+    dbutils.library.restartPython()
+    assert dbutils.widgets.getAll() == {"count": "3", "name": "x", "size": "s", "family": "cpu"}
+    assert dbutils.widgets.get("count") == "3"
+    dbutils.widgets.remove("count")
+    with pytest.raises(KeyError):
+        dbutils.widgets.get("count")
+    dbutils.widgets.removeAll()
+    assert dbutils.widgets.getAll() == {}
+    with pytest.raises(notebook.RunRefusedError, match="family cpu: expected one of a, b"):
+        dbutils.widgets.dropdown("family", "a", ["a", "b"])
+
+
+# --- what the cells ask -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", PRESETS)
+@pytest.mark.parametrize("devices", [2, 4, 8])
+def test_a_step_is_of_64_rows_for_every_family_and_number_of_devices(family: str, devices: int) -> None:
+    options = preset_options(family, devices)
+    assert options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] * devices == 64
+
+
+def test_untouched_widgets_are_dollys_run_and_cpu_alone_is_the_demo(tmp_path: Path) -> None:
+    dolly = notebook.read_widgets(widgets())
+    assert (dolly.input_model, dolly.training_dataset) == ("EleutherAI/gpt-j-6B", "tatsu-lab/alpaca")
+    assert (dolly.epochs, dolly.num_gpus, dolly.num_nodes, dolly.published) == (1.0, None, 1, None)
+    assert re.fullmatch(r"dolly__\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d", dolly.name)
+    assert dolly.output == Path("/local") / dolly.name
+    demo = notebook.read_widgets(widgets(gpu_family="cpu", dbfs_output_root="dbfs:/models/"))
+    assert (demo.input_model, demo.training_dataset, demo.epochs) == (DEMO, DEMO, RECIPE["epochs"])
+    assert demo.published == f"/dbfs/models/{demo.name}"
+    assert notebook.read_widgets(widgets(dbfs_output_root="s3://b/f")).published.startswith(
+        "s3://b/f/dolly__"
+    )
+
+
+def test_files_beside_the_notebook_are_found_by_the_command_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "rows.jsonl", rows_of(3))
+    assert notebook.read_widgets(widgets(training_dataset="rows.jsonl")).training_dataset == str(
+        tmp_path / "rows.jsonl"
+    )
+
+
+def test_all_that_is_wrong_with_the_widgets_is_told_at_once(tmp_path: Path) -> None:
+    (tmp_path / "dolly__a").mkdir()
+    (tmp_path / "dolly__a" / "run.json").write_text("{}")
+    with pytest.raises(notebook.RunRefusedError) as refused:
+        notebook.read_widgets(
+            widgets(
+                num_gpus="many", epochs="nan", num_nodes="0", resume="b", local_training_root=str(tmp_path)
+            )
+        )
+    assert str(refused.value).splitlines() == [
+        f"resume b: no such run in {tmp_path}. There are: dolly__a. Leave it empty for a new run",
+        "num_nodes 0: expected a whole number above 0",
+        "num_gpus many: expected a whole number above 0",
+        "epochs nan: expected a number above 0",
+    ]
+
+
+def test_several_nodes_need_a_folder_that_they_share() -> None:
+    with pytest.raises(notebook.RunRefusedError, match="/local_disk0/runs: is each node's own"):
+        notebook.read_widgets(widgets(num_nodes="2", local_training_root="/local_disk0/runs"))
+    assert notebook.read_widgets(widgets(num_nodes="2", local_training_root="/mnt/efs")).num_nodes == 2
+
+
+def test_a_stopped_run_is_named_to_go_on_with_it(tmp_path: Path) -> None:
+    (tmp_path / "dolly__a").mkdir()
+    (tmp_path / "dolly__a" / "run.json").write_text("{}")
+    chosen = notebook.read_widgets(widgets(resume="dolly__a", local_training_root=str(tmp_path)))
+    assert chosen.resume
+    assert chosen.output == tmp_path / "dolly__a"
+    with pytest.raises(notebook.RunRefusedError, match=r"has not finished training.* type dolly__a into"):
+        notebook.finished_record(chosen)
+
+
+def dolly(**other: Any) -> dict[str, Any]:
+    return {"input_model": "EleutherAI/gpt-j-6B", "training_dataset": "tatsu-lab/alpaca", "epochs": 1.0,
+            "local_output_dir": "OUT", "dbfs_output_dir": None, "resume": "never"} | other  # fmt: skip
+
+
+def test_the_plan_of_dollys_run_fits_on_its_machine() -> None:
+    table = notebook.check_plan(dolly(), preset_options("a100", 8), 8, find_machine("8xA100-40GB"), "a100")
+    assert "= 64 a step" in table
+    assert table.splitlines()[-1].startswith("FITS, with")
+
+
+def test_a_family_that_does_not_fit_is_refused_with_the_numbers_and_one_that_does() -> None:
+    with pytest.raises(notebook.RunRefusedError) as refused:
+        notebook.check_plan(dolly(), preset_options("a100", 4), 4, find_machine("4xA10"), "a100")
+    last = str(refused.value).splitlines()[-2:]
+    assert re.search(r"GPU memory: [\d.]+ GiB are needed on each A10G, [\d.]+ more than its 22\.0", last[0])
+    assert last[1] == "In this notebook: choose gpu_family a10, with which it fits"
+    with pytest.raises(notebook.RunRefusedError, match=r"cannot compute in bf16.*\n.*choose gpu_family v100"):
+        notebook.check_plan(dolly(), preset_options("a100", 8), 8, find_machine("p3dn.24xlarge"), "a100")
+
+
+def test_a_gpu_family_without_a_gpu_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(notebook.RunRefusedError, match="gpu_family h100: there is no GPU here"):
+        notebook.find_machine(notebook.read_widgets(widgets(gpu_family="h100")))
+    machine = notebook.find_machine(notebook.read_widgets(widgets(gpu_family="cpu")))
+    assert (machine.family, machine.count) == ("cpu", 2)
+
+
+def test_the_trainer_takes_what_the_notebook_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All options of the cell "Does it fit?", by the trainer's own command line."""
+    taken = []
+    monkeypatch.setattr(
+        trainer, "train", lambda options, request: taken.append(options) or {"status": "finished"}
+    )
+    cells = notebook.read_source(NOTEBOOK.read_text()).cells
+    (cell,) = [cell for cell in cells if "find_machine" in cell.source]
+    chosen = notebook.read_widgets(widgets(gpu_family="cpu", local_training_root=str(tmp_path), num_gpus="4"))
+    known = {"notebook": notebook, "chosen": chosen, "preset_options": preset_options}
+    exec(cell.source, known)
+    with pytest.raises(SystemExit) as ended:
+        trainer.main(option_words(known["options"] | known["recipe"]))
+    assert ended.value.code == 0
+    assert taken[0].per_device_train_batch_size * taken[0].gradient_accumulation_steps * 4 == 64
+    assert (taken[0].lr, taken[0].epochs, taken[0].resume) == (RECIPE["lr"], RECIPE["epochs"], "never")
+
+
+@pytest.mark.parametrize("named", ["", "main.models.dolly"])
+def test_a_name_for_mlflow_reaches_the_trainer(tmp_path: Path, named: str) -> None:
+    chosen = notebook.read_widgets(
+        widgets(gpu_family="cpu", local_training_root=str(tmp_path), mlflow_model_name=named)
+    )
+    cells = notebook.read_source(NOTEBOOK.read_text()).cells
+    (cell,) = [cell for cell in cells if "find_machine" in cell.source]
+    known = {"notebook": notebook, "chosen": chosen, "preset_options": preset_options}
+    exec(cell.source, known)
+    words = option_words(known["options"])
+    assert words.count("--mlflow-model-name") == bool(named)
+    assert not named or words[words.index("--mlflow-model-name") + 1] == named
+
+
+def test_several_nodes_go_through_spark_and_a_cluster_that_cannot_train_is_refused_shortly(
+    tmp_path: Path,
+) -> None:
+    cells = notebook.read_source(NOTEBOOK.read_text()).cells
+    (cell,) = [cell for cell in cells if "launch(command" in cell.source]
+    chosen = notebook.read_widgets(
+        widgets(gpu_family="cpu", num_nodes="2", local_training_root=str(tmp_path))
+    )
+    machine = notebook.find_machine(chosen)
+    known = {"notebook": notebook, "chosen": chosen, "machine": machine, "num_gpus": 2,
+             "options": {"local_output_dir": str(chosen.output)}, "recipe": preset_options("cpu", 4)}  # fmt: skip
+    with pytest.raises(notebook.RunRefusedError, match=r"Cannot train:\n  - .*[Ss]park"):
+        exec(cell.source, known)
+
+
+def test_two_runs_on_one_machine_meet_at_ports_of_their_own() -> None:
+    ports = {
+        words[words.index("--master_port") + 1] for words in (deepspeed_command({}, 2) for _ in range(2))
+    }
+    assert len(ports) == 2
+
+
+def test_a_table_shows_texts_as_they_are() -> None:
+    table = notebook.Table(["asked", "told"], [["a <b>?", "x\ny & z"]])
+    assert "a &lt;b&gt;?" in table._repr_html_()
+    assert "x\ny &amp; z" in table._repr_html_()
+    assert repr(table) == "a <b>?\n  told  x y & z"
+
+
+def test_answers_over_time_stand_side_by_side() -> None:
+    samples = [
+        {"step": step, "epoch": 0.0, "instruction": asked, "input": "", "response": f"{asked} {step}"}
+        for step in (0, 1000)
+        for asked in ("A?", "B?")
+    ]
+    table = notebook.answer_stages(samples)
+    assert table.headings == ["instruction", "step 0", "step 1,000"]
+    assert table.rows == [["A?", "A? 0", "A? 1000"], ["B?", "B? 0", "B? 1000"]]
+
+
+# --- running it ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            ["--set", "gpu=cpu"],
+            "--set gpu=cpu: expected WIDGET=VALUE. The widgets are: gpu_family, num_gpus,",
+        ),
+        (["--set", "gpu_family"], "--set gpu_family: expected WIDGET=VALUE"),
+        (["--out", "/proc/no/such.ipynb"], "--out /proc/no/such.ipynb: cannot be written"),
+    ],
+)
+def test_what_cannot_be_run_is_told_before_any_cell_runs(
+    tmp_path: Path, options: list[str], told: str
+) -> None:
+    out = tmp_path / "out.ipynb"
+    result = CliRunner().invoke(notebook.main, [str(NOTEBOOK), "--out", str(out), *options])
+    assert result.exit_code == 2
+    assert told in " ".join(result.output.split())
+    assert not out.exists()
+
+
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "nbclient", None)
+    result = CliRunner().invoke(notebook.main, [str(NOTEBOOK), "--out", str(tmp_path / "out.ipynb")])
+    assert result.exit_code == 1
+    assert "nbclient is not installed. Type pip install '.[notebook]'" in result.output
+
+
+def test_a_notebook_for_jupyter_says_itself_what_was_chosen(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out.ipynb"
+    result = CliRunner().invoke(
+        notebook.main, [str(NOTEBOOK), "--no-run", "--out", str(out), "--set", "gpu_family=cpu"]
+    )
+    assert result.exit_code == 0, result.output
+    cells = code_cells(out)
+    assert cells[0].source.endswith("""= '{"gpu_family": "cpu"}'  # chosen with --set""")
+    assert all(cell.execution_count is None and not cell.outputs for cell in cells)
+
+
+def test_a_failed_cell_stops_the_notebook_with_its_message_alone(tmp_path: Path) -> None:
+    file, out = tmp_path / "n.py", tmp_path / "out.ipynb"
+    file.write_text(
+        source(
+            f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nprint('begun')",
+            "from training.launch import launch\n\n"
+            "launch([sys.executable, '-c', 'print(\"a rank says why\"); raise SystemExit(70)'])",
+            "print('never')",
+        )
+    )
+    result = subprocess.run(command(file, out), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    assert result.returncode == 1, result.stderr
+    assert result.stdout.splitlines() == ["begun", "a rank says why"]
+    assert result.stderr.splitlines() == [
+        "Training ended with exit code 70: training could not go on: the reason, and what to do, stand above. "
+        "Continue with --resume auto",
+        "Its last lines:",
+        "a rank says why",
+        f"{file}: a cell failed, and those after it did not run. What they gave is in {out}",
+    ]
+    cells = code_cells(out)
+    assert [cell.execution_count for cell in cells] == [1, 2, None]
+    assert cells[1].outputs[-1].ename == "TrainingFailedError"
+
+
+@pytest.mark.parametrize("signal_sent", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_notebook_lets_training_save(tmp_path: Path, signal_sent: signal.Signals) -> None:
+    file, out = tmp_path / "n.py", tmp_path / "out.ipynb"
+    rank = (
+        "import signal, sys, time\n"
+        "def save(*_):\n    time.sleep(1); print('saved', flush=True); sys.exit(75)\n"
+        "signal.signal(signal.SIGINT, save)\n"
+        "print('training', flush=True)\n"
+        "time.sleep(600)\n"
+    )
+    file.write_text(
+        source(
+            f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})",
+            f"from training.launch import launch\n\nlaunch([sys.executable, '-c', {rank!r}])",
+            "print('never')",
+        )
+    )
+    process = subprocess.Popen(
+        command(file, out), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "training\n"
+    process.send_signal(signal_sent)
+    said, failed = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 1, failed
+    assert said == "saved\n"
+    assert "exit code 75: interrupted" in failed
+    assert [cell.execution_count for cell in code_cells(out)] == [1, 2, None]
+
+
+def test_a_line_without_end_does_not_drown_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+    wide = "import sys; print('x' * 5000); sys.exit('why')"
+    with pytest.raises(TrainingFailedError) as failed:
+        launch([sys.executable, "-c", wide])
+    assert "x" * 5000 in capsys.readouterr().out
+    assert "x" * 401 not in str(failed.value)
+    assert str(failed.value).endswith(" ...\nwhy")
+
+
+def test_failed_training_is_shown_by_its_message_and_its_notes() -> None:
+    error = TrainingFailedError("first\nsecond", 70)
+    error.add_note("third")
+    assert error._render_traceback_() == ["first", "second", "third"]
+
+
+# --- the whole notebook, really run -------------------------------------------------------------------
+
+
+class Run:
+    """`python -m training.notebook notebooks/train_dolly.py` on the demo, as a user starts it."""
+
+    def __init__(self, folder: Path, **chosen: str) -> None:
+        self.out, self.log = folder / "executed.ipynb", folder / f"{time.monotonic_ns()}.log"
+        self.root, self.models = folder / "runs", folder / "models"
+        chosen = {"gpu_family": "cpu", "local_training_root": str(self.root)} | chosen
+        given = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
+        given += ["--set", f"dbfs_output_root={self.models}"]
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                command(NOTEBOOK, self.out, *given), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+            )
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    @property
+    def name(self) -> str:
+        (folder,) = [each for each in self.root.iterdir() if each.is_dir()]
+        return folder.name
+
+    def wait_for(self, words: str) -> None:
+        end = time.monotonic() + PATIENCE
+        while words not in self.said:
+            assert self.process.poll() is None, self.said
+            assert time.monotonic() < end, self.said
+            time.sleep(0.05)
+
+    def end(self) -> int:
+        return self.process.wait(PATIENCE)
+
+    def processes(self) -> Iterator[tuple[int, dict[str, str]]]:
+        """(id, environment) of those that name the folder of this run, but for the notebook's own."""
+        for place in Path("/proc").glob("[0-9]*"):
+            try:
+                words = (place / "cmdline").read_bytes().decode(errors="replace")
+                variables = (place / "environ").read_bytes().decode(errors="replace").split("\0")
+            except OSError:  # it has just ended
+                continue
+            if str(self.root) in words and int(place.name) != self.process.pid:
+                yield int(place.name), dict(each.partition("=")[::2] for each in variables)
+
+
+def whole(run: Run) -> list[nbformat.NotebookNode]:
+    """The code cells of a run that went through, which are checked: nothing failed, and nothing is noise."""
+    assert run.end() == 0, run.said
+    cells = code_cells(run.out)
+    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
+    for cell in cells:
+        assert not [o for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"], cell
+    assert not list(run.processes()), "something is left of it"
+    return cells
+
+
+def real(test: Callable[[Path], None]) -> Callable[[Path], None]:
+    """Marks a test that trains."""
+    marks = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+    return pytest.mark.slow(pytest.mark.timeout(1800)(marks(test)))
+
+
+@real
+def test_every_cell_runs_on_the_demo_and_leaves_a_published_model_that_answers(tmp_path: Path) -> None:
+    run = Run(tmp_path, epochs="0.3")
+    cells = whole(run)
+    trained = outputs(cells[cell_with(cells, "launch(command")])
+    assert "on 2 CPUs in bf16, DeepSpeed ZeRO-3" in trained
+    assert trained in run.said  # shown as it came
+    assert len(trained.splitlines()) < 100, trained
+    (picture,) = [
+        output.data["image/png"]
+        for output in cells[cell_with(cells, "draw_run")].outputs
+        if "image/png" in output.get("data", {})
+    ]
+    assert base64.b64decode(picture).startswith(b"\x89PNG")
+    (table, *_) = [
+        output.data for output in cells[cell_with(cells, "notebook.answers")].outputs if "data" in output
+    ]
+    for instruction in SAMPLE_INSTRUCTIONS:
+        assert instruction in table["text/plain"]
+    rows = re.findall(r"<tr>(.*?)</tr>", table["text/html"], re.DOTALL)[1:]
+    answers = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)[1:3] for row in rows]
+    assert len(answers) == len(SAMPLE_INSTRUCTIONS) + 3
+    assert all(before != after for before, after in answers)
+    (stages,) = [output.data for output in cells[cell_with(cells, "answer_stages")].outputs]
+    assert re.findall(r"<th[^>]*>(.*?)</th>", stages["text/html"]) == ["instruction", "step 0", "step 27"]
+    published = run.models / run.name
+    assert read_run_record(published)["status"] == "finished"
+    assert (published / "manifest.json").is_file()
+    assert str(published) in outputs(cells[-1])
+    model, tokenizer = load_model_tokenizer_for_generate(str(published))
+    assert generate_response("Name three colours.", model=model, tokenizer=tokenizer, do_sample=False, top_p=None,
+                             top_k=None, max_new_tokens=8) is not None  # fmt: skip
+
+
+@real
+def test_a_rank_that_is_killed_stops_run_all_at_the_training_cell_with_the_reason(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.wait_for("step 20/")
+    (rank,) = [
+        number
+        for number, variables in run.processes()
+        if variables.get("RANK") == "1" and "DOLLY_SUPERVISED" in variables
+    ]
+    os.kill(rank, signal.SIGKILL)
+    assert run.end() == 1
+    cells = code_cells(run.out)
+    training = cell_with(cells, "launch(command")
+    error = cells[training].outputs[-1]
+    assert error.ename == "TrainingFailedError"
+    told = "\n".join(error.traceback)
+    assert re.match(r"Training ended with exit code \d+: \w", told)
+    assert "Rank 1 ended: killed" in told
+    assert told.endswith(
+        f"To go on with this run, type {run.name} into the widget resume, and run all cells again."
+    )
+    assert len(told.splitlines()) < 30
+    assert "Traceback" not in told
+    assert told in run.said
+    later = cells[training + 1 :]
+    assert later
+    assert all(cell.execution_count is None and not cell.outputs for cell in later)
+    assert not run.models.exists()
+    assert not list(run.processes()), "something is left of it"
+
+
+@real
+def test_a_stopped_run_goes_on_by_its_name(tmp_path: Path) -> None:
+    run = Run(tmp_path, epochs="0.4")
+    run.wait_for("step 20/36")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 1
+    assert "Stopped. To go on" in run.said
+    assert f"type {run.name} into the widget resume" in run.said
+    (stopped,) = (run.root / run.name).glob("checkpoint-*")
+    assert 20 <= int(stopped.name.split("-")[1]) < 36
+    name = run.name
+    again = Run(tmp_path, epochs="0.4", resume=name)
+    whole(again)
+    assert f"the run goes on from {stopped}" in again.said
+    assert again.name == name
+    assert read_run_record(again.models / name)["status"] == "finished"
+    steps = [entry["step"] for entry in read(again.root / name / METRICS_FILE) if "loss" in entry]
+    assert steps == sorted(set(steps))
+    assert steps[-1] <= 36

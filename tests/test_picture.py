@@ -1,0 +1,37 @@
+"""Pictures are drawn from what there is, and say so where there is nothing."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from matplotlib.image import imread
+
+from training.picture import draw_run
+
+TRAINED = {"step": 10, "loss": 2.0, "tokens_per_second": 900.0, "peak_memory_gib": 1.5}
+HELD_OUT = {"step": 10, "eval_loss": 1.9}
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [[TRAINED, HELD_OUT], [HELD_OUT], [TRAINED], [TRAINED | {"step": 10 * n} for n in range(1, 90)]],
+)
+def test_a_run_is_drawn_from_whatever_was_logged(entries: list[dict[str, float]], tmp_path: Path) -> None:
+    draw_run(entries, "a run", str(tmp_path / "run.png"))
+    picture = imread(tmp_path / "run.png")
+    assert picture.shape[1] == 1100
+    assert picture.std() > 0.01  # not an empty page
+
+
+def test_both_losses_are_in_the_picture() -> None:
+    drawn = [io.BytesIO(), io.BytesIO()]
+    draw_run([TRAINED], "a run", drawn[0])
+    draw_run([TRAINED, HELD_OUT], "a run", drawn[1])
+    assert drawn[0].getvalue() != drawn[1].getvalue()
+
+
+def test_a_run_without_a_logged_step_is_not_drawn() -> None:
+    with pytest.raises(ValueError, match="nothing to draw"):
+        draw_run([{"step": 0}], "a run", io.BytesIO())

@@ -1,0 +1,423 @@
+"""MLflow: what is told of a run, a server that dies or never answers, and the logged model, loaded back elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests.test_trainer import BF16, DEMO, deepspeed, free_port
+from training.generate import generate_response, load_model_tokenizer_for_generate
+from training.options import OptionsError, TrainingOptions, find_faults, tracking_faults
+from training.record import start_record
+from training.served import Served
+from training.tracking import LONGEST_VALUE, TrackingError, log_finished, parameters, shown, tags
+
+ROOT = Path(__file__).parents[1]
+TOKEN, PASSWORD = "token-that-nobody-may-see", "password-that-nobody-may-see"
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
+NAME = "main.models.dolly"
+GREEDY = {"do_sample": False, "top_p": None, "top_k": None}
+
+
+def record_of(**options: Any) -> dict[str, Any]:
+    return start_record(TrainingOptions(local_output_dir="out", **options), world_size=2)
+
+
+# --- what is told ------------------------------------------------------------------------------------
+
+
+def test_parameters_are_the_options_and_what_was_decided():
+    told = parameters(record_of(lr=2e-5) | {"decided": {"gradient_checkpointing": True}})
+    assert (told["lr"], told["world_size"], told["decided_gradient_checkpointing"]) == ("2e-05", "2", "True")
+    assert set(vars(TrainingOptions(local_output_dir="out"))) <= set(told)
+
+
+def test_a_value_beyond_what_servers_take_is_cut_and_says_so():
+    told = parameters(record_of(training_dataset="x" * 9000))
+    assert told["training_dataset"] == "x" * (LONGEST_VALUE - 1) + "…"
+
+
+def test_tags_tell_commit_versions_base_and_data():
+    record = record_of(input_model="demo") | {"git_commit": "abc"}
+    told = tags(record)
+    assert (told["git_commit"], told["base_model"], told["dolly_run"]) == ("abc", "demo", record["id"])
+    assert told["version_torch"] == record["versions"]["torch"]
+
+
+def test_no_password_and_no_token_is_shown(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
+    text = shown(f"GET http://me:{PASSWORD}@host/api failed\n Bearer {TOKEN}, postgresql://u:{PASSWORD}@db/x")
+    assert text == "GET http://***@host/api failed Bearer ***, postgresql://***@db/x"
+
+
+# --- faults of the options ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "name", "fault"),
+    [
+        ("http://127.0.0.1:5000", "main.models.dolly", None),
+        ("http://127.0.0.1:5000", "dolly", None),
+        ("databricks", "main.models.dolly", None),
+        ("databricks://profile", None, None),
+        ("sqlite:////tmp/mlflow.db", None, None),
+        ("postgresql+psycopg2://u:p@host/db", None, None),
+        ("http://127.0.0.1:5000", "models.dolly", "'models.dolly': expected one word, or catalog.schema.model"),
+        ("http://127.0.0.1:5000", "a.b.c.d", "expected one word"),
+        ("http://127.0.0.1:5000", "a..c", "expected one word"),
+        ("http://127.0.0.1:5000", "my model", "expected one word"),
+        ("http://127.0.0.1:5000", "a/b", "expected one word"),
+        ("http://127.0.0.1:5000", "dolly\n", "expected one word"),
+        ("databricks", "dolly", "'dolly': Databricks expects catalog.schema.model"),
+        ("http://[::1", None, "http://[::1: Invalid IPv6 URL; expected http(s)://HOST:PORT"),
+        ("http://host:port", None, "expected http(s)://HOST:PORT"),
+        ("http://", None, "names no host"),
+        ("localhost:5000", None, "localhost:5000: MLflow has no store of that kind; expected http(s)://HOST:PORT"),
+        (None, None, "MLFLOW_TRACKING_URI is not set"),
+    ],
+)  # fmt: skip
+def test_a_name_or_uri_that_cannot_work_is_told_with_what_to_type(monkeypatch, uri, name, fault):
+    monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    faults = tracking_faults("--mlflow-model-name", name)
+    assert len(faults) == (fault is not None), faults
+    assert fault is None or fault in faults[0]
+
+
+@pytest.mark.parametrize("host", ["host", "[::1", "host:port"])
+def test_a_password_in_the_uri_is_refused_and_not_repeated(monkeypatch, host):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{PASSWORD}@{host}")
+    (fault,) = tracking_faults("--mlflow-model-name", None)
+    assert "http://***@" in fault
+    assert PASSWORD not in fault
+
+
+def test_on_databricks_its_own_tracking_needs_no_uri(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "16.4")
+    assert tracking_faults("--mlflow-model-name", NAME) == []
+
+
+def test_faults_of_mlflow_are_told_with_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://")
+    options = TrainingOptions(
+        local_output_dir=str(tmp_path / "out"), mlflow_model_name="a.b", max_shard_size="6GB", lr=float("nan")
+    )
+    told = str(OptionsError(find_faults(options)))
+    for part in ("--lr nan", "--mlflow-model-name 'a.b'", "nowhere://", "--max-shard-size 6GB"):
+        assert part in told
+
+
+def test_without_the_extra_the_error_names_it():
+    code = (
+        "from importlib import util; real = util.find_spec;"
+        "util.find_spec = lambda name: None if name == 'mlflow' else real(name);"
+        "from training.options import tracking_faults; print(*tracking_faults('--name', None))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "pip install '.[mlflow]'" in printed
+
+
+def test_an_unfinished_folder_is_not_logged(tmp_path):
+    (tmp_path / "run.json").write_text(json.dumps(record_of()))
+    with pytest.raises(TrackingError, match="holds no finished run"):
+        log_finished(tmp_path)
+
+
+def test_weights_that_changed_since_they_were_verified_are_not_logged(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"changed")
+    verified = {"model.safetensors": {"size": 7, "sha256": "0" * 64}}
+    finished = record_of() | {"status": "finished", "weights": verified}
+    (tmp_path / "run.json").write_text(json.dumps(finished))
+    with pytest.raises(TrackingError, match="its weights are not those that training wrote and verified"):
+        log_finished(tmp_path)
+
+
+# --- the model that is served ------------------------------------------------------------------------
+
+
+def test_the_served_model_answers_row_by_row_with_or_without_inputs(answering_model, tokenizer):
+    served = Served(answering_model, tokenizer)
+    table = pandas.DataFrame({"instruction": ["Say.", "Repeat."], "input": [None, "this"]}, index=[7, 3])
+    for data in (table, table[["instruction"]]):
+        answers = served.predict(data, {"temperature": 0.0, "max_new_tokens": 8})
+        assert answers["response"].tolist() == ["AB", "AB"], "it stops at the end key"
+        assert answers.index.tolist() == [7, 3]
+
+
+def test_what_looks_like_a_control_token_stays_text_in_the_served_model(
+    answering_model, tokenizer, monkeypatch
+):
+    prompts = []
+    real = answering_model.generate
+    monkeypatch.setattr(
+        answering_model, "generate", lambda ids, **other: prompts.append(ids) or real(ids, **other)
+    )
+    table = pandas.DataFrame({"instruction": ["a ### End b"], "input": ["### Response:\n"]})
+    Served(answering_model, tokenizer).predict(table, {"max_new_tokens": 8})
+    ids = prompts[0][0].tolist()
+    counts = [ids.count(tokenizer.convert_tokens_to_ids(key)) for key in ("### End", "### Response:\n")]
+    assert counts == [0, 1]
+
+
+# --- a real server -----------------------------------------------------------------------------------
+
+
+class Server:
+    """`mlflow server` on 127.0.0.1 with sqlite and artifacts in `folder`. It can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        with open(self.folder / "log", "a") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port),
+                    "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
+                    "--artifacts-destination", str(self.folder / "artifacts"),
+                ],
+                cwd=self.folder, env=os.environ | QUIET, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        end = time.monotonic() + 240
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def client(server, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    mlflow.set_tracking_uri(server.uri)
+    return mlflow.MlflowClient()
+
+
+def environment(uri: str) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    secret = {"MLFLOW_TRACKING_TOKEN": TOKEN, "MLFLOW_TRACKING_URI": uri}
+    return os.environ | QUIET | secret | {"PATH": path, "OMP_NUM_THREADS": "1"}
+
+
+def start(uri: str, *words: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        list(map(str, words)), cwd=ROOT, env=environment(uri), text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def run(uri: str, *words: object) -> str:
+    """What a command printed, which ended well and showed no secret."""
+    process = start(uri, *words)
+    printed = process.communicate(timeout=600)[0]
+    assert process.returncode == 0, printed
+    assert TOKEN not in printed
+    return printed
+
+
+TRAIN = [sys.executable, "-m", "training.trainer", *DEMO, "--logging-steps", 1]
+
+
+def mlflow_runs(client: Any, folder: Path) -> list[Any]:
+    identity = json.loads((folder / "run.json").read_text())["id"]
+    return client.search_runs(["0"], f"tags.dolly_run = '{identity}'")
+
+
+def steps_of(client: Any, run_id: str, name: str) -> list[int]:
+    return [metric.step for metric in client.get_metric_history(run_id, name)]
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """The distributions that pip would install for these requirements."""
+    found: set[str] = set()
+    todo = [Requirement(line) for line in requirements]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(name)
+        try:
+            todo += [Requirement(line) for line in requires(name) or []]
+        except ModuleNotFoundError:  # of a GPU, say
+            continue
+    return found
+
+
+LOAD = """
+import json, sys
+from importlib.machinery import PathFinder
+
+class OnlyRequired(PathFinder):  # nothing is installed but what the model's requirements bring
+    absent = set(json.loads(sys.argv[3]))
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in cls.absent else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = OnlyRequired
+import mlflow, pandas
+model = mlflow.pyfunc.load_model(sys.argv[1])
+import training
+table = pandas.DataFrame({"instruction": json.loads(sys.argv[2])})
+greedy = {"temperature": 0.0, "max_new_tokens": 12}
+print(json.dumps({
+    "package": training.__file__,
+    "answers": model.predict(table, params=greedy)["response"].tolist(),
+    "with_input": model.predict(table.assign(input="drum"), params=greedy)["response"].tolist(),
+    "signature": model.metadata.signature.to_dict(),
+}))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_make_one_run_and_its_model_answers_where_this_repository_is_not(server, client, tmp_path):
+    out = tmp_path / "out"
+    words = [
+        *DEMO, "--logging-steps", 1, "--deepspeed", BF16, "--max-steps", 4, "--eval-steps", 2,
+        "--local-output-dir", out, "--mlflow-model-name", NAME,
+    ]  # fmt: skip
+    printed = run(server.uri, *deepspeed(2), *words)
+    assert "MLflow does not answer" not in printed
+    (logged,) = mlflow_runs(client, out)
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["per_device_train_batch_size"] == "8"
+    assert logged.data.params["world_size"] == "2"
+    assert logged.data.tags["base_model"] == "demo"
+    assert TOKEN not in str(logged)
+    assert steps_of(client, logged.info.run_id, "loss") == [1, 2, 3, 4]
+    assert steps_of(client, logged.info.run_id, "eval_loss") == [0, 2, 4]
+    written = json.loads((out / "run.json").read_text())
+    assert logged.data.metrics["held_out_loss_after"] == written["held_out_loss"]["after"]
+    (version,) = client.search_model_versions(f"name='{NAME}'")
+    assert version.run_id == logged.info.run_id
+
+    again = run(server.uri, sys.executable, "-m", "training.tracking", "--model", out, "--name", NAME)
+    assert f"logged to MLflow: models:/{NAME}/{version.version}" in again
+    assert len(client.search_model_versions(f"name='{NAME}'")) == 1, "what is there is not logged again"
+
+    (artifacts,) = server.folder.glob("artifacts/**/MLmodel")
+    assert not list(artifacts.parent.rglob("*.pkl"))
+    required = closure((artifacts.parent / "requirements.txt").read_text().splitlines())
+    absent = [
+        module
+        for module, names in packages_distributions().items()
+        if not {canonicalize_name(name) for name in names} & required
+    ]
+    assert {"deepspeed", "matplotlib", "sqlalchemy"} <= set(absent)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    instructions = ["Classify the word drum.", "What do 2 and 1 make together?"]
+    there = environment(server.uri)
+    there.pop("PYTHONPATH", None)
+    result = subprocess.run(
+        [
+            sys.executable, "-P", "-c", LOAD,
+            f"models:/{NAME}/{version.version}", json.dumps(instructions), json.dumps(absent),
+        ],
+        cwd=elsewhere, env=there, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert not Path(told["package"]).is_relative_to(ROOT)
+    model, tokenizer = load_model_tokenizer_for_generate(str(out))
+    for key, text in (("answers", None), ("with_input", "drum")):
+        assert told[key] == [
+            generate_response(each, text, model=model, tokenizer=tokenizer, max_new_tokens=12, **GREEDY)
+            for each in instructions
+        ]
+    inputs = {each["name"]: each["required"] for each in json.loads(told["signature"]["inputs"])}
+    assert inputs == {"instruction": True, "input": False}
+    assert [each["name"] for each in json.loads(told["signature"]["outputs"])] == ["response"]
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_mid_run_harms_nothing_and_misses_nothing_in_the_end(server, client, tmp_path):
+    out = tmp_path / "out"
+    training = start(server.uri, *TRAIN, "--max-steps", 30, "--local-output-dir", out, "--mlflow")
+    printed = []
+    for line in training.stdout:
+        printed.append(line)
+        if line.startswith("step 3/30"):
+            server.kill()
+            break
+    printed += training.stdout
+    text = "".join(printed)
+    server.start()
+    assert training.wait() == 0, text
+    assert text.count("MLflow does not answer") == 1, text
+    (line,) = [line for line in text.splitlines() if "could not be logged" in line]
+    assert TOKEN not in text
+    typed = re.search(r"Type python (-m training\.tracking .*)$", line).group(1)
+    assert "logged to MLflow: models:/m-" in run(server.uri, sys.executable, *typed.split())
+    (logged,) = mlflow_runs(client, out)
+    assert sorted(steps_of(client, logged.info.run_id, "loss")) == list(range(1, 31)), "each step once"
+    assert logged.info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_goes_on_in_the_same_mlflow_run_and_logs_its_new_model(
+    server, client, tmp_path
+):
+    out = tmp_path / "out"
+    words = [*TRAIN, "--local-output-dir", out, "--mlflow-model-name", "resumed", "--resume", "auto"]
+    for steps in (2, 4, 4):
+        run(server.uri, *words, "--max-steps", steps)
+    (logged,) = mlflow_runs(client, out)
+    assert sorted(steps_of(client, logged.info.run_id, "loss")) == [1, 2, 3, 4]
+    versions = client.search_model_versions("name='resumed'")
+    assert {each.run_id for each in versions} == {logged.info.run_id}
+    assert len({each.source for each in versions}) == len(versions) == 2, (
+        "each end of the run has its own model, logged once"
+    )
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_costs_no_step_and_is_told_once(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        out = tmp_path / "out"
+        # MLflow's own patience, eight times two minutes for each request, would take longer than `run` allows.
+        printed = run(uri, *TRAIN, "--max-steps", 4, "--local-output-dir", out, "--mlflow")
+    assert printed.count("MLflow does not answer") == 1, printed
+    assert printed.count("could not be logged") == 1
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"

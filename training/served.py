@@ -1,0 +1,67 @@
+"""The model as MLflow serves it: a table of instructions and inputs to a table of responses.
+
+MLflow imports this module from the copy of the package that lies beside the logged model, and calls `_load_pyfunc`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from training.finished import MAX_NEW_TOKENS, SAMPLING
+from training.generate import generate_responses, load_model_tokenizer_for_generate
+
+if TYPE_CHECKING:
+    from mlflow.models import ModelSignature
+    from pandas import DataFrame
+
+# What a caller may set, with MLflow's names of the types. A temperature of 0: the likeliest answer, always the same.
+PARAMETERS: tuple[tuple[str, str, Any], ...] = (
+    ("max_new_tokens", "long", MAX_NEW_TOKENS),
+    ("temperature", "double", 1.0),
+    ("top_p", "double", SAMPLING["top_p"]),
+    ("top_k", "long", SAMPLING["top_k"]),
+)
+
+
+@dataclass
+class Served:
+    """A trained model behind MLflow's `predict`."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+
+    def predict(self, data: DataFrame, params: dict[str, Any] | None = None) -> DataFrame:
+        """Column `response` for the columns `instruction` and, where there is one, `input`; row by row."""
+        import pandas
+
+        inputs = data["input"] if "input" in data else [None] * len(data)
+        generation = {name: default for name, _, default in PARAMETERS} | (params or {})
+        if generation["temperature"] <= 0:
+            generation |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+        responses = generate_responses(
+            list(data["instruction"]),
+            [text if isinstance(text, str) else None for text in inputs],  # pandas has NaN for a missing text
+            model=self.model,
+            tokenizer=self.tokenizer,
+            **generation,
+        )
+        return pandas.DataFrame({"response": responses}, index=data.index)
+
+
+def signature() -> ModelSignature:
+    """What goes in and comes out, for registries (Unity Catalog takes no model without) and endpoints."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+
+    return ModelSignature(
+        inputs=Schema([ColSpec("string", "instruction"), ColSpec("string", "input", required=False)]),
+        outputs=Schema([ColSpec("string", "response")]),
+        params=ParamSchema([ParamSpec(*parameter) for parameter in PARAMETERS]),
+    )
+
+
+def _load_pyfunc(path: str) -> Served:
+    return Served(*load_model_tokenizer_for_generate(path))
