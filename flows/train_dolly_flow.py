@@ -17,8 +17,9 @@ import shlex
 import signal
 import socket
 import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE if (HERE / "training").is_dir() else HERE.parent  # in Metaflow's package all lies side by side
@@ -62,7 +63,7 @@ from training.options import (
     sampling_faults,
     value_faults,
 )
-from training.publish import model_figures
+from training.publish import local_path, model_figures
 from training.settings import PRESETS, preset_options
 from training.verdict import Plan, plan_run
 
@@ -349,13 +350,14 @@ class TrainDollyFlow(FlowSpec):
         """The user's rows and prompts, where the command finds them: a pod has a disk of its own."""
         for option, content in (("sample_prompts", self.prompts), ("training_dataset", self.training_file)):
             file = Path(self.options[option])
-            if content is not None and file.parent == Path(
+            if content is None or file.parent != Path(
                 self.folder
-            ):  # or it is named by --trainer-options
-                file.parent.mkdir(parents=True, exist_ok=True)
-                partial = file.with_name(f"{file.name}.partial")
-                partial.write_bytes(content)
-                os.replace(partial, file)
+            ):  # one that --trainer-options name is there
+                continue
+            file.parent.mkdir(parents=True, exist_ok=True)
+            partial = file.with_name(f"{file.name}.partial")
+            partial.write_bytes(content)
+            os.replace(partial, file)
 
     def _keep_model(self) -> None:
         """The model on S3, where a root is configured, and then the artifacts `model`, `record` and `versions`."""
@@ -364,9 +366,10 @@ class TrainDollyFlow(FlowSpec):
         try:
             self.model["s3"] = push(folder, self.model["files"], self)
         except StoreError as error:
-            raise StepFailedError(
-                StoreError(f"{error}. The model in {self.output} on {self.host} is whole")
-            ) from error
+            where = f"The model in {self.output} on {self.host} is whole"
+            if _is_remote():
+                where += ", for as long as that folder is: a pod's own disk goes with the pod"
+            raise StepFailedError(StoreError(f"{error}. {where}")) from error
         self.record = json.loads((folder / RUN_FILE).read_text())
         # Metaflow comes with the package of the flow, and has no metadata there.
         mine = {"metaflow": metaflow.__version__, "python": platform.python_version()}
@@ -410,7 +413,20 @@ def _parsed(words: list[str], more: str) -> TrainingOptions:
         raise OptionsError([f"--trainer-options {more!r}: {reason}"]) from error
     if value_faults(context):
         raise OptionsError(value_faults(context))
-    return TrainingOptions(**context.params)
+    return _absolute(TrainingOptions(**context.params))
+
+
+def _absolute(options: TrainingOptions) -> TrainingOptions:
+    """With the paths that are there made absolute: the command does not run in the caller's folder."""
+    found: dict[str, Any] = {}
+    for name in ("input_model", "training_dataset", "sample_prompts", "deepspeed"):
+        value = getattr(options, name)
+        if value and value != DEMO and Path(value).expanduser().exists():
+            found[name] = str(Path(value).expanduser().absolute())
+    target = options.dbfs_output_dir
+    if target and "://" not in target:
+        found["dbfs_output_dir"] = str(local_path(target).absolute())
+    return replace(options, **found)
 
 
 if __name__ == "__main__":

@@ -101,14 +101,18 @@ class Metaflow:
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
-    def bucket(self, name: str) -> Any:
-        client = boto3.client(
-            "s3",
+    def client(self, service: str) -> Any:
+        return boto3.client(
+            service,
             endpoint_url=self.endpoint,
             aws_access_key_id="nobody",
             aws_secret_access_key="nothing",
             region_name="us-east-1",
         )
+
+    def bucket(self, name: str) -> Any:
+        """A client of S3, in which there is this bucket."""
+        client = self.client("s3")
         client.create_bucket(Bucket=name)
         return client
 
@@ -218,6 +222,33 @@ def test_the_flow_imports_no_torch(metaflow: Metaflow) -> None:
     assert result.stdout.strip() == "False", result.stderr
 
 
+def test_paths_are_those_of_the_caller_though_the_command_runs_elsewhere(
+    metaflow: Metaflow, tmp_path: Path
+) -> None:
+    for name in ("own.csv", "asked.txt"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "demo").mkdir()
+    words = "--training-dataset own.csv --sample-prompts asked.txt --input-model demo --dbfs-output-dir kept"
+    code = (
+        f"import sys; sys.path.insert(0, {str(FLOW.parent)!r}); import train_dolly_flow as flow\n"
+        f"o = flow._parsed(['--local-output-dir', '/out'], {words!r})\n"
+        "print(o.training_dataset, o.sample_prompts, o.input_model, o.dbfs_output_dir)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=metaflow.environment(),
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.split() == [
+        f"{tmp_path}/own.csv",
+        f"{tmp_path}/asked.txt",
+        "demo",
+        f"{tmp_path}/kept",
+    ], result.stderr
+
+
 @pytest.mark.slow
 def test_all_faults_are_told_at_once_before_anything_is_trained(metaflow: Metaflow, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
@@ -264,6 +295,59 @@ def test_the_pod_of_the_train_step_alone_has_the_gpus(metaflow: Metaflow) -> Non
     assert {"/dev/shm"} <= {each["mountPath"] for each in container["volumeMounts"]}
     for name in ("start", "end"):
         assert not pods[name]["container"]["resources"]["limits"], f"{name} has GPUs"
+
+
+@pytest.mark.slow
+def test_a_batch_job_asks_for_the_same(metaflow: Metaflow) -> None:
+    metaflow.bucket("jobs")
+    client = metaflow.client
+    role = client("iam").create_role(RoleName="batch", AssumeRolePolicyDocument="{}")["Role"]["Arn"]
+    profile = client("iam").create_instance_profile(InstanceProfileName="batch")["InstanceProfile"]["Arn"]
+    environment = client("batch").create_compute_environment(
+        computeEnvironmentName="machines",
+        type="MANAGED",
+        serviceRole=role,
+        computeResources={
+            "type": "EC2",
+            "minvCpus": 0,
+            "maxvCpus": 256,
+            "instanceTypes": ["p3dn.24xlarge"],
+            "instanceRole": profile,
+            "subnets": [client("ec2").describe_subnets()["Subnets"][0]["SubnetId"]],
+            "securityGroupIds": [client("ec2").describe_security_groups()["SecurityGroups"][0]["GroupId"]],
+        },
+    )["computeEnvironmentArn"]
+    client("batch").create_job_queue(
+        jobQueueName="queue",
+        state="ENABLED",
+        priority=1,
+        computeEnvironmentOrder=[{"order": 1, "computeEnvironment": environment}],
+    )
+    code, told = metaflow.run(
+        *"--quiet --datastore s3 --config-value machine p3dn.24xlarge".split(),
+        *"--with batch:image=registry.example/dolly:1 step-functions create --only-json".split(),
+        METAFLOW_DATASTORE_SYSROOT_S3="s3://jobs/metaflow",
+        METAFLOW_BATCH_JOB_QUEUE="queue",
+        METAFLOW_ECS_S3_ACCESS_IAM_ROLE=role,
+        METAFLOW_SFN_IAM_ROLE=role,
+    )
+    assert code == 0, told
+    states = json.JSONDecoder().raw_decode(told[told.index("{") :])[0]["States"]
+    expected = pod.resources("p3dn.24xlarge", {})
+    job = states["train"]["Parameters"]
+    asked = {each["Type"]: float(each["Value"]) for each in job["ContainerOverrides"]["ResourceRequirements"]}
+    assert asked == {"GPU": 8, "VCPU": expected["cpu"], "MEMORY": expected["memory"]}
+    definitions = client("batch").describe_job_definitions()["jobDefinitions"]
+    container = next(
+        each["containerProperties"]
+        for each in definitions
+        if each["jobDefinitionArn"] == job["JobDefinition"]
+    )
+    assert container["image"] == "registry.example/dolly:1"
+    assert container["linuxParameters"]["sharedMemorySize"] == expected["shared_memory"]
+    for name in ("start", "end"):
+        others = states[name]["Parameters"]["ContainerOverrides"]["ResourceRequirements"]
+        assert "GPU" not in {each["Type"] for each in others}, f"{name} has GPUs"
 
 
 def test_the_package_holds_every_file_that_training_needs(metaflow: Metaflow, tmp_path: Path) -> None:
@@ -315,6 +399,22 @@ def in_a_pod(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[M
     )
     assert code == 0, told
     return metaflow, told
+
+
+@pytest.mark.slow
+def test_rows_of_ones_own_are_refused_or_taken_by_name_and_by_content(
+    metaflow: Metaflow, tmp_path: Path
+) -> None:
+    """Told by the plan of `start`, which a test size that leaves nothing to train on ends."""
+    (tmp_path / "own.csv").write_text("instruction,output\n" + "Say a.,a\n" * 30)
+    words = ["run", "--gpu-family", "cpu", "--input-model", "demo", "--trainer-options", "--test-size 40"]
+    for given in (["--training-dataset", "own.csv"], ["--training-file", "own.csv"]):
+        code, told = metaflow.run(*words, *given)
+        assert code == 1
+        assert "--test-size 40 of 30 rows leaves" in told, told
+    kept = next((tmp_path / "dolly_training").glob("*/rows.csv"))
+    assert kept.read_bytes() == (tmp_path / "own.csv").read_bytes()
+    assert json.loads(next((tmp_path / "dolly_training").glob("*/prompts.json")).read_text())
 
 
 @pytest.mark.slow
