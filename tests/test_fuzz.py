@@ -780,8 +780,8 @@ VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "--max-dropped-fraction": (("0", "1", "0.5", "1e-300"), (*RATES_BAD, "1.0001")),
     "--test-size": (("1", "٣", " 4 ", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
     "--seed": (("0", "4294967295"), (*WHOLE_NUMBERS_BAD, "4294967296", HUGE)),
-    "--epochs": (("3", "0.001", "1e300"), (*RATES_BAD, "0", "1e-400")),
-    "--max-steps": (("1", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
+    "--epochs": (("3", "0.001", "10000"), (*RATES_BAD, "0", "1e-400", "1e300")),
+    "--max-steps": (("1", "1000000000"), (*WHOLE_NUMBERS_BAD, "0", HUGE)),
     "--lr": (("1e-5", "5e-324", "1"), (*RATES_BAD, "0", "-0")),
     "--lr-scheduler-type": (
         ("constant", "constant_with_warmup", "linear", "cosine"),
