@@ -266,3 +266,7 @@ def test_the_module_runs_from_the_shell(answering_folder: Path) -> None:
         text=True,
     )
     assert (result.returncode, result.stdout) == (0, "AB\n"), result.stderr
+
+
+def test_what_a_terminal_would_obey_is_not_shown() -> None:
+    assert generate.printable("Bel\x1b[2J\x07l\nÄé") == "Bel\ufffd[2J\ufffdl\nÄé"

@@ -256,6 +256,23 @@ def test_a_family_that_does_not_fit_is_refused_with_the_numbers_and_one_that_doe
         notebook.check_plan(dolly(), preset_options("a100", 8), 8, find_machine("p3dn.24xlarge"), "a100")
 
 
+def test_what_could_not_be_written_is_told_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    wrong = dolly(local_output_dir="/dbfs/x/dolly__a", mlflow_model_name="a/b")
+    with pytest.raises(notebook.RunRefusedError) as refused:
+        notebook.check_plan(wrong, preset_options("a100", 8), 8, find_machine("8xA100-40GB"), "a100")
+    assert "--local-output-dir /dbfs/x/dolly__a: training writes at random places" in str(refused.value)
+    assert "--mlflow-model-name 'a/b': expected one word" in str(refused.value)
+
+
+def test_a_cell_that_is_no_python_is_told_with_its_line(tmp_path: Path) -> None:
+    source = tmp_path / "broken.py"
+    source.write_text("# Databricks notebook source\nprint(1)\nfor in\n")
+    result = CliRunner().invoke(notebook.main, [str(source), "--no-run", "--out", str(tmp_path / "o.ipynb")])
+    assert result.exit_code == 2
+    assert "line 2 of a cell is no Python" in " ".join(result.output.split())
+
+
 def test_a_gpu_family_without_a_gpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(notebook.RunRefusedError, match="gpu_family h100: there is no GPU here"):
         notebook.find_machine(notebook.read_widgets(widgets(gpu_family="h100")))
@@ -282,7 +299,10 @@ def test_the_trainer_takes_what_the_notebook_chooses(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize("named", ["", "main.models.dolly"])
-def test_a_name_for_mlflow_reaches_the_trainer(tmp_path: Path, named: str) -> None:
+def test_a_name_for_mlflow_reaches_the_trainer(
+    tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     chosen = notebook.read_widgets(
         widgets(gpu_family="cpu", local_training_root=str(tmp_path), mlflow_model_name=named)
     )
@@ -347,14 +367,16 @@ def test_answers_over_time_stand_side_by_side() -> None:
         ),
         (["--set", "gpu_family"], "--set gpu_family: expected WIDGET=VALUE"),
         (["--out", "/proc/no/such.ipynb"], "--out /proc/no/such.ipynb: cannot be written"),
+        (["--out", str(NOTEBOOK)], "expected a name that ends with .ipynb"),
     ],
 )
 def test_what_cannot_be_run_is_told_before_any_cell_runs(
     tmp_path: Path, options: list[str], told: str
 ) -> None:
-    out = tmp_path / "out.ipynb"
+    out, source = tmp_path / "out.ipynb", NOTEBOOK.read_bytes()
     result = CliRunner().invoke(notebook.main, [str(NOTEBOOK), "--out", str(out), *options])
     assert result.exit_code == 2
+    assert NOTEBOOK.read_bytes() == source
     assert told in " ".join(result.output.split())
     assert not out.exists()
 

@@ -31,6 +31,7 @@ from training.stopping import (
     StopRequest,
     TrainingError,
     lost_peer,
+    mortal,
     timed_out,
 )
 from training.trainer import train
@@ -50,6 +51,25 @@ def request_(monkeypatch: pytest.MonkeyPatch) -> StopRequest:
     yield request
     for number, handler in before.items():
         signal.signal(number, handler)
+
+
+def test_a_rank_that_waits_for_others_dies_of_sigterm_at_once(request_: StopRequest) -> None:
+    """Where it waits in C++, Python's handler would be called when the wait is over: never."""
+    with mortal():
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None)
+
+
+@pytest.mark.slow
+def test_a_refusal_by_rank_0_alone_is_the_last_word(tmp_path: Path) -> None:
+    """Only rank 0 looks at the output folder; the other one waits for it then, and must go when it has gone."""
+    (tmp_path / "out").write_text("a file")
+    options = ["--input-model", "demo", "--training-dataset", "demo", "--deepspeed", BF16]
+    ended = run(deepspeed(2), *options, "--local-output-dir", tmp_path / "out", timeout=300)
+    assert ended.returncode != 0
+    assert "is a file. Name a new folder" in ended.stdout
+    assert "still busy" not in ended.stdout
+    assert "TCPStore" not in ended.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

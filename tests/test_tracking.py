@@ -88,7 +88,7 @@ def test_no_password_and_no_token_is_shown(monkeypatch):
         ("http://127.0.0.1:5000", "a/b", "expected one word"),
         ("http://127.0.0.1:5000", "dolly\n", "expected one word"),
         ("databricks", "dolly", "'dolly': Databricks expects catalog.schema.model"),
-        ("http://[::1", None, "http://[::1: Invalid IPv6 URL; expected http(s)://HOST:PORT"),
+        ("http://[::1", None, "http://[::1: is no address; expected http(s)://HOST:PORT"),
         ("http://host:port", None, "expected http(s)://HOST:PORT"),
         ("http://", None, "names no host"),
         ("localhost:5000", None, "localhost:5000: MLflow has no store of that kind; expected http(s)://HOST:PORT"),
@@ -105,12 +105,33 @@ def test_a_name_or_uri_that_cannot_work_is_told_with_what_to_type(monkeypatch, u
     assert fault is None or fault in faults[0]
 
 
-@pytest.mark.parametrize("host", ["host", "[::1", "host:port"])
-def test_a_password_in_the_uri_is_refused_and_not_repeated(monkeypatch, host):
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{PASSWORD}@{host}")
-    (fault,) = tracking_faults("--mlflow-model-name", None)
-    assert "http://***@" in fault
-    assert PASSWORD not in fault
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:{}@host",
+        "http://me:{}@[::1",
+        "http://me:{}@host:port",
+        "http://me:{}/more@host:1",
+        "http://me:{}?more@host:1",
+        "http://me:{}\nmore@host",
+        "http:/me:{}@host",
+        "http:me:{}@host",
+        "me:{}@host",
+        "http://host:1/?token={}",
+        "http://host:1/#{}",
+    ],
+)
+def test_a_password_in_the_uri_is_refused_and_not_repeated(monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(PASSWORD))
+    faults = tracking_faults("--mlflow-model-name", None)
+    assert faults
+    assert PASSWORD not in "".join(faults)
+
+
+def test_a_token_in_an_address_that_a_library_repeats_is_not_shown():
+    told = shown(f"HTTPConnectionPool: Max retries exceeded with url: /api/2.0/x?token={PASSWORD} (refused)")
+    assert PASSWORD not in told
+    assert told.endswith("?*** (refused)")
 
 
 def test_on_databricks_its_own_tracking_needs_no_uri(monkeypatch):

@@ -132,6 +132,11 @@ def answer_batch(
     return [text.strip() for text in texts]
 
 
+def printable(text: str) -> str:
+    """Without what a terminal would obey: a model that has not learned much says anything."""
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     instructions: Sequence[str],

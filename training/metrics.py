@@ -62,7 +62,7 @@ def read(file: Path) -> list[dict[str, Any]]:
     for line in text.split("\n"):  # not splitlines: U+2028 may stand inside a string
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict) and isinstance(entry.get("step"), int):
             entries.append(entry)

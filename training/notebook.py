@@ -37,7 +37,7 @@ from training.consts import (
 from training.demo import RECIPE
 from training.launch import TrainingFailedError
 from training.machines import Machine, MachineError
-from training.options import OptionsError, TrainingOptions
+from training.options import OptionsError, TrainingOptions, target_faults_of
 from training.publish import local_path
 from training.settings import PRESETS, preset_options
 
@@ -95,7 +95,13 @@ def widget_names(notebook: NotebookNode) -> list[str]:
     for cell in notebook.cells:
         if cell.cell_type != "code" or cell.source.startswith("%"):
             continue
-        for node in ast.walk(ast.parse(cell.source)):
+        try:
+            tree = ast.parse(cell.source)
+        except SyntaxError as error:
+            raise SourceError(
+                f"line {error.lineno} of a cell is no Python ({error.msg}): {error.text}"
+            ) from error
+        for node in ast.walk(tree):
             if isinstance(node, ast.Call) and re.match(
                 r"dbutils\.widgets\.(text|dropdown|combobox)$", ast.unparse(node.func)
             ):
@@ -314,13 +320,14 @@ def check_plan(
     from training.rows import DataError
 
     def faults_of(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
+        asked = TrainingOptions(**options, **recipe)
+        targets = target_faults_of(asked)
         try:
-            plan = plan_options(TrainingOptions(**options, **recipe), ranks, machine)
+            plan = plan_options(asked, ranks, machine)
         except OptionsError as error:
-            return "", error.faults
-        return as_table(plan, None).removesuffix(
-            f"\n  {plan.command}"
-        ), plan.faults  # started below, and shown there
+            return "", targets + error.faults
+        table = as_table(plan, None).removesuffix(f"\n  {plan.command}")  # started below, and shown there
+        return table, targets + plan.faults
 
     try:
         table, faults = faults_of(recipe)
@@ -381,13 +388,14 @@ def answers(model: str, rows: Sequence[Mapping[str, str]]) -> list[str]:
     import torch
     import transformers
 
-    from training.generate import generate_responses, load_model_tokenizer_for_generate
+    from training.generate import generate_responses, load_model_tokenizer_for_generate, printable
 
     transformers.utils.logging.disable_progress_bar()
     loaded, tokenizer = load_model_tokenizer_for_generate(model)
     transformers.set_seed(DEFAULT_SEED)
     instructions, inputs = [row["instruction"] for row in rows], [row.get("input") for row in rows]
     given = generate_responses(instructions, inputs, model=loaded, tokenizer=tokenizer)
+    given = [printable(answer) for answer in given]
     del loaded
     gc.collect()
     if torch.cuda.is_available():
@@ -548,11 +556,14 @@ def main(notebook: Path, given: tuple[str, ...], out: Path, no_run: bool) -> Non
         import nbformat
     except ImportError as error:
         raise click.ClickException(f"{error.name} is not installed. {EXTRA}") from error
+    if out.suffix != ".ipynb":  # the notebook itself must not be written over
+        raise click.UsageError(f"--out {out}: expected a name that ends with .ipynb")
     try:
         cells = read_source(notebook.read_text(encoding="utf-8"))
+        known = widget_names(cells)
     except (SourceError, UnicodeDecodeError) as error:
         raise click.UsageError(f"{notebook}: {error}") from error
-    known, values = widget_names(cells), dict(each.partition("=")[::2] for each in given)
+    values = dict(each.partition("=")[::2] for each in given)
     unknown = [each for each in given if "=" not in each or each.partition("=")[0] not in known]
     if unknown:
         raise click.UsageError(

@@ -485,23 +485,33 @@ def find_faults(options: TrainingOptions) -> list[str]:
     faults += _precision_faults(options, config)
     faults += _device_faults()
     faults += sampling_faults(options)
+    return faults + target_faults_of(options)
+
+
+def target_faults_of(options: TrainingOptions) -> list[str]:
+    """Why what training makes could not be written where it shall go: output, published copy, MLflow.
+
+    It does not depend on the ranks, so that notebook and flow can ask it before they start any.
+    """
+    faults = []
     if options.logs_to_mlflow:
         faults += tracking_faults("--mlflow-model-name", options.mlflow_model_name or None)
         faults += _large_file_faults(options)
-    if is_main_process():  # the other ranks may see what rank 0 has already begun to write
-        for flag, folder, check in (
-            ("--local-output-dir", options.local_output_dir, _output_faults),
-            ("--dbfs-output-dir", options.dbfs_output_dir, _publishing_faults),
-            ("--resume", options.resume, _resume_faults),
-        ):
-            if not (folder or "").strip():  # told already, or not asked for
-                continue
-            try:
-                faults += check(options)
-            except (OSError, RuntimeError, ValueError) as error:
-                # a folder above it may not be entered, too long a name, ~nobody, links in a circle, a null byte
-                reason = error.strerror if isinstance(error, OSError) else error
-                faults.append(f"{flag} {folder}: cannot be written ({reason}). Name a folder of your own")
+    if not is_main_process():  # the other ranks may see what rank 0 has already begun to write
+        return faults
+    for flag, folder, check in (
+        ("--local-output-dir", options.local_output_dir, _output_faults),
+        ("--dbfs-output-dir", options.dbfs_output_dir, _publishing_faults),
+        ("--resume", options.resume, _resume_faults),
+    ):
+        if not (folder or "").strip():  # told already, or not asked for
+            continue
+        try:
+            faults += check(options)
+        except (OSError, RuntimeError, ValueError) as error:
+            # a folder above it may not be entered, too long a name, ~nobody, links in a circle, a null byte
+            reason = error.strerror if isinstance(error, OSError) else error
+            faults.append(f"{flag} {folder}: cannot be written ({reason}). Name a folder of your own")
     return faults
 
 
@@ -747,18 +757,19 @@ def tracking_faults(flag: str, name: str | None) -> list[str]:
         faults.append(f"{flag} {name!r}: expected one word, or catalog.schema.model for Unity Catalog")
     elif name and uri and uri.startswith("databricks") and name.count(".") != 2:
         faults.append(f"{flag} {name!r}: Databricks expects catalog.schema.model")
-    expected = "expected http(s)://HOST:PORT, databricks, file:///FOLDER or sqlite:////FILE"
+    expected = "expected http(s)://HOST:PORT, databricks or sqlite:////FILE"
     if uri is None:
         return [
             *faults,
             "MLFLOW_TRACKING_URI is not set, so there is nowhere to log to. Type export MLFLOW_TRACKING_URI=http://HOST:PORT",
         ]
-    hidden = re.sub(r"//.*@", "//***@", uri)  # it may be a password
+    # Where it has more than an address, the rest may be a password, in whatever place a slip of the hand has put it.
+    hidden = uri if re.fullmatch(r"[\w.+:/~\[\]-]*", uri) else f"{uri.partition(':')[0][:5]}..."
     try:
         parts = urlsplit(uri)
         parts.port  # noqa: B018  (raises for a port that is none)
-    except ValueError as error:
-        return [*faults, f"MLFLOW_TRACKING_URI {hidden}: {error}; {expected}"]
+    except ValueError:  # its words repeat a part of the value
+        return [*faults, f"MLFLOW_TRACKING_URI {hidden}: is no address; {expected}"]
     if parts.scheme in ("http", "https"):
         if not parts.hostname:
             faults.append(f"MLFLOW_TRACKING_URI {hidden}: names no host; {expected}")
@@ -766,6 +777,11 @@ def tracking_faults(flag: str, name: str | None) -> list[str]:
             faults.append(
                 f"MLFLOW_TRACKING_URI {hidden}: holds a password. "
                 "Leave it out, and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        if parts.query or parts.fragment:
+            faults.append(
+                f"MLFLOW_TRACKING_URI {hidden}: has something behind its address. Leave it out; a token is given by "
+                "MLFLOW_TRACKING_TOKEN"
             )
     elif not _is_store(uri, parts.scheme):
         faults.append(f"MLFLOW_TRACKING_URI {hidden}: MLflow has no store of that kind; {expected}")

@@ -63,8 +63,12 @@ def draw_run(entries: Sequence[dict[str, Any]], title: str, file: str | IO[bytes
     curves = {"train rows": points("loss"), "held-out rows": points("eval_loss")}
     if not any(steps for steps, _ in curves.values()):
         raise ValueError("no step of this run has been logged yet: there is nothing to draw")
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
-    panels = figure.subplot_mosaic([["loss", "loss"], ["speed", "memory"]], height_ratios=[3, 2])
+    # A run shorter than --logging-steps has held-out losses alone.
+    logged = any("tokens_per_second" in entry for entry in entries)
+    layout: list[Any] = [["loss", "loss"], ["speed", "memory"]]
+    heights, rows = [3, 2], 2 if logged else 1
+    figure = Figure(figsize=(10, 6.4 if logged else 4), layout="constrained")
+    panels = figure.subplot_mosaic(layout[:rows], height_ratios=heights[:rows])
     for (label, (steps, losses)), colour in zip(curves.items(), ("gradients", "activations"), strict=True):
         if steps:
             last = f"{label}, {losses[-1]:.3f} in the end"
@@ -75,6 +79,8 @@ def draw_run(entries: Sequence[dict[str, Any]], title: str, file: str | IO[bytes
         ("speed", "tokens_per_second", "real tokens a second, all devices"),
         ("memory", "peak_memory_gib", "peak memory of rank 0, GiB"),
     ):
+        if panel not in panels:
+            continue
         steps, values = points(key)
         panels[panel].plot(steps, values, color=COLOURS["weights"], marker=_marker(steps))
         panels[panel].set_ylim(0, 1.15 * max(values, default=1.0))

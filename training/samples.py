@@ -31,7 +31,7 @@ from training import metrics
 from training.callbacks import Curves, place, write
 from training.consts import SAMPLE_TOKENS
 from training.finished import GREEDY
-from training.generate import answer_batch, prompt_ids
+from training.generate import answer_batch, printable, prompt_ids
 from training.loop import CompletionTrainer
 from training.model import max_positions
 
@@ -153,16 +153,11 @@ class Samples(TrainerCallback):
     def _shown(self, state: TrainerState, answers: list[str], seconds: float) -> str:
         lines = [f"{place(state)}  epoch {state.epoch or 0:.2f}  answers of the model, {seconds:.1f} s"]
         for (instruction, context), answer in list(zip(self.asked, answers, strict=True))[:SHOWN]:
-            lines.append(textwrap.indent(_plain(f"{instruction}\n{context}".strip()), "  "))
-            lines.append(textwrap.indent(_plain(answer) or "(nothing)", "      "))
+            lines.append(textwrap.indent(printable(f"{instruction}\n{context}".strip()), "  "))
+            lines.append(textwrap.indent(printable(answer) or "(nothing)", "      "))
         if len(answers) > SHOWN:
             lines.append(f"  and {len(answers) - SHOWN} more in {self.file}")
         return "\n".join(lines)
-
-
-def _plain(text: str) -> str:
-    """Without what a terminal would obey: a model that has not learned much says anything."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 @contextmanager

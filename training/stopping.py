@@ -6,6 +6,8 @@ In each case all ranks must end at the same step, and what was saved stays good.
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -67,6 +69,17 @@ def out_of_memory(error: Exception) -> str | None:
             "optimizer; --resume auto goes on from the last checkpoint"
         )
     return None
+
+
+@contextmanager
+def mortal() -> Iterator[None]:
+    """SIGTERM ends this process at once: while the ranks meet, libraries wait in C++, where no handler of Python's is
+    called, and there is nothing to save. A rank whose rank 0 was refused would else hang until it is killed."""
+    former = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, former)
 
 
 class StopRequest:

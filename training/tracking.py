@@ -130,6 +130,7 @@ def shown(text: object) -> str:
         if secret := os.environ.get(name):
             line = line.replace(secret, "***")
     line = re.sub(r"//[^/\s]*@", "//***@", line)
+    line = re.sub(r"\?[^\s'\")]+=[^\s'\")]+", "?***", line)
     return line if len(line) <= 300 else line[:299] + "…"
 
 

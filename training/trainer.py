@@ -87,6 +87,7 @@ from training.stopping import (
     StopRequest,
     TrainingError,
     lost_peer,
+    mortal,
     out_of_memory,
     timed_out,
 )
@@ -453,14 +454,17 @@ def prepare(options: TrainingOptions) -> Prepared:
     """Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
     if options.deepspeed_json:
         compile_operators(read_deepspeed_json(options.deepspeed_json), options.rank_timeout)
-    if options.deepspeed_json and not torch.cuda.is_available():
-        import deepspeed
+    with mortal():
+        if options.deepspeed_json and not torch.cuda.is_available():
+            import deepspeed
 
-        with redirect_stdout(io.StringIO()):  # it prints which operators it has loaded, once a rank
-            deepspeed.init_distributed(
-                dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=options.rank_timeout)
-            )
-    args = training_arguments(options)
+            with redirect_stdout(io.StringIO()):  # it prints which operators it has loaded, once a rank
+                deepspeed.init_distributed(
+                    dist_backend="gloo",
+                    auto_mpi_discovery=False,
+                    timeout=timedelta(seconds=options.rank_timeout),
+                )
+        args = training_arguments(options)
     with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
         positions = max_positions(load_config(options.input_model, options.trust_remote_code))
         tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
@@ -561,6 +565,8 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # That DeepSpeed accumulates and accelerate does not, which is as the Trainer wants it.
+    logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
 
 

@@ -55,7 +55,7 @@ def demo_options(ranks: int) -> dict[str, Any]:
     return {
         "input_model": DEMO,
         "training_dataset": DEMO,
-        "per_device_train_batch_size": ROWS_A_STEP // ranks,
+        "per_device_train_batch_size": max(1, ROWS_A_STEP // ranks),
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": "off",
         **RECIPE,

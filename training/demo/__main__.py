@@ -17,7 +17,7 @@ from training.consts import DEFAULT_SEED, DEMO
 from training.data import prepare_dataset, split_held_out
 from training.demo import TEST_SIZE, demo_options, demo_rows
 from training.finished import GREEDY
-from training.generate import generate_responses, load_model_tokenizer_for_generate
+from training.generate import generate_responses, load_model_tokenizer_for_generate, printable
 from training.launch import deepspeed_command, launch_environment, typed
 from training.model import max_positions
 
@@ -45,7 +45,7 @@ def held_out_rows(tokenizer: transformers.PreTrainedTokenizerBase, longest: int)
 def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
     """The greedy answers of the model in `folder`."""
     model, tokenizer = load_model_tokenizer_for_generate(folder)
-    return generate_responses(
+    given = generate_responses(
         [row["instruction"] for row in rows],
         [row["input"] for row in rows],
         model=model,
@@ -54,6 +54,7 @@ def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
         max_new_tokens=MAX_NEW_TOKENS,
         **GREEDY,
     )
+    return [printable(answer) for answer in given]
 
 
 def table(rows: list[dict[str, str]], before: list[str], after: list[str]) -> str:
