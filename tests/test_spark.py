@@ -248,6 +248,7 @@ def test_a_rank_that_is_killed_reaches_the_caller_with_its_message(on_spark: dic
     killed = on_spark["killed"]
     assert (killed["kind"], killed["code"]) == ("TrainingFailedError", 137)
     assert "Rank 1 ended: killed, most likely because host memory ran out" in killed["error"]
+    assert "Cannot train" not in killed["said"], "rank 0 was loading, and has lost another rank"
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ import training.trainer
 from training.collator import DataCollatorForCompletionOnlyLM
 from training.consts import CONTROL_TOKENS, END_KEY
 from training.data import prepare_dataset, split_held_out
-from training.model import load_tokenizer, model_folder
+from training.model import ModelError, load_tokenizer, model_folder
 from training.options import OptionsError, TrainingOptions
 from training.trainer import train
 
@@ -306,6 +306,17 @@ def test_ranks_that_share_a_host_share_its_memory_also_where_each_has_a_launcher
     assert training.trainer.check_plan(options, prepared, ranks_here=2)
     with pytest.raises(OptionsError, match=r"host memory: .* more than the 4\.0 of this machine"):
         training.trainer.check_plan(options, prepared, ranks_here=8)
+
+
+def test_a_lack_of_memory_while_loading_is_not_told_as_a_fault_of_the_model(tmp_path, monkeypatch):
+    def load(*args: object) -> None:
+        raise ModelError("demo: the weights could not be loaded") from torch.OutOfMemoryError(
+            "CUDA out of memory"
+        )
+
+    monkeypatch.setattr(training.trainer, "load_model", load)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_demo(tmp_path / "out", max_steps=1)
 
 
 def test_auto_checkpoints_only_where_memory_is_short_and_a_run_keeps_what_was_decided(tmp_path, monkeypatch):

@@ -499,7 +499,13 @@ def build_trainer(
     # ZeRO-3 keeps float32 master weights beside 16-bit ones; without DeepSpeed the weights are the masters.
     dtype = DTYPES[precision] if options.deepspeed_json else torch.float32
     set_seed(options.seed)
-    model = load_model(options.input_model, tokenizer, dtype, options.seed, options.trust_remote_code)
+    try:
+        model = load_model(options.input_model, tokenizer, dtype, options.seed, options.trust_remote_code)
+    except ModelError as error:
+        cause = error.__cause__
+        if isinstance(cause, RuntimeError | MemoryError) and (out_of_memory(cause) or lost_peer(cause)):
+            raise cause from None  # no fault of the model's: a rank that was lost, or too little memory
+        raise
     batching = choose_batching(model, options.batching)
     if batching != "packed" and options.max_tokens_per_device != "auto":
         raise OptionsError(
