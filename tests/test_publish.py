@@ -15,6 +15,7 @@ import subprocess
 import sys
 import termios
 import tomllib
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -628,6 +629,8 @@ def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     }
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
+    # moto keeps one S3 for all servers of a process, and other tests have their own buckets there.
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST"))
     s3fs.S3FileSystem.clear_instance_cache()
     fs = s3fs.S3FileSystem()
     fs.mkdir("models")

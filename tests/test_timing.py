@@ -80,7 +80,7 @@ def test_an_epoch_is_its_steps_and_its_held_out_losses():
 
 def test_ranks_that_share_a_cpu_share_its_rate(monkeypatch):
     monkeypatch.setattr(flops, "matmul_flops_per_second", lambda *_, **__: 8e9)
-    monkeypatch.setattr(flops, "tanh_bytes_per_second", lambda: 4e9)
+    monkeypatch.setattr(flops, "sigmoid_bytes_per_second", lambda: 4e9)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
     assert cpu_rates(64, "bf16", ranks=1) == CpuRates(8e9, 4e9)

@@ -329,7 +329,8 @@ def _in_words(entry: Mapping[str, Any]) -> str:
 # --- when it fails -----------------------------------------------------------------------------------
 
 _JAVA = re.compile(r"\n\s+(?:SQLSTATE: |at [\w.$]+\()|\nDriver stacktrace:")
-_TORCHRUN = re.compile(r"^E\d{4} [\d:.]+ +\d+ torch/distributed/elastic", re.MULTILINE)
+# torch is named by its path from the working folder, which may hold the environment.
+_TORCHRUN = re.compile(r"^E\d{4} [\d:.]+ +\d+ \S*torch/distributed/elastic", re.MULTILINE)
 
 
 def failure(told: str) -> TrainingFailedError:

@@ -112,9 +112,9 @@ def hours_of(
 # a number; bytes of a parameter's AdamW update; and seconds that ZeRO-3's hooks and gloo take for one parameter
 # tensor in a step (the demo on two ranks).
 CPU_SHARE = 0.93
-CPU_PASSES = 9.5
+CPU_PASSES = 6.1
 CPU_DOCUMENT_SECONDS = {2: 1.0e-3, 4: 0.28e-3}
-CPU_ADAM_BYTES = 30
+CPU_ADAM_BYTES = 19
 CPU_ZERO3_SECONDS = 3.5e-3
 
 
@@ -133,14 +133,14 @@ def cpu_rates(width: int, precision: str, ranks: int = 1) -> CpuRates:
     """
     import torch
 
-    from training.flops import matmul_flops_per_second, tanh_bytes_per_second
+    from training.flops import matmul_flops_per_second, sigmoid_bytes_per_second
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     matmul, elementwise = zip(
         *(
             (
                 matmul_flops_per_second(torch.device("cpu"), dtype, width=min(width, 1024), runs=1),
-                tanh_bytes_per_second(),
+                sigmoid_bytes_per_second(),
             )
             for _ in range(9)
         ),
