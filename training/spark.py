@@ -289,15 +289,14 @@ def never_silent(file: Path, silence: float = SILENCE) -> Iterator[None]:
     heard = _Heard(sys.stdout)
     done = threading.Event()
 
-    shown = _newest(file)
-
     def follow() -> None:
-        nonlocal shown
+        shown, waiting = _newest(file), None
         while not done.wait(silence / 5):
+            # An entry waits from one look to the next for its line, which may come later by the ranks' connection.
+            if waiting and time.monotonic() - heard.last > silence:
+                print(_in_words(waiting), file=heard.stream, flush=True)
             newest = _newest(file)
-            if newest != shown and time.monotonic() - heard.last > silence:
-                print(_in_words(newest), file=heard.stream, flush=True)
-            shown = newest
+            shown, waiting = newest, newest if newest != shown else None
 
     follower = threading.Thread(target=follow, daemon=True)
     follower.start()
