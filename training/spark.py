@@ -289,8 +289,10 @@ def never_silent(file: Path, silence: float = SILENCE) -> Iterator[None]:
     heard = _Heard(sys.stdout)
     done = threading.Event()
 
+    before = _newest(file)
+
     def follow() -> None:
-        shown, waiting = _newest(file), None
+        shown, waiting = before, None
         while not done.wait(silence / 5):
             # An entry waits from one look to the next for its line, which may come later by the ranks' connection.
             if waiting and time.monotonic() - heard.last > silence:
