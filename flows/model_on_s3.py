@@ -8,7 +8,6 @@ training.generate refuses what is not whole; and the artifact `model` of the run
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from pathlib import Path
@@ -18,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 
+from training.checkpoint import digests
 from training.consts import RUN_FILE
 
 FLOW = "TrainDollyFlow"
@@ -152,10 +152,7 @@ def fetch(run_id: str, folder: Path) -> Path:
 
 def _figures(file: Path) -> dict[str, Any] | None:
     """{"size", "sha256"} of a file, None where there is none."""
-    if not file.is_file():
-        return None
-    with file.open("rb") as stream:
-        return {"size": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+    return digests(file.parent, [file.name])[file.name] if file.is_file() else None
 
 
 @click.command()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.finished import MAX_NEW_TOKENS, SAMPLING
+from training.finished import GREEDY, MAX_NEW_TOKENS, SAMPLING
 from training.generate import generate_responses, load_model_tokenizer_for_generate
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ class Served:
         inputs = data["input"] if "input" in data else [None] * len(data)
         generation = {name: default for name, _, default in PARAMETERS} | (params or {})
         if generation["temperature"] <= 0:
-            generation |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+            generation |= GREEDY | {"temperature": None}
         responses = generate_responses(
             list(data["instruction"]),
             [text if isinstance(text, str) else None for text in inputs],  # pandas has NaN for a missing text
