@@ -25,9 +25,9 @@ def test_a_tied_head_is_counted_as_the_head_alone():
 
 
 def test_operations_of_two_rows_counted_by_hand():
-    # Rows of 3 and 5 tokens, 4 labels, 100 parameters in layers, 20 in the head, width 2, depth 1.
-    needed = 100 * 8 - 75 * (8 - 4) + 20 * 4 + 1 * 2 * 34
-    assert flops.model_flops(100, 20, 2, 1, 8, 4, 9 + 25) == 6 * needed
+    # Rows of 3 and 5 tokens, 4 labels, 120 parameters in layers, 20 in the head, width 2, depth 1.
+    needed = 120 * 8 - 100 * (8 - 4) + 20 * 4 + 1 * 2 * 34
+    assert flops.model_flops(120, 20, 2, 1, 8, 4, 9 + 25) == 6 * needed
 
 
 @pytest.mark.parametrize(

@@ -51,7 +51,9 @@ def main(folder: str) -> None:
         sum(p.ds_tensor.numel() if hasattr(p, "ds_id") else p.numel() for p in model.parameters()) * 2 / 2**30
     )
     figures = {"shard": shard, "peak": peak - before, "after": own_memory() - before}
-    print(f"rank {arguments.process_index} {json.dumps(figures)}", flush=True)
+    # One write: where Python does not buffer, print() writes the line and its end apart, and ranks mix them.
+    sys.stdout.write(f"rank {arguments.process_index} {json.dumps(figures)}\n")
+    sys.stdout.flush()
     torch.distributed.destroy_process_group()
     remove_shared_buffer()
 

@@ -99,7 +99,12 @@ class FusedGPTJAttention(gptj.GPTJAttention):
         """
         rows, tokens, _ = hidden_states.shape
         shape = (rows, tokens, self.num_attention_heads, self.head_dim)
-        query = self.q_proj(hidden_states).view(shape)
+        keep = attention_mask.keep if isinstance(attention_mask, PackedLayout) else None
+        if keep is None:
+            query = self.q_proj(hidden_states).view(shape)
+        else:  # elsewhere nobody reads what is attended to
+            wanted = self.q_proj(hidden_states[:, keep])
+            query = wanted.new_zeros(hidden_states.shape).index_copy(1, keep, wanted).view(shape)
         key = self.k_proj(hidden_states).view(shape)
         value = self.v_proj(hidden_states).view(shape)
         dropout = self.config.attn_pdrop if self.training else 0.0
@@ -108,8 +113,8 @@ class FusedGPTJAttention(gptj.GPTJAttention):
             layout = attention_mask
             query, key = rotate(query, layout.sin, layout.cos), rotate(key, layout.sin, layout.cos)
             attended = attend_within_documents(query, key, value, layout.lengths, dropout)
-            if layout.keep is not None:
-                attended = attended[:, layout.keep]
+            if keep is not None:
+                attended = attended[:, keep]
         else:
             assert position_ids is not None
             sin, cos = rotary_sin_cos(self.embed_positions, position_ids, query.dtype)

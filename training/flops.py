@@ -30,8 +30,8 @@ def model_flops(
     """Operations that forward and backward need for these rows, without what is computed twice or on padding.
 
     Six for every parameter and token (2 forward, 4 backward; Kaplan et al. 2020, section 2.1). Where there is no
-    label, the head is not needed, nor are the last layer's output projection and MLP, 9 of the 12 width^2 of a
-    layer. Causal attention is 6 x depth x width x length^2 a row: scores and weighted values are
+    label, the head is not needed, nor are the last layer's queries, output projection and MLP, 10 of the 12 width^2
+    of a layer. Causal attention is 6 x depth x width x length^2 a row: scores and weighted values are
     2 x 2 x width x length^2 forward, half of it above the diagonal, and twice that backward.
 
     Args:
@@ -40,7 +40,7 @@ def model_flops(
         tokens, labels: real tokens, and those with a loss.
         squared_lengths: the sum of the squared row lengths.
     """
-    not_needed = 9 / 12 * layers / depth * (tokens - labels)
+    not_needed = 10 / 12 * layers / depth * (tokens - labels)
     return 6 * (layers * tokens - not_needed + head * labels + depth * width * squared_lengths)
 
 

@@ -44,11 +44,11 @@ def step_flops(model: ModelFacts, tokens: float, scores: float, labels: float, c
 
 
 def computed_share(model: ModelFacts, settings: Settings, response_share: float) -> float:
-    """Share of the layers' work that is done: the last one's output matrix and MLP, 9 of a layer's 12 width^2, see
-    only the positions with a label where rows are packed (PackingGPTJBlock in training/attention.py)."""
+    """Share of the layers' work that is done: the last one's queries, output matrix and MLP, 10 of a layer's 12
+    width^2, see only the positions with a label where rows are packed (PackingGPTJBlock in training/attention.py)."""
     if model.kind != "gptj" or not settings.packed:
         return 1.0
-    return 1 - 9 / 12 * (1 - response_share) / model.layers
+    return 1 - 10 / 12 * (1 - response_share) / model.layers
 
 
 def step_seconds(
