@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -384,6 +385,23 @@ def test_rows_are_tokenised_once_and_read_again_from_the_cache(
     assert [ids for _, ids, _ in encoded(tokenizer, [(f"Say {n}.", "", f"{n}") for n in range(20)])] == list(
         first["input_ids"]
     )
+
+
+def test_the_search_for_cycles_rests_while_rows_are_tokenised_and_goes_on_after(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = jsonl(tmp_path / "rows.jsonl", rows_of(3))
+    searched = []
+    original = data.encode_rows
+    monkeypatch.setattr(data, "encode_rows", lambda *args: searched.append(gc.isenabled()) or original(*args))
+    prepare_dataset(file, tokenizer, 64, cache_root=tmp_path / "cache")
+    assert searched == [False]
+    assert gc.isenabled()
+
+    monkeypatch.setattr(data, "encode_rows", lambda *args: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        prepare_dataset(file, tokenizer, 64, cache_root=tmp_path / "other")
+    assert gc.isenabled()
 
 
 def test_what_changes_the_ids_changes_the_cache(

@@ -8,6 +8,7 @@ before the byte-pair merges run.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import logging
@@ -16,6 +17,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -236,14 +238,15 @@ def prepare_dataset(
     target = root / _fingerprint(source, columns, tokenizer, max_length, keep_truncated)
     cached = _read_cache(target)
     if cached is None:
-        columns = columns or read_columns(source)
-        try:
-            _write_cache(target, columns, tokenizer, Ledger(source, max_length), keep_truncated)
-        except OSError as error:
-            raise DataError(
-                f"{root}: the tokenised rows cannot be written there ({error}). "
-                "Make room, or name another folder with export HF_DATASETS_CACHE=..."
-            ) from error
+        with _no_search_for_cycles():
+            columns = columns or read_columns(source)
+            try:
+                _write_cache(target, columns, tokenizer, Ledger(source, max_length), keep_truncated)
+            except OSError as error:
+                raise DataError(
+                    f"{root}: the tokenised rows cannot be written there ({error}). "
+                    "Make room, or name another folder with export HF_DATASETS_CACHE=..."
+                ) from error
         cached = _read_cache(target)
         if cached is None:
             raise DataError(f"{target}: what was written there cannot be read again. Check the disk")
@@ -251,6 +254,18 @@ def prepare_dataset(
     ledger.source = source  # the same rows may have been cached under another path
     _check_dropped(ledger, max_dropped_fraction)
     return rows, ledger
+
+
+@contextmanager
+def _no_search_for_cycles() -> Iterator[None]:
+    """Rows are a few objects each and hold no cycles: Python's search for some is a sixth of the time they take."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _read_cache(target: Path) -> tuple[datasets.Dataset, Ledger] | None:
