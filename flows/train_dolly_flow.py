@@ -51,6 +51,7 @@ from gpu_profile import gpu_profile
 from training import metrics
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE, SAMPLE_INSTRUCTIONS
 from training.demo import demo_options, demo_rows
+from training.faults import plain_faults, sampling_faults
 from training.launch import TrainingFailedError, deepspeed_command, launch, typed
 from training.machines import Machine, MachineError, this_machine
 from training.options import (
@@ -59,8 +60,6 @@ from training.options import (
     TrainingOptions,
     click_options,
     option_words,
-    plain_faults,
-    sampling_faults,
     value_faults,
 )
 from training.publish import local_path, model_figures
@@ -319,24 +318,17 @@ class TrainDollyFlow(FlowSpec):
         import datasets
         import transformers
 
-        from training.data import prepare_dataset, split_held_out
-        from training.model import ModelError, load_config, load_tokenizer, max_positions
+        from training.data import split_held_out
+        from training.model import ModelError
         from training.plan import as_json, as_table
         from training.rows import DataError
+        from training.trainer import tokenised_rows
         from training.workload import lengths_of, model_facts
 
         datasets.disable_progress_bars()  # a bar that moves is many lines of a task's log
         transformers.utils.logging.disable_progress_bar()
         try:
-            positions = max_positions(load_config(options.input_model, options.trust_remote_code))
-            tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
-            rows, ledger = prepare_dataset(
-                options.training_dataset,
-                tokenizer,
-                min(options.max_length or positions, positions),
-                options.keep_truncated,
-                options.max_dropped_fraction,
-            )
+            _, rows, ledger = tokenised_rows(options)
             split_held_out(rows, options.test_size, options.seed)
             lengths = lengths_of(options.training_dataset, rows["length"][:], rows["response_start"][:])
             plan = plan_run(options, self.ranks, lengths, model_facts(options.input_model), machine)

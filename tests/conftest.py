@@ -184,3 +184,11 @@ def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> str:
     ]
     subprocess.run(command, check=True)
     return str(library)
+
+
+def the_gpu(monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1) -> None:
+    """Stands for a machine with `count` GPUs, as far as the checks ask."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")

@@ -14,7 +14,8 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from training.options import TrainingOptions, find_faults
+from training.faults import find_faults
+from training.options import TrainingOptions
 from training.trainer import training_arguments
 
 ROOT = Path(__file__).parents[1]

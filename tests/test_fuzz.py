@@ -40,8 +40,9 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from training import trainer
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, encode_rows, prepare_dataset
+from training.faults import find_faults
 from training.model import ModelError, load_config, load_model, load_tokenizer, max_positions
-from training.options import OptionsError, TrainingOptions, find_faults
+from training.options import OptionsError, TrainingOptions
 from training.rows import Columns, DataError, read_columns
 
 pytestmark = pytest.mark.timeout(600)  # a hang is a fault as well

@@ -21,8 +21,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.test_trainer import BF16, DEMO, deepspeed, free_port
+from training.faults import find_faults, tracking_faults
 from training.generate import generate_response, load_model_tokenizer_for_generate
-from training.options import OptionsError, TrainingOptions, find_faults, tracking_faults
+from training.options import OptionsError, TrainingOptions
 from training.record import start_record
 from training.served import Served
 from training.tracking import LONGEST_VALUE, TrackingError, log_finished, parameters, shown, tags
@@ -154,7 +155,7 @@ def test_without_the_extra_the_error_names_it():
     code = (
         "from importlib import util; real = util.find_spec;"
         "util.find_spec = lambda name: None if name == 'mlflow' else real(name);"
-        "from training.options import tracking_faults; print(*tracking_faults('--name', None))"
+        "from training.faults import tracking_faults; print(*tracking_faults('--name', None))"
     )
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
     assert "pip install '.[mlflow]'" in printed

@@ -35,9 +35,10 @@ from training.consts import (
     RUN_FILE,
 )
 from training.demo import RECIPE
+from training.faults import target_faults_of
 from training.launch import TrainingFailedError
 from training.machines import Machine, MachineError
-from training.options import OptionsError, TrainingOptions, target_faults_of
+from training.options import OptionsError, TrainingOptions
 from training.publish import local_path
 from training.settings import PRESETS, preset_options
 

@@ -34,7 +34,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from training.checkpoint import digests
 from training.checks import size_in_words
 from training.consts import RUN_FILE
-from training.options import tracking_faults, tracking_uri
+from training.faults import tracking_faults, tracking_uri
 from training.publish import model_files
 from training.record import read_run_record
 from training.served import signature

@@ -55,6 +55,7 @@ from training.checks import FolderBusyError, disk_faults, kernel_faults, version
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
 from training.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED
+from training.faults import find_faults
 from training.finished import LEDGER_FILE, place_model, verify_model, write_model_card
 from training.flops import peak_flops
 from training.loop import Batching, CompletionTrainer, Continued
@@ -68,7 +69,6 @@ from training.options import (
     OptionsError,
     TrainingOptions,
     click_options,
-    find_faults,
     is_main_process,
     precision_of,
     read_deepspeed_json,
@@ -466,15 +466,7 @@ def prepare(options: TrainingOptions) -> Prepared:
                 )
         args = training_arguments(options)
     with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
-        positions = max_positions(load_config(options.input_model, options.trust_remote_code))
-        tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
-        rows, ledger = prepare_dataset(
-            options.training_dataset,
-            tokenizer,
-            min(options.max_length or positions, positions),
-            options.keep_truncated,
-            options.max_dropped_fraction,
-        )
+        tokenizer, rows, ledger = tokenised_rows(options)
         train_rows, held_out_rows = split_held_out(rows, options.test_size, options.seed)
     if isinstance(options.max_tokens_per_device, int):
         try:
@@ -486,6 +478,22 @@ def prepare(options: TrainingOptions) -> Prepared:
     logger.info("%s", ledger)
     logger.info("a row as the model sees it, the supervised tokens between « and »:\n%s", sample)
     return Prepared(args, tokenizer, train_rows, held_out_rows, ledger)
+
+
+def tokenised_rows(
+    options: TrainingOptions,
+) -> tuple[PreTrainedTokenizerBase, datasets.Dataset, Ledger]:
+    """(tokenizer, rows, ledger) of a run, the rows as long as its model and options allow; see `prepare_dataset`."""
+    positions = max_positions(load_config(options.input_model, options.trust_remote_code))
+    tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
+    rows, ledger = prepare_dataset(
+        options.training_dataset,
+        tokenizer,
+        min(options.max_length or positions, positions),
+        options.keep_truncated,
+        options.max_dropped_fraction,
+    )
+    return tokenizer, rows, ledger
 
 
 def build_trainer(
