@@ -51,7 +51,7 @@ from gpu_profile import gpu_profile
 from training import metrics
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE, SAMPLE_INSTRUCTIONS
 from training.demo import demo_options, demo_rows
-from training.faults import plain_faults, sampling_faults
+from training.faults import plain_faults, sampling_faults, target_faults_of
 from training.launch import TrainingFailedError, deepspeed_command, launch, typed
 from training.machines import Machine, MachineError, this_machine
 from training.options import (
@@ -306,6 +306,8 @@ class TrainDollyFlow(FlowSpec):
                 "--local-output-dir is the flow's own. Name where its folder is made: --local-training-root"
             )
         faults += plain_faults(options)
+        if not remote:  # a pod has a disk of its own
+            faults += target_faults_of(options)
         if faults:
             raise OptionsError(faults)
         return options

@@ -362,6 +362,17 @@ def test_an_output_that_may_not_be_written_is_told(below: str) -> None:
     assert "cannot be written" in faults[0]
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="has no folder that refuses even root")
+def test_an_output_is_refused_where_even_root_can_make_nothing() -> None:
+    [fault] = find_faults(TrainingOptions(local_output_dir="/proc/dolly"))
+    assert fault == "--local-output-dir /proc/dolly: cannot be written. Name a folder of your own"
+
+
+def test_asking_whether_an_output_can_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
+    assert find_faults(options(tmp_path)) == []
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_other_ranks_do_not_mind_what_rank_0_has_begun_to_write(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -254,7 +254,14 @@ def test_all_faults_are_told_at_once_before_anything_is_trained(metaflow: Metafl
     rows = tmp_path / "rows.jsonl"
     rows.write_text("")
     words = "--gpu-family a10 --num-gpus 3 --training-dataset demo --epochs nan".split()
-    words += ["--training-file", rows, "--trainer-options", "--warmup-steps 5"]
+    words += [
+        "--training-file",
+        rows,
+        "--trainer-options",
+        "--warmup-steps 5",
+        "--local-training-root",
+        "/proc/runs",
+    ]
     code, told = metaflow.run("run", *words, METAFLOW_DATATOOLS_S3ROOT="s3://nobodys/data")
     assert code == 1
     for fault in (
@@ -263,6 +270,7 @@ def test_all_faults_are_told_at_once_before_anything_is_trained(metaflow: Metafl
         "--training-file and --training-dataset: give one of them",
         "--epochs nan: expected a finite number",
         "--warmup-steps 5 would be ignored",
+        "--local-output-dir /proc/runs/",
     ):
         assert fault in told, told
     assert "Traceback" not in told

@@ -142,3 +142,16 @@ def test_the_digest_of_the_rows_changes_with_a_token_a_border_or_their_order() -
     ]
     assert digest(rows) == digest(rows)
     assert len({digest(rows), *map(digest, others)}) == 1 + len(others)
+
+
+def test_the_digest_of_the_rows_changes_with_a_held_out_row_alone() -> None:
+    train, held_out, other = (
+        datasets.Dataset.from_list([{"input_ids": ids, "response_start": 1}])
+        for ids in ([1, 2], [3, 4], [3, 5])
+    )
+    assert rows_digest(train, held_out) == rows_digest(train, held_out)
+    both = datasets.concatenate_datasets([train, held_out])
+    assert (
+        len({rows_digest(*parts) for parts in ([train, held_out], [train, other], [both, other], [train])})
+        == 4
+    )

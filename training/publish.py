@@ -23,6 +23,7 @@ import os
 import re
 import shlex
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -172,13 +173,19 @@ def local_path(folder: str) -> Path:
 
 
 def writable(folder: Path) -> bool:
-    """Whether `folder` can be made, or written: asked of its nearest parent that exists."""
-    folder = nearest_existing(folder)
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    """Whether `folder` can be made, or written: tried in its nearest parent that exists.
+
+    Permissions alone tell too little: root has them all, also where NFS or /proc let nobody make anything.
+    """
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".dolly-", dir=nearest_existing(folder)))
+    except OSError:
+        return False
+    return True
 
 
 def target_faults(target: str, folder: Path | None = None) -> list[str]:
-    """Why a model could not be published to `target`, as far as can be told without writing; else [].
+    """Why a model could not be published to `target`, as far as can be told without writing a file; else [].
 
     A target that holds something is a fault, unless it is a copy, whole or begun, of the finished run in `folder`.
     """

@@ -29,7 +29,7 @@ SCHEDULES_WITH_AN_END = ("linear", "cosine")
 
 
 def start_record(options: TrainingOptions, world_size: int, rows: str | None = None) -> dict[str, Any]:
-    """What is known of a run before its first step; `rows` is `rows_digest` of what it trains on.
+    """What is known of a run before its first step; `rows` is `rows_digest` of its rows.
 
     `status` is "running", then "stopped" (by SIGTERM or Ctrl-C), or "finished" once the model is there and verified.
     """
@@ -74,13 +74,18 @@ def global_batch(options: TrainingOptions, world_size: int) -> int:
     return options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
 
 
-def rows_digest(rows: datasets.Dataset) -> str:
-    """A checksum of the rows to train on, in their order: it changes with data, tokenizer, length, split and seed."""
+def rows_digest(*parts: datasets.Dataset) -> str:
+    """A checksum of the rows to train on, and of those held out, in their order.
+
+    It changes with data, tokenizer, length, split and seed.
+    """
     digest = hashlib.sha256()
-    for batch in rows.with_format("numpy").iter(batch_size=10_000):
-        for ids in batch["input_ids"]:
-            digest.update(np.asarray(ids, dtype=np.int32).tobytes())
-        digest.update(np.asarray(batch["response_start"], dtype=np.int32).tobytes())
+    for rows in parts:
+        digest.update(len(rows).to_bytes(8))
+        for batch in rows.with_format("numpy").iter(batch_size=10_000):
+            for ids in batch["input_ids"]:
+                digest.update(np.asarray(ids, dtype=np.int32).tobytes())
+            digest.update(np.asarray(batch["response_start"], dtype=np.int32).tobytes())
     return digest.hexdigest()
 
 

@@ -200,7 +200,8 @@ def machine_faults(options: TrainingOptions) -> list[str]:
 def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopRequest) -> dict[str, Any]:
     args = prepared.args
     output, main = Path(args.output_dir), args.process_index == 0
-    record = start_record(options, args.world_size, rows_digest(prepared.train_rows) if main else None)
+    digest = rows_digest(prepared.train_rows, prepared.held_out_rows) if main else None
+    record = start_record(options, args.world_size, digest)
     steps = planned_steps(options, len(prepared.train_rows), args.world_size)
     start = _on_rank_0(args, lambda: find_start(output, options, record, steps))
     if start.finished:
