@@ -26,6 +26,7 @@ ORDER = [
     "model",
     "publish",
     "options",
+    "faults",
     "launch",
     "spark",
     "operators",

@@ -55,6 +55,7 @@ from training.data import prepare_dataset
 from training.flops import matmul_flops_per_second, model_flops, model_parameters
 from training.loss import use_response_loss
 from training.model import DTYPES, ModelError, load_tokenizer
+from training.picture import PictureFile
 from training.rows import DataError
 
 RECIPES = ["dolly", "stock", "packed", "packed_checkpointed"]
@@ -402,6 +403,18 @@ def plot(shares: dict[str, list[float]], world_size: int, path: Path) -> None:
     pyplot.close(figure)
 
 
+def _device_faults(device: str, precision: str) -> list[str]:
+    """Why nothing could be computed in this precision on this device, which is tried."""
+    if device == "cpu" and precision == "fp16":
+        return ["--precision fp16: a CPU computes it too slowly to compare. Type --precision bf16 or fp32"]
+    try:
+        torch.ones(1, device=device, dtype=DTYPES[precision]).item()
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).splitlines()[0]
+        return [f"--device {device}: cannot be used here in {precision} ({reason}). Type --device cpu"]
+    return []
+
+
 @click.command()
 @click.option("--training-dataset", default=DEMO, show_default=True, help="As the trainer's.")
 @click.option(
@@ -424,8 +437,9 @@ def plot(shares: dict[str, list[float]], world_size: int, path: Path) -> None:
 @click.option(
     "--plot",
     "picture",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="Write a PNG of the real tokens a step.",
+    type=PictureFile(),
+    metavar="FILE.png",
+    help="Draw the share of real tokens, step by step.",
 )
 def main(
     training_dataset: str,
@@ -446,19 +460,24 @@ def main(
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    if width % heads or (width // heads) % 2:
-        raise click.UsageError(f"--width {width} is not --heads {heads} times an even head size")
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    faults = _device_faults(device, precision)
+    if width % heads or (width // heads) % 2:
+        faults.append(f"--width {width} is not --heads {heads} times an even head size")
+    tokenizer: Any = None
+    rows: Any = None
     try:
         tokenizer = load_tokenizer(tokenizer_name)
         rows, _ = prepare_dataset(training_dataset, tokenizer, 2048)
     except (DataError, ModelError) as error:
-        raise click.ClickException(str(error)) from error
+        faults.append(str(error))
+    if rows and len(rows) < batch * world_size:
+        faults.append(f"{len(rows):,} rows are fewer than one global batch of {batch} x {world_size}")
+    if tokenizer and vocab is not None and vocab < len(tokenizer):
+        faults.append(f"--vocab {vocab} is less than the tokenizer's {len(tokenizer):,} entries")
+    if faults:
+        raise click.UsageError("\n".join(faults))
     lengths = rows["length"][:]
-    if len(rows) < batch * world_size:
-        raise click.UsageError(f"{len(rows)} rows are fewer than one global batch of {batch} x {world_size}")
-    if vocab is not None and vocab < len(tokenizer):
-        raise click.UsageError(f"--vocab {vocab} is less than the tokenizer's {len(tokenizer)} entries")
 
     shape: dict[str, Any] = {
         "vocabulary": vocab or len(tokenizer),

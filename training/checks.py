@@ -18,6 +18,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -302,6 +303,18 @@ def nearest_existing(path: Path) -> Path:
                 return path
         path = path.parent
     return path
+
+
+def writable(folder: Path) -> bool:
+    """Whether `folder` can be made, or written: tried in its nearest parent that exists.
+
+    Permissions alone tell too little: root has them all, also where NFS or /proc let nobody make anything.
+    """
+    try:
+        os.rmdir(tempfile.mkdtemp(prefix=".dolly-", dir=nearest_existing(folder)))
+    except OSError:
+        return False
+    return True
 
 
 def _mount_point(path: Path) -> Path:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from training.checks import WRITER_FILES
+from training.checks import WRITER_FILES, writable
 from training.consts import RUN_FILE
 from training.options import (
     OptionsError,
@@ -26,7 +26,7 @@ from training.options import (
     steps_between_samples,
     world_size,
 )
-from training.publish import local_path, target_faults, writable
+from training.publish import local_path, target_faults
 
 
 def find_faults(options: TrainingOptions) -> list[str]:

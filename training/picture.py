@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import IO, Any
+
+import click
+
+from training.checks import writable
 
 # What stays is blue, what ZeRO moves green, what comes and goes with the rows orange, the rest grey.
 COLOURS = {
@@ -20,7 +25,25 @@ COLOURS = {
 MARKED = 30  # points of a run up to which each is marked: one alone makes no line
 
 
-def draw_memory(parts_gib: dict[str, float], room_gib: float, device: str, title: str, file: str) -> None:
+class PictureFile(click.ParamType):
+    """A file to draw into at the end, whose ending is the format: refused at the beginning if it could not be."""
+
+    name = "FILE.png"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        file = Path(value)
+        folder = file.absolute().parent
+        known = file.suffix in (".png", ".pdf", ".svg")
+        if not known or file.is_dir() or not folder.is_dir() or not writable(folder):
+            self.fail(
+                f"{value}: expected a file that ends in .png, .pdf or .svg, in a folder that exists and can be written",
+                param,
+                ctx,
+            )
+        return file
+
+
+def draw_memory(parts_gib: dict[str, float], room_gib: float, device: str, title: str, file: Path) -> None:
     """Writes the picture into `file`, whose ending is the format. `room_gib` 0: the device has no memory of its own."""
     from matplotlib.figure import Figure
 

@@ -20,7 +20,7 @@ import click
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TEST_SIZE, DEFAULT_TRAINING_DATASET
 from training.machines import MACHINES, Machine, MachineError, find_machine, this_machine
 from training.options import MOST_EPOCHS, MOST_STEPS, OptionsError, TrainingOptions
-from training.picture import draw_memory
+from training.picture import PictureFile, draw_memory
 from training.settings import PRESETS, preset_options, settings_of
 from training.verdict import Plan, plan_run
 from training.workload import alpaca_lengths, dataset_lengths, model_facts
@@ -223,14 +223,14 @@ def _time_and_cost(hours: dict[str, float], price: float | None) -> str:
 @click.option("--local-output-dir", default="OUTPUT", help="The folder on whose disk free space counts.")
 @click.option("--price", type=click.FloatRange(0), help="Of the machine, an hour, in any currency.")
 @click.option("--json", "json_", is_flag=True, help="For programs.")
-@click.option("--plot", metavar="FILE.png", help="Draw the memory of a device by part.")
+@click.option("--plot", type=PictureFile(), metavar="FILE.png", help="Draw the memory of a device by part.")
 @click.option("--published", is_flag=True, help="Print published times beside this plan's, and end.")
 def main(
     machine: str | None,
     num_gpus: int | None,
     price: float | None,
     json_: bool,
-    plot: str | None,
+    plot: Path | None,
     published: bool,
     **options: Any,
 ) -> None:
@@ -241,12 +241,6 @@ def main(
     for name, number in (("--epochs", options["epochs"]), ("--price", price)):
         if number is not None and not math.isfinite(number):
             raise click.UsageError(f"{name} {number}: expected a finite number")
-    if plot and (
-        Path(plot).suffix not in (".png", ".pdf", ".svg") or not Path(plot).absolute().parent.is_dir()
-    ):
-        raise click.UsageError(
-            f"--plot {plot}: expected a file that ends in .png, .pdf or .svg, in a folder that exists"
-        )
     try:
         plan = _plan_typed(machine, num_gpus, options)
     except (MachineError, OptionsError) as error:
@@ -297,7 +291,7 @@ def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan
     return plan_run(options, ranks, lengths, model, machine)
 
 
-def draw(plan: Plan, file: str) -> None:
+def draw(plan: Plan, file: Path) -> None:
     """The memory of a device by part against its size, as an image file."""
     settings, machine = plan.settings, plan.machine
     draw_memory(

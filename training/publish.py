@@ -19,11 +19,9 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import shlex
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -36,7 +34,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from tqdm import tqdm
 
-from training.checks import free_bytes, nearest_existing
+from training.checks import free_bytes, writable
 from training.consts import RUN_FILE
 
 logger = logging.getLogger(__name__)
@@ -170,18 +168,6 @@ class Target:
 def local_path(folder: str) -> Path:
     """dbfs:/x is what Databricks shows, and /dbfs/x where programs find it; taken as a path it would be `./dbfs:/x`."""
     return Path(re.sub("^dbfs:/*", "/dbfs/", folder)).expanduser()
-
-
-def writable(folder: Path) -> bool:
-    """Whether `folder` can be made, or written: tried in its nearest parent that exists.
-
-    Permissions alone tell too little: root has them all, also where NFS or /proc let nobody make anything.
-    """
-    try:
-        os.rmdir(tempfile.mkdtemp(prefix=".dolly-", dir=nearest_existing(folder)))
-    except OSError:
-        return False
-    return True
 
 
 def target_faults(target: str, folder: Path | None = None) -> list[str]:
