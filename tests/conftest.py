@@ -186,6 +186,12 @@ def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(library)
 
 
+@pytest.fixture
+def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Options name config/... from the root of the repository."""
+    monkeypatch.chdir(Path(__file__).parents[1])
+
+
 def the_gpu(monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1) -> None:
     """Stands for a machine with `count` GPUs, as far as the checks ask."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

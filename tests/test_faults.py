@@ -23,11 +23,7 @@ from training.options import (
 BF16_JSON = "config/ds_z3_bf16_config.json"
 FP16_JSON = "config/ds_z3_fp16_offload_config.json"
 
-
-@pytest.fixture(autouse=True)
-def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options name config/... from the root of the repository."""
-    monkeypatch.chdir(Path(__file__).parents[1])
+pytestmark = pytest.mark.usefixtures("at_the_root")
 
 
 @pytest.fixture
