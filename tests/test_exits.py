@@ -106,3 +106,27 @@ def test_kills_for_want_of_memory_are_counted_where_the_system_tells(
     tmp_path: Path, files: dict[str, str], count: int | None
 ) -> None:
     assert oom_kills(plant(tmp_path, files)) == count
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "said"),
+    [
+        ("print('done', end='')", 0, "done"),
+        ("sys.exit(75)", 75, ""),
+        ("sys.exit()", 0, ""),
+        ("1 / 0", 1, "ZeroDivisionError"),
+    ],
+)
+def test_a_command_keeps_its_exit_code_and_its_words_without_pythons_shutdown(
+    command: str, code: int, said: str
+) -> None:
+    words = (
+        "import atexit, os, sys\nfrom training.exits import end_with\natexit.register(os.abort)\n"
+        f"def command(): {command}\nend_with(command)"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", words], cwd=Path(__file__).parents[1], capture_output=True, text=True
+    )
+    assert result.returncode == code
+    assert said in result.stdout + result.stderr
+    assert bool(result.stderr) == (code == 1)

@@ -209,6 +209,20 @@ def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
 
 
 @pytest.mark.slow
+def test_what_goes_wrong_while_python_shuts_down_fails_no_run_that_has_finished(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, sys\n"
+        "if 'DOLLY_SUPERVISED' in os.environ and 'training.trainer' in sys.orig_argv: atexit.register(os.abort)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = run(
+        deepspeed(2), *DEMO, "--deepspeed", BF16, "--max-steps", 1, "--local-output-dir", tmp_path / "out"
+    )
+    assert result.returncode == 0, result.stdout
+    assert record(tmp_path / "out")["status"] == "finished"
+
+
+@pytest.mark.slow
 def test_what_is_wrong_on_a_node_without_rank_0_is_told_there(tmp_path):
     """Rank 0, on another node, finds no fault and says nothing."""
     result = subprocess.run(

@@ -18,6 +18,7 @@ from tests.test_attention import eager_gptj, packed, padded, random_rows
 from training.attention import packs_cleanly, use_packed_attention
 from training.batching import GlobalBatchSampler
 from training.collator import split_packed_batch
+from training.exits import end_with
 from training.loss import use_response_loss
 from training.operators import compile_operators
 from training.supervisor import remove_shared_buffer
@@ -99,4 +100,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[-1]))
+    end_with(lambda: main(Path(sys.argv[-1])))

@@ -14,6 +14,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from training.exits import end_with
 from training.model import load_model, load_tokenizer
 from training.operators import compile_operators
 from training.options import TrainingOptions
@@ -59,4 +60,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[-1])
+    end_with(lambda: main(sys.argv[-1]))

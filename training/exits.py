@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
+import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 REFUSED = 2  # the options, the data or the machine; click ends with it as well
 ENDED = 70  # EX_SOFTWARE of sysexits.h: training cannot go on, and the rank has said why
@@ -110,3 +116,24 @@ def _lines(file: Path) -> list[str]:
         return file.read_text().splitlines()
     except (OSError, ValueError):
         return []
+
+
+def end_with(command: Callable[[], object]) -> NoReturn:
+    """Runs a click command and ends the process with its exit code, without Python's own shutdown.
+
+    While that takes the interpreter down, threads of gloo and of torch may still ask for it, which now and then aborts
+    a rank ("terminate called without an active exception") whose run has finished, or lets it hang.
+    """
+    code = 0
+    try:
+        command()
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+            stream.flush()
+    os._exit(code)

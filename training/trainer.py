@@ -54,7 +54,7 @@ from training.callbacks import Curves, MetricsLog, ProgressLog, duration
 from training.checks import FolderBusyError, disk_faults, kernel_faults, version_faults, writing
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
-from training.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED
+from training.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED, end_with
 from training.faults import find_faults
 from training.finished import LEDGER_FILE, place_model, verify_model, write_model_card
 from training.flops import peak_flops
@@ -661,4 +661,4 @@ def main(ctx: click.Context, **values: Any) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    end_with(main)
