@@ -30,13 +30,21 @@ class StoreError(RuntimeError):
 
 def root_faults() -> list[str]:
     """Why nothing could be pushed to the configured root; [] too where none is configured."""
-    from metaflow.metaflow_config import DATATOOLS_S3ROOT
+    from metaflow.metaflow_config import DATATOOLS_CLIENT_PARAMS, DATATOOLS_S3ROOT
     from metaflow.plugins.datatools.s3.s3util import get_s3_client
 
     if not DATATOOLS_S3ROOT:
         return []
+    from botocore.config import Config
+
     bucket = DATATOOLS_S3ROOT.removeprefix("s3://").split("/")[0]
-    client, _ = get_s3_client()
+    asked = (
+        DATATOOLS_CLIENT_PARAMS.get("config") or {}
+    )  # a dict, until Metaflow has made the first client of it
+    asked = asked if isinstance(asked, Config) else Config(**asked)
+    # Metaflow's many tries are for the hours of a run; here somebody waits.
+    soon = asked.merge(Config(connect_timeout=10, read_timeout=10, retries={"total_max_attempts": 3}))
+    client, _ = get_s3_client(s3_client_params={**DATATOOLS_CLIENT_PARAMS, "config": soon})
     try:
         client.head_bucket(Bucket=bucket)
     except Exception as error:  # of boto3, by the kind of the failure; no bucket, no right, no connection

@@ -5,11 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import os
+import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -275,6 +278,30 @@ def test_all_faults_are_told_at_once_before_anything_is_trained(metaflow: Metafl
         assert fault in told, told
     assert "Traceback" not in told
     assert not (tmp_path / "dolly_training").exists()
+
+
+def test_a_store_that_does_not_answer_is_told_after_three_tries(metaflow: Metaflow) -> None:
+    tries = []
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def hang_up() -> None:
+            with suppress(OSError):  # closed below
+                while True:
+                    tries.append(server.accept()[0].close())
+
+        threading.Thread(target=hang_up, daemon=True).start()
+        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
+        code = f"import sys; sys.path.insert(0, {str(FLOW.parent)!r}); import model_on_s3; print(*model_on_s3.root_faults())"
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            env=metaflow.environment(
+                METAFLOW_DATATOOLS_S3ROOT="s3://far/data", METAFLOW_S3_ENDPOINT_URL=endpoint
+            ),
+            capture_output=True,
+            text=True,
+        )
+    assert "the bucket 'far' cannot be reached" in result.stdout, result.stderr
+    assert len(tries) == 3
 
 
 def test_the_pod_of_the_train_step_alone_has_the_gpus(metaflow: Metaflow) -> None:
