@@ -175,7 +175,11 @@ class TrainDollyFlow(FlowSpec):
     def start(self) -> None:
         """Everything that can be refused is refused here, before a GPU is paid for."""
         remote = _is_remote()
-        root = Path(self.local_training_root or "~/dolly_training").expanduser().absolute()
+        try:
+            root = Path(self.local_training_root or "~/dolly_training").expanduser().absolute()
+        except RuntimeError as error:  # ~nobody
+            fault = f"--local-training-root {self.local_training_root}: {error}. Name a folder of your own"
+            raise RunRefusedError([fault]) from error
         self.folder = str(root / f"dolly__{current.run_id}")
         self.output = f"{self.folder}/model"  # in resumed runs too, as this step is not run again
         faults = root_faults()
@@ -307,10 +311,16 @@ class TrainDollyFlow(FlowSpec):
             )
         faults += plain_faults(options)
         if not remote:  # a pod has a disk of its own
-            faults += target_faults_of(options)
+            faults += [self._as_named_here(fault) for fault in target_faults_of(options)]
         if faults:
             raise OptionsError(faults)
         return options
+
+    def _as_named_here(self, fault: str) -> str:
+        """A fault of the trainer's folders, by the options with which the flow was given their roots."""
+        if self.dbfs_output_root:
+            fault = fault.replace("--dbfs-output-dir", "--dbfs-output-root")
+        return fault.replace("--local-output-dir", "--local-training-root")
 
     def _plan(self, options: TrainingOptions, machine: Machine, faults: list[str]) -> Plan:
         """Tokenises the rows, and weighs the run: artifacts `ledger` and `plan`.

@@ -93,6 +93,8 @@ def test_the_command_compares_and_draws(tmp_path):
         ("--training-dataset nothing.jsonl", "nothing.jsonl: no such file"),
         ("--device tube", "--device tube: cannot be used here in fp32"),
         ("--device meta", "--device meta: cannot be used here in fp32"),
+        ("--layers 99999999999999999999", "entries need"),
+        ("--device cpu:0 --precision fp16", "--precision fp16: a CPU computes it too slowly"),
         ("--device cpu --precision fp16", "--precision fp16: a CPU computes it too slowly"),
         ("--plot /no/such/folder/a.png", "in a folder that exists and can be written"),
     ],

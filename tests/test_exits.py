@@ -115,6 +115,7 @@ def test_kills_for_want_of_memory_are_counted_where_the_system_tells(
         ("sys.exit(75)", 75, ""),
         ("sys.exit()", 0, ""),
         ("1 / 0", 1, "ZeroDivisionError"),
+        ("sys.exit('no such thing')", 1, "no such thing"),
     ],
 )
 def test_a_command_keeps_its_exit_code_and_its_words_without_pythons_shutdown(
@@ -130,3 +131,10 @@ def test_a_command_keeps_its_exit_code_and_its_words_without_pythons_shutdown(
     assert result.returncode == code
     assert said in result.stdout + result.stderr
     assert bool(result.stderr) == (code == 1)
+
+
+def test_a_command_without_an_output_keeps_its_exit_code() -> None:
+    words = (
+        "import sys; from training.exits import end_with; sys.stdout = None; end_with(lambda: sys.exit(75))"
+    )
+    assert subprocess.run([sys.executable, "-c", words], cwd=Path(__file__).parents[1]).returncode == 75

@@ -364,6 +364,13 @@ def test_an_output_is_refused_where_even_root_can_make_nothing() -> None:
     assert fault == "--local-output-dir /proc/dolly: cannot be written. Name a folder of your own"
 
 
+def test_a_link_to_nowhere_is_refused_as_an_output(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "out")
+    for folder in (tmp_path / "link", tmp_path / "link" / "below"):
+        [fault] = find_faults(TrainingOptions(local_output_dir=str(folder)))
+        assert fault == f"--local-output-dir {folder}: cannot be written. Name a folder of your own"
+
+
 def test_asking_whether_an_output_can_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
     assert find_faults(options(tmp_path)) == []
     assert list(tmp_path.iterdir()) == []

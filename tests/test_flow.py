@@ -273,7 +273,7 @@ def test_all_faults_are_told_at_once_before_anything_is_trained(metaflow: Metafl
         "--training-file and --training-dataset: give one of them",
         "--epochs nan: expected a finite number",
         "--warmup-steps 5 would be ignored",
-        "--local-output-dir /proc/runs/",
+        "--local-training-root /proc/runs/",
     ):
         assert fault in told, told
     assert "Traceback" not in told

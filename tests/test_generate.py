@@ -270,3 +270,17 @@ def test_the_module_runs_from_the_shell(answering_folder: Path) -> None:
 
 def test_what_a_terminal_would_obey_is_not_shown() -> None:
     assert generate.printable("Bel\x1b[2J\x07l\nÄé") == "Bel\ufffd[2J\ufffdl\nÄé"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
+        (["--model", 300 * "x"], "Cannot answer: "),
+        (["--input", "\udcff"], "--input '\\udcff': is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_answered_is_told_before_a_model_is_loaded(words: list[str], told: str) -> None:
+    result = CliRunner().invoke(generate.main, ["--model", "no/such/model", *words, "Say."])
+    assert result.exit_code == 2
+    assert told in result.output

@@ -190,6 +190,8 @@ def test_no_number_and_infinity_are_refused(tmp_path: Path, flag: str, value: st
     [
         ("--epochs", "1e300", "1e+300 is not in the range 0<x<=10000"),
         ("--max-steps", "1" + 30 * "0", "is not in the range 1<=x<=1000000000"),
+        ("--per-device-train-batch-size", "100000000", "is not in the range 1<=x<=1024"),
+        ("--gradient-accumulation-steps", "1" + 30 * "0", "is not in the range 1<=x<=1024"),
     ],
 )
 def test_a_length_that_no_run_has_is_refused(tmp_path: Path, flag: str, value: str, words: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
+import click
 import pytest
 from matplotlib.image import imread
 
-from training.picture import draw_run
+from training.picture import PictureFile, draw_run
 
 TRAINED = {"step": 10, "loss": 2.0, "tokens_per_second": 900.0, "peak_memory_gib": 1.5}
 HELD_OUT = {"step": 10, "eval_loss": 1.9}
@@ -43,3 +45,16 @@ def test_both_losses_are_in_the_picture() -> None:
 def test_a_run_without_a_logged_step_is_not_drawn() -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_run([{"step": 0}], "a run", io.BytesIO())
+
+
+def test_a_file_that_could_not_be_drawn_at_the_end_is_refused_at_the_beginning(tmp_path: Path) -> None:
+    (tmp_path / "link.png").symlink_to(tmp_path / "nowhere" / "a.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "old.png").touch()
+    os.mkfifo(tmp_path / "pipe.png")
+    for name in ("link.png", "folder.png", "pipe.png", "none/a.png", f"{300 * 'x'}.png", "a.xyz"):
+        with pytest.raises(click.BadParameter, match="in a folder that exists and can be written"):
+            PictureFile().convert(str(tmp_path / name), None, None)
+    for name in ("old.png", "new.svg"):
+        assert PictureFile().convert(str(tmp_path / name), None, None) == tmp_path / name
+    assert not (tmp_path / "new.svg").exists()

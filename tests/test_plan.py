@@ -402,6 +402,10 @@ def test_the_picture_is_drawn(deepspeed, tmp_path):
         (["--machine", "8xH100", "--price", "inf"], "--price inf: expected a finite number"),
         (["--machine", "8xH100", "--plot", "/no/such/folder/a.png"], "in a folder that exists"),
         (["--machine", "8xH100", "--plot", "a.xyz"], "ends in .png, .pdf or .svg"),
+        (["--machine", "8xH100", "--plot", f"{300 * 'x'}.png"], "in a folder that exists and can be written"),
+        (["--machine", "8xH100", "--deepspeed", ""], "--deepspeed is empty. Give a value"),
+        (["--machine", ""], "--machine is empty. Give a value"),
+        (["--machine", "8xH100", "--gradient-accumulation-steps", "1" + 19 * "0"], "1<=x<=1024"),
     ],
 )
 def test_what_cannot_be_planned_is_told_without_a_traceback(typed, told):

@@ -54,9 +54,11 @@ from training.consts import DEFAULT_SEED, DEMO, IGNORE_INDEX
 from training.data import prepare_dataset
 from training.flops import matmul_flops_per_second, model_flops, model_parameters
 from training.loss import use_response_loss
+from training.machines import GIB, free_host_gib
 from training.model import DTYPES, ModelError, load_tokenizer
 from training.picture import PictureFile
 from training.rows import DataError
+from training.workload import gptj_facts
 
 RECIPES = ["dolly", "stock", "packed", "packed_checkpointed"]
 TRL = "trl"
@@ -405,14 +407,32 @@ def plot(shares: dict[str, list[float]], world_size: int, path: Path) -> None:
 
 def _device_faults(device: str, precision: str) -> list[str]:
     """Why nothing could be computed in this precision on this device, which is tried."""
-    if device == "cpu" and precision == "fp16":
-        return ["--precision fp16: a CPU computes it too slowly to compare. Type --precision bf16 or fp32"]
     try:
+        if torch.device(device).type == "cpu" and precision == "fp16":
+            return [
+                "--precision fp16: a CPU computes it too slowly to compare. Type --precision bf16 or fp32"
+            ]
         torch.ones(1, device=device, dtype=DTYPES[precision]).item()
     except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = str(error).splitlines()[0]
         return [f"--device {device}: cannot be used here in {precision} ({reason}). Type --device cpu"]
     return []
+
+
+def _memory_faults(
+    vocabulary: int, width: int, layers: int, heads: int, dtype: torch.dtype, device: str
+) -> list[str]:
+    """Whether the padded and the packed model and their gradients exceed what is free."""
+    parameters = gptj_facts("benchmark", layers, width, heads, vocabulary).parameters
+    needed = 2 * 2 * parameters * dtype.itemsize / GIB
+    on_gpu = torch.device(device).type == "cuda"
+    free = torch.cuda.mem_get_info(device)[0] / GIB if on_gpu else free_host_gib()
+    if needed <= free:
+        return []
+    return [
+        f"--width {width}, --layers {layers} and {vocabulary:,} entries need {needed:,.0f} GiB for two models and their "
+        f"gradients, and {free:,.0f} are free. Make one of them smaller"
+    ]
 
 
 @click.command()
@@ -475,6 +495,8 @@ def main(
         faults.append(f"{len(rows):,} rows are fewer than one global batch of {batch} x {world_size}")
     if tokenizer and vocab is not None and vocab < len(tokenizer):
         faults.append(f"--vocab {vocab} is less than the tokenizer's {len(tokenizer):,} entries")
+    if not faults:
+        faults += _memory_faults(vocab or len(tokenizer), width, layers, heads, DTYPES[precision], device)
     if faults:
         raise click.UsageError("\n".join(faults))
     lengths = rows["length"][:]

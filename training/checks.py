@@ -311,6 +311,8 @@ def writable(folder: Path) -> bool:
     Permissions alone tell too little: root has them all, also where NFS or /proc let nobody make anything.
     """
     try:
+        if any(part.is_symlink() and not part.exists() for part in (folder, *folder.parents)):
+            return False  # a link to nowhere: nothing can be made in its place
         os.rmdir(tempfile.mkdtemp(prefix=".dolly-", dir=nearest_existing(folder)))
     except OSError:
         return False

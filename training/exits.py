@@ -1,4 +1,4 @@
-"""Exit codes: what ours say, and what those of a rank, a launcher or a notebook's subprocess mean in words."""
+"""Exit codes: what ours say, how a rank ends with one, and what those of a rank, a launcher or a subprocess mean in words."""
 
 from __future__ import annotations
 
@@ -129,11 +129,13 @@ def end_with(command: Callable[[], object]) -> NoReturn:
         command()
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+        if isinstance(ended.code, str):
+            print(ended.code, file=sys.stderr)
     except BaseException:
         sys.excepthook(*sys.exc_info())
         code = 1
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):  # nobody reads any more
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody reads any more, or ever did
             stream.flush()
-    os._exit(code)
+    os._exit(code & 0xFF)

@@ -59,7 +59,10 @@ def best_device() -> str:
 
 def _refuse_unfinished(path: str) -> None:
     file = Path(path) / RUN_FILE
-    if not file.is_file():
+    try:
+        if not file.is_file():
+            return
+    except OSError:  # too long a name, a folder that may not be entered: loading tells it
         return
     try:
         record = json.loads(file.read_text())
@@ -150,7 +153,7 @@ def prompt_ids(
         room = longest - len(head) - 1
         if room < 1:
             raise ValueError(
-                f"max_new_tokens leaves {longest} of the model's positions for the prompt, "
+                f"max_new_tokens leaves {max(0, longest)} of the model's positions for the prompt, "
                 f"which needs {len(head) + 2} at least. Ask for fewer new tokens"
             )
         if len(body) > room:
@@ -180,7 +183,9 @@ def prompt_ids(
 @click.option(
     "--greedy", is_flag=True, help="The likeliest answer, always the same, instead of a sampled one."
 )
-@click.option("--seed", type=int, default=None, help="Makes a sampled answer repeatable.")
+@click.option(
+    "--seed", type=click.IntRange(0, 2**32 - 1), default=None, help="Makes a sampled answer repeatable."
+)
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
@@ -199,6 +204,9 @@ def main(
     trust_remote_code: bool,
 ) -> None:
     """Answer INSTRUCTION, streaming the answer as it is written."""
+    for name, text in (("INSTRUCTION", instruction), ("--input", context or "")):
+        if text.encode(errors="replace").decode() != text:
+            raise click.UsageError(f"{name} {text!r}: is not UTF-8")
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:

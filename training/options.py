@@ -25,6 +25,7 @@ from training.consts import (
 
 # Beyond these a number is a slip of the keyboard; 10,000 steps an hour for ten years are fewer.
 MOST_EPOCHS, MOST_STEPS = 10_000, 10**9
+MOST_ROWS = 1024  # at once, and batches in a step: together a million rows a device
 
 SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
 
@@ -136,10 +137,14 @@ class TrainingOptions:
         0.0, "Training", "Weight decay of AdamW.", type=click.FloatRange(0), metavar="DECAY"
     )
     per_device_train_batch_size: int = _option(
-        8, "Training", "Rows a device computes at once.", type=click.IntRange(1), metavar="ROWS"
+        8, "Training", "Rows a device computes at once.", type=click.IntRange(1, MOST_ROWS), metavar="ROWS"
     )
     per_device_eval_batch_size: int = _option(
-        8, "Training", "Held-out rows a device computes at once.", type=click.IntRange(1), metavar="ROWS"
+        8,
+        "Training",
+        "Held-out rows a device computes at once.",
+        type=click.IntRange(1, MOST_ROWS),
+        metavar="ROWS",
     )
     batching: str = _option(
         "packed",
@@ -158,7 +163,7 @@ class TrainingOptions:
         1,
         "Training",
         "Batches a device computes before each optimizer step.",
-        type=click.IntRange(1),
+        type=click.IntRange(1, MOST_ROWS),
         metavar="BATCHES",
     )
     gradient_checkpointing: str = _option(

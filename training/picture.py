@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -22,6 +23,7 @@ COLOURS = {
     "optimizer step": "#c6dbef",
     "context and fragmentation": "#b5b5b5",
 }
+ENDINGS = (".png", ".pdf", ".svg")
 MARKED = 30  # points of a run up to which each is marked: one alone makes no line
 
 
@@ -32,15 +34,23 @@ class PictureFile(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         file = Path(value)
-        folder = file.absolute().parent
-        known = file.suffix in (".png", ".pdf", ".svg")
-        if not known or file.is_dir() or not folder.is_dir() or not writable(folder):
+        if not self._can_be_drawn(file):
             self.fail(
                 f"{value}: expected a file that ends in .png, .pdf or .svg, in a folder that exists and can be written",
                 param,
                 ctx,
             )
         return file
+
+    @staticmethod
+    def _can_be_drawn(file: Path) -> bool:
+        folder = file.absolute().parent
+        try:
+            if file.exists() or file.is_symlink():
+                return file.is_file() and os.access(file, os.W_OK) and file.suffix in ENDINGS
+            return file.suffix in ENDINGS and folder.is_dir() and writable(folder)
+        except OSError:  # too long a name, a folder that may not be entered
+            return False
 
 
 def draw_memory(parts_gib: dict[str, float], room_gib: float, device: str, title: str, file: Path) -> None:

@@ -19,7 +19,7 @@ import click
 
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TEST_SIZE, DEFAULT_TRAINING_DATASET
 from training.machines import MACHINES, Machine, MachineError, find_machine, this_machine
-from training.options import MOST_EPOCHS, MOST_STEPS, OptionsError, TrainingOptions
+from training.options import MOST_EPOCHS, MOST_ROWS, MOST_STEPS, OptionsError, TrainingOptions
 from training.picture import PictureFile, draw_memory
 from training.settings import PRESETS, preset_options, settings_of
 from training.verdict import Plan, plan_run
@@ -205,8 +205,12 @@ def _time_and_cost(hours: dict[str, float], price: float | None) -> str:
     "--training-dataset", default=DEFAULT_TRAINING_DATASET, show_default=True, help="As the trainer's."
 )
 @click.option("--batching", type=click.Choice(("packed", "padded")), default="packed", show_default=True)
-@click.option("--per-device-train-batch-size", type=click.IntRange(1), help="[default: the GPU family's]")
-@click.option("--gradient-accumulation-steps", type=click.IntRange(1), help="[default: for 64 rows a step]")
+@click.option(
+    "--per-device-train-batch-size", type=click.IntRange(1, MOST_ROWS), help="[default: the GPU family's]"
+)
+@click.option(
+    "--gradient-accumulation-steps", type=click.IntRange(1, MOST_ROWS), help="[default: for 64 rows a step]"
+)
 @click.option(
     "--gradient-checkpointing",
     type=click.Choice(("auto", "on", "off")),
@@ -238,6 +242,11 @@ def main(
     if published:
         click.echo(published_table())
         return
+    for name, text in (("machine", machine), *options.items()):
+        if isinstance(text, str) and not text.strip():  # of a shell variable that was never set
+            raise click.UsageError(
+                f"--{name.replace('_', '-')} is empty. Give a value, or leave the option out"
+            )
     for name, number in (("--epochs", options["epochs"]), ("--price", price)):
         if number is not None and not math.isfinite(number):
             raise click.UsageError(f"{name} {number}: expected a finite number")
