@@ -483,15 +483,26 @@ def test_the_pushed_model_is_fetched_by_the_runs_id_and_answers(
     folder = tmp_path / "fetched"
     assert metaflow.run(kept["run"], "--to", folder, file=FETCH)[0] == 0
     assert {file.name for file in folder.iterdir()} == kept["model"]["files"].keys()
-    result = subprocess.run(
-        [sys.executable, "-m", "training.generate", "--model", folder, "Name the month that follows May."],
-        cwd=ROOT,
-        env=metaflow.environment(),
-        capture_output=True,
-        text=True,
+    fetched, local = (
+        subprocess.run(
+            [
+                sys.executable,
+                "-m",
+                "training.generate",
+                "--greedy",
+                "--model",
+                each,
+                "Name the month after May.",
+            ],
+            cwd=ROOT,
+            env=metaflow.environment(),
+            capture_output=True,
+            text=True,
+        )
+        for each in (folder, kept["model"]["folder"])
     )
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip()
+    assert fetched.returncode == 0, fetched.stderr
+    assert fetched.stdout == local.stdout
 
     (folder / "run.json").unlink()
     (folder / "model.safetensors").write_bytes(b"cut off")
