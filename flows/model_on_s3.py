@@ -38,9 +38,8 @@ def root_faults() -> list[str]:
     from botocore.config import Config
 
     bucket = DATATOOLS_S3ROOT.removeprefix("s3://").split("/")[0]
-    asked = (
-        DATATOOLS_CLIENT_PARAMS.get("config") or {}
-    )  # a dict, until Metaflow has made the first client of it
+    # The user's own, a dict until Metaflow has made the first client of it.
+    asked = DATATOOLS_CLIENT_PARAMS.get("config") or {}
     asked = asked if isinstance(asked, Config) else Config(**asked)
     # Metaflow's many tries are for the hours of a run; here somebody waits.
     soon = asked.merge(Config(connect_timeout=10, read_timeout=10, retries={"total_max_attempts": 3}))

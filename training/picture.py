@@ -44,11 +44,13 @@ class PictureFile(click.ParamType):
 
     @staticmethod
     def _can_be_drawn(file: Path) -> bool:
+        if file.suffix not in ENDINGS:
+            return False
         folder = file.absolute().parent
         try:
             if file.exists() or file.is_symlink():
-                return file.is_file() and os.access(file, os.W_OK) and file.suffix in ENDINGS
-            return file.suffix in ENDINGS and folder.is_dir() and writable(folder)
+                return file.is_file() and os.access(file, os.W_OK)
+            return folder.is_dir() and writable(folder)
         except OSError:  # too long a name, a folder that may not be entered
             return False
 
