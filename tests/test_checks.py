@@ -13,6 +13,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,6 +24,7 @@ import torch
 from tests.conftest import mounted
 from training import checks
 from training.checks import (
+    TRACE,
     WRITER_FILES,
     WRITER_INFO,
     FolderBusyError,
@@ -34,6 +36,7 @@ from training.checks import (
     missing_kernels,
     tool_faults,
     version_faults,
+    writable,
     writing,
 )
 
@@ -469,6 +472,25 @@ def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) ->
     )  # others write on this disk meanwhile
     (tmp_path / "file").touch()
     assert free_bytes(tmp_path / "file" / "below") == pytest.approx(free, abs=GIB)
+
+
+def test_what_a_killed_trial_left_is_taken_away_by_the_next(tmp_path: Path) -> None:
+    program = (
+        "import os, signal, pathlib; from training.checks import writable\n"
+        "pathlib.Path.rmdir = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"writable(pathlib.Path({str(tmp_path)!r}))"
+    )
+    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -signal.SIGKILL
+    [left] = tmp_path.iterdir()
+    assert left.name.startswith(TRACE)
+    assert writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_ranks_that_try_a_folder_at_one_moment_do_not_mind_each_other(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as ranks:
+        assert all(ranks.map(writable, [tmp_path] * 4000))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from conftest import the_gpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from training.checks import TRACE
 from training.faults import find_faults
 from training.options import (
     OptionsError,
@@ -374,6 +375,12 @@ def test_a_link_to_nowhere_is_refused_as_an_output(tmp_path: Path) -> None:
 def test_asking_whether_an_output_can_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
     assert find_faults(options(tmp_path)) == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_trial_left_does_not_make_an_output_another_s(tmp_path: Path) -> None:
+    for name in ("trial", "0123456789abcdef"):  # of this machine's trial, and of Spark's look at the nodes
+        (tmp_path / "out" / f"{TRACE}{name}").mkdir(parents=True)
+    assert find_faults(options(tmp_path)) == []
 
 
 def test_the_other_ranks_do_not_mind_what_rank_0_has_begun_to_write(

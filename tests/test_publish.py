@@ -251,6 +251,15 @@ def test_a_copy_killed_at_a_random_moment_is_continued(
     assert kill_and_publish_again(command, finished, target, change)
 
 
+@pytest.mark.parametrize("change", [1, 2, 3])
+def test_the_mending_of_a_copy_killed_at_its_first_changes_is_continued(
+    command: Callable[..., Any], finished: Path, target: Path, change: int
+) -> None:
+    publish(finished, str(target))
+    (target / "README.md").write_bytes((target / "README.md").read_bytes()[:-1])
+    assert kill_and_publish_again(command, finished, target, change)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("damaged", [None, "model.safetensors", "README.md", "manifest.json", "run.json"])
 def test_a_copy_killed_at_any_moment_is_continued(

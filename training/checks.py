@@ -18,7 +18,6 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -305,6 +304,9 @@ def nearest_existing(path: Path) -> Path:
     return path
 
 
+TRACE = ".dolly-"  # how the names of what is made for a trial begin; a killed process leaves it, and it holds nothing
+
+
 def writable(folder: Path) -> bool:
     """Whether `folder` can be made, or written: tried in its nearest parent that exists.
 
@@ -313,7 +315,12 @@ def writable(folder: Path) -> bool:
     try:
         if any(part.is_symlink() and not part.exists() for part in (folder, *folder.parents)):
             return False  # a link to nowhere: nothing can be made in its place
-        os.rmdir(tempfile.mkdtemp(prefix=".dolly-", dir=nearest_existing(folder)))
+        trial = nearest_existing(folder) / f"{TRACE}trial"
+        # One name for all: what a killed trial left is taken away by the next; the other ranks try it at this moment.
+        with contextlib.suppress(FileExistsError):
+            trial.mkdir()
+        with contextlib.suppress(FileNotFoundError):
+            trial.rmdir()
     except OSError:
         return False
     return True

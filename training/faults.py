@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from training.checks import WRITER_FILES, writable
+from training.checks import TRACE, WRITER_FILES, writable
 from training.consts import RUN_FILE
 from training.options import (
     OptionsError,
@@ -374,7 +374,7 @@ def _resume_faults(options: TrainingOptions) -> list[str]:
 
 
 def _holds_something(folder: Path) -> bool:
-    return any(file.name not in WRITER_FILES for file in folder.iterdir())
+    return any(file.name not in WRITER_FILES and not file.name.startswith(TRACE) for file in folder.iterdir())
 
 
 def _is_run(folder: Path) -> bool:

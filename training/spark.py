@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TextIO, cast
 
 from training import metrics
-from training.checks import ROOT, nearest_existing
+from training.checks import ROOT, TRACE, nearest_existing
 from training.exits import exit_meaning
 from training.launch import LAST_LINES, TRAINER, TrainingFailedError
 from training.options import OptionsError, option_words, read_deepspeed_json
@@ -213,7 +213,7 @@ def look_at_nodes(session: Any, ranks: int, output: Path) -> list[dict[str, Any]
 
     Returns {"host": name, "installed": whether `training` is, "shared": whether `output` is our own} of each.
     """
-    trace = nearest_existing(output) / f".dolly-{uuid.uuid4().hex}"
+    trace = nearest_existing(output) / f"{TRACE}{uuid.uuid4().hex}"
     path = str(trace)
 
     def look(
