@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import skip_first_batches
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from training.batching import (
     GlobalBatchSampler,
@@ -24,6 +27,7 @@ from training.batching import (
     micro_steps_needed,
 )
 from training.collator import DataCollatorForPackedRows
+from training.loop import Continued
 
 lengths_of_rows = st.lists(st.integers(1, 600), min_size=1, max_size=200)
 world_sizes = st.sampled_from([1, 2, 3, 8])
@@ -230,3 +234,36 @@ def test_the_trainer_takes_the_sampler_and_resumes_it(tmp_path: Path) -> None:
 def alpaca_lengths() -> list[int]:
     """Tokens of 1,500 real rows under the GPT-2 BPE (`tests/alpaca_lengths.json`)."""
     return json.loads((Path(__file__).parent / "alpaca_lengths.json").read_text())
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 8])
+@pytest.mark.parametrize("done", [1, 4, 8, 9])  # global batches; an epoch has 4
+def test_a_resume_on_any_number_of_ranks_goes_on_in_the_order_of_its_epoch(
+    tmp_path: Path, world_size: int, done: int
+) -> None:
+    """In the loaders that accelerate really makes, and with the Trainer's own two attempts at telling the epoch."""
+    lengths, accumulation = [3 + i % 7 for i in range(61)], 2
+    epoch, within = divmod(done, 4)
+    for rank in range(world_size):
+        mine = sampler(
+            lengths, global_batch_size=16, world_size=world_size, rank=rank, accumulation=accumulation
+        )
+        loader = prepare_data_loader(
+            DataLoader(range(len(lengths)), batch_sampler=mine, collate_fn=list),
+            num_processes=world_size, process_index=rank, put_on_device=False,
+        )  # fmt: skip
+        if world_size > 1:  # as Trainer._get_dataloader does
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        arguments = TrainingArguments(tmp_path, use_cpu=True, gradient_accumulation_steps=accumulation)
+        state = TrainerState(global_step=done)
+        Continued(None, tmp_path).on_epoch_begin(arguments, state, None, train_dataloader=loader)
+        if within:
+            loader = skip_first_batches(loader, within * accumulation)
+        loader.set_epoch(epoch)
+        if hasattr(getattr(loader.batch_sampler, "batch_sampler", None), "set_epoch"):
+            loader.batch_sampler.batch_sampler.set_epoch(epoch)
+        undisturbed = sampler(
+            lengths, global_batch_size=16, world_size=world_size, rank=rank, accumulation=accumulation
+        )
+        undisturbed.set_epoch(epoch)
+        assert list(loader) == list(undisturbed)[within * accumulation :]

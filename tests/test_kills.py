@@ -291,11 +291,20 @@ def drift(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float
     )
 
 
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_ranks(start, one_rank, two_ranks, tmp_path, before, after):
+def test_two_ranks_go_on_in_the_second_epoch_bit_for_bit(start, two_ranks, tmp_path):
+    """A step of 8 of 100 rows: the first epoch has 13."""
+    run = start(tmp_path / "out", 2, "--resume", two_ranks / "checkpoint-15")
+    assert run.wait() == 0, run.said
+    assert_the_same_run(tmp_path / "out", two_ranks)
+
+
+@pytest.mark.parametrize(("before", "after", "step"), [(2, 1, 6), (1, 2, 6), (1, 2, 15)])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    start, one_rank, two_ranks, tmp_path, before, after, step
+):
     """Within rounding: no further from the run that was begun than two undisturbed runs are from each other."""
     began = {1: one_rank, 2: two_ranks}[before]
-    source = began / "checkpoint-6"
+    source = began / f"checkpoint-{step}"
     written = contents(source)
     run = start(tmp_path / "out", after, "--resume", source)
     assert run.wait() == 0, run.said
@@ -303,7 +312,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(start, one_rank, two_ranks, 
     assert contents(source) == written
     assert not (tmp_path / "out" / ".resharded").exists()
     ours, theirs = history(tmp_path / "out"), history(began)
-    shared = sum(entry["step"] <= 6 for entry in theirs)
+    shared = sum(entry["step"] <= step for entry in theirs)
     assert ours[:shared] == theirs[:shared], "what was logged before"
     rounding = drift(history(one_rank), history(two_ranks))
     print(f"{before} -> {after} ranks: {drift(ours, theirs):.1e}; 1 and 2 ranks undisturbed: {rounding:.1e}")

@@ -317,7 +317,7 @@ class CompletionTrainer(Trainer):
 
 
 class Continued(TrainerCallback):
-    """What transformers forgets in a checkpoint: the loss since the last line of the log, and a due held-out loss.
+    """What transformers forgets at a resume: the loss since the last line of the log, a due held-out loss, the epoch.
 
     Args:
         saved: the checkpoint that the run goes on from, as it was written.
@@ -353,3 +353,21 @@ class Continued(TrainerCallback):
             ours = self.saved.parent == Path(args.output_dir)
             if state.is_world_process_zero and ours and manifest is not None:
                 checkpoint.write_manifest(self.saved, loss, manifest["model"], manifest["files"])
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        *,
+        train_dataloader: DataLoader,
+        **kwargs: Any,
+    ) -> None:
+        """Tells the sampler its epoch, or several ranks would be dealt the first epoch's rows again.
+
+        They have it in a wrapper of accelerate's; a resume within an epoch puts a second one around that; and the
+        Trainer looks into one alone.
+        """
+        sampler: Any = train_dataloader.batch_sampler
+        sampler = getattr(sampler, "batch_sampler", sampler)
+        sampler.set_epoch(state.global_step * args.gradient_accumulation_steps // len(sampler))
