@@ -9,6 +9,8 @@ training.generate refuses what is not whole; and the artifact `model` of the run
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -131,11 +133,15 @@ def fetch(run_id: str, folder: Path) -> Path:
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder}: is a file. Name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    foreign = sorted({file.name for file in folder.iterdir()} - model["files"].keys())
+    found = list(folder.iterdir())
+    left = [file for file in found if _left_by_metaflow(file)]
+    foreign = sorted({file.name for file in found if file not in left} - model["files"].keys())
     if foreign:
         raise StoreError(
             f"{folder}: holds what is not of this model ({', '.join(foreign[:3])}). Name a new folder"
         )
+    for each in left:
+        shutil.rmtree(each)
     missing = [name for name, told in model["files"].items() if _figures(folder / name) != told]
     missing.sort(key=lambda name: name == RUN_FILE)
     if missing:
@@ -155,6 +161,15 @@ def fetch(run_id: str, folder: Path) -> Path:
                 )
             os.replace(copy, folder / name)
     return folder
+
+
+def _left_by_metaflow(file: Path) -> bool:
+    """Whether it is the folder that S3(tmproot=...) makes by mkdtemp for its copies, and a killed fetch leaves."""
+    return (
+        bool(re.fullmatch(r"metaflow\.s3\.[a-z0-9_]{8}", file.name))
+        and file.is_dir()
+        and not file.is_symlink()
+    )
 
 
 def _figures(file: Path) -> dict[str, Any] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -629,3 +630,51 @@ print(model_on_s3.push(folder, files, Run()))
     push()
     assert times()["a.bin"] == first["a.bin"], "it was there already"
     assert times()["b.bin"] > first["b.bin"]
+
+
+def test_a_fetch_that_was_killed_goes_on_and_what_is_a_users_own_is_kept(
+    metaflow: Metaflow, tmp_path: Path
+) -> None:
+    files = {"model.safetensors": b"a" * 1000, "run.json": b"{}"}
+    client = metaflow.bucket("whole")
+    for name, content in files.items():
+        client.put_object(Bucket="whole", Key=f"7/{name}", Body=content)
+    code = """
+import hashlib, os, signal, sys
+from pathlib import Path
+from types import SimpleNamespace
+sys.path[:0] = [sys.argv[2]]
+import metaflow
+from flows import model_on_s3
+contents = {"model.safetensors": b"a" * 1000, "run.json": b"{}"}
+files = {name: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
+data = SimpleNamespace(model={"s3": "s3://whole/7", "files": files})
+metaflow.Run = lambda name: {"train": SimpleNamespace(task=SimpleNamespace(data=data))}
+if sys.argv[3:]:
+    os.replace = lambda copy, file: os.kill(os.getpid(), signal.SIGKILL)
+try:
+    model_on_s3.fetch("7", Path(sys.argv[1]))
+except model_on_s3.StoreError as error:
+    sys.exit(str(error))
+"""
+
+    def fetch(*killed: str) -> tuple[int, str]:
+        result = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "model"), str(ROOT), *killed],
+            env=metaflow.environment(),
+            capture_output=True,
+            text=True,
+        )
+        return result.returncode, result.stderr
+
+    assert fetch("killed")[0] == -signal.SIGKILL
+    [left] = (tmp_path / "model").iterdir()
+    assert left.name.startswith("metaflow.s3."), "Metaflow names it, in the folder that is fetched to"
+    for own in ("notes", "metaflow.s3.notes", "metaflow.s3.a_file_s"):
+        (tmp_path / "model" / own).touch()
+        code_of_it, told = fetch()
+        assert (code_of_it, left.exists()) == (1, True), told
+        assert f"holds what is not of this model ({own})" in told
+        (tmp_path / "model" / own).unlink()
+    assert fetch() == (0, "")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == files
