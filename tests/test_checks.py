@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 from collections.abc import Iterator
@@ -474,17 +475,36 @@ def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) ->
     assert free_bytes(tmp_path / "file" / "below") == pytest.approx(free, abs=GIB)
 
 
-def test_what_a_killed_trial_left_is_taken_away_by_the_next(tmp_path: Path) -> None:
+def left_by_a_killed_trial(folder: Path) -> Path:
     program = (
         "import os, signal, pathlib; from training.checks import writable\n"
         "pathlib.Path.rmdir = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"writable(pathlib.Path({str(tmp_path)!r}))"
+        f"writable(pathlib.Path({str(folder)!r}))"
     )
     assert subprocess.run([sys.executable, "-c", program], cwd=ROOT).returncode == -signal.SIGKILL
-    [left] = tmp_path.iterdir()
+    [left] = folder.iterdir()
     assert left.name.startswith(TRACE)
+    return left
+
+
+def test_what_a_killed_trial_left_is_taken_away_by_the_next(tmp_path: Path) -> None:
+    left_by_a_killed_trial(tmp_path)
     assert writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root alone can be two users")
+def test_what_another_users_killed_trial_left_in_a_shared_folder_refuses_nobody() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # tmp_path lets no other user in
+        shared = Path(name)
+        shared.chmod(0o1777)
+        left = left_by_a_killed_trial(shared)
+        os.setresuid(65534, 65534, 0)
+        try:
+            assert writable(shared)
+        finally:
+            os.setresuid(0, 0, 0)
+        assert list(shared.iterdir()) == [left]
 
 
 def test_ranks_that_try_a_folder_at_one_moment_do_not_mind_each_other(tmp_path: Path) -> None:

@@ -315,8 +315,9 @@ def writable(folder: Path) -> bool:
     try:
         if any(part.is_symlink() and not part.exists() for part in (folder, *folder.parents)):
             return False  # a link to nowhere: nothing can be made in its place
-        trial = nearest_existing(folder) / f"{TRACE}trial"
-        # One name for all: what a killed trial left is taken away by the next; the other ranks try it at this moment.
+        trial = nearest_existing(folder) / f"{TRACE}trial-{os.getuid()}"
+        # One name for all of a user: what a killed trial left is taken away by the next; the other ranks try it at this
+        # moment. Another user's cannot be taken away in a shared folder, as /tmp is.
         with contextlib.suppress(FileExistsError):
             trial.mkdir()
         with contextlib.suppress(FileNotFoundError):
