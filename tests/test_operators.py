@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import filelock._unix
 import pytest
 import torch
 from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
@@ -17,6 +21,7 @@ from filelock import FileLock
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import _get_build_directory
 
+from training import operators
 from training.operators import _builders, compile_operators, compiler_faults
 from training.options import OptionsError
 
@@ -51,6 +56,28 @@ def test_a_process_that_hangs_while_it_compiles_is_not_waited_for_without_an_end
         pytest.raises(OptionsError, match=r"for 1 s \(--rank-timeout\), and hangs. Find it \(fuser /"),
     ):
         compile_operators({}, patience=1)
+
+
+@pytest.mark.parametrize("reason", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_folder_without_locks_is_warned_of_once_and_a_living_ranks_mark_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
+):
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(getattr(errno, reason), reason)
+
+    loaded = []
+    builders = [SimpleNamespace(name=name, load=partial(loaded.append, name)) for name in ("comm", "adam")]
+    monkeypatch.setattr(operators, "_builders", lambda config: builders)
+    monkeypatch.setattr(filelock._unix.fcntl, "flock", refuse)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    mark = Path(_get_build_directory("comm", verbose=False)) / "lock"
+    mark.touch()
+    compile_operators({})
+    assert loaded == ["comm", "adam"]
+    assert mark.exists(), "nobody knows whether its rank lives"
+    [told] = caplog.messages
+    assert told.startswith(f"{tmp_path}: its file system has no locks")
+    assert f"rm {tmp_path}/*/lock" in told
 
 
 def test_what_is_compiled_already_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

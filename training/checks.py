@@ -346,7 +346,7 @@ WRITER_INFO = ".writer.json"
 WRITER_FILES = (WRITER_LOCK, WRITER_INFO)  # what a killed run leaves beside its own files
 
 # How file systems say that they have no locks: NFS without its lock daemon, Lustre mounted without flock.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
 class FolderBusyError(RuntimeError):
@@ -369,7 +369,7 @@ def writing(folder: Path) -> Iterator[None]:
     except Timeout as error:
         raise FolderBusyError(_who_writes(folder)) from error
     except OSError as error:
-        if error.errno not in _NO_LOCKS:
+        if error.errno not in NO_LOCKS:
             raise
         logger.warning(
             "%s: its file system has no locks, so nothing stops a second run from writing into it. Start only one",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import tempfile
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,10 @@ import torch
 from filelock import FileLock, Timeout
 from torch.utils import cpp_extension
 
-from training.checks import cuda_toolkit_faults, tool_faults
+from training.checks import NO_LOCKS, cuda_toolkit_faults, tool_faults
 from training.options import OptionsError, offloads_optimizer
+
+logger = logging.getLogger(__name__)
 
 
 def compile_operators(config: dict[str, Any], patience: float = -1) -> None:
@@ -20,7 +24,8 @@ def compile_operators(config: dict[str, Any], patience: float = -1) -> None:
 
     torch marks a compilation by a file, and waits for it to go without an end: a rank that is killed while it
     compiles leaves the file, and every later run hangs. The system takes our own lock from a dead process, so
-    whoever holds it knows that a mark still there is a dead rank's.
+    whoever holds it knows that a mark still there is a dead rank's. Where the file system has no locks nobody knows,
+    and the mark stays.
 
     Args:
         config: the DeepSpeed configuration.
@@ -28,9 +33,12 @@ def compile_operators(config: dict[str, Any], patience: float = -1) -> None:
 
     Raises OptionsError where the compilation fails, or another process holds it up.
     """
+    warned = False
     for builder in _builders(config):
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
-        lock = FileLock(folder / "one-rank-at-a-time.lock")
+        # As in checks.writing: no lock of filelock's own, which outlives a killed process.
+        lock = FileLock(folder / "one-rank-at-a-time.lock", fallback_to_soft=False)
+        held: AbstractContextManager[Any]
         try:
             held = lock.acquire(timeout=patience)
         except Timeout as error:
@@ -40,8 +48,20 @@ def compile_operators(config: dict[str, Any], patience: float = -1) -> None:
                     f"(--rank-timeout), and hangs. Find it (fuser {lock.lock_file}), stop it, and start again"
                 ]
             ) from error
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            if not warned:
+                logger.warning(
+                    "%s: its file system has no locks. If this start hangs, a rank was killed while it compiled: stop "
+                    "it, and type rm %s/*/lock, or export TORCH_EXTENSIONS_DIR=/a/folder/on/a/local/disk",
+                    folder.parent,
+                    folder.parent,
+                )
+            held, warned = nullcontext(), True
         with held:
-            (folder / "lock").unlink(missing_ok=True)
+            if lock.is_locked:
+                (folder / "lock").unlink(missing_ok=True)
             try:
                 builder.load()
             except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
