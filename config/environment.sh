@@ -12,6 +12,10 @@ satisfied() {
 }
 
 if ! satisfied python; then
+    # venv writes activate last: without it the making was killed, and pip may be there by half.
+    if [ -x .venv/bin/python ] && [ -f .venv/pyvenv.cfg ] && [ ! -s .venv/bin/activate ]; then
+        rm -r .venv
+    fi
     if [ ! -x .venv/bin/python ]; then
         python=$(command -v python3.12 || command -v python3.13 || command -v python3.11 || command -v python3 || true)
         for candidate in "${python:-}" python3 python; do

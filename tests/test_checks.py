@@ -260,6 +260,33 @@ def test_the_scripts_stop_at_once_without_a_compiler(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, "ready\n"), result.stderr
 
 
+def test_an_environment_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
+    place, path = tmp_path / "repository", tmp_path / "bin"
+    place.mkdir()
+    for name in ("config", "training"):
+        (place / name).symlink_to(ROOT / name)
+    (place / "requirements.txt").touch()
+    executable(path / "python3", f'#!/bin/sh\nexec {sys.executable} "$@"\n')  # and no python: .venv is needed
+    executable(path / "c++")
+    for name in ("bash", "ninja", "rm", "uname"):
+        (path / name).symlink_to(shutil.which(name))
+    source = [
+        "bash",
+        "-c",
+        "set -euo pipefail; . config/environment.sh requirements.txt; python -m pip --version",
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(path)}
+    with subprocess.Popen(source, cwd=place, env=environment, start_new_session=True) as first:
+        while not list(place.glob(".venv/lib/*/site-packages/pip")):  # activate comes after pip
+            assert first.poll() is None
+            time.sleep(0.01)
+        os.killpg(first.pid, signal.SIGKILL)
+    assert not (place / ".venv" / "bin" / "activate").exists()
+    result = subprocess.run(source, cwd=place, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert str(place / ".venv") in result.stdout
+
+
 def toolkit(home: Path, release: str, header: str = "include/cuda_runtime.h") -> Path:
     executable(
         home / "bin" / "nvcc",
