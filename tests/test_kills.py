@@ -404,6 +404,20 @@ def test_the_launchers_command_may_be_killed_or_told_to_stop_and_the_run_goes_on
     assert [entry for entry in ours if "loss" in entry][: len(same)] == same
 
 
+def test_a_run_that_is_killed_whole_leaves_no_shared_memory(start, tmp_path):
+    run = start(tmp_path / "out", 2, "--max-steps", 10_000)
+    assert run.wait_until(run.stepping), run.said
+    port = run.process.args[run.process.args.index("--master_port") + 1]
+    used = [(Path("/proc") / str(pid) / "maps").read_text() for pid in run.pids("rank")]
+    for rank in range(2):
+        assert all(f"_{port}_{rank} (deleted)" in maps for maps in used), (
+            "each has both buffers, without a name"
+        )
+    os.killpg(run.process.pid, signal.SIGKILL)
+    run.wait(60)
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
+
+
 def test_sigterm_while_it_starts_is_told_as_a_stop(start, tmp_path):
     run = start(tmp_path / "out", 0)
     assert run.wait_until(run.starting)

@@ -74,7 +74,7 @@ def supervise() -> None:
     for reader in readers:
         reader.join(timeout=5)  # a grandchild may hold the pipe open
     hanging.cancel()
-    remove_shared_buffer()
+    remove_shared_buffer()  # of a rank that ended before it could
     if code == -signal.SIGTERM and taken:  # before it could listen
         code = INTERRUPTED
         if rank == "0":

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 
-from training.supervisor import supervise
+from training.supervisor import remove_shared_buffer, supervise
 
 if __name__ == "__main__":
     supervise()  # before the imports below: it is a small process that never needs them
@@ -465,6 +465,8 @@ def prepare(options: TrainingOptions) -> Prepared:
                     auto_mpi_discovery=False,
                     timeout=timedelta(seconds=options.rank_timeout),
                 )
+            torch.distributed.barrier()  # every rank has the others' buffers open, and needs their names no more
+            remove_shared_buffer()  # now, as a run that is killed with its supervisors removes nothing later
         args = training_arguments(options)
     with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
         tokenizer, rows, ledger = tokenised_rows(options)
