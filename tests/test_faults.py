@@ -377,9 +377,10 @@ def test_asking_whether_an_output_can_be_written_leaves_nothing_behind(tmp_path:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_trial_left_does_not_make_an_output_another_s(tmp_path: Path) -> None:
-    for name in ("trial", "0123456789abcdef"):  # of this machine's trial, and of Spark's look at the nodes
+def test_what_a_start_left_that_was_killed_does_not_make_an_output_another_s(tmp_path: Path) -> None:
+    for name in ("trial", "0123456789abcdef", "resharded"):  # the second of Spark's look at the nodes
         (tmp_path / "out" / f"{TRACE}{name}").mkdir(parents=True)
+    (tmp_path / "out" / "run.json.partial").touch()
     assert find_faults(options(tmp_path)) == []
 
 

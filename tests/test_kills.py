@@ -14,11 +14,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.conftest import jsonl
 from tests.test_trainer import BF16, ROOT, deepspeed, torchrun
 from training import checkpoint
 from training.exits import ENDED, INTERRUPTED, REFUSED
+from training.resume import RESHARDED
 
 pytestmark = [
     pytest.mark.slow,
@@ -298,6 +300,18 @@ def test_two_ranks_go_on_in_the_second_epoch_bit_for_bit(start, two_ranks, tmp_p
     assert_the_same_run(tmp_path / "out", two_ranks)
 
 
+def test_two_ranks_go_on_with_a_rate_and_a_decay_that_are_forced(start, two_ranks, tmp_path):
+    changed = ("--lr", "1e-4", "--weight-decay", "0.5", "--force")
+    run = start(tmp_path / "out", 2, "--resume", two_ranks / "checkpoint-15", *changed)
+    assert run.wait() == 0, run.said
+    rates = {entry["step"]: entry["learning_rate"] for entry in history(tmp_path / "out") if "loss" in entry}
+    assert (rates[14], rates[16], rates[18]) == (1e-3, 1e-4, 1e-4)
+    [shard, _] = sorted((tmp_path / "out" / "checkpoint-18").rglob("*optim_states.pt"))
+    saved = torch.load(shard, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]
+    groups = [(group["lr"], group["weight_decay"]) for group in saved["param_groups"]]
+    assert groups == [(1e-4, 0.5), (1e-4, 0.0)]
+
+
 @pytest.mark.parametrize(("before", "after", "step"), [(2, 1, 6), (1, 2, 6), (1, 2, 15)])
 def test_a_run_goes_on_with_another_number_of_ranks(
     start, one_rank, two_ranks, tmp_path, before, after, step
@@ -310,7 +324,7 @@ def test_a_run_goes_on_with_another_number_of_ranks(
     assert run.wait() == 0, run.said
     assert "cut anew for another number of devices" in run.said
     assert contents(source) == written
-    assert not (tmp_path / "out" / ".resharded").exists()
+    assert not (tmp_path / "out" / RESHARDED).exists()
     ours, theirs = history(tmp_path / "out"), history(began)
     shared = sum(entry["step"] <= step for entry in theirs)
     assert ours[:shared] == theirs[:shared], "what was logged before"
@@ -423,7 +437,7 @@ def test_sigterm_while_it_starts_is_told_as_a_stop(start, tmp_path):
     assert run.wait_until(run.starting)
     run.process.send_signal(signal.SIGTERM)
     assert run.wait(30) == INTERRUPTED, run.said
-    assert "type the same command with --resume auto" in run.said
+    assert "To go on, type the same command again" in run.said
 
 
 def test_a_second_ctrl_c_ends_a_run_at_once(start, tmp_path):

@@ -6,12 +6,14 @@ import json
 import os
 import re
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import training.resume
@@ -19,10 +21,11 @@ import training.trainer
 from tests.conftest import jsonl
 from training import checkpoint
 from training.batching import GlobalBatchSampler
+from training.checks import WRITER_FILES
 from training.loop import CompletionTrainer
 from training.options import OptionsError, TrainingOptions
 from training.record import start_record, write_run_record
-from training.resume import Start, find_start, own_steps, remove_newer, reshard
+from training.resume import Start, find_start, own_steps, remove_newer, reshard, take_rates
 from training.stopping import Interrupted, StopRequest, TrainingError
 from training.trainer import planned_steps, train
 
@@ -229,6 +232,30 @@ def test_a_name_that_cannot_be_meant_is_refused_with_what_to_type(
         found(tmp_path / output, resume=str(tmp_path / resume))
 
 
+def test_a_run_begun_from_another_s_checkpoint_goes_on_from_there_until_it_has_its_own(
+    tmp_path: Path,
+) -> None:
+    """By either command: the one that began it, and the one with --resume auto."""
+    a_run(tmp_path / "out", 3, 6)
+    source = tmp_path / "out" / "checkpoint-6"
+    a_run(tmp_path / "new", begun_from=str(source), options=asdict(options_of(tmp_path / "new", lr=1.0)))
+    (tmp_path / "new" / "checkpoint-9").mkdir()  # torn
+    for resume in ("auto", str(source)):
+        start = found(tmp_path / "new", resume=resume, lr=1.0, force=True)
+        assert (start.folder, start.step) == (source, 6)
+    with pytest.raises(OptionsError, match="holds a run of its own"):
+        found(tmp_path / "new", resume=str(tmp_path / "out" / "checkpoint-3"))
+    with pytest.raises(OptionsError, match=r"--lr was 1\.0, and is 1e-05"):
+        found(tmp_path / "new")  # compared with what was begun here by --force
+    shutil.rmtree(source)
+    with pytest.raises(
+        OptionsError, match=r"was begun from .*checkpoint-6, and has no checkpoint of its own yet"
+    ):
+        found(tmp_path / "new", lr=1.0)
+    a_run(tmp_path / "new", 8, begun_from=str(source))
+    assert found(tmp_path / "new").step == 8
+
+
 # --- what is cut anew, what is removed ---------------------------------------------------------------
 
 
@@ -276,7 +303,7 @@ def test_each_group_of_parameters_counts_its_own_steps() -> None:
         each.grad = torch.ones(2)
         moments = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
         optimizer.state[each] = {"step": shared, **moments}
-    own_steps(optimizer, weight_decay=0.1)
+    own_steps(optimizer)
     optimizer.step()
     assert [float(optimizer.state[each]["step"]) for each in parameters] == [7.0, 7.0, 7.0]
 
@@ -285,7 +312,7 @@ def test_the_second_group_of_parameters_keeps_no_decay() -> None:
     """DeepSpeed's universal load gives the first group's settings to all."""
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": 0.1} for _ in range(2)]
     optimizer = torch.optim.AdamW(groups)
-    own_steps(optimizer, weight_decay=0.1)
+    take_rates(LambdaLR(optimizer, lambda step: 1.0), lr=1e-3, weight_decay=0.1)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
@@ -510,6 +537,92 @@ def test_a_stop_after_the_last_step_leaves_the_end_to_the_next_command(
     with pytest.raises(Interrupted):
         train(options, request)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+
+
+def test_a_rate_and_a_decay_that_are_forced_are_trained_with(
+    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, groups = tmp_path / "out", []
+    monkeypatch.setattr(Spy, "on_train_end", lambda self, *args, optimizer, **kwargs: groups.extend(
+        (group["lr"], group["weight_decay"]) for group in optimizer.param_groups))  # fmt: skip
+    run(rows, output, monkeypatch, 3, input_model=dropping)
+    changed = {"lr": 1e-4, "weight_decay": 0.1, "force": True}
+    run(rows, output, monkeypatch, input_model=dropping, **changed, max_steps=6)
+    entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    rates = {entry["step"]: entry["learning_rate"] for entry in entries if "learning_rate" in entry}
+    assert rates == {2: 1e-3, 4: 1e-4, 6: 1e-4}
+    assert groups == [(1e-3, 0.0), (1e-3, 0.0), (1e-4, 0.1), (1e-4, 0.0)]
+
+
+def test_what_a_run_was_begun_from_is_in_its_record_before_anything_else_is_written(
+    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "new"
+    run(rows, tmp_path / "out", monkeypatch, 3, input_model=dropping)
+    source = tmp_path / "out" / "checkpoint-3"
+    with monkeypatch.context() as killed:
+        killed.setattr(training.trainer.Ledger, "save", lambda *args: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            run(rows, output, monkeypatch, input_model=dropping, resume=str(source))
+    assert {file.name for file in output.iterdir()} - set(WRITER_FILES) == {"run.json"}
+    assert json.loads((output / "run.json").read_text())["begun_from"] == str(source)
+    _, seen = run(rows, output, monkeypatch, 5, input_model=dropping)
+    assert seen[0][0] == 3
+
+
+def test_a_folder_into_which_another_run_has_come_while_this_one_waited_is_left_alone(
+    rows: str,
+    dropping: str,
+    undisturbed: tuple[Path, dict, list],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    output = tmp_path / "out"
+    prepare = training.trainer.prepare
+
+    def slowly(options: TrainingOptions) -> Any:
+        prepared = prepare(options)
+        shutil.copytree(undisturbed[0], output)
+        return prepared
+
+    monkeypatch.setattr(training.trainer, "prepare", slowly)
+    with pytest.raises(OptionsError, match="is not empty, and nothing in it shall be lost"):
+        run(rows, output, monkeypatch, input_model=dropping, resume="never")
+    assert {name: content for name, content in contents(output).items() if ".writer" not in name} == {
+        name.replace(str(undisturbed[0]), str(output)): content
+        for name, content in contents(undisturbed[0]).items()
+        if ".writer" not in name
+    }
+
+
+def test_a_published_run_that_goes_on_is_told_before_a_step_that_its_copy_stays(
+    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, published = tmp_path / "out", tmp_path / "published"
+    changed = {"input_model": dropping, "dbfs_output_dir": str(published)}
+    run(rows, output, monkeypatch, **changed, max_steps=2)
+    before = contents(published)
+    with pytest.raises(OptionsError, match=f"--dbfs-output-dir {published}: already holds something"):
+        run(rows, output, monkeypatch, **changed, max_steps=4)
+    assert contents(published) == before
+    record, _ = run(rows, output, monkeypatch, **changed, max_steps=2)
+    assert record["status"] == "finished"
+
+
+def test_a_held_out_loss_that_was_measured_at_a_resume_can_be_the_last(
+    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the folder is named by a link."""
+    output, link = tmp_path / "out", tmp_path / "link"
+    link.symlink_to(output)
+    run(rows, output, monkeypatch, 3, input_model=dropping)
+    assert checkpoint.read_manifest(output / "checkpoint-3")["eval_loss"] is None
+    run(rows, link, monkeypatch, 5, input_model=dropping, resume=str(link / "checkpoint-3"))
+    measured = checkpoint.read_manifest(output / "checkpoint-3")["eval_loss"]
+    assert measured is not None
+    shutil.rmtree(output / "checkpoint-5")  # killed before it was written
+    record, _ = run(rows, output, monkeypatch, input_model=dropping, max_steps=3)
+    assert record["held_out_loss"]["after"] == measured
 
 
 # --- the Trainer's own count of steps ----------------------------------------------------------------

@@ -136,7 +136,11 @@ def test_a_signal_before_the_rank_can_listen_is_a_stop_as_well(supervised: Calla
     run = supervised("print('importing', flush=True); time.sleep(60)")
     assert run.process.stdout.readline() == "importing\n"
     run.process.send_signal(signal.SIGTERM)
-    assert run.end() == (INTERRUPTED, "", "Stopped. To go on, type the same command with --resume auto\n")
+    assert run.end() == (
+        INTERRUPTED,
+        "",
+        "Stopped before it had begun. To go on, type the same command again\n",
+    )
 
 
 @pytest.mark.parametrize(("pause", "code"), [(0.1, INTERRUPTED), (1.5, 137)])
@@ -289,7 +293,10 @@ def slow(*args, **how):
 if "DOLLY_SUPERVISED" not in os.environ: subprocess.Popen = slow
 """
     code, _, err = supervised("time.sleep(60)", first=first).end()
-    assert (code, err) == (INTERRUPTED, "Stopped. To go on, type the same command with --resume auto\n")
+    assert (code, err) == (
+        INTERRUPTED,
+        "Stopped before it had begun. To go on, type the same command again\n",
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

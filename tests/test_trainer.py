@@ -342,6 +342,9 @@ def test_auto_checkpoints_only_where_memory_is_short_and_a_run_keeps_what_was_de
     monkeypatch.undo()
     assert train_demo(tmp_path / "tight", max_steps=2, per_device_train_batch_size=512, test_size=1000,
                       resume="auto")["decided"] == tight["decided"]  # fmt: skip
+    asked = {"gradient_checkpointing": "off", "max_tokens_per_device": 4096}  # as a lack of memory tells to
+    assert train_demo(tmp_path / "tight", max_steps=3, per_device_train_batch_size=512, test_size=1000,
+                      resume="auto", **asked)["decided"] == asked | {"gradient_checkpointing": False}  # fmt: skip
 
 
 def test_each_disk_is_asked_for_what_will_be_written_on_it(tmp_path, monkeypatch):

@@ -63,7 +63,7 @@ def target_faults_of(options: TrainingOptions) -> list[str]:
     if not is_main_process():  # the other ranks may see what rank 0 has already begun to write
         return faults
     for flag, folder, check in (
-        ("--local-output-dir", options.local_output_dir, _output_faults),
+        ("--local-output-dir", options.local_output_dir, output_faults),
         ("--dbfs-output-dir", options.dbfs_output_dir, _publishing_faults),
         ("--resume", options.resume, _resume_faults),
     ):
@@ -275,7 +275,8 @@ def sampling_faults(options: TrainingOptions) -> list[str]:
     return faults
 
 
-def _output_faults(options: TrainingOptions) -> list[str]:
+def output_faults(options: TrainingOptions) -> list[str]:
+    """Why a run could not write into its output, or would write over what is there."""
     output, faults = local_path(options.local_output_dir), []
     if output.resolve().parts[:2] in (("/", "dbfs"), ("/", "Volumes")):
         faults.append(
@@ -374,7 +375,8 @@ def _resume_faults(options: TrainingOptions) -> list[str]:
 
 
 def _holds_something(folder: Path) -> bool:
-    return any(file.name not in WRITER_FILES and not file.name.startswith(TRACE) for file in folder.iterdir())
+    ours = (*WRITER_FILES, f"{RUN_FILE}.partial")  # what a start leaves that is killed
+    return any(file.name not in ours and not file.name.startswith(TRACE) for file in folder.iterdir())
 
 
 def _is_run(folder: Path) -> bool:

@@ -25,7 +25,7 @@ from training.checks import free_bytes, size_in_words
 from training.collator import document_lengths, split_packed_batch
 from training.finished import not_finite, save_model
 from training.flops import model_flops, model_parameters
-from training.resume import RESHARDED, own_steps
+from training.resume import RESHARDED, own_steps, take_rates
 from training.stopping import StepGuard, StopRequest, TrainingError, lost_peer
 
 Batching = Literal["packed", "padded", "length"]
@@ -317,7 +317,8 @@ class CompletionTrainer(Trainer):
 
 
 class Continued(TrainerCallback):
-    """What transformers forgets at a resume: the loss since the last line of the log, a due held-out loss, the epoch.
+    """What transformers forgets at a resume: the loss since the last line of the log, a due held-out loss, the epoch,
+    a rate that was changed by `--force`.
 
     Args:
         saved: the checkpoint that the run goes on from, as it was written.
@@ -341,7 +342,8 @@ class Continued(TrainerCallback):
         trainer._initial_global_step = 0  # the mean loss is that of all steps, not of those since this start
         trainer.seconds_before = progress["seconds"]
         if not same_ranks and trainer.is_deepspeed_enabled:
-            own_steps(trainer.model_wrapped.optimizer.optimizer, args.weight_decay)
+            own_steps(trainer.model_wrapped.optimizer.optimizer)
+        take_rates(trainer.lr_scheduler, args.learning_rate, args.weight_decay)
         trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
             shutil.rmtree(Path(args.output_dir) / RESHARDED, ignore_errors=True)
@@ -350,7 +352,7 @@ class Continued(TrainerCallback):
         if due and state.global_step not in measured:
             loss = trainer.evaluate()["eval_loss"]
             manifest = checkpoint.read_manifest(self.saved)
-            ours = self.saved.parent == Path(args.output_dir)
+            ours = self.saved.parent.resolve() == Path(args.output_dir).resolve()
             if state.is_world_process_zero and ours and manifest is not None:
                 checkpoint.write_manifest(self.saved, loss, manifest["model"], manifest["files"])
 

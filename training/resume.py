@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from training import checkpoint
-from training.checks import free_bytes
+from training.checks import TRACE, free_bytes
 from training.consts import RUN_FILE
 from training.options import OptionsError, TrainingOptions
 from training.record import differences, read_run_record
@@ -23,9 +24,8 @@ from training.supervisor import die_with_parent
 
 logger = logging.getLogger(__name__)
 
-RESHARDED = (
-    ".resharded"  # a checkpoint cut for another number of ranks, below the output folder, for the start only
-)
+# A checkpoint cut for another number of ranks, below the output folder, for the start only.
+RESHARDED = f"{TRACE}resharded"
 
 
 @dataclass
@@ -70,10 +70,19 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
             )
         return Start()
     finished = former["status"] == "finished" and given is None
-    if not given and not finished and not any(map(checkpoint.read_manifest, checkpoint.checkpoints(output))):
+    if not given and not finished and not _has_complete(output):
         _newest_whole(output)
-        logger.info("%s has no checkpoint yet: the run begins anew", output)
-        return Start()
+        if "begun_from" not in former:
+            logger.info("%s has no checkpoint yet: the run begins anew", output)
+            return Start()
+        given = Path(former["begun_from"])
+        if faults := checkpoint.faults_of(given):
+            raise OptionsError(
+                [
+                    f"--resume: the run in {output} was begun from {given}, and has no checkpoint of its own yet; of that "
+                    f"one {faults[0]}. Restore it, or name a new --local-output-dir"
+                ]
+            )
     different = differences(former, now)
     if different and not options.force:
         raise OptionsError(
@@ -111,14 +120,19 @@ def _given(resume: str, output: Path) -> Path:
             [f"--resume {resume}: {faults[0]}. Type --resume auto for the newest that is whole"]
         )
     others = [each for each in checkpoint.checkpoints(output) if each != given]
-    if given.parent != output and (others or read_run_record(output)):
+    there = read_run_record(output)
+    begun = there is not None and there.get("begun_from") == str(given) and not _has_complete(output)
+    if given.parent != output and (others or there) and not begun:
         raise OptionsError(
             [
                 f"--resume {resume}: {output} holds a run of its own. Type --resume auto to go on with that, "
                 "or name a new --local-output-dir"
             ]
         )
-    newer = [each.name for each in others if checkpoint.step_of(each) > checkpoint.step_of(given)]
+    written = [
+        each for each in others if (each / checkpoint.MANIFEST_FILE).exists()
+    ]  # a torn one is written anew
+    newer = [each.name for each in written if checkpoint.step_of(each) > checkpoint.step_of(given)]
     if newer:
         raise OptionsError(
             [
@@ -127,6 +141,10 @@ def _given(resume: str, output: Path) -> Path:
             ]
         )
     return given
+
+
+def _has_complete(output: Path) -> bool:
+    return any(map(checkpoint.read_manifest, checkpoint.checkpoints(output)))
 
 
 def _newest_whole(output: Path) -> Path | None:
@@ -227,8 +245,8 @@ def reshard(folder: Path, output: Path) -> Path:
     return target
 
 
-def own_steps(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
-    """Gives every group of parameters its own count of steps and its decay, after a start from what `reshard` has made.
+def own_steps(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every group of parameters its own count of steps, after a start from what `reshard` has made.
 
     DeepSpeed 0.19.8 hands one tensor to all of them (load_hp_checkpoint_state_from_checkpoint_dir_stage3), and each
     counts it up: with two groups Adam would correct its bias for twice the steps, and take larger ones than it should.
@@ -236,6 +254,18 @@ def own_steps(optimizer: torch.optim.Optimizer, weight_decay: float) -> None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), torch.Tensor):
             state["step"] = state["step"].clone()
-    # And the first group's settings to all; the Trainer's second group, of biases and norms, has no decay.
-    for group, decay in zip(optimizer.param_groups, (weight_decay, 0.0), strict=False):
+
+
+def take_rates(scheduler: LambdaLR, lr: float, weight_decay: float) -> None:
+    """Gives an optimizer the rate and the decay that were asked for, in place of those that its checkpoint holds.
+
+    Without `--force` they are the same. But DeepSpeed's universal load gives the first group's settings to all; the
+    Trainer's second group, of biases and norms, has no decay.
+    """
+    groups = scheduler.optimizer.param_groups
+    scheduler.base_lrs = [lr for _ in groups]
+    for group, factor, decay in zip(groups, scheduler.lr_lambdas, (weight_decay, 0.0), strict=False):
+        group["initial_lr"] = lr
+        group["lr"] = lr * factor(scheduler.last_epoch)
         group["weight_decay"] = decay
+    scheduler._last_lr = [group["lr"] for group in groups]

@@ -78,7 +78,7 @@ def supervise() -> None:
     if code == -signal.SIGTERM and taken:  # before it could listen
         code = INTERRUPTED
         if rank == "0":
-            _write("Stopped. To go on, type the same command with --resume auto\n")
+            _write("Stopped before it had begun. To go on, type the same command again\n")
     if code not in EXPECTED_EXITS:
         _tell(f"Rank {rank} ended: {exit_meaning(code)}", last)
     # A process that ends by a signal is told apart from one that fails: shells and launchers expect 128 + n.

@@ -53,9 +53,10 @@ from training.batching import check_token_budget
 from training.callbacks import Curves, MetricsLog, ProgressLog, duration
 from training.checks import FolderBusyError, disk_faults, kernel_faults, version_faults, writing
 from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
+from training.consts import RUN_FILE
 from training.data import Ledger, marked_sample, prepare_dataset, split_held_out
 from training.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED, end_with
-from training.faults import find_faults
+from training.faults import find_faults, output_faults
 from training.finished import LEDGER_FILE, place_model, verify_model, write_model_card
 from training.flops import peak_flops
 from training.loop import Batching, CompletionTrainer, Continued
@@ -76,7 +77,7 @@ from training.options import (
     value_faults,
     world_size,
 )
-from training.publish import PublishError, local_path, publish
+from training.publish import PublishError, local_path, publish, target_faults
 from training.record import global_batch, rows_digest, start_record, write_run_record
 from training.resume import RESHARDED, Start, find_start, remove_newer, reshard
 from training.rows import DataError, read_prompts
@@ -203,7 +204,7 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
     digest = rows_digest(prepared.train_rows, prepared.held_out_rows) if main else None
     record = start_record(options, args.world_size, digest)
     steps = planned_steps(options, len(prepared.train_rows), args.world_size)
-    start = _on_rank_0(args, lambda: find_start(output, options, record, steps))
+    start = _on_rank_0(args, lambda: _begin(output, options, record, steps))
     if start.finished:
         logger.info("%s is finished already", output)
         if main and options.dbfs_output_dir:
@@ -213,6 +214,10 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
         return start.former
     if start.former is not None:
         record |= {name: start.former[name] for name in ("started", "id") if name in start.former}
+    if start.folder is not None and start.folder.parent.resolve() != output.resolve():
+        record["begun_from"] = str(start.folder)
+    if main:  # a start that was killed may have left it
+        shutil.rmtree(output / RESHARDED, ignore_errors=True)
     decided = start.former.get("decided") if start.former else None
     check = partial(check_plan, options, prepared, _ranks_of_this_host(args), decided)
     record["decided"] = _on_rank_0(args, check)
@@ -220,8 +225,10 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
     if folder and start.step < steps and options.deepspeed_json and start.saved_ranks != args.world_size:
         folder = _on_rank_0(args, partial(reshard, folder, output))
     if main:
+        write_run_record(
+            output, record
+        )  # the first file of all: a folder that has others and not this one is refused
         prepared.ledger.save(output / LEDGER_FILE)
-        write_run_record(output, record)
     if start.step < steps and run_steps(options, prepared, record, start, folder, request):
         record["status"] = "stopped"
         if main:
@@ -234,6 +241,17 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
         raise Interrupted
     last = start.folder if start.folder and start.step == steps else output / f"checkpoint-{steps}"
     return finish(options, prepared.ledger, record, last)
+
+
+def _begin(output: Path, options: TrainingOptions, record: dict[str, Any], steps: int) -> Start:
+    """Where the run begins. Raises OptionsError also for what was told of its places before, and has changed since."""
+    if faults := output_faults(options):  # another run may have come to its end while this one waited
+        raise OptionsError(faults)
+    start = find_start(output, options, record, steps)
+    # The copy of the finished run that this one goes on from is another model's.
+    if options.dbfs_output_dir and not start.finished and (faults := target_faults(options.dbfs_output_dir)):
+        raise OptionsError([f"--dbfs-output-dir {fault}" for fault in faults])
+    return start
 
 
 def planned_steps(options: TrainingOptions, rows: int, world_size: int) -> int:
@@ -280,14 +298,14 @@ def check_plan(
 
     `ranks_here` is how many of the run's ranks share this machine, also where each of them sees its own GPU alone.
 
-    A run that goes on keeps what was `decided` for it, or its numbers would change in their last digits.
+    A run that goes on keeps what was `decided` for it where "auto" is asked, or its numbers would change in their last
+    digits; what a person types instead, because memory did not suffice, is done.
     """
-    if decided:
-        options = replace(
-            options,
-            gradient_checkpointing="on" if decided["gradient_checkpointing"] else "off",
-            max_tokens_per_device=decided["max_tokens_per_device"],
-        )
+    if decided and options.gradient_checkpointing == "auto":
+        kept = "on" if decided["gradient_checkpointing"] else "off"
+        options = replace(options, gradient_checkpointing=kept)
+    if decided and options.max_tokens_per_device == "auto":
+        options = replace(options, max_tokens_per_device=decided["max_tokens_per_device"])
     world = prepared.args.world_size
     # Each disk is asked for itself below.
     machine = replace(this_machine(prepared.args.output_dir), count=ranks_here, disk_gib=math.inf)
@@ -363,8 +381,6 @@ def run_steps(
                 (output / name).unlink(missing_ok=True)
             else:
                 forget_after(output / name, start.step, start.folder.parent / name)
-        if folder == start.folder:  # a start that was killed may have left it
-            shutil.rmtree(output / RESHARDED, ignore_errors=True)
     if start.folder is not None:
         trainer.add_callback(Continued(trainer, start.folder))
     try:
@@ -440,7 +456,7 @@ def _outcome(chosen: Path, last: Path) -> dict[str, Any]:
         "steps": checkpoint.step_of(last),
         "model_of_step": checkpoint.step_of(chosen),
         "train_loss": loss_sum / checkpoint.step_of(last),
-        "held_out_loss": {"before": held_out[min(held_out)], "after": held_out[checkpoint.step_of(chosen)]},
+        "held_out_loss": {"before": held_out[min(held_out)], "after": manifest["eval_loss"]},
         "seconds": {"training": progress["seconds"]},
         "batching": progress["batching"],
         "weights": {
@@ -630,7 +646,9 @@ def main(ctx: click.Context, **values: Any) -> None:
     except Interrupted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may repeat it while Python shuts down
         if is_main_process():
-            _say("Stopped. To go on, type the same command with --resume auto")
+            begun = (Path(os.path.expanduser(values["local_output_dir"] or "")) / RUN_FILE).exists()
+            again = "with --resume auto" if begun else "again"  # which may name another run's checkpoint
+            _say(f"Stopped. To go on, type the same command {again}")
         sys.exit(INTERRUPTED)
     except OSError as error:
         if error.errno not in FULL_OR_BROKEN:
