@@ -129,9 +129,8 @@ def _given(resume: str, output: Path) -> Path:
                 "or name a new --local-output-dir"
             ]
         )
-    written = [
-        each for each in others if (each / checkpoint.MANIFEST_FILE).exists()
-    ]  # a torn one is written anew
+    # A torn one is in nobody's way: it is written anew.
+    written = [each for each in others if (each / checkpoint.MANIFEST_FILE).exists()]
     newer = [each.name for each in written if checkpoint.step_of(each) > checkpoint.step_of(given)]
     if newer:
         raise OptionsError(

@@ -225,9 +225,8 @@ def _train_prepared(options: TrainingOptions, prepared: Prepared, request: StopR
     if folder and start.step < steps and options.deepspeed_json and start.saved_ranks != args.world_size:
         folder = _on_rank_0(args, partial(reshard, folder, output))
     if main:
-        write_run_record(
-            output, record
-        )  # the first file of all: a folder that has others and not this one is refused
+        # The first file of all: a folder that has others and not this one is refused.
+        write_run_record(output, record)
         prepared.ledger.save(output / LEDGER_FILE)
     if start.step < steps and run_steps(options, prepared, record, start, folder, request):
         record["status"] = "stopped"
