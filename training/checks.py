@@ -21,7 +21,9 @@ import sysconfig
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -346,7 +348,24 @@ WRITER_INFO = ".writer.json"
 WRITER_FILES = (WRITER_LOCK, WRITER_INFO)  # what a killed run leaves beside its own files
 
 # How file systems say that they have no locks: NFS without its lock daemon, Lustre mounted without flock.
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
+
+
+def system_lock(file: Path, patience: float = -1) -> AbstractContextManager[Any] | None:
+    """Takes a lock that the system takes back from a dead process, however it died; leaving the context releases it.
+
+    None where the file system has no locks. Raises filelock.Timeout where another process holds it for `patience`
+    seconds; -1: waits for ever.
+    """
+    from filelock import FileLock
+
+    try:
+        # Without locks of the system filelock would fall back to a file that outlives a killed process.
+        return FileLock(file, fallback_to_soft=False).acquire(timeout=patience)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return None
 
 
 class FolderBusyError(RuntimeError):
@@ -357,44 +376,40 @@ class FolderBusyError(RuntimeError):
 def writing(folder: Path) -> Iterator[None]:
     """Holds `folder` (made if need be) as its only writer; one rank of a run does. Raises FolderBusyError.
 
-    The system takes the lock back from a dead process, however it died, so nothing is left to clean up by hand.
+    Nothing is left to clean up by hand, however the process ends.
     """
-    from filelock import FileLock, Timeout
+    from filelock import Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
-    # Without locks of the system filelock would fall back to a file that outlives a killed process.
-    lock = FileLock(folder / WRITER_LOCK, fallback_to_soft=False)
     try:
-        lock.acquire(blocking=False)
+        held = system_lock(folder / WRITER_LOCK, patience=0)
     except Timeout as error:
         raise FolderBusyError(_who_writes(folder)) from error
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
+    if held is None:
         logger.warning(
             "%s: its file system has no locks, so nothing stops a second run from writing into it. Start only one",
             folder,
         )
         yield
         return
-    try:
-        with contextlib.suppress(OSError):  # it only tells others who we are
-            (folder / WRITER_INFO).write_text(
-                json.dumps(
-                    {
-                        "pid": os.getpid(),
-                        "host": socket.gethostname(),
-                        "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-                    }
+    with held:
+        try:
+            with contextlib.suppress(OSError):  # it only tells others who we are
+                (folder / WRITER_INFO).write_text(
+                    json.dumps(
+                        {
+                            "pid": os.getpid(),
+                            "host": socket.gethostname(),
+                            "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
+                        }
+                    )
                 )
-            )
-        yield
-    finally:
-        # Both go while the lock is held; filelock never takes a lock on a file that has lost its name.
-        for name in WRITER_FILES[::-1]:
-            with contextlib.suppress(OSError):
-                (folder / name).unlink()
-        lock.release()
+            yield
+        finally:
+            # Both go while the lock is held; filelock never takes a lock on a file that has lost its name.
+            for name in WRITER_FILES[::-1]:
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
 
 
 def _who_writes(folder: Path) -> str:

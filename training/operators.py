@@ -5,15 +5,15 @@ from __future__ import annotations
 import logging
 import subprocess
 import tempfile
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 from torch.utils import cpp_extension
 
-from training.checks import NO_LOCKS, cuda_toolkit_faults, tool_faults
+from training.checks import cuda_toolkit_faults, system_lock, tool_faults
 from training.options import OptionsError, offloads_optimizer
 
 logger = logging.getLogger(__name__)
@@ -36,31 +36,26 @@ def compile_operators(config: dict[str, Any], patience: float = -1) -> None:
     warned = False
     for builder in _builders(config):
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
-        # As in checks.writing: no lock of filelock's own, which outlives a killed process.
-        lock = FileLock(folder / "one-rank-at-a-time.lock", fallback_to_soft=False)
-        held: AbstractContextManager[Any]
+        file = folder / "one-rank-at-a-time.lock"
         try:
-            held = lock.acquire(timeout=patience)
+            held = system_lock(file, patience)
         except Timeout as error:
             raise OptionsError(
                 [
                     f"another process has been compiling DeepSpeed's operator {builder.name} for {patience:.0f} s "
-                    f"(--rank-timeout), and hangs. Find it (fuser {lock.lock_file}), stop it, and start again"
+                    f"(--rank-timeout), and hangs. Find it (fuser {file}), stop it, and start again"
                 ]
             ) from error
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            if not warned:
-                logger.warning(
-                    "%s: its file system has no locks. If this start hangs, a rank was killed while it compiled: stop "
-                    "it, and type rm %s/*/lock, or export TORCH_EXTENSIONS_DIR=/a/folder/on/a/local/disk",
-                    folder.parent,
-                    folder.parent,
-                )
-            held, warned = nullcontext(), True
-        with held:
-            if lock.is_locked:
+        if held is None and not warned:
+            logger.warning(
+                "%s: its file system has no locks. If this start hangs, a rank was killed while it compiled: stop "
+                "it, and type rm %s/*/lock, or export TORCH_EXTENSIONS_DIR=/a/folder/on/a/local/disk",
+                folder.parent,
+                folder.parent,
+            )
+            warned = True
+        with held or nullcontext():
+            if held is not None:
                 (folder / "lock").unlink(missing_ok=True)
             try:
                 builder.load()
