@@ -8,7 +8,7 @@ requirements=$1
 fail() { printf '%s\n' "$@" >&2; exit 1; }
 
 satisfied() {
-    "$1" -c 'import sys; from training.checks import mismatches; sys.exit(bool(mismatches(sys.argv[1])))' "$requirements" 2>/dev/null
+    "$1" -c 'import sys; from training.machine.environment import mismatches; sys.exit(bool(mismatches(sys.argv[1])))' "$requirements" 2>/dev/null
 }
 
 if ! satisfied python; then
@@ -35,5 +35,5 @@ if ! satisfied python; then
 fi
 
 # DeepSpeed compiles small C++ operators at their first use.
-faults=$(python -c 'from training.checks import tool_faults; print(*tool_faults(), sep="\n")')
-[ -z "$faults" ] || fail "$faults"
+problems=$(python -c 'from training.machine.environment import tool_problems; print(*tool_problems(), sep="\n")')
+[ -z "$problems" ] || fail "$problems"

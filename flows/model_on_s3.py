@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import click
 
-from training.checkpoint import digests
 from training.consts import RUN_FILE
+from training.storage.checkpoint import digests
 
 FLOW = "TrainDollyFlow"
 NO_METAFLOW = "Metaflow is not installed. Type pip install '.[metaflow]'"
@@ -30,7 +30,7 @@ class StoreError(RuntimeError):
     """The model could not be pushed or fetched; the message says why and what to type."""
 
 
-def root_faults() -> list[str]:
+def root_problems() -> list[str]:
     """Why nothing could be pushed to the configured root; [] too where none is configured."""
     from metaflow.metaflow_config import DATATOOLS_CLIENT_PARAMS, DATATOOLS_S3ROOT
     from metaflow.plugins.datatools.s3.s3util import get_s3_client

@@ -13,14 +13,15 @@ from typing import Any
 
 from metaflow.exception import MetaflowException
 
-from training.consts import DEFAULT_INPUT_MODEL, DEMO
-from training.demo import demo_options
-from training.machines import GIB, Machine, MachineError, find_machine
-from training.options import TrainingOptions
-from training.settings import preset_options
-from training.timing import CpuRates
-from training.verdict import Plan, plan_run
-from training.workload import alpaca_lengths, model_facts
+from training.consts import DEFAULT_INPUT_MODEL, DEMO, GIB
+from training.errors import MachineError
+from training.machine.catalogue import Machine, find_machine
+from training.options.trainer_options import TrainingOptions
+from training.plan.epoch import alpaca_lengths
+from training.plan.fit import Plan, plan_run
+from training.plan.lookup import model_facts
+from training.plan.presets import demo_options, preset_options
+from training.plan.timing import CpuRates
 
 CPU_RANKS = 2
 # A container has 64 MiB of /dev/shm, and NCCL keeps its buffers between the GPUs of a node there: 2 GiB a rank make

@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE if (HERE / "training").is_dir() else HERE.parent  # in Metaflow's package all lies side by side
 sys.path.insert(0, str(ROOT))
 
-from model_on_s3 import NO_METAFLOW, StoreError, push, root_faults
+from model_on_s3 import NO_METAFLOW, StoreError, push, root_problems
 
 try:
     import metaflow
@@ -48,23 +48,21 @@ except ImportError:
 import pod
 from gpu_profile import gpu_profile
 
-from training import metrics
+from training import consts
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE, SAMPLE_INSTRUCTIONS
-from training.demo import demo_options, demo_rows
-from training.faults import plain_faults, sampling_faults, target_faults_of
-from training.launch import TrainingFailedError, deepspeed_command, launch, typed
-from training.machines import Machine, MachineError, this_machine
-from training.options import (
-    GroupedCommand,
-    OptionsError,
-    TrainingOptions,
-    click_options,
-    option_words,
-    value_faults,
-)
-from training.publish import local_path, model_figures
-from training.settings import PRESETS, preset_options
-from training.verdict import Plan, plan_run
+from training.data.demo_rows import demo_rows
+from training.errors import MachineError, OptionsError, TrainingFailedError
+from training.files import local_path
+from training.launch.local import deepspeed_command, launch, typed
+from training.machine.catalogue import Machine
+from training.machine.local import this_machine
+from training.options.checks import plain_problems, sampling_problems, target_problems_of
+from training.options.command_line import GroupedCommand, click_options, option_words, value_problems
+from training.options.trainer_options import TrainingOptions
+from training.plan.fit import Plan, plan_run
+from training.plan.presets import PRESETS, demo_options, preset_options
+from training.storage import metrics
+from training.storage.copy import model_figures
 
 # What a task on another machine needs beside this folder. requirements.txt is what training.checks compares with.
 SOURCES = [ROOT / "training", ROOT / "config", ROOT / "requirements.txt"]
@@ -76,8 +74,8 @@ class RunRefusedError(MetaflowException):
 
     headline = "Cannot train"
 
-    def __init__(self, faults: list[str]):
-        super().__init__("\n" + "\n".join(f"  - {fault}" for fault in faults))
+    def __init__(self, problems: list[str]):
+        super().__init__("\n" + "\n".join(f"  - {fault}" for fault in problems))
 
 
 class StepFailedError(MetaflowException):
@@ -182,9 +180,9 @@ class TrainDollyFlow(FlowSpec):
             raise RunRefusedError([fault]) from error
         self.folder = str(root / f"dolly__{current.run_id}")
         self.output = f"{self.folder}/model"  # in resumed runs too, as this step is not run again
-        faults = root_faults()
+        problems = root_problems()
         if remote and not (DATATOOLS_S3ROOT or self.dbfs_output_root or self.local_training_root):
-            faults.append(
+            problems.append(
                 "the model would be lost with the pod. Configure METAFLOW_DATATOOLS_S3ROOT, or name a target with "
                 "--dbfs-output-root, or shared storage with --local-training-root"
             )
@@ -196,17 +194,17 @@ class TrainDollyFlow(FlowSpec):
             self.cpu_ranks = self.ranks if machine.is_cpu else 0
             options = self._options(machine, remote)
         except (MachineError, OptionsError) as error:
-            raise RunRefusedError(faults + getattr(error, "faults", [str(error)])) from error
+            raise RunRefusedError(problems + getattr(error, "problems", [str(error)])) from error
         self.options = asdict(options)
         self._write_files()
-        faults += sampling_faults(options)
-        plan = self._plan(options, machine, faults)
+        problems += sampling_problems(options)
+        plan = self._plan(options, machine, problems)
         if not options.force:
-            faults += plan.faults
-            if plan.faults and remote:
-                faults += filter(None, [pod.advice(plan, self.machine, self.asked)])
-        if faults:
-            raise RunRefusedError(faults)
+            problems += plan.problems
+            if plan.problems and remote:
+                problems += filter(None, [pod.advice(plan, self.machine, self.asked)])
+        if problems:
+            raise RunRefusedError(problems)
         self.next(self.train)
 
     @gpu_profile(run_folder="output")
@@ -234,8 +232,8 @@ class TrainDollyFlow(FlowSpec):
         except TrainingFailedError as error:
             raise StepFailedError(error) from error
         finally:
-            self.metrics = metrics.read(Path(self.output) / metrics.METRICS_FILE)
-            self.samples = metrics.read(Path(self.output) / metrics.SAMPLES_FILE)
+            self.metrics = metrics.read(Path(self.output) / consts.METRICS_FILE)
+            self.samples = metrics.read(Path(self.output) / consts.SAMPLES_FILE)
         self._keep_model()
         self.next(self.end)
 
@@ -261,24 +259,24 @@ class TrainDollyFlow(FlowSpec):
         Raises OptionsError with all that is wrong, or MachineError.
         """
         family = self.gpu_family or machine.family
-        faults = []
+        problems = []
         if machine.is_cpu and family != "cpu":
-            faults.append(
+            problems.append(
                 f"--gpu-family {family}: {machine.name} has no GPU. Type --gpu-family cpu for the demo"
             )
         elif machine.is_cpu and not self.gpu_family and not remote:
-            faults.append(
+            problems.append(
                 "this machine has no GPU. Type --gpu-family cpu for the demo, or --with kubernetes after run"
             )
         elif remote and family != machine.family:
-            faults.append(
+            problems.append(
                 f"--gpu-family {family}: the pod was asked for as for {self.machine}. Leave it out, and name the machine: "
                 "--config-value machine 8xV100-32GB before run"
             )
         if self.ranks > machine.count:
-            faults.append(f"--num-gpus {self.ranks}: {machine.name} has {machine.count}")
+            problems.append(f"--num-gpus {self.ranks}: {machine.name} has {machine.count}")
         if self.training_file is not None and self.training_dataset:
-            faults.append("--training-file and --training-dataset: give one of them")
+            problems.append("--training-file and --training-dataset: give one of them")
         demo = family == "cpu" and self.input_model in (None, DEMO) and self.training_dataset in (None, DEMO)
         chosen = preset_options(family, self.ranks)
         # The demo saves nothing on its way, and here it shall be able to go on.
@@ -304,16 +302,16 @@ class TrainDollyFlow(FlowSpec):
         try:
             options = _parsed(option_words(chosen), self.trainer_options)
         except OptionsError as error:
-            raise OptionsError(faults + error.faults) from error
+            raise OptionsError(*(problems + error.problems)) from error
         if options.local_output_dir != self.output:
-            faults.append(
+            problems.append(
                 "--local-output-dir is the flow's own. Name where its folder is made: --local-training-root"
             )
-        faults += plain_faults(options)
+        problems += plain_problems(options)
         if not remote:  # a pod has a disk of its own
-            faults += [self._as_named_here(fault) for fault in target_faults_of(options)]
-        if faults:
-            raise OptionsError(faults)
+            problems += [self._as_named_here(fault) for fault in target_problems_of(options)]
+        if problems:
+            raise OptionsError(*problems)
         return options
 
     def _as_named_here(self, fault: str) -> str:
@@ -322,20 +320,20 @@ class TrainDollyFlow(FlowSpec):
             fault = fault.replace("--dbfs-output-dir", "--dbfs-output-root")
         return fault.replace("--local-output-dir", "--local-training-root")
 
-    def _plan(self, options: TrainingOptions, machine: Machine, faults: list[str]) -> Plan:
+    def _plan(self, options: TrainingOptions, machine: Machine, problems: list[str]) -> Plan:
         """Tokenises the rows, and weighs the run: artifacts `ledger` and `plan`.
 
-        Raises RunRefusedError where model or rows cannot be used, with the `faults` so far.
+        Raises RunRefusedError where model or rows cannot be used, with the `problems` so far.
         """
         import datasets
         import transformers
 
-        from training.data import split_held_out
-        from training.model import ModelError
-        from training.plan import as_json, as_table
-        from training.rows import DataError
-        from training.trainer import tokenised_rows
-        from training.workload import lengths_of, model_facts
+        from training.data.tokens import split_held_out
+        from training.errors import DataError, ModelError
+        from training.plan.epoch import lengths_of
+        from training.plan.lookup import model_facts
+        from training.plan.report import as_json, as_table
+        from training.run.prepare import tokenised_rows
 
         datasets.disable_progress_bars()  # a bar that moves is many lines of a task's log
         transformers.utils.logging.disable_progress_bar()
@@ -345,7 +343,7 @@ class TrainDollyFlow(FlowSpec):
             lengths = lengths_of(options.training_dataset, rows["length"][:], rows["response_start"][:])
             plan = plan_run(options, self.ranks, lengths, model_facts(options.input_model), machine)
         except (DataError, ModelError, OptionsError) as error:
-            raise RunRefusedError(faults + getattr(error, "faults", [str(error)])) from error
+            raise RunRefusedError(problems + getattr(error, "problems", [str(error)])) from error
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)
         print(f"{ledger}\n\n{as_table(plan, price=None)}", flush=True)
         return plan
@@ -414,9 +412,9 @@ def _parsed(words: list[str], more: str) -> TrainingOptions:
         context = command.make_context("training.trainer", words + shlex.split(more))
     except (click.UsageError, ValueError) as error:  # an option that is none, a quote without an end
         reason = error.format_message() if isinstance(error, click.UsageError) else error
-        raise OptionsError([f"--trainer-options {more!r}: {reason}"]) from error
-    if value_faults(context):
-        raise OptionsError(value_faults(context))
+        raise OptionsError(f"--trainer-options {more!r}: {reason}") from error
+    if value_problems(context):
+        raise OptionsError(*value_problems(context))
     return _absolute(TrainingOptions(**context.params))
 
 

@@ -39,8 +39,9 @@ from pathlib import Path
 here = Path.cwd()
 sys.path.insert(0, str(next(folder for folder in [here, *here.parents] if (folder / "training").is_dir())))
 
-from training import notebook
-from training.settings import PRESETS, preset_options
+from notebooks import cells
+from training import errors, notebook
+from training.plan.presets import PRESETS, preset_options
 
 if "dbutils" not in globals():
     dbutils = notebook.StandIn()
@@ -52,10 +53,10 @@ dbutils.widgets.text("input_model", "", "Base model (EleutherAI/gpt-j-6B; cpu: d
 dbutils.widgets.text("training_dataset", "", "Dataset (tatsu-lab/alpaca; cpu: demo)")
 dbutils.widgets.text("epochs", "", "Epochs (1; demo: 6)")
 dbutils.widgets.text(
-    "local_training_root", notebook.default_training_root(), "Folder of the runs, on a local disk"
+    "local_training_root", cells.default_training_root(), "Folder of the runs, on a local disk"
 )
 dbutils.widgets.text(
-    "dbfs_output_root", notebook.default_output_root(), "Folder of the models: DBFS, a Volume, s3://"
+    "dbfs_output_root", cells.default_output_root(), "Folder of the models: DBFS, a Volume, s3://"
 )
 dbutils.widgets.text("resume", "", "Go on with the run named (a new run)")
 dbutils.widgets.text("mlflow_model_name", "", "Register in MLflow as (no MLflow)")
@@ -69,7 +70,7 @@ dbutils.widgets.text("mlflow_model_name", "", "Register in MLflow as (no MLflow)
 
 # COMMAND ----------
 
-chosen = notebook.read_widgets(dbutils.widgets)
+chosen = cells.read_widgets(dbutils.widgets)
 tensorboard_logs = str(chosen.output / "runs")
 print(f"{chosen.name}\n  trained in       {chosen.output}\n  published to     {chosen.published}")
 
@@ -82,9 +83,9 @@ print(f"{chosen.name}\n  trained in       {chosen.output}\n  published to     {c
 
 # COMMAND ----------
 
-from training.demo import RECIPE
+from training.plan.presets import RECIPE
 
-machine = notebook.find_machine(chosen)
+machine = cells.find_machine(chosen)
 num_gpus = machine.count
 ranks = num_gpus * chosen.num_nodes
 recipe = preset_options(chosen.gpu_family, ranks)
@@ -99,7 +100,7 @@ options = {
 }
 if chosen.mlflow_model_name:
     options["mlflow_model_name"] = chosen.mlflow_model_name
-print(notebook.check_plan(options, recipe, ranks, machine, chosen.gpu_family))
+print(cells.check_plan(options, recipe, ranks, machine, chosen.gpu_family))
 
 # COMMAND ----------
 
@@ -112,8 +113,9 @@ print(notebook.check_plan(options, recipe, ranks, machine, chosen.gpu_family))
 # COMMAND ----------
 
 from training.consts import DEFAULT_TEST_SIZE, SAMPLE_INSTRUCTIONS
-from training.data import prepare_dataset
-from training.model import load_config, load_tokenizer, max_positions
+from training.data.tokens import prepare_dataset
+from training.model.loading import load_config, max_positions
+from training.model.tokenizer import load_tokenizer
 
 longest = max_positions(load_config(chosen.input_model))
 rows, ledger = prepare_dataset(chosen.training_dataset, load_tokenizer(chosen.input_model), longest)
@@ -121,8 +123,8 @@ print(ledger)
 
 asked = [{"instruction": each, "input": "", "output": ""} for each in SAMPLE_INSTRUCTIONS]
 test_size = options.get("test_size", DEFAULT_TEST_SIZE)
-asked += notebook.held_out_rows(chosen.training_dataset, rows, test_size, 3)
-options["sample_prompts"] = notebook.write_prompts(chosen, asked)
+asked += cells.held_out_rows(chosen.training_dataset, rows, test_size, 3)
+options["sample_prompts"] = cells.write_prompts(chosen, asked)
 
 # COMMAND ----------
 
@@ -144,12 +146,12 @@ options["sample_prompts"] = notebook.write_prompts(chosen, asked)
 
 # COMMAND ----------
 
-from training.launch import TrainingFailedError, deepspeed_command, launch, typed
-from training.options import OptionsError
+from training.errors import OptionsError, TrainingFailedError
+from training.launch.local import deepspeed_command, launch, typed
 
 try:
     if chosen.num_nodes > 1:
-        from training.spark import launch_on_spark
+        from training.launch.spark import launch_on_spark
 
         launch_on_spark(options | recipe, chosen.num_nodes, num_gpus, use_gpu=not machine.is_cpu)
     else:
@@ -157,9 +159,9 @@ try:
         print(typed(command), flush=True)
         launch(command, cpu_ranks=num_gpus if machine.is_cpu else 0)
 except OptionsError as error:  # of a cluster that cannot train
-    raise notebook.RunRefusedError(f"Cannot train:\n{error}") from error
+    raise errors.RunRefusedError(f"Cannot train:\n{error}") from error
 except TrainingFailedError as error:
-    error.add_note(notebook.how_to_go_on(chosen))
+    error.add_note(cells.how_to_go_on(chosen))
     raise
 
 # COMMAND ----------
@@ -174,10 +176,11 @@ import io
 
 from IPython.display import Image, display
 
-from training.metrics import METRICS_FILE, SAMPLES_FILE, read
-from training.picture import draw_run
+from training.consts import METRICS_FILE, SAMPLES_FILE
+from training.pictures import draw_run
+from training.storage.metrics import read
 
-record = notebook.finished_record(chosen)
+record = cells.finished_record(chosen)
 picture = io.BytesIO()
 title = f"{chosen.name}: {chosen.input_model} on {chosen.training_dataset}"
 draw_run(read(chosen.output / METRICS_FILE), title, picture)
@@ -192,12 +195,12 @@ print("held-out loss {before:.3f} before, {after:.3f} after".format(**record["he
 
 # COMMAND ----------
 
-notebook.finished_record(chosen)
+cells.finished_record(chosen)
 questions = [f"{row['instruction']}\n{row['input']}".strip() for row in asked]
-before = notebook.answers(chosen.input_model, asked)
-after = notebook.answers(str(chosen.output), asked)
+before = cells.answers(chosen.input_model, asked)
+after = cells.answers(str(chosen.output), asked)
 columns = zip(questions, before, after, [row["output"] for row in asked], strict=True)
-notebook.Table(["instruction", "base model", "trained", "in the dataset"], list(columns))
+cells.Table(["instruction", "base model", "trained", "in the dataset"], list(columns))
 
 # COMMAND ----------
 
@@ -207,8 +210,8 @@ notebook.Table(["instruction", "base model", "trained", "in the dataset"], list(
 
 # COMMAND ----------
 
-notebook.finished_record(chosen)
-notebook.answer_stages(read(chosen.output / SAMPLES_FILE))
+cells.finished_record(chosen)
+cells.answer_stages(read(chosen.output / SAMPLES_FILE))
 
 # COMMAND ----------
 
@@ -218,13 +221,13 @@ notebook.answer_stages(read(chosen.output / SAMPLES_FILE))
 
 # COMMAND ----------
 
-notebook.finished_record(chosen)
+cells.finished_record(chosen)
 published = chosen.published or "nowhere, as dbfs_output_root is empty"
 folder = chosen.output if "://" in published or not chosen.published else chosen.published
 print(f"""The model is in     {chosen.output}
 and published to    {published}
 
-from training.generate import generate_response, load_model_tokenizer_for_generate
+from training.model.generation import generate_response, load_model_tokenizer_for_generate
 
 model, tokenizer = load_model_tokenizer_for_generate("{folder}")
 generate_response("Name three colours.", model=model, tokenizer=tokenizer)

@@ -35,9 +35,10 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
 )
 
-from training.consts import INPUT_KEY, INTRO, INTRO_WITH_INPUT  # noqa: E402
-from training.finished import generation_config  # noqa: E402
-from training.model import load_model, load_tokenizer, model_folder  # noqa: E402
+from training.data.prompt import INPUT_KEY, INTRO, INTRO_WITH_INPUT  # noqa: E402
+from training.model.demo_model import model_folder  # noqa: E402
+from training.model.loading import load_model  # noqa: E402
+from training.model.tokenizer import generation_config, load_tokenizer  # noqa: E402
 
 EOS = "<|endoftext|>"
 POSITIONS = 256

@@ -12,13 +12,15 @@ import numpy as np
 import torch
 from transformers import GPTJConfig, GPTJForCausalLM
 
-from training.attention import use_packed_attention
-from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
-from training.loss import use_response_loss
-from training.machines import Machine
-from training.settings import Settings, Zero
-from training.timing import cpu_rates, step_seconds
-from training.workload import Load, gptj_facts
+from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
+from training.machine.catalogue import Machine
+from training.model.attention import use_packed_attention
+from training.model.loss import use_response_loss
+from training.options.deepspeed import Zero
+from training.plan.epoch import Load
+from training.plan.model_shape import gptj_facts
+from training.plan.settings import Settings
+from training.plan.timing import cpu_rates, step_seconds
 
 # width, layers, heads, vocabulary, rows, mean length
 SHAPES = [(128, 3, 4, 1283, 32, 50), (512, 4, 8, 8000, 8, 107), (768, 4, 12, 50403, 4, 107)]

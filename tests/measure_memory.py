@@ -17,9 +17,9 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
-from training.operators import compile_operators
-from training.options import read_deepspeed_json
-from training.supervisor import remove_shared_buffer
+from training.launch.supervisor import remove_shared_buffer
+from training.options.deepspeed import read_deepspeed_json
+from training.run.operators import compile_operators
 
 
 def filled_in(path: str, width: int, live: int | None) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from metaflow import FlowSpec, step
 sys.path[:0] = [str(Path(__file__).parents[1] / "flows"), str(Path(__file__).parents[1])]
 from gpu_profile import gpu_profile  # noqa: E402
 
-from training.metrics import METRICS_FILE, SAMPLES_FILE, append  # noqa: E402
+from training.consts import METRICS_FILE, SAMPLES_FILE  # noqa: E402
+from training.storage.metrics import append  # noqa: E402
 
 RESPONSE = '# <img src=x onerror="document.title=1"> the {} answer'
 

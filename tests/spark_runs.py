@@ -21,8 +21,8 @@ from typing import Any
 import psutil
 from pyspark.sql import SparkSession
 
-from training.launch import TrainingFailedError
-from training.spark import launch_on_spark
+from training.errors import TrainingFailedError
+from training.launch.spark import launch_on_spark
 
 ROOT = Path(__file__).parents[1]
 FOR_RANKS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}

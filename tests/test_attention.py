@@ -15,15 +15,16 @@ import torch.nn.functional as F
 from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.gptj import modeling_gptj as gptj
 
-from training import loss as loss_module
-from training.attention import packs_cleanly, rotary_sin_cos, rotate, use_packed_attention
-from training.collator import (
+from training import consts
+from training.data.collator import (
     DataCollatorForCompletionOnlyLM,
     DataCollatorForPackedRows,
     document_lengths,
     split_packed_batch,
 )
-from training.loss import use_response_loss
+from training.model.attention import rotary_sin_cos, rotate, use_packed_attention
+from training.model.loss import use_response_loss
+from training.model.packing import packs_cleanly
 
 VOCABULARY = 211
 PAD = 0
@@ -134,7 +135,7 @@ def test_chunks_of_logits_sum_to_the_loss_and_gradients_of_all(monkeypatch: pyte
     model = copy.deepcopy(reference)
     expected = reference(**packed(rows)).loss
     expected.backward()
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 4 * VOCABULARY * 7)
+    monkeypatch.setattr(consts, "LOSS_CHUNK_BYTES", 4 * VOCABULARY * 7)
     actual = model(**packed(rows)).loss
     actual.backward()
     assert actual.item() == pytest.approx(expected.item(), rel=1e-6)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainerState, TrainingArguments
 
-from training.batching import (
+from training.data.batching import (
     GlobalBatchSampler,
     check_token_budget,
     deal_by_tokens,
@@ -26,8 +26,8 @@ from training.batching import (
     held_out_batches,
     micro_steps_needed,
 )
-from training.collator import DataCollatorForPackedRows
-from training.loop import Continued
+from training.data.collator import DataCollatorForPackedRows
+from training.run.resume import Continued
 
 lengths_of_rows = st.lists(st.integers(1, 600), min_size=1, max_size=200)
 world_sizes = st.sampled_from([1, 2, 3, 8])

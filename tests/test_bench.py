@@ -9,11 +9,11 @@ from statistics import fmean
 import pytest
 from click.testing import CliRunner
 
-from training.bench import (
+from training.bench.__main__ import main
+from training.bench.measure import (
     RECIPES,
     computed_tokens,
     global_shares,
-    main,
     real_token_shares,
     slowest_share,
     typical_steps,

@@ -8,8 +8,10 @@ import pytest
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from tests.conftest import mounted
-from training.callbacks import Curves, ProgressLog, StepCounter, count_labels, duration
-from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
+from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows, count_labels
+from training.run.completion_trainer import StepCounter
+from training.tracking.callbacks import Curves
+from training.tracking.progress import ProgressLog, duration
 
 ROWS = [
     {"input_ids": [11, 12, 13, 14, 15], "response_start": 3},

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training import checkpoint
-from training.checkpoint import MANIFEST_FILE, best, checkpoints, faults_of, read_manifest, rotate
+from training.storage import checkpoint
+from training.storage.checkpoint import MANIFEST_FILE, best, checkpoints, problems_of, read_manifest, rotate
 
 
 def a_checkpoint(output: Path, step: int, eval_loss: float | None = 1.0, whole: bool = True) -> Path:
@@ -40,7 +40,7 @@ def test_the_manifest_names_every_file_with_size_and_checksum(tmp_path: Path) ->
     }
     assert list(manifest["files"]) == ["global_step/rank_0.pt", "model.safetensors", "trainer_state.json"]
     assert (manifest["step"], manifest["eval_loss"], manifest["model"]) == (200, 1.25, ["model.safetensors"])
-    assert faults_of(folder) == []
+    assert problems_of(folder) == []
 
 
 def flip(file: Path, place: int = 3) -> None:
@@ -75,7 +75,7 @@ def test_what_is_torn_is_recognised_and_named(
 ) -> None:
     folder = a_checkpoint(tmp_path, 200)
     damage(folder)
-    assert faults_of(folder) == [fault]
+    assert problems_of(folder) == [fault]
 
 
 def test_every_single_bit_of_a_checkpoint_counts_those_of_the_manifest_as_well(tmp_path: Path) -> None:
@@ -85,24 +85,24 @@ def test_every_single_bit_of_a_checkpoint_counts_those_of_the_manifest_as_well(t
         for place in range(len(content)):
             flip(file, place)
             if file.name != MANIFEST_FILE:
-                assert faults_of(folder), f"{file.name}, byte {place}"
+                assert problems_of(folder), f"{file.name}, byte {place}"
             elif read_manifest(folder) is not None:  # a space or a line end
                 assert json.loads(file.read_text()) == json.loads(content), f"byte {place}"
             file.write_bytes(content)
-    assert not faults_of(folder)
+    assert not problems_of(folder)
 
 
 def test_a_checkpoint_under_the_name_of_another_step_is_none(tmp_path: Path) -> None:
     a_checkpoint(tmp_path, 200).rename(tmp_path / "checkpoint-300")
-    assert faults_of(tmp_path / "checkpoint-300") == ["it was not written to the end"]
+    assert problems_of(tmp_path / "checkpoint-300") == ["it was not written to the end"]
 
 
 def test_the_model_alone_can_be_asked(tmp_path: Path) -> None:
     folder = a_checkpoint(tmp_path, 200)
     flip(folder / "trainer_state.json")
-    assert faults_of(folder, model_only=True) == []
+    assert problems_of(folder, model_only=True) == []
     flip(folder / "model.safetensors")
-    assert faults_of(folder, model_only=True) == ["model.safetensors has changed since it was written"]
+    assert problems_of(folder, model_only=True) == ["model.safetensors has changed since it was written"]
 
 
 def test_a_manifest_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_a_manifest_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monkey
         patch.setattr(os, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
             checkpoint.write_manifest(folder, 1.0, [], {})
-    assert faults_of(folder) == ["it was not written to the end"]
+    assert problems_of(folder) == ["it was not written to the end"]
     assert MANIFEST_FILE not in "".join(checkpoint.files_of(folder))
 
 
@@ -186,4 +186,4 @@ def test_a_removal_that_is_killed_leaves_no_whole_checkpoint(
     folder = a_checkpoint(tmp_path, 1)
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     checkpoint.remove(folder)
-    assert faults_of(folder) == ["it was not written to the end"]
+    assert problems_of(folder) == ["it was not written to the end"]

@@ -23,23 +23,12 @@ import pytest
 import torch
 
 from tests.conftest import mounted
-from training import checks
-from training.checks import (
-    TRACE,
-    WRITER_FILES,
-    WRITER_INFO,
-    FolderBusyError,
-    cuda_toolkit_faults,
-    disk_faults,
-    free_bytes,
-    kernel_faults,
-    mismatches,
-    missing_kernels,
-    tool_faults,
-    version_faults,
-    writable,
-    writing,
-)
+from training import files
+from training.errors import FolderBusyError
+from training.files import TRACE, WRITER_FILES, WRITER_INFO, disk_problems, free_bytes, writable, writing
+from training.machine import kernels
+from training.machine.environment import cuda_toolkit_problems, mismatches, tool_problems, version_problems
+from training.machine.kernels import kernel_problems, missing_kernels
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20
@@ -85,11 +74,11 @@ def test_the_pinned_versions_are_no_fault(installed, requirements: Path) -> None
     installed("torch", "2.13.0")
     installed("transformers", "5.23.0")
     installed("numpy", "2.4.6")
-    assert version_faults(requirements) == []
+    assert version_problems(requirements) == []
 
 
 def test_this_environment_is_as_the_repository_pins_it() -> None:
-    assert version_faults() == []
+    assert version_problems() == []
     assert mismatches(str(ROOT / "requirements_dev.txt")) == []
 
 
@@ -98,7 +87,7 @@ def test_a_build_for_another_gpu_is_the_same_version(installed, requirements: Pa
     installed("torch", build)
     installed("transformers", "5.23.0")
     installed("numpy", "2.4.6")
-    assert version_faults(requirements) == []
+    assert version_problems(requirements) == []
     assert mismatches(str(requirements)) == []  # matplotlib is the environment's, and as pinned
 
 
@@ -107,7 +96,7 @@ def test_other_versions_and_missing_packages_are_named_in_one_line(installed, re
     installed("transformers", "5.23.1")
     installed("numpy", "1.26.4")
     requirements.write_text(requirements.read_text() + "no-such-package==1.0\n")
-    assert version_faults(requirements) == [
+    assert version_problems(requirements) == [
         "Installed is torch 2.12.1 instead of 2.13.0; transformers 5.23.1 instead of 5.23.0; "
         "numpy 1.26.4 instead of 2.4.6; no no-such-package, expected 1.0. "
         f"Type python -m pip install -r {requirements}"
@@ -118,7 +107,7 @@ def test_a_patch_release_matters_only_where_the_code_reaches_inside(installed, r
     installed("torch", "2.13.0")
     installed("transformers", "5.23.0")
     installed("numpy", "2.4.9")
-    assert version_faults(requirements) == []
+    assert version_problems(requirements) == []
     assert mismatches(str(requirements)) == ["numpy"]  # but a new environment gets what is pinned
 
 
@@ -127,7 +116,7 @@ def test_what_training_does_not_import_may_be_of_any_version(installed, requirem
     installed("transformers", "5.23.0")
     installed("numpy", "2.4.6")
     installed("matplotlib", "3.5.0")
-    assert version_faults(requirements) == []
+    assert version_problems(requirements) == []
 
 
 def test_an_installed_wheel_takes_the_pins_from_its_metadata(installed, tmp_path: Path) -> None:
@@ -135,7 +124,7 @@ def test_an_installed_wheel_takes_the_pins_from_its_metadata(installed, tmp_path
     installed("dolly", "1.0.0", "torch==2.13.0", "numpy==2.4.6", 'trl==1.16.0; extra == "trl"')
     installed("torch", "2.12.0")
     installed("numpy", "2.4.6")
-    assert version_faults(tmp_path / "absent.txt") == [
+    assert version_problems(tmp_path / "absent.txt") == [
         "Installed is torch 2.12.0 instead of 2.13.0. Type python -m pip install torch==2.13.0"
     ]
 
@@ -143,15 +132,15 @@ def test_an_installed_wheel_takes_the_pins_from_its_metadata(installed, tmp_path
 def test_without_any_pins_nothing_is_said(tmp_path: Path) -> None:
     bare = (
         f"import sys; from pathlib import Path; sys.path.insert(0, {str(ROOT)!r}); "
-        f"from training.checks import version_faults; assert version_faults(Path({str(tmp_path / 'none')!r})) == []"
+        f"from training.machine.environment import version_problems; assert version_problems(Path({str(tmp_path / 'none')!r})) == []"
     )
     subprocess.run([sys.executable, "-I", "-S", "-c", bare], check=True)  # -S: no package is to be seen
 
 
 def test_a_bare_python_can_ask_before_anything_is_installed() -> None:
     bare = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from training.checks import mismatches, tool_faults; "
-        f"tool_faults(); print(*mismatches({str(ROOT / 'requirements_dev.txt')!r}))"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from training.machine.environment import mismatches; from training.machine.environment import tool_problems; "
+        f"tool_problems(); print(*mismatches({str(ROOT / 'requirements_dev.txt')!r}))"
     )
     result = subprocess.run(
         [sys.executable, "-I", "-S", "-c", bare], capture_output=True, text=True, check=True
@@ -161,10 +150,10 @@ def test_a_bare_python_can_ask_before_anything_is_installed() -> None:
 
 def test_the_checks_cost_less_than_a_second(tmp_path: Path) -> None:
     begin = time.process_time()
-    version_faults()
-    tool_faults()
-    kernel_faults()
-    disk_faults({tmp_path / "model": GIB}, {tmp_path / "model": "the model"})
+    version_problems()
+    tool_problems()
+    kernel_problems()
+    disk_problems({tmp_path / "model": GIB}, {tmp_path / "model": "the model"})
     with writing(tmp_path / "out"):
         pass
     assert time.process_time() - begin < 1
@@ -188,18 +177,18 @@ def with_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     header = tmp_path / "include" / "Python.h"
     header.parent.mkdir()
     header.touch()
-    monkeypatch.setattr(checks.sysconfig, "get_paths", lambda: {"include": str(header.parent)})
+    monkeypatch.setattr(files.sysconfig, "get_paths", lambda: {"include": str(header.parent)})
     return header
 
 
 def test_a_machine_with_compiler_headers_and_ninja_has_no_fault(only_on_path, with_headers: Path) -> None:
     only_on_path("c++", "ninja")
-    assert tool_faults() == []
+    assert tool_problems() == []
 
 
 def test_a_missing_compiler_is_named_with_the_command_that_gets_it(only_on_path, with_headers: Path) -> None:
     only_on_path("ninja")
-    assert tool_faults() == [
+    assert tool_problems() == [
         "DeepSpeed compiles C++ operators, and a C++ compiler, c++, is not on PATH. "
         "Type sudo apt-get install g++ (Debian, Ubuntu), or xcode-select --install (Mac)"
     ]
@@ -207,7 +196,7 @@ def test_a_missing_compiler_is_named_with_the_command_that_gets_it(only_on_path,
 
 def test_a_compiler_under_another_name_is_offered(only_on_path, with_headers: Path) -> None:
     only_on_path("g++", "ninja")
-    (fault,) = tool_faults()
+    (fault,) = tool_problems()
     assert fault.endswith("Type export CXX=g++")
 
 
@@ -217,14 +206,14 @@ def test_a_compiler_that_is_chosen_and_not_there_is_named(
 ) -> None:
     only_on_path("c++", "g++", "ninja")
     monkeypatch.setenv("CXX", chosen)
-    (fault,) = tool_faults()
+    (fault,) = tool_problems()
     assert f"CXX is '{chosen}', which is not on PATH. Type export CXX=g++" in fault
 
 
 def test_missing_headers_of_python_are_named(only_on_path, with_headers: Path) -> None:
     only_on_path("c++", "ninja")
     with_headers.unlink()
-    (fault,) = tool_faults()
+    (fault,) = tool_problems()
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert str(with_headers) in fault
     assert fault.endswith(f"Type sudo apt-get install python{version}-dev")
@@ -235,10 +224,10 @@ def test_a_missing_ninja_is_installed_or_found_beside_python(
 ) -> None:
     only_on_path("c++")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
-    (fault,) = tool_faults()
+    (fault,) = tool_problems()
     assert fault.endswith("ninja is not on PATH. Type python -m pip install ninja")
     executable(tmp_path / "venv" / "bin" / "ninja")  # an environment that was never activated
-    (fault,) = tool_faults()
+    (fault,) = tool_problems()
     assert fault.endswith(f"Type export PATH={tmp_path}/venv/bin:$PATH")
 
 
@@ -298,23 +287,23 @@ def toolkit(home: Path, release: str, header: str = "include/cuda_runtime.h") ->
 
 
 def test_a_cuda_toolkit_of_the_same_major_version_will_do(tmp_path: Path) -> None:
-    assert cuda_toolkit_faults(toolkit(tmp_path / "same", "12.6"), "12.6") == []
-    assert cuda_toolkit_faults(toolkit(tmp_path / "minor", "12.4"), "12.6") == []
+    assert cuda_toolkit_problems(toolkit(tmp_path / "same", "12.6"), "12.6") == []
+    assert cuda_toolkit_problems(toolkit(tmp_path / "minor", "12.4"), "12.6") == []
     conda = toolkit(tmp_path / "conda", "12.6", "targets/x86_64-linux/include/cuda_runtime.h")
-    assert cuda_toolkit_faults(conda, "12.6") == []
+    assert cuda_toolkit_problems(conda, "12.6") == []
 
 
 def test_a_missing_foreign_or_incomplete_cuda_toolkit_is_named(tmp_path: Path) -> None:
-    (fault,) = cuda_toolkit_faults(None, "12.6")
+    (fault,) = cuda_toolkit_problems(None, "12.6")
     assert "there is no nvcc (CUDA_HOME is not set)" in fault
     assert "export CUDA_HOME=/usr/local/cuda-12.6" in fault
-    (fault,) = cuda_toolkit_faults(tmp_path / "none", "12.6")
+    (fault,) = cuda_toolkit_problems(tmp_path / "none", "12.6")
     assert f"there is no nvcc (CUDA_HOME is {tmp_path / 'none'})" in fault
-    (fault,) = cuda_toolkit_faults(toolkit(tmp_path / "old", "11.8"), "13.0")
+    (fault,) = cuda_toolkit_problems(toolkit(tmp_path / "old", "11.8"), "13.0")
     assert "nvcc is of CUDA 11.8, but torch of CUDA 13.0" in fault
     bare = toolkit(tmp_path / "bare", "13.0")
     (bare / "include" / "cuda_runtime.h").unlink()
-    (fault,) = cuda_toolkit_faults(bare, "13.0")
+    (fault,) = cuda_toolkit_problems(bare, "13.0")
     assert f"{bare / 'include'} has no cuda_runtime.h" in fault
 
 
@@ -374,12 +363,12 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
 
 def test_gpus_with_kernels_are_no_fault(gpus) -> None:
     gpus([("NVIDIA A100-SXM4-40GB", (8, 0))] * 8, "13.0", CUDA_13)
-    assert kernel_faults() == []
+    assert kernel_problems() == []
 
 
 def test_a_v100_under_cuda_13_is_told_the_build_for_cuda_12_6(gpus) -> None:
     gpus([("Tesla V100-SXM2-32GB", (7, 0))] * 8, "13.0", CUDA_13)
-    assert kernel_faults() == [
+    assert kernel_problems() == [
         "8 x Tesla V100-SXM2-32GB (sm_70): torch 2.13.0+cu130 has no kernels for it, only sm_75 sm_80 sm_86 sm_90 "
         "sm_100 sm_120 compute_120. Type python -m pip install torch==2.13.0+cu126 "
         "--index-url https://download.pytorch.org/whl/cu126"
@@ -388,7 +377,7 @@ def test_a_v100_under_cuda_13_is_told_the_build_for_cuda_12_6(gpus) -> None:
 
 def test_a_gpu_newer_or_older_than_every_kernel_is_not_told_a_build_that_lacks_them_too(gpus) -> None:
     gpus([("NVIDIA B200", (10, 0)), ("Tesla K80", (3, 7))], "12.6", CUDA_12_6)
-    newer, older = kernel_faults()
+    newer, older = kernel_problems()
     assert newer.startswith("1 x NVIDIA B200 (sm_100)")
     assert "python -m pip uninstall -y torch && python -m pip install torch==2.13.0, or" in newer
     assert older.startswith("1 x Tesla K80 (sm_37)")
@@ -397,8 +386,8 @@ def test_a_gpu_newer_or_older_than_every_kernel_is_not_told_a_build_that_lacks_t
 
 def test_a_build_without_cuda_beside_a_gpu_is_told(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus([], None, [])
-    monkeypatch.setattr(checks, "_nvidia_gpu", lambda: True)
-    (fault,) = kernel_faults()
+    monkeypatch.setattr(kernels, "_nvidia_gpu", lambda: True)
+    (fault,) = kernel_problems()
     assert "a build without CUDA" in fault
     assert "python -m pip uninstall -y torch && python -m pip install torch==2.13.0" in fault
     assert "export CUDA_VISIBLE_DEVICES=-1 to train on the CPU" in fault
@@ -411,36 +400,36 @@ def test_a_driver_that_is_too_old_is_told_in_its_own_words(gpus, monkeypatch: py
         )
 
     gpus([], "13.0", CUDA_13)
-    monkeypatch.setattr(checks, "_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(kernels, "_nvidia_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "init", init)
-    (fault,) = kernel_faults()
+    (fault,) = kernel_problems()
     assert "CUDA does not start: The NVIDIA driver on your system is too old (found version 11040)." in fault
     assert "Update the driver to one for CUDA 13.0, type python -m pip install torch==2.13.0+cu126" in fault
 
 
 def test_a_machine_without_a_gpu_and_hidden_gpus_are_no_fault(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
     gpus([], None, [])
-    monkeypatch.setattr(checks, "_nvidia_gpu", lambda: False)
-    assert kernel_faults() == []
-    monkeypatch.setattr(checks, "_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(kernels, "_nvidia_gpu", lambda: False)
+    assert kernel_problems() == []
+    monkeypatch.setattr(kernels, "_nvidia_gpu", lambda: True)
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
-        assert kernel_faults() == []
+        assert kernel_problems() == []
 
 
 def test_a_gpu_shows_as_a_device_or_to_nvidia_smi(tmp_path: Path, only_on_path) -> None:
     devices = tmp_path / "dev"
     devices.mkdir()
     (devices / "nvidiactl").touch()  # images have it, and nvidia-smi, without a GPU
-    assert not checks._nvidia_gpu(devices)
+    assert not kernels._nvidia_gpu(devices)
     (smi,) = only_on_path("nvidia-smi")
     executable(smi, "#!/bin/sh\necho 'NVIDIA-SMI has failed' ; exit 9\n")
-    assert not checks._nvidia_gpu(devices)
+    assert not kernels._nvidia_gpu(devices)
     executable(smi, "#!/bin/sh\necho 'GPU 0: NVIDIA A10 (UUID: GPU-1)'\n")
-    assert checks._nvidia_gpu(devices)
+    assert kernels._nvidia_gpu(devices)
     smi.unlink()
     (devices / "nvidia0").touch()
-    assert checks._nvidia_gpu(devices)
+    assert kernels._nvidia_gpu(devices)
 
 
 # --- disk --------------------------------------------------------------------------------------------
@@ -448,15 +437,15 @@ def test_a_gpu_shows_as_a_device_or_to_nvidia_smi(tmp_path: Path, only_on_path) 
 
 def report_disk(monkeypatch: pytest.MonkeyPatch, blocks: int, available: int, fragment: int = 4096) -> None:
     told = SimpleNamespace(f_blocks=blocks, f_bavail=available, f_frsize=fragment, f_bsize=4096)
-    monkeypatch.setattr(checks.os, "statvfs", lambda path: told)
+    monkeypatch.setattr(files.os, "statvfs", lambda path: told)
 
 
 def test_what_is_written_on_one_disk_is_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report_disk(monkeypatch, blocks=100 * GIB // 4096, available=60 * GIB // 4096)
     model, steps = tmp_path / "new" / "model", tmp_path / "new" / "checkpoints"
     labels = {model: "the finished model", steps: "2 checkpoints"}
-    assert disk_faults({model: 12 * GIB, steps: 48 * GIB}, labels) == []
-    (fault,) = disk_faults({model: 12 * GIB, steps: 49 * GIB}, labels)
+    assert disk_problems({model: 12 * GIB, steps: 48 * GIB}, labels) == []
+    (fault,) = disk_problems({model: 12 * GIB, steps: 49 * GIB}, labels)
     assert (
         f"has 60.0 GiB free, and 61.0 GiB are needed: 12.0 GiB for the finished model ({model}), "
         f"49.0 GiB for 2 checkpoints ({steps}). Free 1.0 GiB there, lower --save-total-limit" in fault
@@ -473,13 +462,13 @@ def test_the_absurd_sizes_of_mounted_object_stores_are_not_believed(
 ) -> None:
     report_disk(monkeypatch, blocks, available)
     assert free_bytes(tmp_path) is None
-    assert disk_faults({tmp_path: 2**60}, {tmp_path: "the model"}) == []
+    assert disk_problems({tmp_path: 2**60}, {tmp_path: "the model"}) == []
 
 
 def test_a_full_disk_is_believed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     report_disk(monkeypatch, blocks=100, available=0)
     assert free_bytes(tmp_path) == 0
-    assert len(disk_faults({tmp_path: 1}, {tmp_path: "the model"})) == 1
+    assert len(disk_problems({tmp_path: 1}, {tmp_path: "the model"})) == 1
 
 
 def test_a_mount_that_does_not_answer_is_not_believed(
@@ -488,7 +477,7 @@ def test_a_mount_that_does_not_answer_is_not_believed(
     def stale(path: Path) -> None:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    monkeypatch.setattr(checks.os, "statvfs", stale)
+    monkeypatch.setattr(files.os, "statvfs", stale)
     assert free_bytes(tmp_path) is None
 
 
@@ -504,7 +493,7 @@ def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) ->
 
 def left_by_a_killed_trial(folder: Path) -> Path:
     program = (
-        "import os, signal, pathlib; from training.checks import writable\n"
+        "import os, signal, pathlib; from training.files import writable\n"
         "pathlib.Path.rmdir = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"writable(pathlib.Path({str(folder)!r}))"
     )
@@ -551,10 +540,10 @@ def test_a_real_small_disk_is_told_and_no_other(small_disk: Path, tmp_path: Path
     model, steps, elsewhere = small_disk / "out" / "model", small_disk / "out" / "steps", tmp_path / "cache"
     labels = {model: "the finished model", steps: "1 checkpoint", elsewhere: "the download"}
     assert free_bytes(model) == MIB
-    assert disk_faults({model: MIB // 2, steps: MIB // 2, elsewhere: 1}, labels) == []
+    assert disk_problems({model: MIB // 2, steps: MIB // 2, elsewhere: 1}, labels) == []
     (small_disk / "older").write_bytes(bytes(MIB * 3 // 4))
     assert free_bytes(model) == MIB // 4
-    (fault,) = disk_faults({model: MIB // 2, steps: MIB // 2, elsewhere: 1}, labels)
+    (fault,) = disk_problems({model: MIB // 2, steps: MIB // 2, elsewhere: 1}, labels)
     assert fault.startswith(f"{small_disk} has 0.2 MiB free, and 1.0 MiB are needed")
     assert "the download" not in fault
 
@@ -564,7 +553,7 @@ def test_a_real_small_disk_is_told_and_no_other(small_disk: Path, tmp_path: Path
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from training.checks import writing
+from training.files import writing
 with writing(Path(sys.argv[1])):
     child = os.fork() if sys.argv[2:] == ["fork"] else 0
     if not child and sys.argv[2:] == ["fork"]:
@@ -625,7 +614,7 @@ def test_the_children_of_a_killed_writer_hold_nothing(tmp_path: Path) -> None:
 
 def test_of_many_processes_one_gets_the_folder(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from training.checks import FolderBusyError, writing\n"
+        "import sys; from pathlib import Path; from training.errors import FolderBusyError; from training.files import writing\n"
         "try:\n"
         "    with writing(Path(sys.argv[1])):\n"
         "        print('mine', flush=True); sys.stdin.read()\n"

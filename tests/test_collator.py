@@ -6,12 +6,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from training.collator import (
+from training.consts import IGNORE_INDEX
+from training.data.collator import (
     DataCollatorForCompletionOnlyLM,
     DataCollatorForPackedRows,
     split_packed_batch,
 )
-from training.consts import IGNORE_INDEX
 
 PAD = 0
 THREE_ROWS = [

@@ -14,9 +14,9 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from training.faults import find_faults
-from training.options import TrainingOptions
-from training.trainer import training_arguments
+from training.options.checks import find_problems
+from training.options.trainer_options import TrainingOptions
+from training.run.prepare import training_arguments
 
 ROOT = Path(__file__).parents[1]
 # file -> (precision, is the optimizer in host memory?)
@@ -116,7 +116,7 @@ def test_a_file_agrees_with_the_options_that_go_with_it(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     precision, _ = EXPECTED[name]
-    assert find_faults(options(name, tmp_path, **{precision: True} if asked else {})) == []
+    assert find_problems(options(name, tmp_path, **{precision: True} if asked else {})) == []
 
 
 def test_the_files_differ_only_in_precision_and_offload() -> None:

@@ -15,15 +15,13 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerBase
 
-from training import data
-from training.data import (
-    Ledger,
-    encode_rows,
-    prepare_dataset,
-    render_prompt,
-)
-from training.model import load_tokenizer
-from training.rows import Columns, DataError, read_columns
+from training.data import ledger, tokens
+from training.data.ledger import Ledger
+from training.data.prompt import render_prompt
+from training.data.rows import Columns, read_columns
+from training.data.tokens import encode_rows, prepare_dataset
+from training.errors import DataError
+from training.model.tokenizer import load_tokenizer
 
 SHARED = Path(__file__).parents[2] / "shared"
 EOS = "<|endoftext|>"
@@ -184,7 +182,7 @@ def bos_tokenizer(bpe_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_the_sample_marks_exactly_the_supervised_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     [(_, ids, start)] = encoded(tokenizer, [("Name a colour.", "red, blue", "Red , don 't ask .")])
-    assert data.marked_sample(tokenizer, ids, start) == f"{WITH_INPUT}«Red , don 't ask .\n\n### End»"
+    assert tokens.marked_sample(tokenizer, ids, start) == f"{WITH_INPUT}«Red , don 't ask .\n\n### End»"
 
 
 # --- the chat template -------------------------------------------------------------------------------
@@ -331,9 +329,9 @@ def test_the_ledger_names_the_first_ten_dropped_rows(tokenizer: PreTrainedTokeni
 
 
 def test_the_histogram_counts_each_row_once() -> None:
-    sizes = data.np.array([1, 32, 33, 2048, 2049, 5000])
-    assert data._histogram(sizes) == {"<=32": 2, "<=64": 1, "<=2048": 1, ">2048": 2}
-    assert data._histogram(sizes[:0]) == {}
+    sizes = tokens.np.array([1, 32, 33, 2048, 2049, 5000])
+    assert ledger.length_histogram(sizes) == {"<=32": 2, "<=64": 1, "<=2048": 1, ">2048": 2}
+    assert ledger.length_histogram(sizes[:0]) == {}
 
 
 @pytest.mark.parametrize(("empty", "stops"), [(1, False), (2, True)])
@@ -368,8 +366,8 @@ def test_a_file_of_which_nothing_can_be_kept_stops_whatever_the_limit(
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """One entry for every time that rows are tokenised."""
     calls: list[int] = []
-    real = data.encode_rows
-    monkeypatch.setattr(data, "encode_rows", lambda *args: calls.append(1) or real(*args))
+    real = tokens.encode_rows
+    monkeypatch.setattr(tokens, "encode_rows", lambda *args: calls.append(1) or real(*args))
     return calls
 
 
@@ -392,13 +390,15 @@ def test_the_search_for_cycles_rests_while_rows_are_tokenised_and_goes_on_after(
 ) -> None:
     file = jsonl(tmp_path / "rows.jsonl", rows_of(3))
     searched = []
-    original = data.encode_rows
-    monkeypatch.setattr(data, "encode_rows", lambda *args: searched.append(gc.isenabled()) or original(*args))
+    original = tokens.encode_rows
+    monkeypatch.setattr(
+        tokens, "encode_rows", lambda *args: searched.append(gc.isenabled()) or original(*args)
+    )
     prepare_dataset(file, tokenizer, 64, cache_root=tmp_path / "cache")
     assert searched == [False]
     assert gc.isenabled()
 
-    monkeypatch.setattr(data, "encode_rows", lambda *args: 1 / 0)
+    monkeypatch.setattr(tokens, "encode_rows", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         prepare_dataset(file, tokenizer, 64, cache_root=tmp_path / "other")
     assert gc.isenabled()
@@ -447,7 +447,9 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_cache(
 
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "save", killed)
-        patch.setattr(data.shutil, "rmtree", lambda *args, **kwargs: None)  # a killed process cleans nothing
+        patch.setattr(
+            tokens.shutil, "rmtree", lambda *args, **kwargs: None
+        )  # a killed process cleans nothing
         with pytest.raises(KeyboardInterrupt):
             prepare_dataset(path, tokenizer, 256, cache_root=cache)
     assert len(list(cache.iterdir())) == 1
@@ -512,8 +514,8 @@ def test_a_file_named_demo_is_not_taken_for_the_embedded_rows(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "demo").touch()
     keys = []
-    real = data._fingerprint
-    monkeypatch.setattr(data, "_fingerprint", lambda *args: keys.append(real(*args)) or keys[-1])
+    real = tokens._fingerprint
+    monkeypatch.setattr(tokens, "_fingerprint", lambda *args: keys.append(real(*args)) or keys[-1])
     prepare_dataset("demo", tokenizer, 512, max_dropped_fraction=1, cache_root=tmp_path / "cache")
     (tmp_path / "demo").unlink()
     prepare_dataset("demo", tokenizer, 512, max_dropped_fraction=1, cache_root=tmp_path / "cache")
@@ -539,19 +541,19 @@ def test_two_writers_of_one_cache_do_not_disturb_each_other(
 
 def test_the_split_is_the_one_that_dolly_made() -> None:
     rows = datasets.Dataset.from_dict({"row": list(range(1, 101))})
-    train, held_out = data.split_held_out(rows, 10, seed=42)
+    train, held_out = tokens.split_held_out(rows, 10, seed=42)
     dollys = rows.shuffle(seed=42).train_test_split(test_size=10, seed=42)
     assert train["row"][:] == dollys["train"]["row"][:]
     assert held_out["row"][:] == dollys["test"]["row"][:]
     assert sorted([*train["row"], *held_out["row"]]) == list(range(1, 101))
-    assert data.split_held_out(rows, 10, seed=43)[1]["row"][:] != held_out["row"][:]
+    assert tokens.split_held_out(rows, 10, seed=43)[1]["row"][:] != held_out["row"][:]
 
 
 @pytest.mark.parametrize("test_size", [0, -1, 20, 21])
 def test_a_split_that_leaves_one_side_empty_is_refused(test_size: int) -> None:
     rows = datasets.Dataset.from_dict({"row": list(range(20))})
     with pytest.raises(DataError, match="Try --test-size 2"):
-        data.split_held_out(rows, test_size, seed=42)
+        tokens.split_held_out(rows, test_size, seed=42)
 
 
 @pytest.mark.parametrize(("count", "words"), [(0, "no rows"), (1, "1 row")])
@@ -560,4 +562,4 @@ def test_rows_too_few_to_split_are_told_with_their_number(count: int, words: str
     with pytest.raises(
         DataError, match=f"{words}, and at least 2 are needed: one to train on, and one held out"
     ):
-        data.split_held_out(rows, 1000, seed=42)
+        tokens.split_held_out(rows, 1000, seed=42)

@@ -11,8 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.consts import CONTROL_TOKENS, INPUT_KEY, INTRO, INTRO_WITH_INPUT
-from training.demo import demo_rows, save_demo_model, tasks
+from training.data import demo_rows as tasks
+from training.data.demo_rows import demo_rows
+from training.data.prompt import CONTROL_TOKENS, INPUT_KEY, INTRO, INTRO_WITH_INPUT
+from training.model.demo_model import save_demo_model
 
 ROOT = Path(__file__).parents[1]
 
@@ -58,7 +60,7 @@ def test_rows_are_the_same_in_every_process_and_leave_the_random_state_alone(row
     state = random.getstate()
     assert demo_rows() == rows
     assert random.getstate() == state
-    code = "import hashlib, json; from training.demo import demo_rows; "
+    code = "import hashlib, json; from training.data.demo_rows import demo_rows; "
     code += "print(hashlib.sha256(json.dumps(demo_rows()).encode()).hexdigest())"
     digests = {
         subprocess.run(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from training.exits import INTERRUPTED, REFUSED, exit_meaning, oom_kills
+from training.launch.exits import INTERRUPTED, REFUSED, exit_meaning, oom_kills
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_command_keeps_its_exit_code_and_its_words_without_pythons_shutdown(
     command: str, code: int, said: str
 ) -> None:
     words = (
-        "import atexit, os, sys\nfrom training.exits import end_with\natexit.register(os.abort)\n"
+        "import atexit, os, sys\nfrom training.launch.exits import end_with\natexit.register(os.abort)\n"
         f"def command(): {command}\nend_with(command)"
     )
     result = subprocess.run(
@@ -134,7 +134,5 @@ def test_a_command_keeps_its_exit_code_and_its_words_without_pythons_shutdown(
 
 
 def test_a_command_without_an_output_keeps_its_exit_code() -> None:
-    words = (
-        "import sys; from training.exits import end_with; sys.stdout = None; end_with(lambda: sys.exit(75))"
-    )
+    words = "import sys; from training.launch.exits import end_with; sys.stdout = None; end_with(lambda: sys.exit(75))"
     assert subprocess.run([sys.executable, "-c", words], cwd=Path(__file__).parents[1]).returncode == 75

@@ -13,13 +13,11 @@ from conftest import the_gpu
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from training.checks import TRACE
-from training.faults import find_faults
-from training.options import (
-    OptionsError,
-    TrainingOptions,
-    read_deepspeed_json,
-)
+from training.errors import OptionsError
+from training.files import TRACE
+from training.options.checks import find_problems
+from training.options.deepspeed import read_deepspeed_json
+from training.options.trainer_options import TrainingOptions
 
 BF16_JSON = "config/ds_z3_bf16_config.json"
 FP16_JSON = "config/ds_z3_fp16_offload_config.json"
@@ -43,23 +41,23 @@ def written(path: Path, config: Any) -> str:
     return str(path)
 
 
-def test_good_options_have_no_faults(tmp_path: Path) -> None:
-    assert find_faults(options(tmp_path)) == []
+def test_good_options_have_no_problems(tmp_path: Path) -> None:
+    assert find_problems(options(tmp_path)) == []
 
 
 def test_deepspeed_without_a_launcher_or_without_a_file_is_told(tmp_path: Path) -> None:
-    [fault] = find_faults(options(tmp_path, deepspeed=BF16_JSON))
+    [fault] = find_problems(options(tmp_path, deepspeed=BF16_JSON))
     assert "needs a launcher. Type deepspeed --num_gpus N --module training.trainer" in fault
-    [fault] = find_faults(options(tmp_path, deepspeed=""))
+    [fault] = find_problems(options(tmp_path, deepspeed=""))
     assert fault == f"--deepspeed names no file. Type --deepspeed {BF16_JSON}"
 
 
 @pytest.mark.usefixtures("launched")
 def test_two_different_deepspeed_files_are_refused_and_one_given_twice_is_not(tmp_path: Path) -> None:
     twice = options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=BF16_JSON)
-    assert find_faults(twice) == []
+    assert find_problems(twice) == []
     other = written(tmp_path / "other.json", json.loads(Path(BF16_JSON).read_text()))
-    [fault] = find_faults(options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=other))
+    [fault] = find_problems(options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=other))
     assert fault.endswith("give one")
 
 
@@ -68,9 +66,9 @@ def test_the_environment_that_switches_deepspeed_off_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    [fault] = find_faults(options(tmp_path, deepspeed=BF16_JSON))
+    [fault] = find_problems(options(tmp_path, deepspeed=BF16_JSON))
     assert "Type unset ACCELERATE_USE_CPU" in fault
-    assert find_faults(options(tmp_path)) == []
+    assert find_problems(options(tmp_path)) == []
 
 
 GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
@@ -151,7 +149,7 @@ def test_a_deepspeed_file_that_contradicts_the_options_is_refused(
     tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
     path = written(tmp_path / "ds.json", GOOD_CONFIG | config)
-    [fault] = find_faults(options(tmp_path, deepspeed=path))
+    [fault] = find_problems(options(tmp_path, deepspeed=path))
     assert message in fault
 
 
@@ -170,7 +168,7 @@ def test_a_deepspeed_file_that_leaves_out_what_the_options_say_is_refused(
     tmp_path: Path, key: str, changed: dict[str, Any], message: str
 ) -> None:
     config = {name: value for name, value in GOOD_CONFIG.items() if name != key}
-    [fault] = find_faults(options(tmp_path, deepspeed=written(tmp_path / "ds.json", config), **changed))
+    [fault] = find_problems(options(tmp_path, deepspeed=written(tmp_path / "ds.json", config), **changed))
     assert message in fault
 
 
@@ -197,7 +195,7 @@ def test_a_deepspeed_file_that_says_the_same_as_the_options_is_taken(tmp_path: P
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
     }
-    assert find_faults(options(tmp_path, deepspeed=written(tmp_path / "ds.json", config))) == []
+    assert find_problems(options(tmp_path, deepspeed=written(tmp_path / "ds.json", config))) == []
 
 
 @pytest.mark.parametrize(
@@ -209,7 +207,7 @@ def test_a_deepspeed_file_that_is_no_json_object_is_told(tmp_path: Path, content
     path.write_bytes(content.encode("latin-1"))
     with pytest.raises(OptionsError, match=message):
         read_deepspeed_json(str(path))
-    assert any(message in fault for fault in find_faults(options(tmp_path, deepspeed=str(path))))
+    assert any(message in fault for fault in find_problems(options(tmp_path, deepspeed=str(path))))
 
 
 scraps = (
@@ -227,7 +225,7 @@ sections = st.dictionaries(st.sampled_from(["enabled", "stage", "params", "lr", 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_no_deepspeed_file_makes_the_check_itself_fail(tmp_path: Path, config: dict[str, Any]) -> None:
     path = written(tmp_path / "ds.json", config)
-    assert all(isinstance(fault, str) for fault in find_faults(options(tmp_path, deepspeed=path)))
+    assert all(isinstance(fault, str) for fault in find_problems(options(tmp_path, deepspeed=path)))
 
 
 @pytest.mark.usefixtures("launched")
@@ -243,51 +241,51 @@ def test_no_deepspeed_file_makes_the_check_itself_fail(tmp_path: Path, config: d
 def test_a_precision_against_the_deepspeed_file_is_told(
     tmp_path: Path, file: str, precision: dict[str, bool], message: str
 ) -> None:
-    [fault] = find_faults(options(tmp_path, deepspeed=file, **precision))
+    [fault] = find_problems(options(tmp_path, deepspeed=file, **precision))
     assert fault.startswith(message)
 
 
 def test_a_precision_that_the_device_has_not_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [fault] = find_faults(options(tmp_path, fp16=True))
+    [fault] = find_problems(options(tmp_path, fp16=True))
     assert fault.startswith("fp16 needs a CUDA GPU")
     the_gpu(monkeypatch, bf16=False)
-    [fault] = find_faults(options(tmp_path, bf16=True))
+    [fault] = find_problems(options(tmp_path, bf16=True))
     assert "Tesla V100-SXM2-32GB cannot compute in bf16. Use --deepspeed config/ds_z3_fp16" in fault
-    assert find_faults(options(tmp_path, fp16=True)) == []
+    assert find_problems(options(tmp_path, fp16=True)) == []
 
 
 def test_several_gpus_and_one_rank_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     the_gpu(monkeypatch, bf16=True, count=8)
-    [fault] = find_faults(options(tmp_path))
+    [fault] = find_problems(options(tmp_path))
     assert "8 GPUs are visible, but one rank was started. Type deepspeed --num_gpus 8 --module" in fault
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert find_faults(options(tmp_path, deepspeed=BF16_JSON)) == []
+    assert find_problems(options(tmp_path, deepspeed=BF16_JSON)) == []
 
 
 @pytest.mark.parametrize(
     "folder", ["/dbfs/dolly", "/Volumes/main/dolly", "/dbfs", "/tmp/../dbfs/x", "dbfs:/x"]
 )
 def test_dbfs_and_volumes_are_refused_as_the_local_output(folder: str) -> None:
-    faults = find_faults(TrainingOptions(local_output_dir=folder))
-    assert any("DBFS and Volumes refuse" in fault and "/local_disk0/" in fault for fault in faults)
+    problems = find_problems(TrainingOptions(local_output_dir=folder))
+    assert any("DBFS and Volumes refuse" in fault and "/local_disk0/" in fault for fault in problems)
 
 
 def test_a_dbfs_url_is_no_folder_to_publish_to(tmp_path: Path) -> None:
-    [fault] = find_faults(options(tmp_path, dbfs_output_dir="dbfs:/dolly"))
+    [fault] = find_problems(options(tmp_path, dbfs_output_dir="dbfs:/dolly"))
     assert fault == "--dbfs-output-dir dbfs:/dolly: a path is needed. Type /dbfs/dolly"
 
 
 def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    assert find_faults(options(tmp_path)) == []
+    assert find_problems(options(tmp_path)) == []
     (tmp_path / "out" / "model.safetensors").touch()
-    [fault] = find_faults(options(tmp_path))
+    [fault] = find_problems(options(tmp_path))
     assert "is not empty" in fault
     assert "Name a new folder" in fault
-    [fault] = find_faults(options(tmp_path, local_output_dir=str(tmp_path / "out" / "model.safetensors")))
+    [fault] = find_problems(options(tmp_path, local_output_dir=str(tmp_path / "out" / "model.safetensors")))
     assert "is a file" in fault
-    [fault] = find_faults(
+    [fault] = find_problems(
         options(tmp_path, local_output_dir=str(tmp_path / "out" / "model.safetensors" / "x"))
     )
     assert "cannot be written" in fault
@@ -303,12 +301,12 @@ def test_a_publishing_folder_that_holds_something_or_is_the_output_is_refused(tm
         "old/config.json/x": "cannot be written",
         "zz9://x": "there is no file system",
     }.items():
-        [fault] = find_faults(
+        [fault] = find_problems(
             options(tmp_path, dbfs_output_dir=folder if "://" in folder else str(tmp_path / folder))
         )
         assert fault.startswith("--dbfs-output-dir ")
         assert message in fault
-    assert find_faults(options(tmp_path, dbfs_output_dir=str(tmp_path / "new"))) == []
+    assert find_problems(options(tmp_path, dbfs_output_dir=str(tmp_path / "new"))) == []
 
 
 @pytest.mark.parametrize(
@@ -320,7 +318,7 @@ def test_a_folder_that_cannot_be_is_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
-    [fault] = find_faults(options(tmp_path, **{option: folder}))
+    [fault] = find_problems(options(tmp_path, **{option: folder}))
     assert folder in fault
     assert "Name a folder of your own" in fault
 
@@ -328,11 +326,13 @@ def test_a_folder_that_cannot_be_is_told(
 @pytest.mark.parametrize("option", ["input_model", "training_dataset", "local_output_dir", "dbfs_output_dir"])
 def test_an_empty_value_and_a_name_that_utf8_cannot_hold_are_told(tmp_path: Path, option: str) -> None:
     flag = "--" + option.replace("_", "-")
-    [fault] = find_faults(options(tmp_path, **{option: ""}))
+    [fault] = find_problems(options(tmp_path, **{option: ""}))
     assert fault == f"{flag} is empty. Give a value, or leave the option out"
-    [fault] = find_faults(options(tmp_path, **{option: f"{tmp_path}/zeile\udce4"}))  # Latin-1 on a Linux disk
+    [fault] = find_problems(
+        options(tmp_path, **{option: f"{tmp_path}/zeile\udce4"})
+    )  # Latin-1 on a Linux disk
     assert fault.startswith(f"{flag} '{tmp_path}/zeile\\udce4': is not UTF-8")
-    assert find_faults(options(tmp_path, **{option: f"{tmp_path}/Zeile-ä"})) == []
+    assert find_problems(options(tmp_path, **{option: f"{tmp_path}/Zeile-ä"})) == []
 
 
 @pytest.fixture
@@ -353,27 +353,27 @@ def as_an_ordinary_user() -> Iterator[None]:
 def test_an_output_that_may_not_be_written_is_told(below: str) -> None:
     if not Path("/root").is_dir():
         pytest.skip("no folder here that is root's alone")
-    faults = find_faults(TrainingOptions(local_output_dir=str(Path("/root") / below)))
-    assert len(faults) == 1
-    assert "/root" in faults[0]
-    assert "cannot be written" in faults[0]
+    problems = find_problems(TrainingOptions(local_output_dir=str(Path("/root") / below)))
+    assert len(problems) == 1
+    assert "/root" in problems[0]
+    assert "cannot be written" in problems[0]
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="has no folder that refuses even root")
 def test_an_output_is_refused_where_even_root_can_make_nothing() -> None:
-    [fault] = find_faults(TrainingOptions(local_output_dir="/proc/dolly"))
+    [fault] = find_problems(TrainingOptions(local_output_dir="/proc/dolly"))
     assert fault == "--local-output-dir /proc/dolly: cannot be written. Name a folder of your own"
 
 
 def test_a_link_to_nowhere_is_refused_as_an_output(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "out")
     for folder in (tmp_path / "link", tmp_path / "link" / "below"):
-        [fault] = find_faults(TrainingOptions(local_output_dir=str(folder)))
+        [fault] = find_problems(TrainingOptions(local_output_dir=str(folder)))
         assert fault == f"--local-output-dir {folder}: cannot be written. Name a folder of your own"
 
 
 def test_asking_whether_an_output_can_be_written_leaves_nothing_behind(tmp_path: Path) -> None:
-    assert find_faults(options(tmp_path)) == []
+    assert find_problems(options(tmp_path)) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -381,7 +381,7 @@ def test_what_a_start_left_that_was_killed_does_not_make_an_output_another_s(tmp
     for name in ("trial", "0123456789abcdef", "resharded"):  # the second of Spark's look at the nodes
         (tmp_path / "out" / f"{TRACE}{name}").mkdir(parents=True)
     (tmp_path / "out" / "run.json.partial").touch()
-    assert find_faults(options(tmp_path)) == []
+    assert find_problems(options(tmp_path)) == []
 
 
 def test_the_other_ranks_do_not_mind_what_rank_0_has_begun_to_write(
@@ -391,4 +391,4 @@ def test_the_other_ranks_do_not_mind_what_rank_0_has_begun_to_write(
     (tmp_path / "out" / "run.json").touch()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert find_faults(options(tmp_path)) == []
+    assert find_problems(options(tmp_path)) == []

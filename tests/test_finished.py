@@ -25,12 +25,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from training import checkpoint
-from training.data import Ledger
-from training.finished import place_model, save_model, verify_model, write_model_card
-from training.model import ModelError
-from training.options import TrainingOptions
-from training.record import start_record
+from training.data.ledger import Ledger
+from training.errors import ModelError
+from training.model.verify import verify_model
+from training.options.trainer_options import TrainingOptions
+from training.run.finish import place_model, write_model_card
+from training.run.identity import start_record
+from training.run.saving import save_model
+from training.storage import checkpoint
 
 
 def a_record(tmp_path: Path, **options: Any) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
 
-from training import flops
+from training.machine import flops
 
 
 def test_parameters_are_those_that_multiply():

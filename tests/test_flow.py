@@ -24,11 +24,13 @@ import pytest
 from moto.server import ThreadedMotoServer
 
 from flows import pod
-from training.machines import GIB, MACHINES
-from training.options import TrainingOptions
-from training.settings import preset_options
-from training.verdict import plan_run
-from training.workload import alpaca_lengths, model_facts
+from training.consts import GIB
+from training.machine.catalogue import MACHINES
+from training.options.trainer_options import TrainingOptions
+from training.plan.epoch import alpaca_lengths
+from training.plan.fit import plan_run
+from training.plan.lookup import model_facts
+from training.plan.presets import preset_options
 
 ROOT = Path(__file__).parents[1]
 FLOW = ROOT / "flows" / "train_dolly_flow.py"
@@ -292,7 +294,7 @@ def test_a_store_that_does_not_answer_is_told_after_three_tries(metaflow: Metafl
 
         threading.Thread(target=hang_up, daemon=True).start()
         endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        code = f"import sys; sys.path.insert(0, {str(FLOW.parent)!r}); import model_on_s3; print(*model_on_s3.root_faults())"
+        code = f"import sys; sys.path.insert(0, {str(FLOW.parent)!r}); import model_on_s3; print(*model_on_s3.root_problems())"
         result = subprocess.run(
             [sys.executable, "-c", code],
             env=metaflow.environment(

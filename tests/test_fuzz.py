@@ -38,12 +38,16 @@ from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerBase
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from training import trainer
-from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
-from training.data import Ledger, encode_rows, prepare_dataset
-from training.faults import find_faults
-from training.model import ModelError, load_config, load_model, load_tokenizer, max_positions
-from training.options import OptionsError, TrainingOptions
-from training.rows import Columns, DataError, read_columns
+from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
+from training.data.ledger import Ledger
+from training.data.rows import Columns, read_columns
+from training.data.tokens import encode_rows, prepare_dataset
+from training.errors import DataError, ModelError, OptionsError
+from training.model.loading import load_config, load_model, max_positions
+from training.model.tokenizer import load_tokenizer
+from training.options.checks import find_problems
+from training.options.trainer_options import TrainingOptions
+from training.run import prepare
 
 pytestmark = pytest.mark.timeout(600)  # a hang is a fault as well
 
@@ -873,8 +877,8 @@ def nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     accepted: list[TrainingOptions] = []
 
     def checked(options: TrainingOptions, request: object) -> dict[str, str]:
-        if faults := find_faults(options):
-            raise OptionsError(faults)
+        if problems := find_problems(options):
+            raise OptionsError(*problems)
         accepted.append(options)
         return {"status": "finished"}
 
@@ -1008,13 +1012,13 @@ def test_a_deepspeed_file_is_told_or_read_by_the_libraries_as_the_options_say(
             deepspeed=str(path),
             gradient_accumulation_steps=accumulation,
         )
-        faults = find_faults(options)
-        assert all(str(path) in fault or "CUDA" in fault for fault in faults), faults
-        assert all(len(fault) < 3000 for fault in faults)
-        if faults:
+        problems = find_problems(options)
+        assert all(str(path) in fault or "CUDA" in fault for fault in problems), problems
+        assert all(len(fault) < 3000 for fault in problems)
+        if problems:
             return
         try:
-            args = trainer.training_arguments(options)
+            args = prepare.training_arguments(options)
             tiny = GPTJConfig(vocab_size=8, n_positions=8, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
             args.hf_deepspeed_config.trainer_config_finalize(
                 args, GPTJForCausalLM(tiny), num_training_steps=10

@@ -22,14 +22,19 @@ from transformers import (
 )
 
 from training import generate
-from training.data import Columns, Ledger, encode_rows, render_prompt
-from training.generate import (
+from training.data.ledger import Ledger
+from training.data.prompt import render_prompt
+from training.data.rows import Columns
+from training.data.tokens import encode_rows
+from training.errors import ModelError
+from training.model import generation
+from training.model.generation import (
     generate_response,
     generate_responses,
     load_model_tokenizer_for_generate,
     prompt_ids,
 )
-from training.model import ModelError, load_model
+from training.model.loading import load_model
 
 ROOT = Path(__file__).parents[1]
 GREEDY = {"do_sample": False, "top_p": None, "top_k": None}
@@ -269,7 +274,7 @@ def test_the_module_runs_from_the_shell(answering_folder: Path) -> None:
 
 
 def test_what_a_terminal_would_obey_is_not_shown() -> None:
-    assert generate.printable("Bel\x1b[2J\x07l\nÄé") == "Bel\ufffd[2J\ufffdl\nÄé"
+    assert generation.printable("Bel\x1b[2J\x07l\nÄé") == "Bel\ufffd[2J\ufffdl\nÄé"
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,8 @@ from metaflow.exception import MetaflowException
 
 from flows import gpu_profile
 from flows.gpu_profile import Lines, Profiler, Run, Series
-from training.metrics import METRICS_FILE, SAMPLES_FILE, append, forget_after
+from training.consts import METRICS_FILE, SAMPLES_FILE
+from training.storage.metrics import append, forget_after
 
 ROOT = Path(__file__).parents[1]
 FLOW = ROOT / "tests" / "profiled_flow.py"

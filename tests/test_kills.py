@@ -18,9 +18,9 @@ import torch
 
 from tests.conftest import jsonl
 from tests.test_trainer import BF16, ROOT, deepspeed, torchrun
-from training import checkpoint
-from training.exits import ENDED, INTERRUPTED, REFUSED
-from training.resume import RESHARDED
+from training.launch.exits import ENDED, INTERRUPTED, REFUSED
+from training.run.resume import RESHARDED
+from training.storage import checkpoint
 
 pytestmark = [
     pytest.mark.slow,
@@ -209,7 +209,7 @@ def assert_the_same_run(folder: Path, undisturbed: Path) -> None:
 def kill_again_and_again(
     start: Callable[..., Run], folder: Path, ranks: int, plan: list[tuple[str, str]], seed: int
 ) -> list[str]:
-    """Carries out the faults of a plan, (moment, victim) each, one a start; then lets the run finish."""
+    """Carries out the problems of a plan, (moment, victim) each, one a start; then lets the run finish."""
     chance, table = random.Random(seed), []
     for moment, victim in plan:
         folder_of_model = folder / "model.safetensors"
@@ -366,7 +366,7 @@ def test_sigterm_and_ctrl_c_finish_the_step_save_and_go_on_bit_for_bit(start, al
         assert "type the same command with --resume auto" in run.said
         assert "Traceback" not in run.said
         assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
-        assert not checkpoint.faults_of(checkpoint.checkpoints(folder)[-1])
+        assert not checkpoint.problems_of(checkpoint.checkpoints(folder)[-1])
     run = start(folder, 0, "--resume", "auto")
     assert run.wait() == 0, run.said
     assert_the_same_run(folder, alone)
@@ -389,7 +389,7 @@ def test_two_ranks_told_to_stop_in_each_way_go_on_bit_for_bit(start, two_ranks, 
         assert run.wait(60) == expected, run.said
         assert run.said.count("type the same command with --resume auto") == 1, run.said
         assert run.said.count("Traceback") == (whom == "terminal"), "DeepSpeed's runner has one"
-        assert not checkpoint.faults_of(checkpoint.checkpoints(folder)[-1])
+        assert not checkpoint.problems_of(checkpoint.checkpoints(folder)[-1])
     run = start(folder, 2, "--resume", "auto")
     assert run.wait() == 0, run.said
     assert_the_same_run(folder, two_ranks)
@@ -410,7 +410,7 @@ def test_the_launchers_command_may_be_killed_or_told_to_stop_and_the_run_goes_on
         run.wait(60)
         assert run.said.count("type the same command with --resume auto") == 1, run.said
         newest = checkpoint.checkpoints(folder)[-1]
-        assert not checkpoint.faults_of(newest)
+        assert not checkpoint.problems_of(newest)
         assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
     ours, theirs = history(newest), history(two_ranks)
     same = [entry for entry in theirs if entry["step"] <= ours[-1]["step"] and "loss" in entry]
@@ -502,7 +502,7 @@ def test_a_disk_that_fills_up_in_a_save_leaves_the_older_checkpoint_good(
     assert f"{older.name} is good" in run.said
     assert run.said.count("Make room") == 1
     assert checkpoint.read_manifest(torn) is None
-    assert not checkpoint.faults_of(older)
+    assert not checkpoint.problems_of(older)
     run = start(folder, 0, "--resume", "auto")
     assert run.wait() == 0, run.said
     assert f"{torn} is passed over: it was not written to the end" in run.said

@@ -12,8 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from training.launch import TrainingFailedError, deepspeed_command, launch, typed
-from training.options import TrainingOptions, option_words
+from training.errors import TrainingFailedError
+from training.launch.local import deepspeed_command, launch, typed
+from training.options.command_line import option_words
+from training.options.trainer_options import TrainingOptions
 from training.trainer import main
 
 
@@ -92,7 +94,7 @@ def test_ranks_on_a_cpu_share_its_cores(
 
 def driver_of(code: str) -> subprocess.Popen[str]:
     """A process that launches Python code, as a notebook's kernel launches training; signals can be sent to it."""
-    driver = f"import sys; from training.launch import launch; launch([sys.executable, '-c', {code!r}])"
+    driver = f"import sys; from training.launch.local import launch; launch([sys.executable, '-c', {code!r}])"
     return subprocess.Popen(
         [sys.executable, "-c", driver], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )

@@ -8,19 +8,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from training.machines import (
-    GIB,
-    GPUS,
-    LINKS,
-    MACHINES,
-    PEAK_FLOPS,
-    MachineError,
-    family_of,
-    find_machine,
-    free_host_gib,
-    this_machine,
-)
-from training.settings import PRESETS
+from training.consts import GIB
+from training.errors import MachineError
+from training.machine.catalogue import GPUS, LINKS, MACHINES, PEAK_FLOPS, family_of, find_machine
+from training.machine.local import free_host_gib, this_machine
+from training.plan.presets import PRESETS
 
 
 @pytest.mark.parametrize(

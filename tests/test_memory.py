@@ -14,13 +14,16 @@ import torch
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from tests.test_trainer import deepspeed, run
-from training import loss
-from training.attention import use_packed_attention
-from training.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
-from training.loss import use_response_loss
-from training.machines import GIB
-from training.memory import (
-    LOSS_CHUNK_BYTES,
+from training import consts
+from training.consts import GIB, LOSS_CHUNK_BYTES
+from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
+from training.model.attention import use_packed_attention
+from training.model.loss import use_response_loss
+from training.options.deepspeed import Zero
+from training.options.trainer_options import TrainingOptions
+from training.plan.epoch import Lengths, alpaca_lengths, epoch_load
+from training.plan.lookup import model_facts
+from training.plan.memory import (
     activation_bytes,
     auto_gradient_checkpointing,
     auto_max_tokens_per_device,
@@ -33,9 +36,8 @@ from training.memory import (
     offloaded_gradient_bytes,
     state_bytes,
 )
-from training.options import TrainingOptions
-from training.settings import Settings, Zero, settings_of
-from training.workload import Lengths, alpaca_lengths, epoch_load, gptj_facts, model_facts
+from training.plan.model_shape import gptj_facts
+from training.plan.settings import Settings, settings_of
 
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
 GPTJ = model_facts("EleutherAI/gpt-j-6B")
@@ -71,7 +73,7 @@ def test_a_layer_s_tensors_are_counted_as_by_hand():
 def test_the_loss_s_tensors_are_counted_as_by_hand():
     assert loss_bytes(TINY, 10, 5, 2, packed=False) == 12 * 10 * 100
     assert loss_bytes(TINY, 10, 5, 2, packed=True) == 5 * 100 * (4 + 2) + 2 * 8 * (100 + 5)
-    assert LOSS_CHUNK_BYTES == loss.CHUNK_BYTES
+    assert LOSS_CHUNK_BYTES == consts.LOSS_CHUNK_BYTES
     chunked = loss_bytes(GPTJ, 10**6, 10**5, 2, packed=True) - 2 * 4096 * (50400 + 10**5)
     assert chunked == pytest.approx(1.5 * LOSS_CHUNK_BYTES, rel=0.01), "the logits never exist at once"
 

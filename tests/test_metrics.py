@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from training import metrics
-from training.callbacks import MetricsLog
+from training.storage import metrics
+from training.tracking.callbacks import MetricsLog
 
 A = {"step": 1, "loss": 2.5, "response": "Grüße\u2028aus\nKöln"}
 B = {"step": 2, "loss": 2.0}

@@ -32,16 +32,12 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from training import model as model_module
-from training.data import encode_text
-from training.model import (
-    ModelError,
-    load_config,
-    load_model,
-    load_tokenizer,
-    max_positions,
-    model_folder,
-)
+from training.data.prompt import encode_text
+from training.errors import ModelError
+from training.model import demo_model, loading
+from training.model.demo_model import model_folder
+from training.model.loading import load_config, load_model, max_positions
+from training.model.tokenizer import load_tokenizer
 
 KEYS = ["### End", "### Instruction:", "### Response:\n"]
 
@@ -402,7 +398,6 @@ def test_the_longest_row_is_the_configs(architecture: Architecture) -> None:
 def test_the_embedded_model_is_written_once_and_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_folder: Path
 ) -> None:
-    from training import demo
 
     written: list[Path] = []
 
@@ -413,8 +408,8 @@ def test_the_embedded_model_is_written_once_and_whole(
             (folder / "model.safetensors").unlink()
             raise KeyboardInterrupt  # killed half-way
 
-    monkeypatch.setattr(model_module, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(demo, "save_demo_model", write)
+    monkeypatch.setattr(loading, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_model, "save_demo_model", write)
     with pytest.raises(KeyboardInterrupt):
         model_folder("demo")
     first, second = model_folder("demo"), model_folder("demo")
@@ -427,19 +422,18 @@ def test_the_embedded_model_is_written_once_and_whole(
 def test_an_embedded_model_without_a_place_is_told_with_its_cure_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    from training import demo
 
     def full(folder: Path) -> None:
         (folder / "model.safetensors").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(model_module, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(demo, "save_demo_model", full)
+    monkeypatch.setattr(loading, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_model, "save_demo_model", full)
     with pytest.raises(ModelError, match=f"cannot be written into {tmp_path} .*28.*export HF_HOME="):
         model_folder("demo")
     assert list((tmp_path / "dolly").iterdir()) == []
     (tmp_path / "a_file").touch()
-    monkeypatch.setattr(model_module, "HF_HOME", str(tmp_path / "a_file"))
+    monkeypatch.setattr(loading, "HF_HOME", str(tmp_path / "a_file"))
     with pytest.raises(ModelError, match=r"a_file \(NotADirectoryError"):
         model_folder("demo")
 

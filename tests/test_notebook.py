@@ -19,17 +19,18 @@ import nbformat
 import pytest
 from click.testing import CliRunner
 
+from notebooks import cells as cell_functions
 from tests.conftest import jsonl, rows_of
-from training import notebook, trainer
-from training.consts import DEMO, SAMPLE_INSTRUCTIONS
-from training.demo import RECIPE
-from training.generate import generate_response, load_model_tokenizer_for_generate
-from training.launch import TrainingFailedError, deepspeed_command, launch
-from training.machines import find_machine
-from training.metrics import METRICS_FILE, read
-from training.options import option_words
-from training.record import read_run_record
-from training.settings import PRESETS, preset_options
+from training import errors, notebook, trainer
+from training.consts import DEMO, METRICS_FILE, SAMPLE_INSTRUCTIONS
+from training.errors import TrainingFailedError
+from training.launch.local import deepspeed_command, launch
+from training.machine.catalogue import find_machine
+from training.model.generation import generate_response, load_model_tokenizer_for_generate
+from training.options.command_line import option_words
+from training.plan.presets import PRESETS, RECIPE, preset_options
+from training.storage.metrics import read
+from training.storage.record import read_run_record
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "notebooks" / "train_dolly.py"
@@ -106,7 +107,7 @@ def test_each_kind_of_cell_becomes_its_jupyter_cell() -> None:
     ],
 )
 def test_what_cannot_run_elsewhere_is_named_with_its_cell(text: str, told: str) -> None:
-    with pytest.raises(notebook.SourceError, match=re.escape(told)):
+    with pytest.raises(errors.NotebookSourceError, match=re.escape(told)):
         notebook.read_source(text)
 
 
@@ -164,7 +165,7 @@ def test_the_stand_in_gives_defaults_and_what_was_chosen(monkeypatch: pytest.Mon
         dbutils.widgets.get("count")
     dbutils.widgets.removeAll()
     assert dbutils.widgets.getAll() == {}
-    with pytest.raises(notebook.RunRefusedError, match="family cpu: expected one of a, b"):
+    with pytest.raises(errors.RunRefusedError, match="family cpu: expected one of a, b"):
         dbutils.widgets.dropdown("family", "a", ["a", "b"])
 
 
@@ -179,15 +180,15 @@ def test_a_step_is_of_64_rows_for_every_family_and_number_of_devices(family: str
 
 
 def test_untouched_widgets_are_dollys_run_and_cpu_alone_is_the_demo(tmp_path: Path) -> None:
-    dolly = notebook.read_widgets(widgets())
+    dolly = cell_functions.read_widgets(widgets())
     assert (dolly.input_model, dolly.training_dataset) == ("EleutherAI/gpt-j-6B", "tatsu-lab/alpaca")
     assert (dolly.epochs, dolly.num_gpus, dolly.num_nodes, dolly.published) == (1.0, None, 1, None)
     assert re.fullmatch(r"dolly__\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d", dolly.name)
     assert dolly.output == Path("/local") / dolly.name
-    demo = notebook.read_widgets(widgets(gpu_family="cpu", dbfs_output_root="dbfs:/models/"))
+    demo = cell_functions.read_widgets(widgets(gpu_family="cpu", dbfs_output_root="dbfs:/models/"))
     assert (demo.input_model, demo.training_dataset, demo.epochs) == (DEMO, DEMO, RECIPE["epochs"])
     assert demo.published == f"/dbfs/models/{demo.name}"
-    assert notebook.read_widgets(widgets(dbfs_output_root="s3://b/f")).published.startswith(
+    assert cell_functions.read_widgets(widgets(dbfs_output_root="s3://b/f")).published.startswith(
         "s3://b/f/dolly__"
     )
 
@@ -197,7 +198,7 @@ def test_files_beside_the_notebook_are_found_by_the_command_too(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "rows.jsonl", rows_of(3))
-    assert notebook.read_widgets(widgets(training_dataset="rows.jsonl")).training_dataset == str(
+    assert cell_functions.read_widgets(widgets(training_dataset="rows.jsonl")).training_dataset == str(
         tmp_path / "rows.jsonl"
     )
 
@@ -205,8 +206,8 @@ def test_files_beside_the_notebook_are_found_by_the_command_too(
 def test_all_that_is_wrong_with_the_widgets_is_told_at_once(tmp_path: Path) -> None:
     (tmp_path / "dolly__a").mkdir()
     (tmp_path / "dolly__a" / "run.json").write_text("{}")
-    with pytest.raises(notebook.RunRefusedError) as refused:
-        notebook.read_widgets(
+    with pytest.raises(errors.RunRefusedError) as refused:
+        cell_functions.read_widgets(
             widgets(
                 num_gpus="many", epochs="nan", num_nodes="0", resume="b", local_training_root=str(tmp_path)
             )
@@ -220,19 +221,19 @@ def test_all_that_is_wrong_with_the_widgets_is_told_at_once(tmp_path: Path) -> N
 
 
 def test_several_nodes_need_a_folder_that_they_share() -> None:
-    with pytest.raises(notebook.RunRefusedError, match="/local_disk0/runs: is each node's own"):
-        notebook.read_widgets(widgets(num_nodes="2", local_training_root="/local_disk0/runs"))
-    assert notebook.read_widgets(widgets(num_nodes="2", local_training_root="/mnt/efs")).num_nodes == 2
+    with pytest.raises(errors.RunRefusedError, match="/local_disk0/runs: is each node's own"):
+        cell_functions.read_widgets(widgets(num_nodes="2", local_training_root="/local_disk0/runs"))
+    assert cell_functions.read_widgets(widgets(num_nodes="2", local_training_root="/mnt/efs")).num_nodes == 2
 
 
 def test_a_stopped_run_is_named_to_go_on_with_it(tmp_path: Path) -> None:
     (tmp_path / "dolly__a").mkdir()
     (tmp_path / "dolly__a" / "run.json").write_text("{}")
-    chosen = notebook.read_widgets(widgets(resume="dolly__a", local_training_root=str(tmp_path)))
+    chosen = cell_functions.read_widgets(widgets(resume="dolly__a", local_training_root=str(tmp_path)))
     assert chosen.resume
     assert chosen.output == tmp_path / "dolly__a"
-    with pytest.raises(notebook.RunRefusedError, match=r"has not finished training.* type dolly__a into"):
-        notebook.finished_record(chosen)
+    with pytest.raises(errors.RunRefusedError, match=r"has not finished training.* type dolly__a into"):
+        cell_functions.finished_record(chosen)
 
 
 def dolly(**other: Any) -> dict[str, Any]:
@@ -241,26 +242,30 @@ def dolly(**other: Any) -> dict[str, Any]:
 
 
 def test_the_plan_of_dollys_run_fits_on_its_machine() -> None:
-    table = notebook.check_plan(dolly(), preset_options("a100", 8), 8, find_machine("8xA100-40GB"), "a100")
+    table = cell_functions.check_plan(
+        dolly(), preset_options("a100", 8), 8, find_machine("8xA100-40GB"), "a100"
+    )
     assert "= 64 a step" in table
     assert table.splitlines()[-1].startswith("FITS, with")
 
 
 def test_a_family_that_does_not_fit_is_refused_with_the_numbers_and_one_that_does() -> None:
-    with pytest.raises(notebook.RunRefusedError) as refused:
-        notebook.check_plan(dolly(), preset_options("a100", 4), 4, find_machine("4xA10"), "a100")
+    with pytest.raises(errors.RunRefusedError) as refused:
+        cell_functions.check_plan(dolly(), preset_options("a100", 4), 4, find_machine("4xA10"), "a100")
     last = str(refused.value).splitlines()[-2:]
     assert re.search(r"GPU memory: [\d.]+ GiB are needed on each A10G, [\d.]+ more than its 22\.0", last[0])
     assert last[1] == "In this notebook: choose gpu_family a10, with which it fits"
-    with pytest.raises(notebook.RunRefusedError, match=r"cannot compute in bf16.*\n.*choose gpu_family v100"):
-        notebook.check_plan(dolly(), preset_options("a100", 8), 8, find_machine("p3dn.24xlarge"), "a100")
+    with pytest.raises(errors.RunRefusedError, match=r"cannot compute in bf16.*\n.*choose gpu_family v100"):
+        cell_functions.check_plan(
+            dolly(), preset_options("a100", 8), 8, find_machine("p3dn.24xlarge"), "a100"
+        )
 
 
 def test_what_could_not_be_written_is_told_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     wrong = dolly(local_output_dir="/dbfs/x/dolly__a", mlflow_model_name="a/b")
-    with pytest.raises(notebook.RunRefusedError) as refused:
-        notebook.check_plan(wrong, preset_options("a100", 8), 8, find_machine("8xA100-40GB"), "a100")
+    with pytest.raises(errors.RunRefusedError) as refused:
+        cell_functions.check_plan(wrong, preset_options("a100", 8), 8, find_machine("8xA100-40GB"), "a100")
     assert "--local-output-dir /dbfs/x/dolly__a: training writes at random places" in str(refused.value)
     assert "--mlflow-model-name 'a/b': expected one word" in str(refused.value)
 
@@ -274,9 +279,9 @@ def test_a_cell_that_is_no_python_is_told_with_its_line(tmp_path: Path) -> None:
 
 
 def test_a_gpu_family_without_a_gpu_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(notebook.RunRefusedError, match="gpu_family h100: there is no GPU here"):
-        notebook.find_machine(notebook.read_widgets(widgets(gpu_family="h100")))
-    machine = notebook.find_machine(notebook.read_widgets(widgets(gpu_family="cpu")))
+    with pytest.raises(errors.RunRefusedError, match="gpu_family h100: there is no GPU here"):
+        cell_functions.find_machine(cell_functions.read_widgets(widgets(gpu_family="h100")))
+    machine = cell_functions.find_machine(cell_functions.read_widgets(widgets(gpu_family="cpu")))
     assert (machine.family, machine.count) == ("cpu", 2)
 
 
@@ -288,7 +293,9 @@ def test_the_trainer_takes_what_the_notebook_chooses(tmp_path: Path, monkeypatch
     )
     cells = notebook.read_source(NOTEBOOK.read_text()).cells
     (cell,) = [cell for cell in cells if "find_machine" in cell.source]
-    chosen = notebook.read_widgets(widgets(gpu_family="cpu", local_training_root=str(tmp_path), num_gpus="4"))
+    chosen = cell_functions.read_widgets(
+        widgets(gpu_family="cpu", local_training_root=str(tmp_path), num_gpus="4")
+    )
     known = {"notebook": notebook, "chosen": chosen, "preset_options": preset_options}
     exec(cell.source, known)
     with pytest.raises(SystemExit) as ended:
@@ -303,7 +310,7 @@ def test_a_name_for_mlflow_reaches_the_trainer(
     tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    chosen = notebook.read_widgets(
+    chosen = cell_functions.read_widgets(
         widgets(gpu_family="cpu", local_training_root=str(tmp_path), mlflow_model_name=named)
     )
     cells = notebook.read_source(NOTEBOOK.read_text()).cells
@@ -320,13 +327,13 @@ def test_several_nodes_go_through_spark_and_a_cluster_that_cannot_train_is_refus
 ) -> None:
     cells = notebook.read_source(NOTEBOOK.read_text()).cells
     (cell,) = [cell for cell in cells if "launch(command" in cell.source]
-    chosen = notebook.read_widgets(
+    chosen = cell_functions.read_widgets(
         widgets(gpu_family="cpu", num_nodes="2", local_training_root=str(tmp_path))
     )
-    machine = notebook.find_machine(chosen)
+    machine = cell_functions.find_machine(chosen)
     known = {"notebook": notebook, "chosen": chosen, "machine": machine, "num_gpus": 2,
              "options": {"local_output_dir": str(chosen.output)}, "recipe": preset_options("cpu", 4)}  # fmt: skip
-    with pytest.raises(notebook.RunRefusedError, match=r"Cannot train:\n  - .*[Ss]park"):
+    with pytest.raises(errors.RunRefusedError, match=r"Cannot train:\n  - .*[Ss]park"):
         exec(cell.source, known)
 
 
@@ -338,7 +345,7 @@ def test_two_runs_on_one_machine_meet_at_ports_of_their_own() -> None:
 
 
 def test_a_table_shows_texts_as_they_are() -> None:
-    table = notebook.Table(["asked", "told"], [["a <b>?", "x\ny & z"]])
+    table = cell_functions.Table(["asked", "told"], [["a <b>?", "x\ny & z"]])
     assert "a &lt;b&gt;?" in table._repr_html_()
     assert "x\ny &amp; z" in table._repr_html_()
     assert repr(table) == "a <b>?\n  told  x y & z"
@@ -350,7 +357,7 @@ def test_answers_over_time_stand_side_by_side() -> None:
         for step in (0, 1000)
         for asked in ("A?", "B?")
     ]
-    table = notebook.answer_stages(samples)
+    table = cell_functions.answer_stages(samples)
     assert table.headings == ["instruction", "step 0", "step 1,000"]
     assert table.rows == [["A?", "A? 0", "A? 1000"], ["B?", "B? 0", "B? 1000"]]
 
@@ -404,7 +411,7 @@ def test_a_failed_cell_stops_the_notebook_with_its_message_alone(tmp_path: Path)
     file.write_text(
         source(
             f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nprint('begun')",
-            "from training.launch import launch\n\n"
+            "from training.launch.local import launch\n\n"
             "launch([sys.executable, '-c', 'print(\"a rank says why\"); raise SystemExit(70)'])",
             "print('never')",
         )
@@ -437,7 +444,7 @@ def test_an_interrupted_notebook_lets_training_save(tmp_path: Path, signal_sent:
     file.write_text(
         source(
             f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})",
-            f"from training.launch import launch\n\nlaunch([sys.executable, '-c', {rank!r}])",
+            f"from training.launch.local import launch\n\nlaunch([sys.executable, '-c', {rank!r}])",
             "print('never')",
         )
     )

@@ -21,9 +21,9 @@ from filelock import FileLock
 from torch.utils import cpp_extension
 from torch.utils.cpp_extension import _get_build_directory
 
-from training import operators
-from training.operators import _builders, compile_operators, compiler_faults
-from training.options import OptionsError
+from training.errors import OptionsError
+from training.run import operators
+from training.run.operators import _builders, compile_operators, compiler_problems
 
 ROOT = Path(__file__).parents[1]
 OFFLOADED = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
@@ -44,7 +44,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_a_mark_left_by_a_killed_rank_does_not_hang_the_next_run():
     mark = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
     mark.touch()
-    result = python("from training.operators import compile_operators; compile_operators({})")
+    result = python("from training.run.operators import compile_operators; compile_operators({})")
     assert result.returncode == 0, result.stderr
     assert not mark.exists()
 
@@ -82,12 +82,12 @@ def test_a_folder_without_locks_is_warned_of_once_and_a_living_ranks_mark_stays(
 
 def test_what_is_compiled_already_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("CXX", raising=False)
-    compiled = python("from training.operators import compile_operators; compile_operators({})")
+    compiled = python("from training.run.operators import compile_operators; compile_operators({})")
     assert compiled.returncode == 0, compiled.stderr
     for program in ("ninja", "lscpu", "bash"):  # the first is asked whether there is something to compile
         if found := shutil.which(program):
             (tmp_path / program).symlink_to(found)
-    ask = "from training.operators import compiler_faults; print(compiler_faults({}))"
+    ask = "from training.run.operators import compiler_problems; print(compiler_problems({}))"
     result = python(ask, PATH=str(tmp_path))
     assert result.stdout.splitlines()[-1:] == ["[]"], result.stderr
     result = python(ask, PATH=str(tmp_path), TORCH_EXTENSIONS_DIR=str(tmp_path / "empty"))
@@ -112,7 +112,7 @@ def test_a_compiler_that_fails_is_told_in_its_own_words(
     monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
     with pytest.raises(OptionsError) as refusal:
         compile_operators({})
-    (fault,) = refusal.value.faults
+    (fault,) = refusal.value.problems
     assert fault.startswith("DeepSpeed's operator deepspeed_shm_comm could not be compiled or loaded: ")
     assert reason in fault
     assert f"rm -r {tmp_path / 'extensions' / 'deepspeed_shm_comm'}" in fault
@@ -123,7 +123,7 @@ def test_a_folder_for_operators_that_cannot_be_written_is_told(
 ):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "extensions"))
-    (fault,) = compiler_faults({})
+    (fault,) = compiler_problems({})
     assert str(tmp_path / "file") in fault
     assert "Type export TORCH_EXTENSIONS_DIR=/a/folder/of/yours" in fault
 
@@ -156,7 +156,7 @@ def gpu_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
 
 def test_on_a_gpu_nothing_is_compiled_unless_the_optimizer_is_deepspeeds(gpu_machine):
     assert _builders({}) == []
-    assert compiler_faults({}) == []
+    assert compiler_problems({}) == []
 
 
 def test_an_offloaded_optimizer_needs_a_compiler_but_no_cuda_toolkit(
@@ -167,13 +167,13 @@ def test_an_offloaded_optimizer_needs_a_compiler_but_no_cuda_toolkit(
         text = Path(builder.deepspeed_src_path(source)).read_text()
         assert source.endswith(".cpp")
         assert "cuda" not in text.lower()
-    assert compiler_faults(OFFLOADED) == []
+    assert compiler_problems(OFFLOADED) == []
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert any("a C++ compiler" in fault for fault in compiler_faults(OFFLOADED))
+    assert any("a C++ compiler" in fault for fault in compiler_problems(OFFLOADED))
 
 
 def test_an_optimizer_named_in_the_json_needs_the_cuda_toolkit(gpu_machine):
-    (fault,) = compiler_faults(FUSED)
+    (fault,) = compiler_problems(FUSED)
     assert "there is no nvcc (CUDA_HOME is not set)" in fault
     assert "leave the 'optimizer' out of the DeepSpeed JSON" in fault

@@ -1,4 +1,4 @@
-"""The command line: Dolly's defaults, the launchers' own spellings, all faults in one message; the precision."""
+"""The command line: Dolly's defaults, the launchers' own spellings, all problems in one message; the precision."""
 
 from __future__ import annotations
 
@@ -12,12 +12,9 @@ from click.testing import CliRunner, Result
 from conftest import the_gpu
 
 from training import trainer
-from training.options import (
-    TrainingOptions,
-    is_main_process,
-    precision_of,
-    world_size,
-)
+from training.machine import environment, kernels
+from training.options.trainer_options import TrainingOptions, precision_of
+from training.ranks import is_main_process, world_size
 
 BF16_JSON = "config/ds_z3_bf16_config.json"
 FP16_JSON = "config/ds_z3_fp16_offload_config.json"
@@ -158,8 +155,8 @@ def test_bad_values_and_bad_combinations_are_told_in_one_message(tmp_path: Path)
 def test_what_the_machine_lacks_is_told_in_the_same_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: list[str]
 ) -> None:
-    monkeypatch.setattr(trainer, "version_faults", lambda: ["Installed is torch 2.9 instead of 2.13.0"])
-    monkeypatch.setattr(trainer, "kernel_faults", lambda: ["no kernels for it"])
+    monkeypatch.setattr(environment, "version_problems", lambda: ["Installed is torch 2.9 instead of 2.13.0"])
+    monkeypatch.setattr(kernels, "kernel_problems", lambda: ["no kernels for it"])
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     result = run("--local-output-dir", str(tmp_path / "taken"), *bad)
@@ -168,7 +165,7 @@ def test_what_the_machine_lacks_is_told_in_the_same_message(
         assert result.output.count(words) == 1, result.output
 
 
-def test_a_missing_output_is_told_beside_the_other_faults() -> None:
+def test_a_missing_output_is_told_beside_the_other_problems() -> None:
     result = run("--epochs", "0")
     assert result.exit_code == 2
     assert "Missing option '--local-output-dir'" in result.output

@@ -10,7 +10,7 @@ import click
 import pytest
 from matplotlib.image import imread
 
-from training.picture import PictureFile, draw_run
+from training.pictures import PictureFile, draw_run
 
 TRAINED = {"step": 10, "loss": 2.0, "tokens_per_second": 900.0, "peak_memory_gib": 1.5}
 HELD_OUT = {"step": 10, "eval_loss": 1.9}

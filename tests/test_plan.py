@@ -17,13 +17,18 @@ from click.testing import CliRunner
 from transformers import T5Config
 
 from tests.conftest import jsonl, rows_of
-from training.machines import GIB, MACHINES, find_machine, this_machine
-from training.options import OptionsError, TrainingOptions
-from training.plan import PUBLISHED, main, predict_published
-from training.settings import preset_options
-from training.timing import CpuRates
-from training.verdict import Plan, plan_run
-from training.workload import Lengths, alpaca_lengths, gptj_facts, model_facts
+from training.consts import GIB
+from training.errors import OptionsError
+from training.machine.catalogue import MACHINES, find_machine
+from training.machine.local import this_machine
+from training.options.trainer_options import TrainingOptions
+from training.plan.__main__ import PUBLISHED, main, predict_published
+from training.plan.epoch import Lengths, alpaca_lengths
+from training.plan.fit import Plan, plan_run
+from training.plan.lookup import model_facts
+from training.plan.model_shape import gptj_facts
+from training.plan.presets import preset_options
+from training.plan.timing import CpuRates
 
 ROOT = Path(__file__).parents[1]
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
@@ -57,7 +62,7 @@ def run_cli(*arguments: object):
 def test_dolly_s_run_fits_on_eight_a100_of_40_gb():
     packed = planned("8xA100-40GB")
     assert packed.fits
-    assert packed.faults == []
+    assert packed.problems == []
     assert (packed.settings.checkpointing, packed.settings.max_tokens) == (False, None)
     assert planned("8xA100-40GB", batching="padded").fits
     assert planned("8xA100-40GB", batching="padded", gradient_checkpointing="on").fits
@@ -66,7 +71,7 @@ def test_dolly_s_run_fits_on_eight_a100_of_40_gb():
 def test_gptj_does_not_fit_on_four_a10_until_the_optimizer_is_offloaded():
     without = planned("4xA10", deepspeed=BF16)
     assert not without.fits
-    (fault,) = without.faults
+    (fault,) = without.problems
     needed = sum(without.gpu_memory_gib.values())
     assert f"{needed:.1f} GiB are needed on each A10G, {needed - 22:.1f} more than its 22.0" in fault
     assert fault.endswith(f"Type --deepspeed {BF16_OFFLOAD}")
@@ -79,20 +84,20 @@ def test_a_small_host_does_not_do_for_eight_offloaded_ranks(host_gb):
     small = planned("8xV100-32GB", changed={"host_gib": host_gb * 1e9 / GIB})
     assert list(small.shortages) == ["host memory"]
     needed = max(small.host_memory_gib.values())
-    assert f"A machine with {math.ceil(needed)} GiB of free host memory would do" in small.faults[0]
+    assert f"A machine with {math.ceil(needed)} GiB of free host memory would do" in small.problems[0]
     assert planned("8xV100-32GB", changed={"host_gib": needed + 1}).fits
 
 
 def test_each_shortage_has_its_own_advice():
     short = planned("8xA100-40GB", changed={"disk_gib": 200.0, "host_gib": 30.0})
-    host, disk = short.faults
+    host, disk = short.problems
     assert host.startswith("host memory: 46.5 GiB are needed")
     assert disk == (
         "disk: 271.0 GiB are needed for checkpoints, model and cache, 71.0 more than the 200.0 of 8xA100-40GB. "
         "Type --save-total-limit 1"
     )
     tiny_disk = planned("8xA100-40GB", changed={"disk_gib": 100.0})
-    assert tiny_disk.faults[0].endswith(
+    assert tiny_disk.problems[0].endswith(
         "Name a folder on a disk with 271 GiB free: --local-output-dir FOLDER"
     )
 
@@ -174,7 +179,7 @@ def test_no_machine_and_no_size_of_model_makes_it_stumble(name):
                 model,
                 machine,
             )
-            assert plan.fits == (plan.faults == [])
+            assert plan.fits == (plan.problems == [])
             assert 0 < plan.hours_per_epoch["expected"] < 1000
 
 
@@ -231,7 +236,7 @@ def test_the_defaults_are_dolly_s_run_in_seconds_without_a_network_or_torch():
         "import sys, time, socket\n"
         "socket.socket.connect = lambda *_: sys.exit('it went to the network')\n"
         "from click.testing import CliRunner\n"
-        "from training.plan import main\n"
+        "from training.plan.__main__ import main\n"
         "result = CliRunner().invoke(main, ['--machine', '8xA100-40GB', '--json', '--price', '32.77'])\n"
         "assert 'torch' not in sys.modules, 'a built-in model and Alpaca need no torch'\n"
         "assert time.process_time() < 5, time.process_time()\n"
@@ -363,7 +368,7 @@ def test_a_model_in_a_folder_with_rows_in_a_file_is_planned_for(tmp_path, base_f
 def test_readme_tells_what_the_plan_says():
     readme = (ROOT / "README.md").read_text()
     assert run_cli("--machine", "8xA100-40GB", "--price", 32.77).output.rstrip() in readme
-    assert planned("4xA10", deepspeed=BF16).faults[0] in readme
+    assert planned("4xA10", deepspeed=BF16).problems[0] in readme
     rows = [line for line in readme.splitlines() if re.search(r"\| \d\.\d\d \[[12]\] \|", line)]
     for run, row in zip(PUBLISHED, rows, strict=True):
         padded, packed = predict_published(run)

@@ -25,8 +25,11 @@ import fsspec
 import pytest
 
 from tests.conftest import mounted
-from training import publish as publishing
-from training.publish import PublishError, publish, target_faults
+from training.errors import PublishError
+from training.storage import copy as copying
+from training.storage import target as targets
+from training.storage.copy import publish
+from training.storage.target import target_problems
 
 ROOT = Path(__file__).parents[1]
 MODEL = (
@@ -52,7 +55,7 @@ def finished(tmp_path: Path) -> Path:
         (folder / name).write_bytes(b"not the model's")
     for name in MODEL:
         (folder / name).write_bytes(random.Random(name).randbytes(1000))
-    (folder / "model.safetensors").write_bytes(random.Random(0).randbytes(2 * publishing.BLOCK + 7))
+    (folder / "model.safetensors").write_bytes(random.Random(0).randbytes(2 * target.BLOCK + 7))
     (folder / "run.json").write_text(json.dumps(RUN))
     return folder
 
@@ -188,11 +191,11 @@ def test_a_copy_can_be_published_onwards(finished: Path, target: Path, tmp_path:
 def test_a_url_is_published_to_as_a_folder_is(finished: Path) -> None:
     fs = fsspec.filesystem("memory")
     fs.store.clear()
-    assert target_faults("memory://models/dolly") == []
+    assert target_problems("memory://models/dolly") == []
     publish(finished, "memory://models/dolly")
     assert_whole({Path(name).name: fs.cat_file(name) for name in fs.find("models/dolly")}, finished)
     assert publish(finished, "memory://models/dolly") == []
-    assert "already holds something" in target_faults("memory://models/dolly")[0]
+    assert "already holds something" in target_problems("memory://models/dolly")[0]
 
 
 def test_a_large_file_has_a_line_in_the_log_and_a_bar_on_a_terminal(finished: Path, tmp_path: Path) -> None:
@@ -237,7 +240,7 @@ def kill_and_publish_again(command: Callable[..., Any], finished: Path, target: 
         assert after.keys() == PUBLISHED
         for name in PUBLISHED - {"manifest.json"}:
             assert (target / name).read_bytes() == (finished / name).read_bytes(), name
-    assert target_faults(str(target), finished) == [], "the run's own copy may go on"
+    assert target_problems(str(target), finished) == [], "the run's own copy may go on"
     again = command()
     assert again.returncode == 0, again.stderr
     assert_whole(content(target), finished)
@@ -275,7 +278,7 @@ def test_a_copy_killed_at_any_moment_is_continued(
             (target / damaged).write_bytes((target / damaged).read_bytes()[:-1])
             if damaged == "run.json":  # a copy killed while it wrote the record
                 record = (finished / "run.json").read_bytes()
-                (target / "publishing.json").write_bytes(publishing._marker(record))
+                (target / "publishing.json").write_bytes(target.marker_of(record))
         killed = kill_and_publish_again(command, finished, target, change)
     assert change > 5
 
@@ -351,7 +354,7 @@ def test_a_file_written_wrong_again_is_an_error_and_the_copy_can_be_continued(
 def test_a_source_that_changes_while_it_is_copied_is_told_as_that_and_not_called_whole(
     finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Any], message: str
 ) -> None:
-    real, weights = publishing._write, finished / "model.safetensors"
+    real, weights = copying._write, finished / "model.safetensors"
     whole = weights.read_bytes()
 
     def write(target: Any, name: str, *args: Any) -> None:
@@ -359,7 +362,7 @@ def test_a_source_that_changes_while_it_is_copied_is_told_as_that_and_not_called
             change(weights)
         real(target, name, *args)
 
-    monkeypatch.setattr(publishing, "_write", write)
+    monkeypatch.setattr(copying, "_write", write)
     with pytest.raises(PublishError, match=f"{weights}: {message}. {finished} must stay as it is") as told:
         publish(finished, str(target))
     assert "is whole" not in str(told.value)
@@ -390,7 +393,7 @@ def test_a_source_that_cannot_be_read_is_told_before_anything_is_written(
 def test_a_target_that_turns_read_only_in_mid_copy_is_told_and_the_copy_goes_on_when_it_is_not(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = publishing._write
+    real = copying._write
 
     def write(target: Any, name: str, *args: Any) -> None:
         if name == "model.safetensors":
@@ -399,7 +402,7 @@ def test_a_target_that_turns_read_only_in_mid_copy_is_told_and_the_copy_goes_on_
 
     with mounted(tmp_path / "disk", "64m") as disk:
         target = disk / "copy"
-        monkeypatch.setattr(publishing, "_write", write)
+        monkeypatch.setattr(copying, "_write", write)
         with pytest.raises(PublishError, match=r"Read-only file system\. The model in .* is whole"):
             publish(finished, str(target))
         assert not (target / "run.json").exists()
@@ -498,7 +501,7 @@ def other_run(target: Path) -> None:
 
 def begun_other_run(target: Path) -> None:
     other_run(target)
-    (target / "publishing.json").write_bytes(publishing._marker((target / "run.json").read_bytes()))
+    (target / "publishing.json").write_bytes(target.marker_of((target / "run.json").read_bytes()))
     (target / "run.json").unlink()
 
 
@@ -560,18 +563,18 @@ def test_a_target_that_holds_something_else_is_refused_and_left_as_it_is(
 def test_before_training_only_an_empty_target_is_taken_or_this_finished_runs_own(
     finished: Path, target: Path, tmp_path: Path
 ) -> None:
-    assert target_faults(str(target), finished) == []
+    assert target_problems(str(target), finished) == []
     target.mkdir()
-    assert target_faults(str(target)) == []
+    assert target_problems(str(target)) == []
     publish(finished, str(target))
-    assert target_faults(str(target), finished) == []
+    assert target_problems(str(target), finished) == []
     for folder in (None, tmp_path / "none"):
-        [fault] = target_faults(str(target), folder)
+        [fault] = target_problems(str(target), folder)
         assert fault.endswith(
             "already holds something (README.md, config.json, ledger.json, ...). Name a new folder"
         )
     (finished / "run.json").write_text('{"status": "running"}')
-    assert len(target_faults(str(target), finished)) == 1
+    assert len(target_problems(str(target), finished)) == 1
     assert content(target).keys() == PUBLISHED
 
 
@@ -586,7 +589,7 @@ def test_before_training_only_an_empty_target_is_taken_or_this_finished_runs_own
     ],
 )
 def test_a_target_that_is_no_place_is_told(finished: Path, name: str, message: str) -> None:
-    [fault] = target_faults(name)
+    [fault] = target_problems(name)
     assert message in fault
     assert "hunter2" not in fault
     with pytest.raises(PublishError, match=re.escape(message)):
@@ -597,7 +600,7 @@ def test_a_mount_of_databricks_that_is_not_there_is_not_made(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mount = Path("/") / f"no-{os.getpid()}-dbfs"
-    monkeypatch.setattr(publishing, "MOUNTS", (str(mount),))
+    monkeypatch.setattr(targets, "MOUNTS", (str(mount),))
     with pytest.raises(PublishError, match=f"there is no {mount} on this machine. Name another folder"):
         publish(finished, str(mount / "dolly"))
     assert not mount.exists()
@@ -655,13 +658,13 @@ def objects(s3: Any, prefix: str) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("prefix", ["models/a/dolly", "models"])
 def test_a_model_is_published_to_s3_and_again_is_no_work(finished: Path, s3: Any, prefix: str) -> None:
-    assert target_faults(f"s3://{prefix}") == []
+    assert target_problems(f"s3://{prefix}") == []
     result = publish_command(finished, f"s3://{prefix}/")
     assert result.returncode == 0, result.stderr
     assert_whole(objects(s3, prefix), finished)
     assert publish(finished, f"s3://{prefix}") == []
-    assert target_faults(f"s3://{prefix}/", finished) == []
-    assert "already holds something (README.md" in target_faults(f"s3://{prefix}")[0]
+    assert target_problems(f"s3://{prefix}/", finished) == []
+    assert "already holds something (README.md" in target_problems(f"s3://{prefix}")[0]
 
 
 def test_a_copy_on_s3_that_broke_off_is_continued_and_foreign_objects_are_refused(
@@ -669,7 +672,7 @@ def test_a_copy_on_s3_that_broke_off_is_continued_and_foreign_objects_are_refuse
 ) -> None:
     s3.touch("models/dolly/")  # as S3's console makes a folder
     publish(finished, "s3://models/dolly")
-    s3.pipe_file("models/dolly/publishing.json", publishing._marker((finished / "run.json").read_bytes()))
+    s3.pipe_file("models/dolly/publishing.json", target.marker_of((finished / "run.json").read_bytes()))
     s3.rm_file("models/dolly/run.json")
     s3.pipe_file("models/dolly/model.safetensors", b"half")
     s3.pipe_file("models/dolly/config.json", b"?" * 1000)
@@ -730,7 +733,7 @@ def test_without_s3fs_the_extra_that_brings_it_is_named(
 
     monkeypatch.delitem(_registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    [fault] = target_faults("s3://models/x")
+    [fault] = target_problems("s3://models/x")
     assert fault == "s3://models/x: s3fs is not installed. Type pip install '.[s3]'"
     with pytest.raises(PublishError, match="s3fs is not installed"):
         publish(finished, "s3://models/x")

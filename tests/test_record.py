@@ -12,15 +12,9 @@ from typing import Any
 import datasets
 import pytest
 
-from training.options import TrainingOptions
-from training.record import (
-    differences,
-    global_batch,
-    read_run_record,
-    rows_digest,
-    start_record,
-    write_run_record,
-)
+from training.options.trainer_options import TrainingOptions
+from training.run.identity import differences, global_batch, rows_digest, start_record
+from training.storage.record import read_run_record, write_run_record
 
 
 def record_of(world_size: int = 8, rows: str = "abc", **options: Any) -> dict[str, Any]:

@@ -16,18 +16,22 @@ from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
-import training.resume
-import training.trainer
 from tests.conftest import jsonl
-from training import checkpoint
-from training.batching import GlobalBatchSampler
-from training.checks import WRITER_FILES
-from training.loop import CompletionTrainer
-from training.options import OptionsError, TrainingOptions
-from training.record import start_record, write_run_record
-from training.resume import Start, find_start, own_steps, remove_newer, reshard, take_rates
-from training.stopping import Interrupted, StopRequest, TrainingError
-from training.trainer import planned_steps, train
+from training.data import ledger
+from training.data.batching import GlobalBatchSampler
+from training.errors import Interrupted, OptionsError, TrainingError
+from training.files import WRITER_FILES, write_json
+from training.options.trainer_options import TrainingOptions
+from training.run import completion_trainer, prepare, resume, steps
+from training.run.completion_trainer import CompletionTrainer
+from training.run.ending import StopRequest
+from training.run.identity import start_record
+from training.run.resume import own_steps, reshard, take_rates
+from training.run.start import Start, find_start, remove_newer
+from training.run.steps import planned_steps
+from training.storage import checkpoint
+from training.storage.record import write_run_record
+from training.trainer import train
 
 STEPS = 12
 
@@ -44,7 +48,7 @@ def a_run(output: Path, *steps: int, status: str = "running", **record: Any) -> 
     for step in steps:
         folder = output / f"checkpoint-{step}"
         folder.mkdir()
-        checkpoint.write_json(folder / checkpoint.PROGRESS_FILE, {"loss_sums": [0.5]})
+        write_json(folder / checkpoint.PROGRESS_FILE, {"loss_sums": [0.5]})
         (folder / "optimizer.pt").write_bytes(b"moments")
         files = checkpoint.digests(folder, checkpoint.files_of(folder))
         checkpoint.write_manifest(folder, 1.0, [], files)
@@ -240,8 +244,8 @@ def test_a_run_begun_from_another_s_checkpoint_goes_on_from_there_until_it_has_i
     source = tmp_path / "out" / "checkpoint-6"
     a_run(tmp_path / "new", begun_from=str(source), options=asdict(options_of(tmp_path / "new", lr=1.0)))
     (tmp_path / "new" / "checkpoint-9").mkdir()  # torn
-    for resume in ("auto", str(source)):
-        start = found(tmp_path / "new", resume=resume, lr=1.0, force=True)
+    for chosen in ("auto", str(source)):
+        start = found(tmp_path / "new", resume=chosen, lr=1.0, force=True)
         assert (start.folder, start.step) == (source, 6)
     with pytest.raises(OptionsError, match="holds a run of its own"):
         found(tmp_path / "new", resume=str(tmp_path / "out" / "checkpoint-3"))
@@ -288,7 +292,7 @@ def test_what_deepspeed_cannot_convert_is_refused_with_its_last_line_and_nothing
 
 def test_room_for_the_conversion_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = sharded(tmp_path)
-    monkeypatch.setattr(training.resume, "free_bytes", lambda place: 1)
+    monkeypatch.setattr(resume, "free_bytes", lambda place: 1)
     with pytest.raises(OptionsError, match="Make room, or use as many devices as before"):
         reshard(folder, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
@@ -360,7 +364,7 @@ def run(
             seen.append((self.state.global_step, inputs["input_ids"].tolist()))
             return super().training_step(model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(training.trainer, "CompletionTrainer", SpiedTrainer)
+    monkeypatch.setattr(completion_trainer, "CompletionTrainer", SpiedTrainer)
     options = {
         "training_dataset": rows, "test_size": 10, "epochs": 2, "logging_steps": 2, "eval_steps": 4, "save_steps": 3,
         "lr": 1e-3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
@@ -525,14 +529,14 @@ def test_a_damaged_newer_checkpoint_is_written_anew_and_never_ends_up_as_the_mod
     _, seen = run(rows, output, monkeypatch, input_model=dropping, save_total_limit=1)
     assert seen[0][0] == 6, "the step after checkpoint-6"
     assert history(output) == history(undisturbed[0])
-    assert not any(map(checkpoint.faults_of, checkpoint.checkpoints(output)))
+    assert not any(map(checkpoint.problems_of, checkpoint.checkpoints(output)))
 
 
 def test_a_stop_after_the_last_step_leaves_the_end_to_the_next_command(
     rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = StopRequest()
-    monkeypatch.setattr(training.trainer, "run_steps", lambda *args: setattr(request, "asked", True))
+    monkeypatch.setattr(steps, "run_steps", lambda *args: setattr(request, "asked", True))
     options = options_of(tmp_path / "out", training_dataset=rows, test_size=10, input_model=dropping)
     with pytest.raises(Interrupted):
         train(options, request)
@@ -561,7 +565,7 @@ def test_what_a_run_was_begun_from_is_in_its_record_before_anything_else_is_writ
     run(rows, tmp_path / "out", monkeypatch, 3, input_model=dropping)
     source = tmp_path / "out" / "checkpoint-3"
     with monkeypatch.context() as killed:
-        killed.setattr(training.trainer.Ledger, "save", lambda *args: pytest.fail("killed"))
+        killed.setattr(ledger.Ledger, "save", lambda *args: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
             run(rows, output, monkeypatch, input_model=dropping, resume=str(source))
     assert {file.name for file in output.iterdir()} - set(WRITER_FILES) == {"run.json"}
@@ -578,14 +582,14 @@ def test_a_folder_into_which_another_run_has_come_while_this_one_waited_is_left_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output = tmp_path / "out"
-    prepare = training.trainer.prepare
+    real = prepare.prepare
 
     def slowly(options: TrainingOptions) -> Any:
-        prepared = prepare(options)
+        prepared = real(options)
         shutil.copytree(undisturbed[0], output)
         return prepared
 
-    monkeypatch.setattr(training.trainer, "prepare", slowly)
+    monkeypatch.setattr(prepare, "prepare", slowly)
     with pytest.raises(OptionsError, match="is not empty, and nothing in it shall be lost"):
         run(rows, output, monkeypatch, input_model=dropping, resume="never")
     assert {name: content for name, content in contents(output).items() if ".writer" not in name} == {

@@ -21,8 +21,9 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from training.consts import DEMO
-from training.data import prepare_dataset
-from training.rows import Columns, DataError, read_columns
+from training.data.rows import Columns, read_columns
+from training.data.tokens import prepare_dataset
+from training.errors import DataError
 
 ALPACA = [
     {"instruction": "Add.", "input": "1 2", "output": "3", "text": "not read"},

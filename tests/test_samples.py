@@ -18,19 +18,20 @@ from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerState
 
-import training.samples
 from tests.conftest import jsonl, write
 from tests.test_kills import Run, assert_the_same_run
 from tests.test_resume import run
-from training import metrics, trainer
-from training.consts import SAMPLE_TOKENS
-from training.finished import GREEDY
-from training.generate import generate_responses, load_model_tokenizer_for_generate
-from training.model import model_folder
-from training.options import OptionsError, TrainingOptions, steps_between_samples
-from training.publish import model_files
-from training.rows import DataError, read_prompts
-from training.samples import Samples
+from training import consts, trainer
+from training.consts import GREEDY, SAMPLE_TOKENS
+from training.data.rows import read_prompts
+from training.errors import DataError, OptionsError
+from training.model.demo_model import model_folder
+from training.model.generation import generate_responses, load_model_tokenizer_for_generate
+from training.options.trainer_options import TrainingOptions, steps_between_samples
+from training.storage import metrics
+from training.storage.copy import model_files
+from training.tracking import callbacks
+from training.tracking.samples import Samples
 from training.trainer import train
 
 ASKED = [("Say 3.", ""), ("Say 4 please.", ""), ("Count the words.", "red blue\ngreen")]
@@ -181,7 +182,7 @@ def test_losses_and_weights_are_the_same_with_and_without_answers(
     rows: str, prompts: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     dropout: bool, changed: dict[str, Any],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(training.samples, "SAMPLE_TOKENS", 8)
+    monkeypatch.setattr(consts, "SAMPLE_TOKENS", 8)
     changed = changed | {"input_model": dropping if dropout else "demo", "max_steps": 6}
     run(rows, tmp_path / "without", monkeypatch, **changed)
     run(rows, tmp_path / "with", monkeypatch, sample_prompts=prompts, sample_every="1", **changed)
@@ -470,7 +471,7 @@ def test_a_disk_that_is_full_ends_no_run(
         (tmp_path / "out" / "metrics.jsonl").symlink_to("/dev/full")
         (tmp_path / "out" / "samples.jsonl").symlink_to("/dev/full")
 
-    monkeypatch.setattr(training.callbacks.MetricsLog, "on_train_begin", no_room)
+    monkeypatch.setattr(callbacks.MetricsLog, "on_train_begin", no_room)
     monkeypatch.setattr(Samples, "_there", lambda *args: [])  # /dev/full can be read without an end
     record, _ = run(rows, tmp_path / "out", monkeypatch, **options(prompts, dropping) | {"max_steps": 2})
     assert record["status"] == "finished"

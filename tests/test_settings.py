@@ -6,18 +6,12 @@ import json
 
 import pytest
 
-from training.machines import MachineError
-from training.options import OptionsError, TrainingOptions
-from training.settings import (
-    PRESETS,
-    ROOT,
-    Settings,
-    Zero,
-    preset_options,
-    read_zero,
-    rows_and_accumulation,
-    settings_of,
-)
+from training.consts import ROOT
+from training.errors import MachineError, OptionsError
+from training.options.deepspeed import Zero, read_zero
+from training.options.trainer_options import TrainingOptions
+from training.plan.presets import PRESETS, preset_options, rows_and_accumulation
+from training.plan.settings import Settings, settings_of
 
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
 

@@ -17,10 +17,10 @@ import torch
 from safetensors.torch import load_file
 
 from tests.test_trainer import BF16, DEMO, deepspeed, free_port, record, run
-from training import metrics
-from training.exits import REFUSED
-from training.options import OptionsError
-from training.spark import failure, launch_on_spark, never_silent, node_faults, spark_faults
+from training.errors import OptionsError
+from training.launch.exits import REFUSED
+from training.launch.spark import failure, launch_on_spark, never_silent, node_problems, spark_problems
+from training.storage import metrics
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"input_model": "demo", "training_dataset": "demo", "test_size": 100, "deepspeed": BF16}
@@ -48,20 +48,20 @@ def test_all_that_is_wrong_is_told_at_once(tmp_path: Path, monkeypatch: pytest.M
     }
     with pytest.raises(OptionsError) as told:
         launch_on_spark(options, num_nodes=1, gpus_per_node=0)
-    faults = told.value.faults
-    assert len(faults) == 6
-    assert "1 nodes: Spark starts 2 or more" in faults[0]
-    assert "0 ranks a node" in faults[1]
-    assert "--deepspeed is missing" in faults[2]
-    assert f"--local-output-dir out: the nodes work in other folders. Type {tmp_path}/out" in faults[3]
-    assert f"--training-dataset mine.jsonl: the nodes work in other folders. Type {tmp_path}" in faults[4]
-    assert "no active Spark session" in faults[5]
+    problems = told.value.problems
+    assert len(problems) == 6
+    assert "1 nodes: Spark starts 2 or more" in problems[0]
+    assert "0 ranks a node" in problems[1]
+    assert "--deepspeed is missing" in problems[2]
+    assert f"--local-output-dir out: the nodes work in other folders. Type {tmp_path}/out" in problems[3]
+    assert f"--training-dataset mine.jsonl: the nodes work in other folders. Type {tmp_path}" in problems[4]
+    assert "no active Spark session" in problems[5]
 
 
 def test_without_pyspark_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("pyspark", "pyspark.sql"):
         monkeypatch.setitem(sys.modules, name, None)
-    (fault,) = spark_faults(OPTIONS | {"local_output_dir": "/shared/out"}, 2, 8)
+    (fault,) = spark_problems(OPTIONS | {"local_output_dir": "/shared/out"}, 2, 8)
     assert "python -m pip install '.[spark]'" in fault
 
 
@@ -72,8 +72,8 @@ def test_what_is_missing_on_which_node_is_told() -> None:
         {"host": "c", "installed": True, "shared": False},
         {"host": "c", "installed": True, "shared": False},
     ]
-    assert node_faults(nodes[:1], Path("/shared/out")) == []
-    package, storage = node_faults(nodes, Path("/shared/out"))
+    assert node_problems(nodes[:1], Path("/shared/out")) == []
+    package, storage = node_problems(nodes, Path("/shared/out"))
     assert "is not installed on b. " in package
     assert "--local-output-dir /shared/out: c cannot write there" in storage
 

@@ -20,20 +20,15 @@ from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 
 from tests.conftest import jsonl
 from tests.test_trainer import BF16, deepspeed, run
-from training import checkpoint
-from training.data import prepare_dataset, split_held_out
-from training.exits import ENDED
-from training.options import TrainingOptions
-from training.stopping import (
-    OVERFLOWS_IN_A_ROW,
-    Interrupted,
-    StepGuard,
-    StopRequest,
-    TrainingError,
-    lost_peer,
-    mortal,
-    timed_out,
-)
+from training import files, trainer
+from training.data.tokens import prepare_dataset, split_held_out
+from training.errors import Interrupted, TrainingError
+from training.launch.exits import ENDED
+from training.model import loading
+from training.options.trainer_options import TrainingOptions
+from training.run.ending import StopRequest, lost_peer, mortal, timed_out
+from training.run.step_guard import OVERFLOWS_IN_A_ROW, StepGuard
+from training.storage import checkpoint
 from training.trainer import train
 
 RARE = "Z"  # in one row alone
@@ -176,7 +171,7 @@ def test_deepspeeds_own_end_at_its_least_loss_scale_is_told_in_the_same_words(
 ) -> None:
     from deepspeed.runtime.fp16 import loss_scaler
 
-    from training.loop import CompletionTrainer
+    from training.run.completion_trainer import CompletionTrainer
 
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
     scaler = loss_scaler.DynamicLossScaler(
@@ -316,14 +311,13 @@ def test_a_checkpoint_that_would_not_fit_is_not_begun(
     base_folder: Path, rows: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is room for the first two, and then there is not."""
-    from training import loop
 
-    output, real = tmp_path / "out", loop.free_bytes
+    output, real = tmp_path / "out", files.free_bytes
 
     def free(place: Path) -> int | None:
         return 1000 if len(checkpoint.checkpoints(output)) == 2 else real(place)
 
-    monkeypatch.setattr(loop, "free_bytes", free)
+    monkeypatch.setattr(files, "free_bytes", free)
     options = options_of(output, input_model=str(base_folder), training_dataset=rows[0], save_steps=1)
     with pytest.raises(TrainingError) as told:
         train(TrainingOptions(**options))
@@ -331,7 +325,7 @@ def test_a_checkpoint_that_would_not_fit_is_not_begun(
         r"step 3: a checkpoint needs .* are free in .*\. Make room\. checkpoint-2 is good", str(told.value)
     )
     assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-1", "checkpoint-2"]
-    assert not any(map(checkpoint.faults_of, checkpoint.checkpoints(output)))
+    assert not any(map(checkpoint.problems_of, checkpoint.checkpoints(output)))
 
 
 @pytest.mark.parametrize("name", ["write_json", "digests", "write_manifest"])
@@ -353,7 +347,7 @@ def test_a_disk_that_is_full_at_the_very_end_of_a_save_is_told_in_words(
         train(TrainingOptions(**options))
     assert told.value.alone
     assert checkpoint.read_manifest(output / "checkpoint-4") is None
-    assert not checkpoint.faults_of(output / "checkpoint-2")
+    assert not checkpoint.problems_of(output / "checkpoint-2")
 
 
 @pytest.mark.parametrize(
@@ -366,7 +360,6 @@ def test_a_disk_that_is_full_at_the_very_end_of_a_save_is_told_in_words(
 def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_again(
     base_folder: Path, rows: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    from training import trainer
 
     real, output = getattr(trainer, name), tmp_path / "out"
 
@@ -384,7 +377,7 @@ def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_agai
         train(TrainingOptions(**options))
     assert json.loads((output / "run.json").read_text())["status"] == "running"
     monkeypatch.undo()
-    monkeypatch.setattr(trainer, "load_model", lambda *args: pytest.fail("nothing is trained again"))
+    monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("nothing is trained again"))
     assert train(TrainingOptions(**options | {"resume": "auto"}))["status"] == "finished"
 
 
@@ -425,7 +418,6 @@ def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_agai
 def test_what_a_person_can_mend_ends_the_command_in_words(
     request_: StopRequest, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, told: str
 ) -> None:
-    from training import trainer
 
     def fail(*args: Any) -> None:
         raise error

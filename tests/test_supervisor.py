@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from training.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED
-from training.supervisor import remove_shared_buffer
+from training.launch.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED
+from training.launch.supervisor import remove_shared_buffer
 
 ROOT = Path(__file__).parents[1]
 # Stands for the training proper in a package of the same name, as `supervise` starts `python -m training.trainer`.
 STAND_IN = """
-from training.supervisor import supervise
+from training.launch.supervisor import supervise
 supervise()
 import os, signal, sys, time
 """

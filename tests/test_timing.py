@@ -14,12 +14,17 @@ from statistics import median
 import pytest
 import torch
 
-from training import flops
-from training.machines import GIB, Machine, find_machine
-from training.options import TrainingOptions
-from training.settings import Settings, Zero, settings_of
-from training.timing import CpuRates, cpu_rates, hours_of, step_flops, step_seconds
-from training.workload import alpaca_lengths, dataset_lengths, epoch_load, gptj_facts, model_facts
+from training.consts import GIB
+from training.machine import flops
+from training.machine.catalogue import Machine, find_machine
+from training.machine.flops import step_flops
+from training.options.deepspeed import Zero
+from training.options.trainer_options import TrainingOptions
+from training.plan.epoch import alpaca_lengths, epoch_load
+from training.plan.lookup import dataset_lengths, model_facts
+from training.plan.model_shape import gptj_facts
+from training.plan.settings import Settings, settings_of
+from training.plan.timing import CpuRates, cpu_rates, hours_of, step_seconds
 
 ROOT = Path(__file__).parents[1]
 GPTJ = model_facts("EleutherAI/gpt-j-6B")

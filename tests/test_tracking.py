@@ -21,12 +21,14 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests.test_trainer import BF16, DEMO, deepspeed, free_port
-from training.faults import find_faults, tracking_faults
-from training.generate import generate_response, load_model_tokenizer_for_generate
-from training.options import OptionsError, TrainingOptions
-from training.record import start_record
-from training.served import Served
-from training.tracking import LONGEST_VALUE, TrackingError, log_finished, parameters, shown, tags
+from training.errors import OptionsError, TrackingError
+from training.model.generation import generate_response, load_model_tokenizer_for_generate
+from training.options.checks import find_problems
+from training.options.trainer_options import TrainingOptions
+from training.run.identity import start_record
+from training.tracking.mlflow_model import log_finished
+from training.tracking.mlflow_server import LONGEST_VALUE, parameters, shown, tags, tracking_problems
+from training.tracking.served import Served
 
 ROOT = Path(__file__).parents[1]
 TOKEN, PASSWORD = "token-that-nobody-may-see", "password-that-nobody-may-see"
@@ -70,7 +72,7 @@ def test_no_password_and_no_token_is_shown(monkeypatch):
     assert text == "GET http://***@host/api failed Bearer ***, postgresql://***@db/x"
 
 
-# --- faults of the options ---------------------------------------------------------------------------
+# --- problems of the options ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -101,9 +103,9 @@ def test_a_name_or_uri_that_cannot_work_is_told_with_what_to_type(monkeypatch, u
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    faults = tracking_faults("--mlflow-model-name", name)
-    assert len(faults) == (fault is not None), faults
-    assert fault is None or fault in faults[0]
+    problems = tracking_problems("--mlflow-model-name", name)
+    assert len(problems) == (fault is not None), problems
+    assert fault is None or fault in problems[0]
 
 
 @pytest.mark.parametrize(
@@ -124,9 +126,9 @@ def test_a_name_or_uri_that_cannot_work_is_told_with_what_to_type(monkeypatch, u
 )
 def test_a_password_in_the_uri_is_refused_and_not_repeated(monkeypatch, uri):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(PASSWORD))
-    faults = tracking_faults("--mlflow-model-name", None)
-    assert faults
-    assert PASSWORD not in "".join(faults)
+    problems = tracking_problems("--mlflow-model-name", None)
+    assert problems
+    assert PASSWORD not in "".join(problems)
 
 
 def test_a_token_in_an_address_that_a_library_repeats_is_not_shown():
@@ -138,7 +140,7 @@ def test_a_token_in_an_address_that_a_library_repeats_is_not_shown():
 def test_on_databricks_its_own_tracking_needs_no_uri(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "16.4")
-    assert tracking_faults("--mlflow-model-name", NAME) == []
+    assert tracking_problems("--mlflow-model-name", NAME) == []
 
 
 def test_faults_of_mlflow_are_told_with_the_others(tmp_path, monkeypatch):
@@ -146,7 +148,7 @@ def test_faults_of_mlflow_are_told_with_the_others(tmp_path, monkeypatch):
     options = TrainingOptions(
         local_output_dir=str(tmp_path / "out"), mlflow_model_name="a.b", max_shard_size="6GB", lr=float("nan")
     )
-    told = str(OptionsError(find_faults(options)))
+    told = str(OptionsError(*find_problems(options)))
     for part in ("--lr nan", "--mlflow-model-name 'a.b'", "nowhere://", "--max-shard-size 6GB"):
         assert part in told
 
@@ -155,7 +157,7 @@ def test_without_the_extra_the_error_names_it():
     code = (
         "from importlib import util; real = util.find_spec;"
         "util.find_spec = lambda name: None if name == 'mlflow' else real(name);"
-        "from training.faults import tracking_faults; print(*tracking_faults('--name', None))"
+        "from training.tracking.mlflow_server import tracking_problems; print(*tracking_problems('--name', None))"
     )
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
     assert "pip install '.[mlflow]'" in printed

@@ -25,12 +25,17 @@ from transformers import (
     OPTConfig,
 )
 
-import training.trainer
-from training.collator import DataCollatorForCompletionOnlyLM
-from training.consts import CONTROL_TOKENS, END_KEY
-from training.data import prepare_dataset, split_held_out
-from training.model import ModelError, load_tokenizer, model_folder
-from training.options import OptionsError, TrainingOptions
+from training import files
+from training.data.collator import DataCollatorForCompletionOnlyLM
+from training.data.prompt import CONTROL_TOKENS, END_KEY
+from training.data.tokens import prepare_dataset, split_held_out
+from training.errors import ModelError, OptionsError
+from training.machine import local
+from training.model import loading
+from training.model.demo_model import model_folder
+from training.model.tokenizer import load_tokenizer
+from training.options.trainer_options import TrainingOptions
+from training.run import completion_trainer, preflight, prepare
 from training.trainer import train
 
 ROOT = Path(__file__).parents[1]
@@ -288,15 +293,15 @@ def test_a_budget_below_the_longest_row_is_told_before_training(tmp_path):
 
 def small_host(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
     """This machine with so much free host memory."""
-    found = training.trainer.this_machine
-    monkeypatch.setattr(training.trainer, "this_machine", lambda *args: replace(found(*args), host_gib=gib))
+    found = local.this_machine
+    monkeypatch.setattr(local, "this_machine", lambda *args: replace(found(*args), host_gib=gib))
 
 
 def test_a_run_that_does_not_fit_is_refused_before_a_weight_is_loaded_unless_forced(
     tmp_path, monkeypatch, caplog
 ):
     small_host(monkeypatch, 0.3)
-    monkeypatch.setattr(training.trainer, "load_model", lambda *args: pytest.fail("a weight was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("a weight was loaded"))
     with pytest.raises(OptionsError, match=r"host memory: .* more than the 0\.3 of this machine"):
         train_demo(tmp_path / "out", max_steps=1)
     assert not (tmp_path / "out" / "run.json").exists()
@@ -316,10 +321,10 @@ def test_ranks_that_share_a_host_share_its_memory_also_where_each_has_a_launcher
         input_model="demo", training_dataset="demo", test_size=50, local_output_dir=str(tmp_path / "out")
     )
     args = SimpleNamespace(world_size=8, output_dir=str(tmp_path / "out"))
-    prepared = replace(training.trainer.prepare(options), args=args)
-    assert training.trainer.check_plan(options, prepared, ranks_here=2)
+    prepared = replace(prepare.prepare(options), args=args)
+    assert preflight.check_plan(options, prepared, ranks_here=2)
     with pytest.raises(OptionsError, match=r"host memory: .* more than the 4\.0 of this machine"):
-        training.trainer.check_plan(options, prepared, ranks_here=8)
+        preflight.check_plan(options, prepared, ranks_here=8)
 
 
 def test_a_lack_of_memory_while_loading_is_not_told_as_a_fault_of_the_model(tmp_path, monkeypatch):
@@ -328,7 +333,7 @@ def test_a_lack_of_memory_while_loading_is_not_told_as_a_fault_of_the_model(tmp_
             "CUDA out of memory"
         )
 
-    monkeypatch.setattr(training.trainer, "load_model", load)
+    monkeypatch.setattr(loading, "load_model", load)
     with pytest.raises(torch.OutOfMemoryError):
         train_demo(tmp_path / "out", max_steps=1)
 
@@ -349,9 +354,7 @@ def test_auto_checkpoints_only_where_memory_is_short_and_a_run_keeps_what_was_de
 
 def test_each_disk_is_asked_for_what_will_be_written_on_it(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(
-        training.trainer, "disk_faults", lambda needs, labels: asked.update(needs) or ["full"]
-    )
+    monkeypatch.setattr(files, "disk_problems", lambda needs, labels: asked.update(needs) or ["full"])
     with pytest.raises(OptionsError, match="full"):
         train_demo(tmp_path / "out", max_steps=1, dbfs_output_dir=str(tmp_path / "copy"))
     checkpoints, model = asked[tmp_path / "out" / "checkpoints"], asked[tmp_path / "out" / "model"]
@@ -412,12 +415,12 @@ def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: p
             if not found:
                 found.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-    class GrabbingTrainer(training.trainer.CompletionTrainer):
+    class GrabbingTrainer(completion_trainer.CompletionTrainer):
         def __init__(self, *args, **kwargs):
             super().__init__(*args, **kwargs)
             self.add_callback(Grab())
 
-    monkeypatch.setattr(training.trainer, "CompletionTrainer", GrabbingTrainer)
+    monkeypatch.setattr(completion_trainer, "CompletionTrainer", GrabbingTrainer)
     train_demo(
         folder,
         test_size=20,

@@ -10,23 +10,22 @@ import numpy as np
 import pytest
 from transformers import BertConfig, GPTJConfig, GPTNeoXConfig, LlamaConfig, T5Config
 
-from training import collator
-from training.data import prepare_dataset
-from training.model import ModelError, load_tokenizer
-from training.settings import Settings
-from training.workload import (
+from training import consts
+from training.consts import PAD_TO_MULTIPLE_OF
+from training.data.tokens import prepare_dataset
+from training.errors import ModelError
+from training.model.tokenizer import load_tokenizer
+from training.plan.epoch import (
     ALPACA_HISTOGRAM,
     ALPACA_RESPONSE_SHARE,
-    PAD_TO_MULTIPLE_OF,
     Lengths,
     alpaca_lengths,
-    dataset_lengths,
     epoch_load,
-    gptj_facts,
     lengths_of,
-    model_facts,
-    neox_facts,
 )
+from training.plan.lookup import dataset_lengths, model_facts
+from training.plan.model_shape import gptj_facts, neox_facts
+from training.plan.settings import Settings
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -64,7 +63,7 @@ def test_a_folder_s_model_is_counted_from_its_config_alone(tmp_path):
 
 
 def test_the_demo_s_facts_are_those_of_the_demo_s_model_with_the_control_tokens():
-    from training.workload import _facts_of_config
+    from training.plan.lookup import _facts_of_config
 
     known, built = model_facts("demo"), _facts_of_config("demo")
     grown = 3 * (2 * known.width + 1)  # rows of embedding and head, and the head's bias
@@ -177,4 +176,4 @@ def test_dolly_s_padding_leaves_half_the_tokens_real_and_a_third_at_the_pace_of_
 
 
 def test_padding_is_the_collator_s():
-    assert PAD_TO_MULTIPLE_OF == collator.PAD_TO_MULTIPLE_OF
+    assert PAD_TO_MULTIPLE_OF == consts.PAD_TO_MULTIPLE_OF

@@ -15,13 +15,14 @@ from transformers import GPTJForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from tests.test_attention import eager_gptj, packed, padded, random_rows
-from training.attention import packs_cleanly, use_packed_attention
-from training.batching import GlobalBatchSampler
-from training.collator import split_packed_batch
-from training.exits import end_with
-from training.loss import use_response_loss
-from training.operators import compile_operators
-from training.supervisor import remove_shared_buffer
+from training.data.batching import GlobalBatchSampler
+from training.data.collator import split_packed_batch
+from training.launch.exits import end_with
+from training.launch.supervisor import remove_shared_buffer
+from training.model.attention import use_packed_attention
+from training.model.loss import use_response_loss
+from training.model.packing import packs_cleanly
+from training.run.operators import compile_operators
 
 WORLD_SIZE = 2
 ACCUMULATION = 2

@@ -14,12 +14,13 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from training.exits import end_with
-from training.model import load_model, load_tokenizer
-from training.operators import compile_operators
-from training.options import TrainingOptions
-from training.supervisor import remove_shared_buffer
-from training.trainer import training_arguments
+from training.launch.exits import end_with
+from training.launch.supervisor import remove_shared_buffer
+from training.model.loading import load_model
+from training.model.tokenizer import load_tokenizer
+from training.options.trainer_options import TrainingOptions
+from training.run.operators import compile_operators
+from training.run.prepare import training_arguments
 
 CONFIG = Path(__file__).parents[1] / "config" / "ds_z3_bf16_config.json"
 

@@ -5,163 +5,17 @@ python -m training.generate --model OUT "Write a love letter to Edgar Allan Poe.
 
 from __future__ import annotations
 
-import json
-import logging
 import sys
-from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import click
-import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, TextStreamer, set_seed
+from transformers import TextStreamer, set_seed
 
-from training.attention import use_packed_attention
-from training.consts import DEFAULT_SEED, RESPONSE_KEY, RUN_FILE
-from training.data import encode_prompts
-from training.finished import GREEDY, MAX_NEW_TOKENS, generation_config
-from training.model import DTYPES, ModelError, load_model, load_tokenizer, max_positions
-
-logger = logging.getLogger(__name__)
-
-
-def load_model_tokenizer_for_generate(
-    path: str, dtype: torch.dtype | None = None, device: str | None = None, trust_remote_code: bool = False
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a trained folder, or of a base model to compare with, ready to answer.
-
-    By default on the GPU in half precision if there is one, else on the CPU in float32. Raises ModelError
-    for a folder whose training did not finish.
-    """
-    _refuse_unfinished(path)
-    device = device or best_device()
-    if dtype is None:
-        if device.startswith("cuda"):
-            dtype = (
-                torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-            )
-        else:
-            dtype = torch.float16 if device == "mps" else torch.float32
-    tokenizer = load_tokenizer(path, trust_remote_code)
-    model = load_model(path, tokenizer, dtype, DEFAULT_SEED, trust_remote_code)
-    model.config.use_cache = True
-    if model.config.model_type == "gptj":
-        use_packed_attention(model)  # the fused kernel gives the same answers
-    return model.eval().to(device), tokenizer
-
-
-def best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _refuse_unfinished(path: str) -> None:
-    file = Path(path) / RUN_FILE
-    try:
-        if not file.is_file():
-            return
-    except OSError:  # too long a name, a folder that may not be entered: loading tells it
-        return
-    try:
-        record = json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(f"{file}: is no JSON ({error}). Copy or train the model again") from error
-    if not isinstance(record, dict) or record.get("status") != "finished":
-        raise ModelError(f"{path}: its training did not finish. Go on with its command and --resume auto")
-
-
-def generate_response(
-    instruction: str,
-    input: str | None = None,
-    *,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    **generation: Any,
-) -> str:
-    """The model's answer to one instruction. See `generate_responses`."""
-    return generate_responses([instruction], [input], model=model, tokenizer=tokenizer, **generation)[0]
-
-
-@torch.inference_mode()
-def generate_responses(
-    instructions: Sequence[str],
-    inputs: Sequence[str | None] | None = None,
-    *,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 8,
-    **generation: Any,
-) -> list[str]:
-    """The text between response key and end key for every instruction, in the order asked.
-
-    `generation` overrides Dolly's sampling (`max_new_tokens=256, do_sample=True, top_p=0.92, top_k=0`) by any
-    argument of `model.generate`. Prompts are padded on the left and batched by length. Where a prompt leaves
-    no room for `max_new_tokens`, the end of the user's text is cut, never the response key.
-    """
-    inputs = inputs if inputs is not None else [None] * len(instructions)
-    room = max_positions(model.config) - int(generation.get("max_new_tokens", MAX_NEW_TOKENS))
-    prompts = prompt_ids(tokenizer, instructions, inputs, room)
-    answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
-        texts = answer_batch([prompts[i] for i in batch], model, tokenizer, model.device, **generation)
-        for i, text in zip(batch, texts, strict=True):
-            answers[i] = text
-    return answers
-
-
-def answer_batch(
-    prompts: Sequence[Sequence[int]],
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    device: torch.device,
-    **generation: Any,
-) -> list[str]:
-    """The answers to a batch of prompts, given as ids. Under ZeRO-3 all ranks call it with the same number of batches."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    config = generation_config(tokenizer)
-    output = model.generate(
-        ids.to(device), attention_mask=mask.to(device), generation_config=config, **generation
-    )
-    texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
-
-
-def printable(text: str) -> str:
-    """Without what a terminal would obey: a model that has not learned much says anything."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
-def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    instructions: Sequence[str],
-    inputs: Sequence[str | None],
-    longest: int,
-) -> list[list[int]]:
-    """Ids of each prompt, at most `longest` tokens. Raises ValueError where not even an empty one would fit."""
-    response_key = tokenizer.convert_tokens_to_ids(RESPONSE_KEY)
-    prompts = []
-    for head, body in zip(*encode_prompts(tokenizer, instructions, inputs), strict=True):
-        room = longest - len(head) - 1
-        if room < 1:
-            raise ValueError(
-                f"max_new_tokens leaves {max(0, longest)} of the model's positions for the prompt, "
-                f"which needs {len(head) + 2} at least. Ask for fewer new tokens"
-            )
-        if len(body) > room:
-            logger.warning(
-                "a prompt of %d tokens is cut to %d, to leave room for the answer", len(body), room
-            )
-        prompts.append([*head, *body[:room], response_key])
-    return prompts
+from training.consts import GREEDY, MAX_NEW_TOKENS
+from training.errors import ModelError
+from training.model.generation import generate_response, load_model_tokenizer_for_generate
+from training.model.loading import DTYPES
 
 
 @click.command()

@@ -1,0 +1,1 @@
+"""Padded against packed training, measured."""

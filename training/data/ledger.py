@@ -1,0 +1,70 @@
+"""What became of every row: kept, dropped or truncated, with reasons."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from training.errors import DataError
+
+EMPTY_RESPONSE = "empty response"
+PROMPT_TOO_LONG = "prompt alone fills max_length"
+RESPONSE_CUT = "response would be cut at max_length"
+HISTOGRAM_EDGES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+
+
+@dataclass
+class Ledger:
+    """What became of every row. Row numbers count from 1 in the order of the source."""
+
+    source: str
+    max_length: int
+    rows_read: int = 0
+    rows_kept: int = 0
+    dropped: dict[str, int] = field(default_factory=dict)
+    first_dropped_rows: dict[str, list[int]] = field(default_factory=dict)
+    rows_truncated: int = 0
+    tokens: int = 0
+    response_tokens: int = 0
+    longest_row: int = 0
+    length_histogram: dict[str, int] = field(default_factory=dict)
+
+    def drop(self, reason: str, row: int) -> None:
+        self.dropped[reason] = self.dropped.get(reason, 0) + 1
+        first = self.first_dropped_rows.setdefault(reason, [])
+        if len(first) < 10:
+            first.append(row)
+
+    def save(self, path: Path) -> None:
+        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        lines = [
+            f"{self.source}: {self.rows_read:,} rows read, {self.rows_kept:,} kept, "
+            f"{self.rows_truncated:,} truncated at {self.max_length:,} tokens; {self.tokens:,} tokens, "
+            f"{self.response_tokens:,} of them in responses, longest row {self.longest_row:,}"
+        ]
+        for reason, count in self.dropped.items():
+            rows = ", ".join(map(str, self.first_dropped_rows[reason]))
+            lines.append(f"  dropped {count:,}: {reason} (first rows: {rows})")
+        lines.append("  tokens a row: " + "  ".join(f"{k}: {v:,}" for k, v in self.length_histogram.items()))
+        return "\n".join(lines)
+
+
+def length_histogram(sizes: np.ndarray) -> dict[str, int]:
+    counts = np.bincount(np.searchsorted(HISTOGRAM_EDGES, sizes), minlength=len(HISTOGRAM_EDGES) + 1)
+    names = [f"<={edge}" for edge in HISTOGRAM_EDGES] + [f">{HISTOGRAM_EDGES[-1]}"]
+    return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
+
+
+def check_dropped(ledger: Ledger, limit: float) -> None:
+    dropped = sum(ledger.dropped.values())
+    if ledger.rows_kept == 0 or dropped > limit * ledger.rows_read:
+        raise DataError(
+            f"{dropped:,} of {ledger.rows_read:,} rows would be dropped, more than "
+            f"{limit:.0%} (--max-dropped-fraction {limit:g}).\n{ledger}\n"
+            "Mend the rows, raise --max-length, or raise the limit with --max-dropped-fraction"
+        )

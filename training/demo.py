@@ -1,0 +1,113 @@
+"""Trains the small GPT-J through the product's own command, and shows its answers before and after."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import time
+from pathlib import Path
+
+import click
+import torch
+import transformers
+
+from training.consts import DEFAULT_SEED, DEMO, GREEDY, ROOT
+from training.data.demo_rows import demo_rows
+from training.data.tokens import prepare_dataset, split_held_out
+from training.launch.local import deepspeed_command, launch_environment, typed
+from training.model.generation import generate_responses, load_model_tokenizer_for_generate, printable
+from training.model.loading import max_positions
+from training.plan.presets import TEST_SIZE, demo_options
+from training.tracking.progress import duration
+
+SHOWN = 12
+MAX_NEW_TOKENS = 48
+
+
+def demo_command(output: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
+    """What a user would type to train on the demo."""
+    config = ROOT / "config" / "ds_z3_bf16_config.json"
+    values = demo_options(ranks) | {"deepspeed": os.path.relpath(config, ROOT), "local_output_dir": output}
+    try:
+        return [*deepspeed_command(values, ranks), *extra]
+    except FileNotFoundError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def held_out_rows(tokenizer: transformers.PreTrainedTokenizerBase, longest: int) -> list[dict[str, str]]:
+    """The rows that training held out, by the same split."""
+    prepared, _ = prepare_dataset(DEMO, tokenizer, longest)
+    rows = demo_rows()
+    return [rows[number - 1] for number in split_held_out(prepared, TEST_SIZE, DEFAULT_SEED)[1]["row"]]
+
+
+def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
+    """The greedy answers of the model in `folder`."""
+    model, tokenizer = load_model_tokenizer_for_generate(folder)
+    given = generate_responses(
+        [row["instruction"] for row in rows],
+        [row["input"] for row in rows],
+        model=model,
+        tokenizer=tokenizer,
+        batch_size=100,
+        max_new_tokens=MAX_NEW_TOKENS,
+        **GREEDY,
+    )
+    return [printable(answer) for answer in given]
+
+
+def table(rows: list[dict[str, str]], before: list[str], after: list[str]) -> str:
+    """Some held-out instructions, no two of one opening, with both answers."""
+    lines: list[str] = []
+    openings: set[str] = set()
+    for row, old, new in zip(rows, before, after, strict=True):
+        opening = row["instruction"].split()[0]
+        if opening in openings or len(openings) == SHOWN:
+            continue
+        openings.add(opening)
+        mark = "=" if new == row["output"] else "!"
+        question = f"{row['instruction']} {row['input']}".replace("\n", " ")
+        lines.append(f"{question[:52]:<54}{old.replace(chr(10), ' ')[:18]:<20}{mark} {new[:44]}")
+    return "\n".join([f"{'instruction':<54}{'before':<20}  after ('=': as expected)", *lines])
+
+
+def exact_match(rows: list[dict[str, str]], given: list[str]) -> float:
+    """Share of the rows answered to the letter."""
+    return sum(row["output"].strip() == answer for row, answer in zip(rows, given, strict=True)) / len(rows)
+
+
+@click.command(context_settings={"ignore_unknown_options": True})
+@click.option(
+    "--num-gpus", type=click.IntRange(1), default=None, help="Ranks.  [default: the GPUs, else 2 on the CPU]"
+)
+@click.option("--local-output-dir", default=None, help="[default: ~/dolly_training/demo__<timestamp>]")
+@click.argument("trainer_options", nargs=-1, type=click.UNPROCESSED)
+def main(num_gpus: int | None, local_output_dir: str | None, trainer_options: tuple[str, ...]) -> None:
+    """Train the demo, and show what it learned. TRAINER_OPTIONS go to training.trainer as they are."""
+    begin = time.monotonic()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.logging.set_verbosity_error()
+    gpus = torch.cuda.device_count()
+    ranks = num_gpus or gpus or 2
+    output = local_output_dir or str(
+        Path.home() / "dolly_training" / time.strftime("demo__%Y-%m-%dT%H-%M-%S")
+    )
+    command = demo_command(output, ranks, trainer_options)
+    print(f"Running, as you would for the large model:\n  {typed(command)}", flush=True)
+    # Its output is inherited, for the bar that moves on a terminal.
+    code = subprocess.run(command, env=launch_environment(0 if gpus else ranks), cwd=ROOT).returncode
+    if code:
+        raise click.ClickException(f"training failed with exit code {code}; its last lines stand above")
+    model, tokenizer = load_model_tokenizer_for_generate(output)
+    rows = held_out_rows(tokenizer, max_positions(model.config))
+    before, after = answers(DEMO, rows), answers(output, rows)
+    print(f"\nHeld-out rows, on which it was never trained:\n\n{table(rows, before, after)}\n")
+    print(
+        f"exact match on all {len(rows)} held-out rows: {exact_match(rows, before):.0%} before, "
+        f"{exact_match(rows, after):.0%} after; {duration(time.monotonic() - begin)} in all\n"
+        f'Ask it yourself: python -m training.generate --model {output} "{rows[0]["instruction"]}"'
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Starts the one command, and says how it ended."""

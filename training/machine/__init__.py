@@ -1,0 +1,1 @@
+"""Machines, GPUs, packages: what there is to train with."""

@@ -1,0 +1,161 @@
+"""GPUs and machines: what they hold and how fast they are by their data sheets."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from dataclasses import dataclass
+
+from training.consts import GIB
+from training.errors import MachineError
+
+# Dense tensor-core peaks of one device, in operations a second, from NVIDIA's data sheets; by what stands in
+# torch.cuda.get_device_name(). bf16 and fp16 are alike on all of them, and V100 has no bf16.
+PEAK_FLOPS = {
+    "H200": 989.5e12,
+    "H100 PCIe": 756e12,
+    "H100": 989.5e12,  # SXM
+    "A100": 312e12,
+    "A10G": 70e12,  # AWS' variant of the A10
+    "A10": 125e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "V100": 125e12,  # SXM2; 112e12 as PCIe
+    "T4": 65e12,
+}
+
+# Bytes/s that a GPU moves in a collective of all GPUs of a machine ("bus bandwidth" of nccl-tests): two thirds of
+# NVLink's nominal 450, 300 and 150 GB/s one way. GPUs of clouds on bare PCIe have no peer access, so that every
+# byte goes through host memory: 6 GB/s is an assumption.
+LINKS = {"nvlink4": 300e9, "nvlink3": 200e9, "nvlink2": 90e9, "pcie": 6e9, "none": 1e9}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU model.
+
+    Attributes:
+        family: key of settings.PRESETS.
+        memory_gib: what CUDA reports as its total, in GiB; less than the label says.
+        peak: key of PEAK_FLOPS.
+    """
+
+    family: str
+    memory_gib: float
+    peak: str
+
+
+GPUS = {
+    "H100": Gpu("h100", 79.1, "H100"),
+    "A100-80GB": Gpu("a100", 79.1, "A100"),
+    "A100-40GB": Gpu("a100", 39.4, "A100"),
+    "A10G": Gpu("a10", 22.0, "A10G"),
+    "A10": Gpu("a10", 22.0, "A10"),
+    "V100-32GB": Gpu("v100", 31.7, "V100"),
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A machine to train on: one of MACHINES, or this one.
+
+    Attributes:
+        gpu: key of GPUS, a device's own name, or "CPU".
+        count: GPUs; on a CPU machine the ranks.
+        gpu_memory_gib: usable memory of one GPU; 0 on a CPU machine, whose ranks live in host memory.
+        flops: peak operations a second of one device in 16 bit; 0 on a CPU machine, where it is measured.
+        link: key of LINKS.
+        host_gib, disk_gib: of the whole machine; of this one, what is free.
+    """
+
+    name: str
+    family: str
+    gpu: str
+    count: int
+    gpu_memory_gib: float
+    flops: float
+    link: str
+    host_gib: float
+    disk_gib: float
+
+    @property
+    def is_cpu(self) -> bool:
+        return self.family == "cpu"
+
+
+def _machine(name: str, count: int, gpu: str, link: str, host_gib: float, disk_gib: float) -> Machine:
+    model = GPUS[gpu]
+    return Machine(
+        name, model.family, gpu, count, model.memory_gib, PEAK_FLOPS[model.peak], link, host_gib, disk_gib
+    )
+
+
+_GB = 1e9 / GIB  # AWS and Google give local disks in GB, Azure in GiB
+
+# (name, GPUs, GPU, link, host memory in GiB, local disk in GiB)
+MACHINES = {
+    machine.name: machine
+    for machine in (
+        # Short names, for the machine that is meant most often: Azure's for A100, AWS's for the others. Of
+        # 3xA100-80GB only the GPUs are published; its host is 3/8 of Azure's machine of eight.
+        _machine("8xA100-40GB", 8, "A100-40GB", "nvlink3", 900, 6000),
+        _machine("8xA100-80GB", 8, "A100-80GB", "nvlink3", 1900, 6400),
+        _machine("3xA100-80GB", 3, "A100-80GB", "nvlink3", 712, 2400),
+        _machine("8xH100", 8, "H100", "nvlink4", 2048, 30720 * _GB),
+        _machine("4xA10", 4, "A10G", "pcie", 384, 3800 * _GB),
+        _machine("2xA10", 2, "A10", "pcie", 880, 1400),
+        _machine("8xV100-32GB", 8, "V100-32GB", "nvlink2", 768, 1800 * _GB),
+        # AWS, "Amazon EC2 instance types: accelerated computing"
+        _machine("p3dn.24xlarge", 8, "V100-32GB", "nvlink2", 768, 1800 * _GB),
+        _machine("p4d.24xlarge", 8, "A100-40GB", "nvlink3", 1152, 8000 * _GB),
+        _machine("p4de.24xlarge", 8, "A100-80GB", "nvlink3", 1152, 8000 * _GB),
+        _machine("p5.48xlarge", 8, "H100", "nvlink4", 2048, 30720 * _GB),
+        _machine("g5.xlarge", 1, "A10G", "pcie", 16, 250 * _GB),
+        _machine("g5.2xlarge", 1, "A10G", "pcie", 32, 450 * _GB),
+        _machine("g5.4xlarge", 1, "A10G", "pcie", 64, 600 * _GB),
+        _machine("g5.8xlarge", 1, "A10G", "pcie", 128, 900 * _GB),
+        _machine("g5.16xlarge", 1, "A10G", "pcie", 256, 1900 * _GB),
+        _machine("g5.12xlarge", 4, "A10G", "pcie", 192, 3800 * _GB),
+        _machine("g5.24xlarge", 4, "A10G", "pcie", 384, 3800 * _GB),
+        _machine("g5.48xlarge", 8, "A10G", "pcie", 768, 7600 * _GB),
+        # Azure, "GPU accelerated virtual machine sizes"; the disk is the temporary one
+        _machine("Standard_ND96asr_v4", 8, "A100-40GB", "nvlink3", 900, 6000),
+        _machine("Standard_ND96amsr_A100_v4", 8, "A100-80GB", "nvlink3", 1900, 6400),
+        _machine("Standard_NV36ads_A10_v5", 1, "A10", "pcie", 440, 720),
+        _machine("Standard_NV72ads_A10_v5", 2, "A10", "pcie", 880, 1400),
+        _machine("Standard_ND40rs_v2", 8, "V100-32GB", "nvlink2", 672, 2948),
+        # Google, "Accelerator-optimized machine family". The local disks of a2-highgpu are chosen, here as many
+        # as it takes; those of the others come with the machine.
+        _machine("a2-highgpu-1g", 1, "A100-40GB", "nvlink3", 85, 3000 * _GB),
+        _machine("a2-highgpu-2g", 2, "A100-40GB", "nvlink3", 170, 3000 * _GB),
+        _machine("a2-highgpu-4g", 4, "A100-40GB", "nvlink3", 340, 3000 * _GB),
+        _machine("a2-highgpu-8g", 8, "A100-40GB", "nvlink3", 680, 3000 * _GB),
+        _machine("a2-ultragpu-1g", 1, "A100-80GB", "nvlink3", 170, 375 * _GB),
+        _machine("a2-ultragpu-2g", 2, "A100-80GB", "nvlink3", 340, 750 * _GB),
+        _machine("a2-ultragpu-4g", 4, "A100-80GB", "nvlink3", 680, 1500 * _GB),
+        _machine("a2-ultragpu-8g", 8, "A100-80GB", "nvlink3", 1360, 3000 * _GB),
+        _machine("a3-highgpu-8g", 8, "H100", "nvlink4", 1872, 6000 * _GB),
+    )
+}
+
+
+def find_machine(name: str) -> Machine:
+    """The machine of that name, in upper or lower case. Raises MachineError with the nearest names."""
+    by_lower = {known.lower(): machine for known, machine in MACHINES.items()}
+    if name.lower() in by_lower:
+        return by_lower[name.lower()]
+    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.3)
+    nearest = f"Nearest: {', '.join(by_lower[key].name for key in near)}. " if near else ""
+    raise MachineError(f"no machine {name!r} is known. {nearest}All: {', '.join(MACHINES)}")
+
+
+def family_of(device_name: str, has_bf16: bool) -> str:
+    """The GPU family, a key of settings.PRESETS, of torch.cuda.get_device_name().
+
+    An unknown GPU has the most careful recipe of those that it can compute: an A10's, or without bf16 a V100's.
+    """
+    if not has_bf16:
+        return "v100"
+    found = re.search(r"\b(H100|H200|A100)", device_name)
+    return {"H100": "h100", "H200": "h100", "A100": "a100"}[found[1]] if found else "a10"

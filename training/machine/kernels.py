@@ -1,0 +1,125 @@
+"""Whether this build of torch can use the GPUs of this machine."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+from training.ranks import world_size
+
+
+def kernel_problems() -> list[str]:
+    """GPUs that this build of torch cannot use, whether it says so or would silently train on the CPU."""
+    import torch
+
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")  # the last by Slurm
+    if torch.version.hip or hidden:
+        return []
+    release, built = torch.__version__.split("+")[0], torch.version.cuda
+    older = f"python -m pip install torch=={release}+cu126 --index-url https://download.pytorch.org/whl/cu126"
+    newest = f"python -m pip uninstall -y torch && python -m pip install torch=={release}"
+    if not torch.cuda.is_available():
+        if not _nvidia_gpu():
+            return []
+        on_cpu = "or export CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
+        if built is None:
+            return [
+                f"An NVIDIA GPU is here, but torch {torch.__version__} is a build without CUDA. "
+                f"Type {newest} (for a V100 {older}), {on_cpu}"
+            ]
+        return [
+            f"An NVIDIA GPU is here, but CUDA does not start: {_why_no_cuda()}. Update the driver to one for CUDA "
+            f"{built}, type {older}, {on_cpu}"
+        ]
+    built_for = torch.cuda.get_arch_list()
+    if not built_for:
+        return []
+    gpus = Counter(
+        (torch.cuda.get_device_name(gpu), torch.cuda.get_device_capability(gpu))
+        for gpu in range(torch.cuda.device_count())
+    )
+    problems = []
+    for (name, capability), count in gpus.items():
+        if not missing_kernels(capability, built_for):
+            continue
+        if capability > max(_built_capability(arch) for arch in built_for):
+            cure = f"Type {newest}, or use another GPU"
+        elif built and built.startswith("12.6"):  # the build with the oldest kernels
+            cure = "Use a newer GPU"
+        else:
+            cure = f"Type {older}"
+        problems.append(
+            f"{count} x {name} (sm_{capability[0]}{capability[1]}): torch {torch.__version__} has no kernels for it, "
+            f"only {' '.join(built_for)}. {cure}"
+        )
+    return problems
+
+
+def missing_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
+    """Whether nothing of a torch build runs on a GPU.
+
+    A binary (sm_86) runs on its own major version from its minor version on, intermediate code (compute_80) on
+    everything that is newer. A name that ends in "a" is for that one architecture, in "f" for its family.
+    https://docs.nvidia.com/cuda/cuda-c-programming-guide/#binary-compatibility and #ptx-compatibility
+
+    Args:
+        capability: (major, minor), as torch.cuda.get_device_capability gives it.
+        arch_list: as torch.cuda.get_arch_list gives it.
+    """
+    for arch in arch_list:
+        built = _built_capability(arch)
+        if arch.endswith("a"):
+            runs = capability == built
+        elif arch.startswith("compute_") and not arch.endswith("f"):
+            runs = capability >= built
+        else:
+            runs = capability[0] == built[0] and capability[1] >= built[1]
+        if runs:
+            return False
+    return True
+
+
+def _built_capability(arch: str) -> tuple[int, int]:
+    """ "sm_75" -> (7, 5), "compute_120" -> (12, 0); (0, 0) for a name that says nothing."""
+    match = re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[af]?", arch)
+    return (int(match[1]), int(match[2])) if match else (0, 0)
+
+
+def _nvidia_gpu(devices: Path = Path("/dev")) -> bool:
+    """Whether the system shows an NVIDIA GPU. nvidia-smi alone is no proof: images have it without a GPU."""
+    if any(devices.glob("nvidia[0-9]*")):
+        return True
+    command = shutil.which("nvidia-smi")
+    if not command:
+        return False
+    try:
+        listed = subprocess.run([command, "-L"], capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return listed.returncode == 0 and "GPU 0" in listed.stdout
+
+
+def _why_no_cuda() -> str:
+    import torch
+
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().splitlines()[0].rstrip(".")
+    return "torch sees no device"
+
+
+def device_problems() -> list[str]:
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and world_size() == 1:
+        return [
+            f"{gpus} GPUs are visible, but one rank was started. "
+            f"Type deepspeed --num_gpus {gpus} --module training.trainer ..., or export CUDA_VISIBLE_DEVICES=0"
+        ]
+    return []

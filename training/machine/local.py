@@ -1,0 +1,87 @@
+"""This machine: its devices, free host memory and free disk."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from training.consts import GIB
+from training.errors import MachineError
+from training.files import free_bytes
+from training.machine.catalogue import PEAK_FLOPS, Machine, family_of
+
+
+def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machine:
+    """This machine's devices, with the host memory and the disk (of `folder`) that are free now. Imports torch.
+
+    Without a GPU the devices are `num_gpus` CPU ranks; two if not given, as in the demo. Of GPUs that differ the
+    smallest counts, as ZeRO deals evenly. Raises MachineError for more GPUs than there are.
+    """
+    import torch
+
+    host, disk = free_host_gib(), free_disk_gib(folder)
+    if not torch.cuda.is_available():
+        return Machine(
+            "this machine", "cpu", "CPU", 2 if num_gpus is None else num_gpus, 0.0, 0.0, "none", host, disk
+        )
+    devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    if num_gpus and num_gpus > len(devices):
+        raise MachineError(f"--num-gpus {num_gpus}: this machine has {len(devices)}")
+    smallest = min(devices, key=lambda device: device.total_memory)
+    family = family_of(smallest.name, has_bf16=smallest.major >= 8)
+    return Machine(
+        name="this machine",
+        family=family,
+        gpu=smallest.name,
+        count=num_gpus or len(devices),
+        gpu_memory_gib=smallest.total_memory / GIB,
+        flops=next((peak for known, peak in PEAK_FLOPS.items() if known in smallest.name), PEAK_FLOPS["A10"]),
+        link=_link(family, smallest.name),
+        host_gib=host,
+        disk_gib=disk,
+    )
+
+
+def _link(family: str, device_name: str) -> str:
+    """By the form of the GPU; whether SXM boards are really connected by NVLink is not asked."""
+    links = {"h100": "nvlink4", "a100": "nvlink3", "v100": "nvlink2"}
+    connected = "PCI" not in device_name and any(n in device_name for n in ("H100", "H200", "A100", "V100"))
+    return links[family] if connected else "pcie"
+
+
+def free_disk_gib(folder: str | Path) -> float:
+    """Free space of the disk on which `folder` lies, or would; endless where the disk cannot tell."""
+    free = free_bytes(Path(folder).expanduser())
+    return math.inf if free is None else free / GIB
+
+
+def free_host_gib(cgroups: str | Path = "/sys/fs/cgroup") -> float:
+    """Host memory that is available: of the machine, or of this container if its limit leaves less.
+
+    The system's own figure, which psutil reads, is the whole host's even within a container.
+    """
+    import psutil
+
+    free = psutil.virtual_memory().available
+    for limit_file, used_file in (  # cgroups version 2, then 1
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            limit = int((Path(cgroups) / limit_file).read_text())
+            used = int((Path(cgroups) / used_file).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+        free = min(free, max(limit - used + _file_cache(Path(cgroups) / limit_file), 0))
+        break
+    return free / GIB
+
+
+def _file_cache(limit_file: Path) -> int:
+    """Bytes of a container's usage that are cached files, which the system takes back when they are needed."""
+    try:
+        lines = (limit_file.parent / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    figures = dict(line.split() for line in lines if len(line.split()) == 2)
+    return int(figures.get("total_inactive_file", figures.get("inactive_file", 0)))

@@ -1,0 +1,1 @@
+"""Tokenizer, model, packed attention, loss, answers."""

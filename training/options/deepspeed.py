@@ -1,0 +1,88 @@
+"""The DeepSpeed JSON: read once, and what it says about precision and memory."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import OptionsError
+
+
+def read_deepspeed_json(path: str) -> dict[str, Any]:
+    """The DeepSpeed configuration. Raises OptionsError where there is no such file or no JSON object in it."""
+    try:
+        if Path(path).exists() and not Path(path).is_file():  # to read a pipe may wait for ever
+            raise OSError(0, "Is a folder, a pipe or a device, no file")
+        config = json.loads(Path(path).read_text(), object_pairs_hook=_no_key_twice)
+    except OSError as error:
+        shipped = (
+            ", ".join(sorted(str(file) for file in Path("config").glob("ds_*.json"))) or "config/ds_*.json"
+        )
+        raise OptionsError(
+            f"--deepspeed {path}: {error.strerror or error}. Shipped are: {shipped}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise OptionsError(f"--deepspeed {path}: broken JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise OptionsError(f"--deepspeed {path}: expected a JSON object, found a {type(config).__name__}")
+    return config
+
+
+def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    keys = [key for key, _ in pairs]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise ValueError(f"{key!r} stands twice")
+    return dict(pairs)
+
+
+def json_enables(config: dict[str, Any], precision: str) -> bool | None:
+    """What the DeepSpeed JSON says of a precision: True, False, or None where it leaves it open."""
+    section = config.get(precision)
+    value = section.get("enabled") if isinstance(section, dict) else None
+    return value if isinstance(value, bool) else None
+
+
+def offloads_optimizer(config: dict[str, Any]) -> bool:
+    """Whether the DeepSpeed configuration keeps the optimizer in host memory."""
+    zero = config.get("zero_optimization")
+    return isinstance(zero, dict) and bool(zero.get("offload_optimizer"))
+
+
+@dataclass(frozen=True)
+class Zero:
+    """What a DeepSpeed configuration says about memory. Stage 0 is training without DeepSpeed.
+
+    `live_parameters`, `sub_group` and `bucket` count parameters; a bucket of 0 is transformers' "auto": width^2.
+    """
+
+    stage: int = 0
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    pinned: bool = False
+    live_parameters: float = 1e9
+    sub_group: float = 1e9
+    bucket: float = 0
+
+
+def read_zero(config: dict[str, Any]) -> Zero:
+    """The memory settings of a DeepSpeed configuration; what it leaves open are the defaults of DeepSpeed 0.19
+    (runtime/zero/config.py)."""
+    zero = config.get("zero_optimization", {})
+    optimizer, parameters = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
+
+    def number(key: str, default: float) -> float:
+        value = zero.get(key, default)
+        return default if value == "auto" else float(value)
+
+    return Zero(
+        stage=int(zero.get("stage", 0)),
+        offload_optimizer=optimizer.get("device", "none") != "none",
+        offload_parameters=parameters.get("device", "none") != "none",
+        pinned=bool(optimizer.get("pin_memory", False)),
+        live_parameters=number("stage3_max_live_parameters", 1e9),
+        sub_group=number("sub_group_size", 1e9),
+        bucket=number("reduce_bucket_size", 0),
+    )

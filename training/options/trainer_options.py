@@ -1,0 +1,317 @@
+"""Every option of the trainer once: name, default, unit, help."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import MISSING, dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import click
+
+from training.consts import (
+    DEFAULT_INPUT_MODEL,
+    DEFAULT_LEARNING_RATE,
+    DEFAULT_SEED,
+    DEFAULT_TEST_SIZE,
+    DEFAULT_TRAINING_DATASET,
+    DEMO,
+    SAMPLE_TOKENS,
+)
+from training.errors import OptionsError
+from training.options.deepspeed import json_enables, read_deepspeed_json
+
+# Beyond these a number is a slip of the keyboard; 10,000 steps an hour for ten years are fewer.
+MOST_EPOCHS, MOST_STEPS = 10_000, 10**9
+MOST_ROWS = 1024  # at once, and batches in a step: together a million rows a device
+SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+def _option(default: Any, group: str, help: str, **click_settings: Any) -> Any:
+    return field(default=default, metadata={"group": group, "help": help, **click_settings})
+
+
+class AutoOrCount(click.ParamType):
+    """ "auto", or a number of at least one."""
+
+    name = "auto or a number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        return value if value == "auto" else click.IntRange(1).convert(value, param, ctx)
+
+
+@dataclass(kw_only=True)
+class TrainingOptions:
+    """The options of `training.trainer`, one field an option. The command line is made from these fields."""
+
+    input_model: str = _option(
+        DEFAULT_INPUT_MODEL,
+        "Model and data",
+        f"Base model: a name on the Hub, a local folder, or '{DEMO}'.",
+        metavar="MODEL",
+    )
+    training_dataset: str = _option(
+        DEFAULT_TRAINING_DATASET,
+        "Model and data",
+        f"A name on the Hub, a .json, .jsonl, .csv or .parquet file, or '{DEMO}'.",
+        metavar="DATASET",
+    )
+    max_length: int | None = _option(
+        None,
+        "Model and data",
+        "Longest row, in tokens.  [default: what the model can hold]",
+        type=click.IntRange(8),
+        metavar="TOKENS",
+    )
+    keep_truncated: bool = _option(
+        False,
+        "Model and data",
+        "Keep rows whose response is cut at --max-length. They teach the model not to stop.",
+    )
+    max_dropped_fraction: float = _option(
+        0.1,
+        "Model and data",
+        "Stop when more than this share of the rows is unusable.",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+    )
+    test_size: int = _option(
+        DEFAULT_TEST_SIZE,
+        "Model and data",
+        "Rows held out for the held-out loss.",
+        type=click.IntRange(1),
+        metavar="ROWS",
+    )
+    seed: int = _option(
+        DEFAULT_SEED,
+        "Model and data",
+        "Seed of the split, the order and the new rows.",
+        type=click.IntRange(0, 2**32 - 1),
+        metavar="NUMBER",
+    )
+    trust_remote_code: bool = _option(
+        False,
+        "Model and data",
+        "Run Python code that the model's repository brings. Off unless you trust it.",
+    )
+
+    epochs: float = _option(
+        3.0,
+        "Training",
+        "Times to go through the rows.",
+        type=click.FloatRange(0, MOST_EPOCHS, min_open=True),
+        metavar="EPOCHS",
+    )
+    max_steps: int | None = _option(
+        None,
+        "Training",
+        "Stop after this many optimizer steps, whatever --epochs says.",
+        type=click.IntRange(1, MOST_STEPS),
+        metavar="STEPS",
+    )
+    lr: float = _option(
+        DEFAULT_LEARNING_RATE,
+        "Training",
+        "Learning rate of AdamW.",
+        type=click.FloatRange(0, min_open=True),
+        metavar="RATE",
+    )
+    lr_scheduler_type: str = _option(
+        "constant", "Training", "How the rate moves. Dolly's is constant.", type=click.Choice(SCHEDULES)
+    )
+    warmup_steps: int = _option(
+        0, "Training", "Steps in which the rate rises to --lr.", type=click.IntRange(0), metavar="STEPS"
+    )
+    weight_decay: float = _option(
+        0.0, "Training", "Weight decay of AdamW.", type=click.FloatRange(0), metavar="DECAY"
+    )
+    per_device_train_batch_size: int = _option(
+        8, "Training", "Rows a device computes at once.", type=click.IntRange(1, MOST_ROWS), metavar="ROWS"
+    )
+    per_device_eval_batch_size: int = _option(
+        8,
+        "Training",
+        "Held-out rows a device computes at once.",
+        type=click.IntRange(1, MOST_ROWS),
+        metavar="ROWS",
+    )
+    batching: str = _option(
+        "packed",
+        "Training",
+        "packed: real tokens only, dealt evenly to the devices; padded: Dolly's way. The gradients are the same.",
+        type=click.Choice(("packed", "padded")),
+    )
+    max_tokens_per_device: int | str = _option(
+        "auto",
+        "Training",
+        "Split a device's packed rows into parts of at most this many tokens. auto: only if they do not fit whole.",
+        type=AutoOrCount(),
+        metavar="auto|TOKENS",
+    )
+    gradient_accumulation_steps: int = _option(
+        1,
+        "Training",
+        "Batches a device computes before each optimizer step.",
+        type=click.IntRange(1, MOST_ROWS),
+        metavar="BATCHES",
+    )
+    gradient_checkpointing: str = _option(
+        "auto",
+        "Training",
+        "Recompute activations in the backward pass: less memory, a third more work. auto: only where memory is "
+        "short without it. Without a value: on.",
+        type=click.Choice(("auto", "on", "off")),
+        is_flag=False,
+        flag_value="on",
+    )
+
+    bf16: bool | None = _option(
+        None,
+        "Precision and devices",
+        "Train in bfloat16.  [default: what --deepspeed says, else what the device can]",
+    )
+    fp16: bool | None = _option(
+        None, "Precision and devices", "Train in float16, for GPUs without bfloat16 (V100)."
+    )
+    deepspeed: str | None = _option(
+        None,
+        "Precision and devices",
+        "DeepSpeed JSON; config/ has one for each GPU family.",
+        is_flag=False,
+        flag_value="",
+        metavar="FILE",
+    )
+    deepspeed_config: str | None = _option(
+        None, "Precision and devices", "The same, as Spark's launcher writes it.", metavar="FILE"
+    )
+    local_rank: int = _option(
+        -1,
+        "Precision and devices",
+        "Written by the launcher; the environment is what counts.",
+        flag="--local_rank",
+        metavar="RANK",
+    )
+
+    rank_timeout: int = _option(
+        1800,
+        "Precision and devices",
+        "Seconds that a rank waits for the others before the run ends.",
+        type=click.IntRange(10),
+        metavar="SECONDS",
+    )
+
+    local_output_dir: str = _option(
+        MISSING,
+        "Output",
+        "Folder for model, checkpoints and logs, on a local disk: new, or with --resume that of a run.",
+        required=True,
+        metavar="FOLDER",
+    )
+    dbfs_output_dir: str | None = _option(
+        None,
+        "Output",
+        "Where the finished model is copied: DBFS, a Volume, any folder, or a URL such as s3://bucket/folder.",
+        metavar="TARGET",
+    )
+    logging_steps: int = _option(
+        10, "Output", "Steps between two lines of the log.", type=click.IntRange(1), metavar="STEPS"
+    )
+    eval_steps: int = _option(
+        100,
+        "Output",
+        "Steps between two measurements of the held-out loss.",
+        type=click.IntRange(1),
+        metavar="STEPS",
+    )
+    sample_prompts: str | None = _option(
+        None,
+        "Output",
+        "Instructions that the model answers as it trains, before the first step and at the last one as well: a .txt "
+        "file with one a line, or a .json or .jsonl file with instruction and input. The answers are greedy, and at "
+        f"most {SAMPLE_TOKENS} tokens long.",
+        metavar="FILE",
+    )
+    sample_every: str | None = _option(
+        None,
+        "Output",
+        "Steps (100) or epochs (1epoch, 0.5epochs) between two rounds of answers to --sample-prompts.  "
+        "[default: 1epoch]",
+        metavar="STEPS|EPOCHS",
+    )
+    save_steps: int = _option(
+        200, "Output", "Steps between two checkpoints.", type=click.IntRange(1), metavar="STEPS"
+    )
+    save_total_limit: int = _option(
+        2, "Output", "Checkpoints to keep.", type=click.IntRange(1), metavar="CHECKPOINTS"
+    )
+    resume: str = _option(
+        "never",
+        "Output",
+        "never: a new run. auto: go on from the newest whole checkpoint in --local-output-dir, if there is one. "
+        "Or a checkpoint's folder.",
+        metavar="never|auto|FOLDER",
+    )
+    force: bool = _option(
+        False,
+        "Output",
+        "Train though the plan says that it does not fit, or with --resume though the options differ from the run's.",
+    )
+    final_model: str = _option(
+        "last",
+        "Output",
+        "Which checkpoint becomes the model: the last, or the best by held-out loss.",
+        type=click.Choice(("last", "best")),
+    )
+    max_shard_size: str = _option(
+        "5GB", "Output", "Largest weight file of the finished model, as in 5GB or 500MB.", metavar="SIZE"
+    )
+
+    mlflow: bool = _option(
+        False, "MLflow", "Log parameters, figures and the finished model to the active tracking URI."
+    )
+    mlflow_model_name: str | None = _option(
+        None,
+        "MLflow",
+        "Register the finished model under this name, catalog.schema.model for Unity Catalog. Implies --mlflow.",
+        metavar="NAME",
+    )
+
+    @property
+    def deepspeed_json(self) -> str | None:
+        """The DeepSpeed file, by whichever of the two options it came."""
+        return self.deepspeed or self.deepspeed_config or None
+
+    @property
+    def logs_to_mlflow(self) -> bool:
+        return self.mlflow or self.mlflow_model_name is not None
+
+
+def precision_of(options: TrainingOptions) -> str:
+    """ "bf16", "fp16" or "fp32": the options first, then the DeepSpeed JSON, then what the device does best."""
+    for name in ("bf16", "fp16"):
+        if getattr(options, name):
+            return name
+    config = read_deepspeed_json(options.deepspeed_json) if options.deepspeed_json else {}
+    for name in ("bf16", "fp16"):
+        if json_enables(config, name) and getattr(options, name) is None:
+            return name
+    if options.bf16 is False or options.fp16 is False or options.deepspeed_json:
+        return "fp32"
+    import torch
+
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def steps_between_samples(options: TrainingOptions, steps_per_epoch: int) -> Fraction:
+    """`--sample-every` in steps, which need not be whole. Raises OptionsError where it is neither steps nor epochs."""
+    every = options.sample_every or "1epoch"
+    epochs = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9}) ?epochs?", every)
+    steps = re.fullmatch(r"[0-9]{1,9}", every)
+    number = Fraction(epochs.group(1) if epochs else every) if epochs or steps else Fraction(0)
+    if not number:
+        raise OptionsError(
+            f"--sample-every {every}: expected steps, such as 100, or epochs, such as 1epoch or 0.5epochs"
+        )
+    return number * steps_per_epoch if epochs else number

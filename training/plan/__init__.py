@@ -1,0 +1,1 @@
+"""Does a run fit, how long does it take, what does it cost."""

@@ -1,0 +1,270 @@
+"""Does a run fit on a machine: the plan, what is short, the nearest change that makes it fit, and what to type."""
+
+from __future__ import annotations
+
+import math
+import shlex
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from training.consts import GIB
+from training.machine.catalogue import GPUS, Machine
+from training.options.command_line import option_words
+from training.options.trainer_options import TrainingOptions
+from training.plan.epoch import Lengths, Load, epoch_load
+from training.plan.memory import (
+    CPU_PROCESS_GIB,
+    auto_gradient_checkpointing,
+    auto_max_tokens_per_device,
+    device_memory,
+    disk,
+    host_memory,
+    peak_activation_bytes,
+)
+from training.plan.model_shape import ModelFacts
+from training.plan.presets import PRESETS, rows_and_accumulation
+from training.plan.settings import Settings, settings_of
+from training.plan.timing import CPU_RANGE, GPU_RANGE, CpuRates, cpu_rates, hours_of, step_seconds
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run on a machine, in numbers.
+
+    Attributes:
+        settings: with `checkpointing` (bool) and `max_tokens` (int or None) decided.
+        gpu_memory_gib: of one device by part. On a CPU machine it is host memory, counted there as well.
+        activations_gib: activations and logits "with checkpointing" and "without checkpointing".
+        host_memory_gib: "loading" and "training".
+        disk_gib: by part.
+        step_seconds: of one optimizer step by part.
+        hours_per_epoch: "low", "expected", "high".
+        steps, hours: of the whole run; the latter as those of an epoch.
+        shortages: kind ("GPU memory", "host memory", "disk") to a sentence; empty if it fits.
+        changes: for each kind the nearest change that makes it fit.
+        command: what to type for this run.
+    """
+
+    model: ModelFacts
+    machine: Machine
+    settings: Settings
+    load: Load
+    gpu_memory_gib: dict[str, float]
+    activations_gib: dict[str, float]
+    host_memory_gib: dict[str, float]
+    disk_gib: dict[str, float]
+    step_seconds: dict[str, float]
+    hours_per_epoch: dict[str, float]
+    steps: int
+    hours: dict[str, float]
+    shortages: dict[str, str]
+    changes: dict[str, str]
+    command: str
+
+    @property
+    def fits(self) -> bool:
+        return not self.shortages
+
+    @property
+    def problems(self) -> list[str]:
+        """What is short, by how much, and the nearest change that makes it fit; empty if it fits."""
+        return [f"{sentence}. {self.changes[kind]}" for kind, sentence in self.shortages.items()]
+
+
+def plan_run(
+    options: TrainingOptions,
+    world_size: int,
+    lengths: Lengths,
+    model: ModelFacts,
+    machine: Machine,
+    rates: CpuRates | None = None,
+) -> Plan:
+    """Weighs a run of `world_size` ranks against a machine, or several of its kind where it has fewer devices.
+
+    `options.gradient_checkpointing` may be "auto", "on", "off" or a bool, `options.max_tokens_per_device` "auto",
+    None or a number; the plan's settings have them decided. `rates` of a CPU machine are measured if not given.
+
+    Raises OptionsError for an unreadable DeepSpeed file.
+    """
+    if machine.is_cpu and rates is None:
+        rates = cpu_rates(model.width, settings_of(options, world_size, machine.family).precision, world_size)
+    plan = _weigh(options, world_size, lengths, model, machine, rates)
+    if plan.fits:
+        return plan
+    return replace(plan, changes=_nearest_changes(plan, options, world_size, lengths, rates))
+
+
+def _weigh(
+    options: TrainingOptions,
+    ranks: int,
+    lengths: Lengths,
+    model: ModelFacts,
+    machine: Machine,
+    rates: CpuRates | None,
+) -> Plan:
+    settings = settings_of(options, ranks, machine.family)
+    load, share, cpu = epoch_load(lengths, settings), lengths.response_share, machine.is_cpu
+    local = min(ranks, machine.count)
+    host = host_memory(model, settings, local, cpu)
+    # Ranks on a CPU share the host's memory among them, and with what saving takes.
+    saving = host["training"] - local * CPU_PROCESS_GIB
+    room = (machine.host_gib - saving) / local if cpu else machine.gpu_memory_gib
+    if settings.checkpointing == "auto":
+        decided = auto_gradient_checkpointing(model, settings, load, share, room, cpu)
+        settings = replace(settings, checkpointing=decided)
+    if settings.max_tokens == "auto":
+        budget = auto_max_tokens_per_device(model, settings, load, share, room, cpu)
+        settings = replace(settings, max_tokens=budget)
+    gpu = device_memory(model, settings, load, share, cpu)
+    activations = {
+        f"{word} checkpointing": sum(peak_activation_bytes(model, settings, load, share, word == "with"))
+        / GIB
+        for word in ("with", "without")
+    }
+    if cpu:
+        host["training"] += local * (sum(gpu.values()) - CPU_PROCESS_GIB)
+    steps = settings.max_steps or math.ceil(settings.epochs * load.steps)
+    stored = disk(model, settings, steps)
+    seconds = step_seconds(model, machine, settings, load, share, rates)
+    spread = CPU_RANGE if cpu else GPU_RANGE
+    epoch, run = (
+        {"low": hours / spread, "expected": hours, "high": hours * spread}
+        for hours in (hours_of(model, settings, load, seconds, count) for count in (load.steps, steps))
+    )
+    return Plan(
+        model=model,
+        machine=machine,
+        settings=settings,
+        load=load,
+        gpu_memory_gib=gpu,
+        activations_gib=activations,
+        host_memory_gib=host,
+        disk_gib=stored,
+        step_seconds=seconds,
+        hours_per_epoch=epoch,
+        steps=steps,
+        hours=run,
+        shortages=_shortages(machine, sum(gpu.values()), host, sum(stored.values())),
+        changes={},
+        command=command(options, settings),
+    )
+
+
+def _shortages(
+    machine: Machine, gpu_gib: float, host_gib: dict[str, float], disk_gib: float
+) -> dict[str, str]:
+    """What the machine lacks, each with the numbers. A CPU rank has no memory of its own."""
+    short = {}
+    if not machine.is_cpu and gpu_gib > machine.gpu_memory_gib:
+        short["GPU memory"] = (
+            f"GPU memory: {gpu_gib:.1f} GiB are needed on each {machine.gpu}, "
+            f"{gpu_gib - machine.gpu_memory_gib:.1f} more than its {machine.gpu_memory_gib:.1f}"
+        )
+    when = max(host_gib, key=lambda key: host_gib[key])
+    if host_gib[when] > machine.host_gib:
+        short["host memory"] = (
+            f"host memory: {host_gib[when]:.1f} GiB are needed while {when}, "
+            f"{host_gib[when] - machine.host_gib:.1f} more than the {machine.host_gib:.1f} of {machine.name}"
+        )
+    if disk_gib > machine.disk_gib:
+        short["disk"] = (
+            f"disk: {disk_gib:.1f} GiB are needed for checkpoints, model and cache, "
+            f"{disk_gib - machine.disk_gib:.1f} more than the {machine.disk_gib:.1f} of {machine.name}"
+        )
+    return short
+
+
+def _nearest_changes(
+    failed: Plan, options: TrainingOptions, ranks: int, lengths: Lengths, rates: CpuRates | None
+) -> dict[str, str]:
+    """For each shortage the first change that ends it and makes no other: options before other machines."""
+    tried = [
+        (advice, _weigh(changed, count, lengths, failed.model, machine, rates))
+        for advice, changed, count, machine in _candidates(failed, options, ranks)
+    ]
+    room = {
+        "GPU memory": f"Nothing near it fits: {failed.model.name} needs more GPUs or larger ones",
+        "host memory": f"A machine with {math.ceil(max(failed.host_memory_gib.values()))} GiB of free host "
+        "memory would do",
+        "disk": f"Name a folder on a disk with {math.ceil(sum(failed.disk_gib.values()))} GiB free: "
+        "--local-output-dir FOLDER",
+    }
+    for kind in failed.shortages:
+        for advice, plan in tried:
+            if kind not in plan.shortages and plan.shortages.keys() <= failed.shortages.keys():
+                room[kind] = advice
+                break
+    return {kind: room[kind] for kind in failed.shortages}
+
+
+def _candidates(
+    failed: Plan, options: TrainingOptions, ranks: int
+) -> list[tuple[str, TrainingOptions, int, Machine]]:
+    """(advice, options, ranks, machine), the smallest change first."""
+    settings, machine = failed.settings, failed.machine
+    found: list[tuple[str, TrainingOptions, int, Machine]] = []
+
+    def add(
+        changed: dict[str, Any], count: int = ranks, elsewhere: Machine = machine, where: str = ""
+    ) -> None:
+        words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
+        advice = f"It fits on {where}{' with ' if words else ''}{words}" if where else f"Type {words}"
+        found.append((advice, replace(options, **changed), count, elsewhere))
+
+    saving: dict[str, Any] = {} if settings.checkpointing else {"gradient_checkpointing": "on"}
+    if saving:
+        add(saving)
+    if settings.packed and settings.max_tokens is None:
+        budget = auto_max_tokens_per_device(
+            failed.model,
+            replace(settings, checkpointing=True),
+            failed.load,
+            0.0,
+            machine.host_gib / ranks if machine.is_cpu else machine.gpu_memory_gib,
+            machine.is_cpu,
+        )
+        if budget:
+            add(saving | {"max_tokens_per_device": budget})
+    if settings.checkpoints > 1:
+        add({"save_total_limit": 1})
+    for rows in (2**i for i in reversed(range(6)) if 2**i < settings.rows):
+        steps = settings.accumulation * math.ceil(settings.rows / rows)
+        add({"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | saving)
+    preset = PRESETS[machine.family]
+    if settings.zero.stage == 0 and ranks > 1:
+        add({"deepspeed": preset.deepspeed})
+    if settings.zero.offload_optimizer and preset.deepspeed != options.deepspeed_json:
+        add({"deepspeed": preset.deepspeed})
+    offload = {"deepspeed": preset.offload} if preset.offload and not settings.zero.offload_optimizer else {}
+    if offload:
+        add(offload | saving)
+    if machine.is_cpu:
+        return found
+    for name, gpu in GPUS.items():
+        if gpu.family == machine.family and gpu.memory_gib > machine.gpu_memory_gib + 1:
+            larger = replace(machine, gpu=name, gpu_memory_gib=gpu.memory_gib)
+            add(saving, ranks, larger, f"{ranks} {name}")
+    for count in (2, 3, 4, 8, 16, 32):
+        if count > ranks:
+            rows, steps = rows_and_accumulation(settings.global_batch, count, options.batching)
+            spread = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | saving
+            more = replace(machine, count=count)
+            add(spread, count, more, f"{count} {machine.gpu}")
+            if offload:
+                add(offload | spread, count, more, f"{count} {machine.gpu}")
+    return found
+
+
+def command(options: TrainingOptions, settings: Settings) -> str:
+    """What to type for this run; options that are the trainer's defaults are left out."""
+    if options.deepspeed_json:
+        words = ["deepspeed", "--num_gpus", str(settings.ranks), "--module", "training.trainer"]
+    elif settings.ranks > 1:
+        words = ["torchrun", f"--nproc_per_node={settings.ranks}", "-m", "training.trainer"]
+    else:
+        words = ["python", "-m", "training.trainer"]
+    chosen = {option.name: getattr(options, option.name) for option in fields(TrainingOptions)}
+    chosen |= {"deepspeed": options.deepspeed_json, "deepspeed_config": None, "local_rank": -1}
+    defaults = {option.name: option.default for option in fields(TrainingOptions)}
+    words += option_words({name: value for name, value in chosen.items() if value != defaults[name]})
+    return shlex.join(words)

@@ -1,0 +1,89 @@
+"""Model shapes and row lengths by the names that the options give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.consts import DEFAULT_TRAINING_DATASET, DEMO
+from training.plan.epoch import Lengths, alpaca_lengths, lengths_of
+from training.plan.model_shape import BUILT_IN, ModelFacts, gptj_facts
+
+
+def model_facts(name: str) -> ModelFacts:
+    """Facts of a built-in model, the demo's, a folder with a config.json, or a model on the Hub (config only).
+
+    Only the last two import torch. Raises ModelError (training.model) for what cannot be found or is no causal
+    language model.
+    """
+    if name.lower() in BUILT_IN:
+        return BUILT_IN[name.lower()]
+    if name == DEMO:
+        from training.model.demo_model import SHAPE, VOCAB_SIZE
+
+        vocabulary = VOCAB_SIZE + 3  # the control tokens
+        return gptj_facts(
+            DEMO, SHAPE["n_layer"], SHAPE["n_embd"], SHAPE["n_head"], vocabulary, SHAPE["n_positions"]
+        )
+    return _facts_of_config(name)
+
+
+def _facts_of_config(name: str) -> ModelFacts:
+    """Facts by transformers: the config, and the parameters of a model without memory behind it."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.models.auto.auto_factory import _get_model_class
+
+    from training.machine.flops import model_parameters
+    from training.model.loading import load_config, max_positions
+
+    config = load_config(name)
+    with torch.device("meta"):
+        # Not by from_config: under ZeRO-3 it would ask all ranks to share the parameters, and one alone plans.
+        model = _get_model_class(config, AutoModelForCausalLM._model_mapping)(config)
+    text, folder = config.get_text_config(), Path(name)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    inner = next(
+        (
+            getattr(text, key)
+            for key in ("intermediate_size", "n_inner", "ffn_dim")
+            if getattr(text, key, None)
+        ),
+        4 * text.hidden_size,
+    )
+    files = (
+        [file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)] if folder.is_dir() else []
+    )
+    return ModelFacts(
+        name=name,
+        kind=config.model_type,
+        parameters=parameters,
+        layer_parameters=model_parameters(model)[0],
+        layers=text.num_hidden_layers,
+        width=text.hidden_size,
+        heads=text.num_attention_heads,
+        inner=inner,
+        vocabulary=model.get_input_embeddings().num_embeddings,
+        positions=max_positions(config),
+        file_bytes=sum(file.stat().st_size for file in files) or 2 * parameters,
+        downloaded=not folder.is_dir(),
+        gated=any("gate_proj" in part for part, _ in model.named_modules()),
+    )
+
+
+def dataset_lengths(dataset: str, model: ModelFacts) -> Lengths:
+    """Lengths of a dataset's rows: Alpaca's are built in, any other is tokenised with the model's tokenizer.
+
+    Raises DataError or ModelError (training.rows, training.model) where either cannot be loaded.
+    """
+    if dataset == DEFAULT_TRAINING_DATASET:
+        return alpaca_lengths()
+    import datasets
+    import transformers
+
+    from training.data.tokens import prepare_dataset
+    from training.model.tokenizer import load_tokenizer
+
+    datasets.disable_progress_bars()  # the answer is a table
+    transformers.utils.logging.disable_progress_bar()
+    rows, _ = prepare_dataset(dataset, load_tokenizer(model.name), model.positions)
+    return lengths_of(dataset, rows["length"][:], rows["response_start"][:])

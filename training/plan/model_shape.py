@@ -1,0 +1,113 @@
+"""A model's shape: what memory and time depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ModelFacts:
+    """What memory and time depend on.
+
+    Attributes:
+        kind: transformers' model_type; "gptj" has the attention and loss of attention.py and loss.py.
+        layer_parameters: of all layers and the last norm together, without embedding and head.
+        inner: width between the two matrices of the MLP; `gated` MLPs have three.
+        file_bytes: of the weight files as they are read.
+        downloaded: whether these files come over the network into the cache first.
+    """
+
+    name: str
+    kind: str
+    parameters: int
+    layer_parameters: int
+    layers: int
+    width: int
+    heads: int
+    inner: int
+    vocabulary: int
+    positions: int
+    file_bytes: int
+    downloaded: bool
+    gated: bool = False
+
+
+def gptj_facts(
+    name: str,
+    layers: int,
+    width: int,
+    heads: int,
+    vocabulary: int,
+    positions: int = 2048,
+    downloaded: bool = False,
+) -> ModelFacts:
+    """Facts of a GPT-J: per layer four square matrices, an MLP with biases, one layer norm; a head with bias.
+
+    GPT-J-6B: 28 x (4 x 4096^2 + 2 x 4096 x 16384 + 16384 + 3 x 4096) + 2 x 4096 + 2 x 50400 x 4096 + 50400
+    = 6,050,882,784 parameters. Its file on the Hub is float32.
+    """
+    inner = 4 * width
+    layer = 4 * width**2 + 2 * width * inner + inner + 3 * width
+    parameters = layers * layer + 2 * width + 2 * vocabulary * width + vocabulary
+    return ModelFacts(
+        name=name,
+        kind="gptj",
+        parameters=parameters,
+        layer_parameters=layers * layer + 2 * width,
+        layers=layers,
+        width=width,
+        heads=heads,
+        inner=inner,
+        vocabulary=vocabulary,
+        positions=positions,
+        file_bytes=4 * parameters,
+        downloaded=downloaded,
+    )
+
+
+def neox_facts(
+    name: str, layers: int, width: int, heads: int, vocabulary: int, downloaded: bool = False
+) -> ModelFacts:
+    """Facts of a GPT-NeoX (the Pythias): as GPT-J's, but with biases everywhere and two layer norms; the head has
+    none. Their files on the Hub are float16."""
+    inner = 4 * width
+    layer = 4 * width**2 + 4 * width + 2 * width * inner + inner + width + 4 * width
+    parameters = layers * layer + 2 * width + 2 * vocabulary * width
+    return ModelFacts(
+        name=name,
+        kind="gpt_neox",
+        parameters=parameters,
+        layer_parameters=layers * layer + 2 * width,
+        layers=layers,
+        width=width,
+        heads=heads,
+        inner=inner,
+        vocabulary=vocabulary,
+        positions=2048,
+        file_bytes=2 * parameters,
+        downloaded=downloaded,
+    )
+
+
+# (layers, width, heads, vocabulary), from the config.json of each on the Hub.
+_PYTHIAS = {
+    "70m": (6, 512, 8, 50304),
+    "160m": (12, 768, 12, 50304),
+    "410m": (24, 1024, 16, 50304),
+    "1b": (16, 2048, 8, 50304),
+    "1.4b": (24, 2048, 16, 50304),
+    "2.8b": (32, 2560, 32, 50304),
+    "6.9b": (32, 4096, 32, 50432),
+    "12b": (36, 5120, 40, 50688),
+}
+BUILT_IN = {
+    facts.name.lower(): facts
+    for facts in (
+        gptj_facts("EleutherAI/gpt-j-6B", 28, 4096, 16, 50400, downloaded=True),
+        *(
+            neox_facts(f"EleutherAI/pythia-{size}{suffix}", *shape, downloaded=True)
+            for size, shape in _PYTHIAS.items()
+            for suffix in ("", "-deduped")
+        ),
+    )
+}

@@ -1,0 +1,129 @@
+"""A plan as a table, as JSON, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from training.pictures import draw_memory
+from training.plan.fit import Plan
+
+
+def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
+    """The plan for programs; sizes in GiB, times in hours or seconds, as the keys say."""
+    settings, machine, load = plan.settings, plan.machine, plan.load
+    answer: dict[str, Any] = {
+        "fits": plan.fits,
+        "faults": plan.problems,
+        "command": plan.command,
+        "model": plan.model.name,
+        "parameters": plan.model.parameters,
+        "machine": machine.name,
+        "gpu": machine.gpu,
+        "num_gpus": settings.ranks,
+        "precision": settings.precision,
+        "batching": "packed" if settings.packed else "padded",
+        "gradient_checkpointing": settings.checkpointing,
+        "max_tokens_per_device": settings.max_tokens,
+        "global_batch_rows": settings.global_batch,
+        "gpu_memory_gib": plan.gpu_memory_gib
+        | {
+            "total": sum(plan.gpu_memory_gib.values()),
+            "available": None if machine.is_cpu else machine.gpu_memory_gib,
+        },
+        "activations_gib": plan.activations_gib,
+        "host_memory_gib": plan.host_memory_gib
+        | {"total": max(plan.host_memory_gib.values()), "available": machine.host_gib},
+        "disk_gib": plan.disk_gib | {"total": sum(plan.disk_gib.values()), "available": machine.disk_gib},
+        "steps_per_epoch": load.steps,
+        "real_tokens_per_epoch": load.real_tokens,
+        "computed_tokens_per_epoch": load.computed_tokens,
+        "paced_tokens_per_epoch": load.paced_tokens,
+        "step_seconds": plan.step_seconds,
+        "hours_per_epoch": plan.hours_per_epoch,
+        "steps": plan.steps,
+        "hours": plan.hours,
+    }
+    if price is not None:
+        answer["cost_per_epoch"] = {key: price * hours for key, hours in plan.hours_per_epoch.items()}
+        answer["cost"] = {key: price * hours for key, hours in plan.hours.items()}
+    return answer
+
+
+def as_table(plan: Plan, price: float | None) -> str:
+    """The plan for people."""
+    machine, settings, load = plan.machine, plan.settings, plan.load
+    device = "CPU rank" if machine.is_cpu else machine.gpu
+    total, seconds = sum(plan.gpu_memory_gib.values()), plan.step_seconds
+    split = f", at most {settings.max_tokens:,} tokens at once" if settings.max_tokens else ""
+    lines = [
+        f"{plan.model.name} ({_count(plan.model.parameters)} parameters) on {machine.name}: "
+        f"{settings.ranks} x {device}, {settings.precision}",
+        f"{settings.rows} rows a device x {settings.ranks} x {settings.accumulation} = {settings.global_batch} a step, "
+        f"{'packed' if settings.packed else 'padded'}, "
+        f"gradient checkpointing {'on' if settings.checkpointing else 'off'}{split}",
+        "",
+        f"memory of each {device}, GiB",
+        *(_line(name, value) for name, value in plan.gpu_memory_gib.items() if value),
+        _line("together", total, None if machine.is_cpu else machine.gpu_memory_gib),
+        "activations and logits, GiB",
+        *(_line(name, value) for name, value in plan.activations_gib.items()),
+        "host memory, GiB",
+        *(_line(name, value, machine.host_gib) for name, value in plan.host_memory_gib.items()),
+        "disk, GiB",
+        *(_line(name, value) for name, value in plan.disk_gib.items()),
+        _line("together", sum(plan.disk_gib.values()), machine.disk_gib),
+        "an epoch",
+        f"  {load.steps:,} steps of {sum(seconds.values()):.2f} s: "
+        + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value),
+        f"  {load.real_tokens:,} real tokens of {load.computed_tokens:,} computed "
+        f"({load.real_tokens / load.computed_tokens:.0%}); {load.real_tokens / load.paced_tokens:.0%} "
+        "of what the slowest device's pace allows",
+        _time_and_cost(plan.hours_per_epoch, price),
+    ]
+    if plan.steps != load.steps:
+        lines += [f"the whole run, {plan.steps:,} steps", _time_and_cost(plan.hours, price)]
+    lines.append("")
+    if plan.fits:
+        left = (
+            "" if machine.is_cpu else f", with {machine.gpu_memory_gib - total:.1f} GiB of each {device} left"
+        )
+        return "\n".join([*lines, f"FITS{left}", f"  {plan.command}"])
+    return "\n".join([*lines, "DOES NOT FIT", *(f"  {fault}" for fault in plan.problems)])
+
+
+def _line(name: str, value: float, available: float | None = None) -> str:
+    number = f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"  # enough to see a small model's parts
+    return f"  {name:<28}{number:>9}" + ("" if available is None else f"  of {available:,.1f}")
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} billion" if parameters >= 1e8 else f"{parameters / 1e6:.2f} million"
+
+
+def _time(hours: float) -> str:
+    if hours >= 2:
+        return f"{hours:,.1f} hours"
+    return f"{60 * hours:.0f} minutes" if hours >= 1 / 30 else f"{3600 * hours:.0f} seconds"
+
+
+def _time_and_cost(hours: dict[str, float], price: float | None) -> str:
+    line = f"  {_time(hours['expected'])}, between {_time(hours['low'])} and {_time(hours['high'])}"
+    if price is None:
+        return line
+    low, expected, high = (f"{price * hours[key]:,.2f}" for key in ("low", "expected", "high"))
+    return f"{line}; at {price:g} an hour it costs {expected}, between {low} and {high}"
+
+
+def draw(plan: Plan, file: Path) -> None:
+    """The memory of a device by part against its size, as an image file."""
+    settings, machine = plan.settings, plan.machine
+    draw_memory(
+        plan.gpu_memory_gib,
+        machine.gpu_memory_gib,
+        "CPU rank" if machine.is_cpu else machine.gpu,
+        f"{plan.model.name} on {machine.name}, {'packed' if settings.packed else 'padded'}, "
+        f"checkpointing {'on' if settings.checkpointing else 'off'}: "
+        f"{sum(plan.gpu_memory_gib.values()):.1f} GiB, {'fits' if plan.fits else 'does not fit'}",
+        file,
+    )

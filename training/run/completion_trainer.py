@@ -1,0 +1,364 @@
+"""transformers' Trainer with our batches, a loss per held-out token, the figures of a step, and whole checkpoints."""
+
+from __future__ import annotations
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from safetensors import SafetensorError
+from torch.utils.data import DataLoader
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from training.data.batching import GlobalBatchSampler, held_out_batches, micro_steps_needed
+from training.data.collator import count_labels, document_lengths, split_packed_batch
+from training.errors import TrainingError
+from training.files import free_bytes, size_in_words, write_json
+from training.machine.flops import model_flops, model_parameters
+from training.model.packing import Batching
+from training.model.verify import not_finite
+from training.run.ending import StopRequest, lost_peer
+from training.run.saving import save_model
+from training.run.step_guard import StepGuard
+from training.storage import checkpoint
+from training.tracking.progress import write
+
+
+class CompletionTrainer(Trainer):
+    """transformers' Trainer with our batches, a loss per held-out token, and the figures of a step.
+
+    Args:
+        batching: "packed", "padded", or "length" (padded, rows of a global batch dealt by length).
+        max_tokens: tokens a device computes at once; a larger packed batch is split. None: never.
+        peak_flops: floating point operations a second of one device, for the MFU.
+        max_shard_size: largest weight file of a checkpoint's model, as in "5GB".
+        keep_checkpoints: how many; the newest, and the best by held-out loss, are always kept.
+        request: tells that the process is asked to end.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        batching: Batching,
+        max_tokens: int | None,
+        peak_flops: float,
+        max_shard_size: str,
+        keep_checkpoints: int,
+        request: StopRequest,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        config = self.model.config.get_text_config()
+        self.parameters = model_parameters(self.model)
+        self.shape = config.hidden_size, config.num_hidden_layers
+        self.batching = batching
+        self.max_tokens = max_tokens
+        self.peak_flops = peak_flops
+        self.counter = StepCounter()
+        self.max_shard_size = max_shard_size
+        self.keep_checkpoints = keep_checkpoints
+        self.saved_bytes = 0  # of the last checkpoint
+        self.begin, self.seconds_before = time.monotonic(), 0.0
+        self.guard = StepGuard(self, request)
+        self.add_callback(self.guard)
+
+    def _get_train_sampler(self, train_dataset: datasets.Dataset | None = None) -> GlobalBatchSampler:
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        return GlobalBatchSampler(
+            rows["length"][:],
+            self.args.train_batch_size * self.args.world_size * self.args.gradient_accumulation_steps,
+            world_size=self.args.world_size,
+            rank=self.args.process_index,
+            accumulation=self.args.gradient_accumulation_steps,
+            seed=self.args.seed,
+            deal=self.batching,
+        )
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        rows = eval_dataset if eval_dataset is not None else self.eval_dataset
+        steps = held_out_batches(rows["length"][:], self.args.eval_batch_size, self.args.world_size)
+        return DataLoader(
+            rows,
+            batch_sampler=[ranks[self.args.process_index] for ranks in steps],
+            collate_fn=self.data_collator,
+            generator=torch.Generator(),  # else it draws from the one that dropout draws from
+        )
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Mean loss of the held-out response tokens, in nats.
+
+        transformers averages the means of batches, which moves with how the rows are batched.
+        """
+        model = self._wrap_model(self.model, training=False)
+        model.eval()
+        dtype = (
+            torch.float32 if self.args.device.type == "mps" else torch.float64
+        )  # a Mac's GPU has no float64
+        summed = torch.zeros(2, dtype=dtype, device=self.args.device)  # loss, tokens
+        for inputs in dataloader:
+            with torch.no_grad(), self.compute_loss_context_manager():
+                inputs = self._prepare_inputs(inputs)
+                tokens = count_labels(inputs)
+                loss = model(**inputs, num_items_in_batch=tokens.clamp(min=1)).loss
+            summed += torch.stack([loss.to(dtype) * tokens.clamp(min=1), tokens.to(dtype)])
+            self.callback_handler.on_prediction_step(self.args, self.state, self.control)
+        summed = self.accelerator.reduce(summed)
+        loss = (summed[0] / summed[1]).item()
+        if not math.isfinite(loss):
+            raise TrainingError(
+                f"step {self.state.global_step}: the held-out loss is NaN or infinite. Look at the held-out rows and at "
+                f"the base model; if they are sound, lower --lr. Nothing of this step is saved. {self._older()}"
+            )
+        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(self.eval_dataset))
+
+    def training_step(
+        self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
+    ) -> torch.Tensor:
+        """One forward and backward; or several, where the packed rows are more than `max_tokens`.
+
+        The parts add up to the same gradient. Ranks agree on their number, as ZeRO-3 needs all of them in every
+        forward, and only the last part ends the accumulation.
+        """
+        self.counter.add(inputs)
+        parts = self._parts(inputs)
+        last_of_batch = self.accelerator.sync_gradients
+        loss = torch.zeros((), device=self.args.device)
+        for number, part in enumerate(parts, start=1):
+            self.accelerator.gradient_state._set_sync_gradients(last_of_batch and number == len(parts))
+            loss = loss + super().training_step(model, part, num_items_in_batch)
+        self.guard.see(loss)
+        return loss
+
+    def _parts(self, inputs: Any) -> list[Any]:
+        if self.max_tokens is None:
+            return [inputs]
+        needed = torch.tensor(
+            micro_steps_needed(document_lengths(inputs["position_ids"]), self.max_tokens),
+            device=self.args.device,
+        )
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(needed, op=torch.distributed.ReduceOp.MAX)
+        return split_packed_batch(inputs, int(needed)) if needed > 1 else [inputs]
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds speed and use of the devices to what transformers logs of training. All ranks call it."""
+        if "loss" in logs:
+            sums, seconds = self.counter.take()
+            real, computed, labels, squares = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+            devices = self.args.world_size
+            flops = model_flops(*self.parameters, *self.shape, real, labels, squares)
+            logs["tokens_per_second"] = real / seconds
+            logs["tokens_per_second_per_device"] = real / seconds / devices
+            logs["real_token_share"] = real / max(computed, 1)
+            logs["mfu"] = flops / seconds / devices / self.peak_flops
+            logs["peak_memory_gib"] = peak_memory_gib()
+            if self.guard.overflows:
+                logs["fp16_overflows"] = self.guard.overflows
+        super().log(logs, start_time)
+
+    def seconds(self) -> float:
+        """Of training so far, those before a resume included."""
+        return self.seconds_before + time.monotonic() - self.begin
+
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        begin = time.perf_counter()
+        super()._maybe_log_save_evaluate(*args, **kwargs)
+        self.counter.skip(time.perf_counter() - begin)
+
+    # --- checkpoints ---------------------------------------------------------------------------------
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The checkpoint's model, as complete as the finished one. All ranks call it."""
+        folder = Path(output_dir or self.args.output_dir)
+        weights = self.accelerator.get_state_dict(self.model_wrapped)
+        main = self.is_world_process_zero()
+        self._agree(self._bad_weights(weights) if main else None)
+        if main:
+            model = self.accelerator.unwrap_model(self.model_wrapped)
+            save_model(model, weights, self.processing_class, folder, self.max_shard_size)
+            self.model_files = checkpoint.files_of(folder)
+        self.accelerator.wait_for_everyone()  # what the other ranks write into the folder is not the model's
+
+    def _bad_weights(self, weights: dict[str, torch.Tensor]) -> str | None:
+        bad = not_finite(weights)
+        if not bad:
+            return None
+        return (
+            f"step {self.state.global_step}: {len(bad)} tensors of the model hold NaN or infinite numbers, the first: "
+            f"{bad[0]}. Look at the base model; if it is sound, lower --lr. Nothing of this step is saved. "
+            f"{self._older()}"
+        )
+
+    def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
+        """Writes a checkpoint, completes it by its manifest, and only then removes older ones. All ranks call it."""
+        output, step = Path(self.args.output_dir), self.state.global_step
+        folder = output / f"checkpoint-{step}"
+        if checkpoint.read_manifest(folder) is not None:  # stopped again before the first new step
+            return
+        main = self.is_world_process_zero()
+        if main:
+            checkpoint.remove(folder)  # what a killed save left
+        self._agree(self._lacks_space(output) if main else None)
+        begin = time.monotonic()
+        with self._told(folder):
+            self._write_checkpoint(folder, model, trial)
+        if main:
+            seconds = time.monotonic() - begin
+            write(f"{folder} saved: {size_in_words(self.saved_bytes)} in {seconds:.1f} s")
+            checkpoint.rotate(output, self.keep_checkpoints)
+        self.accelerator.wait_for_everyone()
+
+    @contextmanager
+    def _told(self, folder: Path) -> Iterator[None]:
+        """Tells a failure to write in words. safetensors and torch.save have errors of their own for a full disk."""
+        try:
+            yield
+        except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, TrainingError) or lost_peer(error):
+                raise
+            why = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise TrainingError(
+                f"step {self.state.global_step}: {folder} could not be written ({why}); "
+                f"{size_in_words(free_bytes(folder.parent) or 0)} are free there. Make room. {self._older()}",
+                alone=True,
+            ) from error
+
+    def _write_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:
+        main, step = self.is_world_process_zero(), self.state.global_step
+        # The loss since the last line of the log, of each rank: the next line must not forget it.
+        summed = self.accelerator.gather(self._tr_loss.detach().reshape(1)).double().tolist()
+        super()._save_checkpoint(model, trial)
+        if main:
+            progress = {
+                "loss_sums": summed,
+                "logged_step": self._globalstep_last_logged,
+                "loss_total": self._total_loss_scalar,
+                "seconds": self.seconds(),
+                "batching": self.batching,
+            }
+            write_json(folder / checkpoint.PROGRESS_FILE, progress)
+        self.accelerator.wait_for_everyone()
+        names = checkpoint.files_of(folder)
+        mine = checkpoint.digests(
+            folder, names[self.args.process_index :: self.args.world_size], written_now=True
+        )
+        digests = [mine]
+        if self.args.world_size > 1:
+            digests = [{} for _ in range(self.args.world_size)]
+            torch.distributed.all_gather_object(digests, mine)
+        if main:
+            losses = {
+                entry["step"]: entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry
+            }
+            files = {name: each[name] for each in digests for name in each}
+            checkpoint.write_manifest(folder, losses.get(step), self.model_files, dict(sorted(files.items())))
+            self.saved_bytes = sum(file["size"] for file in files.values())
+
+    def _lacks_space(self, output: Path) -> str | None:
+        """Why the next checkpoint would not fit, or None."""
+        # 12 bytes a parameter for float32 weights and AdamW's two moments, and the gathered model again.
+        need = self.saved_bytes or 16 * sum(
+            getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()
+        )
+        free = free_bytes(output)
+        if free is None or free >= need:
+            return None
+        return (
+            f"step {self.state.global_step}: a checkpoint needs {size_in_words(need)}, and {size_in_words(free)} are free in {output}. "
+            f"Make room. {self._older()}"
+        )
+
+    def _older(self) -> str:
+        output = Path(self.args.output_dir)
+        complete = [folder for folder in checkpoint.checkpoints(output) if checkpoint.read_manifest(folder)]
+        if not complete:
+            return (
+                "No checkpoint has been written yet: type the same command with --resume auto to begin anew"
+            )
+        return f"{complete[-1].name} is good: type the same command with --resume auto to go on from it"
+
+    def _agree(self, fault: str | None) -> None:
+        """Raises TrainingError on every rank if rank 0 has a fault to tell."""
+        told = [fault]
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(told, src=0)
+        if told[0]:
+            raise TrainingError(str(told[0]))
+
+    def describe_bad_loss(self, rank: int, micro_step: int) -> str:
+        """Which rows made a loss that is no number: those of a rank's micro-step of the step just computed."""
+        done = self.state.global_step - 1
+        sampler = self._get_train_sampler()
+        per_epoch = -(-len(self.train_dataset) // sampler.effective_batch_size)
+        sampler.set_epoch(done // per_epoch)
+        batch = list(sampler.global_batches())[done % per_epoch]
+        # A rank with a token budget computes a share in several parts; which of them it was is not told.
+        share = sampler.micro_batches(batch)[min(micro_step, self.args.gradient_accumulation_steps - 1)][rank]
+        rows = sorted(self.train_dataset["row"][row] for row in share)
+        return (
+            f"step {self.state.global_step}: the loss of rank {rank} is NaN or infinite. It was computing rows "
+            f"{', '.join(map(str, rows))} of the dataset. Look at them; if they are sound, lower --lr. "
+            f"Nothing of this step is saved. {self._older()}"
+        )
+
+
+class StepCounter:
+    """What this rank computed since the last line of the log, kept on the device so that no step waits for it."""
+
+    def __init__(self) -> None:
+        self.sums: torch.Tensor | None = None
+        self.begin = time.perf_counter()
+        self.started = False
+
+    def add(self, batch: dict[str, torch.Tensor]) -> None:
+        """Counts a batch: real tokens, computed tokens, labels, and the squared lengths of its rows.
+
+        The first one starts the clock: before it the run was loading, measuring and answering.
+        """
+        if not self.started:
+            self.started, self.begin = True, time.perf_counter()
+        ids = batch["input_ids"]
+        if "position_ids" in batch:  # packed: the odd numbers up to 2n - 1 add up to n squared
+            real = torch.tensor(ids.numel(), device=ids.device)
+            squares = (2 * batch["position_ids"] + 1).sum()
+        else:
+            lengths = batch["attention_mask"].sum(dim=1)
+            real, squares = lengths.sum(), (lengths**2).sum()
+        counts = torch.stack(
+            [real, torch.tensor(ids.numel(), device=ids.device), count_labels(batch), squares]
+        )
+        self.sums = counts if self.sums is None else self.sums + counts
+
+    def skip(self, seconds: float) -> None:
+        """Leaves time out of the speed: that of an evaluation or a save."""
+        self.begin += seconds
+
+    def take(self) -> tuple[torch.Tensor, float]:
+        """(the four sums `(4,)` int64, seconds) since the last call."""
+        now = time.perf_counter()
+        sums, seconds = self.sums, now - self.begin
+        self.sums, self.begin = None, now
+        return (torch.zeros(4, dtype=torch.int64) if sums is None else sums), seconds
+
+
+def peak_memory_gib() -> float:
+    """The most memory that this process held so far: of its GPU, or of the host where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on a Mac
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)

@@ -1,0 +1,174 @@
+"""Makes a checkpoint's model the run's: placed, verified, described, published."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from training.consts import DEMO, SAMPLE_INSTRUCTIONS
+from training.data.ledger import Ledger
+from training.data.prompt import END_KEY
+from training.errors import ModelError, TrainingError
+from training.model.verify import verify_model
+from training.options.trainer_options import TrainingOptions
+from training.storage import checkpoint
+from training.storage.checkpoint import read_manifest
+from training.storage.copy import publish
+from training.storage.record import write_run_record
+from training.tracking.mlflow_model import log_or_tell
+from training.tracking.progress import duration
+
+logger = logging.getLogger(__name__)
+
+LICENCES = {
+    "EleutherAI/gpt-j-6B": "apache-2.0",
+    "EleutherAI/gpt-j-6b": "apache-2.0",
+    "tatsu-lab/alpaca": "cc-by-nc-4.0",
+    "databricks/databricks-dolly-15k": "cc-by-sa-3.0",
+    DEMO: "apache-2.0",
+}
+ENGLISH = ("tatsu-lab/alpaca", "databricks/databricks-dolly-15k", DEMO)  # data whose language is known
+
+
+def place_model(checkpoint: Path, output: Path) -> None:
+    """Makes a checkpoint's model that of the output folder: the weights as links, which cost no disk, where they can be made."""
+    manifest = read_manifest(checkpoint)
+    assert manifest is not None, f"{checkpoint} is not complete"
+    for old in output.glob("*.safetensors*"):  # of an earlier end of this run, perhaps in more shards
+        old.unlink()
+    for name in manifest["model"]:
+        (output / name).unlink(missing_ok=True)
+        try:
+            if not name.endswith(".safetensors"):  # what a person may edit is a file of its own
+                raise OSError
+            os.link(checkpoint / name, output / name)
+        except OSError:
+            shutil.copyfile(checkpoint / name, output / name)
+
+
+def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> None:
+    """README.md of the model folder: base, data, licences, options, losses, ledger."""
+    options = record["options"]
+    base, dataset = options["input_model"], options["training_dataset"]
+    base_licence = LICENCES.get(base, "unknown")
+    data_licence = LICENCES.get(dataset, "unknown")
+    data = ModelCardData(
+        language="en" if dataset in ENGLISH else None,
+        license=data_licence if data_licence == base_licence else "other",
+        base_model=base if "/" in base and not Path(base).exists() else None,
+        datasets=[dataset] if "/" in dataset and not Path(dataset).exists() else None,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+    )
+    losses = record["held_out_loss"]
+    limit = (
+        "Whoever uses it is bound by both. Alpaca's forbids commercial use: this model is for research."
+        if "-nc-" in data_licence
+        else "Whoever uses it is bound by both."
+    )
+    changed = "\n".join(f"| `{key}` | `{value}` |" for key, value in options.items())
+    content = f"""---
+{data.to_yaml()}
+---
+# {folder.name}
+
+`{base}` (licence: {base_licence}) fine-tuned to follow instructions on `{dataset}` (licence: {data_licence}),
+with the recipe of Databricks' first Dolly. {limit}
+
+Held-out loss, nats a response token: {losses["before"]:.4f} before training, **{losses["after"]:.4f}** after
+{record["steps"]:,} steps on {record["world_size"]} devices in {record["precision"]}.
+
+```python
+from transformers import pipeline
+
+ask = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
+print(ask([{{"role": "user", "content": {json.dumps(SAMPLE_INSTRUCTIONS[0])}}}])[0]["generated_text"][-1]["content"])
+```
+
+It answers one instruction at a time, stops at `{END_KEY}`, and like its base it invents facts.
+
+## Data
+
+```
+{ledger}
+```
+
+## Options
+
+| option | value |
+|---|---|
+{changed}
+"""
+    ModelCard(content).save(folder / "README.md")
+
+
+def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], last: Path) -> dict[str, Any]:
+    """Makes the last or the best checkpoint's model the run's, verifies, describes and publishes it. Rank 0 alone.
+
+    It reads files only, so it can be done again by a later command if this one is killed.
+    """
+    output = Path(options.local_output_dir).expanduser()
+    chosen = (checkpoint.best(output) or last) if options.final_model == "best" else last
+    problems = checkpoint.problems_of(chosen, model_only=True)
+    if problems:
+        raise TrainingError(
+            f"its last step: the model in {chosen} cannot be used, because {problems[0]}. Remove that folder, and type the "
+            "same command with --resume auto"
+        )
+    record |= _outcome(chosen, last)
+    try:
+        place_model(chosen, output)
+        verify_model(output, options.trust_remote_code)
+        shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
+        write_model_card(output, record, ledger)
+        write_run_record(output, record)
+    except OSError as error:
+        raise TrainingError(
+            f"its last step: the model of {chosen} could not be placed in {output} ({error}). Make room, and type the "
+            "same command with --resume auto"
+        ) from error
+    except ModelError as error:
+        raise TrainingError(f"its last step, {checkpoint.step_of(last)}: {error}") from error
+    logger.info(
+        "held-out loss %.4f before, %.4f after; %s of training; the model is in %s",
+        record["held_out_loss"]["before"],
+        record["held_out_loss"]["after"],
+        duration(record["seconds"]["training"]),
+        output,
+    )
+    if options.dbfs_output_dir:
+        publish(output, options.dbfs_output_dir)
+    if options.logs_to_mlflow:
+        log_or_tell(output, options.mlflow_model_name)
+    return record
+
+
+def _outcome(chosen: Path, last: Path) -> dict[str, Any]:
+    """What run.json says of a finished run, from its last checkpoint and from that whose model it takes."""
+    manifest = checkpoint.read_manifest(chosen)
+    assert manifest is not None
+    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
+    held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    progress = json.loads((last / checkpoint.PROGRESS_FILE).read_text())
+    loss_sum = progress["loss_total"] + fmean(progress["loss_sums"])
+    return {
+        "status": "finished",
+        "steps": checkpoint.step_of(last),
+        "model_of_step": checkpoint.step_of(chosen),
+        "train_loss": loss_sum / checkpoint.step_of(last),
+        "held_out_loss": {"before": held_out[min(held_out)], "after": manifest["eval_loss"]},
+        "seconds": {"training": progress["seconds"]},
+        "batching": progress["batching"],
+        "weights": {
+            name: told
+            for name, told in manifest["files"].items()
+            if name in manifest["model"] and name.endswith(".safetensors")
+        },
+    }

@@ -1,0 +1,119 @@
+"""What a run is, and whether another command would continue it or change it."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import subprocess
+import time
+import uuid
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+from training.options.trainer_options import TrainingOptions, precision_of
+
+RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
+
+# Options that decide what a step computes. How rows are spread over devices (their global batch apart), memory and
+# places do not; nor does how long to go on, unless the rate depends on it.
+DECISIVE = ("input_model", "seed", "lr", "lr_scheduler_type", "warmup_steps", "weight_decay", "batching")
+SCHEDULES_WITH_AN_END = ("linear", "cosine")
+
+
+def start_record(options: TrainingOptions, world_size: int, rows: str | None = None) -> dict[str, Any]:
+    """What is known of a run before its first step; `rows` is `rows_digest` of its rows.
+
+    `status` is "running", then "stopped" (by SIGTERM or Ctrl-C), or "finished" once the model is there and verified.
+    """
+    versions = {}
+    for package in RECORDED_PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "status": "running",
+        "id": uuid.uuid4().hex,  # of the run, by whatever commands it is continued
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "options": asdict(options),
+        "world_size": world_size,
+        "global_batch": global_batch(options, world_size),
+        "precision": precision_of(options),
+        "rows": rows,
+        "python": platform.python_version(),
+        "versions": versions,
+        "git_commit": _git_commit(),
+    }
+
+
+def global_batch(options: TrainingOptions, world_size: int) -> int:
+    """Rows of one optimizer step."""
+    return options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
+
+
+def rows_digest(*parts: datasets.Dataset) -> str:
+    """A checksum of the rows to train on, and of those held out, in their order.
+
+    It changes with data, tokenizer, length, split and seed.
+    """
+    digest = hashlib.sha256()
+    for rows in parts:
+        digest.update(len(rows).to_bytes(8))
+        for batch in rows.with_format("numpy").iter(batch_size=10_000):
+            for ids in batch["input_ids"]:
+                digest.update(np.asarray(ids, dtype=np.int32).tobytes())
+            digest.update(np.asarray(batch["response_start"], dtype=np.int32).tobytes())
+    return digest.hexdigest()
+
+
+def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """What two records differ in that would change the result of training, each with both values."""
+    asked, wanted = former["options"], now["options"]
+    names = list(DECISIVE)
+    if wanted.get("lr_scheduler_type") in SCHEDULES_WITH_AN_END:
+        names += ["epochs", "max_steps"]
+    found = [
+        f"--{name.replace('_', '-')} was {asked.get(name)}, and is {wanted.get(name)}"
+        for name in names
+        if asked.get(name) != wanted.get(name)
+    ]
+    if former.get("precision") != now["precision"]:
+        found.append(f"the precision was {former.get('precision')}, and is {now['precision']}")
+    if former.get("global_batch") != now["global_batch"]:
+        found.append(
+            f"a step was of {former.get('global_batch')} rows, and is of {now['global_batch']}"
+            f"{_same_batch(former.get('global_batch'), wanted, now['world_size'])}"
+        )
+    if former.get("rows") and now.get("rows") and former["rows"] != now["rows"]:
+        found.append(
+            "the rows differ: another --training-dataset, --test-size, --max-length or --keep-truncated, "
+            f"or the file has changed (it was {asked.get('training_dataset')})"
+        )
+    return found
+
+
+def _same_batch(rows: Any, wanted: dict[str, Any], world_size: int) -> str:
+    """What to type for steps of as many rows as before, where that can be."""
+    at_once = wanted["per_device_train_batch_size"] * world_size
+    if not isinstance(rows, int) or rows % at_once:
+        return ": --per-device-train-batch-size x --gradient-accumulation-steps x devices must stay the same"
+    return f". Type --gradient-accumulation-steps {rows // at_once}"
+
+
+def _git_commit() -> str | None:
+    try:
+        result = subprocess.run(
+            ["git", "rev-parse", "HEAD"],
+            cwd=Path(__file__).parent,
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None if result.returncode == 0 else None

@@ -1,0 +1,90 @@
+"""Ends a run on all ranks at the same step: a signal, a loss that is NaN, gradients that overflow."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from training.errors import TrainingError
+from training.run.ending import StopRequest
+
+# fp16 steps in a row that were skipped because a gradient overflowed. The loss scale of 2^16 is halved each time
+# (DeepSpeed: but for the first), so it is about 1, and what overflows then is no matter of scale.
+OVERFLOWS_IN_A_ROW = 16
+
+# A scale that was small before is at its minimum earlier, and DeepSpeed raises a bare Exception with these words
+# (DynamicLossScaler.update_scale).
+AT_MINIMUM = "loss scale already at minimum"
+
+
+class StepGuard(TrainerCallback):
+    """At the end of each step the ranks agree whether to go on.
+
+    One small gather a step, of two numbers a rank: asked to stop, and the micro-step with a loss that is no number.
+    """
+
+    def __init__(self, trainer: Trainer, request: StopRequest) -> None:
+        self.trainer = trainer
+        self.request = request
+        self.bad_micro_step: torch.Tensor | None = None
+        self.micro_step = 0
+        self.overflows = self.overflows_in_a_row = 0
+        self.stopped = False
+
+    def see(self, loss: torch.Tensor) -> None:
+        """Notes the loss of a micro-step on its device, without waiting for it."""
+        place = torch.where(torch.isfinite(loss.detach()), -1, self.micro_step)
+        self.bad_micro_step = (
+            place
+            if self.bad_micro_step is None
+            else torch.where(self.bad_micro_step >= 0, self.bad_micro_step, place)
+        )
+        self.micro_step += 1
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.request.computing = True
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.bad_micro_step is None:
+            return
+        mine = torch.stack([self.bad_micro_step.new_tensor(int(self.request.asked)), self.bad_micro_step])
+        ranks = self.trainer.accelerator.gather(mine[None]).tolist()
+        self.bad_micro_step, self.micro_step = None, 0
+        bad = [(rank, micro_step) for rank, (_, micro_step) in enumerate(ranks) if micro_step >= 0]
+        if bad:
+            raise TrainingError(self.trainer.describe_bad_loss(*bad[0]))
+        self._count_overflow(state)
+        if control.should_save:
+            control.should_evaluate = True  # so that the best checkpoint can be told
+        if any(asked for asked, _ in ranks):
+            self.stopped = True
+            control.should_training_stop = control.should_save = True
+            # What the signal leaves is little time. A held-out loss that was due is measured when the run goes on.
+            control.should_evaluate = state.global_step >= state.max_steps
+
+    def _count_overflow(self, state: TrainerState) -> None:
+        if not self.trainer.accelerator.optimizer_step_was_skipped:
+            self.overflows_in_a_row = 0
+            return
+        self.overflows += 1
+        self.overflows_in_a_row += 1
+        if self.overflows_in_a_row >= OVERFLOWS_IN_A_ROW:
+            raise self.overflowed(state.global_step)
+
+    def overflowed(self, step: int) -> TrainingError:
+        return TrainingError(
+            f"step {step}: the gradients have overflowed fp16 in {self.overflows_in_a_row} steps in a row, so nothing "
+            "is learned. Lower --lr, or train in bf16 on a GPU that has it "
+            "(--deepspeed config/ds_z3_bf16_offload_config.json)"
+        )
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.request.computing = False

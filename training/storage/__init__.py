@@ -1,0 +1,1 @@
+"""Files of a run: its record, metrics, checkpoints, the published copy."""

@@ -1,0 +1,135 @@
+"""A checkpoint is complete or not there: its manifest, written last, has the size and checksum of every file.
+
+checkpoint-200/
+  manifest.json          {"step": 200, "eval_loss": 1.23, "model": [name, ...],
+                          "files": {name: {"size": bytes, "sha256": hex}, ...}, "sha256": that of all this}
+  model*.safetensors     the model as stock transformers loads it, with its tokenizer
+  global_step200/        DeepSpeed's shards of weights and optimizer; optimizer.pt without DeepSpeed
+  trainer_state.json     every figure logged so far
+  progress.json          loss summed since the last line of the log
+  rng_state*.pth, scheduler.pt"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from training.files import write_json
+
+MANIFEST_FILE = "manifest.json"
+PROGRESS_FILE = "progress.json"
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The folders `checkpoint-<step>` of a run, whole or torn, by step."""
+    found = [f for f in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name) and f.is_dir()]
+    return sorted(found, key=step_of)
+
+
+def files_of(folder: Path) -> list[str]:
+    """Names of the files in a checkpoint, below it as well, without the manifest; sorted."""
+    files = (file for file in folder.rglob("*") if file.is_file())
+    names = (file.relative_to(folder).as_posix() for file in files)
+    return sorted(name for name in names if name.removesuffix(".partial") != MANIFEST_FILE)
+
+
+def digests(folder: Path, names: Iterable[str], written_now: bool = False) -> dict[str, dict[str, Any]]:
+    """{name: {"size": bytes, "sha256": hex}} of files, read anew; forced to the disk first if `written_now`."""
+
+    def digest(name: str) -> dict[str, Any]:
+        with open(folder / name, "rb") as file:
+            if written_now:
+                os.fsync(file.fileno())
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+            return {"size": file.tell(), "sha256": checksum}
+
+    names = list(names)
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing a large buffer frees the interpreter
+        return dict(zip(names, pool.map(digest, names), strict=True))
+
+
+def write_manifest(
+    folder: Path, eval_loss: float | None, model: list[str], files: dict[str, dict[str, Any]]
+) -> None:
+    """Makes a checkpoint complete. `model` names the files that a finished model consists of; `files` as of `digests`."""
+    manifest = {"step": step_of(folder), "eval_loss": eval_loss, "model": model, "files": files}
+    write_json(folder / MANIFEST_FILE, manifest | {"sha256": _digest_of(manifest)})
+
+
+def _digest_of(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """The manifest, or None where there is none that is as it was written: the checkpoint is not complete."""
+    try:
+        manifest = json.loads((folder / MANIFEST_FILE).read_text())
+    except (OSError, ValueError):
+        return None
+    whole = isinstance(manifest, dict) and manifest.pop("sha256", None) == _digest_of(manifest)
+    return manifest if whole and manifest["step"] == step_of(folder) else None
+
+
+def problems_of(folder: Path, model_only: bool = False) -> list[str]:
+    """Why a checkpoint, or the model in it, must not be used, file by file; empty if every byte is as written."""
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return ["it was not written to the end"]
+    written, there = manifest["files"], set(files_of(folder))
+    if model_only:
+        written = {name: written[name] for name in manifest["model"]}
+    problems = [f"{name} is missing" for name in written if name not in there]
+    sizes = {name: (folder / name).stat().st_size for name in written if name in there}
+    problems += [
+        f"{name} has {sizes[name]:,} bytes instead of {written[name]['size']:,}"
+        for name in sizes
+        if sizes[name] != written[name]["size"]
+    ]
+    whole = [name for name in sizes if sizes[name] == written[name]["size"]]
+    now = digests(folder, whole)
+    return problems + [
+        f"{name} has changed since it was written" for name in whole if now[name] != written[name]
+    ]
+
+
+def best(output: Path) -> Path | None:
+    """The complete checkpoint with the least held-out loss, the newest of equals; None where none has one."""
+    losses: dict[Path, float] = {}
+    for folder in checkpoints(output):
+        manifest = read_manifest(folder)
+        loss = None if manifest is None else manifest["eval_loss"]
+        if loss is not None and math.isfinite(loss):
+            losses[folder] = loss
+    return min(reversed(losses), key=losses.__getitem__, default=None)
+
+
+def rotate(output: Path, limit: int) -> None:
+    """Removes the oldest checkpoints beyond `limit`, and torn ones; never the newest complete one, nor the best."""
+    complete = [folder for folder in checkpoints(output) if read_manifest(folder) is not None]
+    if not complete:
+        return
+    for folder in checkpoints(output):
+        if folder not in complete and step_of(folder) < step_of(complete[-1]):
+            remove(folder)
+    keep = {complete[-1], best(output) or complete[-1]}
+    surplus = len(complete) - max(limit, len(keep))
+    for folder in [folder for folder in complete if folder not in keep][: max(surplus, 0)]:
+        remove(folder)
+
+
+def remove(folder: Path) -> None:
+    """The manifest first: what is half removed must not be taken for complete."""
+    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Metrics and sample answers written while a run trains."""

@@ -1,0 +1,44 @@
+"""Logs a finished model to MLflow.
+
+python -m training.tracking --model /local_disk0/dolly --name main.models.dolly"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import click
+
+from training.errors import TrackingError
+from training.tracking.mlflow_model import log_finished
+from training.tracking.mlflow_server import tracking_problems
+
+
+@click.command()
+@click.option(
+    "--model",
+    "folder",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="FOLDER",
+    help="A finished run's --local-output-dir, or a whole copy of it.",
+)
+@click.option(
+    "--name", default=None, help="Register it under this name, catalog.schema.model for Unity Catalog."
+)
+def main(folder: Path, name: str | None) -> None:
+    """Log a finished model to the active MLflow tracking URI, or go on with what broke off. Trains nothing."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    problems = tracking_problems("--name", name)
+    try:
+        if problems:
+            raise TrackingError("\n".join(problems))
+        log_finished(folder.expanduser(), name)
+    except TrackingError as error:
+        print(f"Cannot log: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
