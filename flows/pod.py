@@ -15,11 +15,12 @@ from metaflow.exception import MetaflowException
 
 from training.consts import DEFAULT_INPUT_MODEL, DEMO, GIB
 from training.errors import MachineError
-from training.machine.catalogue import Machine, find_machine
+from training.machine.catalogue import FAMILIES, Machine, find_machine
+from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import alpaca_lengths
 from training.plan.fit import Plan, plan_run
-from training.plan.lookup import model_facts
+from training.plan.lookup import model_shape
 from training.plan.presets import demo_options, preset_options
 from training.plan.timing import CpuRates
 
@@ -84,9 +85,10 @@ def plan_for(machine: Machine) -> Plan:
     if machine.is_cpu:
         chosen |= demo_options(machine.count)
     options = TrainingOptions(local_output_dir="OUTPUT", **chosen)
-    model = model_facts(DEMO if machine.is_cpu else DEFAULT_INPUT_MODEL)
+    model = model_shape(DEMO if machine.is_cpu else DEFAULT_INPUT_MODEL)
     rates = CpuRates(1e9, 1e9) if machine.is_cpu else None  # of times, which nobody reads here
-    return plan_run(options, machine.count, alpaca_lengths(), model, machine, rates)
+    settings = resolve(options, machine.count, FAMILIES[machine.family].precision)
+    return plan_run(settings, alpaca_lengths(), model, machine, rates)
 
 
 def resources(name: str, asked: Mapping[str, Any]) -> dict[str, int | None]:

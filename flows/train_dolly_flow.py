@@ -54,13 +54,15 @@ from training.data.demo_rows import demo_rows
 from training.errors import MachineError, OptionsError, TrainingFailedError
 from training.files import local_path
 from training.launch.local import deepspeed_command, launch, typed
-from training.machine.catalogue import Machine
+from training.machine.catalogue import FAMILIES, Machine
 from training.machine.local import this_machine
-from training.options.checks import plain_problems, sampling_problems, target_problems_of
+from training.options.checks import option_problems
 from training.options.command_line import GroupedCommand, click_options, option_words, value_problems
+from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions
 from training.plan.fit import Plan, plan_run
-from training.plan.presets import PRESETS, demo_options, preset_options
+from training.plan.presets import demo_options, preset_options
+from training.run.preflight import place_problems, prompt_problems
 from training.storage import metrics
 from training.storage.copy import model_figures
 
@@ -109,7 +111,7 @@ class TrainDollyFlow(FlowSpec):
 
     gpu_family = Parameter(
         "gpu-family",
-        help=f"Recipe: {', '.join(PRESETS)}. cpu is the demo on two ranks.  [default: the machine's]",
+        help=f"Recipe: {', '.join(FAMILIES)}. cpu is the demo on two ranks.  [default: the machine's]",
         type=str,
         default=None,
     )
@@ -197,7 +199,7 @@ class TrainDollyFlow(FlowSpec):
             raise RunRefusedError(problems + getattr(error, "problems", [str(error)])) from error
         self.options = asdict(options)
         self._write_files()
-        problems += sampling_problems(options)
+        problems += prompt_problems(options)
         plan = self._plan(options, machine, problems)
         if not options.force:
             problems += plan.problems
@@ -307,9 +309,9 @@ class TrainDollyFlow(FlowSpec):
             problems.append(
                 "--local-output-dir is the flow's own. Name where its folder is made: --local-training-root"
             )
-        problems += plain_problems(options)
+        problems += option_problems(options)
         if not remote:  # a pod has a disk of its own
-            problems += [self._as_named_here(fault) for fault in target_problems_of(options)]
+            problems += [self._as_named_here(fault) for fault in place_problems(options)]
         if problems:
             raise OptionsError(*problems)
         return options
@@ -331,7 +333,7 @@ class TrainDollyFlow(FlowSpec):
         from training.data.tokens import split_held_out
         from training.errors import DataError, ModelError
         from training.plan.epoch import lengths_of
-        from training.plan.lookup import model_facts
+        from training.plan.lookup import model_shape
         from training.plan.report import as_json, as_table
         from training.run.prepare import tokenised_rows
 
@@ -341,7 +343,9 @@ class TrainDollyFlow(FlowSpec):
             _, rows, ledger = tokenised_rows(options)
             split_held_out(rows, options.test_size, options.seed)
             lengths = lengths_of(options.training_dataset, rows["length"][:], rows["response_start"][:])
-            plan = plan_run(options, self.ranks, lengths, model_facts(options.input_model), machine)
+            best = FAMILIES[machine.family].precision
+            settings = resolve(options, self.ranks, best)
+            plan = plan_run(settings, lengths, model_shape(options.input_model), machine)
         except (DataError, ModelError, OptionsError) as error:
             raise RunRefusedError(problems + getattr(error, "problems", [str(error)])) from error
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
 from training.errors import MachineError, OptionsError, RunRefusedError
 from training.files import local_path
-from training.machine.catalogue import Machine
-from training.options.checks import target_problems_of
+from training.machine.catalogue import FAMILIES, Machine
 from training.options.trainer_options import TrainingOptions
-from training.plan.presets import PRESETS, RECIPE, preset_options
+from training.plan.presets import RECIPE, preset_options
+from training.run.preflight import place_problems
 
 if TYPE_CHECKING:
     import datasets
@@ -152,12 +152,12 @@ def check_plan(
     Raises RunRefusedError where the run does not fit, with the numbers and what to choose.
     """
     from training.errors import DataError, ModelError
-    from training.plan.__main__ import plan_options
+    from training.plan.fit import plan_options
     from training.plan.report import as_table
 
     def problems_of(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
         asked = TrainingOptions(**options, **recipe)
-        targets = target_problems_of(asked)
+        targets = place_problems(asked)
         try:
             plan = plan_options(asked, ranks, machine)
         except OptionsError as error:
@@ -170,7 +170,7 @@ def check_plan(
         if not problems:
             return table
         if not machine.is_cpu:
-            others = [name for name in PRESETS if name not in (family, "cpu")]
+            others = [name for name in FAMILIES if name not in (family, "cpu")]
             fitting = [name for name in others if not problems_of(preset_options(name, ranks))[1]]
             problems += (
                 [f"In this notebook: choose gpu_family {fitting[0]}, with which it fits"] if fitting else []

@@ -41,12 +41,13 @@ sys.path.insert(0, str(next(folder for folder in [here, *here.parents] if (folde
 
 from notebooks import cells
 from training import errors, notebook
-from training.plan.presets import PRESETS, preset_options
+from training.machine.catalogue import FAMILIES
+from training.plan.presets import preset_options
 
 if "dbutils" not in globals():
     dbutils = notebook.StandIn()
 
-dbutils.widgets.dropdown("gpu_family", "a100", list(PRESETS), "GPU family (cpu: the demo)")
+dbutils.widgets.dropdown("gpu_family", "a100", list(FAMILIES), "GPU family (cpu: the demo)")
 dbutils.widgets.text("num_gpus", "", "GPUs of each node (all)")
 dbutils.widgets.text("num_nodes", "1", "Nodes")
 dbutils.widgets.text("input_model", "", "Base model (EleutherAI/gpt-j-6B; cpu: demo)")

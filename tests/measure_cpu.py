@@ -10,6 +10,7 @@ import time
 
 import numpy as np
 import torch
+from training.plan.settings import Settings
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
@@ -18,8 +19,7 @@ from training.model.attention import use_packed_attention
 from training.model.loss import use_response_loss
 from training.options.deepspeed import Zero
 from training.plan.epoch import Load
-from training.plan.model_shape import gptj_facts
-from training.plan.settings import Settings
+from training.plan.model_shape import gptj_shape
 from training.plan.timing import cpu_rates, step_seconds
 
 # width, layers, heads, vocabulary, rows, mean length
@@ -69,7 +69,7 @@ def measure(
     settings = Settings(
         1, rows=count, packed=packed, checkpointing=checkpointing, precision=precision, zero=zero
     )
-    facts = gptj_facts("small", layers, width, heads, vocabulary)
+    facts = gptj_shape("small", layers, width, heads, vocabulary)
     machine = Machine("this machine", "cpu", "CPU", 1, 0.0, 0.0, "none", 16.0, 100.0)
     predicted = step_seconds(facts, machine, settings, load, share, rates)
     return sum(predicted.values()), float(np.median(seconds[1:]))

@@ -29,7 +29,7 @@ from training.machine.catalogue import MACHINES
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import alpaca_lengths
 from training.plan.fit import plan_run
-from training.plan.lookup import model_facts
+from training.plan.lookup import model_shape
 from training.plan.presets import preset_options
 
 ROOT = Path(__file__).parents[1]
@@ -195,7 +195,7 @@ def test_an_unknown_machine_is_refused_with_the_names_that_there_are() -> None:
 
 
 def test_a_model_that_needs_more_is_told_what_to_ask_for_and_fits_then() -> None:
-    name, model = "8xA100-80GB", model_facts("EleutherAI/pythia-12b")
+    name, model = "8xA100-80GB", model_shape("EleutherAI/pythia-12b")
     options = TrainingOptions(local_output_dir="OUTPUT", input_model=model.name, **preset_options("a100", 8))
 
     def plan(asked: dict[str, int]) -> Any:

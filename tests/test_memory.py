@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from training.plan.settings import Settings, settings_of
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from tests.test_trainer import deepspeed, run
@@ -22,7 +23,7 @@ from training.model.loss import use_response_loss
 from training.options.deepspeed import Zero
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import Lengths, alpaca_lengths, epoch_load
-from training.plan.lookup import model_facts
+from training.plan.lookup import model_shape
 from training.plan.memory import (
     activation_bytes,
     auto_gradient_checkpointing,
@@ -36,12 +37,11 @@ from training.plan.memory import (
     offloaded_gradient_bytes,
     state_bytes,
 )
-from training.plan.model_shape import gptj_facts
-from training.plan.settings import Settings, settings_of
+from training.plan.model_shape import gptj_shape
 
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
-GPTJ = model_facts("EleutherAI/gpt-j-6B")
-TINY = gptj_facts("tiny", layers=2, width=8, heads=2, vocabulary=100)
+GPTJ = model_shape("EleutherAI/gpt-j-6B")
+TINY = gptj_shape("tiny", layers=2, width=8, heads=2, vocabulary=100)
 OFFLOAD = Zero(stage=3, offload_optimizer=True, pinned=True)
 
 
@@ -229,7 +229,7 @@ def test_a_layer_keeps_the_tensors_that_are_counted(packed, dtype):
         measured = saved_bytes(4, packed, dtype) - saved_bytes(3, packed, dtype)
     finally:
         gc.enable()
-    facts = gptj_facts("small", 1, 64, 4, 50)
+    facts = gptj_shape("small", 1, 64, 4, 50)
     tokens = sum(LENGTHS) if packed else 8 * 176
     assert layer_bytes(facts, tokens, 176, dtype.itemsize, packed) == pytest.approx(measured, rel=0.04)
 
@@ -276,7 +276,7 @@ def test_predicted_activations_and_logits_are_within_a_quarter_of_the_measured_p
     width, layers, heads, vocabulary = shape
     tokens = batch["input_ids"].numel()
     labels = batch["shift_labels"].numel() if packed else tokens
-    facts = gptj_facts("small", layers, width, heads, vocabulary)
+    facts = gptj_shape("small", layers, width, heads, vocabulary)
     predicted = sum(activation_bytes(facts, tokens, 176, labels, dtype.itemsize, packed, checkpointing))
     print(
         f"\n{predicted / 2**20:.1f} MiB predicted, {measured / 2**20:.1f} measured: {predicted / measured:.2f}"
@@ -300,7 +300,7 @@ def test_predicted_state_is_within_a_tenth_of_what_real_zero3_ranks_hold(config,
     for rank in range(ranks):
         measured = json.loads((tmp_path / f"bytes.rank{rank}").read_text())
         for (width, layers, heads, vocabulary), found in zip(SHAPES, measured, strict=True):
-            facts = gptj_facts("small", layers, width, heads, vocabulary)
+            facts = gptj_shape("small", layers, width, heads, vocabulary)
             assert facts.parameters == found["parameters"]
             predicted = state_bytes(facts, on_device)
             for part in ("weights", "gradients", "optimizer"):

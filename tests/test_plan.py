@@ -25,15 +25,15 @@ from training.options.trainer_options import TrainingOptions
 from training.plan.__main__ import PUBLISHED, main, predict_published
 from training.plan.epoch import Lengths, alpaca_lengths
 from training.plan.fit import Plan, plan_run
-from training.plan.lookup import model_facts
-from training.plan.model_shape import gptj_facts
+from training.plan.lookup import model_shape
+from training.plan.model_shape import gptj_shape
 from training.plan.presets import preset_options
 from training.plan.timing import CpuRates
 
 ROOT = Path(__file__).parents[1]
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
 FP16_OFFLOAD = "config/ds_z3_fp16_offload_config.json"
-GPTJ = model_facts("EleutherAI/gpt-j-6B")
+GPTJ = model_shape("EleutherAI/gpt-j-6B")
 
 
 def planned(
@@ -169,7 +169,7 @@ def test_activations_are_told_with_and_without_checkpointing():
 @pytest.mark.parametrize("name", MACHINES)
 def test_no_machine_and_no_size_of_model_makes_it_stumble(name):
     machine = find_machine(name)
-    for model in (GPTJ, model_facts("EleutherAI/pythia-12b"), gptj_facts("tiny", 2, 8, 2, 100)):
+    for model in (GPTJ, model_shape("EleutherAI/pythia-12b"), gptj_shape("tiny", 2, 8, 2, 100)):
         for batching in ("packed", "padded"):
             options = preset_options(machine.family, machine.count, batching)
             plan = plan_run(
@@ -433,7 +433,7 @@ def test_an_unreadable_configuration_is_an_error_of_the_options():
 
 @pytest.mark.parametrize("gib", [0.85, 0.9, 0.95, 1.0])
 def test_on_a_cpu_the_budget_leaves_room_for_saving(gib):
-    demo, machine = model_facts("demo"), replace(this_machine(".", 1), host_gib=gib, disk_gib=1000.0)
+    demo, machine = model_shape("demo"), replace(this_machine(".", 1), host_gib=gib, disk_gib=1000.0)
     options = TrainingOptions(
         local_output_dir="OUTPUT", per_device_train_batch_size=512, max_tokens_per_device="auto"
     )

@@ -13,6 +13,7 @@ from statistics import median
 
 import pytest
 import torch
+from training.plan.settings import Settings, settings_of
 
 from training.consts import GIB
 from training.machine import flops
@@ -21,14 +22,13 @@ from training.machine.flops import step_flops
 from training.options.deepspeed import Zero
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import alpaca_lengths, epoch_load
-from training.plan.lookup import dataset_lengths, model_facts
-from training.plan.model_shape import gptj_facts
-from training.plan.settings import Settings, settings_of
+from training.plan.lookup import dataset_lengths, model_shape
+from training.plan.model_shape import gptj_shape
 from training.plan.timing import CpuRates, cpu_rates, hours_of, step_seconds
 
 ROOT = Path(__file__).parents[1]
-GPTJ = model_facts("EleutherAI/gpt-j-6B")
-TINY = gptj_facts("tiny", layers=2, width=8, heads=2, vocabulary=100)
+GPTJ = model_shape("EleutherAI/gpt-j-6B")
+TINY = gptj_shape("tiny", layers=2, width=8, heads=2, vocabulary=100)
 CPU = Machine("this machine", "cpu", "CPU", 1, 0.0, 0.0, "none", 16.0, 100.0)
 
 
@@ -128,7 +128,7 @@ def test_predicted_cpu_time_of_an_epoch_is_within_30_percent_of_a_measured_run(
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        model = model_facts("demo")
+        model = model_shape("demo")
         rates = [cpu_rates(model.width, "fp32") for _ in range(3)]
         few = cpu_seconds(tmp_path / "few", 10, *typed)
         rates += [cpu_rates(model.width, "fp32") for _ in range(3)]

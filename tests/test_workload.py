@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from training.plan.settings import Settings
 from transformers import BertConfig, GPTJConfig, GPTNeoXConfig, LlamaConfig, T5Config
 
 from training import consts
@@ -23,9 +24,8 @@ from training.plan.epoch import (
     epoch_load,
     lengths_of,
 )
-from training.plan.lookup import dataset_lengths, model_facts
-from training.plan.model_shape import gptj_facts, neox_facts
-from training.plan.settings import Settings
+from training.plan.lookup import dataset_lengths, model_shape
+from training.plan.model_shape import gptj_shape, neox_shape
 
 SHARED = Path(__file__).parents[2] / "shared"
 
@@ -41,31 +41,31 @@ SHARED = Path(__file__).parents[2] / "shared"
     ],
 )
 def test_built_in_models_have_the_parameters_that_their_cards_tell(name, parameters):
-    assert model_facts(name).parameters == parameters
+    assert model_shape(name).parameters == parameters
 
 
 def test_a_folder_s_model_is_counted_from_its_config_alone(tmp_path):
     gptj, neox, llama = tmp_path / "gptj", tmp_path / "neox", tmp_path / "llama"
     GPTJConfig(vocab_size=100, n_positions=64, n_embd=8, n_layer=2, n_head=2, rotary_dim=4, bos_token_id=0, eos_token_id=0).save_pretrained(gptj)  # fmt: skip
-    known = gptj_facts(str(gptj), layers=2, width=8, heads=2, vocabulary=100, positions=64)
-    assert model_facts(str(gptj)) == replace(known, file_bytes=2 * known.parameters)
+    known = gptj_shape(str(gptj), layers=2, width=8, heads=2, vocabulary=100, positions=64)
+    assert model_shape(str(gptj)) == replace(known, file_bytes=2 * known.parameters)
     (gptj / "model.safetensors").write_bytes(b"1234567")
-    assert model_facts(str(gptj)).file_bytes == 7
+    assert model_shape(str(gptj)).file_bytes == 7
 
     GPTNeoXConfig(vocab_size=96, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32).save_pretrained(neox)  # fmt: skip
-    assert model_facts(str(neox)) == replace(neox_facts(str(neox), 3, 8, 2, 96))
+    assert model_shape(str(neox)) == replace(neox_shape(str(neox), 3, 8, 2, 96))
 
     LlamaConfig(vocab_size=96, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, tie_word_embeddings=True).save_pretrained(llama)  # fmt: skip
-    facts = model_facts(str(llama))
+    facts = model_shape(str(llama))
     # q, k, v, out 4 x 8 x 8; gate, up, down 3 x 8 x 20; three norms of 8. The head is the embedding.
     assert (facts.layer_parameters, facts.parameters) == (256 + 480 + 24, 256 + 480 + 24 + 96 * 8)
     assert (facts.gated, facts.inner) == (True, 20)
 
 
 def test_the_demo_s_facts_are_those_of_the_demo_s_model_with_the_control_tokens():
-    from training.plan.lookup import _facts_of_config
+    from training.plan.lookup import _shape_of_config
 
-    known, built = model_facts("demo"), _facts_of_config("demo")
+    known, built = model_shape("demo"), _shape_of_config("demo")
     grown = 3 * (2 * known.width + 1)  # rows of embedding and head, and the head's bias
     assert known.parameters == built.parameters + grown
     assert (known.layers, known.width, known.heads, known.positions, known.layer_parameters) == (
@@ -80,13 +80,13 @@ def test_a_model_that_is_no_causal_lm_or_does_not_exist_is_named(config, words, 
     if config:
         config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=words):
-        model_facts(str(tmp_path))
+        model_shape(str(tmp_path))
 
 
 def test_an_encoder_is_no_causal_lm(tmp_path):
     BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
     with pytest.raises(ModelError, match="encoder, no causal language model"):
-        model_facts(str(tmp_path))
+        model_shape(str(tmp_path))
 
 
 # --- rows --------------------------------------------------------------------------------------------
@@ -120,7 +120,7 @@ def test_a_dataset_of_one_s_own_is_counted(tmp_path, base_folder):
     file = tmp_path / "rows.jsonl"
     rows = [{"instruction": "a" * n, "output": "b c"} for n in range(1, 41)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lengths = dataset_lengths(str(file), model_facts(str(base_folder)))
+    lengths = dataset_lengths(str(file), model_shape(str(base_folder)))
     assert len(lengths.tokens) == 40
     assert lengths.tokens[-1] > lengths.tokens[0]
     assert 0 < lengths.response_share < 0.5

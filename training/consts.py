@@ -42,3 +42,6 @@ SAMPLING = {"do_sample": True, "top_p": 0.92, "top_k": 0}
 
 # The likeliest token each time: the same model always gives the same answer.
 GREEDY: dict[str, Any] = {"do_sample": False, "top_p": None, "top_k": None}
+
+# Set by the supervisor for the rank proper; its value tells whether somebody looks at a terminal.
+SUPERVISED = "DOLLY_SUPERVISED"

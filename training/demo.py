@@ -17,7 +17,7 @@ from training.data.tokens import prepare_dataset, split_held_out
 from training.launch.local import deepspeed_command, launch_environment, typed
 from training.model.generation import generate_responses, load_model_tokenizer_for_generate, printable
 from training.model.loading import max_positions
-from training.plan.presets import TEST_SIZE, demo_options
+from training.plan.presets import RECIPE, demo_options
 from training.tracking.progress import duration
 
 SHOWN = 12
@@ -38,7 +38,9 @@ def held_out_rows(tokenizer: transformers.PreTrainedTokenizerBase, longest: int)
     """The rows that training held out, by the same split."""
     prepared, _ = prepare_dataset(DEMO, tokenizer, longest)
     rows = demo_rows()
-    return [rows[number - 1] for number in split_held_out(prepared, TEST_SIZE, DEFAULT_SEED)[1]["row"]]
+    return [
+        rows[number - 1] for number in split_held_out(prepared, RECIPE["test_size"], DEFAULT_SEED)[1]["row"]
+    ]
 
 
 def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:

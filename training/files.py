@@ -19,6 +19,8 @@ from training.errors import FolderBusyError
 
 logger = logging.getLogger(__name__)
 
+MOUNTS = ("/dbfs", "/Volumes")  # of Databricks: a file is written front to back there, and never changed
+
 
 def disk_problems(needs: Mapping[Path, int], labels: Mapping[Path, str]) -> list[str]:
     """File systems with less free than will be written on them.
@@ -131,7 +133,7 @@ def system_lock(file: Path, patience: float = -1) -> AbstractContextManager[Any]
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def one_writer(folder: Path) -> Iterator[None]:
     """Holds `folder` (made if need be) as its only writer; one rank of a run does. Raises FolderBusyError.
 
     Nothing is left to clean up by hand, however the process ends.
@@ -196,3 +198,16 @@ def write_json(file: Path, content: Any) -> None:
 def local_path(folder: str) -> Path:
     """dbfs:/x is what Databricks shows, and /dbfs/x where programs find it; taken as a path it would be `./dbfs:/x`."""
     return Path(re.sub("^dbfs:/*", "/dbfs/", folder)).expanduser()
+
+
+def mounted_store(path: Path) -> Path | None:
+    """/dbfs or /Volumes where `path` lies there."""
+    top = Path(*path.parts[:2])
+    return top if str(top) in MOUNTS else None
+
+
+def duration(seconds: float) -> str:
+    """Seconds as h:mm:ss, or m:ss below an hour."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -38,7 +38,7 @@ from training.machine.local import free_host_gib
 from training.model.loading import DTYPES
 from training.model.tokenizer import load_tokenizer
 from training.pictures import PictureFile
-from training.plan.model_shape import gptj_facts
+from training.plan.model_shape import gptj_shape
 
 
 def report(result: dict[str, Any]) -> str:
@@ -117,7 +117,7 @@ def _memory_problems(
     vocabulary: int, width: int, layers: int, heads: int, dtype: torch.dtype, device: str
 ) -> list[str]:
     """Whether the padded and the packed model and their gradients exceed what is free."""
-    parameters = gptj_facts("benchmark", layers, width, heads, vocabulary).parameters
+    parameters = gptj_shape("benchmark", layers, width, heads, vocabulary).parameters
     needed = 2 * 2 * parameters * dtype.itemsize / GIB
     on_gpu = torch.device(device).type == "cuda"
     free = torch.cuda.mem_get_info(device)[0] / GIB if on_gpu else free_host_gib()

@@ -44,7 +44,7 @@ from training.data.collator import (
     completion_labels,
     count_labels,
 )
-from training.machine.flops import model_flops, model_parameters
+from training.machine.flops import layer_tokens, model_parameters, training_flops
 from training.model.attention import use_packed_attention
 from training.model.loss import use_response_loss
 
@@ -259,13 +259,13 @@ def measure(
                 lengths = [len(row["input_ids"]) for row in chosen[recipe]]
                 timing.seconds += fastest[recipe]
                 timing.real_tokens += sum(lengths)
-                timing.flops += model_flops(
+                timing.flops += training_flops(
                     *parameters,
                     config.n_embd,
                     config.n_layer,
-                    sum(lengths),
+                    layer_tokens(sum(lengths), counted[recipe], config.n_layer),
                     counted[recipe],
-                    sum(n * n for n in lengths),
+                    sum(n * n for n in lengths) / 2,
                 )
     return timings
 

@@ -25,7 +25,7 @@ from training.files import TRACE, nearest_existing
 from training.launch.exits import exit_meaning
 from training.launch.local import LAST_LINES, TRAINER
 from training.options.command_line import option_words
-from training.options.deepspeed import read_deepspeed_json
+from training.options.deepspeed import read_json
 from training.storage import metrics
 
 SILENCE = 30.0  # seconds without a line of the ranks, after which their metrics.jsonl is read out instead
@@ -144,7 +144,7 @@ def _deepspeed_config(options: Mapping[str, Any]) -> dict[str, Any]:
         raise OptionsError(
             "--deepspeed is missing, and Spark's distributor needs it. Name config/ds_z3_bf16_config.json"
         )
-    return read_deepspeed_json(str(ROOT / file))
+    return read_json(str(ROOT / file))
 
 
 def _exists(path: str) -> bool:

@@ -20,11 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+from training.consts import SUPERVISED
 from training.launch.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED, exit_meaning
 
-SUPERVISED = (
-    "DOLLY_SUPERVISED"  # set for the rank proper; its value tells whether somebody looks at a terminal
-)
 LAST_LINES = 15
 ECHO = 1.0  # seconds in which a Ctrl-C may come twice: from the terminal, and once more from torchrun
 KILLED_AFTER = 30  # seconds that the launchers wait after SIGTERM

@@ -32,11 +32,45 @@ LINKS = {"nvlink4": 300e9, "nvlink3": 200e9, "nvlink2": 90e9, "pcie": 6e9, "none
 
 
 @dataclass(frozen=True)
+class Family:
+    """GPUs that train by one recipe, so that nobody edits a JSON.
+
+    Attributes:
+        devices: what stands in torch.cuda.get_device_name() of these GPUs.
+        precision: what they compute best; a DeepSpeed JSON that names one overrides it.
+        deepspeed: DeepSpeed configuration, from the root of the repository.
+        offload: the same with the optimizer in host memory; None where that gains nothing.
+        link: key of LINKS, of boards that are connected to each other (SXM).
+        share_of_peak: of their peak, what forward and backward reach in this recipe, communication apart. Set so that
+            the published runs come out (tests/plan): they are the calibration, no independent test.
+    """
+
+    devices: tuple[str, ...]
+    precision: str
+    deepspeed: str
+    offload: str | None
+    link: str
+    share_of_peak: float
+
+
+_BF16, _BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
+_FP16_OFFLOAD = "config/ds_z3_fp16_offload_config.json"
+FAMILIES = {
+    "a100": Family(("A100",), "bf16", _BF16, _BF16_OFFLOAD, "nvlink3", 0.22),
+    "h100": Family(("H100", "H200"), "bf16", _BF16, _BF16_OFFLOAD, "nvlink4", 0.15),  # the share is a guess
+    "a10": Family(("A10",), "bf16", _BF16_OFFLOAD, _BF16_OFFLOAD, "pcie", 0.25),
+    "v100": Family(("V100",), "fp16", _FP16_OFFLOAD, _FP16_OFFLOAD, "nvlink2", 0.12),
+    # For the demo and the tests: ranks on a CPU, whose memory is the host's already. Its speed is measured.
+    "cpu": Family((), "fp32", _BF16, None, "none", 0.0),
+}
+
+
+@dataclass(frozen=True)
 class Gpu:
     """One GPU model.
 
     Attributes:
-        family: key of settings.PRESETS.
+        family: key of FAMILIES.
         memory_gib: what CUDA reports as its total, in GiB; less than the label says.
         peak: key of PEAK_FLOPS.
     """
@@ -151,11 +185,15 @@ def find_machine(name: str) -> Machine:
 
 
 def family_of(device_name: str, has_bf16: bool) -> str:
-    """The GPU family, a key of settings.PRESETS, of torch.cuda.get_device_name().
+    """The GPU family, a key of FAMILIES, of torch.cuda.get_device_name().
 
     An unknown GPU has the most careful recipe of those that it can compute: an A10's, or without bf16 a V100's.
     """
     if not has_bf16:
         return "v100"
-    found = re.search(r"\b(H100|H200|A100)", device_name)
-    return {"H100": "h100", "H200": "h100", "A100": "a100"}[found[1]] if found else "a10"
+    return next((name for name, each in FAMILIES.items() if is_of(each, device_name)), "a10")
+
+
+def is_of(family: Family, device_name: str) -> bool:
+    """Whether a device is one of the family's; "A100" does not stand in "NVIDIA A10"."""
+    return any(re.search(rf"\b{device}(?![0-9])", device_name) for device in family.devices)

@@ -8,7 +8,6 @@ import torch
 from transformers import PreTrainedModel
 
 from training.machine.catalogue import PEAK_FLOPS
-from training.plan.model_shape import ModelFacts
 
 
 def model_parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -25,24 +24,40 @@ def model_parameters(model: PreTrainedModel) -> tuple[int, int]:
     return count(model) - count(embedding) - (0 if tied else count(head)), count(head)
 
 
-def model_flops(
-    layers: int, head: int, width: int, depth: int, tokens: float, labels: float, squared_lengths: float
-) -> float:
-    """Operations that forward and backward need for these rows, without what is computed twice or on padding.
+# The last layer's queries, output matrix and MLP, 10 of a layer's 12 width^2, are needed only where there is a label.
+LAST_LAYER_AT_LABELS = 10 / 12
 
-    Six for every parameter and token (2 forward, 4 backward; Kaplan et al. 2020, section 2.1). Where there is no
-    label, the head is not needed, nor are the last layer's queries, output projection and MLP, 10 of the 12 width^2
-    of a layer. Causal attention is 6 x depth x width x length^2 a row: scores and weighted values are
-    2 x 2 x width x length^2 forward, half of it above the diagonal, and twice that backward.
+
+def layer_tokens(tokens: float, labels: float, depth: int) -> float:
+    """Tokens that a layer of a packed GPT-J computes, on average over its `depth` layers (model/attention.py)."""
+    return tokens - LAST_LAYER_AT_LABELS * (tokens - labels) / depth
+
+
+def training_flops(
+    layers: float,
+    head: float,
+    width: int,
+    depth: int,
+    tokens: float,
+    labels: float,
+    scores: float,
+    passes: int = 3,
+) -> float:
+    """Operations of forward and backward.
+
+    A matrix product of n tokens with p weights is 2np operations forward and twice that backward; attention is
+    4 x width a score and layer (Narayanan et al. 2021, section 5.1). Of b rows of s tokens, with the head everywhere,
+    it is their 96 b s l h^2 (1 + s/6h + V/16lh) for 4 passes.
 
     Args:
-        layers, head: parameters, as `model_parameters` counts them.
+        layers, head: parameters of all layers, and of the head.
         width, depth: of the model.
-        tokens, labels: real tokens, and those with a loss.
-        squared_lengths: the sum of the squared row lengths.
+        tokens: through the layers (`layer_tokens` where the last one is not whole).
+        labels: through the head.
+        scores: attention scores of one head, the sum of squared row lengths; half of it where causality is used.
+        passes: through the layers, in units of a forward: 3, or 4 with checkpointing.
     """
-    not_needed = 10 / 12 * layers / depth * (tokens - labels)
-    return 6 * (layers * tokens - not_needed + head * labels + depth * width * squared_lengths)
+    return passes * (2 * layers * tokens + 4 * scores * width * depth) + 3 * 2 * head * labels
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
@@ -94,19 +109,3 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-def step_flops(model: ModelFacts, tokens: float, scores: float, labels: float, checkpointing: bool) -> float:
-    """Operations of forward and backward.
-
-    Narayanan et al. 2021, section 5.1: a matrix product of n tokens with p weights is 2np operations forward and
-    twice that backward; attention is 4 x width a score, and layer; checkpointing adds a second forward of the
-    layers. Of b rows of s tokens, with the head everywhere, it is their 96 b s l h^2 (1 + s/6h + V/16lh).
-
-    Args:
-        tokens, labels: through the layers, and through the head.
-        scores: attention scores of one head, the sum of row length^2 (half of it where causality is used).
-    """
-    layers = 2 * tokens * model.layer_parameters + 4 * scores * model.width * model.layers
-    head = 2 * labels * model.vocabulary * model.width
-    return (4 if checkpointing else 3) * layers + 3 * head

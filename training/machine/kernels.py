@@ -113,7 +113,32 @@ def _why_no_cuda() -> str:
     return "torch sees no device"
 
 
+def best_precision() -> str:
+    """What the devices of this machine compute best: "bf16", "fp16", or "fp32" on a CPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "fp32"
+    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+
+
+def precision_problems(precision: str) -> list[str]:
+    """Why the devices of this machine cannot compute in a precision."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    if precision == "fp16" and not cuda:
+        return ["fp16 needs a CUDA GPU, and there is none here. Use config/ds_z3_bf16_config.json, or --bf16"]
+    if precision == "bf16" and cuda and best_precision() != "bf16":
+        return [
+            f"{torch.cuda.get_device_name()} cannot compute in bf16. "
+            "Use --deepspeed config/ds_z3_fp16_offload_config.json, or --fp16"
+        ]
+    return []
+
+
 def device_problems() -> list[str]:
+    """Several visible GPUs, and one rank that could use one of them."""
     import torch
 
     gpus = torch.cuda.device_count()

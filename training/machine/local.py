@@ -8,7 +8,7 @@ from pathlib import Path
 from training.consts import GIB
 from training.errors import MachineError
 from training.files import free_bytes
-from training.machine.catalogue import PEAK_FLOPS, Machine, family_of
+from training.machine.catalogue import FAMILIES, PEAK_FLOPS, Machine, family_of, is_of
 
 
 def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machine:
@@ -44,9 +44,8 @@ def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machi
 
 def _link(family: str, device_name: str) -> str:
     """By the form of the GPU; whether SXM boards are really connected by NVLink is not asked."""
-    links = {"h100": "nvlink4", "a100": "nvlink3", "v100": "nvlink2"}
-    connected = "PCI" not in device_name and any(n in device_name for n in ("H100", "H200", "A100", "V100"))
-    return links[family] if connected else "pcie"
+    known = FAMILIES[family]
+    return known.link if is_of(known, device_name) and "PCI" not in device_name else "pcie"
 
 
 def free_disk_gib(folder: str | Path) -> float:

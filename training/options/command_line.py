@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 import click
 
-from training.options.trainer_options import TrainingOptions
+from training.options.trainer_options import TrainingOptions, flag_of
 
 
 class GroupedCommand(click.Command):
@@ -49,23 +49,38 @@ def value_problems(ctx: click.Context) -> list[str]:
 
 def click_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a click command with one option for every field of TrainingOptions."""
-    for option_field in reversed(fields(TrainingOptions)):
-        settings = dict(option_field.metadata)
-        settings.pop("group")
-        flag = settings.pop("flag", "--" + option_field.name.replace("_", "-"))
-        if option_field.name == "deepspeed_config":
-            flag = "--deepspeed_config"
-        if option_field.type == "bool" and not option_field.default:
-            settings |= {"is_flag": True, "show_default": False}
-        elif str(option_field.type).startswith("bool"):
-            flag += f"/--no-{flag[2:]}"
-        elif "type" not in settings:
-            settings["type"] = int if option_field.type == "int" else str
-        if option_field.default is not MISSING:
-            settings["default"] = option_field.default
-            settings.setdefault("show_default", option_field.default is not None)
-        function = click.option(flag, option_field.name, cls=CollectedOption, **settings)(function)
-    return function
+    return some_click_options(*(option.name for option in fields(TrainingOptions)))(function)
+
+
+def some_click_options(*names: str, **defaults: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator with the options of these fields, in this order, and of those that get other `defaults`.
+
+    A default of None leaves the value to the command, which says so in the help by "[default: ...]".
+    """
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        known = {option.name: option for option in fields(TrainingOptions)}
+        for name in reversed([*names, *(name for name in defaults if name not in names)]):
+            function = _click_option(known[name], defaults.get(name, known[name].default))(function)
+        return function
+
+    return decorate
+
+
+def _click_option(option: Field[Any], default: Any) -> Callable[..., Any]:
+    settings = dict(option.metadata)
+    settings.pop("group")
+    flag = settings.pop("flag", flag_of(option.name))
+    if option.type == "bool" and not option.default:
+        settings |= {"is_flag": True, "show_default": False}
+    elif str(option.type).startswith("bool"):
+        flag += f"/--no-{flag[2:]}"
+    elif "type" not in settings:
+        settings["type"] = int if option.type == "int" else str
+    if default is not MISSING:
+        settings |= {"default": default, "required": False}
+        settings.setdefault("show_default", default is not None)
+    return click.option(flag, option.name, cls=CollectedOption, **settings)
 
 
 def option_words(chosen: Mapping[str, Any]) -> list[str]:
@@ -76,7 +91,7 @@ def option_words(chosen: Mapping[str, Any]) -> list[str]:
     defaults = {option.name: option.default for option in fields(TrainingOptions)}
     words = []
     for name, value in chosen.items():
-        flag, default = "--" + name.replace("_", "-"), defaults[name]
+        flag, default = flag_of(name), defaults[name]
         if value is None or (value is False and default is False):  # an option without a --no-
             continue
         if isinstance(value, bool):

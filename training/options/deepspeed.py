@@ -3,23 +3,29 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from training.consts import ROOT
 from training.errors import OptionsError
 
 
-def read_deepspeed_json(path: str) -> dict[str, Any]:
-    """The DeepSpeed configuration. Raises OptionsError where there is no such file or no JSON object in it."""
+def read_json(path: str) -> dict[str, Any]:
+    """The content of a DeepSpeed JSON; config/ds_*.json are found from any folder.
+
+    Raises OptionsError where there is no such file or no JSON object in it.
+    """
+    file = Path(path)
+    if not file.exists() and (ROOT / path).exists():
+        file = ROOT / path
     try:
-        if Path(path).exists() and not Path(path).is_file():  # to read a pipe may wait for ever
+        if file.exists() and not file.is_file():  # to read a pipe may wait for ever
             raise OSError(0, "Is a folder, a pipe or a device, no file")
-        config = json.loads(Path(path).read_text(), object_pairs_hook=_no_key_twice)
+        config = json.loads(file.read_text(), object_pairs_hook=_no_key_twice)
     except OSError as error:
-        shipped = (
-            ", ".join(sorted(str(file) for file in Path("config").glob("ds_*.json"))) or "config/ds_*.json"
-        )
+        shipped = ", ".join(sorted(f"config/{file.name}" for file in (ROOT / "config").glob("ds_*.json")))
         raise OptionsError(
             f"--deepspeed {path}: {error.strerror or error}. Shipped are: {shipped}"
         ) from error
@@ -38,7 +44,7 @@ def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def json_enables(config: dict[str, Any], precision: str) -> bool | None:
+def enabled(config: Mapping[str, Any], precision: str) -> bool | None:
     """What the DeepSpeed JSON says of a precision: True, False, or None where it leaves it open."""
     section = config.get(precision)
     value = section.get("enabled") if isinstance(section, dict) else None

@@ -19,12 +19,31 @@ from training.consts import (
     SAMPLE_TOKENS,
 )
 from training.errors import OptionsError
-from training.options.deepspeed import json_enables, read_deepspeed_json
 
 # Beyond these a number is a slip of the keyboard; 10,000 steps an hour for ten years are fewer.
 MOST_EPOCHS, MOST_STEPS = 10_000, 10**9
 MOST_ROWS = 1024  # at once, and batches in a step: together a million rows a device
-SCHEDULES = ("constant", "constant_with_warmup", "linear", "cosine")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How the learning rate moves, by transformers' name. `decays`: the rate depends on where the run ends."""
+
+    warms_up: bool
+    decays: bool
+
+
+SCHEDULES = {
+    "constant": Schedule(warms_up=False, decays=False),
+    "constant_with_warmup": Schedule(warms_up=True, decays=False),
+    "linear": Schedule(warms_up=True, decays=True),
+    "cosine": Schedule(warms_up=True, decays=True),
+}
+
+
+def flag_of(name: str) -> str:
+    """The option of a field: "max_length" gives "--max-length"."""
+    return "--deepspeed_config" if name == "deepspeed_config" else "--" + name.replace("_", "-")
 
 
 def _option(default: Any, group: str, help: str, **click_settings: Any) -> Any:
@@ -40,7 +59,7 @@ class AutoOrCount(click.ParamType):
         return value if value == "auto" else click.IntRange(1).convert(value, param, ctx)
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, frozen=True)
 class TrainingOptions:
     """The options of `training.trainer`, one field an option. The command line is made from these fields."""
 
@@ -117,7 +136,7 @@ class TrainingOptions:
         metavar="RATE",
     )
     lr_scheduler_type: str = _option(
-        "constant", "Training", "How the rate moves. Dolly's is constant.", type=click.Choice(SCHEDULES)
+        "constant", "Training", "How the rate moves. Dolly's is constant.", type=click.Choice(list(SCHEDULES))
     )
     warmup_steps: int = _option(
         0, "Training", "Steps in which the rate rises to --lr.", type=click.IntRange(0), metavar="STEPS"
@@ -284,24 +303,6 @@ class TrainingOptions:
     @property
     def logs_to_mlflow(self) -> bool:
         return self.mlflow or self.mlflow_model_name is not None
-
-
-def precision_of(options: TrainingOptions) -> str:
-    """ "bf16", "fp16" or "fp32": the options first, then the DeepSpeed JSON, then what the device does best."""
-    for name in ("bf16", "fp16"):
-        if getattr(options, name):
-            return name
-    config = read_deepspeed_json(options.deepspeed_json) if options.deepspeed_json else {}
-    for name in ("bf16", "fp16"):
-        if json_enables(config, name) and getattr(options, name) is None:
-            return name
-    if options.bf16 is False or options.fp16 is False or options.deepspeed_json:
-        return "fp32"
-    import torch
-
-    if not torch.cuda.is_available():
-        return "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
 def steps_between_samples(options: TrainingOptions, steps_per_epoch: int) -> Fraction:

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from training.consts import DEFAULT_TRAINING_DATASET, LARGEST_SHARE, PAD_TO_MULTIPLE_OF
-from training.plan.settings import Settings
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from training.options.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,7 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
     import numpy as np
 
     ranks, rows = settings.ranks, settings.rows
-    held_out = min(settings.test_size, len(lengths.tokens) // 2)
+    held_out = min(settings.options.test_size, len(lengths.tokens) // 2)
     tokens = np.random.default_rng(seed).permutation(lengths.tokens)[held_out:]
     batch = settings.global_batch
     # Whole batches; the last, smaller one of an epoch counts for little.

@@ -8,10 +8,13 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from training.consts import GIB
-from training.machine.catalogue import GPUS, Machine
+from training.errors import OptionsError
+from training.machine.catalogue import FAMILIES, GPUS, Machine
 from training.options.command_line import option_words
-from training.options.trainer_options import TrainingOptions
+from training.options.settings import Settings, resolve
+from training.options.trainer_options import TrainingOptions, flag_of
 from training.plan.epoch import Lengths, Load, epoch_load
+from training.plan.lookup import dataset_lengths, model_shape
 from training.plan.memory import (
     CPU_PROCESS_GIB,
     auto_gradient_checkpointing,
@@ -21,9 +24,8 @@ from training.plan.memory import (
     host_memory,
     peak_activation_bytes,
 )
-from training.plan.model_shape import ModelFacts
-from training.plan.presets import PRESETS, rows_and_accumulation
-from training.plan.settings import Settings, settings_of
+from training.plan.model_shape import ModelShape
+from training.plan.presets import rows_and_accumulation
 from training.plan.timing import CPU_RANGE, GPU_RANGE, CpuRates, cpu_rates, hours_of, step_seconds
 
 
@@ -45,7 +47,7 @@ class Plan:
         command: what to type for this run.
     """
 
-    model: ModelFacts
+    model: ModelShape
     machine: Machine
     settings: Settings
     load: Load
@@ -72,39 +74,51 @@ class Plan:
 
 
 def plan_run(
-    options: TrainingOptions,
-    world_size: int,
+    settings: Settings,
     lengths: Lengths,
-    model: ModelFacts,
+    model: ModelShape,
     machine: Machine,
     rates: CpuRates | None = None,
 ) -> Plan:
-    """Weighs a run of `world_size` ranks against a machine, or several of its kind where it has fewer devices.
+    """Weighs a run against a machine, or several of its kind where it has fewer devices than the run has ranks.
 
-    `options.gradient_checkpointing` may be "auto", "on", "off" or a bool, `options.max_tokens_per_device` "auto",
-    None or a number; the plan's settings have them decided. `rates` of a CPU machine are measured if not given.
-
-    Raises OptionsError for an unreadable DeepSpeed file.
+    What is "auto" in the settings is decided in those of the plan. `rates` of a CPU machine are measured if not given.
     """
     if machine.is_cpu and rates is None:
-        rates = cpu_rates(model.width, settings_of(options, world_size, machine.family).precision, world_size)
-    plan = _weigh(options, world_size, lengths, model, machine, rates)
-    if plan.fits:
-        return plan
-    return replace(plan, changes=_nearest_changes(plan, options, world_size, lengths, rates))
+        rates = cpu_rates(model.width, settings.precision, settings.ranks)
+    plan = _weigh(settings, lengths, model, machine, rates)
+    return plan if plan.fits else replace(plan, changes=_nearest_changes(plan, settings, lengths, rates))
+
+
+def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan:
+    """The plan of a run by the trainer's options: model and rows are looked up by their names.
+
+    Raises OptionsError for what can be said without the plan; ModelError or DataError where model or dataset cannot be
+    loaded.
+    """
+    model, family = model_shape(options.input_model), FAMILIES[machine.family]
+    settings = resolve(options, ranks, family.precision)
+    if machine.family == "v100" and settings.precision == "bf16":
+        raise OptionsError(f"a V100 cannot compute in bf16. Type --deepspeed {family.deepspeed}")
+    lengths = dataset_lengths(options.training_dataset, model)
+    count = len(lengths.tokens)
+    if count < 2:
+        from training.data.rows import (
+            too_few_rows,  # not above: a built-in dataset does not need what it imports
+        )
+
+        raise OptionsError(f"--training-dataset: {too_few_rows(count)}. Name one with more")
+    if options.test_size >= count:
+        raise OptionsError(f"--test-size {options.test_size:,} of {count:,} rows leaves none to train on")
+    return plan_run(settings, lengths, model, machine)
 
 
 def _weigh(
-    options: TrainingOptions,
-    ranks: int,
-    lengths: Lengths,
-    model: ModelFacts,
-    machine: Machine,
-    rates: CpuRates | None,
+    settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine, rates: CpuRates | None
 ) -> Plan:
-    settings = settings_of(options, ranks, machine.family)
+    options = settings.options
     load, share, cpu = epoch_load(lengths, settings), lengths.response_share, machine.is_cpu
-    local = min(ranks, machine.count)
+    local = min(settings.ranks, machine.count)
     host = host_memory(model, settings, local, cpu)
     # Ranks on a CPU share the host's memory among them, and with what saving takes.
     saving = host["training"] - local * CPU_PROCESS_GIB
@@ -123,7 +137,7 @@ def _weigh(
     }
     if cpu:
         host["training"] += local * (sum(gpu.values()) - CPU_PROCESS_GIB)
-    steps = settings.max_steps or math.ceil(settings.epochs * load.steps)
+    steps = options.max_steps or math.ceil(options.epochs * load.steps)
     stored = disk(model, settings, steps)
     seconds = step_seconds(model, machine, settings, load, share, rates)
     spread = CPU_RANGE if cpu else GPU_RANGE
@@ -146,7 +160,7 @@ def _weigh(
         hours=run,
         shortages=_shortages(machine, sum(gpu.values()), host, sum(stored.values())),
         changes={},
-        command=command(options, settings),
+        command=command(settings),
     )
 
 
@@ -175,14 +189,14 @@ def _shortages(
 
 
 def _nearest_changes(
-    failed: Plan, options: TrainingOptions, ranks: int, lengths: Lengths, rates: CpuRates | None
+    failed: Plan, settings: Settings, lengths: Lengths, rates: CpuRates | None
 ) -> dict[str, str]:
     """For each shortage the first change that ends it and makes no other: options before other machines."""
     tried = [
-        (advice, _weigh(changed, count, lengths, failed.model, machine, rates))
-        for advice, changed, count, machine in _candidates(failed, options, ranks)
+        (change.advice, _weigh(_changed(settings, change), lengths, failed.model, change.machine, rates))
+        for change in [*_other_options(failed), *_other_machines(failed)]
     ]
-    room = {
+    nearest = {
         "GPU memory": f"Nothing near it fits: {failed.model.name} needs more GPUs or larger ones",
         "host memory": f"A machine with {math.ceil(max(failed.host_memory_gib.values()))} GiB of free host "
         "memory would do",
@@ -192,28 +206,51 @@ def _nearest_changes(
     for kind in failed.shortages:
         for advice, plan in tried:
             if kind not in plan.shortages and plan.shortages.keys() <= failed.shortages.keys():
-                room[kind] = advice
+                nearest[kind] = advice
                 break
-    return {kind: room[kind] for kind in failed.shortages}
+    return {kind: nearest[kind] for kind in failed.shortages}
 
 
-def _candidates(
-    failed: Plan, options: TrainingOptions, ranks: int
-) -> list[tuple[str, TrainingOptions, int, Machine]]:
-    """(advice, options, ranks, machine), the smallest change first."""
-    settings, machine = failed.settings, failed.machine
-    found: list[tuple[str, TrainingOptions, int, Machine]] = []
+@dataclass(frozen=True)
+class Change:
+    """Another way to run: options by their names, ranks, and a machine, named `where` it is another one."""
 
-    def add(
-        changed: dict[str, Any], count: int = ranks, elsewhere: Machine = machine, where: str = ""
-    ) -> None:
-        words = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in changed.items())
-        advice = f"It fits on {where}{' with ' if words else ''}{words}" if where else f"Type {words}"
-        found.append((advice, replace(options, **changed), count, elsewhere))
+    options: dict[str, Any]
+    ranks: int
+    machine: Machine
+    where: str = ""
 
-    saving: dict[str, Any] = {} if settings.checkpointing else {"gradient_checkpointing": "on"}
-    if saving:
-        add(saving)
+    @property
+    def advice(self) -> str:
+        words = " ".join(f"{flag_of(name)} {value}" for name, value in self.options.items())
+        if self.where:
+            return f"It fits on {self.where}{' with ' if words else ''}{words}"
+        return f"Type {words}"
+
+
+def _changed(settings: Settings, change: Change) -> Settings:
+    same_file = "deepspeed" not in change.options
+    return resolve(
+        replace(settings.options, **change.options),
+        change.ranks,
+        settings.precision if same_file else FAMILIES[change.machine.family].precision,
+        settings.deepspeed if same_file else None,
+    )
+
+
+def _saving(plan: Plan) -> dict[str, Any]:
+    return {} if plan.settings.checkpointing else {"gradient_checkpointing": "on"}
+
+
+def _offload(plan: Plan) -> dict[str, Any]:
+    offload = FAMILIES[plan.machine.family].offload
+    return {"deepspeed": offload} if offload and not plan.settings.zero.offload_optimizer else {}
+
+
+def _other_options(failed: Plan) -> list[Change]:
+    """Changes of the options alone, the smallest first."""
+    settings, machine, saving = failed.settings, failed.machine, _saving(failed)
+    ranks, changes = settings.ranks, [saving]
     if settings.packed and settings.max_tokens is None:
         budget = auto_max_tokens_per_device(
             failed.model,
@@ -223,40 +260,44 @@ def _candidates(
             machine.host_gib / ranks if machine.is_cpu else machine.gpu_memory_gib,
             machine.is_cpu,
         )
-        if budget:
-            add(saving | {"max_tokens_per_device": budget})
-    if settings.checkpoints > 1:
-        add({"save_total_limit": 1})
+        changes.append(saving | {"max_tokens_per_device": budget} if budget else {})
+    if settings.options.save_total_limit > 1:
+        changes.append({"save_total_limit": 1})
     for rows in (2**i for i in reversed(range(6)) if 2**i < settings.rows):
         steps = settings.accumulation * math.ceil(settings.rows / rows)
-        add({"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | saving)
-    preset = PRESETS[machine.family]
-    if settings.zero.stage == 0 and ranks > 1:
-        add({"deepspeed": preset.deepspeed})
-    if settings.zero.offload_optimizer and preset.deepspeed != options.deepspeed_json:
-        add({"deepspeed": preset.deepspeed})
-    offload = {"deepspeed": preset.offload} if preset.offload and not settings.zero.offload_optimizer else {}
-    if offload:
-        add(offload | saving)
+        changes.append({"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | saving)
+    family, file = FAMILIES[machine.family], settings.options.deepspeed_json
+    if (settings.zero.stage == 0 and ranks > 1) or (
+        settings.zero.offload_optimizer and family.deepspeed != file
+    ):
+        changes.append({"deepspeed": family.deepspeed})
+    if offload := _offload(failed):
+        changes.append(offload | saving)
+    return [Change(options, ranks, machine) for options in changes if options]
+
+
+def _other_machines(failed: Plan) -> list[Change]:
+    """Larger GPUs of the family, then more of the same."""
+    settings, machine, saving, offload = failed.settings, failed.machine, _saving(failed), _offload(failed)
+    ranks = settings.ranks
     if machine.is_cpu:
-        return found
-    for name, gpu in GPUS.items():
-        if gpu.family == machine.family and gpu.memory_gib > machine.gpu_memory_gib + 1:
-            larger = replace(machine, gpu=name, gpu_memory_gib=gpu.memory_gib)
-            add(saving, ranks, larger, f"{ranks} {name}")
-    for count in (2, 3, 4, 8, 16, 32):
-        if count > ranks:
-            rows, steps = rows_and_accumulation(settings.global_batch, count, options.batching)
-            spread = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | saving
-            more = replace(machine, count=count)
-            add(spread, count, more, f"{count} {machine.gpu}")
-            if offload:
-                add(offload | spread, count, more, f"{count} {machine.gpu}")
+        return []
+    found = [
+        Change(saving, ranks, replace(machine, gpu=name, gpu_memory_gib=gpu.memory_gib), f"{ranks} {name}")
+        for name, gpu in GPUS.items()
+        if gpu.family == machine.family and gpu.memory_gib > machine.gpu_memory_gib + 1
+    ]
+    for count in (count for count in (2, 3, 4, 8, 16, 32) if count > ranks):
+        rows, steps = rows_and_accumulation(settings.global_batch, count, settings.options.batching)
+        spread = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | saving
+        for options in [spread, offload | spread] if offload else [spread]:
+            found.append(Change(options, count, replace(machine, count=count), f"{count} {machine.gpu}"))
     return found
 
 
-def command(options: TrainingOptions, settings: Settings) -> str:
+def command(settings: Settings) -> str:
     """What to type for this run; options that are the trainer's defaults are left out."""
+    options = settings.options
     if options.deepspeed_json:
         words = ["deepspeed", "--num_gpus", str(settings.ranks), "--module", "training.trainer"]
     elif settings.ranks > 1:

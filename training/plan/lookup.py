@@ -6,10 +6,10 @@ from pathlib import Path
 
 from training.consts import DEFAULT_TRAINING_DATASET, DEMO
 from training.plan.epoch import Lengths, alpaca_lengths, lengths_of
-from training.plan.model_shape import BUILT_IN, ModelFacts, gptj_facts
+from training.plan.model_shape import BUILT_IN, ModelShape, gptj_shape
 
 
-def model_facts(name: str) -> ModelFacts:
+def model_shape(name: str) -> ModelShape:
     """Facts of a built-in model, the demo's, a folder with a config.json, or a model on the Hub (config only).
 
     Only the last two import torch. Raises ModelError (training.model) for what cannot be found or is no causal
@@ -21,13 +21,13 @@ def model_facts(name: str) -> ModelFacts:
         from training.model.demo_model import SHAPE, VOCAB_SIZE
 
         vocabulary = VOCAB_SIZE + 3  # the control tokens
-        return gptj_facts(
+        return gptj_shape(
             DEMO, SHAPE["n_layer"], SHAPE["n_embd"], SHAPE["n_head"], vocabulary, SHAPE["n_positions"]
         )
-    return _facts_of_config(name)
+    return _shape_of_config(name)
 
 
-def _facts_of_config(name: str) -> ModelFacts:
+def _shape_of_config(name: str) -> ModelShape:
     """Facts by transformers: the config, and the parameters of a model without memory behind it."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -53,7 +53,7 @@ def _facts_of_config(name: str) -> ModelFacts:
     files = (
         [file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)] if folder.is_dir() else []
     )
-    return ModelFacts(
+    return ModelShape(
         name=name,
         kind=config.model_type,
         parameters=parameters,
@@ -70,7 +70,7 @@ def _facts_of_config(name: str) -> ModelFacts:
     )
 
 
-def dataset_lengths(dataset: str, model: ModelFacts) -> Lengths:
+def dataset_lengths(dataset: str, model: ModelShape) -> Lengths:
     """Lengths of a dataset's rows: Alpaca's are built in, any other is tokenised with the model's tokenizer.
 
     Raises DataError or ModelError (training.rows, training.model) where either cannot be loaded.

@@ -6,12 +6,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from training.consts import GIB, LOSS_CHUNK_BYTES
-from training.options.deepspeed import Zero
-from training.plan.epoch import Load
-from training.plan.model_shape import ModelFacts
-from training.plan.settings import Settings
+
+if TYPE_CHECKING:
+    from training.options.deepspeed import Zero
+    from training.options.settings import Settings
+    from training.plan.epoch import Load
+    from training.plan.model_shape import ModelShape
 
 # The context, the kernels, NCCL's buffers and cuBLAS's workspaces, which PyTorch does not count: 0.4 to 0.5 GiB
 # for the context of an A100, some 0.5 GiB for NCCL over 8 GPUs. An assumption, not measured here.
@@ -26,7 +29,7 @@ GPU_PROCESS_GIB = 3.0
 DATASET_CACHE_GIB = 0.5  # Alpaca's takes 0.03; an allowance
 
 
-def state_bytes(model: ModelFacts, settings: Settings) -> dict[str, float]:
+def state_bytes(model: ModelShape, settings: Settings) -> dict[str, float]:
     """Bytes that stay on a device through training: weights, gradients, optimizer.
 
     ZeRO (Rajbhandari et al. 2020, section 5): 2 bytes a parameter for 16-bit weights, 2 for gradients, 12 for the
@@ -43,7 +46,7 @@ def state_bytes(model: ModelFacts, settings: Settings) -> dict[str, float]:
     }
 
 
-def layer_bytes(model: ModelFacts, tokens: float, row: int, size: int, packed: bool) -> float:
+def layer_bytes(model: ModelShape, tokens: float, row: int, size: int, packed: bool) -> float:
     """Bytes that one layer keeps for its backward pass; `row` is the padded row length, `size` bytes a number.
 
     Counted tensor by tensor in transformers' GPTJBlock and training/attention.py, in units of a (tokens, width)
@@ -65,7 +68,7 @@ def layer_bytes(model: ModelFacts, tokens: float, row: int, size: int, packed: b
     return tokens * (size * (4 * model.width + 5 * model.inner) + 8 * model.width + scores)
 
 
-def loss_bytes(model: ModelFacts, tokens: float, labels: float, size: int, packed: bool) -> float:
+def loss_bytes(model: ModelShape, tokens: float, labels: float, size: int, packed: bool) -> float:
     """Bytes of the logits, their gradient, and what the loss makes of them, at the worst moment.
 
     The plain loss holds three float32 tensors (tokens, vocabulary) as its backward begins: log-probabilities,
@@ -81,7 +84,7 @@ def loss_bytes(model: ModelFacts, tokens: float, labels: float, size: int, packe
 
 
 def activation_bytes(
-    model: ModelFacts, tokens: float, row: int, labels: float, size: int, packed: bool, checkpointing: bool
+    model: ModelShape, tokens: float, row: int, labels: float, size: int, packed: bool, checkpointing: bool
 ) -> tuple[float, float]:
     """(activations, logits and loss) at the moment when both together are most.
 
@@ -98,7 +101,7 @@ def activation_bytes(
 
 
 def peak_activation_bytes(
-    model: ModelFacts, settings: Settings, load: Load, response_share: float, checkpointing: bool
+    model: ModelShape, settings: Settings, load: Load, response_share: float, checkpointing: bool
 ) -> tuple[float, float]:
     """`activation_bytes` of the largest share of rows that a device computes at once in this run."""
     tokens = load.peak_tokens
@@ -116,7 +119,7 @@ def peak_activation_bytes(
 
 
 def device_memory(
-    model: ModelFacts, settings: Settings, load: Load, response_share: float, cpu: bool = False
+    model: ModelShape, settings: Settings, load: Load, response_share: float, cpu: bool = False
 ) -> dict[str, float]:
     """GiB of one device by part, at the worst moment of a step; their sum is what the card must have.
 
@@ -162,7 +165,7 @@ def device_memory(
 
 
 def auto_gradient_checkpointing(
-    model: ModelFacts,
+    model: ModelShape,
     settings: Settings,
     load: Load,
     response_share: float,
@@ -178,7 +181,7 @@ def auto_gradient_checkpointing(
 
 
 def auto_max_tokens_per_device(
-    model: ModelFacts,
+    model: ModelShape,
     settings: Settings,
     load: Load,
     response_share: float,
@@ -204,7 +207,7 @@ def auto_max_tokens_per_device(
 
 
 def host_memory(
-    model: ModelFacts, settings: Settings, local_ranks: int | None = None, cpu: bool = False
+    model: ModelShape, settings: Settings, local_ranks: int | None = None, cpu: bool = False
 ) -> dict[str, float]:
     """GiB of host memory "loading" and "training", of the `local_ranks` ranks (all if None) on a machine.
 
@@ -232,7 +235,7 @@ def host_memory(
     return {"loading": processes + loading / GIB, "training": processes + (training + saving) / GIB}
 
 
-def offloaded_gradient_bytes(model: ModelFacts, settings: Settings) -> list[float]:
+def offloaded_gradient_bytes(model: ModelShape, settings: Settings) -> list[float]:
     """Bytes of each gradient buffer of a rank with an offloaded optimizer: one a sub-group in float32, and the flat
     one in the model's precision."""
     shard, group = model.parameters / settings.ranks, settings.zero.sub_group
@@ -244,23 +247,14 @@ def _pinned(size: float, zero: Zero) -> float:
     return 2.0 ** math.ceil(math.log2(size)) if zero.pinned else size
 
 
-def checkpoint_bytes(settings: Settings) -> int:
-    """Bytes a parameter of a checkpoint: Adam's two moments, and the model as it is kept.
-
-    Under ZeRO with 16-bit weights, the float32 masters as well: 4 + 8 + 2; DeepSpeed's model_states files hold no
-    weights, but transformers adds the gathered model. Measured on two ranks: 14.0.
-    """
-    return 8 + settings.weight_bytes + (4 if settings.zero.stage and settings.weight_bytes == 2 else 0)
-
-
-def disk(model: ModelFacts, settings: Settings, steps: int) -> dict[str, float]:
+def disk(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
     """GiB on disk of a run of so many steps: the download and the tokenised rows, checkpoints, the model.
 
     A new checkpoint is complete before the oldest goes; the last step has one of its own.
     """
-    kept = min(settings.checkpoints + 1, math.ceil(steps / settings.save_steps))
+    kept = min(settings.options.save_total_limit + 1, math.ceil(steps / settings.options.save_steps))
     return {
         "cache": (model.file_bytes / GIB if model.downloaded else 0.0) + DATASET_CACHE_GIB,
-        "checkpoints": kept * checkpoint_bytes(settings) * model.parameters / GIB,
+        "checkpoints": kept * settings.checkpoint_bytes * model.parameters / GIB,
         "model": settings.weight_bytes * model.parameters / GIB,
     }

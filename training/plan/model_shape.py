@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class ModelFacts:
+class ModelShape:
     """What memory and time depend on.
 
     Attributes:
@@ -32,7 +32,7 @@ class ModelFacts:
     gated: bool = False
 
 
-def gptj_facts(
+def gptj_shape(
     name: str,
     layers: int,
     width: int,
@@ -40,7 +40,7 @@ def gptj_facts(
     vocabulary: int,
     positions: int = 2048,
     downloaded: bool = False,
-) -> ModelFacts:
+) -> ModelShape:
     """Facts of a GPT-J: per layer four square matrices, an MLP with biases, one layer norm; a head with bias.
 
     GPT-J-6B: 28 x (4 x 4096^2 + 2 x 4096 x 16384 + 16384 + 3 x 4096) + 2 x 4096 + 2 x 50400 x 4096 + 50400
@@ -49,7 +49,7 @@ def gptj_facts(
     inner = 4 * width
     layer = 4 * width**2 + 2 * width * inner + inner + 3 * width
     parameters = layers * layer + 2 * width + 2 * vocabulary * width + vocabulary
-    return ModelFacts(
+    return ModelShape(
         name=name,
         kind="gptj",
         parameters=parameters,
@@ -65,15 +65,15 @@ def gptj_facts(
     )
 
 
-def neox_facts(
+def neox_shape(
     name: str, layers: int, width: int, heads: int, vocabulary: int, downloaded: bool = False
-) -> ModelFacts:
+) -> ModelShape:
     """Facts of a GPT-NeoX (the Pythias): as GPT-J's, but with biases everywhere and two layer norms; the head has
     none. Their files on the Hub are float16."""
     inner = 4 * width
     layer = 4 * width**2 + 4 * width + 2 * width * inner + inner + width + 4 * width
     parameters = layers * layer + 2 * width + 2 * vocabulary * width
-    return ModelFacts(
+    return ModelShape(
         name=name,
         kind="gpt_neox",
         parameters=parameters,
@@ -103,9 +103,9 @@ _PYTHIAS = {
 BUILT_IN = {
     facts.name.lower(): facts
     for facts in (
-        gptj_facts("EleutherAI/gpt-j-6B", 28, 4096, 16, 50400, downloaded=True),
+        gptj_shape("EleutherAI/gpt-j-6B", 28, 4096, 16, 50400, downloaded=True),
         *(
-            neox_facts(f"EleutherAI/pythia-{size}{suffix}", *shape, downloaded=True)
+            neox_shape(f"EleutherAI/pythia-{size}{suffix}", *shape, downloaded=True)
             for size, shape in _PYTHIAS.items()
             for suffix in ("", "-deduped")
         ),

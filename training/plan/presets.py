@@ -2,41 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 from training.consts import DEMO, GLOBAL_BATCH
 from training.errors import MachineError
+from training.machine.catalogue import FAMILIES
 
 DOLLYS_ROWS = 8  # rows a device computes at once
 PACKED_ROWS = 16  # packed rows cost memory by their tokens, and 16 of them gather the weights half as often
-
-
-@dataclass(frozen=True)
-class Preset:
-    """What a GPU family trains with, so that nobody edits a JSON.
-
-    Attributes:
-        deepspeed: DeepSpeed configuration, from the root of the repository.
-        offload: the same with the optimizer in host memory; None where that gains nothing.
-        precision: as the configuration enables it.
-    """
-
-    deepspeed: str
-    offload: str | None
-    precision: str
-
-
-_BF16, _BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
-_FP16_OFFLOAD = "config/ds_z3_fp16_offload_config.json"
-PRESETS = {
-    "a100": Preset(_BF16, _BF16_OFFLOAD, "bf16"),
-    "h100": Preset(_BF16, _BF16_OFFLOAD, "bf16"),
-    "a10": Preset(_BF16_OFFLOAD, _BF16_OFFLOAD, "bf16"),
-    "v100": Preset(_FP16_OFFLOAD, _FP16_OFFLOAD, "fp16"),  # has no bf16
-    # For the demo and the tests: ranks on a CPU, whose memory is the host's already.
-    "cpu": Preset(_BF16, None, "bf16"),
-}
 
 
 def rows_and_accumulation(global_batch: int, num_gpus: int, batching: str = "packed") -> tuple[int, int]:
@@ -56,22 +29,19 @@ def preset_options(family: str, num_gpus: int, batching: str = "packed") -> dict
 
     Raises MachineError for an unknown family, or no device.
     """
-    if family not in PRESETS:
-        raise MachineError(f"no GPU family {family!r} is known. There are: {', '.join(PRESETS)}")
+    if family not in FAMILIES:
+        raise MachineError(f"no GPU family {family!r} is known. There are: {', '.join(FAMILIES)}")
     if num_gpus < 1:
         raise MachineError(f"--num-gpus {num_gpus}: at least one device is needed to train")
     rows, accumulation = rows_and_accumulation(GLOBAL_BATCH, num_gpus, batching)
     return {
-        "deepspeed": PRESETS[family].deepspeed,
+        "deepspeed": FAMILIES[family].deepspeed,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
         "gradient_checkpointing": "auto",  # only where memory is short without it
         "batching": batching,
     }
 
-
-ROWS_A_STEP = 64
-TEST_SIZE = 400
 
 # The trainer's options that suit it: a model that starts at random needs a higher rate, and more passes, than one
 # that already speaks.
@@ -80,7 +50,7 @@ RECIPE: dict[str, Any] = {
     "lr": 2.5e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 50,
-    "test_size": TEST_SIZE,
+    "test_size": 400,
     "per_device_eval_batch_size": 50,
     "eval_steps": 180,
     "logging_steps": 20,
@@ -93,7 +63,7 @@ def demo_options(ranks: int) -> dict[str, Any]:
     return {
         "input_model": DEMO,
         "training_dataset": DEMO,
-        "per_device_train_batch_size": max(1, ROWS_A_STEP // ranks),
+        "per_device_train_batch_size": max(1, GLOBAL_BATCH // ranks),
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": "off",
         **RECIPE,

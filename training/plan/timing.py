@@ -8,18 +8,16 @@ import math
 import os
 import statistics
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from training.machine.catalogue import LINKS, Machine
-from training.machine.flops import step_flops
-from training.plan.epoch import Load
+from training.machine.catalogue import FAMILIES, LINKS, Machine
+from training.machine.flops import layer_tokens, training_flops
 from training.plan.memory import layer_bytes
-from training.plan.model_shape import ModelFacts
-from training.plan.settings import Settings
 
-# Share of the GPUs' peak that forward and backward reach in this recipe, communication apart. One number a family,
-# set so that the published runs come out (plan.PUBLISHED): they are the calibration, no independent test. Nothing
-# is published for H100, whose share is a guess.
-SHARE_OF_PEAK = {"a100": 0.22, "h100": 0.15, "a10": 0.25, "v100": 0.12}
+if TYPE_CHECKING:
+    from training.options.settings import Settings
+    from training.plan.epoch import Load
+    from training.plan.model_shape import ModelShape
 
 # Parameters a second that a host updates with DeepSpeed's CPU Adam when the optimizer is offloaded, transfers
 # included; for all hosts the same, and set with the published runs, too. DeepSpeed's ZeRO-Offload tutorial has 3.1 s a
@@ -30,16 +28,8 @@ OFFLOADED_ADAM = 1.2e9
 GPU_RANGE, CPU_RANGE = 1.5, 1.3
 
 
-def computed_share(model: ModelFacts, settings: Settings, response_share: float) -> float:
-    """Share of the layers' work that is done: the last one's queries, output matrix and MLP, 10 of a layer's 12
-    width^2, see only the positions with a label where rows are packed (PackingGPTJBlock in training/attention.py)."""
-    if model.kind != "gptj" or not settings.packed:
-        return 1.0
-    return 1 - 10 / 12 * (1 - response_share) / model.layers
-
-
 def step_seconds(
-    model: ModelFacts,
+    model: ModelShape,
     machine: Machine,
     settings: Settings,
     load: Load,
@@ -54,8 +44,19 @@ def step_seconds(
     """
     size, ranks, accumulation = settings.number_bytes, settings.ranks, settings.accumulation
     labels = load.slowest_tokens * (response_share if settings.packed else 1.0)
-    tokens = load.slowest_tokens * computed_share(model, settings, response_share)
-    flops = step_flops(model, tokens, load.slowest_scores, labels, settings.checkpointing is True)
+    tokens = load.slowest_tokens
+    if model.kind == "gptj" and settings.packed:
+        tokens = layer_tokens(tokens, labels, model.layers)
+    flops = training_flops(
+        model.layer_parameters,
+        model.vocabulary * model.width,
+        model.width,
+        model.layers,
+        tokens,
+        labels,
+        load.slowest_scores,
+        passes=4 if settings.checkpointing is True else 3,
+    )
     if rates is not None:
         return _cpu_step_seconds(model, settings, load, flops, tokens, labels, rates)
     share = size * model.parameters * (ranks - 1) / ranks
@@ -69,14 +70,14 @@ def step_seconds(
     else:
         moved = 2 * share
     return {
-        "compute": accumulation * flops / (machine.flops * SHARE_OF_PEAK[machine.family]),
+        "compute": accumulation * flops / (machine.flops * FAMILIES[machine.family].share_of_peak),
         "gathering": moved / LINKS[machine.link],
         "optimizer": model.parameters / OFFLOADED_ADAM if settings.zero.offload_optimizer else 0.0,
     }
 
 
 def hours_of(
-    model: ModelFacts, settings: Settings, load: Load, seconds: dict[str, float], steps: int
+    model: ModelShape, settings: Settings, load: Load, seconds: dict[str, float], steps: int
 ) -> float:
     """Hours of a run: its steps, and the held-out loss every `eval_steps` and before the first.
 
@@ -84,10 +85,12 @@ def hours_of(
     its three passes of weights.
     """
     forward = seconds["compute"] / (4 if settings.checkpointing is True else 3)
-    batches = math.ceil(settings.test_size / (settings.ranks * settings.eval_rows))
-    evaluation = forward * settings.test_size / settings.global_batch
+    batches = math.ceil(
+        settings.options.test_size / (settings.ranks * settings.options.per_device_eval_batch_size)
+    )
+    evaluation = forward * settings.options.test_size / settings.global_batch
     evaluation += batches * seconds["gathering"] / settings.accumulation / 3
-    evaluations = steps / settings.eval_steps + 1
+    evaluations = steps / settings.options.eval_steps + 1
     return (steps * sum(seconds.values()) + evaluations * evaluation) / 3600
 
 
@@ -137,7 +140,7 @@ def cpu_rates(width: int, precision: str, ranks: int = 1) -> CpuRates:
 
 
 def _cpu_step_seconds(
-    model: ModelFacts,
+    model: ModelShape,
     settings: Settings,
     load: Load,
     flops: float,

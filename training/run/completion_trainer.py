@@ -6,14 +6,11 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import datasets
 import torch
-from safetensors import SafetensorError
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
@@ -21,15 +18,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from training.data.batching import GlobalBatchSampler, held_out_batches, micro_steps_needed
 from training.data.collator import count_labels, document_lengths, split_packed_batch
 from training.errors import TrainingError
-from training.files import free_bytes, size_in_words, write_json
-from training.machine.flops import model_flops, model_parameters
+from training.machine.flops import layer_tokens, model_parameters, training_flops
 from training.model.packing import Batching
-from training.model.verify import not_finite
-from training.run.ending import StopRequest, lost_peer
-from training.run.saving import save_model
+from training.run import saving
+from training.run.ending import StopRequest
 from training.run.step_guard import StepGuard
-from training.storage import checkpoint
-from training.tracking.progress import write
 
 
 class CompletionTrainer(Trainer):
@@ -41,6 +34,7 @@ class CompletionTrainer(Trainer):
         peak_flops: floating point operations a second of one device, for the MFU.
         max_shard_size: largest weight file of a checkpoint's model, as in "5GB".
         keep_checkpoints: how many; the newest, and the best by held-out loss, are always kept.
+        checkpoint_bytes: a checkpoint's size for each parameter, until one has been saved.
         request: tells that the process is asked to end.
     """
 
@@ -52,6 +46,7 @@ class CompletionTrainer(Trainer):
         peak_flops: float,
         max_shard_size: str,
         keep_checkpoints: int,
+        checkpoint_bytes: int,
         request: StopRequest,
         **kwargs: Any,
     ) -> None:
@@ -65,6 +60,7 @@ class CompletionTrainer(Trainer):
         self.counter = StepCounter()
         self.max_shard_size = max_shard_size
         self.keep_checkpoints = keep_checkpoints
+        self.checkpoint_bytes = checkpoint_bytes
         self.saved_bytes = 0  # of the last checkpoint
         self.begin, self.seconds_before = time.monotonic(), 0.0
         self.guard = StepGuard(self, request)
@@ -122,7 +118,7 @@ class CompletionTrainer(Trainer):
         if not math.isfinite(loss):
             raise TrainingError(
                 f"step {self.state.global_step}: the held-out loss is NaN or infinite. Look at the held-out rows and at "
-                f"the base model; if they are sound, lower --lr. Nothing of this step is saved. {self._older()}"
+                f"the base model; if they are sound, lower --lr. Nothing of this step is saved. {saving.older_checkpoint(self.args.output_dir)}"
             )
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(self.eval_dataset))
 
@@ -161,7 +157,8 @@ class CompletionTrainer(Trainer):
             sums, seconds = self.counter.take()
             real, computed, labels, squares = self.accelerator.reduce(sums.to(self.args.device)).tolist()
             devices = self.args.world_size
-            flops = model_flops(*self.parameters, *self.shape, real, labels, squares)
+            tokens = layer_tokens(real, labels, self.shape[1])
+            flops = training_flops(*self.parameters, *self.shape, tokens, labels, squares / 2)
             logs["tokens_per_second"] = real / seconds
             logs["tokens_per_second_per_device"] = real / seconds / devices
             logs["real_token_share"] = real / max(computed, 1)
@@ -180,125 +177,12 @@ class CompletionTrainer(Trainer):
         super()._maybe_log_save_evaluate(*args, **kwargs)
         self.counter.skip(time.perf_counter() - begin)
 
-    # --- checkpoints ---------------------------------------------------------------------------------
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """The checkpoint's model, as complete as the finished one. All ranks call it."""
-        folder = Path(output_dir or self.args.output_dir)
-        weights = self.accelerator.get_state_dict(self.model_wrapped)
-        main = self.is_world_process_zero()
-        self._agree(self._bad_weights(weights) if main else None)
-        if main:
-            model = self.accelerator.unwrap_model(self.model_wrapped)
-            save_model(model, weights, self.processing_class, folder, self.max_shard_size)
-            self.model_files = checkpoint.files_of(folder)
-        self.accelerator.wait_for_everyone()  # what the other ranks write into the folder is not the model's
-
-    def _bad_weights(self, weights: dict[str, torch.Tensor]) -> str | None:
-        bad = not_finite(weights)
-        if not bad:
-            return None
-        return (
-            f"step {self.state.global_step}: {len(bad)} tensors of the model hold NaN or infinite numbers, the first: "
-            f"{bad[0]}. Look at the base model; if it is sound, lower --lr. Nothing of this step is saved. "
-            f"{self._older()}"
-        )
+        self.model_files = saving.save_weights(self, Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
-        """Writes a checkpoint, completes it by its manifest, and only then removes older ones. All ranks call it."""
-        output, step = Path(self.args.output_dir), self.state.global_step
-        folder = output / f"checkpoint-{step}"
-        if checkpoint.read_manifest(folder) is not None:  # stopped again before the first new step
-            return
-        main = self.is_world_process_zero()
-        if main:
-            checkpoint.remove(folder)  # what a killed save left
-        self._agree(self._lacks_space(output) if main else None)
-        begin = time.monotonic()
-        with self._told(folder):
-            self._write_checkpoint(folder, model, trial)
-        if main:
-            seconds = time.monotonic() - begin
-            write(f"{folder} saved: {size_in_words(self.saved_bytes)} in {seconds:.1f} s")
-            checkpoint.rotate(output, self.keep_checkpoints)
-        self.accelerator.wait_for_everyone()
-
-    @contextmanager
-    def _told(self, folder: Path) -> Iterator[None]:
-        """Tells a failure to write in words. safetensors and torch.save have errors of their own for a full disk."""
-        try:
-            yield
-        except (OSError, RuntimeError, SafetensorError) as error:
-            if isinstance(error, TrainingError) or lost_peer(error):
-                raise
-            why = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise TrainingError(
-                f"step {self.state.global_step}: {folder} could not be written ({why}); "
-                f"{size_in_words(free_bytes(folder.parent) or 0)} are free there. Make room. {self._older()}",
-                alone=True,
-            ) from error
-
-    def _write_checkpoint(self, folder: Path, model: torch.nn.Module, trial: Any) -> None:
-        main, step = self.is_world_process_zero(), self.state.global_step
-        # The loss since the last line of the log, of each rank: the next line must not forget it.
-        summed = self.accelerator.gather(self._tr_loss.detach().reshape(1)).double().tolist()
-        super()._save_checkpoint(model, trial)
-        if main:
-            progress = {
-                "loss_sums": summed,
-                "logged_step": self._globalstep_last_logged,
-                "loss_total": self._total_loss_scalar,
-                "seconds": self.seconds(),
-                "batching": self.batching,
-            }
-            write_json(folder / checkpoint.PROGRESS_FILE, progress)
-        self.accelerator.wait_for_everyone()
-        names = checkpoint.files_of(folder)
-        mine = checkpoint.digests(
-            folder, names[self.args.process_index :: self.args.world_size], written_now=True
-        )
-        digests = [mine]
-        if self.args.world_size > 1:
-            digests = [{} for _ in range(self.args.world_size)]
-            torch.distributed.all_gather_object(digests, mine)
-        if main:
-            losses = {
-                entry["step"]: entry["eval_loss"] for entry in self.state.log_history if "eval_loss" in entry
-            }
-            files = {name: each[name] for each in digests for name in each}
-            checkpoint.write_manifest(folder, losses.get(step), self.model_files, dict(sorted(files.items())))
-            self.saved_bytes = sum(file["size"] for file in files.values())
-
-    def _lacks_space(self, output: Path) -> str | None:
-        """Why the next checkpoint would not fit, or None."""
-        # 12 bytes a parameter for float32 weights and AdamW's two moments, and the gathered model again.
-        need = self.saved_bytes or 16 * sum(
-            getattr(p, "ds_numel", p.numel()) for p in self.model.parameters()
-        )
-        free = free_bytes(output)
-        if free is None or free >= need:
-            return None
-        return (
-            f"step {self.state.global_step}: a checkpoint needs {size_in_words(need)}, and {size_in_words(free)} are free in {output}. "
-            f"Make room. {self._older()}"
-        )
-
-    def _older(self) -> str:
-        output = Path(self.args.output_dir)
-        complete = [folder for folder in checkpoint.checkpoints(output) if checkpoint.read_manifest(folder)]
-        if not complete:
-            return (
-                "No checkpoint has been written yet: type the same command with --resume auto to begin anew"
-            )
-        return f"{complete[-1].name} is good: type the same command with --resume auto to go on from it"
-
-    def _agree(self, fault: str | None) -> None:
-        """Raises TrainingError on every rank if rank 0 has a fault to tell."""
-        told = [fault]
-        if self.args.world_size > 1:
-            torch.distributed.broadcast_object_list(told, src=0)
-        if told[0]:
-            raise TrainingError(str(told[0]))
+        saving.save_checkpoint(self, lambda: super(CompletionTrainer, self)._save_checkpoint(model, trial))
 
     def describe_bad_loss(self, rank: int, micro_step: int) -> str:
         """Which rows made a loss that is no number: those of a rank's micro-step of the step just computed."""
@@ -313,7 +197,7 @@ class CompletionTrainer(Trainer):
         return (
             f"step {self.state.global_step}: the loss of rank {rank} is NaN or infinite. It was computing rows "
             f"{', '.join(map(str, rows))} of the dataset. Look at them; if they are sound, lower --lr. "
-            f"Nothing of this step is saved. {self._older()}"
+            f"Nothing of this step is saved. {saving.older_checkpoint(self.args.output_dir)}"
         )
 
 

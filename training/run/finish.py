@@ -16,14 +16,15 @@ from training.consts import DEMO, SAMPLE_INSTRUCTIONS
 from training.data.ledger import Ledger
 from training.data.prompt import END_KEY
 from training.errors import ModelError, TrainingError
+from training.files import duration
 from training.model.verify import verify_model
-from training.options.trainer_options import TrainingOptions
+from training.options.settings import Settings
+from training.ranks import is_main_process
 from training.storage import checkpoint
 from training.storage.checkpoint import read_manifest
 from training.storage.copy import publish
 from training.storage.record import write_run_record
 from training.tracking.mlflow_model import log_or_tell
-from training.tracking.progress import duration
 
 logger = logging.getLogger(__name__)
 
@@ -109,12 +110,12 @@ It answers one instruction at a time, stops at `{END_KEY}`, and like its base it
     ModelCard(content).save(folder / "README.md")
 
 
-def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], last: Path) -> dict[str, Any]:
+def finish(settings: Settings, ledger: Ledger, record: dict[str, Any], last: Path) -> dict[str, Any]:
     """Makes the last or the best checkpoint's model the run's, verifies, describes and publishes it. Rank 0 alone.
 
     It reads files only, so it can be done again by a later command if this one is killed.
     """
-    output = Path(options.local_output_dir).expanduser()
+    options, output = settings.options, settings.output
     chosen = (checkpoint.best(output) or last) if options.final_model == "best" else last
     problems = checkpoint.problems_of(chosen, model_only=True)
     if problems:
@@ -143,11 +144,24 @@ def finish(options: TrainingOptions, ledger: Ledger, record: dict[str, Any], las
         duration(record["seconds"]["training"]),
         output,
     )
+    _deliver(settings)
+    return record
+
+
+def deliver_again(settings: Settings, record: dict[str, Any]) -> dict[str, Any]:
+    """Publishes and logs what an earlier command has finished, and returns its record."""
+    logger.info("%s is finished already", settings.output)
+    if is_main_process():
+        _deliver(settings)
+    return record
+
+
+def _deliver(settings: Settings) -> None:
+    options, output = settings.options, settings.output
     if options.dbfs_output_dir:
         publish(output, options.dbfs_output_dir)
     if options.logs_to_mlflow:
         log_or_tell(output, options.mlflow_model_name)
-    return record
 
 
 def _outcome(chosen: Path, last: Path) -> dict[str, Any]:

@@ -15,17 +15,17 @@ from typing import Any
 import datasets
 import numpy as np
 
-from training.options.trainer_options import TrainingOptions, precision_of
+from training.options.settings import Settings
+from training.options.trainer_options import SCHEDULES, flag_of
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
 # Options that decide what a step computes. How rows are spread over devices (their global batch apart), memory and
 # places do not; nor does how long to go on, unless the rate depends on it.
 DECISIVE = ("input_model", "seed", "lr", "lr_scheduler_type", "warmup_steps", "weight_decay", "batching")
-SCHEDULES_WITH_AN_END = ("linear", "cosine")
 
 
-def start_record(options: TrainingOptions, world_size: int, rows: str | None = None) -> dict[str, Any]:
+def new_record(settings: Settings, rows: str | None = None) -> dict[str, Any]:
     """What is known of a run before its first step; `rows` is `rows_digest` of its rows.
 
     `status` is "running", then "stopped" (by SIGTERM or Ctrl-C), or "finished" once the model is there and verified.
@@ -40,20 +40,15 @@ def start_record(options: TrainingOptions, world_size: int, rows: str | None = N
         "status": "running",
         "id": uuid.uuid4().hex,  # of the run, by whatever commands it is continued
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "options": asdict(options),
-        "world_size": world_size,
-        "global_batch": global_batch(options, world_size),
-        "precision": precision_of(options),
+        "options": asdict(settings.options),
+        "world_size": settings.ranks,
+        "global_batch": settings.global_batch,
+        "precision": settings.precision,
         "rows": rows,
         "python": platform.python_version(),
         "versions": versions,
         "git_commit": _git_commit(),
     }
-
-
-def global_batch(options: TrainingOptions, world_size: int) -> int:
-    """Rows of one optimizer step."""
-    return options.per_device_train_batch_size * options.gradient_accumulation_steps * world_size
 
 
 def rows_digest(*parts: datasets.Dataset) -> str:
@@ -75,10 +70,10 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """What two records differ in that would change the result of training, each with both values."""
     asked, wanted = former["options"], now["options"]
     names = list(DECISIVE)
-    if wanted.get("lr_scheduler_type") in SCHEDULES_WITH_AN_END:
+    if SCHEDULES[wanted["lr_scheduler_type"]].decays:
         names += ["epochs", "max_steps"]
     found = [
-        f"--{name.replace('_', '-')} was {asked.get(name)}, and is {wanted.get(name)}"
+        f"{flag_of(name)} was {asked.get(name)}, and is {wanted.get(name)}"
         for name in names
         if asked.get(name) != wanted.get(name)
     ]

@@ -1,14 +1,14 @@
-"""Ranks, tokenizer and rows: everything but the model."""
+"""Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
 
 from __future__ import annotations
 
+import copy
 import io
 import logging
 import warnings
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import datasets
 import torch
@@ -22,20 +22,69 @@ from training.errors import OptionsError
 from training.launch.supervisor import remove_shared_buffer
 from training.model.loading import load_config, max_positions
 from training.model.tokenizer import load_tokenizer
-from training.options.deepspeed import read_deepspeed_json
-from training.options.trainer_options import TrainingOptions, precision_of
-from training.ranks import world_size
+from training.options.settings import Settings
+from training.options.trainer_options import TrainingOptions
 from training.run.ending import mortal
 from training.run.operators import compile_operators
 
 logger = logging.getLogger(__name__)
 
 
-def training_arguments(options: TrainingOptions) -> TrainingArguments:
+@dataclass(frozen=True)
+class Prepared:
+    """What training starts from, alike on all ranks."""
+
+    args: TrainingArguments
+    tokenizer: PreTrainedTokenizerBase
+    train_rows: datasets.Dataset
+    held_out_rows: datasets.Dataset
+    ledger: Ledger
+
+
+def prepare(settings: Settings) -> Prepared:
+    """Brings the ranks together, and tokenises the rows once for all of them."""
+    options = settings.options
+    _quiet_libraries()
+    args = _meet(settings)
+    with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
+        tokenizer, rows, ledger = tokenised_rows(options)
+        train_rows, held_out_rows = split_held_out(rows, options.test_size, options.seed)
+    if isinstance(options.max_tokens_per_device, int):
+        try:
+            check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
+        except ValueError as error:
+            raise OptionsError(str(error)) from error
+    row = train_rows[0]
+    sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
+    logger.info("%s", ledger)
+    logger.info("a row as the model sees it, the supervised tokens between « and »:\n%s", sample)
+    return Prepared(args, tokenizer, train_rows, held_out_rows, ledger)
+
+
+def _meet(settings: Settings) -> TrainingArguments:
+    """Compiles DeepSpeed's operators, forms the process group, and returns the Trainer's arguments."""
+    patience = settings.options.rank_timeout
+    if settings.deepspeed is not None:
+        compile_operators(settings.deepspeed, patience)
+    with mortal():
+        if settings.deepspeed is not None and not torch.cuda.is_available():
+            import deepspeed
+
+            with redirect_stdout(io.StringIO()):  # it prints which operators it has loaded, once a rank
+                deepspeed.init_distributed(
+                    dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=patience)
+                )
+            torch.distributed.barrier()  # every rank has the others' buffers open, and needs their names no more
+            remove_shared_buffer()  # now, as a run that is killed with its supervisors removes nothing later
+        return training_arguments(settings)
+
+
+def training_arguments(settings: Settings) -> TrainingArguments:
     """The Trainer's arguments. While they live, `from_pretrained` loads in shards under ZeRO-3."""
-    precision = precision_of(options)
+    options = settings.options
+    gpu = torch.cuda.is_available() or (settings.ranks == 1 and torch.backends.mps.is_available())
     return TrainingArguments(
-        output_dir=str(Path(options.local_output_dir).expanduser()),
+        output_dir=str(settings.output),
         seed=options.seed,
         num_train_epochs=options.epochs,
         max_steps=options.max_steps or -1,
@@ -46,10 +95,10 @@ def training_arguments(options: TrainingOptions) -> TrainingArguments:
         per_device_train_batch_size=options.per_device_train_batch_size,
         per_device_eval_batch_size=options.per_device_eval_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
-        bf16=precision == "bf16",
-        fp16=precision == "fp16",
-        deepspeed=options.deepspeed_json,
-        use_cpu=not _accelerator(),
+        bf16=settings.precision == "bf16",
+        fp16=settings.precision == "fp16",
+        deepspeed=copy.deepcopy(settings.deepspeed),  # transformers fills in what is "auto"
+        use_cpu=not gpu,
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,  # the default replaces a NaN loss in the log by an older one
         eval_strategy="steps",
@@ -69,53 +118,6 @@ def training_arguments(options: TrainingOptions) -> TrainingArguments:
     )
 
 
-def _accelerator() -> bool:
-    return torch.cuda.is_available() or (world_size() == 1 and torch.backends.mps.is_available())
-
-
-@dataclass
-class Prepared:
-    """What training starts from, alike on all ranks."""
-
-    args: TrainingArguments
-    tokenizer: PreTrainedTokenizerBase
-    train_rows: datasets.Dataset
-    held_out_rows: datasets.Dataset
-    ledger: Ledger
-
-
-def prepare(options: TrainingOptions) -> Prepared:
-    """Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
-    if options.deepspeed_json:
-        compile_operators(read_deepspeed_json(options.deepspeed_json), options.rank_timeout)
-    with mortal():
-        if options.deepspeed_json and not torch.cuda.is_available():
-            import deepspeed
-
-            with redirect_stdout(io.StringIO()):  # it prints which operators it has loaded, once a rank
-                deepspeed.init_distributed(
-                    dist_backend="gloo",
-                    auto_mpi_discovery=False,
-                    timeout=timedelta(seconds=options.rank_timeout),
-                )
-            torch.distributed.barrier()  # every rank has the others' buffers open, and needs their names no more
-            remove_shared_buffer()  # now, as a run that is killed with its supervisors removes nothing later
-        args = training_arguments(options)
-    with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
-        tokenizer, rows, ledger = tokenised_rows(options)
-        train_rows, held_out_rows = split_held_out(rows, options.test_size, options.seed)
-    if isinstance(options.max_tokens_per_device, int):
-        try:
-            check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
-        except ValueError as error:
-            raise OptionsError(str(error)) from error
-    row = train_rows[0]
-    sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
-    logger.info("%s", ledger)
-    logger.info("a row as the model sees it, the supervised tokens between « and »:\n%s", sample)
-    return Prepared(args, tokenizer, train_rows, held_out_rows, ledger)
-
-
 def tokenised_rows(
     options: TrainingOptions,
 ) -> tuple[PreTrainedTokenizerBase, datasets.Dataset, Ledger]:
@@ -132,8 +134,8 @@ def tokenised_rows(
     return tokenizer, rows, ledger
 
 
-def quiet_libraries() -> None:
-    """Rank 0 tells what happens in its own words; libraries speak up only when something is wrong."""
+def _quiet_libraries() -> None:
+    """Rank 0 reports in its own words; libraries speak up only when something is wrong."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()

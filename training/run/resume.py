@@ -19,21 +19,21 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from training.errors import OptionsError
 from training.files import TRACE, free_bytes
 from training.launch.supervisor import die_with_parent
-from training.run.completion_trainer import CompletionTrainer
 from training.storage import checkpoint
 
 logger = logging.getLogger(__name__)
 
 
-class Continued(TrainerCallback):
-    """What transformers forgets at a resume: the loss since the last line of the log, a due held-out loss, the epoch,
-    a rate that was changed by `--force`.
+class RestoreOnResume(TrainerCallback):
+    """Restores what transformers forgets at a resume: the loss since the last line of the log, a due held-out loss, the
+    epoch, a rate that was changed by `--force`.
 
     Args:
+        trainer: the CompletionTrainer.
         saved: the checkpoint that the run goes on from, as it was written.
     """
 
-    def __init__(self, trainer: CompletionTrainer, saved: Path) -> None:
+    def __init__(self, trainer: Any, saved: Path) -> None:
         self.trainer = trainer
         self.saved = saved
 

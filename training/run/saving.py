@@ -1,14 +1,92 @@
-"""Writes a checkpoint, complete or not at all."""
+"""Saves checkpoints: the model as stock transformers loads it, every file hashed, complete by its manifest or not at all.
+
+All ranks call these functions at the same step; `trainer` is the CompletionTrainer.
+"""
 
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from training.errors import TrainingError
+from training.files import free_bytes, size_in_words, write_json
 from training.model.tokenizer import generation_config
+from training.model.verify import not_finite
+from training.ranks import gather, raise_together
+from training.run.ending import lost_peer
+from training.storage import checkpoint
+from training.tracking.progress import write
+
+
+def save_checkpoint(trainer: Any, write_files: Callable[[], None]) -> None:
+    """Writes a checkpoint, completes it by its manifest, and only then removes older ones.
+
+    `write_files` is transformers' own save, which calls `save_weights`.
+    """
+    output, step = Path(trainer.args.output_dir), trainer.state.global_step
+    folder = output / f"checkpoint-{step}"
+    if checkpoint.read_manifest(folder) is not None:  # stopped again before the first new step
+        return
+    main = trainer.is_world_process_zero()
+    if main:
+        checkpoint.remove(folder)  # what a killed save left
+    raise_together(_lack_of_space(trainer, output) if main else None)
+    begin = time.monotonic()
+    with _reported(folder, step):
+        _write_checkpoint(trainer, folder, write_files)
+    if main:
+        seconds = time.monotonic() - begin
+        write(f"{folder} saved: {size_in_words(trainer.saved_bytes)} in {seconds:.1f} s")
+        checkpoint.rotate(output, trainer.keep_checkpoints)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write_checkpoint(trainer: Any, folder: Path, write_files: Callable[[], None]) -> None:
+    main, state = trainer.is_world_process_zero(), trainer.state
+    # The loss since the last line of the log, of each rank: the next line must not forget it.
+    summed = trainer.accelerator.gather(trainer._tr_loss.detach().reshape(1)).double().tolist()
+    write_files()
+    if main:
+        progress = {
+            "loss_sums": summed,
+            "logged_step": trainer._globalstep_last_logged,
+            "loss_total": trainer._total_loss_scalar,
+            "seconds": trainer.seconds(),
+            "batching": trainer.batching,
+        }
+        write_json(folder / checkpoint.PROGRESS_FILE, progress)
+    trainer.accelerator.wait_for_everyone()
+    names = checkpoint.files_of(folder)
+    mine = names[trainer.args.process_index :: trainer.args.world_size]
+    digests = gather(checkpoint.digests(folder, mine, written_now=True))
+    if main:
+        losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+        files = {name: each[name] for each in digests for name in each}
+        loss = losses.get(state.global_step)
+        checkpoint.write_manifest(folder, loss, trainer.model_files, dict(sorted(files.items())))
+        trainer.saved_bytes = sum(file["size"] for file in files.values())
+
+
+def save_weights(trainer: Any, folder: Path) -> list[str]:
+    """Writes the gathered model with tokenizer and generation config. Returns the files' names on rank 0."""
+    names: list[str] = []
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    main = trainer.is_world_process_zero()
+    raise_together(_bad_weights(trainer, weights) if main else None)
+    if main:
+        model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+        save_model(model, weights, trainer.processing_class, folder, trainer.max_shard_size)
+        names = checkpoint.files_of(folder)
+    trainer.accelerator.wait_for_everyone()  # what the other ranks write into the folder is not the model's
+    return names
 
 
 def save_model(
@@ -28,3 +106,50 @@ def save_model(
     tokenizer.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):  # safetensors' writer lets nobody else read them
         shutil.copymode(folder / "config.json", file)
+
+
+def _bad_weights(trainer: Any, weights: dict[str, torch.Tensor]) -> str | None:
+    bad = not_finite(weights)
+    if not bad:
+        return None
+    return (
+        f"step {trainer.state.global_step}: {len(bad)} tensors of the model hold NaN or infinite numbers, the first: "
+        f"{bad[0]}. Look at the base model; if it is sound, lower --lr. Nothing of this step is saved. "
+        f"{older_checkpoint(trainer.args.output_dir)}"
+    )
+
+
+def _lack_of_space(trainer: Any, output: Path) -> str | None:
+    """Why the next checkpoint would not fit, or None."""
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
+    need, free = trainer.saved_bytes or trainer.checkpoint_bytes * parameters, free_bytes(output)
+    if free is None or free >= need:
+        return None
+    return (
+        f"step {trainer.state.global_step}: a checkpoint needs {size_in_words(need)}, and {size_in_words(free)} are free in {output}. "
+        f"Make room. {older_checkpoint(output)}"
+    )
+
+
+@contextmanager
+def _reported(folder: Path, step: int) -> Iterator[None]:
+    """Reports a failure to write in words. safetensors and torch.save have errors of their own for a full disk."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if isinstance(error, TrainingError) or lost_peer(error):
+            raise
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise TrainingError(
+            f"step {step}: {folder} could not be written ({why}); "
+            f"{size_in_words(free_bytes(folder.parent) or 0)} are free there. Make room. {older_checkpoint(folder.parent)}",
+            alone=True,
+        ) from error
+
+
+def older_checkpoint(output: str | Path) -> str:
+    """What to go on from after a save that failed, in words."""
+    complete = [folder for folder in checkpoint.checkpoints(Path(output)) if checkpoint.read_manifest(folder)]
+    if not complete:
+        return "No checkpoint has been written yet: type the same command with --resume auto to begin anew"
+    return f"{complete[-1].name} is good: type the same command with --resume auto to go on from it"

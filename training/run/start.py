@@ -1,38 +1,125 @@
-"""Chooses the starting point of a run: step 0 or a complete checkpoint."""
+"""Chooses the starting point of a run, step 0 or a complete checkpoint, and writes down what was chosen."""
 
 from __future__ import annotations
 
 import json
 import logging
-from dataclasses import dataclass
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from training.consts import RUN_FILE
+from training.consts import LEDGER_FILE, RUN_FILE
 from training.errors import OptionsError
+from training.files import one_writer
 from training.options.checks import output_problems
+from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
-from training.run.identity import differences
+from training.ranks import is_main_process, on_rank_0
+from training.run.identity import differences, new_record, rows_digest
+from training.run.resume import RESHARDED, reshard
 from training.storage import checkpoint
-from training.storage.record import read_run_record
+from training.storage.record import read_run_record, write_run_record
 from training.storage.target import target_problems
+
+if TYPE_CHECKING:
+    from training.run.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Start:
-    """Where a run begins. `former` is the record of the run that it continues, `saved_ranks` how many ranks that had;
-    `finished` says that nothing is left to do."""
+    """Where a run begins.
+
+    Attributes:
+        folder: the checkpoint; None for step 0.
+        former: record of the run that is resumed.
+        saved_ranks: ranks that wrote the checkpoint.
+        finished: nothing is left to do.
+        loaded: what is loaded in place of `folder`, cut for another number of ranks.
+    """
 
     folder: Path | None = None
     former: dict[str, Any] | None = None
     saved_ranks: int | None = None
     finished: bool = False
+    loaded: Path | None = None
 
     @property
     def step(self) -> int:
         return 0 if self.folder is None else checkpoint.step_of(self.folder)
+
+    def last_checkpoint(self, output: Path, steps: int) -> Path:
+        """The checkpoint of the run's last step, once that is done."""
+        return self.folder if self.folder and self.step == steps else output / f"checkpoint-{steps}"
+
+    @property
+    def decided(self) -> dict[str, Any] | None:
+        """What the plan decided for the run that is resumed."""
+        return self.former.get("decided") if self.former else None
+
+
+@contextmanager
+def as_only_writer(output: Path) -> Iterator[None]:
+    """Holds the output folder, on rank 0 for all. Raises FolderBusyError where another run holds it."""
+    if not is_main_process():
+        yield
+        return
+    with one_writer(output):
+        yield
+
+
+def find(settings: Settings, prepared: Prepared, steps: int) -> tuple[Start, dict[str, Any]]:
+    """(start, record) of a run of `steps` steps. Raises OptionsError on every rank for what is wrong on rank 0."""
+    options, output = settings.options, settings.output
+
+    def on_disk() -> tuple[Start, dict[str, Any]]:
+        record = new_record(settings, rows_digest(prepared.train_rows, prepared.held_out_rows))
+        if problems := output_problems(options):  # another run may have come to its end while this one waited
+            raise OptionsError(*problems)
+        start = find_start(output, options, record, steps)
+        if start.finished:
+            assert start.former is not None
+            return start, start.former
+        # The copy of the finished run that this one goes on from is another model's.
+        if options.dbfs_output_dir and (problems := target_problems(options.dbfs_output_dir)):
+            raise OptionsError(*(f"--dbfs-output-dir {problem}" for problem in problems))
+        if start.former is not None:
+            record |= {name: start.former[name] for name in ("started", "id") if name in start.former}
+        if start.folder is not None and start.folder.parent.resolve() != output.resolve():
+            record["begun_from"] = str(start.folder)
+        return start, record
+
+    return on_rank_0(on_disk)
+
+
+def write(settings: Settings, prepared: Prepared, start: Start, record: dict[str, Any], steps: int) -> Start:
+    """Writes run.json and the ledger. Returns the start, its checkpoint cut anew where the number of ranks has changed."""
+    output = settings.output
+
+    def on_disk() -> Start:
+        shutil.rmtree(output / RESHARDED, ignore_errors=True)  # a start that was killed may have left it
+        loaded = start.folder
+        changed = settings.deepspeed is not None and start.saved_ranks != settings.ranks
+        if loaded and changed and start.step < steps:
+            loaded = reshard(loaded, output)
+        # The first file of all: a folder that has others and not this one is refused.
+        write_run_record(output, record)
+        prepared.ledger.save(output / LEDGER_FILE)
+        return replace(start, loaded=loaded)
+
+    return on_rank_0(on_disk)
+
+
+def stopped(settings: Settings, record: dict[str, Any]) -> dict[str, Any]:
+    """The record of a run that a signal has ended, written down."""
+    record["status"] = "stopped"
+    if is_main_process():
+        write_run_record(settings.output, record)
+    return record
 
 
 def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], steps: int) -> Start:
@@ -46,29 +133,20 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
     """
     if options.resume == "never":
         return Start()
-    given = None if options.resume == "auto" else _given(options.resume, output)
-    former = read_run_record(given.parent if given else output)
+    named = None if options.resume == "auto" else _named(options.resume, output)
+    former = read_run_record(named.parent if named else output)
     if former is None:
-        if given:
-            raise OptionsError(
-                f"--resume {options.resume}: there is no {RUN_FILE} beside it, so it is of no run"
-            )
-        if (output / RUN_FILE).exists() or checkpoint.checkpoints(output):
-            raise OptionsError(
-                f"--resume: {output / RUN_FILE} cannot be read, so nobody can tell which run this is, and nothing of "
-                "it shall be lost. Name a new --local-output-dir"
-            )
-        return Start()
-    finished = former["status"] == "finished" and given is None
-    if not given and not finished and not has_complete(output):
+        return _without_record(output, options, named)
+    finished = former["status"] == "finished" and named is None
+    if not named and not finished and not has_complete(output):
         _newest_whole(output)
         if "begun_from" not in former:
             logger.info("%s has no checkpoint yet: the run begins anew", output)
             return Start()
-        given = Path(former["begun_from"])
-        if problems := checkpoint.problems_of(given):
+        named = Path(former["begun_from"])
+        if problems := checkpoint.problems_of(named):
             raise OptionsError(
-                f"--resume: the run in {output} was begun from {given}, and has no checkpoint of its own yet; of that "
+                f"--resume: the run in {output} was begun from {named}, and has no checkpoint of its own yet; of that "
                 f"one {problems[0]}. Restore it, or name a new --local-output-dir"
             )
     different = differences(former, now)
@@ -82,7 +160,7 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
         logger.warning("continued by --force, though %s", difference)
     if finished and former["steps"] == steps and former["options"].get("final_model") == options.final_model:
         return Start(former=former, finished=True)
-    folder = given or _newest_whole(output)
+    folder = named or _newest_whole(output)
     if folder is None:
         raise OptionsError(
             f"--resume: {output} holds a finished model of {former['steps']} steps, and no checkpoint to go on from. "
@@ -93,7 +171,19 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
     return Start(folder, former, len(progress["loss_sums"]))
 
 
-def _given(resume: str, output: Path) -> Path:
+def _without_record(output: Path, options: TrainingOptions, named: Path | None) -> Start:
+    """Step 0, where there is nothing to resume. Raises OptionsError where there is, but no record says what."""
+    if named:
+        raise OptionsError(f"--resume {options.resume}: there is no {RUN_FILE} beside it, so it is of no run")
+    if (output / RUN_FILE).exists() or checkpoint.checkpoints(output):
+        raise OptionsError(
+            f"--resume: {output / RUN_FILE} cannot be read, so nobody can tell which run this is, and nothing of "
+            "it shall be lost. Name a new --local-output-dir"
+        )
+    return Start()
+
+
+def _named(resume: str, output: Path) -> Path:
     """The checkpoint that --resume names, whole and with none after it that the run would run into."""
     given, output = Path(resume).expanduser().resolve(), output.resolve()
     problems = ["it is no checkpoint"]
@@ -166,25 +256,3 @@ def _check_fit(folder: Path, options: TrainingOptions, steps: int) -> None:
             f"--resume: {folder} is at step {step}, and the run would end at {steps}. "
             f"Raise --epochs or --max-steps to end at {step if measured else step + 1} or later"
         )
-
-
-def remove_newer(output: Path, step: int) -> None:
-    """Removes what a run that goes on from `step` will write again: torn checkpoints, and those passed over."""
-    for folder in checkpoint.checkpoints(output):
-        if checkpoint.step_of(folder) > step:
-            checkpoint.remove(folder)
-
-
-def begin(output: Path, options: TrainingOptions, record: dict[str, Any], steps: int) -> Start:
-    """Where the run begins. Raises OptionsError also for what was told of its places before, and has changed since."""
-    if problems := output_problems(options):  # another run may have come to its end while this one waited
-        raise OptionsError(*problems)
-    start = find_start(output, options, record, steps)
-    # The copy of the finished run that this one goes on from is another model's.
-    if (
-        options.dbfs_output_dir
-        and not start.finished
-        and (problems := target_problems(options.dbfs_output_dir))
-    ):
-        raise OptionsError(*[f"--dbfs-output-dir {fault}" for fault in problems])
-    return start

@@ -16,12 +16,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from training.consts import RUN_FILE
 from training.errors import PublishError
-from training.files import local_path, writable
+from training.files import local_path, mounted_store, writable
 
 MARKER_FILE = "publishing.json"
 BLOCK = 2**23  # bytes read and written at once
 LARGE = 2**28  # bytes from which a file has a bar on a terminal, and a line in the log
-MOUNTS = ("/dbfs", "/Volumes")  # of Databricks
 BUCKETS = ("s3", "s3a")  # what has no folders to be made
 NEW_FOLDER = "Name a new folder"
 
@@ -81,8 +80,8 @@ def open_target(target: str, folder: Path | None) -> Target:
     if "://" in target:
         return _open_url(target)
     path = local_path(target).absolute()
-    mount = Path(*path.parts[:2])
-    if str(mount) in MOUNTS and not mount.is_dir():
+    mount = mounted_store(path)
+    if mount and not mount.is_dir():
         # It would be made on this machine's own disk, and be lost with the machine.
         raise PublishError(f"{target}: there is no {mount} on this machine. Name another folder")
     try:

@@ -10,7 +10,8 @@ from typing import Any
 from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from training.launch.supervisor import SUPERVISED
+from training.consts import SUPERVISED
+from training.files import duration
 
 
 class ProgressLog(TrainerCallback):
@@ -94,10 +95,3 @@ def write(text: str) -> None:
     """Prints above the bar, if there is one."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
-
-
-def duration(seconds: float) -> str:
-    """Seconds as h:mm:ss, or m:ss below an hour."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

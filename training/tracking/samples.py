@@ -29,7 +29,6 @@ from transformers import (
 from training.consts import GREEDY, SAMPLE_TOKENS
 from training.model.generation import answer_batch, printable, prompt_ids
 from training.model.loading import max_positions
-from training.run.completion_trainer import CompletionTrainer
 from training.storage import metrics
 from training.tracking.callbacks import Curves
 from training.tracking.progress import place, write
@@ -53,7 +52,7 @@ class Samples(TrainerCallback):
 
     def __init__(
         self,
-        trainer: CompletionTrainer,
+        trainer: Any,
         asked: list[tuple[str, str]],
         every: Fraction,
         file: Path,
