@@ -36,13 +36,13 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
     `typing_errors` are values that the command line could not take. With them torch is not imported, and what needs
     it is not checked: whoever mistyped has the answer at once.
     """
-    problems, config = [*typing_errors, *checks.option_problems(options)], {}
+    problems, config = [*typing_errors, *checks.option_problems(options)], None
     if options.deepspeed_json:
         try:
             config = read_json(options.deepspeed_json)
         except OptionsError as error:
             problems += error.problems
-    problems += checks.deepspeed_problems(options, config)
+    problems += checks.deepspeed_problems(options, config or {})
     problems += prompt_problems(options) + place_problems(options)
     if not typing_errors:
         problems += _machine_problems(options, config)
@@ -53,7 +53,7 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
     return resolve(options, world_size(), kernels.best_precision(), config)
 
 
-def _machine_problems(options: TrainingOptions, config: dict[str, Any]) -> list[str]:
+def _machine_problems(options: TrainingOptions, config: dict[str, Any] | None) -> list[str]:
     """What this machine lacks: packages, kernels of its GPUs, a compiler, the precision."""
     problems = version_problems() + kernels.kernel_problems()
     if config and not problems:
