@@ -122,8 +122,8 @@ def test_a_command_keeps_its_exit_code_and_its_words_without_pythons_shutdown(
     command: str, code: int, said: str
 ) -> None:
     words = (
-        "import atexit, os, sys\nfrom training.launch.exits import end_with\natexit.register(os.abort)\n"
-        f"def command(): {command}\nend_with(command)"
+        "import atexit, os, sys\nfrom training.launch.exits import run_and_exit\natexit.register(os.abort)\n"
+        f"def command(): {command}\nrun_and_exit(command)"
     )
     result = subprocess.run(
         [sys.executable, "-c", words], cwd=Path(__file__).parents[1], capture_output=True, text=True
@@ -134,5 +134,5 @@ def test_a_command_keeps_its_exit_code_and_its_words_without_pythons_shutdown(
 
 
 def test_a_command_without_an_output_keeps_its_exit_code() -> None:
-    words = "import sys; from training.launch.exits import end_with; sys.stdout = None; end_with(lambda: sys.exit(75))"
+    words = "import sys; from training.launch.exits import run_and_exit; sys.stdout = None; run_and_exit(lambda: sys.exit(75))"
     assert subprocess.run([sys.executable, "-c", words], cwd=Path(__file__).parents[1]).returncode == 75

@@ -19,8 +19,7 @@ from safetensors.torch import load_file
 from tests.test_trainer import BF16, DEMO, deepspeed, free_port, record, run
 from training.errors import OptionsError
 from training.launch.exits import REFUSED
-from training.launch.spark import failure, launch_on_spark, never_silent, node_problems, spark_problems
-from training.storage import metrics
+from training.launch.spark import failure, launch_on_spark, node_problems, spark_problems
 
 ROOT = Path(__file__).parents[1]
 OPTIONS = {"input_model": "demo", "training_dataset": "demo", "test_size": 100, "deepspeed": BF16}
@@ -76,35 +75,6 @@ def test_what_is_missing_on_which_node_is_told() -> None:
     package, storage = node_problems(nodes, Path("/shared/out"))
     assert "is not installed on b. " in package
     assert "--local-output-dir /shared/out: c cannot write there" in storage
-
-
-# --- while it runs -----------------------------------------------------------------------------------
-
-
-def test_where_the_ranks_are_not_heard_their_figures_are_read_out(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "metrics.jsonl"
-    metrics.append(file, {"step": 10, "max_steps": 50, "loss": 2.0})  # of before a resume
-    with never_silent(file, silence=0.5):
-        metrics.append(file, {"step": 20, "max_steps": 50, "loss": 1.25, "tokens_per_second": 1234.5})
-        time.sleep(1.5)
-        metrics.append(file, {"step": 30, "max_steps": 50, "eval_loss": 1.5})
-        time.sleep(1.5)
-    said = capsys.readouterr().out
-    assert said == "step 20/50  loss 1.2500  1,234 tokens/s\nstep 30/50  held-out loss 1.5000\n"
-
-
-def test_where_the_ranks_are_heard_nothing_is_told_twice(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "metrics.jsonl"
-    with never_silent(file, silence=1.0):
-        for step in range(1, 8):
-            metrics.append(file, {"step": step, "max_steps": 50, "loss": 2.0})
-            threading.Thread(target=print, args=("a rank's line",)).start()  # as Spark's own thread does
-            time.sleep(0.25)
-    assert capsys.readouterr().out == "a rank's line\n" * 7
 
 
 # --- when it fails -----------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from tests.test_attention import eager_gptj, packed, padded, random_rows
 from training.data.batching import GlobalBatchSampler
 from training.data.collator import split_packed_batch
-from training.launch.exits import end_with
+from training.launch.exits import run_and_exit
 from training.launch.supervisor import remove_shared_buffer
 from training.model.attention import use_packed_attention
 from training.model.loss import use_response_loss
@@ -101,4 +101,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    end_with(lambda: main(Path(sys.argv[-1])))
+    run_and_exit(lambda: main(Path(sys.argv[-1])))

@@ -14,7 +14,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from training.launch.exits import end_with
+from training.launch.exits import run_and_exit
 from training.launch.supervisor import remove_shared_buffer
 from training.model.loading import load_model
 from training.model.tokenizer import load_tokenizer
@@ -61,4 +61,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    end_with(lambda: main(sys.argv[-1]))
+    run_and_exit(lambda: main(sys.argv[-1]))

@@ -24,7 +24,7 @@ import click
 
 from training import ranks
 from training.errors import Interrupted
-from training.launch.exits import end_with
+from training.launch.exits import run_and_exit
 from training.options.command_line import GroupedCommand, click_options, value_problems
 from training.options.trainer_options import TrainingOptions
 from training.run import preflight
@@ -84,4 +84,4 @@ def main(ctx: click.Context, **values: Any) -> None:
 
 
 if __name__ == "__main__":
-    end_with(main)
+    run_and_exit(main)

@@ -1,4 +1,4 @@
-"""Starts the one command for whoever does not type it: notebook, flow and demo choose options, this runs them.
+"""Starts the trainer's command for notebook, flow and demo, shows its output, and raises with the reason if it fails.
 
 Imports neither torch nor transformers, so that a driver stays small beside the ranks that it starts."""
 
@@ -25,9 +25,9 @@ LAST_LINES = 20
 LAST_WIDTH = 400  # characters of a line that are repeated: DeepSpeed's own has the whole command in it
 TRAINER = "training.trainer"
 
-# Becomes the command, which gets a SIGTERM, and saves, should the notebook's kernel or the flow's step be killed. Not
-# by preexec_fn, which may hang in a process with threads.
-_BOUND = """
+# Becomes the command, which gets a SIGTERM, and saves, when the notebook's kernel or the flow's step is killed. It is
+# no preexec_fn, which may hang in a process with threads.
+_STARTER = """
 import os, signal, sys
 from training.launch.supervisor import at_death_of_parent
 at_death_of_parent(signal.SIGTERM)
@@ -36,7 +36,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
-    """What a user would type for these options, by the names of TrainingOptions, on one node.
+    """The words that a user would type for these options, by the names of TrainingOptions, on one node.
 
     Raises FileNotFoundError where the environment has no `deepspeed` command.
     """
@@ -45,16 +45,16 @@ def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
         raise FileNotFoundError(
             "the deepspeed command is not on PATH. Type python -m pip install -r requirements.txt"
         )
-    with socket.socket() as probe:  # DeepSpeed's own is the same for every run, and two would not meet by it
+    with socket.socket() as probe:  # DeepSpeed's default port is the same for every run; two would collide
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    # --quiet: of what the launcher itself says, errors alone.
+    # --quiet: the launcher itself prints errors alone.
     words = ["--num_gpus", str(num_gpus), "--master_port", port, "--quiet", "--module", TRAINER]
     return [launcher, *words, *option_words(options)]
 
 
 def typed(command: Sequence[str]) -> str:
-    """The command as a person would type it, who needs neither a port of its own nor a quiet launcher."""
+    """The command as a person would type it: without a port of its own and without --quiet."""
     words = [Path(command[0]).name, *command[1:]]
     if "--master_port" in words:
         at = words.index("--master_port")
@@ -63,17 +63,17 @@ def typed(command: Sequence[str]) -> str:
 
 
 def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
-    """Runs the command, showing each line as it comes. Raises TrainingFailedError if it ends with another code than 0.
+    """Runs the command and shows each line as it comes. Raises TrainingFailedError if it exits with another code than 0.
 
-    It runs in the repository's folder, whatever the caller's is: relative paths of data and outputs must have been
-    made absolute. Ctrl-C, and a notebook's Interrupt, let it finish the step and save; a second one ends it at once.
+    The command runs in the repository's folder: relative paths of data and outputs must have been made absolute.
+    Ctrl-C, and a notebook's Interrupt, let it finish the step and save; a second one kills it.
 
     `cpu_ranks` is how many ranks share this machine's cores; 0 where they have GPUs.
     """
-    killed_before = oom_kills()
+    kills_before = oom_kills()
     last: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
     process = subprocess.Popen(
-        [sys.executable, "-c", _BOUND, *command],
+        [sys.executable, "-c", _STARTER, *command],
         env=launch_environment(cpu_ranks),
         cwd=ROOT,
         stdout=subprocess.PIPE,
@@ -85,26 +85,21 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
     interrupted = False
     while True:
         try:
-            for line in (
-                process.stdout or ()
-            ):  # ends when the last rank has, also where the launcher went before
-                print(line, end="", flush=True)  # not an inherited stdout: a notebook shows it in the cell
+            for line in process.stdout or ():  # ends with the last rank, which may outlive the launcher
+                print(line, end="", flush=True)  # no inherited stdout: a notebook shows this in the cell
                 last.append(line if len(line) <= LAST_WIDTH else f"{line[:LAST_WIDTH]} ...\n")
             code = process.wait()
             break
-        except KeyboardInterrupt:
-            if interrupted:
+        except BaseException as error:
+            if interrupted or not isinstance(error, KeyboardInterrupt):
                 os.killpg(process.pid, signal.SIGKILL)
                 raise
             interrupted = True
             process.send_signal(signal.SIGINT)
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
     if code:
-        killed = oom_kills()
-        known = None if killed_before is None or killed is None else killed > killed_before
-        meaning = "interrupted" if interrupted else exit_meaning(code, known)
+        kills = oom_kills()
+        out_of_memory = None if kills_before is None or kills is None else kills > kills_before
+        meaning = "interrupted" if interrupted else exit_meaning(code, out_of_memory)
         raise TrainingFailedError(
             f"Training ended with exit code {code}: {meaning}\nIts last lines:\n{''.join(last).rstrip()}",
             code,
@@ -112,8 +107,7 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
 
 
 def launch_environment(cpu_ranks: int = 0) -> dict[str, str]:
-    """The environment of the command: our own programs first on PATH, and cores shared among ranks on a CPU, or each
-    would start a thread for every core."""
+    """The command's environment: PATH, and the cores shared among CPU ranks, as each would start a thread a core."""
     environment = os.environ | {"PATH": _path(), "PYTHONUNBUFFERED": "1"}
     if cpu_ranks:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or cpu_ranks) // cpu_ranks)))

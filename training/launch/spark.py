@@ -1,36 +1,33 @@
-"""Starts the one command on several nodes of a Spark cluster, through Spark's own DeepSpeed distributor.
+"""Starts the trainer on several nodes of a Spark cluster, through Spark's own DeepSpeed distributor.
 
 Each rank is a Spark task with one GPU, which starts `torchrun --nproc_per_node=1 -m training.trainer ...` on its node.
-Imports pyspark where it is used: Databricks Runtime ML brings it, elsewhere it is the extra `spark`."""
+pyspark is imported where it is used: Databricks Runtime ML brings it, elsewhere it is the extra `spark`."""
 
 from __future__ import annotations
 
-import math
+import os
 import re
-import sys
-import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import Any
 
-from training.consts import METRICS_FILE, ROOT
+from training.consts import ROOT
 from training.errors import OptionsError, TrainingFailedError
 from training.files import TRACE, nearest_existing
 from training.launch.exits import exit_meaning
 from training.launch.local import LAST_LINES, TRAINER
 from training.options.command_line import option_words
 from training.options.deepspeed import read_json
-from training.storage import metrics
+from training.options.trainer_options import flag_of
 
-SILENCE = 30.0  # seconds without a line of the ranks, after which their metrics.jsonl is read out instead
-FIRST_WORKER = 120.0  # seconds that a cluster that has just been started is waited for
-SETTLED = 15.0  # seconds without another worker, after which no more are
+FIRST_WORKER = 120.0  # seconds to wait for the first worker of a cluster that has just been started
+SETTLED = 15.0  # seconds to wait for the next worker
 GPUS_PER_TASK = "spark.task.resource.gpu.amount"
 IGNORE_TLS = "deepspeed.spark.distributor.ignoreSsl"
 
@@ -40,14 +37,14 @@ def launch_on_spark(
 ) -> None:
     """Trains with `options`, by the names of TrainingOptions, on `num_nodes` x `gpus_per_node` ranks of the cluster.
 
-    Shows what the ranks print, as it comes. An interruption, as of a notebook's cell, ends the Spark job; the ranks
+    Shows what the ranks print, as it comes. An interruption, as of a notebook's cell, cancels the Spark job; the ranks
     finish their step and save within 30 seconds.
 
     Args:
         use_gpu: False trains on `gpus_per_node` CPU ranks a node, as the demo does.
 
     Raises:
-        OptionsError: with all that is wrong with options and cluster, before anything is started.
+        OptionsError: with every problem of options and cluster, before anything is started.
         TrainingFailedError: a rank failed; with its exit code in words, and its last lines.
     """
     problems = spark_problems(options, num_nodes, gpus_per_node, use_gpu)
@@ -75,19 +72,18 @@ def launch_on_spark(
             deepspeedConfig=_deepspeed_config(options),
         )
         words = option_words({name: value for name, value in options.items() if name != "deepspeed"})
-        with never_silent(output / METRICS_FILE):
-            _run_beside(session, partial(distributor.run, "-m", TRAINER, *words))
+        _run_in_thread(session, partial(distributor.run, "-m", TRAINER, *words))
     except OptionsError:
         raise
     except (
         Exception
-    ) as error:  # Py4J's, PySpark's, Spark Connect's: pages of Java, and the rank's words within
+    ) as error:  # of Py4J, PySpark or Spark Connect: pages of Java, and the rank's words within
         raise failure(str(error)) from None
 
 
-def _run_beside(session: Any, job: Callable[[], Any]) -> None:
+def _run_in_thread(session: Any, job: Callable[[], Any]) -> None:
     """Runs a Spark job in a thread of its own. In the main thread an interruption would break the connection to Spark
-    in the middle of an answer, and nothing could be cancelled by it."""
+    in the middle of an answer, and the job could not be cancelled by it any more."""
     group = f"dolly-{uuid.uuid4().hex}"
 
     def run() -> None:
@@ -95,8 +91,8 @@ def _run_beside(session: Any, job: Callable[[], Any]) -> None:
             session.sparkContext.setJobGroup(group, "training")
         job()
 
-    with ThreadPoolExecutor(1) as beside:
-        running = beside.submit(run)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(run)
         try:
             running.result()
         except KeyboardInterrupt:
@@ -112,10 +108,10 @@ def _run_beside(session: Any, job: Callable[[], Any]) -> None:
 def spark_problems(
     options: Mapping[str, Any], num_nodes: int, gpus_per_node: int, use_gpu: bool = True
 ) -> list[str]:
-    """All that is wrong with the options and the cluster's settings, each with what to do instead."""
+    """Every problem of the options and of the cluster's settings, with what to do instead."""
     problems = []
     if num_nodes < 2:
-        problems.append(f"{num_nodes} nodes: Spark starts 2 or more. On one, use training.launch")
+        problems.append(f"{num_nodes} nodes: Spark starts 2 or more. On one, use training.launch.local")
     if gpus_per_node < 1:
         problems.append(f"{gpus_per_node} ranks a node: at least one is needed to train")
     try:
@@ -126,14 +122,10 @@ def spark_problems(
         problems.append("--local-output-dir is missing. Name a folder on storage that all nodes share")
     for name in ("local_output_dir", "dbfs_output_dir", "training_dataset", "input_model", "resume"):
         value = str(options.get(name) or "")
-        there = "://" not in value and (
-            name.endswith("_dir") or value.startswith((".", "~")) or _exists(value)
-        )
-        if value and there and not Path(value).is_absolute():
-            place = Path(value).expanduser().absolute()
-            problems.append(
-                f"--{name.replace('_', '-')} {value}: the nodes work in other folders. Type {place}"
-            )
+        is_path = name.endswith("_dir") or value.startswith((".", "~")) or os.path.exists(value)
+        if value and is_path and "://" not in value and not Path(value).is_absolute():
+            full = Path(value).expanduser().absolute()
+            problems.append(f"{flag_of(name)} {value}: the nodes work in other folders. Type {full}")
     return problems + _cluster_problems(num_nodes * gpus_per_node, use_gpu)
 
 
@@ -145,13 +137,6 @@ def _deepspeed_config(options: Mapping[str, Any]) -> dict[str, Any]:
             "--deepspeed is missing, and Spark's distributor needs it. Name config/ds_z3_bf16_config.json"
         )
     return read_json(str(ROOT / file))
-
-
-def _exists(path: str) -> bool:
-    try:
-        return bool(path) and Path(path).exists()
-    except (OSError, ValueError):
-        return False
 
 
 def _cluster_problems(ranks: int, use_gpu: bool) -> list[str]:
@@ -191,9 +176,9 @@ def _cluster_problems(ranks: int, use_gpu: bool) -> list[str]:
 
 
 def _task_slots(session: Any, wanted: int) -> int | None:
-    """Tasks that the cluster can run at once, `wanted` or all that come up; None where it cannot be asked (Spark Connect).
+    """Tasks that the cluster can run at once: `wanted`, or all that come up; None where Spark cannot say (Spark Connect).
 
-    Spark's scheduler counts them so for a barrier job, and says only after ten minutes that they are too few.
+    Spark's scheduler counts them in this way for a barrier job, but reports a lack only after ten minutes.
     """
     slots, since = -1, time.monotonic()
     with suppress(Exception):
@@ -203,21 +188,20 @@ def _task_slots(session: Any, wanted: int) -> int | None:
             now = int(scala.maxNumConcurrentTasks(profile))
             if now != slots:
                 slots, since = now, time.monotonic()
-            time.sleep(0.2 if slots < wanted else 0)
+            time.sleep(0.2)
     return slots if slots >= 0 else None
 
 
 def look_at_nodes(session: Any, ranks: int, output: Path) -> list[dict[str, Any]]:
     """What `ranks` tasks that run at once, as the ranks will, find on their nodes.
 
-    Returns {"host": name, "installed": whether `training` is, "shared": whether `output` is our own} of each.
+    Returns of each {"host": name, "installed": whether `training` is, "shared": whether it can write to our `output`}.
     """
     trace = nearest_existing(output) / f"{TRACE}{uuid.uuid4().hex}"
     path = str(trace)
 
-    def look(
-        batches: Iterator[Any],
-    ) -> Iterator[Any]:  # runs there: Spark sends it with what it names, but no module
+    # Runs on the nodes: Spark sends the function with the values that it names, but no module.
+    def look(batches: Iterator[Any]) -> Iterator[Any]:
         import os
         import socket
         import subprocess
@@ -225,15 +209,15 @@ def look_at_nodes(session: Any, ranks: int, output: Path) -> list[dict[str, Any]
 
         import pyarrow
 
-        asked = [sys.executable, "-c", "import training.consts"]
-        found = subprocess.run(asked, stderr=subprocess.DEVNULL, check=False).returncode == 0
+        command = [sys.executable, "-c", "import training.consts"]
+        installed = subprocess.run(command, stderr=subprocess.DEVNULL, check=False).returncode == 0
         shared = os.path.exists(path) and os.access(os.path.dirname(path), os.W_OK)
-        columns = {"host": [socket.gethostname()], "installed": [found], "shared": [shared]}
+        columns = {"host": [socket.gethostname()], "installed": [installed], "shared": [shared]}
         yield pyarrow.RecordBatch.from_pydict(columns)
 
     schema = "host string, installed boolean, shared boolean"
     try:
-        with suppress(OSError):  # a folder that we cannot write either is told as one that is not shared
+        with suppress(OSError):  # a folder that we cannot write is reported as not shared
             trace.touch()
         tasks = session.range(0, ranks, 1, ranks)
         return [row.asDict() for row in tasks.mapInArrow(look, schema, barrier=True).collect()]
@@ -242,7 +226,7 @@ def look_at_nodes(session: Any, ranks: int, output: Path) -> list[dict[str, Any]
 
 
 def node_problems(nodes: list[dict[str, Any]], output: Path) -> list[str]:
-    """What is missing on which nodes, of what `look_at_nodes` found."""
+    """Which nodes lack the package or the shared folder, by what `look_at_nodes` found."""
     problems = []
     if without := sorted({node["host"] for node in nodes if not node["installed"]}):
         problems.append(
@@ -258,92 +242,26 @@ def node_problems(nodes: list[dict[str, Any]], output: Path) -> list[str]:
     return problems
 
 
-class _Heard:
-    """Standard output, which remembers when it was last written to, and holds no line back."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-        self.last = -math.inf
-
-    def write(self, text: str) -> int:
-        self.last = time.monotonic()
-        count = self.stream.write(text)
-        self.stream.flush()
-        return count
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-
-@contextmanager
-def never_silent(file: Path, silence: float = SILENCE) -> Iterator[None]:
-    """Shows the newest entry of `file`, the run's metrics.jsonl, where the ranks' own lines stay away.
-
-    Spark's distributor brings each line of a rank to the driver over a connection that it makes once. When that is
-    refused (Spark Connect), or cut after minutes without a line, it gives up, and training goes on unseen.
-    """
-    heard = _Heard(sys.stdout)
-    done = threading.Event()
-
-    before = _newest(file)
-
-    def follow() -> None:
-        shown, waiting = before, None
-        while not done.wait(silence / 5):
-            # An entry waits from one look to the next for its line, which may come later by the ranks' connection.
-            if waiting and time.monotonic() - heard.last > silence:
-                print(_in_words(waiting), file=heard.stream, flush=True)
-            newest = _newest(file)
-            shown, waiting = newest, newest if newest != shown else None
-
-    follower = threading.Thread(target=follow, daemon=True)
-    follower.start()
-    try:
-        with redirect_stdout(cast(TextIO, heard)):
-            yield
-    finally:
-        done.set()
-        follower.join()
-
-
-def _newest(file: Path) -> dict[str, Any]:
-    with suppress(OSError):
-        entries = metrics.read(file)
-        return entries[-1] if entries else {}
-    return {}
-
-
-def _in_words(entry: Mapping[str, Any]) -> str:
-    figures = {
-        "loss": "loss {:.4f}",
-        "eval_loss": "held-out loss {:.4f}",
-        "tokens_per_second": "{:,.0f} tokens/s",
-    }
-    said = [words.format(entry[name]) for name, words in figures.items() if name in entry]
-    return "  ".join([f"step {entry['step']:,}/{entry.get('max_steps', 0):,}", *said])
-
-
 _JAVA = re.compile(r"\n\s+(?:SQLSTATE: |at [\w.$]+\()|\nDriver stacktrace:")
 
-# torch is named by its path from the working folder, which may hold the environment.
+# torch stands with its path from the working folder, which may hold the environment.
 _TORCHRUN = re.compile(r"^E\d{4} [\d:.]+ +\d+ \S*torch/distributed/elastic", re.MULTILINE)
 
 
-def failure(told: str) -> TrainingFailedError:
-    """The error that a person can act on, from what Spark tells of a failed job: the rank's own last lines.
+def failure(text: str) -> TrainingFailedError:
+    """The error that a person can act on, from Spark's text about a failed job: the rank's own last lines.
 
-    Those stand between a Python traceback of pyspark's and what torchrun and Java add, a page each.
+    They stand between a Python traceback of pyspark and what torchrun and Java add, a page each.
     """
-    _, found, said = told.partition("included below: ")
+    _, found, output = text.partition("included below: ")
     if not found:  # no rank failed by itself: a node was lost, or the job was cancelled
-        reason = " ".join(_JAVA.split(told)[0].split())
+        reason = " ".join(_JAVA.split(text)[0].split())
         return TrainingFailedError(
             f"Spark ended the training: {reason}\nType the same with resume auto to go on"
         )
-    said = _JAVA.split(said)[0]
-    code = int(match[1]) if (match := re.search(r"^\s*exitcode\s*: (-?\d+)", said, re.MULTILINE)) else 1
-    lines = _TORCHRUN.split(said)[0].rstrip().splitlines()[-LAST_LINES:]
-    last = "\n".join(lines)
+    output = _JAVA.split(output)[0]
+    code = int(match[1]) if (match := re.search(r"^\s*exitcode\s*: (-?\d+)", output, re.MULTILINE)) else 1
+    last = "\n".join(_TORCHRUN.split(output)[0].rstrip().splitlines()[-LAST_LINES:])
     return TrainingFailedError(
         f"Training ended with exit code {code}: {exit_meaning(code)}\nIts last lines:\n{last}", code
     )
