@@ -1,4 +1,4 @@
-"""@gpu_profile: what a step does with its GPUs and how far its training is, as a card that grows while it runs.
+"""@gpu_profile: a live Metaflow card of a step: its GPUs, its host, and the progress of its training.
 
 Lay this file beside any flow; it needs Metaflow, and nvidia-ml-py and psutil where the step runs:
 
@@ -8,8 +8,11 @@ Lay this file beside any flow; it needs Metaflow, and nvidia-ml-py and psutil wh
     @step
     def train(self): ...
 
-A fault of the profile is told in the card and never reaches the step. `python gpu_profile.py flow.py` shows the cards
-of a flow live, to this machine alone.
+A failure of the profile is reported in the card and never reaches the step. `python gpu_profile.py flow.py` serves the
+cards of a flow live, to this machine alone.
+
+One file on purpose, in chapters: figures over time, devices, the run's files, charts and words, the profiler, the
+decorator, live cards.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +59,14 @@ LEGEND = (
     "NODE: host bridges of one NUMA node; SYS: the link between NUMA nodes; ?: the driver does not tell"
 )
 
+# --- figures over time --------------------------------------------------------------------------------
+
 
 class Series:
-    """Figures over x (seconds or steps), in at most `points` buckets of one width, of each the mean and the maximum.
+    """Figures over x (seconds or steps), in at most `points` buckets of equal width.
 
-    When there are too many, each two become one, twice as wide: a peak is never lost, and ten hours take the room
-    of ten minutes.
+    A bucket keeps the count, sum and maximum of each figure. When there are too many buckets, each two become one,
+    twice as wide: a peak is never lost, and ten hours take the room of ten minutes.
     """
 
     def __init__(self, width: float, points: int = POINTS):
@@ -69,12 +74,11 @@ class Series:
         self.buckets: dict[int, dict[str, tuple[int, float, float]]] = {}  # name -> count, sum, maximum
 
     def add(self, x: float, figures: Mapping[str, Any]) -> None:
-        """Adds what is a finite number."""
-        numbers = {name: number(value) for name, value in figures.items()}
-        taken = {name: (1, value, value) for name, value in numbers.items() if value is not None}
-        if not taken:
+        """Adds the figures that are finite numbers."""
+        added = {name: (1, n, n) for name, value in figures.items() if (n := number(value)) is not None}
+        if not added:
             return
-        self._merge(int(x // self.width), {"x": (1, x, x), **taken})
+        self._merge(int(x // self.width), {"x": (1, x, x), **added})
         while len(self.buckets) > self.points:
             halved, self.buckets, self.width = self.buckets, {}, 2 * self.width
             for place, bucket in halved.items():
@@ -93,12 +97,12 @@ class Series:
         """One object a bucket: mean x divided by `scale`, each figure's mean by its name, "max NAME" where it is more."""
         rows = []
         for _, bucket in sorted(self.buckets.items()):
-            row = {"x": round(bucket["x"][1] / bucket["x"][0] / scale, 3)}
-            for name, (count, total, most) in bucket.items():
-                if name != "x":
-                    row[name] = _short(total / count)
-                    if count > 1 and _short(most) > row[name]:
-                        row[f"max {name}"] = _short(most)
+            means = {name: total / count for name, (count, total, _) in bucket.items()}
+            row = {"x": round(means.pop("x") / scale, 3)}
+            for name, mean in means.items():
+                row[name], most = _short(mean), _short(bucket[name][2])
+                if most > row[name]:
+                    row[f"max {name}"] = most
             rows.append(row)
         return rows
 
@@ -109,11 +113,28 @@ class Series:
     def peak(self, name: str) -> float | None:
         return max((bucket[name][2] for bucket in self.buckets.values() if name in bucket), default=None)
 
+    def peaks(self) -> dict[str, float | None]:
+        return {name: self.peak(name) for name in self.names()}
+
+
+def number(value: Any) -> float | None:
+    """The value as a float if it is a finite number, else None."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+# --- devices ------------------------------------------------------------------------------------------
+
 
 class Gpus:
-    """The NVIDIA GPUs of this machine, by NVML. Raises ImportError or NVMLError where there are none.
+    """The NVIDIA GPUs of this machine, by NVML. Raises ImportError, NVMLError or RuntimeError where there are none.
 
-    What a driver does not tell (MIG, virtual GPUs, old boards) is None, and costs none of the rest.
+    What a driver does not report (MIG, virtual GPUs, old boards) is None; the rest is read all the same.
     """
 
     def __init__(self) -> None:
@@ -121,24 +142,25 @@ class Gpus:
 
         self.nvml = pynvml
         pynvml.nvmlInit()
-        found = {
-            n: self.ask(pynvml.nvmlDeviceGetHandleByIndex, n) for n in range(pynvml.nvmlDeviceGetCount())
-        }
-        boards = {f"GPU {n}": board for n, board in found.items() if board is not None}
+        numbers = range(pynvml.nvmlDeviceGetCount())
+        boards = _known({f"GPU {n}": self.ask(pynvml.nvmlDeviceGetHandleByIndex, n) for n in numbers})
         if not boards:
             raise RuntimeError("NVML finds no GPU")
-        self.driver = _text(self.ask(pynvml.nvmlSystemGetDriverVersion))
+        instances = {  # the parts of boards that MIG has divided; NVML counts none on another
+            f"{name} MIG {slot}": self.ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, board, slot)
+            for name, board in boards.items()
+            for slot in range(self.ask(pynvml.nvmlDeviceGetMaxMigDeviceCount, board) or 0)
+        }
+        self.handles = boards | _known(instances)
+        self.driver = self.ask(pynvml.nvmlSystemGetDriverVersion)
         version = self.ask(pynvml.nvmlSystemGetCudaDriverVersion)  # 12040 is CUDA 12.4
         self.cuda = None if version is None else f"{version // 1000}.{version % 1000 // 10}"
-        self.handles = dict(boards)
         self.topology = self._topology(boards)
-        for name, board in boards.items():
-            self.handles |= {f"{name} MIG {slot}": part for slot, part in self._instances(board)}
         self.devices: list[dict[str, Any]] = [
             {
                 "device": name,
-                "type": _text(self.ask(pynvml.nvmlDeviceGetName, handle)),
-                "memory_gib": _gib(self.ask(pynvml.nvmlDeviceGetMemoryInfo, handle), "total"),
+                "type": self.ask(pynvml.nvmlDeviceGetName, handle),
+                "memory_gib": self._memory(handle, "total"),
                 "bus": self._bus(handle),
             }
             for name, handle in self.handles.items()
@@ -152,27 +174,27 @@ class Gpus:
             return None
 
     def read(self) -> tuple[dict[str, float | None], dict[str, float | None]]:
-        """Utilisation in percent and used memory in GiB, by device. Raises NVMLError if no device tells anything."""
+        """Utilisation in percent and used memory in GiB, by device. Raises NVMLError if no device reports either."""
         use, memory = {}, {}
         for name, handle in self.handles.items():
             rates = self.ask(self.nvml.nvmlDeviceGetUtilizationRates, handle)
             use[name] = None if rates is None else float(rates.gpu)
-            memory[name] = _gib(self.ask(self.nvml.nvmlDeviceGetMemoryInfo, handle), "used")
-        if not any(value is not None for value in (*use.values(), *memory.values())):
+            memory[name] = self._memory(handle, "used")
+        if not (_known(use) or _known(memory)):
             self.nvml.nvmlDeviceGetMemoryInfo(next(iter(self.handles.values())))  # says why
         return use, memory
 
     def close(self) -> None:
         self.nvml.nvmlShutdown()
 
-    def _instances(self, board: Any) -> Iterator[tuple[int, Any]]:
-        """The parts of a board that MIG has divided, with their slots."""
-        mode = self.ask(self.nvml.nvmlDeviceGetMigMode, board)
-        if mode and mode[0] == self.nvml.NVML_DEVICE_MIG_ENABLE:
-            for slot in range(self.ask(self.nvml.nvmlDeviceGetMaxMigDeviceCount, board) or 0):
-                part = self.ask(self.nvml.nvmlDeviceGetMigDeviceHandleByIndex, board, slot)
-                if part is not None:
-                    yield slot, part
+    def _memory(self, handle: Any, part: str) -> float | None:
+        """GiB of a device, "total" or "used"."""
+        memory = self.ask(self.nvml.nvmlDeviceGetMemoryInfo, handle)
+        return None if memory is None else getattr(memory, part) / GIB
+
+    def _bus(self, handle: Any) -> str | None:
+        info = self.ask(self.nvml.nvmlDeviceGetPciInfo, handle)
+        return None if info is None else info.busId
 
     def _topology(self, boards: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         """Between each two GPUs the word that `nvidia-smi topo -m` prints."""
@@ -200,11 +222,12 @@ class Gpus:
                 kind = self.ask(self.nvml.nvmlDeviceGetNvLinkRemoteDeviceType, board, link)
                 remote = self.ask(self.nvml.nvmlDeviceGetNvLinkRemotePciInfo, board, link)
                 at_switch = kind == self.nvml.NVML_NVLINK_DEVICE_TYPE_SWITCH
-                ends.append("switch" if at_switch else _text(getattr(remote, "busId", None)))
+                ends.append("switch" if at_switch else remote and remote.busId)
         return ends
 
-    def _bus(self, handle: Any) -> str | None:
-        return _text(getattr(self.ask(self.nvml.nvmlDeviceGetPciInfo, handle), "busId", None))
+
+def _known(answers: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: answer for name, answer in answers.items() if answer is not None}
 
 
 class Host:
@@ -218,22 +241,16 @@ class Host:
         psutil.cpu_percent()  # the first answer of a thread is 0
 
     def read(self, folder: Path) -> dict[str, float]:
-        """Percent of processors, memory and the disk of `folder`; the last two in GiB as well, used and of how many."""
-        used, total = container_memory() or self._memory()
-        disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
-        return {
-            "CPU": self.psutil.cpu_percent(),
-            "memory": 100 * used / total,
-            "disk": 100 * disk.used / disk.total,
-            "memory GiB": used / GIB,
-            "memory total GiB": total / GIB,
-            "disk GiB": disk.used / GIB,
-            "disk total GiB": disk.total / GIB,
-        }
-
-    def _memory(self) -> tuple[int, int]:
+        """Percent of processors, memory and the disk of `folder`; the last two in GiB as well, used and total."""
         memory = self.psutil.virtual_memory()
-        return memory.total - memory.available, memory.total
+        disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
+        figures = {"CPU": self.psutil.cpu_percent()}
+        for name, (used, total) in {
+            "memory": container_memory() or (memory.total - memory.available, memory.total),
+            "disk": (disk.used, disk.total),
+        }.items():
+            figures |= {name: 100 * used / total, f"{name} GiB": used / GIB, f"{name} total GiB": total / GIB}
+        return figures
 
 
 def container_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
@@ -254,6 +271,9 @@ def container_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] 
     return None
 
 
+# --- the run's files ----------------------------------------------------------------------------------
+
+
 class Lines:
     """The lines of a growing file of JSON objects, each read once, whatever the file's size."""
 
@@ -261,7 +281,7 @@ class Lines:
         self.file, self.place, self.inode = file, 0, 0
 
     def new(self) -> tuple[bool, list[dict[str, Any]]]:
-        """(whether the file began anew, the objects since last time). A last line without its end waits for it."""
+        """(whether the file was started anew, the objects since last time). A last line without its end waits for it."""
         if not self.file.exists():
             return False, []
         with open(self.file, "rb") as stream:
@@ -283,7 +303,7 @@ class Lines:
 
 
 class Run:
-    """What a run has told so far in its folder: metrics.jsonl and samples.jsonl, one JSON object a line.
+    """What a run has written so far into its folder: metrics.jsonl and samples.jsonl, one JSON object a line.
 
     {"step": 10, "max_steps": 797, "epoch": 0.01, "seconds": 12.3, "loss": 1.9, "tokens_per_second": 9000.0, ...}
     {"step": 100, "max_steps": 797, "epoch": 0.13, "seconds": 80.1, "eval_loss": 1.5}
@@ -298,15 +318,15 @@ class Run:
 
     def _forget_metrics(self) -> None:
         self.loss, self.speed = Series(1), Series(1)
-        self.last: dict[str, Any] = {}
+        self.last: dict[str, float] = {}  # the latest of each figure
         self.pace: deque[tuple[float, float]] = deque(maxlen=20)  # (step, seconds) of the latest lines
 
     def _forget_samples(self) -> None:
         self.answers: dict[float, dict[str, str]] = {}  # step -> prompt -> answer
-        self.epochs: dict[float, Any] = {}
+        self.epochs: dict[float, float | None] = {}  # step -> epoch
 
     def read(self) -> None:
-        """Takes in what is new. Raises OSError if a file is there and cannot be read."""
+        """Takes in what is new. Raises OSError if a file exists and cannot be read."""
         anew, entries = self.metrics.new()
         if anew:
             self._forget_metrics()
@@ -314,10 +334,10 @@ class Run:
             step = float(entry["step"])
             self.loss.add(step, {"loss": entry.get("loss"), "held-out loss": entry.get("eval_loss")})
             self.speed.add(step, {"tokens/s": entry.get("tokens_per_second")})
-            self.last |= {name: value for name, value in entry.items() if number(value) is not None}
-            seconds = number(entry.get("seconds"))
-            if seconds is not None and (not self.pace or step > self.pace[-1][0]):
-                self.pace.append((step, seconds))
+            figures = _known({name: number(value) for name, value in entry.items()})
+            self.last |= figures
+            if "seconds" in figures and (not self.pace or step > self.pace[-1][0]):
+                self.pace.append((step, figures["seconds"]))
         anew, entries = self.samples.new()
         if anew:
             self._forget_samples()
@@ -326,12 +346,9 @@ class Run:
 
     def _take_answer(self, entry: Mapping[str, Any]) -> None:
         step = float(entry["step"])
-        words = [str(entry.get(name) or "") for name in ("instruction", "input")]
-        prompt = _cut("\n".join(word for word in words if word))
+        prompt = _cut("\n".join(str(entry[name]) for name in ("instruction", "input") if entry.get(name)))
         if step not in self.answers and len(self.answers) >= STAGES_KEPT:
-            for dropped in list(self.answers)[
-                1::2
-            ]:  # the first one stays, for it is what training began with
+            for dropped in list(self.answers)[1::2]:  # never the first, which training started from
                 del self.answers[dropped], self.epochs[dropped]
         stage = self.answers.setdefault(step, {})
         self.epochs[step] = number(entry.get("epoch"))
@@ -340,30 +357,28 @@ class Run:
 
     def progress(self) -> tuple[int, str, str]:
         """(percent, latest figures, time that is left at the latest pace), in words."""
-        step, steps = number(self.last.get("step")) or 0, number(self.last.get("max_steps")) or 0
-        words = [f"step {step:,.0f} of {steps:,.0f}" if steps else f"step {step:,.0f}"]
+        step, steps = self.last.get("step", 0.0), self.last.get("max_steps", 0.0)
+        words = f"step {step:,.0f} of {steps:,.0f}" if steps else f"step {step:,.0f}"
         for name, form in (
-            ("epoch", "epoch {:.2f}"),
-            ("loss", "loss {:.3g}"),
-            ("eval_loss", "held-out loss {:.3g}"),
-            ("tokens_per_second", "{:,.0f} tokens/s"),
+            ("epoch", ", epoch {:.2f}"),
+            ("loss", ", loss {:.3g}"),
+            ("eval_loss", ", held-out loss {:.3g}"),
+            ("tokens_per_second", ", {:,.0f} tokens/s"),
         ):
             if name in self.last:
-                words.append(form.format(self.last[name]))
+                words += form.format(self.last[name])
         left = "at its end" if steps and step >= steps else "time left not known yet"
         if self.pace and steps > step:
-            begin = self.pace[0] if len(self.pace) > 1 else (0.0, 0.0)
-            now = self.pace[-1]
-            if now[0] > begin[0]:
-                left = f"{duration((steps - step) * (now[1] - begin[1]) / (now[0] - begin[0]))} left"
-        return (int(min(100, 100 * step / steps)) if steps else 0), ", ".join(words), left
+            (first, begin), (latest, now) = self.pace[0] if len(self.pace) > 1 else (0.0, 0.0), self.pace[-1]
+            if latest > first:
+                left = f"{duration((steps - step) * (now - begin) / (latest - first))} left"
+        return (int(min(100, 100 * step / steps)) if steps else 0), words, left
 
     def stages(self) -> list[float]:
         """The steps whose answers are shown: the first, the last, and evenly between."""
         steps = sorted(self.answers)
-        if len(steps) <= STAGES_SHOWN:
-            return steps
-        return [steps[round(n * (len(steps) - 1) / (STAGES_SHOWN - 1))] for n in range(STAGES_SHOWN)]
+        last, gaps = len(steps) - 1, min(len(steps), STAGES_SHOWN) - 1
+        return [steps[round(n * last / max(1, gaps))] for n in range(gaps + 1)]
 
     def answer_table(self) -> tuple[list[str], list[Any]]:
         """(headers, rows): a row an instruction, a column a stage."""
@@ -371,10 +386,85 @@ class Run:
         # A header is not broken into lines: the shorter word for a stage, where it tells all of them apart.
         epochs = [f"epoch {epoch:.2f}" for epoch in map(self.epochs.get, stages) if epoch is not None]
         names = epochs if len(set(epochs)) == len(stages) else [f"step {step:,.0f}" for step in stages]
-        prompts = list(dict.fromkeys(prompt for step in stages for prompt in self.answers[step]))[:PROMPTS]
-        return ["instruction", *names], [
-            [p, *(self.answers[step].get(p, "") for step in stages)] for p in prompts
-        ]
+        shown = [self.answers[step] for step in stages]
+        prompts = list(dict.fromkeys(prompt for stage in shown for prompt in stage))[:PROMPTS]
+        return ["instruction", *names], [[p, *(stage.get(p, "") for stage in shown)] for p in prompts]
+
+
+# --- charts and words ---------------------------------------------------------------------------------
+
+
+def chart_spec(
+    title: str,
+    rows: list[dict[str, float]],
+    names: list[str],
+    x: str,
+    y: str,
+    top: float | None = None,
+    zero: bool = False,
+) -> dict[str, Any]:
+    """A Vega-Lite chart of a line a name, over the mean; a pale line shows the maximum of a bucket where it is above."""
+    scale = {"zero": zero} if top is None else {"domain": [0, top]}
+    legend = {"symbolType": "stroke", "symbolOpacity": 1, "symbolStrokeWidth": 3}
+    encoding = {
+        "x": {"field": "x", "type": "quantitative", "title": x, "scale": {"zero": False, "nice": False}},
+        "y": {"field": "value", "type": "quantitative", "title": y, "scale": scale},
+        "color": {"field": "name", "type": "nominal", "title": None, "sort": names, "legend": legend},
+        "tooltip": [{"field": "name"}, {"field": "x", "title": x}, {"field": "value", "title": y}],
+    }
+
+    def layer(fields: list[str], name: str, **mark: Any) -> dict[str, Any]:
+        folded = {"fold": fields, "as": ["field", "value"]}
+        return {
+            "transform": [folded, {"filter": "isValid(datum.value)"}, {"calculate": name, "as": "name"}],
+            "mark": {"type": "line", "interpolate": "linear", **mark},
+            "encoding": encoding,
+        }
+
+    maxima = [f"max {name}" for name in names if any(f"max {name}" in row for row in rows)]
+    layers = [layer(maxima, "slice(datum.field, 4)", strokeWidth=1, opacity=0.35)] if maxima else []
+    keep = {"x", *names, *maxima}
+    return {
+        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
+        "title": title,
+        "height": 220,
+        "data": {"values": [{name: row[name] for name in row if name in keep} for row in rows]},
+        "layer": [*layers, layer(names, "datum.field", strokeWidth=2, point=len(rows) <= 40)],
+    }
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words: "12 s", "5 min", "3 h 20 min"."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """(title, seconds) of the unit in which a step this long is drawn."""
+    name, scale = (
+        ("seconds", 1.0) if seconds < 300 else ("minutes", 60.0) if seconds < 10_800 else ("hours", 3600.0)
+    )
+    return f"{name} since the step began", scale
+
+
+def error_text(error: BaseException | str | None) -> str:
+    """The error and where it came from; of a long one the last lines, which say what it was."""
+    text = "".join(traceback.format_exception(error)) if isinstance(error, BaseException) else str(error)
+    lines = text.rstrip().splitlines()
+    return "\n".join(["..."] * (len(lines) > ERROR_LINES) + [line[:500] for line in lines[-ERROR_LINES:]])
+
+
+def _figure(value: float | None, form: str) -> str:
+    return "?" if value is None else form.format(value)
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= ANSWER_CHARACTERS else text[: ANSWER_CHARACTERS - 1] + "…"
+
+
+# --- the profiler -------------------------------------------------------------------------------------
 
 
 class Profiler:
@@ -384,25 +474,23 @@ class Profiler:
         card: `current.card[ID]`.
         title: Markdown of the first line.
         interval: seconds between two samples.
-        folder: gives the folder of the run, None as long as there is none.
+        folder: returns the folder of the run, None as long as it has none.
     """
 
     def __init__(self, card: Any, title: str, interval: float, folder: Callable[[], Path | None]):
         self.card, self.title, self.interval, self.folder = card, title, interval, folder
         self.began = time.monotonic()
-        self.lock = threading.Lock()
-        self.halt = threading.Event()
-        self.faults: dict[str, str] = {}
         self.ended: float | None = None
         self.error: BaseException | str | None = None
+        self.faults: dict[str, str] = {}  # the latest of each part
         self.gpus: Gpus | None = None
         self.host: Host | None = None
         self.run: Run | None = None
-        self.totals: dict[str, float] = {}
         self.use, self.memory, self.machine = Series(interval), Series(interval), Series(interval)
         self.count = 0
-        self.parts: dict[str, Any] = {}  # the card's components, by what they show
+        self.parts: dict[str, tuple[object, Any]] = {}  # place in the card -> state and component
         self.shown: list[Any] = []
+        self.lock, self.halt = threading.Lock(), threading.Event()
         self.sampler = threading.Thread(target=self._sample, daemon=True, name="gpu_profile samples")
         self.painter = threading.Thread(target=self._paint, daemon=True, name="gpu_profile card")
 
@@ -411,21 +499,20 @@ class Profiler:
         self.painter.start()
 
     def stop(self, error: BaseException | str | None) -> dict[str, Any]:
-        """Ends both threads, draws what there is, and returns it as plain objects. `error`: why the step failed."""
+        """Ends both threads, draws the last figures, and returns them as plain objects. `error`: why the step failed."""
         if self.ended is None:
             self.ended, self.error = time.monotonic(), error
             self.halt.set()
-            self.sampler.join(timeout=10)  # a driver that hangs holds no step up
+            self.sampler.join(timeout=10)  # a driver that hangs does not hold the step up
             self.painter.join(timeout=60)
             if self.painter.is_alive():
                 self.faults["card"] = "the last refresh did not end within 60 s"
             else:
                 with self.harmless("card"):
                     self.draw()
-                    # Of itself Metaflow draws the card once more only for a step that succeeds.
-                    for _ in range(
-                        0 if error is None else 2
-                    ):  # the second waits for what the first finds under way
+                    # Metaflow itself draws the card once more only for a step that succeeds. The second refresh waits
+                    # for a process that the first finds at work.
+                    for _ in range(0 if error is None else 2):
                         self.card.refresh(force=True)
             if self.gpus and not self.sampler.is_alive():
                 with self.harmless("GPUs"):
@@ -433,13 +520,19 @@ class Profiler:
         with self.lock:
             return self._record()
 
+    def seconds(self) -> float:
+        """Since the step began, until it ended."""
+        return (self.ended or time.monotonic()) - self.began
+
     @contextlib.contextmanager
     def harmless(self, part: str) -> Iterator[None]:
-        """Keeps a fault of the profile from the step; the card tells the latest of each part."""
+        """Keeps a failure of the profile from the step; the card shows the latest of each part."""
         try:
             yield
         except Exception as fault:
             self.faults[part] = _cut(f"{type(fault).__name__}: {fault}")
+
+    # --- the profiler: samples ---
 
     def _sample(self) -> None:
         with self.harmless("GPUs"):
@@ -448,62 +541,70 @@ class Profiler:
             self.host = Host()
         due = time.monotonic()
         while not self.halt.wait(max(0.0, due - time.monotonic())):
-            due = max(due + self.interval, time.monotonic())  # what was missed is not made up for
+            due = max(due + self.interval, time.monotonic())  # missed samples are not made up for
             self.sample(self.seconds())
 
-    def seconds(self) -> float:
-        """Since the step began, until it ended."""
-        return (self.ended or time.monotonic()) - self.began
-
     def sample(self, seconds: float) -> None:
-        """Reads everything once."""
-        use: dict[str, float | None] = {}
-        memory: dict[str, float | None] = {}
-        machine: dict[str, float] = {}
+        """Reads every device once."""
         if self.gpus:
             with self.harmless("GPUs"):
                 use, memory = self.gpus.read()
+                with self.lock:
+                    self.use.add(seconds, use)
+                    self.memory.add(seconds, memory)
         if self.host:
             with self.harmless("host"):
-                machine = self.host.read(self.where())
-        with self.lock:
-            self.use.add(seconds, use)
-            self.memory.add(seconds, memory)
-            self.machine.add(seconds, {n: v for n, v in machine.items() if "total" not in n})
-            self.totals |= {n: v for n, v in machine.items() if "total" in n}
-            self.count += 1
+                figures = self.host.read(self.where())
+                with self.lock:
+                    self.machine.add(seconds, figures)
+        self.count += 1
 
     def where(self) -> Path:
-        """The folder whose disk is watched: the run's if there is one."""
+        """The folder whose disk is watched: the run's if it has one."""
         with self.harmless("run folder"):
             return self.folder() or Path.cwd()
         return Path.cwd()
 
+    def _record(self) -> dict[str, Any]:
+        """The profile as an artifact."""
+        curves = {"gpu_utilisation_percent": self.use, "gpu_memory_gib": self.memory, "host": self.machine}
+        return {
+            "seconds": self.seconds(),
+            "interval": self.interval,
+            "samples": self.count,
+            "driver": self.gpus.driver if self.gpus else None,
+            "cuda": self.gpus.cuda if self.gpus else None,
+            "devices": self.gpus.devices if self.gpus else [],
+            "topology": self.gpus.topology if self.gpus else {},
+            **{name: series.rows() for name, series in curves.items()},
+            "peaks": {name: series.peaks() for name, series in curves.items()},
+            "faults": dict(self.faults),
+        }
+
+    # --- the profiler: its card ---
+
     def _paint(self) -> None:
-        drawn = 0.0
-        wait = 1.0
+        drawn, wait = 0.0, 1.0
         while not self.halt.wait(wait):
             since = self.seconds()
-            wait = min(
-                REFRESH_SECONDS, max(3.0, since / 4)
-            )  # sooner at first: somebody waits to see something
+            wait = min(REFRESH_SECONDS, max(3.0, since / 4))  # shorter at first: somebody is waiting
             with self.harmless("card"):
                 changed = self.draw()
                 if _card_process_runs(self.card):
-                    continue  # a machine this busy shall not be given more to do
-                # A plain refresh gives its figures to who looks on in a browser. What `card view` and `card get` show
-                # is drawn whole, which takes two processes: seldom.
+                    continue  # a machine this busy gets no more work
+                # A plain refresh only gives its figures to a browser that shows the card. What `card view` and
+                # `card get` show is drawn whole, which takes two processes: seldom.
                 whole = changed or since - drawn > min(300.0, max(30.0, since / 10))
                 drawn = since if whole else drawn
                 self.card.refresh(force=whole)
 
     def draw(self) -> bool:
-        """Brings the card's components up to date. Returns whether there are others than before."""
+        """Brings the card's components up to date. Returns whether they are others than before."""
         with self.harmless("run"):
             folder = self.folder()
             if folder is not None and (self.run is None or self.run.folder != folder):
                 self.run = Run(folder)
-            if self.run is not None:  # after sys.exit the flow has no attributes any more
+            if self.run is not None:  # after sys.exit the flow has lost its attributes
                 self.run.read()
         layout: list[Any] = []
         for section in (self._status, self._training, self._devices):
@@ -517,242 +618,110 @@ class Profiler:
         return True
 
     def _status(self) -> Iterator[Any]:
-        yield self.part("title", lambda: Markdown(self.title))
+        yield self.markdown(self.title)
         state = "runs" if self.ended is None else "has ended" if self.error is None else "has failed"
-        yield self.markdown("state", f"The step {state}: {duration(self.seconds())}, {self.count:,} samples")
+        yield self.markdown(f"The step {state}: {duration(self.seconds())}, {self.count:,} samples", "state")
         if self.error is not None:
-            yield self.part("error head", lambda: Markdown("## The step failed"))
+            yield self.markdown("## The step failed")
             yield self.part("error", lambda: PythonCode(code_string=error_text(self.error)))
-        faults = {part: text for part, text in dict(self.faults).items() if part != "GPUs" or self.gpus}
+        faults = [[part, text] for part, text in dict(self.faults).items() if part != "GPUs" or self.gpus]
         if faults:
-            yield self.part(
-                "fault head", lambda: Markdown("**What the profile could not do** (the step goes on)")
-            )
-            rows: list[Any] = [[part, text] for part, text in faults.items()]
-            yield self.part(f"faults {rows}", lambda: Table(rows, headers=["part", "fault"]), of="faults")
+            yield self.markdown("**What the profile could not do** (the step goes on)")
+            yield self.table("faults", ["part", "fault"], faults)
 
     def _training(self) -> Iterator[Any]:
         if self.run is None:
             return
-        yield self.part("run head", lambda: Markdown("## Training"))
-        if not self.run.last:
-            yield self.markdown("run state", "Nothing told yet: metrics.jsonl is not there, or is empty.")
-        else:
+        yield self.markdown("## Training")
+        if self.run.last:
             percent, words, left = self.run.progress()
-            yield self.markdown("run state", words)
+            yield self.markdown(words, "run state")
             bar = self.part("bar", lambda: ProgressBar(max=100, label="training", unit="%"))
             bar.update(percent, left)
             yield bar
-            yield from self.chart("loss", self.run.loss, "step", "loss")
-            yield from self.chart("speed", self.run.speed, "step", "tokens/s", zero=True)
+            yield from self.chart("loss", self.run.loss, ("step", 1.0), "loss")
+            yield from self.chart("speed", self.run.speed, ("step", 1.0), "tokens/s", zero=True)
+        else:
+            yield self.markdown("Nothing told yet: metrics.jsonl is not there, or is empty.", "run state")
         headers, rows = self.run.answer_table()
         if rows:
-            hidden = len(self.run.answers) - len(self.run.stages())
-            note = f", of {len(self.run.answers)} stages {len(self.run.stages())}" if hidden else ""
-            yield self.part(f"answers head{note}", lambda: Markdown(f"## Answers{note}"), of="answers head")
+            shown, stages = len(self.run.stages()), len(self.run.answers)
+            note = f", of {stages} stages {shown}" if shown < stages else ""
+            yield self.markdown(f"## Answers{note}", "answers head")
             # Cells that are strings are shown as they are; Markdown would take a model's answer for HTML.
-            yield self.part(f"answers {headers} {rows}", lambda: Table(rows, headers=headers), of="answers")
+            yield self.table("answers", headers, rows)
 
     def _devices(self) -> Iterator[Any]:
-        yield self.part("device head", lambda: Markdown("## Devices"))
-        if self.gpus:
-            gpus = self.gpus
-            words = f"Driver {gpus.driver or '?'}, CUDA {gpus.cuda or '?'} (the newest that this driver runs)"
-            yield self.part("driver", lambda: Markdown(words))
+        yield self.markdown("## Devices")
+        gpus = self.gpus
+        if gpus:
+            cuda = f"CUDA {gpus.cuda or '?'} (the newest that this driver runs)"
+            yield self.markdown(f"Driver {gpus.driver or '?'}, {cuda}", "driver")
         elif "GPUs" in self.faults:
             what, why = "No NVIDIA GPU", self.faults["GPUs"]
             if "host" in self.faults and not self.host:
                 what, why = "**No device can be read**", f"{why}; {self.faults['host']}"
-            why = " ".join(why.replace("`", "'").split())
-            yield self.part(f"no gpu {why}", lambda: Markdown(f"{what}: `{why}`"), of="no gpu")
+            yield self.markdown(f"{what}: `{' '.join(why.replace('`', chr(39)).split())}`", "no gpu")
         yield from self._device_table()
-        unit, scale = time_unit(self.seconds())
-        yield from self.chart("GPU utilisation", self.use, unit, "%", scale=scale, top=100.0)
-        sizes = [device["memory_gib"] or 0 for device in self.gpus.devices] if self.gpus else [0]
-        yield from self.chart(
-            "GPU memory", self.memory, unit, "GiB", scale=scale, top=max(sizes) or None, zero=True
-        )
-        names = ["CPU", "memory", "disk"]
-        yield from self.chart("host", self.machine, unit, "%", names=names, scale=scale, top=100.0)
-        if self.gpus and len(self.gpus.topology) > 1:
-            heads = list(self.gpus.topology)
-            matrix: list[Any] = [[name, *words.values()] for name, words in self.gpus.topology.items()]
-            yield self.part("links head", lambda: Markdown("## How the GPUs are connected"))
-            yield self.part("links", lambda: Table(matrix, headers=["", *heads]))
-            yield self.part("links legend", lambda: Markdown(LEGEND))
+        since = time_unit(self.seconds())
+        largest = max((device["memory_gib"] or 0 for device in gpus.devices), default=0) if gpus else 0
+        yield from self.chart("GPU utilisation", self.use, since, "%", top=100.0)
+        yield from self.chart("GPU memory", self.memory, since, "GiB", top=largest or None, zero=True)
+        yield from self.chart("host", self.machine, since, "%", top=100.0)
+        if gpus and len(gpus.topology) > 1:
+            yield self.markdown("## How the GPUs are connected")
+            matrix = [[name, *words.values()] for name, words in gpus.topology.items()]
+            yield self.table("links", ["", *gpus.topology], matrix)
+            yield self.markdown(LEGEND)
 
     def _device_table(self) -> Iterator[Any]:
-        """Each device with its mean and highest figures. Of a table, Metaflow brings Markdown cells up to date alone."""
-        rows: list[list[str]] = []
+        """Each device with its mean and highest figures. Metaflow updates a table's Markdown cells alone."""
+        rows: list[tuple[str, str, Series, float | None, float | None]] = []
         for device in self.gpus.devices if self.gpus else ():
-            name, size = device["device"], device["memory_gib"]
-            used = f"{_figure(self.memory.peak(name), '.1f')} of {_figure(size, '.1f')} GiB"
-            kind = f"{device['type'] or '?'}, {device['bus'] or '?'}"
-            rows.append([name, kind, *_use(self.use, name), used])
+            name, kind = device["device"], f"{device['type'] or '?'}, {device['bus'] or '?'}"
+            rows.append((name, kind, self.use, self.memory.peak(name), device["memory_gib"]))
         if self.host:
-            rows.append(["CPU", f"{self.host.cores} cores", *_use(self.machine, "CPU"), ""])
-            for name in ("memory", "disk"):
-                most, total = self.machine.peak(f"{name} GiB"), self.totals.get(f"{name} total GiB")
-                used = f"{_figure(most, '.1f')} of {_figure(total, '.1f')} GiB"
-                rows.append([name, "host" if name == "memory" else "", *_use(self.machine, name), used])
-        if rows:
-            cells = [
-                [*row[:2], *(self.markdown(f"cell {y} {x}", text) for x, text in enumerate(row[2:]))]
-                for y, row in enumerate(rows)
-            ]
-            headers = ["device", "type", "mean use", "peak use", "peak memory"]
-            yield self.part(f"devices {len(rows)}", lambda: Table(cells, headers=headers), of="devices")
+            sizes = {
+                name: self.machine.peak(f"{name} GiB")
+                for name in ("memory", "memory total", "disk", "disk total")
+            }
+            rows.append(("CPU", f"{self.host.cores} cores", self.machine, None, None))
+            rows.append(("memory", "host", self.machine, sizes["memory"], sizes["memory total"]))
+            rows.append(("disk", "", self.machine, sizes["disk"], sizes["disk total"]))
+        cells = []
+        for name, kind, use, peak, total in rows:
+            gib = "" if name == "CPU" else f"{_figure(peak, '{:.1f}')} of {_figure(total, '{:.1f}')} GiB"
+            texts = [_figure(use.mean(name), "{:.0f} %"), _figure(use.peak(name), "{:.0f} %"), gib]
+            cells.append([name, kind, *(self.markdown(text, f"{name} {n}") for n, text in enumerate(texts))])
+        if cells:
+            yield self.table("devices", ["device", "type", "mean use", "peak use", "peak memory"], cells)
 
-    def chart(
-        self, title: str, series: Series, x: str, y: str, names: Iterable[str] = (), **how: Any
-    ) -> Iterator[Any]:
-        names = [name for name in names or series.names() if name in series.names()]
+    def chart(self, title: str, series: Series, x: tuple[str, float], y: str, **axis: Any) -> Iterator[Any]:
+        """A chart over x, of which (title, scale) are known; none before the first figure."""
+        names = [
+            name for name in series.names() if "GiB" not in name
+        ]  # the host's sizes are in the table alone
         if names:
-            spec = chart_spec(title, series.rows(how.pop("scale", 1.0)), names, x, y, **how)
-            part = self.part(f"chart {title}", lambda: VegaChart(spec))
+            title_of_x, scale = x
+            spec = chart_spec(title, series.rows(scale), names, title_of_x, y, **axis)
+            part = self.part(title, lambda: VegaChart(spec))
             part.update(spec)
             yield part
 
-    def part(self, name: str, make: Callable[[], Any], of: str | None = None) -> Any:
-        """The component of that name, made once. With `of`, a former one of the same place is dropped."""
-        place, known = of or name, self.parts.get(of or name)
-        if known is None or known[0] != name:
-            known = self.parts[place] = (name, make())
-        return known[1]
+    def table(self, place: str, headers: list[str], rows: list[Any]) -> Any:
+        return self.part(place, lambda: Table(rows, headers=headers), (headers, rows))
 
-    def markdown(self, name: str, text: str) -> Any:
-        part = self.part(name, lambda: Markdown(text))
+    def markdown(self, text: str, place: str = "") -> Any:
+        """The text at a place; a text that never changes is its own place."""
+        part = self.part(place or text, lambda: Markdown(text))
         part.update(text)
         return part
 
-    def _record(self) -> dict[str, Any]:
-        """The profile as an artifact."""
-        return {
-            "seconds": self.seconds(),
-            "interval": self.interval,
-            "samples": self.count,
-            "driver": self.gpus.driver if self.gpus else None,
-            "cuda": self.gpus.cuda if self.gpus else None,
-            "devices": self.gpus.devices if self.gpus else [],
-            "topology": self.gpus.topology if self.gpus else {},
-            "gpu_utilisation_percent": self.use.rows(),
-            "gpu_memory_gib": self.memory.rows(),
-            "host": self.machine.rows(),
-            "peaks": {
-                "gpu_utilisation_percent": {name: self.use.peak(name) for name in self.use.names()},
-                "gpu_memory_gib": {name: self.memory.peak(name) for name in self.memory.names()},
-                "host": {name: self.machine.peak(name) for name in self.machine.names()},
-            },
-            "faults": dict(self.faults),
-        }
-
-
-def chart_spec(
-    title: str,
-    rows: list[dict[str, float]],
-    names: list[str],
-    x: str,
-    y: str,
-    top: float | None = None,
-    zero: bool = False,
-) -> dict[str, Any]:
-    """A Vega-Lite chart of a line each name, over the mean; what the maximum of a bucket is above it lies in a pale line."""
-    scale: dict[str, Any] = {"zero": zero} if top is None else {"domain": [0, top]}
-    few = len(rows) <= 40
-    encoding = {
-        "x": {"field": "x", "type": "quantitative", "title": x, "scale": {"zero": False, "nice": False}},
-        "y": {"field": "value", "type": "quantitative", "title": y, "scale": scale},
-        "color": {
-            "field": "name",
-            "type": "nominal",
-            "title": None,
-            "sort": names,
-            "legend": {"symbolType": "stroke", "symbolOpacity": 1, "symbolStrokeWidth": 3},
-        },
-        "tooltip": [{"field": "name"}, {"field": "x", "title": x}, {"field": "value", "title": y}],
-    }
-
-    def layer(fields: list[str], name: str, mark: dict[str, Any]) -> dict[str, Any]:
-        return {
-            "transform": [
-                {"fold": fields, "as": ["field", "value"]},
-                {"filter": "isValid(datum.value)"},
-                {"calculate": name, "as": "name"},
-            ],
-            "mark": {"type": "line", "interpolate": "linear", **mark},
-            "encoding": encoding,
-        }
-
-    keep = {"x", *names, *(f"max {name}" for name in names)}
-    values = [{name: value for name, value in row.items() if name in keep} for row in rows]
-    layers = [layer(names, "datum.field", {"strokeWidth": 2, "point": few})]
-    maxima = [f"max {name}" for name in names if any(f"max {name}" in row for row in values)]
-    if maxima:
-        layers.insert(0, layer(maxima, "slice(datum.field, 4)", {"strokeWidth": 1, "opacity": 0.35}))
-    return {
-        "$schema": "https://vega.github.io/schema/vega-lite/v5.json",
-        "title": title,
-        "height": 220,
-        "data": {"values": values},
-        "layer": layers,
-    }
-
-
-def number(value: Any) -> float | None:
-    """The value as a float if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words: "12 s", "5 min", "3 h 20 min"."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def time_unit(seconds: float) -> tuple[str, float]:
-    """(title, seconds) of the unit in which a step this long is drawn."""
-    name, scale = (
-        ("seconds", 1.0) if seconds < 300 else ("minutes", 60.0) if seconds < 3 * 3600 else ("hours", 3600.0)
-    )
-    return f"{name} since the step began", scale
-
-
-def error_text(error: BaseException | str | None) -> str:
-    """The error and where it came from; of a long one the last lines, which say what it was."""
-    if isinstance(error, BaseException):
-        lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
-    else:
-        lines = str(error).splitlines()
-    return "\n".join(["..."] * (len(lines) > ERROR_LINES) + [line[:500] for line in lines[-ERROR_LINES:]])
-
-
-def _short(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def _figure(value: float | None, form: str) -> str:
-    return "?" if value is None else format(value, form)
-
-
-def _use(series: Series, name: str) -> list[str]:
-    mean, peak = series.mean(name), series.peak(name)
-    return [f"{mean:.0f} %" if mean is not None else "?", f"{peak:.0f} %" if peak is not None else "?"]
-
-
-def _gib(memory: Any, part: str) -> float | None:
-    return None if memory is None else getattr(memory, part) / GIB
-
-
-def _text(value: bytes | str | None) -> str | None:
-    return value.decode(errors="replace") if isinstance(value, bytes) else value
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= ANSWER_CHARACTERS else text[: ANSWER_CHARACTERS - 1] + "…"
+    def part(self, place: str, make: Callable[[], Any], state: object = None) -> Any:
+        """The component at a place of the card, made once, and again where its state is another."""
+        if place not in self.parts or self.parts[place][0] != state:
+            self.parts[place] = (state, make())
+        return self.parts[place][1]
 
 
 def _card_process_runs(card: Any) -> bool:
@@ -765,10 +734,12 @@ def _card_process_runs(card: Any) -> bool:
     return False
 
 
+# --- the decorator ------------------------------------------------------------------------------------
+
+
 @user_step_decorator
 def _profiled(step_name: str, flow: Any, inputs: Any, attributes: Mapping[str, Any]) -> Iterator[None]:
-    profiler = _begin(flow, attributes)
-    failure: BaseException | None = None
+    profiler, failure = _begin(flow, attributes), None
     try:
         yield
     except Exception as error:
@@ -780,7 +751,7 @@ def _profiled(step_name: str, flow: Any, inputs: Any, attributes: Mapping[str, A
 
 
 def _begin(flow: Any, attributes: Mapping[str, Any]) -> Profiler | None:
-    """A profiler at work, None if there can be none."""
+    """A profiler at work, None if it cannot be."""
     name = attributes.get("run_folder")
 
     def folder() -> Path | None:
@@ -789,8 +760,7 @@ def _begin(flow: Any, attributes: Mapping[str, Any]) -> Profiler | None:
 
     try:
         here: Any = current  # what it has depends on the step's decorators
-        title = f"# `{here.pathspec}`"
-        profiler = Profiler(here.card[CARD], title, float(attributes["interval"]), folder)
+        profiler = Profiler(here.card[CARD], f"# `{here.pathspec}`", float(attributes["interval"]), folder)
         profiler.start()
         # A step that leaves by sys.exit passes every decorator by.
         atexit.register(profiler.stop, "The step left before its end, by sys.exit or an interruption.")
@@ -837,14 +807,16 @@ class gpu_profile(StepMutator):  # noqa: N801 - named as decorators are
         mutable_step.add_decorator(_profiled, deco_kwargs=self.attributes)
 
 
+# --- live cards ---------------------------------------------------------------------------------------
+
+
 def main() -> None:
-    """Shows the cards of a flow live at http://127.0.0.1:8324: Metaflow's own card server, which listens on every network
-    of the machine, bound to this machine alone. Arguments: the flow's file, and options of `card server`."""
+    """Serves the cards of a flow live at http://127.0.0.1:8324: Metaflow's own card server, which listens on every
+    network of the machine, bound to this machine alone. Arguments: the flow's file, and options of `card server`."""
     from metaflow.plugins.cards import card_server
 
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         sys.exit("Type python gpu_profile.py FLOW.py [--run-id ID] [--port PORT]")
-
     server: Any = card_server
 
     class ThisMachineAlone(server.ThreadingHTTPServer):

@@ -126,12 +126,10 @@ int nvmlDeviceGetNvLinkRemotePciInfo_v2(void *handle, unsigned link, Pci *pci) {
     return name_bus(bridge(number(handle), link), pci), OK;
 }
 
-int nvmlDeviceGetMigMode(void *handle, unsigned *now, unsigned *pending) {
+int nvmlDeviceGetMaxMigDeviceCount(void *handle, unsigned *count) {
     (void)handle;
-    return scene("mig") ? (*now = *pending = 1, OK) : NOT_SUPPORTED;
+    return *count = scene("mig") ? 7 : 0, OK; /* NVML: zero if MIG is not supported or enabled */
 }
-
-int nvmlDeviceGetMaxMigDeviceCount(void *handle, unsigned *count) { return (void)handle, *count = 7, OK; }
 
 int nvmlDeviceGetMigDeviceHandleByIndex(void *handle, unsigned index, void **part) {
     (void)handle;

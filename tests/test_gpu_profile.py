@@ -275,11 +275,6 @@ def test_a_driver_without_gpus_says_so(told: dict[str, Any]) -> None:
     assert "NVML finds no GPU" in told["none"]
 
 
-def test_texts_may_be_bytes_as_in_older_packages() -> None:
-    assert gpu_profile._text(b"550.54") == gpu_profile._text("550.54") == "550.54"
-    assert gpu_profile._text(None) is None
-
-
 @pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
 def test_without_a_gpu_the_card_says_why_and_shows_the_host(tmp_path: Path) -> None:
     card = Card()
