@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import click
 
 from training.consts import RUN_FILE
-from training.storage.checkpoint import digests
+from training.files import file_digest
 
 FLOW = "TrainDollyFlow"
 NO_METAFLOW = "Metaflow is not installed. Type pip install '.[metaflow]'"
@@ -174,7 +174,7 @@ def _left_by_metaflow(file: Path) -> bool:
 
 def _figures(file: Path) -> dict[str, Any] | None:
     """{"size", "sha256"} of a file, None where there is none."""
-    return digests(file.parent, [file.name])[file.name] if file.is_file() else None
+    return file_digest(file) if file.is_file() else None
 
 
 @click.command()

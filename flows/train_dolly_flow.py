@@ -52,7 +52,7 @@ from training import consts
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE, SAMPLE_INSTRUCTIONS
 from training.data.demo_rows import demo_rows
 from training.errors import MachineError, OptionsError, TrainingFailedError
-from training.files import local_path
+from training.files import local_path, write_file
 from training.launch.local import deepspeed_command, launch, typed
 from training.machine.catalogue import FAMILIES, Machine
 from training.machine.local import this_machine
@@ -361,9 +361,7 @@ class TrainDollyFlow(FlowSpec):
             ):  # one that --trainer-options name is there
                 continue
             file.parent.mkdir(parents=True, exist_ok=True)
-            partial = file.with_name(f"{file.name}.partial")
-            partial.write_bytes(content)
-            os.replace(partial, file)
+            write_file(file, content)
 
     def _keep_model(self) -> None:
         """The model on S3, where a root is configured, and then the artifacts `model`, `record` and `versions`."""

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
-from training.errors import MachineError, OptionsError, RunRefusedError
-from training.files import local_path
+from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError
+from training.files import DBFS, local_path
 from training.machine.catalogue import FAMILIES, Machine
 from training.options.trainer_options import TrainingOptions
 from training.plan.presets import RECIPE, preset_options
@@ -60,7 +60,7 @@ def default_training_root() -> str:
 
 def default_output_root() -> str:
     """DBFS where it is mounted; elsewhere a folder beside that of the runs."""
-    return "/dbfs/dolly_training" if Path("/dbfs").is_dir() else "~/dolly_published"
+    return f"{DBFS}/dolly_training" if Path(DBFS).is_dir() else "~/dolly_published"
 
 
 def read_widgets(widgets: Any) -> Choices:
@@ -189,12 +189,12 @@ def how_to_go_on(choices: Choices) -> str:
 
 def finished_record(choices: Choices) -> dict[str, Any]:
     """The record of the run (training/record.py). Raises RunRefusedError unless it has finished."""
-    from training.storage.record import read_run_record
+    from training.storage.record import finished_run
 
-    record = read_run_record(choices.output)
-    if record is None or record["status"] != "finished":
-        raise RunRefusedError(f"{choices.name} has not finished training. {how_to_go_on(choices)}")
-    return record
+    try:
+        return finished_run(choices.output)
+    except UnfinishedRunError as error:
+        raise RunRefusedError(f"{choices.name} has not finished training. {how_to_go_on(choices)}") from error
 
 
 def held_out_rows(dataset: str, rows: datasets.Dataset, test_size: int, count: int) -> list[dict[str, str]]:

@@ -218,7 +218,7 @@ def test_a_run_that_did_not_finish_is_refused_and_a_finished_one_is_not(
             load_model_tokenizer_for_generate(str(tmp_path))
     for record in (b'{"status": "fini', b"", b"\xff"):
         (tmp_path / "run.json").write_bytes(record)
-        with pytest.raises(ModelError, match=r"run.json: is no JSON .* Copy or train the model again"):
+        with pytest.raises(ModelError, match=r"run.json: cannot be read .* Copy or train the model again"):
             load_model_tokenizer_for_generate(str(tmp_path))
     (tmp_path / "run.json").write_text(json.dumps({"status": "finished"}))
     load_model_tokenizer_for_generate(str(tmp_path))

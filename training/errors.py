@@ -58,6 +58,10 @@ class TrackingError(RuntimeError):
     """The finished model could not be logged; the message says why. The model is untouched."""
 
 
+class UnfinishedRunError(ModelError, PublishError, TrackingError):
+    """The folder holds no finished run, so it can be neither asked, published nor logged; the message says why."""
+
+
 class TrainingFailedError(RuntimeError):
     """The command ended with an exit code other than 0. The message has its meaning and its last lines.
 

@@ -1,25 +1,110 @@
-"""Files and folders: atomic writes, free space, locks, one writer per folder."""
+"""Files and folders: whole writes, checksums, free space, what paths mean. Imports none of our modules."""
 
 from __future__ import annotations
 
 import contextlib
-import errno
+import hashlib
 import json
-import logging
 import os
 import re
-import socket
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from training.errors import FolderBusyError
+DBFS = "/dbfs"
+MOUNTS = (DBFS, "/Volumes")  # of Databricks: a file is written front to back there, and never changed
 
-logger = logging.getLogger(__name__)
+# Names of files that a killed process may leave, and that hold nothing.
+PARTIAL = ".partial"  # ends the name of a file or folder while it is written
+TRACE = ".dolly-"  # begins the name of what is made for a trial
+WRITER_LOCK = ".writer.lock"
+WRITER_INFO = ".writer.json"
+WRITER_FILES = (WRITER_LOCK, WRITER_INFO)  # in the output folder, while a run writes into it
 
-MOUNTS = ("/dbfs", "/Volumes")  # of Databricks: a file is written front to back there, and never changed
+BLOCK = 2**23  # bytes read at once
+LARGE = 2**28  # bytes from which a file has a bar on a terminal
+
+
+# --- whole writes -------------------------------------------------------------------------------------
+
+
+def write_file(file: Path, content: str | bytes) -> None:
+    """Replaces a file in one rename, so that no reader ever sees half of it. Text is written as UTF-8."""
+    partial = file.with_name(f"{file.name}{PARTIAL}")
+    with open(partial, "wb") as stream:
+        stream.write(content.encode() if isinstance(content, str) else content)
+        stream.flush()
+        os.fsync(stream.fileno())
+    os.replace(partial, file)
+
+
+def write_json(file: Path, content: Any) -> None:
+    """`write_file` with `content` as indented JSON."""
+    write_file(file, json.dumps(content, indent=2) + "\n")
+
+
+@contextlib.contextmanager
+def write_folder(target: Path, is_whole: Callable[[Path], Any] = Path.is_dir) -> Iterator[Path]:
+    """Gives an empty folder to fill, and renames it to `target` at the end, so that no reader ever sees half of it.
+
+    A folder that another process has put there in the meantime stays if it `is_whole`. Raises OSError.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}{PARTIAL}-", dir=target.parent))
+    try:
+        yield partial
+        try:
+            os.replace(partial, target)
+        except OSError:
+            if not is_whole(target):
+                shutil.rmtree(target)
+                os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# --- checksums ----------------------------------------------------------------------------------------
+
+
+def read_blocks(stream: IO[bytes], size: int, label: str = "") -> Iterator[bytes]:
+    """A stream of `size` bytes from front to back. With a label, a large one has a bar where a person is looking."""
+    from tqdm import tqdm
+
+    hidden = None if label and size >= LARGE else True  # None: hidden unless on a terminal
+    with tqdm(
+        total=size, desc=label, unit="B", unit_scale=True, unit_divisor=1024, leave=False, disable=hidden
+    ) as bar:
+        while block := stream.read(BLOCK):
+            yield block
+            bar.update(len(block))
+
+
+def digest(blocks: Iterable[bytes]) -> dict[str, Any]:
+    """{"size": bytes, "sha256": hex} of a content that comes in blocks."""
+    size, checksum = 0, hashlib.sha256()
+    for block in blocks:
+        size += len(block)
+        checksum.update(block)
+    return {"size": size, "sha256": checksum.hexdigest()}
+
+
+def file_digest(file: Path, label: str = "", flush: bool = False) -> dict[str, Any]:
+    """`digest` of a file, read anew; forced to the disk first if `flush`. Raises OSError."""
+    with file.open("rb") as stream:
+        if flush:
+            os.fsync(stream.fileno())
+        return digest(read_blocks(stream, file.stat().st_size, label))
+
+
+def fingerprint(*parts: Path | str) -> str:
+    """32 hexadecimal digits that change with the content of any of these files, and with any of these texts."""
+    digests = [file_digest(part) if isinstance(part, Path) else digest([part.encode()]) for part in parts]
+    return digest([json.dumps(digests).encode()])["sha256"][:32]
+
+
+# --- space and paths ----------------------------------------------------------------------------------
 
 
 def disk_problems(needs: Mapping[Path, int], labels: Mapping[Path, str]) -> list[str]:
@@ -53,12 +138,12 @@ def free_bytes(path: Path) -> int | None:
     than there is.
     """
     try:
-        told = os.statvfs(nearest_existing(path))
+        disk = os.statvfs(nearest_existing(path))
     except OSError:
         return None
-    if told.f_blocks <= 0 or not 0 <= told.f_bavail <= told.f_blocks:
+    if disk.f_blocks <= 0 or not 0 <= disk.f_bavail <= disk.f_blocks:
         return None
-    return told.f_bavail * (told.f_frsize or told.f_bsize)
+    return disk.f_bavail * (disk.f_frsize or disk.f_bsize)
 
 
 def nearest_existing(path: Path) -> Path:
@@ -72,9 +157,6 @@ def nearest_existing(path: Path) -> Path:
     return path
 
 
-TRACE = ".dolly-"  # how the names of what is made for a trial begin; a killed process leaves it, and it holds nothing
-
-
 def writable(folder: Path) -> bool:
     """Whether `folder` can be made, or written: tried in its nearest parent that exists.
 
@@ -84,8 +166,8 @@ def writable(folder: Path) -> bool:
         if any(part.is_symlink() and not part.exists() for part in (folder, *folder.parents)):
             return False  # a link to nowhere: nothing can be made in its place
         trial = nearest_existing(folder) / f"{TRACE}trial-{os.getuid()}"
-        # One name for all of a user: what a killed trial left is taken away by the next; the other ranks try it at this
-        # moment. Another user's cannot be taken away in a shared folder, as /tmp is.
+        # One name per user: the next trial removes what a killed one left. Other ranks try at the same moment, and
+        # another user's folder could not be removed in a shared place such as /tmp.
         with contextlib.suppress(FileExistsError):
             trial.mkdir()
         with contextlib.suppress(FileNotFoundError):
@@ -107,97 +189,9 @@ def size_in_words(count: int) -> str:
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.1f} MiB"
 
 
-WRITER_LOCK = ".writer.lock"
-WRITER_INFO = ".writer.json"
-WRITER_FILES = (WRITER_LOCK, WRITER_INFO)  # what a killed run leaves beside its own files
-
-# How file systems say that they have no locks: NFS without its lock daemon, Lustre mounted without flock.
-_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
-
-
-def system_lock(file: Path, patience: float = -1) -> AbstractContextManager[Any] | None:
-    """Takes a lock that the system takes back from a dead process, however it died; leaving the context releases it.
-
-    None where the file system has no locks. Raises filelock.Timeout where another process holds it for `patience`
-    seconds; -1: waits for ever.
-    """
-    from filelock import FileLock
-
-    try:
-        # Without locks of the system filelock would fall back to a file that outlives a killed process.
-        return FileLock(file, fallback_to_soft=False).acquire(timeout=patience)
-    except OSError as error:
-        if error.errno not in _NO_LOCKS:
-            raise
-        return None
-
-
-@contextlib.contextmanager
-def one_writer(folder: Path) -> Iterator[None]:
-    """Holds `folder` (made if need be) as its only writer; one rank of a run does. Raises FolderBusyError.
-
-    Nothing is left to clean up by hand, however the process ends.
-    """
-    from filelock import Timeout
-
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        held = system_lock(folder / WRITER_LOCK, patience=0)
-    except Timeout as error:
-        raise FolderBusyError(_who_writes(folder)) from error
-    if held is None:
-        logger.warning(
-            "%s: its file system has no locks, so nothing stops a second run from writing into it. Start only one",
-            folder,
-        )
-        yield
-        return
-    with held:
-        try:
-            with contextlib.suppress(OSError):  # it only tells others who we are
-                (folder / WRITER_INFO).write_text(
-                    json.dumps(
-                        {
-                            "pid": os.getpid(),
-                            "host": socket.gethostname(),
-                            "since": time.strftime("%Y-%m-%d %H:%M:%S %Z"),
-                        }
-                    )
-                )
-            yield
-        finally:
-            # Both go while the lock is held; filelock never takes a lock on a file that has lost its name.
-            for name in WRITER_FILES[::-1]:
-                with contextlib.suppress(OSError):
-                    (folder / name).unlink()
-
-
-def _who_writes(folder: Path) -> str:
-    try:
-        info = json.loads((folder / WRITER_INFO).read_text())
-        who = f"process {info['pid']} on {info['host']}, since {info['since']}"
-        stop = f"stop it (kill {info['pid']} on {info['host']})"
-    except (OSError, ValueError, KeyError, TypeError):
-        who, stop = "it has not said which", "stop it"
-    return (
-        f"{folder}: another run is writing into it ({who}). "
-        f"Wait until it has ended, {stop}, or name another --local-output-dir"
-    )
-
-
-def write_json(file: Path, content: Any) -> None:
-    """Replaces a JSON file in one rename, so that no reader ever sees half of one."""
-    partial = file.with_name(f"{file.name}.partial")
-    with open(partial, "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(content, indent=2) + "\n")
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, file)
-
-
 def local_path(folder: str) -> Path:
-    """dbfs:/x is what Databricks shows, and /dbfs/x where programs find it; taken as a path it would be `./dbfs:/x`."""
-    return Path(re.sub("^dbfs:/*", "/dbfs/", folder)).expanduser()
+    """The path of a folder as a person writes it: /dbfs/x for dbfs:/x, which Databricks shows; ~ is expanded."""
+    return Path(re.sub("^dbfs:/*", f"{DBFS}/", folder)).expanduser()
 
 
 def mounted_store(path: Path) -> Path | None:

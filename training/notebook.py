@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from training.errors import NotebookFailedError, NotebookSourceError, RunRefusedError
+from training.files import write_file
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -238,9 +239,7 @@ def write(notebook: NotebookNode, out: Path) -> None:
         for output in cell.get("outputs", []):
             if "tensorboard-frame" in output.get("data", {}).get("text/html", ""):
                 output.data = {"text/plain": "TensorBoard was here while the notebook ran."}
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(nbformat.writes(notebook), encoding="utf-8")
-    os.replace(partial, out)
+    write_file(out, nbformat.writes(notebook))
 
 
 @click.command(context_settings={"max_content_width": 110})

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from training.errors import DataError
+from training.files import write_json
 
 EMPTY_RESPONSE = "empty response"
 PROMPT_TOO_LONG = "prompt alone fills max_length"
@@ -39,7 +39,7 @@ class Ledger:
             first.append(row)
 
     def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(path, asdict(self))
 
     def __str__(self) -> str:
         lines = [

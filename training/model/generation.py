@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.consts import DEFAULT_SEED, MAX_NEW_TOKENS, RUN_FILE, SAMPLING
 from training.data.prompt import RESPONSE_KEY, encode_prompts
-from training.errors import ModelError
 from training.model.attention import use_packed_attention
 from training.model.loading import load_model, max_positions
 from training.model.tokenizer import generation_config, load_tokenizer
+from training.storage.record import finished_run
 
 logger = logging.getLogger(__name__)
 
@@ -35,10 +35,11 @@ def load_model_tokenizer_for_generate(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Model and tokenizer of a trained folder, or of a base model to compare with, ready to answer.
 
-    By default on the GPU in half precision if there is one, else on the CPU in float32. Raises ModelError
-    for a folder whose training did not finish.
+    By default on the GPU in half precision if there is one, else on the CPU in float32. Raises ModelError where
+    either cannot be loaded, or for a folder whose training did not finish.
     """
-    _refuse_unfinished(path)
+    if os.path.isfile(Path(path) / RUN_FILE):  # False, not an error, for a path that cannot be looked at
+        finished_run(Path(path))
     device = device or best_device()
     if dtype is None:
         if device.startswith("cuda"):
@@ -59,21 +60,6 @@ def best_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def _refuse_unfinished(path: str) -> None:
-    file = Path(path) / RUN_FILE
-    try:
-        if not file.is_file():
-            return
-    except OSError:  # too long a name, a folder that may not be entered: loading tells it
-        return
-    try:
-        record = json.loads(file.read_text())
-    except ValueError as error:
-        raise ModelError(f"{file}: is no JSON ({error}). Copy or train the model again") from error
-    if not isinstance(record, dict) or record.get("status") != "finished":
-        raise ModelError(f"{path}: its training did not finish. Go on with its command and --resume auto")
 
 
 def generate_response(

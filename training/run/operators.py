@@ -14,9 +14,9 @@ from filelock import Timeout
 from torch.utils import cpp_extension
 
 from training.errors import OptionsError
-from training.files import system_lock
 from training.machine.environment import cuda_toolkit_problems, tool_problems
 from training.options.deepspeed import offloads_optimizer
+from training.run.lock import system_lock
 
 logger = logging.getLogger(__name__)
 

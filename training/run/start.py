@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 from training.consts import LEDGER_FILE, RUN_FILE
 from training.errors import OptionsError
-from training.files import one_writer
 from training.options.checks import output_problems
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.ranks import is_main_process, on_rank_0
 from training.run.identity import differences, new_record, rows_digest
+from training.run.lock import one_writer
 from training.run.resume import RESHARDED, reshard
 from training.storage import checkpoint
 from training.storage.record import read_run_record, write_run_record

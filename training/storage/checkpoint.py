@@ -1,4 +1,4 @@
-"""A checkpoint is complete or not there: its manifest, written last, has the size and checksum of every file.
+"""Checkpoints: complete or not there. The manifest is written last and has the size and checksum of every file.
 
 checkpoint-200/
   manifest.json          {"step": 200, "eval_loss": 1.23, "model": [name, ...],
@@ -14,7 +14,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from training.files import write_json
+from training.files import PARTIAL, file_digest, write_json
 
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
@@ -33,31 +32,24 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The folders `checkpoint-<step>` of a run, whole or torn, by step."""
+    """The folders `checkpoint-<step>` of a run, complete or torn, by step."""
     found = [f for f in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name) and f.is_dir()]
     return sorted(found, key=step_of)
 
 
 def files_of(folder: Path) -> list[str]:
-    """Names of the files in a checkpoint, below it as well, without the manifest; sorted."""
+    """Sorted paths of all files in a checkpoint, without the manifest."""
     files = (file for file in folder.rglob("*") if file.is_file())
     names = (file.relative_to(folder).as_posix() for file in files)
-    return sorted(name for name in names if name.removesuffix(".partial") != MANIFEST_FILE)
+    return sorted(name for name in names if name.removesuffix(PARTIAL) != MANIFEST_FILE)
 
 
 def digests(folder: Path, names: Iterable[str], written_now: bool = False) -> dict[str, dict[str, Any]]:
     """{name: {"size": bytes, "sha256": hex}} of files, read anew; forced to the disk first if `written_now`."""
-
-    def digest(name: str) -> dict[str, Any]:
-        with open(folder / name, "rb") as file:
-            if written_now:
-                os.fsync(file.fileno())
-            checksum = hashlib.file_digest(file, "sha256").hexdigest()
-            return {"size": file.tell(), "sha256": checksum}
-
     names = list(names)
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing a large buffer frees the interpreter
-        return dict(zip(names, pool.map(digest, names), strict=True))
+        found = pool.map(lambda name: file_digest(folder / name, flush=written_now), names)
+        return dict(zip(names, found, strict=True))
 
 
 def write_manifest(
@@ -65,21 +57,21 @@ def write_manifest(
 ) -> None:
     """Makes a checkpoint complete. `model` names the files that a finished model consists of; `files` as of `digests`."""
     manifest = {"step": step_of(folder), "eval_loss": eval_loss, "model": model, "files": files}
-    write_json(folder / MANIFEST_FILE, manifest | {"sha256": _digest_of(manifest)})
+    write_json(folder / MANIFEST_FILE, manifest | {"sha256": _checksum(manifest)})
 
 
-def _digest_of(manifest: dict[str, Any]) -> str:
+def _checksum(manifest: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest, or None where there is none that is as it was written: the checkpoint is not complete."""
+    """The manifest; None where it is missing or damaged: the checkpoint is not complete."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
     except (OSError, ValueError):
         return None
-    whole = isinstance(manifest, dict) and manifest.pop("sha256", None) == _digest_of(manifest)
-    return manifest if whole and manifest["step"] == step_of(folder) else None
+    intact = isinstance(manifest, dict) and manifest.pop("sha256", None) == _checksum(manifest)
+    return manifest if intact and manifest["step"] == step_of(folder) else None
 
 
 def problems_of(folder: Path, model_only: bool = False) -> list[str]:
@@ -87,29 +79,24 @@ def problems_of(folder: Path, model_only: bool = False) -> list[str]:
     manifest = read_manifest(folder)
     if manifest is None:
         return ["it was not written to the end"]
-    written, there = manifest["files"], set(files_of(folder))
-    if model_only:
-        written = {name: written[name] for name in manifest["model"]}
-    problems = [f"{name} is missing" for name in written if name not in there]
-    sizes = {name: (folder / name).stat().st_size for name in written if name in there}
-    problems += [
-        f"{name} has {sizes[name]:,} bytes instead of {written[name]['size']:,}"
-        for name in sizes
-        if sizes[name] != written[name]["size"]
-    ]
-    whole = [name for name in sizes if sizes[name] == written[name]["size"]]
-    now = digests(folder, whole)
-    return problems + [
-        f"{name} has changed since it was written" for name in whole if now[name] != written[name]
-    ]
+    written, existing = manifest["files"], set(files_of(folder))
+    missing, resized, whole = [], [], []
+    for name in manifest["model"] if model_only else written:
+        if name not in existing:
+            missing.append(f"{name} is missing")
+        elif (size := (folder / name).stat().st_size) != written[name]["size"]:
+            resized.append(f"{name} has {size:,} bytes instead of {written[name]['size']:,}")
+        else:
+            whole.append(name)
+    changed = [name for name, found in digests(folder, whole).items() if found != written[name]]
+    return missing + resized + [f"{name} has changed since it was written" for name in changed]
 
 
 def best(output: Path) -> Path | None:
     """The complete checkpoint with the least held-out loss, the newest of equals; None where none has one."""
     losses: dict[Path, float] = {}
     for folder in checkpoints(output):
-        manifest = read_manifest(folder)
-        loss = None if manifest is None else manifest["eval_loss"]
+        loss = (read_manifest(folder) or {}).get("eval_loss")
         if loss is not None and math.isfinite(loss):
             losses[folder] = loss
     return min(reversed(losses), key=losses.__getitem__, default=None)
@@ -117,19 +104,18 @@ def best(output: Path) -> Path | None:
 
 def rotate(output: Path, limit: int) -> None:
     """Removes the oldest checkpoints beyond `limit`, and torn ones; never the newest complete one, nor the best."""
-    complete = [folder for folder in checkpoints(output) if read_manifest(folder) is not None]
+    found = checkpoints(output)
+    complete = [folder for folder in found if read_manifest(folder) is not None]
     if not complete:
         return
-    for folder in checkpoints(output):
-        if folder not in complete and step_of(folder) < step_of(complete[-1]):
-            remove(folder)
+    torn = [folder for folder in found[: found.index(complete[-1])] if folder not in complete]
     keep = {complete[-1], best(output) or complete[-1]}
-    surplus = len(complete) - max(limit, len(keep))
-    for folder in [folder for folder in complete if folder not in keep][: max(surplus, 0)]:
+    surplus = max(0, len(complete) - max(limit, len(keep)))
+    for folder in torn + [folder for folder in complete if folder not in keep][:surplus]:
         remove(folder)
 
 
 def remove(folder: Path) -> None:
-    """The manifest first: what is half removed must not be taken for complete."""
+    """Removes a checkpoint, its manifest first: a half removed one must not look complete."""
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a run tells while it trains, one JSON object a line, for who looks on: notebook, flow, and people's own tools.
+"""Metrics and sample answers, written while a run trains, one JSON object a line; notebook, flow and other tools read them.
 
 metrics.jsonl   {"step": 10, "max_steps": 797, "epoch": 0.013, "seconds": 12.3, "loss": 1.9, "learning_rate": 1e-05,
                  "grad_norm": 2.1, "tokens_per_second": 9000.0, "real_token_share": 1.0, "mfu": 0.4, ...}
@@ -7,7 +7,7 @@ samples.jsonl   {"step": 100, "epoch": 0.126, "instruction": "Name a river.", "i
 
 `seconds` are those of training, those before a resume included; a number that is NaN or infinite (the gradient of an
 fp16 step that was skipped) is null. Rank 0 appends; a run that goes on from a checkpoint first removes what came after
-it, so no step stands twice. Imports Python's own library alone."""
+it, so no step stands twice."""
 
 from __future__ import annotations
 
@@ -18,19 +18,21 @@ import os
 from pathlib import Path
 from typing import Any
 
+from training.files import write_file
+
 logger = logging.getLogger(__name__)
 
 
 def append(file: Path, *entries: dict[str, Any]) -> bool:
-    """Adds lines in one write, so that who reads meanwhile sees whole lines but for a torn last one.
+    """Adds lines in one write, so that a reader sees whole lines, except for a torn last one.
 
-    A disk that is full is no reason to lose a run: it is told as a warning, and False is returned.
+    A full disk does not end the run: a warning is logged, and False is returned.
     """
     try:
         with open(file, "ab+") as stream:
             if stream.tell():
                 stream.seek(-1, os.SEEK_END)
-                if stream.read(1) != b"\n":  # a line that was torn must not take this one with it
+                if stream.read(1) != b"\n":  # a torn line must not spoil this one
                     stream.write(b"\n")
             stream.write("".join(map(_line, entries)).encode())
     except OSError as error:
@@ -40,7 +42,7 @@ def append(file: Path, *entries: dict[str, Any]) -> bool:
 
 
 def _line(entry: dict[str, Any]) -> str:
-    """JSON has no NaN, and what reads it in a browser stops there."""
+    """An entry as JSON, which has no NaN: a browser's parser would stop there."""
     plain = {
         key: None if isinstance(value, float) and not math.isfinite(value) else value
         for key, value in entry.items()
@@ -49,7 +51,7 @@ def _line(entry: dict[str, Any]) -> str:
 
 
 def read(file: Path) -> list[dict[str, Any]]:
-    """The entries of a file, in order; none where there is no file. A line that a killed run tore is left out."""
+    """The entries of a file, in order; none where there is no file. A line that a killed run left torn is skipped."""
     try:
         text = file.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError:
@@ -66,14 +68,11 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 
 def forget_after(file: Path, step: int, former: Path | None = None) -> None:
-    """Leaves the entries up to `step`: those after it a run that goes on from there will write again.
+    """Keeps the entries up to `step`; a run that goes on from there writes the later ones again.
 
     The entries are those of `former`, where the run goes on from another folder's checkpoint. Raises OSError.
     """
     kept = [entry for entry in read(former or file) if entry["step"] <= step]
     content = "".join(map(_line, kept)).encode()
-    if content == (file.read_bytes() if file.exists() else b""):
-        return
-    partial = file.with_name(f"{file.name}.partial")
-    partial.write_bytes(content)
-    os.replace(partial, file)
+    if content != (file.read_bytes() if file.exists() else b""):
+        write_file(file, content)

@@ -1,12 +1,14 @@
-"""run.json: what a run was asked and what it has become."""
+"""run.json, the record of a run: its options, and what has become of it."""
 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from training.consts import RUN_FILE
+from training.errors import UnfinishedRunError
 from training.files import write_json
 
 
@@ -16,10 +18,29 @@ def write_run_record(folder: Path, record: dict[str, Any]) -> None:
 
 
 def read_run_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a run's folder, or None where there is none that can be read."""
+    """The record of a run in any state, or None where there is none that can be read."""
+    with suppress(OSError, ValueError):
+        record = json.loads((folder / RUN_FILE).read_text())
+        if isinstance(record, dict) and isinstance(record.get("options"), dict) and "status" in record:
+            return record
+    return None
+
+
+def finished_run(folder: Path) -> dict[str, Any]:
+    """The record of a finished run. Raises UnfinishedRunError where the folder holds none."""
     try:
         record = json.loads((folder / RUN_FILE).read_text())
-    except (OSError, ValueError):
-        return None
-    known = isinstance(record, dict) and isinstance(record.get("options"), dict) and "status" in record
-    return record if known else None
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UnfinishedRunError(
+            f"{folder}: there is no {RUN_FILE}, so no run wrote its model here. "
+            "Name a run's --local-output-dir, or a copy of it"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise UnfinishedRunError(
+            f"{folder / RUN_FILE}: cannot be read ({error}). Copy or train the model again"
+        ) from error
+    if not isinstance(record, dict) or record.get("status") != "finished":
+        raise UnfinishedRunError(
+            f"{folder}: its training did not finish. Go on with its command and --resume auto"
+        )
+    return record

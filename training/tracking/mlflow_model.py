@@ -20,7 +20,7 @@ from training.files import size_in_words
 from training.model.generation import PARAMETERS
 from training.storage.checkpoint import digests
 from training.storage.copy import model_files
-from training.storage.record import read_run_record
+from training.storage.record import finished_run
 from training.tracking.mlflow_server import IMPATIENT, Server, as_metrics, now, shown
 
 if TYPE_CHECKING:
@@ -55,11 +55,7 @@ def log_finished(folder: Path, name: str | None = None) -> str:
     Raises:
         TrackingError: the run did not finish, its weights are not those that were verified, or MLflow failed.
     """
-    record = read_run_record(folder)
-    if record is None or record["status"] != "finished":
-        raise TrackingError(
-            f"{folder}: holds no finished run. Name the --local-output-dir of one, or a copy of it"
-        )
+    record = finished_run(folder)
     record.setdefault("id", record["started"])
     names = [file.name for file in model_files(folder)]
     weights = record.get("weights", {})
