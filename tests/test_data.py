@@ -448,7 +448,7 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_cache(
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "save", killed)
         patch.setattr(
-            tokens.shutil, "rmtree", lambda *args, **kwargs: None
+            "shutil.rmtree", lambda *args, **kwargs: None
         )  # a killed process cleans nothing
         with pytest.raises(KeyboardInterrupt):
             prepare_dataset(path, tokenizer, 256, cache_root=cache)

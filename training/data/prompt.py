@@ -1,6 +1,7 @@
-"""The prompt: its words, its layout as text, as a chat template and as token ids.
+"""The prompt: its words, its layout, and both as text, as pieces of token ids and as a chat template.
 
-The wording is Stanford Alpaca's, byte for byte: a model trained on other words would be another model.
+Everything else follows: edit the words or the layout here and nowhere else. The wording is Stanford Alpaca's, byte for
+byte: a model trained on other words would be another model.
 
 A prompt is tokenised in pieces. The control tokens are put between the pieces by id and never looked for in text, so a
 user's "### End" stays ordinary text, and where the response starts is known, not searched. The pieces give the same
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,28 +31,39 @@ END_KEY = "### End"
 # Added to the tokenizer in this order, so that GPT-J gives them the ids 50400, 50401 and 50402.
 CONTROL_TOKENS = (END_KEY, INSTRUCTION_KEY, RESPONSE_KEY)
 
+# The layout of a row. The question is the instruction alone, or QUESTION_WITH_INPUT where the row has an input.
+LAYOUT = f"{{intro}}\n\n{INSTRUCTION_KEY}\n{{question}}\n\n{RESPONSE_KEY}{{response}}\n\n{END_KEY}"
+QUESTION_WITH_INPUT = f"{{instruction}}\n\n{INPUT_KEY}\n{{input}}"
+
+# What the control tokens leave of the layout: "{intro}\n\n", "\n{question}\n\n" and "{response}\n\n".
+HEAD, BODY, RESPONSE, _ = re.split("|".join(map(re.escape, CONTROL_TOKENS)), LAYOUT)
+
 
 def render_prompt(instruction: str, input: str | None = None) -> str:
     """The prompt as text, up to and including the response key."""
-    intro, body = prompt_pieces(instruction, input)
-    return intro + INSTRUCTION_KEY + body + RESPONSE_KEY
+    head, body = prompt_pieces(instruction, input)
+    return head + INSTRUCTION_KEY + body + RESPONSE_KEY
 
 
 def prompt_pieces(instruction: str, input: str | None) -> tuple[str, str]:
     """The text before the instruction key, and the text between it and the response key."""
-    if input:
-        return f"{INTRO_WITH_INPUT}\n\n", f"\n{instruction}\n\n{INPUT_KEY}\n{input}\n\n"
-    return f"{INTRO}\n\n", f"\n{instruction}\n\n"
+    question = QUESTION_WITH_INPUT.format(instruction=instruction, input=input) if input else instruction
+    return HEAD.format(intro=INTRO_WITH_INPUT if input else INTRO), BODY.format(question=question)
 
 
-# The words in capitals are filled in by `chat_template`, so that each prompt word has one home.
+def response_piece(response: str) -> str:
+    """The text between the response key and the end key."""
+    return RESPONSE.format(response=response)
+
+
+# The words in capitals are filled in by `chat_template`, from the layout.
 _CHAT_TEMPLATE = """
 {%- for message in messages -%}
 {%- set content = message['content'] PLAIN -%}
 {%- if message['role'] == 'user' -%}
-{{ INTRO_WITH_INPUT if INPUT_KEY in content else INTRO }}{{ content + '\\n\\n' }}
+{{ OPENING_WITH_INPUT if INPUT_MARK in content else OPENING }}{{ content + CLOSING }}
 {%- elif message['role'] == 'assistant' -%}
-{{ RESPONSE_KEY + content + END_KEY }}
+{{ RESPONSE_KEY + content + END }}
 {%- else -%}
 {{ raise_exception('Dolly knows the roles user and assistant, not ' + message['role']) }}
 {%- endif -%}
@@ -70,19 +82,22 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
     for token in tokenizer.all_special_tokens:
         spaced = re.sub(r"^(\W*)", r"\1 ", token)
         plain += f" | replace({json.dumps(token)}, {json.dumps(spaced)})"
+    opening, closing = (INSTRUCTION_KEY + BODY).split("{question}")
+    before_response, after_response = RESPONSE.split("{response}")
     words = {
         "PLAIN": plain,
-        "INTRO_WITH_INPUT": json.dumps(f"{INTRO_WITH_INPUT}\n\n{INSTRUCTION_KEY}\n"),
-        "INTRO": json.dumps(f"{INTRO}\n\n{INSTRUCTION_KEY}\n"),
-        "INPUT_KEY": json.dumps(f"\n\n{INPUT_KEY}\n"),
-        "RESPONSE_KEY": json.dumps(RESPONSE_KEY),
-        "END_KEY": json.dumps(f"\n\n{END_KEY}"),
+        "OPENING_WITH_INPUT": json.dumps(HEAD.format(intro=INTRO_WITH_INPUT) + opening),
+        "OPENING": json.dumps(HEAD.format(intro=INTRO) + opening),
+        "INPUT_MARK": json.dumps(re.split("{instruction}|{input}", QUESTION_WITH_INPUT)[1]),
+        "CLOSING": repr(closing),
+        "RESPONSE_KEY": json.dumps(RESPONSE_KEY + before_response),
+        "END": json.dumps(after_response + END_KEY),
     }
     template = re.sub("|".join(words), lambda match: words[match.group()], _CHAT_TEMPLATE.strip())
     return ("{{ bos_token }}" if leading_ids(tokenizer) else "") + template
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
     """Token ids of texts in which nothing is a control token, whatever it looks like.
 
     Straight to the Rust tokenizer: half of the time of `tokenizer(texts)` goes into offsets and masks that
@@ -98,19 +113,15 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> lis
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str], inputs: Sequence[str | None]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Ids of (heads, bodies): a prompt is its head, its body, and the response key.
-
-    The head is one of two fixed texts, so it is tokenised twice, not once a row.
-    """
+    """Ids of (heads, bodies): a prompt is its head with the instruction key, its body, and the response key."""
     key = tokenizer.convert_tokens_to_ids(INSTRUCTION_KEY)
-    bos = leading_ids(tokenizer)
-    plain, with_input = (
-        bos + ids + [key] for ids in encode_text(tokenizer, [f"{INTRO}\n\n", f"{INTRO_WITH_INPUT}\n\n"])
-    )
-    bodies = encode_text(
-        tokenizer, [prompt_pieces(a, b)[1] for a, b in zip(instructions, inputs, strict=True)]
-    )
-    return [with_input if given else plain for given in inputs], bodies
+    pieces = [prompt_pieces(*row) for row in zip(instructions, inputs, strict=True)]
+    heads = list({head for head, _ in pieces})  # two at most, so each is tokenised once
+    ids = {
+        head: leading_ids(tokenizer) + ids + [key]
+        for head, ids in zip(heads, encode_text(tokenizer, heads), strict=True)
+    }
+    return [ids[head] for head, _ in pieces], encode_text(tokenizer, [body for _, body in pieces])
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,9 +12,10 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow as pa
+import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from training.consts import DEMO
+from training.consts import DEMO, LEDGER_FILE
 from training.data.ledger import (
     EMPTY_RESPONSE,
     PROMPT_TOO_LONG,
@@ -26,19 +24,28 @@ from training.data.ledger import (
     check_dropped,
     length_histogram,
 )
-from training.data.prompt import END_KEY, RESPONSE_KEY, encode_prompts, encode_text, leading_ids
+from training.data.prompt import (
+    END_KEY,
+    RESPONSE_KEY,
+    encode_prompts,
+    encode_text,
+    leading_ids,
+    response_piece,
+)
 from training.data.rows import Columns, read_columns, too_few_rows
 from training.errors import DataError
+from training.files import fingerprint, write_folder
 
 ROWS_PER_TOKENIZER_CALL = 2000
 COLUMNS = ["row", "input_ids", "response_start", "length"]  # of the tokenised rows
-CACHE_FORMAT = 2  # raise it whenever the same rows would give other ids
+# What decides rows and ids, beside data and tokenizer: an edit of these files makes the cached rows anew.
+SOURCES = [Path(__file__).with_name(name) for name in ("rows.py", "prompt.py", "tokens.py", "ledger.py")]
 
 
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, columns: Columns, ledger: Ledger, keep_truncated: bool = False
 ) -> Iterator[tuple[int, list[int], int]]:
-    """Yields (row number, input_ids, response_start) of every row kept; writes each row's fate in `ledger`.
+    """Yields (row number, input_ids, response_start) of every row kept; counts every row in `ledger`.
 
     `input_ids[response_start]` is the first token of the response; the last token is the end key, unless
     the row was cut at `ledger.max_length` and `keep_truncated` allowed it.
@@ -47,7 +54,7 @@ def encode_rows(
     for begin in range(0, len(columns), ROWS_PER_TOKENIZER_CALL):
         part = slice(begin, begin + ROWS_PER_TOKENIZER_CALL)
         heads, bodies = encode_prompts(tokenizer, columns.instruction[part], columns.input[part])
-        responses = encode_text(tokenizer, [f"{text}\n\n" for text in columns.output[part]])
+        responses = encode_text(tokenizer, map(response_piece, columns.output[part]))
         for offset, (head, body, response) in enumerate(zip(heads, bodies, responses, strict=True)):
             row = begin + offset
             ledger.rows_read += 1
@@ -79,10 +86,11 @@ def prepare_dataset(
 ) -> tuple[datasets.Dataset, Ledger]:
     """The tokenised rows, memory-mapped: `{row: int64, input_ids: list[int32], response_start: int32, length: int32}`.
 
-    They stand in the order of the source, in which `row` counts from 1; `length` is that of `input_ids`.
+    They are in the order of the source, in which `row` counts from 1; `length` is that of `input_ids`.
 
-    Done once and cached under a key of data, tokenizer and lengths; a second call, or another rank, reads
-    the cache. Raises DataError when more than `max_dropped_fraction` of the rows had to be dropped.
+    The rows are tokenised once and cached; a second call, or another rank, reads the cache. Another prompt, tokenizer,
+    length or other data gives another cache. Raises DataError when more than `max_dropped_fraction` of the rows had
+    to be dropped.
     """
     root = cache_root or Path(datasets.config.HF_DATASETS_CACHE) / "dolly"
     columns = None if source != DEMO and os.path.isfile(source) else read_columns(source)
@@ -109,7 +117,7 @@ def prepare_dataset(
 
 @contextmanager
 def _no_search_for_cycles() -> Iterator[None]:
-    """Rows are a few objects each and hold no cycles: Python's search for some is a sixth of the time they take."""
+    """Pauses Python's search for cycles. Rows have none, and the search would take a sixth of their time."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -120,9 +128,9 @@ def _no_search_for_cycles() -> Iterator[None]:
 
 
 def _read_cache(target: Path) -> tuple[datasets.Dataset, Ledger] | None:
-    """What lies in a cache folder; None where nothing does, or not all: files may have been deleted or cut."""
+    """The rows and ledger in a cache folder; None where there are none, or a file is missing or damaged."""
     try:
-        ledger = Ledger(**json.loads((target / "ledger.json").read_text()))
+        ledger = Ledger(**json.loads((target / LEDGER_FILE).read_text()))
         if ledger.rows_kept + sum(ledger.dropped.values()) != ledger.rows_read or not ledger.rows_read:
             return None
         if not ledger.rows_kept:  # no file was written for them
@@ -140,25 +148,22 @@ def _fingerprint(
     max_length: int,
     keep_truncated: bool,
 ) -> str:
-    """A local file is known by its bytes, so that ranks that only read the cache need not parse it."""
-    digest = hashlib.sha256()
-    if columns is None:
-        digest.update(Path(source).suffix.lower().encode())
-        try:
-            with open(source, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise DataError(f"{source}: cannot be read ({error})") from error
-    else:
-        for column in (columns.instruction, columns.input, columns.output):
-            digest.update(repr(column).encode())
-    digest.update(_vocabulary(tokenizer).encode())
-    digest.update(repr((CACHE_FORMAT, leading_ids(tokenizer), max_length, keep_truncated)).encode())
-    return digest.hexdigest()[:32]
+    """The key of the tokenised rows: it changes with whatever decides them.
+
+    A local file is known by its bytes, so that ranks that only read the cache need not parse it.
+    """
+    data: list[Path | str] = (
+        [Path(source).suffix.lower(), Path(source)] if columns is None else [repr(columns)]
+    )
+    state = repr((tokenizers.__version__, leading_ids(tokenizer), max_length, keep_truncated))
+    try:
+        return fingerprint(*SOURCES, *data, _vocabulary(tokenizer), state)
+    except OSError as error:
+        raise DataError(f"{source}: cannot be read ({error})") from error
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Everything that decides the ids. The padding and truncation state of the moment does not."""
+    """Everything in a tokenizer that decides ids. Its padding and truncation settings of the moment do not."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps({key: state[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")})
 
@@ -166,22 +171,19 @@ def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
 def _write_cache(
     target: Path, columns: Columns, tokenizer: PreTrainedTokenizerBase, ledger: Ledger, keep_truncated: bool
 ) -> None:
-    """Written beside the target and renamed, so a killed writer leaves nothing that looks like a cache."""
     numbers: list[int] = []
-    flat: list[np.ndarray] = []
-    lengths: list[int] = []
+    rows: list[np.ndarray] = []
     starts: list[int] = []
     for number, ids, start in encode_rows(tokenizer, columns, ledger, keep_truncated):
         numbers.append(number)
-        flat.append(np.asarray(ids, dtype=np.int32))
-        lengths.append(len(ids))
+        rows.append(np.asarray(ids, dtype=np.int32))
         starts.append(start)
-    sizes = np.asarray(lengths, dtype=np.int64)
+    sizes = np.array([len(ids) for ids in rows], dtype=np.int64)
     ledger.tokens = int(sizes.sum())
     ledger.response_tokens = ledger.tokens - int(np.sum(starts, dtype=np.int64))
     ledger.longest_row = int(sizes.max(initial=0))
     ledger.length_histogram = length_histogram(sizes)
-    values = np.concatenate(flat) if flat else np.empty(0, np.int32)
+    values = np.concatenate([np.empty(0, np.int32), *rows])
     table = pa.table(
         {
             "row": pa.array(numbers, pa.int64()),
@@ -190,19 +192,9 @@ def _write_cache(
             "length": pa.array(sizes, pa.int32()),
         }
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
-    try:
-        datasets.Dataset(table).save_to_disk(str(partial))
-        ledger.save(partial / "ledger.json")
-        try:
-            os.replace(partial, target)
-        except OSError:  # something is there already: another process has finished first, or half a cache
-            if _read_cache(target) is None:
-                shutil.rmtree(target)
-                os.replace(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+    with write_folder(target, is_whole=_read_cache) as folder:
+        datasets.Dataset(table).save_to_disk(str(folder))
+        ledger.save(folder / LEDGER_FILE)
 
 
 def split_held_out(

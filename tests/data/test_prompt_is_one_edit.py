@@ -1,0 +1,71 @@
+"""Whoever changes the prompt edits training/data/prompt.py, and nothing else: rows, model and templates follow."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from datasets import load_from_disk
+
+ROOT = Path(__file__).parents[2]
+BEFORE, AFTER = "Write a response that appropriately completes", "Write a reply that appropriately completes"
+
+
+def run(tree: Path, home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Runs Python in a copy of the code, all copies with the same caches."""
+    environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=tree,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+    )
+
+
+def edit_a_word(tree: Path) -> None:
+    file = tree / "training" / "data" / "prompt.py"
+    text = file.read_text()
+    assert BEFORE in text
+    file.write_text(text.replace(BEFORE, AFTER))
+
+
+@pytest.mark.slow
+def test_a_word_of_the_prompt_changes_the_rows_and_the_resume_is_refused(
+    tmp_path: Path, base_folder: Path
+) -> None:
+    tree, home, output = tmp_path / "tree", tmp_path / "home", tmp_path / "out"
+    for folder in ("training", "config"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    # The model does not follow from the prompt, as the demo's own would: its vocabulary stays.
+    train = ("-m", "training.trainer", "--input-model", base_folder, "--training-dataset", "demo",
+             "--test-size", 8, "--max-steps", 2, "--local-output-dir", output)  # fmt: skip
+    tokenizer = ("-c", "from training.model.tokenizer import load_tokenizer as load; t = load('demo'); "
+                 "print(t.name_or_path, t.chat_template, sep='\\n')")  # fmt: skip
+
+    first = run(tree, home, *train)
+    assert first.returncode == 0, first.stdout
+    assert f"{BEFORE} the request" in first.stdout, "a row as the model sees it"
+    assert BEFORE in (first_tokenizer := run(tree, home, *tokenizer).stdout)
+    edit_a_word(tree)
+
+    again = run(tree, home, *train, "--resume", "auto")
+    assert f"{AFTER} the request" in again.stdout, again.stdout
+    assert again.returncode == 2
+    assert "the rows differ" in again.stdout
+    assert "prompt (training/data/prompt.py)" in again.stdout
+    caches = sorted((home / "datasets" / "dolly").iterdir(), key=lambda folder: folder.stat().st_mtime)
+    old, new = (load_from_disk(str(folder))["input_ids"] for folder in caches)
+    assert old[0] != new[0]
+
+    assert AFTER in (second_tokenizer := run(tree, home, *tokenizer).stdout)
+    assert second_tokenizer.splitlines()[-40:][0] != first_tokenizer.splitlines()[-40:][0]
+    assert len(list((home / "dolly").glob("demo-*"))) == 2, "the demo's words follow"
+    assert json.loads((output / "run.json").read_text())["status"] == "finished"
