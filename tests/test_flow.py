@@ -237,7 +237,7 @@ def test_paths_are_those_of_the_caller_though_the_command_runs_elsewhere(
     words = "--training-dataset own.csv --sample-prompts asked.txt --input-model demo --dbfs-output-dir kept"
     code = (
         f"import sys; sys.path.insert(0, {str(FLOW.parent)!r}); import train_dolly_flow as flow\n"
-        f"o = flow._parsed(['--local-output-dir', '/out'], {words!r})\n"
+        f"o = flow._parsed(['--local-output-dir', '/out'], {words!r}, [])\n"
         "print(o.training_dataset, o.sample_prompts, o.input_model, o.dbfs_output_dir)"
     )
     result = subprocess.run(
