@@ -46,5 +46,12 @@ print([name for name in {HEAVY} if name in sys.modules])
     lines = answer.stdout.splitlines()
     assert lines[0] == "2 Cannot train:", answer.stdout + answer.stderr
     assert lines[-2:] == ["0", "[]"]
-    for wrong in ("'--lr'", "'--epochs'", "none.json: No such file", "--warmup-steps 5", "--max-shard-size big", "/proc/out"):
+    for wrong in (
+        "'--lr'",
+        "'--epochs'",
+        "none.json: No such file",
+        "--warmup-steps 5",
+        "--max-shard-size big",
+        "/proc/out",
+    ):
         assert sum(wrong in line for line in lines) == 1, wrong

@@ -1,0 +1,56 @@
+"""Options, DeepSpeed JSON, precision and world size are resolved once, into one frozen object."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.trees import ROOT, run_in
+from training.options.settings import resolve
+from training.options.trainer_options import TrainingOptions
+
+# Notes each time that the process opens the file.
+NOTING = """
+import os, sys
+
+def note(event, arguments):
+    if event == "open" and str(arguments[0]).endswith("/counted.json"):
+        os.write(notes, b"opened\\n")
+
+notes = os.open({file!r}, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+sys.addaudithook(note)
+"""
+
+
+@pytest.mark.slow
+def test_a_rank_reads_the_deepspeed_json_once_in_a_run_of_two_steps(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "config" / "ds_z3_bf16_config.json", tmp_path / "counted.json")
+    (tmp_path / "sitecustomize.py").write_text(NOTING.format(file=str(tmp_path / "notes")))
+    options = ["--num_gpus", "1", "--master_port", "29713", "--module", "training.trainer"]
+    options += ["--deepspeed", str(tmp_path / "counted.json"), "--local-output-dir", str(tmp_path / "out")]
+    options += [
+        "--input-model",
+        "demo",
+        "--training-dataset",
+        "demo",
+        "--test-size",
+        "50",
+        "--max-steps",
+        "2",
+    ]
+    run = run_in(ROOT, "deepspeed.launcher.runner", *options, PYTHONPATH=str(tmp_path))
+    assert run.returncode == 0, run.stdout
+    assert "DeepSpeed ZeRO-3" in run.stdout
+    assert (tmp_path / "notes").read_text() == "opened\n"
+
+
+def test_what_is_resolved_cannot_be_changed() -> None:
+    options = TrainingOptions(local_output_dir="OUT", deepspeed=str(ROOT / "config/ds_z3_bf16_config.json"))
+    settings = resolve(options, ranks=2, best_precision="fp32")
+    assert (settings.precision, settings.zero.stage, settings.global_batch) == ("bf16", 3, 16)
+    for frozen, name in ((settings, "precision"), (options, "lr"), (settings.zero, "stage")):
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            setattr(frozen, name, None)
