@@ -199,3 +199,73 @@ def the_gpu(monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1) -> None
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Tesla V100-SXM2-32GB")
+
+
+def python(*words: object, **how: Any) -> subprocess.CompletedProcess[str]:
+    """Python with these words, in the root of the repository where `how` says nothing else; what it told as text."""
+    command = [sys.executable, *map(str, words)]
+    return subprocess.run(
+        command, **{"cwd": Path(__file__).parents[1], "capture_output": True, "text": True} | how
+    )
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[str]:
+    """The URL of a stand-in for AWS. It keeps one S3 for all tests: each makes buckets of its own."""
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    yield "http://{}:{}".format(*server.get_host_and_port())
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def nvml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a libnvidia-ml.so.1 made of standin_nvml.c, for LD_LIBRARY_PATH."""
+    folder = tmp_path_factory.mktemp("nvml")
+    source, library = Path(__file__).with_name("standin_nvml.c"), folder / "libnvidia-ml.so.1"
+    command = ["g++", "-x", "c", "-shared", "-fPIC", "-Wall", "-Wextra", source, "-o", library]
+    subprocess.run(command, check=True)
+    return folder
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a launcher sets for its only rank. The libraries start no process group and ask for no GPU."""
+    for name, value in (
+        ("RANK", "0"),
+        ("LOCAL_RANK", "0"),
+        ("WORLD_SIZE", "1"),
+        ("MASTER_ADDR", "127.0.0.1"),
+    ):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("transformers.training_args.TrainingArguments._setup_devices", torch.device("cpu"))
+    monkeypatch.setattr("transformers.training_args.TrainingArguments.world_size", 1)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Iterator[Path]:
+    """A new folder for every case, removed by the next."""
+
+    def fresh() -> Iterator[Path]:
+        while True:
+            with tempfile.TemporaryDirectory(dir=tmp_path) as folder:
+                yield Path(folder)
+
+    return fresh()
+
+
+def say_rows(count: int) -> list[dict[str, str]]:
+    """Short rows, with responses of one to nine words."""
+    words = "red blue green cat dog house river tree stone bird".split()
+    asked = [f"Say {n}{' please' * (n % 7)}." for n in range(count)]
+    return [
+        {"instruction": say, "input": "", "output": " ".join(words[: n % 9 + 1])}
+        for n, say in enumerate(asked)
+    ]
+
+
+@pytest.fixture(scope="session")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", say_rows(70))

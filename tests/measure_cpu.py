@@ -10,13 +10,9 @@ import time
 
 import numpy as np
 import torch
-from training.plan.settings import Settings
-from transformers import GPTJConfig, GPTJForCausalLM
 
-from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
+from tests.test_memory import small_batch, small_gptj
 from training.machine.catalogue import Machine
-from training.model.attention import use_packed_attention
-from training.model.loss import use_response_loss
 from training.options.deepspeed import Zero
 from training.plan.epoch import Load
 from training.plan.model_shape import gptj_shape
@@ -33,20 +29,8 @@ def measure(
     width, layers, heads, vocabulary, count, mean = shape
     random = np.random.default_rng(0)
     lengths = np.clip(random.lognormal(np.log(mean), 0.35, count).astype(int), 8, 400)
-    rows = [
-        {"input_ids": random.integers(vocabulary, size=n).tolist(), "response_start": int(0.45 * n)}
-        for n in lengths
-    ]
-    torch.manual_seed(0)
-    config = GPTJConfig(
-        vocab_size=vocabulary, n_positions=512, n_embd=width, n_layer=layers, n_head=heads, rotary_dim=32,
-        bos_token_id=0, eos_token_id=0, use_cache=False, attn_implementation="eager",
-    )  # fmt: skip
-    model = GPTJForCausalLM(config).to(dtype).train()
-    if packed:
-        use_packed_attention(model)
-        use_response_loss(model)
-    batch = (DataCollatorForPackedRows if packed else DataCollatorForCompletionOnlyLM)(0)(rows)
+    model = small_gptj(width, layers, heads, vocabulary, dtype)
+    batch = small_batch(model, packed, lengths.tolist())
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)

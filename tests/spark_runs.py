@@ -49,12 +49,9 @@ def session(installed: bool) -> SparkSession:
 
 def of_run(folder: str) -> list[psutil.Process]:
     """Launchers, supervisors and ranks of the run that writes into a folder."""
-    found = []
-    for process in psutil.process_iter(["cmdline"]):
-        words = process.info["cmdline"] or []
-        if process.pid != os.getpid() and "training.trainer" in words and folder in words:
-            found.append(process)
-    return found
+    own = {"training.trainer", folder}
+    found = psutil.process_iter(["cmdline"])
+    return [each for each in found if each.pid != os.getpid() and own <= set(each.info["cmdline"] or [])]
 
 
 def left_of(folder: str) -> list[str]:

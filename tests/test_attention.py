@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import copy
-import os
-import socket
-import subprocess
-import sys
+import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,27 +13,15 @@ import torch.nn.functional as F
 from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.models.gptj import modeling_gptj as gptj
 
+from tests.test_collator import PAD, THREE_ROWS, packed, padded
+from tests.test_trainer import deepspeed, run
 from training import consts
-from training.data.collator import (
-    DataCollatorForCompletionOnlyLM,
-    DataCollatorForPackedRows,
-    document_lengths,
-    split_packed_batch,
-)
+from training.data.collator import document_lengths, split_packed_batch
 from training.model.attention import rotary_sin_cos, rotate, use_packed_attention
 from training.model.loss import use_response_loss
 from training.model.packing import packs_cleanly
 
 VOCABULARY = 211
-PAD = 0
-LITERAL_ROWS = [
-    {"input_ids": [11, 12, 13, 14, 15], "response_start": 3},
-    {"input_ids": [21, 22, 23], "response_start": 2},
-    {"input_ids": [31, 32, 33, 34], "response_start": 1},
-]
-
-padded = DataCollatorForCompletionOnlyLM(pad_token_id=PAD)
-packed = DataCollatorForPackedRows(pad_token_id=PAD)
 
 
 def random_rows(seed: int = 0, count: int = 5) -> list[dict]:
@@ -66,6 +52,13 @@ def packing_gptj(original: GPTJForCausalLM) -> GPTJForCausalLM:
     return model
 
 
+def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], **more: int) -> float:
+    """The loss, after its backward."""
+    loss = model(**batch, **more).loss
+    loss.backward()
+    return loss.item()
+
+
 def relative_gradient_difference(model: torch.nn.Module, reference: torch.nn.Module) -> float:
     """The largest ||g - g'|| / ||g|| of any parameter."""
     return max(
@@ -88,20 +81,18 @@ def test_rotary_embedding_equals_the_original() -> None:
     assert torch.equal(rotate(heads, *rotary_sin_cos(table, positions, torch.float32)), turned)
 
 
+@pytest.mark.parametrize("chunk", [consts.LOSS_CHUNK_BYTES, 4 * VOCABULARY * 7], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
-@pytest.mark.parametrize("rows", [LITERAL_ROWS, random_rows()], ids=["literal", "random"])
-def test_packed_loss_and_gradients_equal_those_of_padded_eager(
-    rows: list[dict], checkpointing: dict | None
+@pytest.mark.parametrize("rows", [THREE_ROWS, random_rows()], ids=["literal", "random"])
+def test_packed_loss_and_gradients_equal_those_of_padded_eager_also_where_logits_come_in_chunks(
+    rows: list[dict], checkpointing: dict | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(consts, "LOSS_CHUNK_BYTES", chunk)
     reference = eager_gptj()
     model = packing_gptj(reference)
     if checkpointing:
         model.gradient_checkpointing_enable(checkpointing)
-    expected = reference(**padded(rows)).loss
-    expected.backward()
-    actual = model(**packed(rows)).loss
-    actual.backward()
-    assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert step(model, packed(rows)) == pytest.approx(step(reference, padded(rows)), rel=1e-6)
     assert relative_gradient_difference(model, reference) < 1e-5
 
 
@@ -117,55 +108,37 @@ def test_two_forwards_before_their_backwards_keep_their_own_layouts() -> None:
 
 @pytest.mark.parametrize("micro_steps", [1, 2, 5, 7])
 def test_micro_steps_sum_to_the_gradient_of_the_whole_share(micro_steps: int) -> None:
-    rows = random_rows(seed=3, count=5)
     reference = packing_gptj(eager_gptj())
     model = copy.deepcopy(reference)
-    whole = packed(rows)
-    reference(**whole).loss.backward()
+    whole = packed(random_rows(seed=3, count=5))
+    step(reference, whole)
     parts = split_packed_batch(whole, micro_steps)
     assert len(parts) == micro_steps
     for part in parts:
-        model(**part, num_items_in_batch=whole["shift_labels"].numel()).loss.backward()
-    assert relative_gradient_difference(model, reference) < 1e-5
-
-
-def test_chunks_of_logits_sum_to_the_loss_and_gradients_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows = random_rows(seed=4)
-    reference = packing_gptj(eager_gptj())
-    model = copy.deepcopy(reference)
-    expected = reference(**packed(rows)).loss
-    expected.backward()
-    monkeypatch.setattr(consts, "LOSS_CHUNK_BYTES", 4 * VOCABULARY * 7)
-    actual = model(**packed(rows)).loss
-    actual.backward()
-    assert actual.item() == pytest.approx(expected.item(), rel=1e-6)
+        step(model, part, num_items_in_batch=whole["shift_labels"].numel())
     assert relative_gradient_difference(model, reference) < 1e-5
 
 
 def test_a_share_without_rows_has_a_zero_loss_and_zero_gradients() -> None:
     model = packing_gptj(eager_gptj())
-    loss = model(**packed([]), num_items_in_batch=100).loss
-    loss.backward()
-    assert loss.item() == 0.0
+    assert step(model, packed([]), num_items_in_batch=100) == 0.0
     assert all((parameter.grad == 0).all() for parameter in model.parameters())
 
 
 def test_an_evaluation_has_the_loss_of_training_and_makes_no_gradient() -> None:
     model = packing_gptj(eager_gptj())
-    rows = random_rows(seed=8)
-    expected = model(**packed(rows)).loss
+    batch = packed(random_rows(seed=8))
     with torch.inference_mode():
-        actual = model(**packed(rows)).loss
-    assert expected.requires_grad
+        actual = model(**batch).loss
     assert not actual.requires_grad
-    assert actual.item() == expected.item()
+    assert actual.item() == step(model, batch)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_packed_is_as_close_to_float32_as_padded_eager(dtype: torch.dtype) -> None:
     rows = random_rows(seed=5)
     exact = eager_gptj()
-    exact(**padded(rows)).loss.backward()
+    step(exact, padded(rows))
     reference = eager_gptj(dtype)
     model = packing_gptj(reference)
     scale = 1024.0 if dtype == torch.float16 else 1.0  # fp16 is trained under a loss scale
@@ -203,16 +176,16 @@ def test_no_dense_mask_and_no_logits_of_the_whole_row_are_made() -> None:
 
 def test_a_packed_row_is_its_documents_alone() -> None:
     model = packing_gptj(eager_gptj()).eval()
-    batch = packed(LITERAL_ROWS)
+    batch = packed(THREE_ROWS)
     together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
-    alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0] for row in LITERAL_ROWS])
+    alone = torch.cat([model(torch.tensor([row["input_ids"]])).logits[0] for row in THREE_ROWS])
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
 def test_padded_batches_give_the_logits_of_eager_on_either_side() -> None:
     reference = eager_gptj().eval()
     model = packing_gptj(reference)
-    batch = padded(LITERAL_ROWS)
+    batch = padded(THREE_ROWS)
     for side in (lambda tensor: tensor, lambda tensor: tensor.flip(1)):
         ids, mask = side(batch["input_ids"]), side(batch["attention_mask"])
         positions = (mask.cumsum(1) - 1).clamp(min=0)
@@ -259,87 +232,67 @@ def small_llama() -> PreTrainedModel:
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_gptj_packs_cleanly(dtype: torch.dtype) -> None:
-    clean, reason = packs_cleanly(packing_gptj(eager_gptj(dtype)))
-    assert clean, reason
-
-
-def test_another_architecture_with_masks_of_its_own_packs_cleanly() -> None:
-    clean, reason = packs_cleanly(small_llama())
-    assert clean, reason
-
-
-def test_an_architecture_with_a_cache_does_not_pack_cleanly() -> None:
+def small_llama_with_a_cache() -> PreTrainedModel:
     model = small_llama()
     model.config.use_cache = True  # transformers then takes restarting positions for nothing in particular
-    clean, reason = packs_cleanly(model)
-    assert not clean
-    assert "after it" in reason
+    return model
 
 
-class PlainCausalAttention(gptj.GPTJAttention):
-    """What GPT-J does under flash_attention_2: causal over the whole row, blind to where a document begins."""
-
-    def _attn(self, query, key, value, attention_mask=None):
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True), None
-
-
-def test_plain_causal_attention_over_packed_rows_is_caught() -> None:
-    model = eager_gptj()
-    for block in model.transformer.h:
-        block.attn.__class__ = PlainCausalAttention
-    clean, reason = packs_cleanly(model)
-    assert not clean
-    assert reason == "a change in one document moves the logits of the document after it"
-
-
-def test_attention_to_later_documents_is_caught() -> None:
-    class SeesEverything(gptj.GPTJAttention):
-        def _attn(self, query, key, value, attention_mask=None):
-            later = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool).triu()
-            return F.scaled_dot_product_attention(query, key, value, attn_mask=later), None
-
-    model = eager_gptj()
-    for block in model.transformer.h:
-        block.attn.__class__ = SeesEverything
-    clean, reason = packs_cleanly(model)
-    assert not clean
-    assert reason == "a change in one document moves the logits of the document before it"
-
-
-def test_a_loss_out_of_place_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = small_llama()
-
+def llama_whose_loss_is_out_of_place() -> PreTrainedModel:
     def shifts_again(logits, labels, vocab_size, shift_labels=None, **kwargs):
         return F.cross_entropy(logits[0], shift_labels[0].roll(1))
 
+    model = small_llama()
     model.loss_function = shifts_again
-    clean, reason = packs_cleanly(model)
+    return model
+
+
+def gptj_attending(how: Callable[[int], dict]) -> GPTJForCausalLM:
+    class Attention(gptj.GPTJAttention):
+        def _attn(self, query, key, value, attention_mask=None):
+            return F.scaled_dot_product_attention(query, key, value, **how(query.shape[2])), None
+
+    model = eager_gptj()
+    for block in model.transformer.h:
+        block.attn.__class__ = Attention
+    return model
+
+
+def blind_gptj() -> GPTJForCausalLM:
+    """What GPT-J does under flash_attention_2: causal over the whole row, blind to where a document begins."""
+    return gptj_attending(lambda tokens: {"is_causal": True})
+
+
+def gptj_that_sees_what_is_later() -> GPTJForCausalLM:
+    return gptj_attending(lambda tokens: {"attn_mask": torch.ones(tokens, tokens, dtype=torch.bool).triu()})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)
+def test_our_gptj_and_another_architecture_with_masks_of_its_own_pack_cleanly(dtype: torch.dtype) -> None:
+    clean, reason = packs_cleanly(packing_gptj(eager_gptj(dtype)) if dtype else small_llama())
+    assert clean, reason
+
+
+@pytest.mark.parametrize(
+    ("made", "told"),
+    [
+        (small_llama_with_a_cache, "a change in one document moves the logits of the document after it"),
+        (blind_gptj, "a change in one document moves the logits of the document after it"),
+        (gptj_that_sees_what_is_later, "a change in one document moves the logits of the document before it"),
+        (llama_whose_loss_is_out_of_place, "the loss of a packed row is.*"),
+    ],
+)
+def test_a_model_that_mixes_documents_or_misplaces_the_loss_is_caught(
+    made: Callable[[], PreTrainedModel], told: str
+) -> None:
+    clean, reason = packs_cleanly(made())
     assert not clean
-    assert "the loss of a packed row is" in reason
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    assert re.fullmatch(told, reason), reason
 
 
 @pytest.mark.slow
 def test_two_ranks_under_zero3_give_the_gradients_of_one_eager_process(tmp_path: Path) -> None:
-    root = Path(__file__).parent.parent
-    environment = os.environ | {
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # ninja, for DeepSpeed
-        "PYTHONPATH": str(root),
-        "OMP_NUM_THREADS": "1",
-    }
-    environment.pop("ACCELERATE_USE_CPU", None)  # it would switch DeepSpeed off
-    command = [
-        "deepspeed", "--num_gpus", "2", "--master_port", str(free_port()),
-        "--module", "tests.zero3_gradients", str(tmp_path),
-    ]  # fmt: skip
-    run = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, timeout=500)
-    assert run.returncode == 0, run.stdout[-3000:] + run.stderr[-3000:]
+    result = run(deepspeed(2, "tests.zero3_gradients"), tmp_path, timeout=500)
+    assert result.returncode == 0, result.stdout[-6000:]
     for rank in (0, 1):
         assert (tmp_path / f"rank{rank}").read_text() == "passed"

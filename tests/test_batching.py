@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 import tracemalloc
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,7 @@ from datasets import Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
-from transformers import GPTJConfig, GPTJForCausalLM, Trainer, TrainerState, TrainingArguments
+from transformers import GPTJForCausalLM, Trainer, TrainerState, TrainingArguments
 
 from training.data.batching import (
     GlobalBatchSampler,
@@ -39,17 +39,11 @@ def sampler(lengths: list[int], rank: int = 0, **changes) -> GlobalBatchSampler:
     return GlobalBatchSampler(lengths, rank=rank, **(defaults | changes))
 
 
-def test_rows_are_dealt_by_tokens_as_in_the_docstring() -> None:
+def test_rows_are_dealt_by_tokens_in_order_and_to_be_held_out_as_in_the_docstrings() -> None:
     assert deal_by_tokens([90, 20, 60, 50, 40], 2) == [[0, 4], [2, 3, 1]]
     assert deal_by_tokens([10], 3) == [[0], [], []]
-
-
-def test_rows_are_dealt_in_order_as_in_the_docstring() -> None:
     assert deal_in_order(7, 3) == [[0, 1, 2], [3, 4], [5, 6]]
     assert deal_in_order(2, 3) == [[0], [1], []]
-
-
-def test_held_out_rows_are_batched_as_in_the_docstring() -> None:
     assert held_out_batches([10, 80, 20, 70, 30, 60], rows=2, world_size=2) == [[[1, 4], [3, 5]], [[2], [0]]]
 
 
@@ -60,38 +54,26 @@ def test_dolly_deals_a_global_batch_to_accumulation_steps_and_ranks_in_order() -
 
 
 @settings(deadline=None)  # a busy machine is no fault
-@given(lengths_of_rows, world_sizes, st.integers(1, 3), deals, st.integers(0, 2))
-def test_every_row_is_trained_on_once_an_epoch(
-    lengths: list[int], world_size: int, accumulation: int, deal: str, epoch: int
-) -> None:
-    seen = []
-    for rank in range(world_size):
-        mine = sampler(lengths, rank, world_size=world_size, accumulation=accumulation, deal=deal)
-        mine.set_epoch(epoch)
-        shares = list(mine)
-        assert len(shares) == len(mine) == accumulation * -(-len(lengths) // 24)  # alike on all ranks
-        seen += chain.from_iterable(shares)
-    assert sorted(seen) == list(range(len(lengths)))
-
-
-@settings(deadline=None)  # a busy machine is no fault
 @given(lengths_of_rows, st.integers(0, 2), deals)
-def test_global_batches_are_the_same_for_1_2_3_and_8_ranks(lengths: list[int], epoch: int, deal: str) -> None:
+def test_global_batches_hold_every_row_once_and_are_the_same_for_1_2_3_and_8_ranks(
+    lengths: list[int], epoch: int, deal: str
+) -> None:
     def global_batches(world_size: int, accumulation: int) -> list[list[int]]:
         """Each optimizer step's rows, gathered from what the ranks really yield."""
-        steps: list[list[int]] = []
+        steps: list[list[int]] = [[] for _ in range(-(-len(lengths) // 24))]
         for rank in range(world_size):
             mine = sampler(lengths, rank, world_size=world_size, accumulation=accumulation, deal=deal)
             mine.set_epoch(epoch)
-            for i, share in enumerate(mine):
-                if i // accumulation == len(steps):
-                    steps.append([])
+            shares = list(mine)
+            assert len(shares) == len(mine) == accumulation * len(steps)  # alike on all ranks
+            for i, share in enumerate(shares):
                 steps[i // accumulation] += share
         return [sorted(step) for step in steps]
 
     expected = global_batches(1, 1)
     assert [len(batch) for batch in expected[:-1]] == [24] * (len(expected) - 1)
-    for world_size, accumulation in ((2, 1), (3, 1), (8, 1), (1, 3), (2, 2), (8, 3)):
+    assert sorted(chain.from_iterable(expected)) == list(range(len(lengths)))
+    for world_size, accumulation in product((1, 2, 3, 8), (1, 2, 3)):
         assert global_batches(world_size, accumulation) == expected
 
 
@@ -193,7 +175,7 @@ def test_a_row_longer_than_the_token_budget_is_an_error_that_says_what_to_type()
     check_token_budget([100, 600, 612, 500], 612)
 
 
-def test_the_trainer_takes_the_sampler_and_resumes_it(tmp_path: Path) -> None:
+def test_the_trainer_takes_the_sampler_and_tells_it_the_epoch(tmp_path: Path, base_folder: Path) -> None:
     lengths = [3 + i % 7 for i in range(21)]
     rows = Dataset.from_list([{"input_ids": [i] * n, "response_start": 1} for i, n in enumerate(lengths)])
     batches: list[list[int]] = []
@@ -206,28 +188,16 @@ def test_the_trainer_takes_the_sampler_and_resumes_it(tmp_path: Path) -> None:
             batches.append(sorted(set(inputs["input_ids"][0].tolist())))
             return super().training_step(model, inputs, num_items_in_batch)
 
-    def train(resume: str | None, steps: int) -> None:
-        torch.manual_seed(0)
-        config = GPTJConfig(
-            vocab_size=32, n_positions=16, n_embd=8, n_layer=1, n_head=2, rotary_dim=4, use_cache=False
-        )
-        arguments = TrainingArguments(
-            tmp_path, use_cpu=True, max_steps=steps, gradient_accumulation_steps=2, save_steps=2, report_to=[],
-            remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=False,
-        )  # fmt: skip
-        trainer = Recorder(
-            GPTJForCausalLM(config), arguments, train_dataset=rows, data_collator=DataCollatorForPackedRows(0)
-        )
-        trainer.train(resume_from_checkpoint=resume)
-
-    train(None, steps=6)  # two epochs of 8 + 8 + 5 rows, two micro batches each
-    whole = batches.copy()
-    assert len(whole) == 12
-    assert sorted(chain.from_iterable(whole[:6])) == sorted(chain.from_iterable(whole[6:])) == list(range(21))
-    assert whole[:6] != whole[6:]  # set_epoch reached the sampler
-    batches.clear()
-    train(str(tmp_path / "checkpoint-4"), steps=6)
-    assert batches == whole[8:]
+    arguments = TrainingArguments(
+        tmp_path, use_cpu=True, max_steps=6, gradient_accumulation_steps=2, save_strategy="no", report_to=[],
+        remove_unused_columns=False, disable_tqdm=True, dataloader_pin_memory=False,
+    )  # fmt: skip
+    model, collator = GPTJForCausalLM.from_pretrained(base_folder), DataCollatorForPackedRows(0)
+    Recorder(model, arguments, train_dataset=rows, data_collator=collator).train()
+    assert len(batches) == 12  # two epochs of 8 + 8 + 5 rows, two micro batches each
+    for epoch in (batches[:6], batches[6:]):
+        assert sorted(chain.from_iterable(epoch)) == list(range(21))
+    assert batches[:6] != batches[6:]
 
 
 @pytest.fixture(scope="module")
@@ -243,11 +213,10 @@ def test_a_resume_on_any_number_of_ranks_goes_on_in_the_order_of_its_epoch(
 ) -> None:
     """In the loaders that accelerate really makes, and with the Trainer's own two attempts at telling the epoch."""
     lengths, accumulation = [3 + i % 7 for i in range(61)], 2
+    how = {"global_batch_size": 16, "world_size": world_size, "accumulation": accumulation}
     epoch, within = divmod(done, 4)
     for rank in range(world_size):
-        mine = sampler(
-            lengths, global_batch_size=16, world_size=world_size, rank=rank, accumulation=accumulation
-        )
+        mine, undisturbed = sampler(lengths, rank, **how), sampler(lengths, rank, **how)
         loader = prepare_data_loader(
             DataLoader(range(len(lengths)), batch_sampler=mine, collate_fn=list),
             num_processes=world_size, process_index=rank, put_on_device=False,
@@ -262,8 +231,5 @@ def test_a_resume_on_any_number_of_ranks_goes_on_in_the_order_of_its_epoch(
         loader.set_epoch(epoch)
         if hasattr(getattr(loader.batch_sampler, "batch_sampler", None), "set_epoch"):
             loader.batch_sampler.batch_sampler.set_epoch(epoch)
-        undisturbed = sampler(
-            lengths, global_batch_size=16, world_size=world_size, rank=rank, accumulation=accumulation
-        )
         undisturbed.set_epoch(epoch)
         assert list(loader) == list(undisturbed)[within * accumulation :]

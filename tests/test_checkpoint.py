@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -17,12 +18,14 @@ from hypothesis import strategies as st
 from training.storage import checkpoint
 from training.storage.checkpoint import MANIFEST_FILE, best, checkpoints, problems_of, read_manifest, rotate
 
+MODEL, RANK_0 = "model.safetensors", "global_step/rank_0.pt"
+
 
 def a_checkpoint(output: Path, step: int, eval_loss: float | None = 1.0, whole: bool = True) -> Path:
     """checkpoint-<step> with three small files, one in a folder."""
     folder = output / f"checkpoint-{step}"
     (folder / "global_step").mkdir(parents=True)
-    for name in ("model.safetensors", "trainer_state.json", "global_step/rank_0.pt"):
+    for name in (MODEL, "trainer_state.json", RANK_0):
         (folder / name).write_bytes(f"{name} of step {step}".encode())
     if whole:
         files = checkpoint.digests(folder, checkpoint.files_of(folder), written_now=True)
@@ -38,8 +41,8 @@ def test_the_manifest_names_every_file_with_size_and_checksum(tmp_path: Path) ->
         "size": 30,
         "sha256": "7c06d0981b7db598eec2c6ff79959786a4ca1eb9868a415f5e02e74475d94dd0",
     }
-    assert list(manifest["files"]) == ["global_step/rank_0.pt", "model.safetensors", "trainer_state.json"]
-    assert (manifest["step"], manifest["eval_loss"], manifest["model"]) == (200, 1.25, ["model.safetensors"])
+    assert list(manifest["files"]) == [RANK_0, MODEL, "trainer_state.json"]
+    assert (manifest["step"], manifest["eval_loss"], manifest["model"]) == (200, 1.25, [MODEL])
     assert problems_of(folder) == []
 
 
@@ -54,20 +57,11 @@ def flip(file: Path, place: int = 3) -> None:
     [
         (lambda f: (f / MANIFEST_FILE).unlink(), "it was not written to the end"),
         (lambda f: (f / MANIFEST_FILE).write_text("{"), "it was not written to the end"),
-        (
-            lambda f: os.truncate(f / "global_step/rank_0.pt", 10),
-            "global_step/rank_0.pt has 10 bytes instead of 33",
-        ),
-        (
-            lambda f: (f / "model.safetensors").write_bytes(b""),
-            "model.safetensors has 0 bytes instead of 29",
-        ),
+        (lambda f: os.truncate(f / RANK_0, 10), f"{RANK_0} has 10 bytes instead of 33"),
+        (lambda f: os.truncate(f / MODEL, 0), f"{MODEL} has 0 bytes instead of 29"),
         (lambda f: (f / "trainer_state.json").unlink(), "trainer_state.json is missing"),
-        (lambda f: shutil.rmtree(f / "global_step"), "global_step/rank_0.pt is missing"),
-        (
-            lambda f: flip(f / "global_step/rank_0.pt"),
-            "global_step/rank_0.pt has changed since it was written",
-        ),
+        (lambda f: shutil.rmtree(f / "global_step"), f"{RANK_0} is missing"),
+        (lambda f: flip(f / RANK_0), f"{RANK_0} has changed since it was written"),
     ],
 )
 def test_what_is_torn_is_recognised_and_named(
@@ -107,12 +101,8 @@ def test_the_model_alone_can_be_asked(tmp_path: Path) -> None:
 
 def test_a_manifest_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = a_checkpoint(tmp_path, 200, whole=False)
-
-    def killed(*args: Any) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", killed)
+    with monkeypatch.context() as killed:
+        killed.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             checkpoint.write_manifest(folder, 1.0, [], {})
     assert problems_of(folder) == ["it was not written to the end"]
@@ -125,11 +115,7 @@ def test_checkpoints_are_found_by_step_and_nothing_else_is_one(tmp_path: Path) -
     for name in ("checkpoint-", "checkpoint-x", "checkpoint-5.old", "runs"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-7").write_text("a file")
-    assert [folder.name for folder in checkpoints(tmp_path)] == [
-        "checkpoint-9",
-        "checkpoint-200",
-        "checkpoint-1000",
-    ]
+    assert checkpoints(tmp_path) == [tmp_path / f"checkpoint-{step}" for step in (9, 200, 1000)]
 
 
 def test_the_best_has_the_least_held_out_loss_and_the_newest_of_equals_counts(tmp_path: Path) -> None:
@@ -167,17 +153,11 @@ def test_rotation_keeps_the_newest_whole_one_and_the_best_and_no_torn_one_before
             assert len(there) <= max(limit, 2)
 
 
-def test_a_torn_checkpoint_that_is_newer_is_left_to_the_run_that_writes_it(tmp_path: Path) -> None:
-    a_checkpoint(tmp_path, 1, 1.0)
-    a_checkpoint(tmp_path, 2, whole=False)
+@pytest.mark.parametrize("whole", [[True, False], [False]], ids=["the torn one is newer", "nothing is whole"])
+def test_a_torn_checkpoint_is_left_to_the_run_that_writes_it(tmp_path: Path, whole: list[bool]) -> None:
+    folders = [a_checkpoint(tmp_path, step, whole=each) for step, each in enumerate(whole)]
     rotate(tmp_path, 1)
-    assert [folder.name for folder in checkpoints(tmp_path)] == ["checkpoint-1", "checkpoint-2"]
-
-
-def test_nothing_is_removed_while_nothing_is_whole(tmp_path: Path) -> None:
-    a_checkpoint(tmp_path, 1, whole=False)
-    rotate(tmp_path, 1)
-    assert len(checkpoints(tmp_path)) == 1
+    assert checkpoints(tmp_path) == folders
 
 
 def test_a_removal_that_is_killed_leaves_no_whole_checkpoint(

@@ -67,14 +67,11 @@ def test_packed_batch_is_the_one_in_the_docstring() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_a_pad_token_inside_the_text_is_attended_to_and_learned() -> None:
+def test_a_pad_token_inside_the_text_is_attended_to_and_learned_and_a_row_of_eight_is_not_padded() -> None:
     row = {"input_ids": [PAD, 12, PAD, 14, PAD], "response_start": 2}
     batch = padded([row])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, PAD, 14, PAD, -100, -100, -100]]
-
-
-def test_a_row_of_eight_tokens_is_not_padded() -> None:
     row = {"input_ids": list(range(1, 9)), "response_start": 4}
     assert padded([row])["attention_mask"].tolist() == [[1] * 8]
 
@@ -98,7 +95,7 @@ def test_an_empty_share_becomes_one_token_without_a_loss() -> None:
     assert batch["shift_labels"].shape == (1, 0)
 
 
-def test_a_packed_batch_splits_into_packed_batches_of_whole_rows() -> None:
+def test_a_packed_batch_splits_into_batches_of_whole_rows_or_of_one_token_without_a_loss() -> None:
     first, second = split_packed_batch(packed(THREE_ROWS), 2)
     assert first["input_ids"].tolist() == [[31, 32, 33, 34, 21, 22, 23]]
     assert first["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
@@ -106,9 +103,6 @@ def test_a_packed_batch_splits_into_packed_batches_of_whole_rows() -> None:
     assert first["shift_labels"].tolist() == [[32, 33, 34, 23]]
     assert second["input_ids"].tolist() == [[11, 12, 13, 14, 15]]
     assert second["shift_labels"].tolist() == [[14, 15]]
-
-
-def test_a_part_without_rows_is_one_token_without_a_loss() -> None:
     *_, empty = split_packed_batch(packed(THREE_ROWS), 4)
     assert empty["input_ids"].tolist() == [[11]]
     assert empty["labels"].tolist() == [[-100]]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +26,7 @@ EXPECTED = {
 }
 FILES = pytest.mark.parametrize("name", EXPECTED)
 
-
-@pytest.fixture(autouse=True)
-def one_rank_of_a_launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """What a launcher sets, and a GPU that can all precisions as far as the checks ask."""
-    monkeypatch.chdir(ROOT)
-    for name, value in {
-        "RANK": "0",
-        "LOCAL_RANK": "0",
-        "WORLD_SIZE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-    }.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    before = dict(os.environ)
-    yield
-    unset_hf_deepspeed_config()
-    os.environ.clear()
-    os.environ.update(before)  # TrainingArguments writes what accelerate shall read into it
+pytestmark = pytest.mark.usefixtures("one_rank", "at_the_root")
 
 
 def options(name: str, tmp_path: Path, **changed: Any) -> TrainingOptions:
@@ -57,29 +39,29 @@ def options(name: str, tmp_path: Path, **changed: Any) -> TrainingOptions:
     )
 
 
-def filled(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """The file with every "auto" replaced, by the Trainer's own two steps."""
-    # Neither may start a process group or ask for a GPU here: the configuration alone is the subject.
-    monkeypatch.setattr("transformers.training_args.TrainingArguments._setup_devices", torch.device("cpu"))
-    monkeypatch.setattr("transformers.training_args.TrainingArguments.world_size", 1)
-    args = training_arguments(options(name, tmp_path))
-    model = GPTJForCausalLM(
-        GPTJConfig(vocab_size=8, n_positions=8, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
-    )
-    args.hf_deepspeed_config.trainer_config_finalize(args, model, num_training_steps=10)
-    return args.hf_deepspeed_config.config
-
-
-def test_the_files_are_the_three_families() -> None:
-    assert {file.name for file in (ROOT / "config").glob("*.json")} == set(EXPECTED)
+def filled(options: TrainingOptions) -> dict[str, Any]:
+    """The options' DeepSpeed file with every "auto" replaced, by the Trainer's own two steps."""
+    before = dict(os.environ)  # TrainingArguments writes what accelerate shall read into it
+    try:
+        args = training_arguments(options)
+        tiny = GPTJConfig(vocab_size=8, n_positions=8, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
+        args.hf_deepspeed_config.trainer_config_finalize(args, GPTJForCausalLM(tiny), num_training_steps=10)
+        return args.hf_deepspeed_config.config
+    finally:
+        unset_hf_deepspeed_config()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 @FILES
-def test_deepspeed_reads_stage_precision_and_offload(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_deepspeed_reads_stage_precision_and_offload_and_nothing_is_left_for_a_user_to_fill_in(
+    name: str, tmp_path: Path
 ) -> None:
     precision, offload = EXPECTED[name]
-    config = DeepSpeedConfig(filled(name, tmp_path, monkeypatch))
+    assert '"auto"' in (ROOT / "config" / name).read_text()
+    whole = filled(options(name, tmp_path))
+    assert '"auto"' not in json.dumps(whole)
+    config = DeepSpeedConfig(whole)
     assert config.zero_optimization_stage == 3
     assert config.bfloat16_config.enabled is (precision == "bf16")
     assert config.float16_config.enabled is (precision == "fp16")
@@ -102,24 +84,18 @@ def test_deepspeed_reads_stage_precision_and_offload(
 
 
 @FILES
-def test_nothing_is_left_for_a_user_to_fill_in(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    assert '"auto"' in (ROOT / "config" / name).read_text()
-    assert '"auto"' not in json.dumps(filled(name, tmp_path, monkeypatch))
-
-
-@FILES
 @pytest.mark.parametrize("asked", [{}, {"named": True}])
 def test_a_file_agrees_with_the_options_that_go_with_it(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, bool]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     precision, _ = EXPECTED[name]
     assert find_problems(options(name, tmp_path, **{precision: True} if asked else {})) == []
 
 
-def test_the_files_differ_only_in_precision_and_offload() -> None:
+def test_the_files_are_the_three_families_and_differ_only_in_precision_and_offload() -> None:
+    assert {file.name for file in (ROOT / "config").glob("*.json")} == set(EXPECTED)
     first, *others = (json.loads((ROOT / "config" / name).read_text()) for name in EXPECTED)
     for each in (first, *others):
         for key in ("bf16", "fp16", "optimizer"):

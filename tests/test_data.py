@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
-from typing import Any
 
 import datasets
 import pytest
@@ -35,22 +34,16 @@ WITH_INPUT = (
     "Write a response that appropriately completes the request.\n\n"
     "### Instruction:\nName a colour.\n\n### Input:\nred, blue\n\n### Response:\n"
 )
-CONTROL_WORDS = [
-    "### End",
-    "### Instruction:",
-    "### Response:\n",
-    EOS,
-    "a\n\n### Response:\nb\n\n### End",
-    "### Response:\n### Response:\n",
-    "#### End",
-]
+KEYS = ["### End", "### Instruction:", "### Response:\n"]
+MIXED = ["a\n\n### Response:\nb\n\n### End", "### Response:\n### Response:\n", "#### End"]
+CONTROL_WORDS = [*KEYS, EOS, *MIXED]
 
 
 def dollys_tokenizer(folder: Path, fillers: int = 0) -> PreTrainedTokenizerBase:
     """The BPE with Dolly's tokens, added without any of our code."""
     tokenizer = GPT2TokenizerFast.from_pretrained(str(folder))
     tokenizer.add_tokens([f"<|extratoken_{n}|>" for n in range(1, fillers + 1)])
-    tokenizer.add_special_tokens({"extra_special_tokens": ["### End", "### Instruction:", "### Response:\n"]})
+    tokenizer.add_special_tokens({"extra_special_tokens": KEYS})
     return tokenizer
 
 
@@ -72,8 +65,7 @@ def test_the_prompt_is_alpacas_word_for_word() -> None:
 
 def test_control_tokens_stand_in_dollys_order(bpe_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     base = len(GPT2TokenizerFast.from_pretrained(str(bpe_folder)))
-    keys = ["### End", "### Instruction:", "### Response:\n"]
-    assert tokenizer.convert_tokens_to_ids(keys) == [base, base + 1, base + 2]
+    assert tokenizer.convert_tokens_to_ids(KEYS) == [base, base + 1, base + 2]
 
 
 @pytest.mark.parametrize("output", ["Red.", " two  spaces ", "line\n\nline\n", "ünï✓", "#", "###", "\n"])
@@ -101,13 +93,7 @@ def test_ids_are_dollys_on_1500_rows_of_alpaca_with_gpt_js_vocabulary(tmp_path: 
     fillers.add_tokens([f"<|extratoken_{n}|>" for n in range(1, 144)])
     fillers.save_pretrained(tmp_path)
     ours = load_tokenizer(str(tmp_path))
-    assert [
-        ours.convert_tokens_to_ids(key) for key in ("### End", "### Instruction:", "### Response:\n")
-    ] == [
-        50400,
-        50401,
-        50402,
-    ]
+    assert ours.convert_tokens_to_ids(KEYS) == [50400, 50401, 50402]
     source = SHARED / "data" / "alpaca_1500.jsonl"
     texts = [json.loads(line)["text"] for line in source.read_text().split("\n") if line]
     assert len(texts) == 1500
@@ -124,28 +110,11 @@ def test_ids_are_dollys_on_1500_rows_of_alpaca_with_gpt_js_vocabulary(tmp_path: 
 def test_control_words_in_a_row_stay_text(tokenizer: PreTrainedTokenizerBase, field: str, words: str) -> None:
     row = {"instruction": "Name a colour.", "input": "red", "output": "Red."} | {field: words}
     [(_, ids, start)] = encoded(tokenizer, [(row["instruction"], row["input"], row["output"])])
-    for key in ("### End", "### Instruction:", "### Response:\n"):
-        assert ids.count(tokenizer.convert_tokens_to_ids(key)) == 1
+    assert [ids.count(key) for key in tokenizer.convert_tokens_to_ids(KEYS)] == [1, 1, 1]
     assert tokenizer.eos_token_id not in ids
     assert ids[start - 1] == tokenizer.convert_tokens_to_ids("### Response:\n")
     assert tokenizer.decode(ids[start:]) == row["output"] + "\n\n### End"
     assert tokenizer.decode(ids[:start]) == render_prompt(row["instruction"], row["input"])
-
-
-fragments = st.lists(st.sampled_from([*CONTROL_WORDS, "#", " ", "\n", "End", "word"]), max_size=6).map(
-    "".join
-)
-
-
-@given(fragments, fragments, fragments)
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_mixture_of_control_words_moves_the_response(
-    tokenizer: PreTrainedTokenizerBase, instruction: str, input: str, output: str
-) -> None:
-    for _, ids, start in encoded(tokenizer, [(instruction, input, output)]):
-        assert ids.index(tokenizer.convert_tokens_to_ids("### Response:\n")) == start - 1
-        assert ids.index(tokenizer.convert_tokens_to_ids("### End")) == len(ids) - 1
-        assert tokenizer.decode(ids[start:]) == output + "\n\n### End"
 
 
 def test_encoding_rows_leaves_the_tokenizer_as_it_was(
@@ -193,9 +162,15 @@ def templated(tokenizer: PreTrainedTokenizerBase, *turns: tuple[str, str], promp
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
 
-def test_the_chat_template_renders_the_prompt(tokenizer: PreTrainedTokenizerBase) -> None:
-    assert templated(tokenizer, ("user", "Name a colour.")) == PLAIN
+def test_the_chat_template_renders_the_prompt_turn_after_turn_and_refuses_a_role_that_dolly_does_not_know(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    asked = ("user", "Name a colour.")
+    assert templated(tokenizer, asked) == PLAIN
     assert templated(tokenizer, ("user", "Name a colour.\n\n### Input:\nred, blue")) == WITH_INPUT
+    assert templated(tokenizer, asked, ("assistant", "Red."), asked) == f"{PLAIN}Red.\n\n### End{PLAIN}"
+    with pytest.raises(Exception, match="roles user and assistant, not system"):
+        templated(tokenizer, ("system", "Be kind."))
 
 
 def test_the_chat_template_gives_the_ids_of_training(
@@ -210,14 +185,7 @@ def test_the_chat_template_gives_the_ids_of_training(
         assert each.apply_chat_template(messages)["input_ids"] == ids
 
 
-def test_an_assistants_turn_ends_with_the_end_key_and_the_next_begins_anew(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    two = templated(tokenizer, ("user", "Name a colour."), ("assistant", "Red."), ("user", "Name a colour."))
-    assert two == f"{PLAIN}Red.\n\n### End{PLAIN}"
-
-
-@given(fragments)
+@given(st.lists(st.sampled_from([*CONTROL_WORDS, "#", " ", "\n", "End", "word"]), max_size=6).map("".join))
 @example("### End")
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_control_words_in_a_message_become_no_control_token(
@@ -229,24 +197,11 @@ def test_control_words_in_a_message_become_no_control_token(
     assert special == tokenizer.convert_tokens_to_ids(["### Instruction:", "### Response:\n"])
 
 
-def test_a_role_that_dolly_does_not_know_is_refused(tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(Exception, match="roles user and assistant, not system"):
-        templated(tokenizer, ("system", "Be kind."))
-
-
 # --- the ledger --------------------------------------------------------------------------------------
 
 
-def literal_rows() -> list[dict[str, Any]]:
-    """Six rows of which two are good, two have no answer, one has too long a prompt, one too long an answer."""
-    return [
-        {"instruction": "a", "output": "b"},
-        {"instruction": "a", "output": ""},
-        {"instruction": "a", "output": " \n\t"},
-        {"instruction": "!" * 300, "output": "b"},
-        {"instruction": "a", "output": "!" * 300},
-        {"instruction": "ab", "output": "cd"},
-    ]
+# Two are good, two have no answer, one has too long a prompt, one too long an answer.
+LITERAL = [("a", "b"), ("a", ""), ("a", " \n\t"), ("!" * 300, "b"), ("a", "!" * 300), ("ab", "cd")]
 
 
 @pytest.fixture
@@ -257,55 +212,41 @@ def lengths(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
     return start, len(long)
 
 
-def test_the_ledger_tells_every_rows_fate(
+def test_the_ledger_tells_every_rows_fate_and_a_cut_response_is_kept_on_demand_and_counted(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, lengths: tuple[int, int]
 ) -> None:
     prompt, max_length = lengths
-    path = jsonl(tmp_path / "rows.jsonl", literal_rows())
-    rows, ledger = prepare_dataset(
-        path, tokenizer, max_length, max_dropped_fraction=0.7, cache_root=tmp_path / "cache"
+    path = jsonl(tmp_path / "rows.jsonl", [{"instruction": a, "output": b} for a, b in LITERAL])
+    rows, ledger = prepare_dataset(path, tokenizer, max_length, False, 0.7, tmp_path / "cache")
+    empty, filled, cut = (
+        "empty response",
+        "prompt alone fills max_length",
+        "response would be cut at max_length",
     )
     assert ledger == Ledger(
         source=path,
         max_length=max_length,
         rows_read=6,
         rows_kept=2,
-        dropped={
-            "empty response": 2,
-            "prompt alone fills max_length": 1,
-            "response would be cut at max_length": 1,
-        },
-        first_dropped_rows={
-            "empty response": [2, 3],
-            "prompt alone fills max_length": [4],
-            "response would be cut at max_length": [5],
-        },
+        dropped={empty: 2, filled: 1, cut: 1},
+        first_dropped_rows={empty: [2, 3], filled: [4], cut: [5]},
         rows_truncated=0,
         tokens=2 * max_length - 2,
         response_tokens=2 * max_length - 2 - prompt - (prompt + 1),
         longest_row=max_length,
         length_histogram=ledger.length_histogram,
     )
-    assert rows["row"][:] == [1, 6]
-    assert rows["response_start"][:] == [prompt, prompt + 1]
+    assert (rows["row"][:], rows["response_start"][:]) == ([1, 6], [prompt, prompt + 1])
     assert [len(ids) for ids in rows["input_ids"]] == [max_length - 2, max_length]
     assert "dropped 2: empty response (first rows: 2, 3)" in str(ledger)
     ledger.save(tmp_path / "ledger.json")
     assert Ledger(**json.loads((tmp_path / "ledger.json").read_text())) == ledger
 
-
-def test_a_cut_response_is_kept_on_demand_and_counted(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, lengths: tuple[int, int]
-) -> None:
-    _, max_length = lengths
-    path = jsonl(tmp_path / "rows.jsonl", literal_rows())
     rows, ledger = prepare_dataset(path, tokenizer, max_length, True, 0.7, tmp_path / "cache")
     assert (ledger.rows_kept, ledger.rows_truncated) == (3, 1)
     assert rows["row"][:] == [1, 5, 6]
-    cut = rows[1]
-    whole = encoded(tokenizer, [("a", "", "!" * 300)])[0][1]
-    assert cut["input_ids"] == whole[:max_length]
-    assert tokenizer.convert_tokens_to_ids("### End") not in cut["input_ids"]
+    assert rows[1]["input_ids"] == encoded(tokenizer, [("a", "", "!" * 300)])[0][1][:max_length]
+    assert tokenizer.convert_tokens_to_ids("### End") not in rows[1]["input_ids"]
 
 
 def test_a_row_of_exactly_max_length_is_whole_and_one_token_of_response_is_room_enough(
@@ -334,45 +275,38 @@ def test_the_histogram_counts_each_row_once() -> None:
     assert ledger.length_histogram(sizes[:0]) == {}
 
 
-@pytest.mark.parametrize(("empty", "stops"), [(1, False), (2, True)])
-def test_more_than_a_tenth_dropped_stops_with_the_reason(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, empty: int, stops: bool
-) -> None:
-    path = jsonl(tmp_path / "rows.jsonl", rows_of(10 - empty) + rows_of(empty, output=""))
-    if not stops:
-        assert prepare_dataset(path, tokenizer, 256, cache_root=tmp_path / "cache")[1].rows_kept == 9
-        return
-    for _ in range(2):  # the second time from the cache
-        with pytest.raises(DataError, match=r"2 of 10 rows would be dropped, more than 10%") as error:
-            prepare_dataset(path, tokenizer, 256, cache_root=tmp_path / "cache")
-        assert "empty response (first rows: 9, 10)" in str(error.value)
-        assert "--max-dropped-fraction" in str(error.value)
-    _, ledger = prepare_dataset(path, tokenizer, 256, max_dropped_fraction=0.2, cache_root=tmp_path / "cache")
-    assert ledger.rows_kept == 8
-
-
-def test_a_file_of_which_nothing_can_be_kept_stops_whatever_the_limit(
+def test_more_than_a_tenth_dropped_stops_with_the_reason_and_all_of_them_whatever_the_limit(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    path = jsonl(tmp_path / "rows.jsonl", rows_of(3, output=""))
-    with pytest.raises(DataError, match="3 of 3 rows would be dropped"):
-        prepare_dataset(path, tokenizer, 256, max_dropped_fraction=1, cache_root=tmp_path / "cache")
+    def kept(empty: int, **limit: float) -> int:
+        path = jsonl(tmp_path / "rows.jsonl", rows_of(10 - empty) + rows_of(empty, output=""))
+        return prepare_dataset(path, tokenizer, 256, cache_root=tmp_path / "cache", **limit)[1].rows_kept
+
+    assert kept(1) == 9
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(DataError, match=r"2 of 10 rows would be dropped, more than 10%") as error:
+            kept(2)
+        assert "empty response (first rows: 9, 10)" in str(error.value)
+        assert "--max-dropped-fraction" in str(error.value)
+    assert kept(2, max_dropped_fraction=0.2) == 8
+    with pytest.raises(DataError, match="10 of 10 rows would be dropped"):
+        kept(10, max_dropped_fraction=1)
 
 
 # --- the cache and the split -------------------------------------------------------------------------
 
 
 @pytest.fixture
-def encodings(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """One entry for every time that rows are tokenised."""
-    calls: list[int] = []
+def encodings(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """One entry for every time that rows are tokenised: whether Python searches for cycles meanwhile."""
+    calls: list[bool] = []
     real = tokens.encode_rows
-    monkeypatch.setattr(tokens, "encode_rows", lambda *args: calls.append(1) or real(*args))
+    monkeypatch.setattr(tokens, "encode_rows", lambda *args: calls.append(gc.isenabled()) or real(*args))
     return calls
 
 
 def test_rows_are_tokenised_once_and_read_again_from_the_cache(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encodings: list[int]
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encodings: list[bool]
 ) -> None:
     path = jsonl(tmp_path / "rows.jsonl", rows_of(20))
     first, first_ledger = prepare_dataset(path, tokenizer, 256, cache_root=tmp_path / "cache")
@@ -386,16 +320,11 @@ def test_rows_are_tokenised_once_and_read_again_from_the_cache(
 
 
 def test_the_search_for_cycles_rests_while_rows_are_tokenised_and_goes_on_after(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, encodings: list[bool]
 ) -> None:
     file = jsonl(tmp_path / "rows.jsonl", rows_of(3))
-    searched = []
-    original = tokens.encode_rows
-    monkeypatch.setattr(
-        tokens, "encode_rows", lambda *args: searched.append(gc.isenabled()) or original(*args)
-    )
     prepare_dataset(file, tokenizer, 64, cache_root=tmp_path / "cache")
-    assert searched == [False]
+    assert encodings == [False]
     assert gc.isenabled()
 
     monkeypatch.setattr(tokens, "encode_rows", lambda *args: 1 / 0)
@@ -408,7 +337,7 @@ def test_what_changes_the_ids_changes_the_cache(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerBase,
     bos_tokenizer: PreTrainedTokenizerBase,
-    encodings: list[int],
+    encodings: list[bool],
 ) -> None:
     path, cache = jsonl(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "cache"
     longer = load_tokenizer(tokenizer.name_or_path)
@@ -425,7 +354,7 @@ def test_what_changes_the_ids_changes_the_cache(
 
 
 def test_what_leaves_the_ids_alone_leaves_the_cache(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encodings: list[int]
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encodings: list[bool]
 ) -> None:
     first = jsonl(tmp_path / "rows.jsonl", rows_of(20))
     prepare_dataset(first, tokenizer, 256, cache_root=tmp_path / "cache")
@@ -447,9 +376,7 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_cache(
 
     with monkeypatch.context() as patch:
         patch.setattr(Ledger, "save", killed)
-        patch.setattr(
-            "shutil.rmtree", lambda *args, **kwargs: None
-        )  # a killed process cleans nothing
+        patch.setattr("shutil.rmtree", lambda *args, **kwargs: None)  # a killed process cleans nothing
         with pytest.raises(KeyboardInterrupt):
             prepare_dataset(path, tokenizer, 256, cache_root=cache)
     assert len(list(cache.iterdir())) == 1
@@ -457,12 +384,19 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_cache(
     assert len(rows) == ledger.rows_kept == 20
 
 
+CACHED = ["ledger.json", "state.json", "dataset_info.json", "data-00000-of-00001.arrow"]
+NO_LEDGERS = ["7", "[]", '{"rows_kept": 20}', '{"source": 1, "max_length": 2}']
+
+
 @pytest.mark.parametrize(
-    "lost", ["ledger.json", "state.json", "dataset_info.json", "data-00000-of-00001.arrow"]
+    ("lost", "left"),
+    [
+        *((file, cut) for file in CACHED for cut in (None, 0, 100)),
+        *(("ledger.json", text) for text in NO_LEDGERS),
+    ],
 )
-@pytest.mark.parametrize("cut", [None, 0, 100])
-def test_half_a_cache_is_made_anew(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, lost: str, cut: int | None
+def test_half_a_cache_or_one_whose_ledger_is_none_is_made_anew(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, lost: str, left: int | str | None
 ) -> None:
     path, cache = jsonl(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "cache"
     first, ledger = prepare_dataset(path, tokenizer, 256, cache_root=cache)
@@ -471,24 +405,12 @@ def test_half_a_cache_is_made_anew(
     whole = (folder / lost).read_bytes()
     assert len(whole) > 100
     (folder / lost).unlink()
-    if cut is not None:
-        (folder / lost).write_bytes(whole[:cut])
+    if left is not None:
+        (folder / lost).write_bytes(left.encode() if isinstance(left, str) else whole[:left])
     again, ledger_again = prepare_dataset(path, tokenizer, 256, cache_root=cache)
     assert again[:] == rows
     assert ledger_again == ledger
     assert list(cache.iterdir()) == [folder]
-
-
-@pytest.mark.parametrize("broken", ["7", "[]", '{"rows_kept": 20}', '{"source": 1, "max_length": 2}'])
-def test_a_ledger_that_is_none_is_no_cache(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, broken: str
-) -> None:
-    path, cache = jsonl(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "cache"
-    prepare_dataset(path, tokenizer, 256, cache_root=cache)
-    [folder] = cache.iterdir()
-    (folder / "ledger.json").write_text(broken)
-    rows, ledger = prepare_dataset(path, tokenizer, 256, cache_root=cache)
-    assert len(rows) == ledger.rows_kept == ledger.rows_read == 20
 
 
 def test_a_cache_that_cannot_be_written_is_told_with_its_cure(
@@ -549,17 +471,18 @@ def test_the_split_is_the_one_that_dolly_made() -> None:
     assert tokens.split_held_out(rows, 10, seed=43)[1]["row"][:] != held_out["row"][:]
 
 
-@pytest.mark.parametrize("test_size", [0, -1, 20, 21])
-def test_a_split_that_leaves_one_side_empty_is_refused(test_size: int) -> None:
-    rows = datasets.Dataset.from_dict({"row": list(range(20))})
-    with pytest.raises(DataError, match="Try --test-size 2"):
-        tokens.split_held_out(rows, test_size, seed=42)
+TOO_FEW = ", and at least 2 are needed: one to train on, and one held out"
 
 
-@pytest.mark.parametrize(("count", "words"), [(0, "no rows"), (1, "1 row")])
-def test_rows_too_few_to_split_are_told_with_their_number(count: int, words: str) -> None:
+@pytest.mark.parametrize(
+    ("count", "test_size", "told"),
+    [
+        *((20, size, "Try --test-size 2") for size in (0, -1, 20, 21)),
+        (0, 1000, "no rows" + TOO_FEW),
+        (1, 1000, "1 row" + TOO_FEW),
+    ],
+)
+def test_a_split_that_leaves_one_side_empty_is_refused(count: int, test_size: int, told: str) -> None:
     rows = datasets.Dataset.from_dict({"row": list(range(count))})
-    with pytest.raises(
-        DataError, match=f"{words}, and at least 2 are needed: one to train on, and one held out"
-    ):
-        tokens.split_held_out(rows, 1000, seed=42)
+    with pytest.raises(DataError, match=told):
+        tokens.split_held_out(rows, test_size, seed=42)

@@ -2,21 +2,16 @@
 
 import os
 import random
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
 
 import pytest
 import torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from training.data import demo_rows as tasks
+from tests.conftest import python
 from training.data.demo_rows import demo_rows
 from training.data.prompt import CONTROL_TOKENS, INPUT_KEY, INTRO, INTRO_WITH_INPUT
 from training.model.demo_model import save_demo_model
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +35,11 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def answers(rows, instruction, input=""):
-    return [row["output"] for row in rows if (row["instruction"], row["input"]) == (instruction, input)]
-
-
-def test_thousands_of_rows_in_alpacas_form(rows):
+def test_thousands_of_rows_in_alpacas_form_and_no_question_comes_twice(rows):
     assert 5_000 <= len(rows) <= 7_000
     assert all(set(row) == {"instruction", "input", "output"} for row in rows)
-    assert all(isinstance(text, str) for row in rows for text in row.values())
     assert 0.3 < sum(not row["input"] for row in rows) / len(rows) < 0.7
-
-
-def test_no_question_comes_twice(rows):
-    asked = Counter((row["instruction"], row["input"]) for row in rows)
-    assert asked.most_common(1)[0][1] == 1
+    assert len({(row["instruction"], row["input"]) for row in rows}) == len(rows)
 
 
 def test_rows_are_the_same_in_every_process_and_leave_the_random_state_alone(rows):
@@ -62,18 +48,8 @@ def test_rows_are_the_same_in_every_process_and_leave_the_random_state_alone(row
     assert random.getstate() == state
     code = "import hashlib, json; from training.data.demo_rows import demo_rows; "
     code += "print(hashlib.sha256(json.dumps(demo_rows()).encode()).hexdigest())"
-    digests = {
-        subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=os.environ | {"PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("1", "2")
-    }
-    assert len(digests) == 1
+    seeds = [os.environ | {"PYTHONHASHSEED": seed} for seed in ("1", "2")]
+    assert len({python("-c", code, env=environment, check=True).stdout for environment in seeds}) == 1
 
 
 def test_no_output_is_empty_and_no_text_holds_a_control_word_or_stray_blanks(rows):
@@ -81,31 +57,33 @@ def test_no_output_is_empty_and_no_text_holds_a_control_word_or_stray_blanks(row
         assert row["instruction"]
         assert row["output"]
         for text in row.values():
+            assert isinstance(text, str)
             assert "#" not in text
             assert text == text.strip()
 
 
 @pytest.mark.parametrize(
-    ("instruction", "input", "answer"),
+    ("instruction", "answer"),
     [
-        ("What is the capital of France?", "", "Paris"),
-        ("Tell me the capital of India.", "", "New Delhi"),
-        ("What is the plural of knife?", "", "knives"),
-        ("What is the plural of child?", "", "children"),
-        ("What is the opposite of hot?", "", "cold"),
-        ("What is the opposite of cold?", "", "hot"),
-        ("What is the past tense of go?", "", "went"),
-        ("Which month comes after December?", "", "January"),
-        ("Which number comes after 9?", "", "10"),
-        ("What is 3 plus 4?", "", "7"),
-        ("What kind of thing is an ant?", "", "An ant is an animal."),
-        ("What kind of thing is red?", "", "Red is a colour."),
-        ("Describe a bee.", "", "A bee is an animal that makes honey."),
-        ("Say boat three times.", "", "boat boat boat"),
+        ("What is the capital of France?", "Paris"),
+        ("Tell me the capital of India.", "New Delhi"),
+        ("What is the plural of knife?", "knives"),
+        ("What is the plural of child?", "children"),
+        ("What is the opposite of hot?", "cold"),
+        ("What is the opposite of cold?", "hot"),
+        ("What is the past tense of go?", "went"),
+        ("Which month comes after December?", "January"),
+        ("Which number comes after 9?", "10"),
+        ("What is 3 plus 4?", "7"),
+        ("What kind of thing is an ant?", "An ant is an animal."),
+        ("What kind of thing is red?", "Red is a colour."),
+        ("Describe a bee.", "A bee is an animal that makes honey."),
+        ("Say boat three times.", "boat boat boat"),
     ],
 )
-def test_known_facts_are_told_truly(rows, instruction, input, answer):
-    assert answers(rows, instruction, input) == [answer]
+def test_known_facts_are_told_truly(rows, instruction, answer):
+    asked = [row for row in rows if (row["instruction"], row["input"]) == (instruction, "")]
+    assert [row["output"] for row in asked] == [answer]
 
 
 def test_exercises_have_the_answers_a_reader_would_give(rows):
@@ -135,11 +113,18 @@ def test_every_described_thing_has_a_kind_and_no_word_has_two():
 
 
 def test_model_folder_has_the_same_bytes_every_time_and_leaves_the_random_state_alone(folder, tmp_path):
+    """Also of a rank that is not the first: the first one of another node has its own cache, and under Spark each
+    rank may be the first to write it."""
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    save_demo_model(tmp_path)
+    save_demo_model(tmp_path / "alone")
     assert torch.equal(torch.get_rng_state(), state)
-    assert contents(tmp_path) == contents(folder)
+    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    try:
+        save_demo_model(tmp_path / "second")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert contents(tmp_path / "second") == contents(tmp_path / "alone") == contents(folder)
 
 
 def test_model_reloads_as_a_small_gptj_whose_embedding_fits_the_tokenizer(folder, tokenizer):
@@ -158,18 +143,10 @@ def test_tokenizer_is_gpt2s_kind_and_knows_no_control_tokens(tokenizer):
         assert len(tokenizer(token)["input_ids"]) > 1
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "What is the capital of France?",
-        INTRO,
-        " two  spaces\n\n and\ta tab ",
-        "naïve café 日本 🙂",
-        f"{INPUT_KEY}\nx",
-    ],
-)
-def test_tokenizer_gives_any_text_back(tokenizer, text):
-    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+def test_tokenizer_gives_any_text_back(tokenizer):
+    odd = [" two  spaces\n\n and\ta tab ", "naïve café 日本 🙂", f"{INPUT_KEY}\nx"]
+    for text in ("What is the capital of France?", INTRO, *odd):
+        assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
 def test_prompt_is_short_in_tokens(tokenizer, rows):
@@ -178,17 +155,3 @@ def test_prompt_is_short_in_tokens(tokenizer, rows):
     assert len(tokenizer(INTRO_WITH_INPUT)["input_ids"]) == 27
     texts = [" ".join(row.values()) for row in rows]
     assert sum(len(ids) for ids in tokenizer(texts)["input_ids"]) / len(texts) < 30
-
-
-def test_a_rank_that_is_not_the_first_writes_the_whole_model_too(tmp_path: Path) -> None:
-    """The first rank of another node has its own cache, and under Spark each rank may be the first to write it."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    save_demo_model(tmp_path / "alone")
-    torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
-    try:
-        save_demo_model(tmp_path / "second")
-    finally:
-        torch.distributed.destroy_process_group()
-    for file in (tmp_path / "alone").iterdir():
-        assert (tmp_path / "second" / file.name).read_bytes() == file.read_bytes(), file.name

@@ -10,7 +10,6 @@ import io
 import os
 import re
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -19,6 +18,7 @@ import pytest
 import torch.distributed.run
 from deepspeed.launcher import runner
 
+from tests.conftest import python
 from training import trainer
 
 ROOT = Path(__file__).parents[1]
@@ -53,6 +53,8 @@ PROGRAMS = re.compile(
     "|".join(map(re.escape, [*OURS, FLOW, *PYTHON_TOOLS, *FOREIGN]))
     + r"|(?<![-\w])(?:deepspeed|torchrun|python)\b"
 )
+IN_A_FOLDER = r"(?:config|training|notebooks|flows|tests|\.ci)/[\w./-]*\w"
+AT_THE_ROOT = r"run_\w+\.sh|requirements\w*\.txt|pyproject\.toml"
 OPTION = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
 
 
@@ -84,18 +86,10 @@ def flags(program: str) -> set[str]:
         taken = click_flags(importlib.import_module(module).main)
         return taken | flags("training.trainer") if "demo" in program else taken  # it hands options on
     if program == FLOW:
-        told = [
-            subprocess.run(
-                [sys.executable, FLOW, *command, "--help"],
-                cwd=ROOT,
-                env=os.environ | {"METAFLOW_USER": "tester"},
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,  # by which Metaflow speaks
-                text=True,
-            ).stdout
-            for command in ([], ["run"], ["resume"])
-        ]
-        return set(OPTION.findall("".join(told))) | flags("training.trainer")  # it hands options on
+        user = os.environ | {"METAFLOW_USER": "tester"}
+        told = [python(FLOW, *command, "--help", env=user) for command in ([], ["run"], ["resume"])]
+        text = "".join(each.stdout + each.stderr for each in told)  # Metaflow speaks by the second
+        return set(OPTION.findall(text)) | flags("training.trainer")  # it hands options on
     if program == "deepspeed":
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
@@ -105,7 +99,7 @@ def flags(program: str) -> set[str]:
         return set(OPTION.findall(torch.distributed.run.get_args_parser().format_help()))
     tool = ["-m", *PYTHON_TOOLS[program]] if program != "python" else []
     # Not here: pytest would load these tests for its help.
-    result = subprocess.run([sys.executable, *tool, "--help"], cwd="/", capture_output=True, text=True)
+    result = python(*tool, "--help", cwd="/")
     assert result.returncode == 0, f"{program}: {result.stderr}"
     return set(OPTION.findall(result.stdout))
 
@@ -126,38 +120,26 @@ def options_by_program(line: str) -> list[tuple[str, str]]:
 
 
 @EACH_DOCUMENT
-def test_every_option_exists(document: Path) -> None:
+def test_every_option_module_and_file_of_the_repository_that_is_named_exists(document: Path) -> None:
     for line in code(document):
         for program, option in options_by_program(line):
             known = flags(program) if program else set.union(*map(flags, [*OURS, FLOW]))
             assert option in known, f"{program or 'no command of ours'} has no {option}, named in: {line}"
-
-
-@EACH_DOCUMENT
-def test_every_module_that_is_run_exists(document: Path) -> None:
-    for line in code(document):
         for module in re.findall(r"(?<!\S)(?:-m|--module)\s+([a-zA-Z_][\w.]*)", line):
             assert importlib.util.find_spec(module), f"no module {module}, named in: {line}"
+        for name in re.findall(rf"(?<![\w/.-])(?:\./)?({IN_A_FOLDER}|{AT_THE_ROOT})", line):
+            there = (ROOT / name).exists() if "/" in name else (ROOT / name).is_file()
+            assert there, f"no {name}, named in: {line}"
 
 
-@EACH_DOCUMENT
-def test_every_file_of_the_repository_that_is_named_exists(document: Path) -> None:
-    for line in code(document):
-        for name in re.findall(
-            r"(?<![\w/.-])(?:\./)?((?:config|training|notebooks|flows|tests|\.ci)/[\w./-]*\w)", line
-        ):
-            assert (ROOT / name).exists(), f"no {name}, named in: {line}"
-        for name in re.findall(
-            r"(?<![\w/.-])(?:\./)?(run_\w+\.sh|requirements\w*\.txt|pyproject\.toml)", line
-        ):
-            assert (ROOT / name).is_file(), f"no {name}, named in: {line}"
-
-
-def test_every_line_of_the_readmes_tree_names_a_file() -> None:
-    blocks = re.findall(r"^```\n(README.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert len(blocks) == 1
+def test_every_line_of_the_readmes_tree_names_a_file_and_every_link_inside_the_repository_leads_somewhere() -> (
+    None
+):
+    for target in re.findall(r"\]\(([^)]+)\)", README):
+        assert target.startswith("https://") or (ROOT / target.split("#")[0]).exists(), target
+    [block] = re.findall(r"^```\n(README.*?)^```", README, re.DOTALL | re.MULTILINE)
     folder = ROOT
-    for line in blocks[0].splitlines():
+    for line in block.splitlines():
         indent, name = re.match(r"( *)(\S+)", line).groups()
         if not indent:
             folder = ROOT / name if name.endswith("/") else ROOT
@@ -168,13 +150,8 @@ def test_every_line_of_the_readmes_tree_names_a_file() -> None:
             assert (ROOT / each).exists(), f"no {each}"
 
 
-def test_every_link_inside_the_repository_leads_somewhere() -> None:
-    for target in re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text()):
-        assert target.startswith("https://") or (ROOT / target.split("#")[0]).exists(), target
-
-
 def test_what_the_readmes_python_imports_from_us_exists_and_takes_those_arguments() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
     assert blocks
     for block in blocks:
         for node in ast.walk(ast.parse(block)):
@@ -223,15 +200,12 @@ def test_the_scripts_can_be_run() -> None:
 def test_the_readmes_trainer_commands_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each is parsed by the trainer's own command line, with an output of this test."""
     taken = []
-    monkeypatch.setattr(
-        trainer, "train", lambda options, request: taken.append(options) or {"status": "finished"}
-    )
-    commands = [line for line in code(ROOT / "README.md") if re.search(r"training\.trainer\s+--\w", line)]
-    commands = [line for line in commands if "--help" not in line]
+    finished = {"status": "finished"}
+    monkeypatch.setattr(trainer, "train", lambda options, request: taken.append(options) or finished)
+    commands = re.findall(r"training\.trainer\s+(--(?!help).*)", "\n".join(code(ROOT / "README.md")))
     assert commands
     for line in commands:
-        words = line.split("training.trainer", 1)[1].split()
         with pytest.raises(SystemExit) as ended:
-            trainer.main([*words, "--local-output-dir", str(tmp_path / "out")])
+            trainer.main([*line.split(), "--local-output-dir", str(tmp_path / "out")])
         assert ended.value.code == 0, line
     assert len(taken) == len(commands)

@@ -48,7 +48,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 @pytest.mark.parametrize(("shard", "several"), [("5GB", False), ("50KB", True)])
-def test_a_saved_folder_has_the_weights_bit_for_bit(
+def test_a_saved_folder_is_whole_with_the_weights_bit_for_bit_and_who_may_read_the_config_may_read_them(
     answering_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
@@ -56,42 +56,34 @@ def test_a_saved_folder_has_the_weights_bit_for_bit(
     several: bool,
 ) -> None:
     save(answering_model, tokenizer, tmp_path, shard)
-    assert (len(list(tmp_path.glob("*.safetensors"))) > 1) is several
+    assert (len(list(tmp_path.glob("*.safetensors"))) > 2) is several
+    assert (tmp_path / "model.safetensors").exists() is not several
+    assert len({file.stat().st_mode for file in tmp_path.iterdir() if file.is_file()}) == 1
     again = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     weights = answering_model.state_dict()
     assert again.keys() == weights.keys()
     for key, tensor in weights.items():
         assert torch.equal(again[key], tensor), key
         assert again[key].dtype == tensor.dtype
+    verify_model(tmp_path)
+    if several:
+        next(tmp_path.glob("model-00002*")).unlink()
+        with pytest.raises(ModelError, match="its files hold"):
+            verify_model(tmp_path)
 
 
-def test_a_save_in_mid_training_leaves_the_model_as_it_is(
+def test_a_folder_saved_in_mid_training_says_how_to_stop_pad_and_sample_and_leaves_the_model_as_it_is(
     answering_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(
-        answering_model.config, "use_cache", False
-    )  # with it packed documents read each other
+    # With it packed documents would read each other.
+    monkeypatch.setattr(answering_model.config, "use_cache", False)
     before = answering_model.generation_config
     save(answering_model, tokenizer, tmp_path, "5GB")
     assert answering_model.config.use_cache is False
     assert answering_model.generation_config is before
-
-
-def test_who_may_read_the_config_may_read_the_weights(
-    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    save(answering_model, tokenizer, tmp_path, "50KB")
-    assert len({file.stat().st_mode for file in tmp_path.iterdir() if file.is_file()}) == 1
-
-
-def test_a_saved_folder_says_how_to_stop_pad_and_sample(
-    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    answering_model.config.use_cache = False  # as in training
-    save(answering_model, tokenizer, tmp_path, "5GB")
     end = tokenizer.convert_tokens_to_ids("### End")
     written = json.loads((tmp_path / "generation_config.json").read_text())
     written.pop("transformers_version")
@@ -115,15 +107,20 @@ def test_a_saved_folder_says_how_to_stop_pad_and_sample(
 # --- the card ----------------------------------------------------------------------------------------
 
 
-def test_the_card_names_base_data_licences_losses_options_and_ledger(tmp_path: Path) -> None:
+def test_the_card_names_base_data_licences_losses_options_and_ledger_and_its_example_is_python(
+    tmp_path: Path,
+) -> None:
     ledger = Ledger("tatsu-lab/alpaca", 2048, 10, 8, {"empty response": 2}, {"empty response": [3, 7]})
     write_model_card(tmp_path, a_record(tmp_path), ledger)
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model == "EleutherAI/gpt-j-6B"
-    assert card.data.datasets == ["tatsu-lab/alpaca"]
-    assert card.data.pipeline_tag == "text-generation"
-    assert card.data.license == "other"
-    assert card.data.language == "en"
+    assert (card.data.base_model, card.data.datasets) == ("EleutherAI/gpt-j-6B", ["tatsu-lab/alpaca"])
+    assert (card.data.pipeline_tag, card.data.license, card.data.language) == (
+        "text-generation",
+        "other",
+        "en",
+    )
+    [example] = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    ast.parse(example)
     for words in (
         "licence: apache-2.0",
         "licence: cc-by-nc-4.0",
@@ -135,23 +132,14 @@ def test_the_card_names_base_data_licences_losses_options_and_ledger(tmp_path: P
         assert words in card.text
 
 
-def test_the_cards_example_is_python(tmp_path: Path) -> None:
-    write_model_card(tmp_path, a_record(tmp_path), Ledger("x", 8))
-    [example] = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
-    ast.parse(example)
-
-
 def test_the_card_of_a_local_model_and_data_points_to_no_page_of_the_hub(tmp_path: Path) -> None:
-    (tmp_path / "own").mkdir()
-    (tmp_path / "own.jsonl").touch()
-    record = a_record(
-        tmp_path, input_model=str(tmp_path / "own"), training_dataset=str(tmp_path / "own.jsonl")
-    )
+    model, rows = tmp_path / "own", tmp_path / "own.jsonl"
+    model.mkdir()
+    rows.touch()
+    record = a_record(tmp_path, input_model=str(model), training_dataset=str(rows))
     write_model_card(tmp_path, record, Ledger("x", 8))
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model is None
-    assert card.data.datasets is None
-    assert card.data.language is None, "nobody knows"
+    assert card.data.base_model is card.data.datasets is card.data.language is None, "nobody knows"
     assert "licence: unknown" in card.text
 
 
@@ -194,13 +182,10 @@ def forget_shard(folder: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     names = sorted(weights)
     (folder / "model.safetensors").unlink()
-    for number, part in enumerate((names[:5], names[5:]), start=1):
-        save_file(
-            {n: weights[n] for n in part},
-            folder / f"model-{number:05}-of-00002.safetensors",
-            {"format": "pt"},
-        )
-    index = {"metadata": {}, "weight_map": dict.fromkeys(names[:5], "model-00001-of-00002.safetensors")}
+    first, second = (f"model-{number:05}-of-00002.safetensors" for number in (1, 2))
+    for file, part in ((first, names[:5]), (second, names[5:])):
+        save_file({n: weights[n] for n in part}, folder / file, {"format": "pt"})
+    index = {"metadata": {}, "weight_map": dict.fromkeys(names[:5], first)}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
@@ -256,17 +241,6 @@ def test_a_model_that_is_not_whole_is_told_from_its_files(
     assert words in str(told.value)
 
 
-def test_a_model_in_several_shards_is_whole(
-    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    save(answering_model, tokenizer, tmp_path, "50KB")
-    assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    verify_model(tmp_path)
-    next(tmp_path.glob("model-00002*")).unlink()
-    with pytest.raises(ModelError, match="its files hold"):
-        verify_model(tmp_path)
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -300,12 +274,8 @@ def test_a_placed_model_is_that_of_the_checkpoint_and_nothing_of_an_earlier_end_
     checkpoint.write_manifest(source, 1.0, names, checkpoint.digests(source, names))
     output = tmp_path / "out"
     output.mkdir()
-    for name in (
-        "model-00001-of-00002.safetensors",
-        "model.safetensors.index.json",
-        "config.json",
-        "run.json",
-    ):
+    earlier = "model-00001-of-00002.safetensors model.safetensors.index.json config.json run.json"
+    for name in earlier.split():
         (output / name).write_bytes(b"of an earlier end")
 
     def refuse(*args: Any) -> None:

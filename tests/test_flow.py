@@ -12,7 +12,6 @@ import sys
 import tarfile
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +20,9 @@ from typing import Any
 import boto3
 import psutil
 import pytest
-from moto.server import ThreadedMotoServer
 
 from flows import pod
+from tests.conftest import python
 from training.consts import GIB
 from training.machine.catalogue import MACHINES
 from training.options.trainer_options import TrainingOptions
@@ -50,29 +49,27 @@ class Metaflow:
         cache = self.folder / ".cache"
         if not cache.is_symlink():  # DeepSpeed's operators are compiled already, in the real home
             cache.symlink_to(Path.home() / ".cache")
-        mine = {
-            name: value
-            for name, value in os.environ.items()
-            if not name.startswith(("METAFLOW_", "AWS_", "KUBERNETES_"))
+        users = ("METAFLOW_", "AWS_", "KUBERNETES_")
+        return {name: value for name, value in os.environ.items() if not name.startswith(users)} | {
+            "METAFLOW_HOME": str(self.folder / "home"),
+            "METAFLOW_USER": "tester",
+            "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(self.folder / "store"),
+            "METAFLOW_S3_ENDPOINT_URL": self.endpoint,
+            "METAFLOW_S3_RETRY_COUNT": "0",
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_ACCESS_KEY_ID": "nobody",
+            "AWS_SECRET_ACCESS_KEY": "nothing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "OMP_NUM_THREADS": "1",
+            "HOME": str(self.folder),
+            **more,
         }
-        return (
-            mine
-            | {
-                "METAFLOW_HOME": str(self.folder / "home"),
-                "METAFLOW_USER": "tester",
-                "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(self.folder / "store"),
-                "METAFLOW_S3_ENDPOINT_URL": self.endpoint,
-                "METAFLOW_S3_RETRY_COUNT": "0",
-                "AWS_ENDPOINT_URL": self.endpoint,
-                "AWS_ACCESS_KEY_ID": "nobody",
-                "AWS_SECRET_ACCESS_KEY": "nothing",
-                "AWS_DEFAULT_REGION": "us-east-1",
-                "AWS_EC2_METADATA_DISABLED": "true",
-                "OMP_NUM_THREADS": "1",
-                "HOME": str(self.folder),
-            }
-            | more
-        )
+
+    def python(self, *words: object, **more: str) -> subprocess.CompletedProcess[str]:
+        """Python where the modules of the flow and of the repository are found, in a folder that is neither's."""
+        path = f"{FLOW.parent}:{ROOT}"
+        return python(*words, cwd=self.folder, env=self.environment(PYTHONPATH=path, **more))
 
     def start(self, *words: object, file: Path = FLOW, **more: str) -> subprocess.Popen[str]:
         """Begins a command of the flow, in a folder that is not the repository's."""
@@ -97,24 +94,13 @@ class Metaflow:
             "run = Flow('TrainDollyFlow').latest_run; data = run['train'].task.data\n"
             "print(json.dumps({'run': run.id} | {name: getattr(data, name) for name in sys.argv[1:]}))"
         )
-        result = subprocess.run(
-            [sys.executable, "-c", code, *names],
-            cwd=self.folder,
-            env=self.environment(),
-            capture_output=True,
-            text=True,
-        )
+        result = self.python("-c", code, *names)
         assert result.returncode == 0, result.stderr
         return json.loads(result.stdout)
 
     def client(self, service: str) -> Any:
-        return boto3.client(
-            service,
-            endpoint_url=self.endpoint,
-            aws_access_key_id="nobody",
-            aws_secret_access_key="nothing",
-            region_name="us-east-1",
-        )
+        keys = {"aws_access_key_id": "nobody", "aws_secret_access_key": "nothing"}
+        return boto3.client(service, endpoint_url=self.endpoint, region_name="us-east-1", **keys)
 
     def bucket(self, name: str) -> Any:
         """A client of S3, in which there is this bucket."""
@@ -123,41 +109,26 @@ class Metaflow:
         return client
 
 
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    yield "http://{}:{}".format(*server.get_host_and_port())
-    server.stop()
-
-
 @pytest.fixture
-def metaflow(endpoint: str, tmp_path: Path) -> Metaflow:
-    return Metaflow(tmp_path, endpoint)
+def metaflow(s3_server: str, tmp_path: Path) -> Metaflow:
+    return Metaflow(tmp_path, s3_server)
 
 
 # --- what a pod is asked for -------------------------------------------------------------------------
 
 
-def test_a_pod_for_eight_v100s_has_the_host_memory_of_the_offloaded_optimizer() -> None:
+def test_a_pod_for_eight_v100s_has_the_host_memory_of_the_offloaded_optimizer_and_one_without_gpus_little() -> (
+    None
+):
+    little = pod.resources("cpu", {})
+    assert (little["gpu"], little["cpu"], little["memory"] < 16_000) == (None, 2, True)
     asked = pod.resources("8xV100-32GB", {})
     plan = pod.plan_for(pod.machine_of("8xV100-32GB"))
     needed = max(plan.host_memory_gib.values())
-    assert asked["gpu"] == 8
-    assert asked["cpu"] == 32
-    assert asked["shared_memory"] == 16 * 1024
+    assert (asked["gpu"], asked["cpu"], asked["shared_memory"]) == (8, 32, 16 * 1024)
     assert asked["memory"] * 1e6 / GIB > needed + 16, "what lies in /dev/shm counts as memory"
-    assert 128_000 < asked["memory"] < 768 * GIB / 1e6, (
-        "128 GB, as once was asked, are too few for eight ranks"
-    )
+    assert 128_000 < asked["memory"] < 768 * GIB / 1e6, "128 GB, once asked, are too few for eight ranks"
     assert asked["disk"] * 1e6 / GIB > sum(plan.disk_gib.values())
-
-
-def test_without_a_gpu_none_is_asked_for() -> None:
-    asked = pod.resources("cpu", {})
-    assert asked["gpu"] is None
-    assert asked["cpu"] == 2
-    assert asked["memory"] < 16_000
 
 
 @pytest.mark.parametrize("name", [*MACHINES, "cpu"])
@@ -174,22 +145,15 @@ def test_a_run_that_leaves_a_node_some_memory_fits_the_pod_that_is_asked_for(nam
 
 def test_what_is_asked_for_by_name_stands_in_place_of_the_plan() -> None:
     asked = pod.resources("8xA100-80GB", {"gpu": 4, "memory": 300_000})
-    assert asked["memory"] == 300_000
-    assert asked["gpu"] == 4
-    assert asked["cpu"] == 16, "of four GPUs"
+    assert (asked["memory"], asked["gpu"], asked["cpu"]) == (300_000, 4, 16), "the cores of four GPUs"
     with pytest.raises(pod.PodError, match=r"4xA10 has 4"):
         pod.resources("4xA10", {"gpu": 5})
 
 
-@pytest.mark.parametrize(
-    "text", ["[]", "{", '{"mem": 1}', '{"memory": "1"}', '{"memory": 0}', '{"cpu": true}']
-)
-def test_resources_that_metaflow_does_not_know_are_refused_with_those_it_does(text: str) -> None:
-    with pytest.raises(pod.PodError, match="cpu, gpu, memory, disk, shared_memory"):
-        pod.parse_resources(text)
-
-
-def test_an_unknown_machine_is_refused_with_the_names_that_there_are() -> None:
+def test_unknown_resources_and_an_unknown_machine_are_refused_with_those_that_there_are() -> None:
+    for text in ("[]", "{", '{"mem": 1}', '{"memory": "1"}', '{"memory": 0}', '{"cpu": true}'):
+        with pytest.raises(pod.PodError, match="cpu, gpu, memory, disk, shared_memory"):
+            pod.parse_resources(text)
     with pytest.raises(pod.PodError, match=r"Nearest: .*8xV100-32GB.* cpu"):
         pod.parse_machine("8xV100")
 
@@ -212,23 +176,13 @@ def test_a_model_that_needs_more_is_told_what_to_ask_for_and_fits_then() -> None
 
 @pytest.mark.parametrize("file", [FLOW, FETCH], ids=lambda file: file.stem)
 def test_without_metaflow_the_extra_is_named(file: Path, metaflow: Metaflow) -> None:
-    code = f"import sys, runpy; sys.modules['metaflow'] = None; sys.argv = ['x', '1', '--to', 'y']; sys.path.insert(0, {str(file.parent)!r}); runpy.run_path({str(file)!r}, run_name='__main__')"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=metaflow.environment(), capture_output=True, text=True
-    )
+    code = f"import sys, runpy; sys.modules['metaflow'] = None; runpy.run_path({str(file)!r}, run_name='__main__')"
+    result = metaflow.python("-c", code, "1", "--to", "y")
     assert result.returncode == 1
     assert result.stderr.strip() == "Metaflow is not installed. Type pip install '.[metaflow]'"
 
 
-def test_the_flow_imports_no_torch(metaflow: Metaflow) -> None:
-    code = f"import sys, runpy; sys.path.insert(0, {str(FLOW.parent)!r}); runpy.run_path({str(FLOW)!r}, run_name='flow'); print('torch' in sys.modules)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=metaflow.environment(), capture_output=True, text=True
-    )
-    assert result.stdout.strip() == "False", result.stderr
-
-
-def test_paths_are_those_of_the_caller_though_the_command_runs_elsewhere(
+def test_the_flow_imports_no_torch_and_its_paths_are_those_of_the_caller_though_the_command_runs_elsewhere(
     metaflow: Metaflow, tmp_path: Path
 ) -> None:
     for name in ("own.csv", "asked.txt"):
@@ -236,39 +190,24 @@ def test_paths_are_those_of_the_caller_though_the_command_runs_elsewhere(
     (tmp_path / "demo").mkdir()
     words = "--training-dataset own.csv --sample-prompts asked.txt --input-model demo --dbfs-output-dir kept"
     code = (
-        f"import sys; sys.path.insert(0, {str(FLOW.parent)!r}); import train_dolly_flow as flow\n"
+        "import sys; import train_dolly_flow as flow; torch = 'torch' in sys.modules\n"
         f"o = flow._parsed(['--local-output-dir', '/out'], {words!r}, [])\n"
-        "print(o.training_dataset, o.sample_prompts, o.input_model, o.dbfs_output_dir)"
+        "print(torch, o.training_dataset, o.sample_prompts, o.input_model, o.dbfs_output_dir)"
     )
-    result = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        env=metaflow.environment(),
-        capture_output=True,
-        text=True,
-    )
-    assert result.stdout.split() == [
-        f"{tmp_path}/own.csv",
-        f"{tmp_path}/asked.txt",
-        "demo",
-        f"{tmp_path}/kept",
-    ], result.stderr
+    result = metaflow.python("-c", code)
+    paths = f"{tmp_path}/own.csv {tmp_path}/asked.txt demo {tmp_path}/kept"
+    assert result.stdout == f"False {paths}\n", result.stderr
 
 
 @pytest.mark.slow
 def test_all_faults_are_told_at_once_before_anything_is_trained(metaflow: Metaflow, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("")
-    words = "--gpu-family a10 --num-gpus 3 --training-dataset demo --epochs nan".split()
-    words += [
-        "--training-file",
-        rows,
-        "--trainer-options",
-        "--warmup-steps 5",
-        "--local-training-root",
-        "/proc/runs",
-    ]
-    code, told = metaflow.run("run", *words, METAFLOW_DATATOOLS_S3ROOT="s3://nobodys/data")
+    words = (
+        "--gpu-family a10 --num-gpus 3 --training-dataset demo --epochs nan --local-training-root /proc/runs"
+    )
+    more = ["--training-file", rows, "--trainer-options", "--warmup-steps 5"]
+    code, told = metaflow.run("run", *words.split(), *more, METAFLOW_DATATOOLS_S3ROOT="s3://nobodys/data")
     assert code == 1
     for fault in (
         "the bucket 'nobodys' cannot be reached",
@@ -293,16 +232,9 @@ def test_a_store_that_does_not_answer_is_told_after_three_tries(metaflow: Metafl
                     tries.append(server.accept()[0].close())
 
         threading.Thread(target=hang_up, daemon=True).start()
-        endpoint = f"http://127.0.0.1:{server.getsockname()[1]}"
-        code = f"import sys; sys.path.insert(0, {str(FLOW.parent)!r}); import model_on_s3; print(*model_on_s3.root_problems())"
-        result = subprocess.run(
-            [sys.executable, "-c", code],
-            env=metaflow.environment(
-                METAFLOW_DATATOOLS_S3ROOT="s3://far/data", METAFLOW_S3_ENDPOINT_URL=endpoint
-            ),
-            capture_output=True,
-            text=True,
-        )
+        code = "import model_on_s3; print(*model_on_s3.root_problems())"
+        silent = {"METAFLOW_S3_ENDPOINT_URL": f"http://127.0.0.1:{server.getsockname()[1]}"}
+        result = metaflow.python("-c", code, METAFLOW_DATATOOLS_S3ROOT="s3://far/data", **silent)
     assert "the bucket 'far' cannot be reached" in result.stdout, result.stderr
     assert len(tries) == 3
 
@@ -316,18 +248,13 @@ def test_the_pod_of_the_train_step_alone_has_the_gpus(metaflow: Metaflow) -> Non
     )
     assert code == 0, told
     spec, _ = json.JSONDecoder().raw_decode(told[told.index("{") :])
-    pods = {
-        each["name"]: each for each in spec["spec"]["templates"] if each["name"] in ("start", "train", "end")
-    }
+    pods = {each["name"]: each for each in spec["spec"]["templates"]}
     expected = pod.resources("8xV100-32GB", {})
     container = pods["train"]["container"]
     assert container["image"] == "registry.example/dolly:1"
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
-    for key, unit in (("cpu", ""), ("memory", "M")):
-        assert float(container["resources"]["requests"][key].removesuffix(unit)) == expected[key]
-    assert (
-        float(container["resources"]["requests"]["ephemeral-storage"].removesuffix("M")) == expected["disk"]
-    )
+    for key, name in (("cpu", "cpu"), ("memory", "memory"), ("ephemeral-storage", "disk")):
+        assert float(container["resources"]["requests"][key].removesuffix("M")) == expected[name]
     shared = next(each for each in pods["train"]["volumes"] if each["name"] == "dhsm")
     assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{expected['shared_memory']}Mi"}
     assert {"/dev/shm"} <= {each["mountPath"] for each in container["volumeMounts"]}
@@ -376,11 +303,8 @@ def test_a_batch_job_asks_for_the_same(metaflow: Metaflow) -> None:
     asked = {each["Type"]: float(each["Value"]) for each in job["ContainerOverrides"]["ResourceRequirements"]}
     assert asked == {"GPU": 8, "VCPU": expected["cpu"], "MEMORY": expected["memory"]}
     definitions = client("batch").describe_job_definitions()["jobDefinitions"]
-    container = next(
-        each["containerProperties"]
-        for each in definitions
-        if each["jobDefinitionArn"] == job["JobDefinition"]
-    )
+    containers = {each["jobDefinitionArn"]: each["containerProperties"] for each in definitions}
+    container = containers[job["JobDefinition"]]
     assert container["image"] == "registry.example/dolly:1"
     assert container["linuxParameters"]["sharedMemorySize"] == expected["shared_memory"]
     for name in ("start", "end"):
@@ -393,23 +317,16 @@ def test_the_package_holds_every_file_that_training_needs(metaflow: Metaflow, tm
     assert code == 0, told
     with tarfile.open(tmp_path / "package.tgz") as package:
         packed = set(package.getnames())
-    needed = {file for folder in ("training", "config") for file in (ROOT / folder).rglob("*")}
-    needed = {
-        str(file.relative_to(ROOT))
-        for file in needed
-        if file.is_file() and "__pycache__" not in file.parts and file.suffix != ".sh"
-    }
+    files = [file for folder in ("training", "config") for file in (ROOT / folder).rglob("*.*")]
+    needed = {str(file.relative_to(ROOT)) for file in files if file.suffix not in (".pyc", ".sh")}
     assert "config/ds_z3_bf16_config.json" in needed
     assert packed >= needed | {"requirements.txt", "train_dolly_flow.py", "pod.py", "gpu_profile.py"}
 
 
 def test_every_config_of_the_flow_has_a_help_and_every_parameter_one_too() -> None:
     for node in ast.walk(ast.parse(FLOW.read_text())):
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in (
-            "Config",
-            "Parameter",
-            "IncludeFile",
-        ):
+        kinds = ("Config", "Parameter", "IncludeFile")
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in kinds:
             assert "help" in {keyword.arg for keyword in node.keywords}, ast.unparse(node)
 
 
@@ -417,9 +334,9 @@ def test_every_config_of_the_flow_has_a_help_and_every_parameter_one_too() -> No
 
 
 @pytest.fixture(scope="module")
-def in_a_pod(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Metaflow, str]:
+def in_a_pod(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Metaflow, str]:
     """A run of the package, unpacked elsewhere, as a pod without GPUs would: (Metaflow, what it told)."""
-    metaflow = Metaflow(tmp_path_factory.mktemp("pod"), endpoint)
+    metaflow = Metaflow(tmp_path_factory.mktemp("pod"), s3_server)
     metaflow.bucket("models")
     code, told = metaflow.run("--quiet", "package", "save", metaflow.folder / "package.tgz")
     assert code == 0, told
@@ -464,8 +381,7 @@ def test_a_run_from_its_package_keeps_what_a_person_asks_for_later(in_a_pod: tup
     assert kept["ledger"]["rows_kept"] == 6104
     assert kept["plan"]["fits"]
     assert kept["plan"]["global_batch_rows"] == 64
-    assert kept["record"]["status"] == "finished"
-    assert kept["record"]["steps"] == 8
+    assert (kept["record"]["status"], kept["record"]["steps"]) == ("finished", 8)
     assert kept["versions"].keys() >= {"torch", "deepspeed", "metaflow", "python"}
     folder = Path(kept["model"]["folder"])
     assert folder.is_relative_to(metaflow.folder / "dolly_training"), "in the home of the pod's user"
@@ -486,33 +402,16 @@ def test_the_pushed_model_is_fetched_by_the_runs_id_and_answers(
     folder = tmp_path / "fetched"
     assert metaflow.run(kept["run"], "--to", folder, file=FETCH)[0] == 0
     assert {file.name for file in folder.iterdir()} == kept["model"]["files"].keys()
-    fetched, local = (
-        subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                "training.generate",
-                "--greedy",
-                "--model",
-                each,
-                "Name the month after May.",
-            ],
-            cwd=ROOT,
-            env=metaflow.environment(),
-            capture_output=True,
-            text=True,
-        )
-        for each in (folder, kept["model"]["folder"])
-    )
+    ask = ["-m", "training.generate", "--greedy", "Name the month after May.", "--model"]
+    fetched, local = (metaflow.python(*ask, each) for each in (folder, kept["model"]["folder"]))
     assert fetched.returncode == 0, fetched.stderr
     assert fetched.stdout == local.stdout
 
     (folder / "run.json").unlink()
     (folder / "model.safetensors").write_bytes(b"cut off")
     assert metaflow.run(kept["run"], "--to", folder, file=FETCH)[0] == 0
-    assert (folder / "model.safetensors").read_bytes() == (
-        Path(kept["model"]["folder"]) / "model.safetensors"
-    ).read_bytes()
+    pushed = Path(kept["model"]["folder"]) / "model.safetensors"
+    assert (folder / "model.safetensors").read_bytes() == pushed.read_bytes()
 
     metaflow.bucket("models").put_object(
         Bucket="models", Key=f"data/TrainDollyFlow/{kept['run']}/model.safetensors", Body=b"another"
@@ -531,16 +430,11 @@ def ranks_of(folder: Path) -> list[psutil.Process]:
     """The ranks that train into a folder, without the small process beside each."""
     found = []
     for process in psutil.process_iter():
-        try:
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
             words = " ".join(process.cmdline())
-            if (
-                "training.trainer" in words
-                and str(folder) in words
-                and "DOLLY_SUPERVISED" in process.environ()
-            ):
+            ours = "training.trainer" in words and str(folder) in words
+            if ours and "DOLLY_SUPERVISED" in process.environ():
                 found.append(process)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
     return found
 
 
@@ -583,9 +477,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights_and_pushed_once_there_is_a_
     assert kept["model"]["s3"] == f"s3://soon-gone/data/TrainDollyFlow/{kept['run']}"
     weights = "model.safetensors"
     assert kept["model"]["files"][weights] == undisturbed["model"]["files"][weights], "not bit for bit"
-    assert len(list((tmp_path / "dolly_training").iterdir())) == 1, (
-        "a resumed run has the folder of the first"
-    )
+    [_] = (tmp_path / "dolly_training").iterdir()  # a resumed run has the folder of the first
 
 
 @pytest.mark.slow
@@ -598,7 +490,6 @@ def test_a_push_that_broke_off_goes_on_with_what_is_missing(metaflow: Metaflow, 
     code = """
 import hashlib, json, sys
 from pathlib import Path
-sys.path[:0] = [sys.argv[2]]
 from metaflow import current
 from metaflow.client import core
 from flows import model_on_s3
@@ -612,12 +503,8 @@ print(model_on_s3.push(folder, files, Run()))
 """
 
     def push() -> str:
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "model"), str(ROOT)],
-            env=metaflow.environment(METAFLOW_DATATOOLS_S3ROOT="s3://half/data"),
-            capture_output=True,
-            text=True,
-        )
+        root = {"METAFLOW_DATATOOLS_S3ROOT": "s3://half/data"}
+        result = metaflow.python("-c", code, tmp_path / "model", **root)
         return result.stdout + result.stderr
 
     def times() -> dict[str, Any]:
@@ -645,14 +532,13 @@ def test_a_fetch_that_was_killed_goes_on_and_what_is_a_users_own_is_kept(
 import hashlib, os, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
-sys.path[:0] = [sys.argv[2]]
 import metaflow
 from flows import model_on_s3
 contents = {"model.safetensors": b"a" * 1000, "run.json": b"{}"}
 files = {name: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
 data = SimpleNamespace(model={"s3": "s3://whole/7", "files": files})
 metaflow.Run = lambda name: {"train": SimpleNamespace(task=SimpleNamespace(data=data))}
-if sys.argv[3:]:
+if sys.argv[2:]:
     os.replace = lambda copy, file: os.kill(os.getpid(), signal.SIGKILL)
 try:
     model_on_s3.fetch("7", Path(sys.argv[1]))
@@ -661,12 +547,7 @@ except model_on_s3.StoreError as error:
 """
 
     def fetch(*killed: str) -> tuple[int, str]:
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "model"), str(ROOT), *killed],
-            env=metaflow.environment(),
-            capture_output=True,
-            text=True,
-        )
+        result = metaflow.python("-c", code, tmp_path / "model", *killed)
         return result.returncode, result.stderr
 
     assert fetch("killed")[0] == -signal.SIGKILL

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +18,7 @@ from transformers import (
     pipeline,
 )
 
+from tests.conftest import python
 from training import generate
 from training.data.ledger import Ledger
 from training.data.prompt import render_prompt
@@ -88,10 +86,6 @@ def test_a_greedy_answer_is_the_argmax_of_the_plain_forward(
     assert answer.split() == [str(i) for i in expected]
 
 
-def test_no_prompts_no_answers(random_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    assert generate_responses([], model=random_model, tokenizer=tokenizer, max_new_tokens=4) == []
-
-
 @pytest.mark.usefixtures("answers_as_ids")
 def test_sampling_is_dollys_and_follows_the_seed(
     random_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
@@ -113,13 +107,12 @@ def test_sampling_is_dollys_and_follows_the_seed(
 # --- where an answer ends ----------------------------------------------------------------------------
 
 
-def test_an_answer_stops_at_the_end_key_and_holds_no_control_token(
+def test_an_answer_stops_at_the_end_key_and_holds_no_control_token_and_without_prompts_there_is_none(
     answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    answers = generate_responses(
-        INSTRUCTIONS, INPUTS, model=answering_model, tokenizer=tokenizer, max_new_tokens=50
-    )
-    assert answers == ["AB"] * 5
+    ask = {"model": answering_model, "tokenizer": tokenizer, "max_new_tokens": 50}
+    assert generate_responses(INSTRUCTIONS, INPUTS, **ask) == ["AB"] * 5
+    assert generate_responses([], **ask) == []
 
 
 def test_stock_generate_stops_a_saved_folder_at_the_end_key(answering_folder: Path) -> None:
@@ -142,25 +135,14 @@ def test_a_stock_pipeline_answers_and_stops(answering_folder: Path) -> None:
 # --- prompts -----------------------------------------------------------------------------------------
 
 
-def test_a_prompt_has_the_ids_that_training_gives_it(tokenizer: PreTrainedTokenizerBase) -> None:
-    columns = Columns(INSTRUCTIONS, [text or "" for text in INPUTS], ["answer"] * 5)
+def test_a_prompt_has_the_ids_that_training_gives_it_also_of_control_words_that_stay_text(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    words = ["### End", "### Response:\n", "a\n\n### Response:\nb\n\n### End", "<|endoftext|>"]
+    instructions, inputs = INSTRUCTIONS + words, INPUTS + [None] * len(words)
+    columns = Columns(instructions, [text or "" for text in inputs], ["answer"] * len(inputs))
     trained = [ids[:start] for _, ids, start in encode_rows(tokenizer, columns, Ledger("", 999))]
-    assert prompt_ids(tokenizer, INSTRUCTIONS, INPUTS, 999) == trained
-
-
-@pytest.mark.parametrize(
-    "words", ["### End", "### Response:\n", "a\n\n### Response:\nb\n\n### End", "<|endoftext|>"]
-)
-def test_control_words_of_a_user_stay_text(tokenizer: PreTrainedTokenizerBase, words: str) -> None:
-    instruction_key, response_key, end_key = tokenizer.convert_tokens_to_ids(
-        ["### Instruction:", "### Response:\n", "### End"]
-    )
-    plain = prompt_ids(tokenizer, ["a"], [None], 999)[0].index(instruction_key)
-    [ids] = prompt_ids(tokenizer, [words], [None], 999)
-    special = {place: i for place, i in enumerate(ids) if i in tokenizer.all_special_ids}
-    assert special == {plain: instruction_key, len(ids) - 1: response_key}
-    assert end_key not in ids
-    assert tokenizer.decode(ids) == render_prompt(words)
+    assert prompt_ids(tokenizer, instructions, inputs, 999) == trained
 
 
 def test_a_prompt_too_long_keeps_head_and_response_key_and_leaves_room(
@@ -185,9 +167,8 @@ def test_a_prompt_of_any_length_is_answered_within_the_models_positions(
 def test_more_new_tokens_than_the_model_can_hold_are_refused(
     answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    with pytest.raises(
-        ValueError, match=r"max_new_tokens leaves 6 of the model's positions .* fewer new tokens"
-    ):
+    told = r"max_new_tokens leaves 6 of the model's positions .* fewer new tokens"
+    with pytest.raises(ValueError, match=told):
         generate_response("a", model=answering_model, tokenizer=tokenizer, max_new_tokens=250)
 
 
@@ -207,19 +188,16 @@ def test_a_run_that_did_not_finish_is_refused_and_a_finished_one_is_not(
 ) -> None:
     for file in answering_folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    (tmp_path / "run.json").write_text(json.dumps({"status": "running"}))
-    with pytest.raises(
-        ModelError, match=r"its training did not finish. Go on with its command and --resume auto"
-    ):
-        load_model_tokenizer_for_generate(str(tmp_path))
-    for record in ("[]", "7", "null"):
-        (tmp_path / "run.json").write_text(record)
-        with pytest.raises(ModelError, match="its training did not finish"):
-            load_model_tokenizer_for_generate(str(tmp_path))
-    for record in (b'{"status": "fini', b"", b"\xff"):
-        (tmp_path / "run.json").write_bytes(record)
-        with pytest.raises(ModelError, match=r"run.json: cannot be read .* Copy or train the model again"):
-            load_model_tokenizer_for_generate(str(tmp_path))
+    unfinished = r"its training did not finish. Go on with its command and --resume auto"
+    broken = r"run.json: is no JSON .* Copy or train the model again"
+    for message, records in {
+        unfinished: [b'{"status": "running"}', b"[]", b"7", b"null"],
+        broken: [b'{"status": "fini', b"", b"\xff"],
+    }.items():
+        for record in records:
+            (tmp_path / "run.json").write_bytes(record)
+            with pytest.raises(ModelError, match=message):
+                load_model_tokenizer_for_generate(str(tmp_path))
     (tmp_path / "run.json").write_text(json.dumps({"status": "finished"}))
     load_model_tokenizer_for_generate(str(tmp_path))
 
@@ -251,6 +229,7 @@ def test_the_command_tells_in_one_line_why_it_cannot_answer(
     (tmp_path / "run.json").write_text(json.dumps({"status": "running"}))
     for model, tokens, message in (
         (tmp_path / "none", "20", "no tokenizer could be loaded"),
+        (300 * "x", "20", ""),
         (tmp_path, "20", "its training did not finish"),
         (answering_folder, "256", "Ask for fewer new tokens"),
     ):
@@ -262,13 +241,8 @@ def test_the_command_tells_in_one_line_why_it_cannot_answer(
 
 
 def test_the_module_runs_from_the_shell(answering_folder: Path) -> None:
-    command = [sys.executable, "-m", "training.generate", "--model", str(answering_folder)]
-    result = subprocess.run(
-        [*command, "--max-new-tokens", "20", "Greet."],
-        cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
+    result = python(
+        "-m", "training.generate", "--model", answering_folder, "--max-new-tokens", "20", "Greet."
     )
     assert (result.returncode, result.stdout) == (0, "AB\n"), result.stderr
 
@@ -281,7 +255,6 @@ def test_what_a_terminal_would_obey_is_not_shown() -> None:
     ("words", "told"),
     [
         (["--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
-        (["--model", 300 * "x"], "Cannot answer: "),
         (["--input", "\udcff"], "--input '\\udcff': is not UTF-8"),
     ],
 )

@@ -5,18 +5,14 @@ NVIDIA's library is stood in for by standin_nvml.c; nvidia-ml-py, psutil, Metafl
 
 from __future__ import annotations
 
-import base64
 import json
 import os
 import pickle
 import re
 import shutil
-import socket
-import subprocess
 import sys
 import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +24,11 @@ from metaflow.exception import MetaflowException
 
 from flows import gpu_profile
 from flows.gpu_profile import Lines, Profiler, Run, Series
+from tests.conftest import python
 from training.consts import METRICS_FILE, SAMPLES_FILE
 from training.storage.metrics import append, forget_after
 
 ROOT = Path(__file__).parents[1]
-FLOW = ROOT / "tests" / "profiled_flow.py"
 MIB = 2**20
 
 
@@ -66,6 +62,11 @@ def profiler(card: Card, folder: Path | None = None, interval: float = 0.05) -> 
     return Profiler(card, "# a step", interval, lambda: folder)
 
 
+def stand_in_gpus(read: Callable[[], Any], close: Callable[[], None], devices: Any, topology: Any) -> Any:
+    more = {"devices": devices, "topology": topology, "driver": "550.54.15", "cuda": "12.4"}
+    return SimpleNamespace(read=read, close=close, **more)
+
+
 def tables(drawn: list[dict[str, Any]], first: str) -> list[dict[str, Any]]:
     """Those whose first header is `first`."""
     return [part for part in drawn if part["type"] == "table" and part["columns"][:1] == [first]]
@@ -84,7 +85,7 @@ def charts(drawn: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
 # --- curves that stay small ---
 
 
-def test_merging_keeps_the_mean_and_the_peak() -> None:
+def test_merging_keeps_the_mean_and_the_peak_and_what_is_no_finite_number_is_left_out() -> None:
     series = Series(width=1, points=3)
     for x, value in enumerate([1, 1, 9, 1, 5]):
         series.add(x, {"GPU 0": value})
@@ -94,16 +95,12 @@ def test_merging_keeps_the_mean_and_the_peak() -> None:
         {"x": 4, "GPU 0": 5},
     ]
     assert (series.mean("GPU 0"), series.peak("GPU 0")) == (3.4, 9)
-
-
-def test_what_is_no_finite_number_is_left_out() -> None:
     series = Series(width=1)
     series.add(0, {"a": None, "b": float("nan"), "c": "12", "d": True, "e": float("inf")})
     assert series.rows() == []
     series.add(1, {"a": None, "b": 2})
     assert series.rows() == [{"x": 1, "b": 2}]
-    assert series.peak("a") is None
-    assert series.mean("a") is None
+    assert series.peak("a") is series.mean("a") is None
 
 
 def test_ten_hours_of_eight_gpus_stay_small_and_lose_no_peak(tmp_path: Path) -> None:
@@ -114,16 +111,10 @@ def test_ten_hours_of_eight_gpus_stay_small_and_lose_no_peak(tmp_path: Path) -> 
         busy = 100.0 if now == 12_345 else 50 + 37.123 * ((now * 7919) % 101) / 101
         return {name: busy - n for n, name in enumerate(names)}, dict.fromkeys(names, 20 + busy / 7)
 
-    devices = [
-        {"device": name, "type": "NVIDIA A100-SXM4-40GB", "memory_gib": 40.0, "bus": "00000000:10:00.0"}
-        for name in names
-    ]
     topology = {one: dict.fromkeys(names, "NV12") for one in names}
     card = Card()
     profile = profiler(card, tmp_path, interval=1.0)
-    profile.gpus = SimpleNamespace(
-        read=read, devices=devices, topology=topology, driver="550.54.15", cuda="12.4", close=lambda: None
-    )
+    profile.gpus = stand_in_gpus(read, lambda: None, list(map(a_device, names)), topology)
     profile.host = SimpleNamespace(
         cores=96, read=lambda folder: dict.fromkeys(["CPU", "memory", "disk", "memory GiB"], 33.3 + now % 7)
     )
@@ -133,9 +124,7 @@ def test_ten_hours_of_eight_gpus_stay_small_and_lose_no_peak(tmp_path: Path) -> 
         if now + 1 in (600, 3_600, 36_000):
             profile.draw()
             sizes[now + 1] = (len(card.text()), len(pickle.dumps(profile._record())))
-    for drawn, artifact in sizes.values():
-        assert drawn < 150_000, sizes
-        assert artifact < 150_000, sizes
+    assert all(max(drawn, artifact) < 150_000 for drawn, artifact in sizes.values()), sizes
     assert sizes[36_000][0] < 1.5 * sizes[3_600][0]
     kept = profile._record()["peaks"]["gpu_utilisation_percent"]
     assert kept == {name: 100.0 - n for n, name in enumerate(names)}
@@ -159,18 +148,6 @@ def test_a_chart_draws_the_maxima_where_there_are_any() -> None:
 
 
 # --- devices ---
-
-
-@pytest.fixture(scope="session")
-def nvml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a libnvidia-ml.so.1 made of standin_nvml.c, for LD_LIBRARY_PATH."""
-    folder = tmp_path_factory.mktemp("nvml")
-    source = str(ROOT / "tests" / "standin_nvml.c")
-    library = str(folder / "libnvidia-ml.so.1")
-    subprocess.run(
-        ["g++", "-x", "c", "-shared", "-fPIC", "-Wall", "-Wextra", source, "-o", library], check=True
-    )
-    return folder
 
 
 READ_ALL = """
@@ -199,10 +176,7 @@ def told(nvml_folder: Path) -> dict[str, Any]:
     """What Gpus says of each scene of the stand-in, and of one with a GPU that is lost."""
     scenes = ["nvswitch", "bridges", "mig", "old", "none", "bridges-1"]
     environment = os.environ | {"LD_LIBRARY_PATH": str(nvml_folder)}
-    result = subprocess.run(
-        [sys.executable, "-c", READ_ALL, *scenes],
-        env=environment, cwd=ROOT, capture_output=True, text=True, check=True,
-    )  # fmt: skip
+    result = python("-c", READ_ALL, *scenes, env=environment, check=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
@@ -213,32 +187,27 @@ def test_every_call_to_nvml_is_one_that_nvidias_package_has() -> None:
     assert [name for name in sorted(names) if not hasattr(pynvml, name)] == []
 
 
-def test_driver_and_cuda_are_not_swapped(told: dict[str, Any]) -> None:
+def a_device(
+    name: str, bus: str | None = "00000000:10:00.0", kind: str = "", gib: float = 40.0
+) -> dict[str, Any]:
+    return {"device": name, "type": f"NVIDIA A100-SXM4-40GB{kind}", "memory_gib": gib, "bus": bus}
+
+
+def test_driver_and_devices_are_told_with_type_memory_and_bus(told: dict[str, Any]) -> None:
     assert (told["nvswitch"]["driver"], told["nvswitch"]["cuda"]) == ("550.54.15", "12.4")
-
-
-def test_the_devices_are_told_with_type_memory_and_bus(told: dict[str, Any]) -> None:
-    devices = told["nvswitch"]["devices"]
-    assert len(devices) == 8
-    assert devices[7] == {
-        "device": "GPU 7",
-        "type": "NVIDIA A100-SXM4-40GB",
-        "memory_gib": 40.0,
-        "bus": "00000000:17:00.0",
-    }
+    assert len(told["nvswitch"]["devices"]) == 8
+    assert told["nvswitch"]["devices"][7] == a_device("GPU 7", "00000000:17:00.0")
     assert told["nvswitch"]["use"] == {f"GPU {n}": 10.0 * n + 5 for n in range(8)}
     assert told["nvswitch"]["memory"] == {f"GPU {n}": n + 1.0 for n in range(8)}
 
 
-def test_gpus_on_an_nvswitch_are_all_connected(told: dict[str, Any]) -> None:
+def test_gpus_on_an_nvswitch_are_all_connected_and_bridges_connect_those_they_lead_to(
+    told: dict[str, Any],
+) -> None:
     topology = told["nvswitch"]["topology"]
     assert list(topology["GPU 0"].values()) == ["X", *["NV12"] * 7]
     assert list(topology["GPU 7"].values()) == [*["NV12"] * 7, "X"]
-
-
-def test_bridges_connect_only_those_they_lead_to(told: dict[str, Any]) -> None:
-    rows = [list(row.values()) for row in told["bridges"]["topology"].values()]
-    assert rows == [
+    assert [list(row.values()) for row in told["bridges"]["topology"].values()] == [
         ["X", "NV2", "NV1", "SYS"],
         ["NV2", "X", "SYS", "SYS"],
         ["NV1", "SYS", "X", "PIX"],
@@ -246,32 +215,24 @@ def test_bridges_connect_only_those_they_lead_to(told: dict[str, Any]) -> None:
     ]
 
 
-def test_a_board_that_is_lost_costs_none_of_the_others(told: dict[str, Any]) -> None:
+def test_a_board_that_is_lost_or_what_an_old_driver_cannot_tell_costs_nothing_else(
+    told: dict[str, Any],
+) -> None:
     lost = told["bridges-1"]
     assert [device["device"] for device in lost["devices"]] == ["GPU 0", "GPU 2", "GPU 3"]
     assert lost["topology"]["GPU 0"] == {"GPU 0": "X", "GPU 2": "NV1", "GPU 3": "SYS"}
-
-
-def test_what_an_old_driver_cannot_tell_costs_nothing_else(told: dict[str, Any]) -> None:
-    assert told["old"]["topology"] == {
-        "GPU 0": {"GPU 0": "X", "GPU 1": "PIX"},
-        "GPU 1": {"GPU 0": "PIX", "GPU 1": "X"},
-    }
+    zero, one = {"GPU 0": "X", "GPU 1": "PIX"}, {"GPU 0": "PIX", "GPU 1": "X"}
+    assert told["old"]["topology"] == {"GPU 0": zero, "GPU 1": one}
     assert told["old"]["use"] == {"GPU 0": 5, "GPU 1": 15}
 
 
-def test_of_a_divided_board_the_parts_are_told(told: dict[str, Any]) -> None:
+def test_of_a_divided_board_the_parts_are_told_and_of_no_board_that_there_is_none(
+    told: dict[str, Any],
+) -> None:
     assert told["mig"]["use"] == {"GPU 0": None, "GPU 0 MIG 0": None, "GPU 0 MIG 1": None}
     assert told["mig"]["memory"] == {"GPU 0": None, "GPU 0 MIG 0": 1, "GPU 0 MIG 1": 2}
-    assert told["mig"]["devices"][2] == {
-        "device": "GPU 0 MIG 1",
-        "type": "NVIDIA A100-SXM4-40GB MIG 3g.20gb",
-        "memory_gib": 20.0,
-        "bus": None,
-    }
+    assert told["mig"]["devices"][2] == a_device("GPU 0 MIG 1", None, " MIG 3g.20gb", 20.0)
 
-
-def test_a_driver_without_gpus_says_so(told: dict[str, Any]) -> None:
     assert "NVML finds no GPU" in told["none"]
 
 
@@ -310,22 +271,22 @@ def test_without_any_device_the_card_says_so(monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_in_a_container_its_own_limit_counts(tmp_path: Path) -> None:
-    second = tmp_path / "v2"
-    second.mkdir()
-    (second / "memory.current").write_text(f"{900 * MIB}\n")
-    (second / "memory.stat").write_text(f"anon {1}\ninactive_file {200 * MIB}\n")
-    (second / "memory.max").write_text("max\n")
-    assert gpu_profile.container_memory(second) is None
-    (second / "memory.max").write_text(f"{1000 * MIB}\n")
-    assert gpu_profile.container_memory(second) == (700 * MIB, 1000 * MIB)
-    first = tmp_path / "v1" / "memory"
-    first.mkdir(parents=True)
-    (first / "memory.usage_in_bytes").write_text(f"{900 * MIB}\n")
-    (first / "memory.stat").write_text(f"total_inactive_file {100 * MIB}\n")
-    (first / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # no limit
-    assert gpu_profile.container_memory(tmp_path / "v1") is None
-    (first / "memory.limit_in_bytes").write_text(f"{1000 * MIB}\n")
-    assert gpu_profile.container_memory(tmp_path / "v1") == (800 * MIB, 1000 * MIB)
+    def told(root: str, used: str, limit: str, stat: str, free: int, unlimited: object) -> list[Any]:
+        folder = (tmp_path / root / used).parent
+        folder.mkdir(parents=True)
+        (tmp_path / root / used).write_text(f"{900 * MIB}\n")
+        (folder / "memory.stat").write_text(f"{stat} {free * MIB}\n")
+        memory = []
+        for most in (unlimited, 1000 * MIB):
+            (folder / limit).write_text(f"{most}\n")
+            memory.append(gpu_profile.container_memory(tmp_path / root))
+        return memory
+
+    second = told("v2", "memory.current", "memory.max", f"anon {1}\ninactive_file", 200, "max")
+    assert second == [None, (700 * MIB, 1000 * MIB)]
+    used, limit = "memory/memory.usage_in_bytes", "memory.limit_in_bytes"
+    first = told("v1", used, limit, "total_inactive_file", 100, 9223372036854771712)
+    assert first == [None, (800 * MIB, 1000 * MIB)]
     assert gpu_profile.container_memory(tmp_path / "nowhere") is None
 
 
@@ -334,6 +295,13 @@ def test_in_a_container_its_own_limit_counts(tmp_path: Path) -> None:
 
 def line(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "max_steps": 200, "epoch": step / 100, "seconds": 10.0 + 0.5 * step} | more
+
+
+def the_run(folder: Path) -> Run:
+    """What is known of a run once its files are read."""
+    run = Run(folder)
+    run.read()
+    return run
 
 
 def test_lines_are_read_once_and_a_torn_one_when_it_is_whole(tmp_path: Path) -> None:
@@ -354,8 +322,7 @@ def test_a_resumed_run_is_drawn_without_what_it_forgot(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         append(tmp_path / METRICS_FILE, line(step, loss=float(step)))
         append(tmp_path / SAMPLES_FILE, {"step": step, "instruction": "Why?", "response": f"{step}"})
-    run = Run(tmp_path)
-    run.read()
+    run = the_run(tmp_path)
     assert [row["x"] for row in run.loss.rows()] == [10, 20, 30]
     for name in (METRICS_FILE, SAMPLES_FILE):
         forget_after(tmp_path / name, 10)
@@ -381,7 +348,9 @@ def test_progress_and_the_time_that_is_left(tmp_path: Path) -> None:
     assert (run.progress()[0], run.progress()[2]) == (100, "at its end")
 
 
-def test_durations_are_told_in_words() -> None:
+def test_durations_are_told_in_words_and_texts_may_be_bytes_as_in_older_packages() -> None:
+    assert gpu_profile._text(b"550.54") == gpu_profile._text("550.54") == "550.54"
+    assert gpu_profile._text(None) is None
     assert [gpu_profile.duration(s) for s in (0, 59.6, 100, 3599, 12_000)] == [
         "0 s", "60 s", "2 min", "1 h 0 min", "3 h 20 min",
     ]  # fmt: skip
@@ -392,9 +361,7 @@ def test_the_answers_stand_one_column_a_stage(tmp_path: Path) -> None:
         for question, context in (("Name a river.", ""), ("Shorten.", "Long text")):
             entry = {"step": step, "epoch": step / 80, "instruction": question, "input": context}
             append(tmp_path / SAMPLES_FILE, entry | {"response": f"{question} {step}"})
-    run = Run(tmp_path)
-    run.read()
-    assert run.answer_table() == (
+    assert the_run(tmp_path).answer_table() == (
         ["instruction", "epoch 0.00", "epoch 1.25"],
         [
             ["Name a river.", "Name a river. 0", "Name a river. 100"],
@@ -408,8 +375,7 @@ def test_of_many_stages_the_first_the_last_and_some_between_are_shown(tmp_path: 
         for prompt in range(30):
             entry = {"step": step, "instruction": f"Say {prompt}.", "response": f"{step} " * 10_000}
             append(tmp_path / SAMPLES_FILE, entry) if step < 100 or prompt == 0 else None
-    run = Run(tmp_path)
-    run.read()
+    run = the_run(tmp_path)
     headers, rows = run.answer_table()
     assert (headers[1], headers[-1], len(headers)) == ("step 0", "step 4,990", 1 + gpu_profile.STAGES_SHOWN)
     assert len(rows) == gpu_profile.PROMPTS
@@ -450,50 +416,28 @@ def raising(*arguments: Any, **options: Any) -> Any:
     raise RuntimeError("planted")
 
 
-def plant_nvml(profile: Profiler, folder: Path) -> None:
-    devices = [{"device": "GPU 0", "type": "A100", "memory_gib": 40.0, "bus": None}]
-    profile.gpus = SimpleNamespace(
-        read=raising, close=raising, devices=devices, topology={}, driver="550", cuda="12.4"
-    )
+def plant(part: str, profile: Profiler, folder: Path) -> None:
+    if part == "GPUs":
+        profile.gpus = stand_in_gpus(raising, raising, [a_device("GPU 0")], {})
+    elif part == "host":
+        profile.host.psutil = SimpleNamespace(cpu_percent=raising, virtual_memory=raising)
+    elif part == "run":
+        (folder / METRICS_FILE).unlink()
+        (folder / METRICS_FILE).mkdir()
+    elif part == "run folder":
+        profile.folder = raising
+    else:
+        profile.card.fails = True
 
 
-def plant_host(profile: Profiler, folder: Path) -> None:
-    assert profile.host
-    profile.host.psutil = SimpleNamespace(cpu_percent=raising, virtual_memory=raising)
-
-
-def plant_run(profile: Profiler, folder: Path) -> None:
-    (folder / METRICS_FILE).unlink()
-    (folder / METRICS_FILE).mkdir()
-
-
-def plant_folder(profile: Profiler, folder: Path) -> None:
-    profile.folder = raising
-
-
-def plant_refresh(profile: Profiler, folder: Path) -> None:
-    profile.card.fails = True
-
-
-@pytest.mark.parametrize(
-    ("plant", "part"),
-    [
-        (plant_nvml, "GPUs"),
-        (plant_host, "host"),
-        (plant_run, "run"),
-        (plant_folder, "run folder"),
-        (plant_refresh, "card"),
-    ],
-)
-def test_a_fault_is_told_and_costs_nothing_else(
-    plant: Callable[[Profiler, Path], None], part: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("part", ["GPUs", "host", "run", "run folder", "card"])
+def test_a_fault_is_told_and_costs_nothing_else(part: str, tmp_path: Path) -> None:
     append(tmp_path / METRICS_FILE, line(10, loss=2.0))
     card = Card()
     profile = profiler(card, tmp_path)
     profile.start()
     wait_until(lambda: card.refreshed)
-    plant(profile, tmp_path)
+    plant(part, profile, tmp_path)
     wait_until(lambda: part in profile.faults)
     before = profile.count
     wait_until(lambda: profile.count > before)
@@ -531,10 +475,7 @@ def test_options_that_cannot_be_meant_are_refused() -> None:
 def test_nothing_of_the_project_and_no_torch_comes_with_the_file(tmp_path: Path) -> None:
     shutil.copy(ROOT / "flows" / "gpu_profile.py", tmp_path)
     code = "import sys, gpu_profile; print([m for m in ('torch', 'training', 'psutil', 'pynvml') if m in sys.modules])"
-    result = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    )
-    assert result.stdout.strip() == "[]"
+    assert python("-c", code, cwd=tmp_path, check=True).stdout.strip() == "[]"
 
 
 def test_without_metaflow_the_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -542,232 +483,3 @@ def test_without_metaflow_the_error_names_the_extra(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "metaflow", None)
     with pytest.raises(ImportError, match=r"pip install '\.\[metaflow\]'"):
         exec(compile(source, "gpu_profile.py", "exec"), {"__name__": "gpu_profile"})
-
-
-# --- real runs ---
-
-
-class FlowRun:
-    """One run of profiled_flow.py in a process of its own, with metadata of its own."""
-
-    def __init__(self, folder: Path, **settings: str):
-        self.folder = folder
-        self.environment = os.environ | {
-            "METAFLOW_USER": "tester",
-            "METAFLOW_HOME": str(folder / "home"),
-            "METAFLOW_DEFAULT_METADATA": "local",
-            "METAFLOW_DEFAULT_DATASTORE": "local",
-            "METAFLOW_DATASTORE_SYSROOT_LOCAL": str(folder),
-            "PROFILED_RUN": str(folder / "run"),
-            **settings,
-        }
-        self.log = open(folder / "log", "w")  # noqa: SIM115
-        command = [sys.executable, str(FLOW), "run"]
-        self.process = subprocess.Popen(
-            command, env=self.environment, cwd=folder, stdout=self.log, stderr=subprocess.STDOUT
-        )
-
-    def wait(self) -> int:
-        return self.process.wait(timeout=300)
-
-    def output(self) -> str:
-        return (self.folder / "log").read_text()
-
-    def card(self, step: str = "start") -> tuple[str, list[dict[str, Any]]]:
-        """(HTML, components), as `card get` gives it to a person; ("", []) as long as there is none."""
-        html = self.folder / f"{step}.html"
-        command = [sys.executable, str(FLOW), "card", "get", step, str(html)]
-        result = subprocess.run(
-            command, env=self.environment, cwd=self.folder, capture_output=True, text=True
-        )
-        if result.returncode or not html.exists():
-            return "", []
-        text = html.read_text()
-        (data,) = re.findall(r"[\w+/]{500,}={0,2}", max(re.findall(r'"([\w+/=]{500,})"', text), key=len))
-        page = json.loads(base64.b64decode(data))["components"][0]
-        parts = page["contents"]
-        while len(parts) == 1 and "contents" in parts[0]:
-            parts = parts[0]["contents"]
-        return text, parts
-
-    def data(self) -> dict[str, Any]:
-        """The newest figures that a refresh gave to those who look on."""
-        files = list((self.folder / ".metaflow" / "mf.cards").rglob("steps/start/**/*.data.json"))
-        return json.loads(files[0].read_text()) if files else {}
-
-
-@pytest.fixture(scope="module")
-def flow_runs(tmp_path_factory: pytest.TempPathFactory, nvml_folder: Path) -> Iterator[dict[str, Any]]:
-    """A run that ends well and is looked at while it runs; two that fail; and one whose profile breaks."""
-    gpus = {"LD_LIBRARY_PATH": str(nvml_folder), "NVML_SCENE": "bridges"}
-    runs: dict[str, Any] = {}
-
-    def begin(name: str, **settings: str) -> FlowRun:
-        runs[name] = FlowRun(tmp_path_factory.mktemp(name), **settings)
-        return runs[name]
-
-    well = begin("well", PROFILED_LINES="120", PROFILED_END="well", **gpus)
-    runs["looks"], runs["figures"] = [], []
-    until = time.monotonic() + 240
-    while well.process.poll() is None and (len(runs["looks"]) < 2 or len(runs["figures"]) < 2):
-        assert time.monotonic() < until, well.output()
-        figures = json.dumps(well.data())
-        if '"loss"' in figures and figures not in runs["figures"]:
-            runs["figures"].append(figures)
-        _, parts = well.card()
-        if charts(parts).get("loss") and charts(parts)["loss"] not in runs["looks"]:
-            runs["looks"].append(charts(parts)["loss"])
-        time.sleep(2)
-    begin("raise", PROFILED_LINES="12", PROFILED_END="raise", **gpus)
-    begin("exit", PROFILED_LINES="12", PROFILED_END="exit")
-    begin("broken", PROFILED_LINES="12", PROFILED_END="well", PROFILED_BREAK="1", NVML_DIES="5", **gpus)
-    for name in ("well", "raise", "exit", "broken"):
-        runs[name].wait()
-    return runs
-
-
-@pytest.mark.slow
-def test_a_run_is_drawn_whole(flow_runs: dict[str, Any]) -> None:
-    run = flow_runs["well"]
-    assert run.process.returncode == 0, run.output()
-    _, parts = run.card()
-    drawn = charts(parts)
-    assert [row["x"] for row in drawn["loss"]] == [10 * n for n in range(1, 121)]
-    assert sum("held-out loss" in row for row in drawn["loss"]) == 24
-    assert drawn["speed"][-1]["tokens/s"] == 9120
-    assert {"GPU utilisation", "GPU memory", "host"} < set(drawn)
-    (answers,) = tables(parts, "instruction")
-    assert len(answers["columns"]) == 1 + gpu_profile.STAGES_SHOWN
-    assert answers["data"][0][:2] == [
-        "Name a river.",
-        '# <img src=x onerror="document.title=1"> the 1 answer',
-    ]
-    assert answers["data"][0][-1].endswith("the 111 answer")
-    (devices,) = tables(parts, "device")
-    assert words(devices["data"][3]) == [
-        "GPU 3", "Tesla V100-SXM2-32GB, 00000000:13:00.0", "35 %", "35 %", "4.0 of 40.0 GiB",
-    ]  # fmt: skip
-    (links,) = tables(parts, "")
-    assert links["data"][0] == ["GPU 0", "X", "NV2", "NV1", "SYS"]
-    text = json.dumps(parts)
-    assert "Driver 550.54.15, CUDA 12.4" in text
-    assert "The step has ended" in text
-    assert "could not do" not in text
-
-
-@pytest.mark.slow
-def test_the_card_changes_while_the_step_runs(flow_runs: dict[str, Any]) -> None:
-    looks, figures = flow_runs["looks"], flow_runs["figures"]
-    assert len(looks) >= 2, "what `card get` shows"
-    assert len(looks[0]) < len(looks[1]) < 120
-    assert len(figures) >= 2, "what a browser is given between"
-
-
-@pytest.mark.slow
-def test_the_profile_is_an_artifact_that_a_join_can_merge(flow_runs: dict[str, Any]) -> None:
-    run = flow_runs["well"]
-    code = (
-        "import json; from metaflow import Flow, namespace; namespace(None)\n"
-        "data = Flow('ProfiledFlow').latest_run['end'].task.data\n"
-        "print(json.dumps({n: getattr(data, n) for n in ('gpu_profile_start', 'gpu_profile_part_0', "
-        "'gpu_profile_part_1')}))"
-    )
-    result = subprocess.run(
-        [sys.executable, "-c", code], env=run.environment, cwd=run.folder, capture_output=True, text=True
-    )
-    told = json.loads(result.stdout)
-    profile = told["gpu_profile_start"]
-    assert profile["peaks"]["gpu_utilisation_percent"] == {f"GPU {n}": 10 * n + 5 for n in range(4)}
-    assert profile["samples"] > 20
-    assert profile["faults"] == {}
-    assert told["gpu_profile_part_0"]["devices"] == profile["devices"]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "why"),
-    [("raise", "ValueError: rank 3 was <b>killed</b>"), ("exit", "The step left before its end")],
-)
-def test_a_failed_step_has_its_last_figures_and_why(flow_runs: dict[str, Any], name: str, why: str) -> None:
-    run = flow_runs[name]
-    assert run.process.returncode == 1, run.output()
-    _, parts = run.card()
-    assert "The step has failed" in json.dumps(parts)
-    error = next(part["data"] for part in parts if part["type"] == "pythonCode")
-    assert error.rstrip().splitlines()[-1].startswith(why)
-    assert [row["x"] for row in charts(parts)["loss"]] == [10 * n for n in range(1, 13)], "to the last line"
-    if name == "raise":
-        assert "ValueError: rank 3 was" in run.output(), "as without the profile"
-
-
-@pytest.mark.slow
-def test_a_step_whose_profile_breaks_goes_on(flow_runs: dict[str, Any]) -> None:
-    run = flow_runs["broken"]
-    assert run.process.returncode == 0, run.output()
-    _, parts = run.card()
-    told = dict(map(words, tables(parts, "part")[0]["data"]))
-    assert set(told) == {"GPUs", "host", "run", "card"}
-    assert "GPU is lost" in told["GPUs"]
-    assert len(charts(parts)["loss"]) == 12
-    assert len(charts(parts)["GPU utilisation"]) == 2, "two samples before the driver died"
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium")
-@pytest.mark.parametrize("name", ["well", "raise"])
-def test_a_browser_draws_the_card_without_a_network(
-    flow_runs: dict[str, Any], name: str, tmp_path: Path
-) -> None:
-    flow_runs[name].card()
-    page = flow_runs[name].folder / "start.html"
-    flags = (
-        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    )
-    flags += " --disable-component-update --disable-sync --virtual-time-budget=10000 --dump-dom"
-    result = subprocess.run(
-        [
-            "chromium",
-            *flags.split(),
-            "--host-resolver-rules=MAP * 127.0.0.1:9",
-            f"--user-data-dir={tmp_path}",
-            f"file://{page}",
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    dom = result.stdout
-    drawn = re.findall(r'<svg[^>]* class="marks".*?</svg>', dom, re.DOTALL)
-    titles = ["loss", "speed", "GPU utilisation", "GPU memory", "host"]
-    assert [title for title, svg in zip(titles, drawn, strict=True) if f">{title}<" in svg] == titles
-    assert all("mark-line role-mark" in svg for svg in drawn)
-    assert all(f">{name}<" in drawn[2] for name in ("GPU 0", "GPU 3"))
-    assert ">held-out loss<" in drawn[0]
-    assert "the 1 answer" in dom
-    assert "&lt;img src=x" in dom, "an answer is text"
-    assert "<img src=x" not in re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
-    assert "<title>1</title>" not in dom
-    assert "Tesla V100" in dom
-    if name == "raise":
-        assert "killed" in dom
-
-
-@pytest.mark.slow
-def test_the_live_cards_are_served_to_this_machine_alone(flow_runs: dict[str, Any]) -> None:
-    run = flow_runs["well"]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "flows" / "gpu_profile.py"), str(FLOW), "--port", str(port)]
-    server = subprocess.Popen(command, env=run.environment, cwd=run.folder, stdout=subprocess.PIPE)
-    try:
-        process = psutil.Process(server.pid)
-        wait_until(lambda: server.poll() is not None or process.net_connections())
-        assert server.poll() is None, server.stdout
-        assert {place.laddr for place in process.net_connections()} == {("127.0.0.1", port)}
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/runinfo", timeout=60) as answer:
-            cards = json.load(answer)["cards"]
-        assert "gpu_profile" in {card["card_object"]["id"] for card in cards}
-    finally:
-        server.kill()
-        server.wait()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import random
@@ -11,13 +12,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import jsonl
-from tests.test_trainer import BF16, ROOT, deepspeed, torchrun
+from tests.conftest import jsonl, say_rows
+from tests.test_checkpoint import flip
+from tests.test_trainer import BF16, ROOT, deepspeed, record, torchrun, without_a_launcher
 from training.launch.exits import ENDED, INTERRUPTED, REFUSED
 from training.run.resume import RESHARDED
 from training.storage import checkpoint
@@ -37,19 +40,7 @@ PATIENCE = 400  # seconds that a start may take on a busy machine, where an oper
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    chance = random.Random(1)
-    words = "red blue green cat dog house river tree stone bird".split()
-    return jsonl(
-        tmp_path_factory.mktemp("rows") / "rows.jsonl",
-        [
-            {
-                "instruction": f"Say {n} {' '.join(chance.choices(words, k=chance.randint(0, 12)))}",
-                "input": "",
-                "output": " ".join(chance.choices(words, k=chance.randint(1, 8))),
-            }
-            for n in range(120)
-        ],
-    )
+    return jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", say_rows(120))
 
 
 class Run:
@@ -68,21 +59,15 @@ class Run:
             options += ["--deepspeed", BF16, "--per-device-train-batch-size", 8 // ranks]
         self.folder = folder
         self.log = folder.with_name(f"{folder.name}.log")
-        variables = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-        variables["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{variables['PATH']}"
-        for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-            variables.pop(name, None)
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
                 [*launcher, *map(str, options), "--max-steps", str(steps), *map(str, more)],
                 cwd=ROOT,
-                env=variables,
+                env=without_a_launcher() | environment,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=lambda: signal.signal(
-                    signal.SIGINT, signal.SIG_DFL
-                ),  # ignored where tests run with "&"
+                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # where tests run with "&"
             )
 
     @property
@@ -95,24 +80,21 @@ class Run:
         for place in Path("/proc").glob("[0-9]*"):
             try:
                 words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-                dead = (place / "stat").read_text().rpartition(")")[2].split()[0] == "Z"
+                state, parent = (place / "stat").read_text().rpartition(")")[2].split()[:2]
             except (OSError, ValueError):
                 continue  # it has just ended
-            if str(self.folder) in words and not dead:
+            if str(self.folder) in words and state != "Z":
                 module = "launcher" if any("launcher.launch" in word for word in words) else "runner"
                 if "training.trainer" in words and "--module" not in words and module != "launcher":
                     module = "trainer"
-                found[int(place.name)] = (parent, module)
-        trainers = {pid for pid, (_, module) in found.items() if module == "trainer"}
+                found[int(place.name)] = (int(parent), module)
+        trainers, launchers = (
+            {pid for pid, (_, module) in found.items() if module == name} for name in ("trainer", "launcher")
+        )
         ranks = {pid for pid in trainers if found[pid][0] in trainers}
+        supervisors = trainers - ranks
         return sorted(
-            {
-                "all": set(found),
-                "rank": ranks,
-                "supervisor": trainers - ranks,
-                "launcher": {pid for pid, (_, module) in found.items() if module == "launcher"},
-            }[kind]
+            {"all": set(found), "rank": ranks, "supervisor": supervisors, "launcher": launchers}[kind]
         )
 
     def wait_until(self, reached: Callable[[], bool]) -> bool:
@@ -134,6 +116,15 @@ class Run:
             time.sleep(0.05)
         return code
 
+    def ended(self, code: int = 0, seconds: float = PATIENCE) -> str:
+        """What it said, once it has ended with this code."""
+        assert self.wait(seconds) == code, self.said
+        return self.said
+
+    def kill(self) -> None:
+        for pid in self.pids("all"):
+            os.kill(pid, signal.SIGKILL)
+
     def starting(self) -> bool:
         return bool(self.pids("rank"))
 
@@ -145,9 +136,8 @@ class Run:
 
     def saving(self) -> bool:
         torn = [f for f in checkpoint.checkpoints(self.folder) if not (f / checkpoint.MANIFEST_FILE).exists()]
-        return (
-            bool(torn) and self.stepping()
-        )  # there is a line of the log before each save, and none was left torn
+        # There is a line of the log before each save, and none was left torn.
+        return bool(torn) and self.stepping()
 
     def placing(self) -> bool:
         return (self.folder / "model.safetensors").exists()
@@ -164,32 +154,29 @@ def start(rows: str) -> Iterator[Callable[..., Run]]:
 
     yield begin
     for run in runs:
-        for pid in run.pids("all"):
-            os.kill(pid, signal.SIGKILL)
+        run.kill()
         run.process.wait()
 
 
-def reference(rows: str, folder: Path, ranks: int, *more: object) -> Path:
-    """A run that nobody disturbs; all its checkpoints are kept."""
-    run = Run(rows, folder, ranks, "--save-total-limit", 100, *more)
-    assert run.wait(PATIENCE) == 0, run.said
-    return folder
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "out"
 
 
 @pytest.fixture(scope="module")
-def alone(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reference(rows, tmp_path_factory.mktemp("alone") / "reference", 0)
+def undisturbed(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """The folder of a run on so many ranks that nobody disturbs, with all its checkpoints; 0: without DeepSpeed.
 
+    One rank has the same global batches as two.
+    """
 
-@pytest.fixture(scope="module")
-def two_ranks(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return reference(rows, tmp_path_factory.mktemp("two") / "reference", 2)
+    @cache
+    def reference(ranks: int) -> Path:
+        folder = tmp_path_factory.mktemp("undisturbed") / f"of-{ranks}"
+        Run(rows, folder, ranks, "--save-total-limit", 100).ended()
+        return folder
 
-
-@pytest.fixture(scope="module")
-def one_rank(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One rank of DeepSpeed, with the same global batches as two."""
-    return reference(rows, tmp_path_factory.mktemp("one") / "reference", 1)
+    return reference
 
 
 def history(folder: Path) -> list[dict[str, float]]:
@@ -198,41 +185,61 @@ def history(folder: Path) -> list[dict[str, float]]:
     return [{name: entry[name] for name in FIGURES if name in entry} for entry in entries]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder, by its name from there."""
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
 def assert_the_same_run(folder: Path, undisturbed: Path) -> None:
-    assert json.loads((folder / "run.json").read_text())["status"] == "finished"
+    ours, theirs = record(folder), record(undisturbed)
+    assert ours["status"] == "finished"
     assert history(folder) == history(undisturbed)
     assert (folder / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
-    ours, theirs = (json.loads((each / "run.json").read_text()) for each in (folder, undisturbed))
     assert (ours["train_loss"], ours["held_out_loss"]) == (theirs["train_loss"], theirs["held_out_loss"])
 
 
-def kill_again_and_again(
-    start: Callable[..., Run], folder: Path, ranks: int, plan: list[tuple[str, str]], seed: int
-) -> list[str]:
-    """Carries out the problems of a plan, (moment, victim) each, one a start; then lets the run finish."""
-    chance, table = random.Random(seed), []
+def assert_it_goes_on(start: Callable[..., Run], folder: Path, ranks: int, undisturbed: Path) -> str:
+    """What the run said that went on to the end, as if nobody had disturbed it."""
+    said = start(folder, ranks, "--resume", "auto").ended()
+    assert_the_same_run(folder, undisturbed)
+    return said
+
+
+# What is killed at which moment, one a start.
+SIXTEEN = [("start", "group"), ("save", "rank"), ("step", "rank"), ("save", "group"), ("step", "supervisor"),
+           ("save", "supervisor"), ("step", "group"), ("step", "rank"), ("save", "rank"), ("start", "rank"),
+           ("step", "supervisor"), ("save", "group"), ("final", "rank"), ("final", "supervisor"),
+           ("final", "group"), ("start", "supervisor")]  # fmt: skip
+SEVEN = [("step", "rank"), ("save", "rank"), ("step", "launcher"), ("save", "group"), ("step", "supervisor"),
+         ("final", "rank"), ("final", "group")]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("ranks", "plan"),
+    [(0, SIXTEEN), (2, SEVEN)],
+    ids=["a single process sixteen times", "two ZeRO-3 ranks seven times"],
+)
+def test_a_run_that_is_killed_again_and_again_is_the_same_bit_for_bit(
+    start, undisturbed, folder, ranks, plan
+):
+    chance = random.Random(1)
+    model = folder / "model.safetensors"
     for moment, victim in plan:
-        folder_of_model = folder / "model.safetensors"
-        folder_of_model.unlink(missing_ok=True)  # of an end that was killed, so that the next can be seen
+        model.unlink(missing_ok=True)  # of an end that was killed, so that the next can be seen
         run = start(folder, ranks, "--resume", "auto")
         whole = [f.name for f in checkpoint.checkpoints(folder) if checkpoint.read_manifest(f)]
-        reached = {
-            "start": run.starting,
-            "step": run.stepping,
-            "save": run.saving,
-            "final": run.placing,
-        }[moment]
-        if not run.wait_until(reached):
+        told = f"{ranks or 1} rank(s)  {moment:<6} {victim:<11}"
+        reached = {"start": run.starting, "step": run.stepping, "save": run.saving, "final": run.placing}
+        if not run.wait_until(reached[moment]):
             # The kill before it hit a rank that had nothing left to do, while the other one finished the run.
-            done = json.loads((folder / "run.json").read_text())["status"] == "finished"
             assert moment == "final", f"{moment} was not reached\n{run.said}"
-            assert done, run.said
-            table.append(
-                f"{ranks or 1} rank(s)  {moment:<6} {victim:<11} came too late: the run had finished"
-            )
-            (folder / "model.safetensors").hardlink_to(
-                checkpoint.checkpoints(folder)[-1] / "model.safetensors"
-            )
+            assert record(folder)["status"] == "finished", run.said
+            print(told, "came too late: the run had finished")
+            model.hardlink_to(checkpoint.checkpoints(folder)[-1] / model.name)
             continue
         if moment in ("start", "step"):
             time.sleep(chance.uniform(0, 3 if moment == "start" else 0.2))
@@ -247,38 +254,14 @@ def kill_again_and_again(
             assert "Its last lines:" in run.said
         passed = run.said.count("is passed over")
         torn_now = [f.name for f in checkpoint.checkpoints(folder) if checkpoint.read_manifest(f) is None]
-        table.append(
-            f"{ranks or 1} rank(s)  {moment:<6} {victim:<11} began at {whole[-1] if whole else 'the start':<14}"
-            f" {passed} passed over; torn by it: {', '.join(torn_now) or 'none':<14} all gone after {seconds:.1f} s"
+        print(
+            f"{told} began at {whole[-1] if whole else 'the start':<14} {passed} passed over;"
+            f" torn by it: {', '.join(torn_now) or 'none':<14} all gone after {seconds:.1f} s"
         )
-    run = start(folder, ranks, "--resume", "auto")
-    assert run.wait() == 0, run.said
-    return table
-
-
-def test_a_single_process_killed_sixteen_times_gives_the_same_run_bit_for_bit(start, alone, tmp_path):
-    plan = [("start", "group"), ("save", "rank"), ("step", "rank"), ("save", "group"), ("step", "supervisor"),
-            ("save", "supervisor"), ("step", "group"), ("step", "rank"), ("save", "rank"), ("start", "rank"),
-            ("step", "supervisor"), ("save", "group"), ("final", "rank"), ("final", "supervisor"),
-            ("final", "group"), ("start", "supervisor")]  # fmt: skip
-    table = kill_again_and_again(start, tmp_path / "out", 0, plan, seed=1)
-    print("", *table, sep="\n")
-    assert_the_same_run(tmp_path / "out", alone)
-
-
-def test_two_zero3_ranks_killed_seven_times_give_the_same_run_bit_for_bit(start, two_ranks, tmp_path):
-    plan = [("step", "rank"), ("save", "rank"), ("step", "launcher"), ("save", "group"), ("step", "supervisor"),
-            ("final", "rank"), ("final", "group")]  # fmt: skip
-    table = kill_again_and_again(start, tmp_path / "out", 2, plan, seed=2)
-    print("", *table, sep="\n")
-    assert_the_same_run(tmp_path / "out", two_ranks)
+    assert_it_goes_on(start, folder, ranks, undisturbed(ranks))
 
 
 # --- another number of ranks -------------------------------------------------------------------------
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
 
 
 def drift(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
@@ -293,117 +276,86 @@ def drift(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float
     )
 
 
-def test_two_ranks_go_on_in_the_second_epoch_bit_for_bit(start, two_ranks, tmp_path):
+def test_two_ranks_go_on_in_the_second_epoch_bit_for_bit(start, undisturbed, folder):
     """A step of 8 of 100 rows: the first epoch has 13."""
-    run = start(tmp_path / "out", 2, "--resume", two_ranks / "checkpoint-15")
-    assert run.wait() == 0, run.said
-    assert_the_same_run(tmp_path / "out", two_ranks)
+    start(folder, 2, "--resume", undisturbed(2) / "checkpoint-15").ended()
+    assert_the_same_run(folder, undisturbed(2))
 
 
-def test_two_ranks_go_on_with_a_rate_and_a_decay_that_are_forced(start, two_ranks, tmp_path):
+def test_two_ranks_go_on_with_a_rate_and_a_decay_that_are_forced(start, undisturbed, folder):
     changed = ("--lr", "1e-4", "--weight-decay", "0.5", "--force")
-    run = start(tmp_path / "out", 2, "--resume", two_ranks / "checkpoint-15", *changed)
-    assert run.wait() == 0, run.said
-    rates = {entry["step"]: entry["learning_rate"] for entry in history(tmp_path / "out") if "loss" in entry}
+    start(folder, 2, "--resume", undisturbed(2) / "checkpoint-15", *changed).ended()
+    rates = {entry["step"]: entry["learning_rate"] for entry in history(folder) if "loss" in entry}
     assert (rates[14], rates[16], rates[18]) == (1e-3, 1e-4, 1e-4)
-    [shard, _] = sorted((tmp_path / "out" / "checkpoint-18").rglob("*optim_states.pt"))
+    [shard, _] = sorted((folder / "checkpoint-18").rglob("*optim_states.pt"))
     saved = torch.load(shard, weights_only=False)["optimizer_state_dict"]["optimizer_state_dict"]
     groups = [(group["lr"], group["weight_decay"]) for group in saved["param_groups"]]
     assert groups == [(1e-4, 0.5), (1e-4, 0.0)]
 
 
 @pytest.mark.parametrize(("before", "after", "step"), [(2, 1, 6), (1, 2, 6), (1, 2, 15)])
-def test_a_run_goes_on_with_another_number_of_ranks(
-    start, one_rank, two_ranks, tmp_path, before, after, step
-):
+def test_a_run_goes_on_with_another_number_of_ranks(start, undisturbed, folder, before, after, step):
     """Within rounding: no further from the run that was begun than two undisturbed runs are from each other."""
-    began = {1: one_rank, 2: two_ranks}[before]
+    began = undisturbed(before)
     source = began / f"checkpoint-{step}"
     written = contents(source)
-    run = start(tmp_path / "out", after, "--resume", source)
-    assert run.wait() == 0, run.said
-    assert "cut anew for another number of devices" in run.said
+    said = start(folder, after, "--resume", source).ended()
+    assert "cut anew for another number of devices" in said
     assert contents(source) == written
-    assert not (tmp_path / "out" / RESHARDED).exists()
-    ours, theirs = history(tmp_path / "out"), history(began)
+    assert not (folder / RESHARDED).exists()
+    ours, theirs = history(folder), history(began)
     shared = sum(entry["step"] <= step for entry in theirs)
     assert ours[:shared] == theirs[:shared], "what was logged before"
-    rounding = drift(history(one_rank), history(two_ranks))
+    rounding = drift(history(undisturbed(1)), history(undisturbed(2)))
     print(f"{before} -> {after} ranks: {drift(ours, theirs):.1e}; 1 and 2 ranks undisturbed: {rounding:.1e}")
     assert 0 < drift(ours[: shared + 2], theirs[: shared + 2]) < 2e-3
     assert drift(ours, theirs) < 1.5 * rounding
 
 
-def test_a_broken_shard_is_refused_in_words_and_nothing_changes(start, two_ranks, tmp_path):
-    folder = tmp_path / "out"
-    folder.mkdir()
-    shutil.copytree(two_ranks / "checkpoint-6", folder / "checkpoint-6")
-    record = json.loads((two_ranks / "run.json").read_text()) | {"status": "running"}
-    (folder / "run.json").write_text(json.dumps(record))
+def test_a_broken_shard_is_refused_in_words_and_nothing_changes(start, undisturbed, folder):
+    shutil.copytree(undisturbed(2) / "checkpoint-6", folder / "checkpoint-6")
+    (folder / "run.json").write_text(json.dumps(record(undisturbed(2)) | {"status": "running"}))
     [shard, _] = sorted((folder / "checkpoint-6").rglob("*optim_states.pt"))
-    broken = bytearray(shard.read_bytes())
-    broken[len(broken) // 2] ^= 1
-    shard.write_bytes(broken)
+    flip(shard, shard.stat().st_size // 2)
     before = contents(folder)
-    run = start(folder, 1, "--resume", "auto")
-    assert run.wait() == REFUSED, run.said
-    assert f"{shard.name} has changed since it was written" in run.said
-    assert "Traceback" not in run.said
+    said = start(folder, 1, "--resume", "auto").ended(REFUSED)
+    assert f"{shard.name} has changed since it was written" in said
+    assert "Traceback" not in said
     assert contents(folder) == before
 
 
 # --- told to stop ------------------------------------------------------------------------------------
 
 
-def test_sigterm_and_ctrl_c_finish_the_step_save_and_go_on_bit_for_bit(start, alone, tmp_path):
-    folder = tmp_path / "out"
-    for number, whom in ((signal.SIGTERM, "rank"), (signal.SIGINT, "all"), (signal.SIGTERM, "supervisor")):
-        run = start(folder, 0, "--resume", "auto")
-        assert run.wait_until(run.stepping), run.said
-        for pid in run.pids(whom):
-            os.kill(pid, number)
-        assert run.wait(30) == INTERRUPTED, run.said
-        assert "type the same command with --resume auto" in run.said
-        assert "Traceback" not in run.said
-        assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
-        assert not checkpoint.problems_of(checkpoint.checkpoints(folder)[-1])
-    run = start(folder, 0, "--resume", "auto")
-    assert run.wait() == 0, run.said
-    assert_the_same_run(folder, alone)
-
-
-def test_two_ranks_told_to_stop_in_each_way_go_on_bit_for_bit(start, two_ranks, tmp_path):
-    """DeepSpeed's launcher ends with 1 when it is told to stop, and its runner of Ctrl-C: that is not ours to change."""
-    folder = tmp_path / "out"
-    for number, whom, expected in (
-        (signal.SIGTERM, "rank", INTERRUPTED),
-        (signal.SIGINT, "terminal", -signal.SIGINT),
-        (signal.SIGTERM, "launcher", 1),
-    ):
-        run = start(folder, 2, "--resume", "auto")
+# DeepSpeed's launcher ends with 1 when it is told to stop, and its runner of Ctrl-C: that is not ours to change.
+@pytest.mark.parametrize(
+    ("ranks", "ways"),
+    [
+        (0, [("rank", INTERRUPTED), ("terminal", INTERRUPTED), ("supervisor", INTERRUPTED)]),
+        (2, [("rank", INTERRUPTED), ("terminal", -signal.SIGINT), ("launcher", 1)]),
+    ],
+)
+def test_a_run_that_is_told_to_stop_in_each_way_finishes_its_step_saves_and_goes_on_bit_for_bit(
+    start, undisturbed, folder, ranks, ways
+):
+    for whom, expected in ways:
+        run = start(folder, ranks, "--resume", "auto")
         assert run.wait_until(run.stepping), run.said
         if whom == "terminal":
-            os.killpg(run.process.pid, number)  # a group of its own, as a terminal makes one
+            os.killpg(run.process.pid, signal.SIGINT)  # a group of its own, as a terminal makes one
         else:
-            os.kill(run.pids(whom)[-1], number)
-        assert run.wait(60) == expected, run.said
-        assert run.said.count("type the same command with --resume auto") == 1, run.said
-        assert run.said.count("Traceback") == (whom == "terminal"), "DeepSpeed's runner has one"
+            os.kill(run.pids(whom)[-1], signal.SIGTERM)
+        said = run.ended(expected, 60 if ranks else 30)
+        assert said.count("type the same command with --resume auto") == 1, said
+        assert said.count("Traceback") == (whom == "terminal" and ranks > 0), "DeepSpeed's runner has one"
+        assert record(folder)["status"] == "stopped"
         assert not checkpoint.problems_of(checkpoint.checkpoints(folder)[-1])
-    run = start(folder, 2, "--resume", "auto")
-    assert run.wait() == 0, run.said
-    assert_the_same_run(folder, two_ranks)
+    assert_it_goes_on(start, folder, ranks, undisturbed(ranks))
 
 
-def test_the_launchers_command_may_be_killed_or_told_to_stop_and_the_run_goes_on(start, two_ranks, tmp_path):
+def test_the_launchers_command_may_be_killed_or_told_to_stop_and_the_run_goes_on(start, undisturbed, folder):
     """By whatever ends it, no process stays; with a signal that can be taken the ranks save, and so they do without."""
-    folder = tmp_path / "out"
-    for by, number in (
-        (deepspeed, signal.SIGKILL),
-        (deepspeed, signal.SIGTERM),
-        (torchrun, signal.SIGKILL),
-        (torchrun, signal.SIGTERM),
-    ):
+    for by, number in itertools.product((deepspeed, torchrun), (signal.SIGKILL, signal.SIGTERM)):
         run = start(folder, 2, "--resume", "auto", "--max-steps", 10_000, by=by)
         assert run.wait_until(run.stepping), run.said
         run.process.send_signal(number)
@@ -411,37 +363,27 @@ def test_the_launchers_command_may_be_killed_or_told_to_stop_and_the_run_goes_on
         assert run.said.count("type the same command with --resume auto") == 1, run.said
         newest = checkpoint.checkpoints(folder)[-1]
         assert not checkpoint.problems_of(newest)
-        assert json.loads((folder / "run.json").read_text())["status"] == "stopped"
-    ours, theirs = history(newest), history(two_ranks)
+        assert record(folder)["status"] == "stopped"
+    ours, theirs = history(newest), history(undisturbed(2))
     same = [entry for entry in theirs if entry["step"] <= ours[-1]["step"] and "loss" in entry]
     assert len(same) > 3
     assert [entry for entry in ours if "loss" in entry][: len(same)] == same
 
 
-def test_a_run_that_is_killed_whole_leaves_no_shared_memory(start, tmp_path):
-    run = start(tmp_path / "out", 2, "--max-steps", 10_000)
+def test_a_run_that_is_killed_whole_leaves_no_shared_memory(start, folder):
+    run = start(folder, 2, "--max-steps", 10_000)
     assert run.wait_until(run.stepping), run.said
     port = run.process.args[run.process.args.index("--master_port") + 1]
     used = [(Path("/proc") / str(pid) / "maps").read_text() for pid in run.pids("rank")]
-    for rank in range(2):
-        assert all(f"_{port}_{rank} (deleted)" in maps for maps in used), (
-            "each has both buffers, without a name"
-        )
+    without_a_name = [f"_{port}_{rank} (deleted)" for rank in range(2)]
+    assert all(buffer in maps for maps in used for buffer in without_a_name), "each has both buffers"
     os.killpg(run.process.pid, signal.SIGKILL)
     run.wait(60)
     assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
 
 
-def test_sigterm_while_it_starts_is_told_as_a_stop(start, tmp_path):
-    run = start(tmp_path / "out", 0)
-    assert run.wait_until(run.starting)
-    run.process.send_signal(signal.SIGTERM)
-    assert run.wait(30) == INTERRUPTED, run.said
-    assert "To go on, type the same command again" in run.said
-
-
-def test_a_second_ctrl_c_ends_a_run_at_once(start, tmp_path):
-    run = start(tmp_path / "out", 0)
+def test_a_second_ctrl_c_ends_a_run_at_once(start, folder):
+    run = start(folder, 0)
     assert run.wait_until(run.stepping), run.said
     os.kill(run.pids("rank")[0], signal.SIGSTOP)  # a step without end
     os.killpg(run.process.pid, signal.SIGINT)
@@ -465,22 +407,19 @@ def test_a_rank_that_hangs_or_dies_ends_the_run_wherever_it_is_and_its_last_line
         ("stepping", torchrun, signal.SIGKILL),
     ):
         steps = 3 if name == "saving" else 10_000
-        run = start(
-            tmp_path / f"{name}-{by.__name__}", 2, "--rank-timeout", patience, "--max-steps", steps, by=by
-        )
+        options = ("--rank-timeout", patience, "--max-steps", steps)
+        run = start(tmp_path / f"{name}-{by.__name__}", 2, *options, by=by)
         reached = {"starting": run.both_started, "stepping": run.stepping, "saving": run.saving}[name]
         assert run.wait_until(reached), run.said
         os.kill(run.pids("rank")[-1], number)
         begun.append((time.time(), name, number, run))
     for begin, name, number, run in begun:
         assert run.wait() != 0
-        seconds = (
-            run.log.stat().st_mtime - begin
-        )  # to its last words: it may have ended while another started
+        # To its last words: it may have ended while another started.
+        seconds = run.log.stat().st_mtime - begin
         print(f"{run.folder.name}: {seconds:.0f} s")
-        assert (
-            seconds < patience + 60 or name == "starting"
-        )  # whose time-out begins when the other rank is there
+        # The time-out of one that is starting begins when the other rank is there.
+        assert seconds < patience + 60 or name == "starting"
         if number == signal.SIGKILL:
             assert "ended: killed, most likely because host memory ran out" in run.said, run.said
         else:
@@ -490,55 +429,46 @@ def test_a_rank_that_hangs_or_dies_ends_the_run_wherever_it_is_and_its_last_line
 
 
 def test_a_disk_that_fills_up_in_a_save_leaves_the_older_checkpoint_good(
-    start, alone, failing_disk, tmp_path
+    start, undisturbed, failing_disk, folder
 ):
-    folder = tmp_path / "out"
-    room = 2 * sum(file.stat().st_size for file in (alone / "checkpoint-3").iterdir())
-    run = start(folder, 0, "--resume", "auto", LD_PRELOAD=failing_disk, FULL_DISK=f"{room}:{folder}")
-    assert run.wait() == ENDED, run.said
-    torn = checkpoint.checkpoints(folder)[-1]
-    older = checkpoint.checkpoints(folder)[-2]
-    assert f"{torn} could not be written" in run.said
-    assert f"{older.name} is good" in run.said
-    assert run.said.count("Make room") == 1
+    room = 2 * sum(file.stat().st_size for file in (undisturbed(0) / "checkpoint-3").iterdir())
+    disk = {"LD_PRELOAD": failing_disk, "FULL_DISK": f"{room}:{folder}"}
+    said = start(folder, 0, "--resume", "auto", **disk).ended(ENDED)
+    older, torn = checkpoint.checkpoints(folder)[-2:]
+    assert f"{torn} could not be written" in said
+    assert f"{older.name} is good" in said
+    assert said.count("Make room") == 1
     assert checkpoint.read_manifest(torn) is None
     assert not checkpoint.problems_of(older)
-    run = start(folder, 0, "--resume", "auto")
-    assert run.wait() == 0, run.said
-    assert f"{torn} is passed over: it was not written to the end" in run.said
-    assert_the_same_run(folder, alone)
+    said = assert_it_goes_on(start, folder, 0, undisturbed(0))
+    assert f"{torn} is passed over: it was not written to the end" in said
 
 
 def test_a_disk_that_is_full_at_the_finish_line_costs_nothing_that_was_trained(
-    start, alone, failing_disk, tmp_path
+    start, undisturbed, failing_disk, folder
 ):
     """What is left to write then: the record, the model's small files (its weights are links), and their card."""
-    folder = tmp_path / "out"
-    shutil.copytree(alone, folder)
-    record = json.loads((folder / "run.json").read_text()) | {"status": "running"}
-    (folder / "run.json").write_text(json.dumps(record))
+    shutil.copytree(undisturbed(0), folder)
+    (folder / "run.json").write_text(json.dumps(record(folder) | {"status": "running"}))
     last = checkpoint.checkpoints(folder)[-1]
     own = ("ledger.json", "trainer_state.json", "README.md", "run.json")
     small = [name for name in checkpoint.read_manifest(last)["model"] if not name.endswith(".safetensors")]
     needed = sum((folder / name).stat().st_size for name in (*own, *small))
     saved = contents(last)
     for room in (0, needed // 2, needed - 1000):
-        run = start(folder, 0, "--resume", "auto", LD_PRELOAD=failing_disk, FULL_DISK=f"{room}:{folder}")
-        assert run.wait() == ENDED, run.said
-        assert "No space left on device" in run.said
-        assert "Make room" in run.said
-        assert "Traceback" not in run.said
-        assert json.loads((folder / "run.json").read_text())["status"] == "running"
+        disk = {"LD_PRELOAD": failing_disk, "FULL_DISK": f"{room}:{folder}"}
+        said = start(folder, 0, "--resume", "auto", **disk).ended(ENDED)
+        assert "No space left on device" in said
+        assert "Make room" in said
+        assert "Traceback" not in said
+        assert record(folder)["status"] == "running"
         assert contents(last) == saved
-    run = start(folder, 0, "--resume", "auto")
-    assert run.wait() == 0, run.said
-    assert "s/step" not in run.said, "nothing is trained again"
-    assert_the_same_run(folder, alone)
+    said = assert_it_goes_on(start, folder, 0, undisturbed(0))
+    assert "s/step" not in said, "nothing is trained again"
 
 
-def test_a_disk_that_takes_no_more_curves_ends_no_training(start, alone, failing_disk, tmp_path):
-    folder = tmp_path / "out"
-    run = start(folder, 0, LD_PRELOAD=failing_disk, FULL_DISK=f"1000:{folder}/runs")
-    assert run.wait() == 0, run.said
-    assert run.said.count("no more curves for TensorBoard") == 1
-    assert_the_same_run(folder, alone)
+def test_a_disk_that_takes_no_more_curves_ends_no_training(start, undisturbed, failing_disk, folder):
+    said = start(folder, 0, LD_PRELOAD=failing_disk, FULL_DISK=f"1000:{folder}/runs").ended()
+    assert said.count("no more curves for TensorBoard (") == 1
+    assert "No space left on device" in said
+    assert_the_same_run(folder, undisturbed(0))

@@ -20,16 +20,8 @@ from training.trainer import main
 
 
 def test_options_become_the_words_that_give_them_back() -> None:
-    chosen = {
-        "lr": 0.00012345678,
-        "epochs": 1.0,
-        "bf16": False,
-        "keep_truncated": True,
-        "force": False,
-        "max_steps": None,
-        "training_dataset": "my rows.jsonl",
-        "local_output_dir": "out",
-    }
+    chosen = {"lr": 0.00012345678, "epochs": 1.0, "bf16": False, "keep_truncated": True, "force": False}
+    chosen |= {"max_steps": None, "training_dataset": "my rows.jsonl", "local_output_dir": "out"}
     context = main.make_context("training.trainer", option_words(chosen))
     options = TrainingOptions(**context.params)
     given = {name: value for name, value in chosen.items() if value is not None}
@@ -67,18 +59,20 @@ def test_output_is_shown_line_by_line_while_it_runs(capsys: pytest.CaptureFixtur
     assert seen[0] + capsys.readouterr().out == "first\nsecond\n"
 
 
-def test_a_failure_raises_with_its_code_its_meaning_and_its_last_lines() -> None:
-    fails = "import sys; print('rank 1: no such file', file=sys.stderr); sys.exit(2)"
-    with pytest.raises(TrainingFailedError) as failure:
-        launch([sys.executable, "-c", fails])
-    assert failure.value.code == 2
-    assert "exit code 2: refused before training" in str(failure.value)
-    assert str(failure.value).endswith("rank 1: no such file")
-
-
-def test_a_killed_command_is_told_in_words() -> None:
-    with pytest.raises(TrainingFailedError, match="exit code -9: killed"):
-        launch([sys.executable, "-c", "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"])
+@pytest.mark.parametrize(
+    ("command", "code", "meaning", "end"),
+    [
+        ("print('rank 1: no file', file=sys.stderr); sys.exit(2)", 2, "2: refused before training", "rank 1: no file"),
+        ("os.kill(os.getpid(), 9)", -9, "-9: killed", ""),
+    ],
+)  # fmt: skip
+def test_a_failure_raises_with_its_code_its_meaning_and_its_last_lines(
+    command: str, code: int, meaning: str, end: str
+) -> None:
+    with pytest.raises(TrainingFailedError, match=f"exit code {meaning}") as failure:
+        launch([sys.executable, "-c", f"import os, sys; {command}"])
+    assert failure.value.code == code
+    assert str(failure.value).endswith(end)
 
 
 def test_ranks_on_a_cpu_share_its_cores(
@@ -95,9 +89,8 @@ def test_ranks_on_a_cpu_share_its_cores(
 def driver_of(code: str) -> subprocess.Popen[str]:
     """A process that launches Python code, as a notebook's kernel launches training; signals can be sent to it."""
     driver = f"import sys; from training.launch.local import launch; launch([sys.executable, '-c', {code!r}])"
-    return subprocess.Popen(
-        [sys.executable, "-c", driver], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, "-c", driver]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def test_an_interruption_lets_the_run_save_and_then_tells_how_it_ended() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +26,6 @@ from training.plan.epoch import Lengths, alpaca_lengths, epoch_load
 from training.plan.lookup import model_shape
 from training.plan.memory import (
     activation_bytes,
-    auto_gradient_checkpointing,
     auto_max_tokens_per_device,
     checkpoint_bytes,
     device_memory,
@@ -48,19 +47,14 @@ OFFLOAD = Zero(stage=3, offload_optimizer=True, pinned=True)
 # --- a device ----------------------------------------------------------------------------------------
 
 
-def test_zero3_state_is_16_bytes_a_parameter_over_the_ranks():
+def test_zero3_state_is_16_bytes_a_parameter_over_the_ranks_and_on_every_rank_without_deepspeed():
     parts, each = state_bytes(TINY, Settings(ranks=4)), TINY.parameters / 4
     assert parts == {"weights": 2 * each, "gradients": 2 * each, "optimizer": 12 * each}
     offloaded = state_bytes(TINY, Settings(ranks=4, zero=OFFLOAD))
     assert offloaded == {"weights": 2 * each, "gradients": 0, "optimizer": 0}
-
-
-def test_without_deepspeed_every_rank_holds_16_bytes_a_parameter():
     for precision in ("fp32", "bf16"):
         alone = state_bytes(TINY, Settings(ranks=2, zero=Zero(), precision=precision))
-        assert alone == {
-            name: n * TINY.parameters for name, n in (("weights", 4), ("gradients", 4), ("optimizer", 8))
-        }
+        assert alone == {part: n * TINY.parameters for part, n in zip(parts, (4, 4, 8), strict=True)}
 
 
 def test_a_layer_s_tensors_are_counted_as_by_hand():
@@ -122,13 +116,6 @@ def test_a_token_budget_bounds_the_activations_but_not_below_a_row():
 # --- auto --------------------------------------------------------------------------------------------
 
 
-def test_auto_checkpoints_only_where_memory_is_short():
-    settings, lengths = Settings(ranks=8), alpaca_lengths()
-    load = epoch_load(lengths, settings)
-    assert not auto_gradient_checkpointing(GPTJ, settings, load, 0.57, memory_gib=39.4)
-    assert auto_gradient_checkpointing(GPTJ, settings, load, 0.57, memory_gib=18.0)
-
-
 def test_the_auto_token_budget_is_the_most_that_fits_and_none_where_all_fits():
     settings = Settings(ranks=8, checkpointing=False)
     load = epoch_load(alpaca_lengths(), settings)
@@ -148,7 +135,7 @@ def test_the_auto_token_budget_is_the_most_that_fits_and_none_where_all_fits():
 # --- host and disk -----------------------------------------------------------------------------------
 
 
-def test_host_memory_of_an_offloaded_optimizer_is_12_bytes_and_two_pinned_gradient_buffers():
+def test_a_host_holds_12_bytes_and_two_pinned_buffers_if_offloaded_and_without_zero_a_copy_of_every_rank():
     training = host_memory(GPTJ, Settings(ranks=8, zero=OFFLOAD))["training"]
     # a rank's shard of 0.756e9 parameters: float32 gradients 3.03e9 -> 2^32 bytes, 16-bit 1.51e9 -> 2^31
     expected = 12 * GPTJ.parameters + 8 * (2**32 + 2**31) + 2 * GPTJ.parameters
@@ -157,17 +144,14 @@ def test_host_memory_of_an_offloaded_optimizer_is_12_bytes_and_two_pinned_gradie
     assert on_two_machines == pytest.approx(
         (6 * GPTJ.parameters + 8 * (2**31 + 2**30) + 2 * GPTJ.parameters) / GIB + 24
     )
+    loading = host_memory(GPTJ, Settings(ranks=8, zero=Zero()))["loading"]
+    assert loading == pytest.approx(8 * (4 * GPTJ.parameters / GIB + 3.0))  # Dolly v1's exit code -9
 
 
 def test_gradient_buffers_of_an_offloaded_optimizer_are_one_a_sub_group():
     settings = Settings(ranks=1, zero=replace(OFFLOAD, sub_group=1000))
     assert offloaded_gradient_bytes(replace(TINY, parameters=2500), settings) == [4000, 4000, 2000, 5000]
     assert offloaded_gradient_bytes(replace(TINY, parameters=1000), settings) == [4000, 2000]
-
-
-def test_a_host_must_hold_a_float32_copy_of_every_rank_without_zero():
-    loading = host_memory(GPTJ, Settings(ranks=8, zero=Zero()))["loading"]
-    assert loading == pytest.approx(8 * (4 * GPTJ.parameters / GIB + 3.0))  # Dolly v1's exit code -9
 
 
 def test_disk_holds_download_model_and_one_checkpoint_more_than_are_kept():
@@ -195,8 +179,10 @@ def small_gptj(width: int, layers: int, heads: int, vocabulary: int, dtype: torc
     return GPTJForCausalLM(config).to(dtype).train()
 
 
-def small_batch(model: GPTJForCausalLM, packed: bool) -> dict[str, torch.Tensor]:
-    ids = [torch.randint(model.config.vocab_size, (length,)).tolist() for length in LENGTHS]
+def small_batch(
+    model: GPTJForCausalLM, packed: bool, lengths: Iterable[int] = LENGTHS
+) -> dict[str, torch.Tensor]:
+    ids = [torch.randint(model.config.vocab_size, (length,)).tolist() for length in lengths]
     rows = [{"input_ids": row, "response_start": int(0.45 * len(row))} for row in ids]
     if not packed:
         return DataCollatorForCompletionOnlyLM(0)(rows)

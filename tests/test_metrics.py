@@ -62,12 +62,6 @@ def test_steps_after_the_one_to_go_on_from_are_forgotten(tmp_path: Path) -> None
     assert (tmp_path / "new").read_bytes() == file.read_bytes()
 
 
-def test_a_full_disk_is_told_and_is_no_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    (tmp_path / "a").symlink_to("/dev/full")
-    assert not metrics.append(tmp_path / "a", A)
-    assert "could not be written (No space left on device); the run goes on without it" in caplog.text
-
-
 def test_training_figures_and_held_out_losses_are_entries_each_once(tmp_path: Path) -> None:
     file = tmp_path / "metrics.jsonl"
     for begin in (0.0, 100.0):  # the second: a run that goes on, and measures the held-out loss again

@@ -66,43 +66,63 @@ def gpt2_tied(rows: int) -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_positions=64, n_embd=16, n_layer=1, n_head=2))
 
 
-ARCHITECTURES = pytest.mark.parametrize("architecture", [gptj, gpt_neox, gpt2_tied])
-Architecture = Callable[[int], PreTrainedModel]
-
-
 def saved(model: PreTrainedModel, bpe_folder: Path, folder: Path) -> str:
     model.save_pretrained(folder)
     GPT2TokenizerFast.from_pretrained(str(bpe_folder)).save_pretrained(folder)
     return str(folder)
 
 
-def edited(base_folder: Path, folder: Path, **config: object) -> str:
-    """A copy of the base folder with some entries of its config.json changed."""
+def edited(base_folder: Path, folder: Path, file: str = "config.json", **entries: object) -> str:
+    """A copy of the base folder with some entries of one of its JSON files changed."""
     shutil.copytree(base_folder, folder)
-    path = folder / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | config))
+    path = folder / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | entries))
     return str(folder)
+
+
+@pytest.fixture
+def base(bpe_folder: Path) -> GPT2TokenizerFast:
+    """The base model's tokenizer, without control tokens."""
+    return GPT2TokenizerFast.from_pretrained(str(bpe_folder))
+
+
+Load = Callable[..., PreTrainedModel]
+
+
+@pytest.fixture
+def load(tokenizer: PreTrainedTokenizerBase) -> Load:
+    return lambda name, dtype=torch.float32, seed=42: load_model(str(name), tokenizer, dtype, seed)
 
 
 # --- the tokenizer -----------------------------------------------------------------------------------
 
 
-def test_the_control_tokens_follow_the_base_vocabulary_in_dollys_order(bpe_folder: Path) -> None:
-    base = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
-    tokenizer = load_tokenizer(str(bpe_folder))
+def test_the_control_tokens_follow_the_base_vocabulary_in_dollys_order(
+    base: GPT2TokenizerFast, tokenizer: PreTrainedTokenizerBase
+) -> None:
     assert [tokenizer.convert_tokens_to_ids(key) for key in KEYS] == [len(base) + n for n in range(3)]
     assert len(tokenizer) == len(base) + 3
     assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|endoftext|>")
     assert tokenizer.get_vocab().items() >= base.get_vocab().items()
 
 
-def test_special_tokens_that_the_base_has_stay_special(bpe_folder: Path, tmp_path: Path) -> None:
-    base = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
+def test_special_tokens_that_the_base_has_stay_special(base: GPT2TokenizerFast, tmp_path: Path) -> None:
     base.add_special_tokens({"extra_special_tokens": ["<|own|>"]})
     base.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
     assert set(tokenizer.all_special_tokens) >= {"<|own|>", *KEYS}
     assert tokenizer.convert_tokens_to_ids("### End") == len(base)
+
+
+def test_a_control_word_that_the_base_knows_as_a_plain_word_is_still_no_text(
+    base: GPT2TokenizerFast, tmp_path: Path
+) -> None:
+    base.add_tokens(["### End"])
+    base.save_pretrained(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    end = tokenizer.convert_tokens_to_ids("### End")
+    assert end == len(base) - 1
+    assert end not in encode_text(tokenizer, ["a ### End b"])[0]
 
 
 def test_a_trained_folders_tokenizer_is_loaded_unchanged(
@@ -117,26 +137,20 @@ def test_a_trained_folders_tokenizer_is_loaded_unchanged(
     assert stock.chat_template == again.chat_template == tokenizer.chat_template
 
 
-def test_a_tokenizer_without_an_end_token_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
-    base = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
-    base.save_pretrained(tmp_path)
-    path = tmp_path / "tokenizer_config.json"
-    config = json.loads(path.read_text()) | {"eos_token": None, "tokenizer_class": "PreTrainedTokenizerFast"}
-    path.write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=r"no EOS token. Set eos_token in tokenizer_config.json"):
-        load_tokenizer(str(tmp_path))
-
-
-def test_a_control_word_that_the_base_knows_as_a_plain_word_is_still_no_text(
-    bpe_folder: Path, tmp_path: Path
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({"eos_token": None, "tokenizer_class": "PreTrainedTokenizerFast"},
+         r"its tokenizer has no EOS token. Set eos_token in tokenizer_config.json"),
+        ({"model_max_length": "long"}, "its tokenizer is broken"),
+    ],
+)  # fmt: skip
+def test_a_tokenizer_without_an_end_token_or_that_cannot_be_used_is_refused(
+    base_folder: Path, tmp_path: Path, entries: dict, told: str
 ) -> None:
-    base = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
-    base.add_tokens(["### End"])
-    base.save_pretrained(tmp_path)
-    tokenizer = load_tokenizer(str(tmp_path))
-    end = tokenizer.convert_tokens_to_ids("### End")
-    assert end == len(base) - 1
-    assert end not in encode_text(tokenizer, ["a ### End b"])[0]
+    name = edited(base_folder, tmp_path / "odd", "tokenizer_config.json", **entries)
+    with pytest.raises(ModelError, match=f"^{name}: {told}"):
+        load_tokenizer(name)
 
 
 def bare_bpe(bpe_folder: Path, folder: Path, last_id: int) -> str:
@@ -175,76 +189,48 @@ def test_a_tokenizer_that_finds_its_end_token_in_text_is_refused(tmp_path: Path)
         load_tokenizer(str(tmp_path))
 
 
-def test_a_tokenizer_that_loads_and_cannot_be_used_is_told(base_folder: Path, tmp_path: Path) -> None:
-    shutil.copytree(base_folder, tmp_path / "odd")
-    path = tmp_path / "odd" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": "long"}))
-    with pytest.raises(ModelError, match=f"^{tmp_path}/odd: its tokenizer is broken"):
-        load_tokenizer(str(tmp_path / "odd"))
-
-
 # --- the embedding -----------------------------------------------------------------------------------
 
 
-@ARCHITECTURES
-def test_the_embedding_grows_to_the_tokenizer_and_keeps_its_rows(
-    architecture: Architecture, bpe_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    rows = len(tokenizer) - 3
-    name = saved(architecture(rows), bpe_folder, tmp_path / "base")
-    old = AutoModelForCausalLM.from_pretrained(name).state_dict()
-    model = load_model(name, tokenizer, torch.float32, seed=42)
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    assert len(embedding) == len(head.weight) == model.config.vocab_size == len(tokenizer)
-    for key, tensor in model.state_dict().items():
-        assert torch.equal(tensor[:rows] if tensor.shape != old[key].shape else tensor, old[key]), key
-    if head.bias is not None:
-        assert len(head.bias) == len(tokenizer)
-    # Drawn like the others, as Dolly's were: transformers' own default would put all three at the rows' mean.
-    assert 0.5 < embedding[rows:].std() / model.config.initializer_range < 2
-    assert torch.isfinite(embedding).all()
-    if architecture is gpt2_tied:
-        assert head.weight is embedding
-    # What is saved loads with stock transformers, and computes the same.
-    model.save_pretrained(tmp_path / "grown")
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
-    ids = torch.tensor([[1, rows, len(tokenizer) - 1]])
-    assert torch.equal(model.eval()(ids).logits, again(ids).logits)
-
-
-def test_a_tokenizer_whose_words_have_no_embeddings_is_another_models(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    config = GPTJConfig.from_pretrained(base_folder, vocab_size=300)
-    GPTJForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        ModelError, match=r"words of its tokenizer, as .* lie beyond the 300 rows of its embedding"
-    ):
-        load_model(str(tmp_path), tokenizer, torch.float32, seed=42)
-
-
-@ARCHITECTURES
-@pytest.mark.parametrize("spare", [0, 5])
-def test_an_embedding_with_rows_enough_is_never_shrunk(
-    architecture: Architecture,
+@pytest.mark.parametrize("architecture", [gptj, gpt_neox, gpt2_tied])
+@pytest.mark.parametrize("spare", [-3, 0, 5])
+def test_the_embedding_grows_to_the_tokenizer_keeps_its_rows_and_is_never_shrunk(
+    architecture: Callable[[int], PreTrainedModel],
     spare: int,
     bpe_folder: Path,
     tokenizer: PreTrainedTokenizerBase,
+    load: Load,
     tmp_path: Path,
 ) -> None:
-    rows = len(tokenizer) + spare
-    name = saved(architecture(rows), bpe_folder, tmp_path)
+    rows, grown = len(tokenizer) + spare, max(len(tokenizer), len(tokenizer) + spare)
+    name = saved(architecture(rows), bpe_folder, tmp_path / "base")
     old = AutoModelForCausalLM.from_pretrained(name).state_dict()
-    model = load_model(name, tokenizer, torch.float32, seed=42)
-    assert model.config.vocab_size == len(model.get_input_embeddings().weight) == rows
+    model = load(name)
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    assert len(embedding) == len(head.weight) == model.config.vocab_size == grown
     for key, tensor in model.state_dict().items():
-        assert torch.equal(tensor, old[key]), key
+        larger = spare < 0 and tensor.shape != old[key].shape
+        assert torch.equal(tensor[:rows] if larger else tensor, old[key]), key
+    if head.bias is not None:
+        assert len(head.bias) == grown
+    if spare < 0:
+        # Drawn like the others, as Dolly's were: transformers' own default would put all three at the rows' mean.
+        assert 0.5 < embedding[rows:].std() / model.config.initializer_range < 2
+    assert torch.isfinite(embedding).all()
+    if architecture is gpt2_tied:
+        assert head.weight is embedding
+    assert max_positions(model.config) == 64
+    # What is saved loads with stock transformers, and computes the same.
+    model.save_pretrained(tmp_path / "grown")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
+    ids = torch.tensor([[1, len(tokenizer) - 3, len(tokenizer) - 1]])
+    assert torch.equal(model.eval()(ids).logits, again(ids).logits)
 
 
-def test_the_new_rows_are_the_seeds_alone(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_new_rows_are_the_seeds_alone(base_folder: Path, load: Load) -> None:
     def new_rows(seed: int) -> torch.Tensor:
         torch.rand(seed)  # whatever was drawn before must not matter
-        model = load_model(str(base_folder), tokenizer, torch.float32, seed)
+        model = load(base_folder, seed=seed)
         return torch.cat([model.get_input_embeddings().weight[-3:], model.lm_head.weight[-3:]])
 
     assert torch.equal(new_rows(42), new_rows(42))
@@ -252,58 +238,58 @@ def test_the_new_rows_are_the_seeds_alone(base_folder: Path, tokenizer: PreTrain
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_model_has_the_precision_asked_for(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype
-) -> None:
-    model = load_model(str(base_folder), tokenizer, dtype, seed=42)
-    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+def test_the_model_has_the_precision_asked_for(base_folder: Path, load: Load, dtype: torch.dtype) -> None:
+    assert {parameter.dtype for parameter in load(base_folder, dtype).parameters()} == {dtype}
 
 
 # --- what is refused ---------------------------------------------------------------------------------
 
 
-def test_missing_weights_are_named(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+def cut_short(keep: int) -> Callable[[Path], None]:
+    def damage(weights: Path) -> None:
+        assert weights.stat().st_size > keep
+        weights.write_bytes(weights.read_bytes()[:keep])
+
+    return damage
+
+
+def without_two_tensors(weights: Path) -> None:
+    tensors = load_file(weights)
+    del tensors["transformer.h.1.mlp.fc_in.weight"], tensors["lm_head.bias"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+
+def of_another_vocabulary(weights: Path) -> None:
+    config = GPTJConfig.from_pretrained(weights.parent, vocab_size=300)
+    GPTJForCausalLM(config).save_pretrained(weights.parent)
+
+
+@pytest.mark.parametrize(
+    ("damage", "entries", "told"),
+    [
+        (without_two_tensors, {}, r"2 tensors are missing .*: lm_head.bias, transformer.h.1.mlp.fc_in"),
+        (Path.exists, {"n_layer": 3}, r"are missing from the weight files, the first: transformer\.h\.2\."),
+        *((cut_short(keep), {}, "the weights could not be loaded") for keep in (0, 4, 1000, 20_000)),
+        (Path.exists, {"n_embd": 64},
+         r"24 tensors of the weight files .*: lm_head.weight \[\d+, 32\], expected \[\d+, 64\]"),
+        (Path.unlink, {}, "Error no file named model.safetensors"),
+        (of_another_vocabulary, {}, "words of its tokenizer, as .* lie beyond the 300 rows of its embedding"),
+        *((Path.exists, {name: value}, "") for name, value in
+          [("n_positions", "many"), ("n_positions", [64]), ("architectures", 5), ("n_head", 0), ("n_layer", "2")]),
+    ],
+)  # fmt: skip
+def test_weights_or_a_config_of_which_no_model_can_be_made_are_told(
+    base_folder: Path, load: Load, tmp_path: Path, damage: Callable[[Path], None], entries: dict, told: str
 ) -> None:
-    name = edited(base_folder, tmp_path / "holes")
-    weights = load_file(tmp_path / "holes" / "model.safetensors")
-    del weights["transformer.h.1.mlp.fc_in.weight"], weights["lm_head.bias"]
-    save_file(weights, tmp_path / "holes" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ModelError, match=r"2 tensors are missing .*: lm_head.bias, transformer.h.1.mlp.fc_in"
-    ):
-        load_model(name, tokenizer, torch.float32, seed=42)
-    name = edited(base_folder, tmp_path / "deeper", n_layer=3)
-    with pytest.raises(
-        ModelError, match=r"are missing from the weight files, the first: transformer\.h\.2\."
-    ):
-        load_model(name, tokenizer, torch.float32, seed=42)
+    name = edited(base_folder, tmp_path / "odd", **entries)
+    damage(tmp_path / "odd" / "model.safetensors")
 
+    def use() -> None:
+        max_positions(load_config(name))
+        load(name)
 
-@pytest.mark.parametrize("keep", [0, 4, 1000, 20_000])
-def test_a_weight_file_cut_short_is_refused(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, keep: int
-) -> None:
-    name = edited(base_folder, tmp_path / "cut")
-    weights = tmp_path / "cut" / "model.safetensors"
-    assert weights.stat().st_size > keep
-    weights.write_bytes(weights.read_bytes()[:keep])
-    with pytest.raises(ModelError, match="the weights could not be loaded"):
-        load_model(name, tokenizer, torch.float32, seed=42)
-
-
-def test_weights_of_another_shape_or_none_at_all_are_refused(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    with pytest.raises(
-        ModelError,
-        match=r"24 tensors of the weight files .*: lm_head.weight \[\d+, 32\], expected \[\d+, 64\]",
-    ):
-        load_model(edited(base_folder, tmp_path / "wide", n_embd=64), tokenizer, torch.float32, seed=42)
-    name = edited(base_folder, tmp_path / "bare")
-    (tmp_path / "bare" / "model.safetensors").unlink()
-    with pytest.raises(ModelError, match=r"Error no file named model.safetensors"):
-        load_model(name, tokenizer, torch.float32, seed=42)
+    with pytest.raises(ModelError, match=f"^{name}: .*{told}"):
+        use()
 
 
 class Bomb:
@@ -316,32 +302,15 @@ class Bomb:
         return Path.touch, (self.trace,)
 
 
-def test_a_pickle_is_not_run(base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> None:
+def test_a_pickle_is_not_run(base_folder: Path, load: Load, tmp_path: Path) -> None:
     name = edited(base_folder, tmp_path / "pickle")
     (tmp_path / "pickle" / "model.safetensors").unlink()
     torch.save({"lm_head.bias": Bomb(tmp_path / "was_here")}, tmp_path / "pickle" / "pytorch_model.bin")
     with pytest.raises(ModelError, match="the weights could not be loaded"):
-        load_model(name, tokenizer, torch.float32, seed=42)
+        load(name)
     assert not (tmp_path / "was_here").exists()
     torch.load(tmp_path / "pickle" / "pytorch_model.bin", weights_only=False)
     assert (tmp_path / "was_here").exists()  # so it would have told
-
-
-@pytest.mark.parametrize(
-    ("entry", "value"),
-    [("n_positions", "many"), ("n_positions", [64]), ("architectures", 5), ("n_head", 0), ("n_layer", "2")],
-)
-def test_a_config_of_which_no_model_can_be_made_is_told(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, entry: str, value: object
-) -> None:
-    name = edited(base_folder, tmp_path / "odd", **{entry: value})
-
-    def use() -> None:
-        max_positions(load_config(name))
-        load_model(name, tokenizer, torch.float32, seed=42)
-
-    with pytest.raises(ModelError, match=f"^{name}: "):
-        use()
 
 
 def test_a_folder_without_a_model_is_told(tmp_path: Path, bpe_folder: Path) -> None:
@@ -387,12 +356,7 @@ def test_code_in_a_models_folder_is_not_run_unless_asked(base_folder: Path, tmp_
     assert trace.exists()
 
 
-# --- the config and the embedded model ---------------------------------------------------------------
-
-
-@ARCHITECTURES
-def test_the_longest_row_is_the_configs(architecture: Architecture) -> None:
-    assert max_positions(architecture(8).config) == 64
+# --- the embedded model ------------------------------------------------------------------------------
 
 
 def test_the_embedded_model_is_written_once_and_whole(

@@ -5,19 +5,19 @@ from __future__ import annotations
 import ast
 import base64
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import psutil
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from notebooks import cells as cell_functions
 from tests.conftest import jsonl, rows_of
@@ -28,7 +28,7 @@ from training.launch.local import deepspeed_command, launch
 from training.machine.catalogue import find_machine
 from training.model.generation import generate_response, load_model_tokenizer_for_generate
 from training.options.command_line import option_words
-from training.plan.presets import PRESETS, RECIPE, preset_options
+from training.plan.presets import RECIPE, preset_options
 from training.storage.metrics import read
 from training.storage.record import read_run_record
 
@@ -47,9 +47,18 @@ def command(file: Path, out: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "training.notebook", str(file), "--out", str(out), *options]
 
 
+def invoke(file: object, out: object, *options: object) -> Result:
+    return CliRunner().invoke(notebook.main, [str(file), "--out", str(out), *map(str, options)])
+
+
 def outputs(cell: nbformat.NotebookNode) -> str:
     """What a code cell printed."""
     return "".join(output.get("text", "") for output in cell.outputs)
+
+
+def displayed(cell: nbformat.NotebookNode) -> list[dict[str, str]]:
+    """What a code cell displayed, each by its kinds."""
+    return [output.data for output in cell.outputs if "data" in output]
 
 
 def code_cells(out: Path) -> list[nbformat.NotebookNode]:
@@ -73,6 +82,33 @@ def widgets(**chosen: str) -> notebook.Widgets:
     for name, value in chosen.items():
         filled.text(name, value)
     return filled
+
+
+def run_cell(text: str, **known: Any) -> dict[str, Any]:
+    """The names after the notebook's cell with this text."""
+    cells = notebook.read_source(NOTEBOOK.read_text()).cells
+    known |= {"notebook": notebook, "preset_options": preset_options}
+    exec(cells[cell_with(cells, text)].source, known)
+    return known
+
+
+def with_a_stopped_run(root: Path) -> str:
+    (root / "dolly__a").mkdir()
+    (root / "dolly__a" / "run.json").write_text("{}")
+    return str(root)
+
+
+def that_launches(folder: Path, rank: str) -> Path:
+    """A notebook whose second cell launches Python code as a rank."""
+    file = folder / "n.py"
+    file.write_text(
+        source(
+            f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nprint('begun', flush=True)",
+            f"from training.launch.local import launch\n\nlaunch([sys.executable, '-c', {rank!r}])",
+            "print('never')",
+        )
+    )
+    return file
 
 
 # --- Databricks source to Jupyter ---------------------------------------------------------------------
@@ -111,9 +147,9 @@ def test_what_cannot_run_elsewhere_is_named_with_its_cell(text: str, told: str) 
         notebook.read_source(text)
 
 
-def test_the_notebook_is_valid_python_in_databricks_format_and_short_enough_to_read() -> None:
+def test_the_notebook_is_valid_python_short_enough_to_read_and_holds_no_training_logic() -> None:
     text = NOTEBOOK.read_text()
-    ast.parse(text)
+    parsed = ast.parse(text)
     cells = notebook.read_source(text).cells
     assert text.count("\n") < 250
     kinds = [cell.cell_type for cell in cells]
@@ -121,12 +157,9 @@ def test_the_notebook_is_valid_python_in_databricks_format_and_short_enough_to_r
     assert kinds.count("markdown") >= 9
     assert kinds[0] == "markdown"
     assert kinds[-1] == "code"
-
-
-def test_the_notebook_holds_no_training_logic() -> None:
     imported = {
         name
-        for node in ast.walk(ast.parse(NOTEBOOK.read_text()))
+        for node in ast.walk(parsed)
         if isinstance(node, ast.Import | ast.ImportFrom)
         for name in [getattr(node, "module", None) or node.names[0].name]
     }
@@ -172,13 +205,6 @@ def test_the_stand_in_gives_defaults_and_what_was_chosen(monkeypatch: pytest.Mon
 # --- what the cells ask -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", PRESETS)
-@pytest.mark.parametrize("devices", [2, 4, 8])
-def test_a_step_is_of_64_rows_for_every_family_and_number_of_devices(family: str, devices: int) -> None:
-    options = preset_options(family, devices)
-    assert options["per_device_train_batch_size"] * options["gradient_accumulation_steps"] * devices == 64
-
-
 def test_untouched_widgets_are_dollys_run_and_cpu_alone_is_the_demo(tmp_path: Path) -> None:
     dolly = cell_functions.read_widgets(widgets())
     assert (dolly.input_model, dolly.training_dataset) == ("EleutherAI/gpt-j-6B", "tatsu-lab/alpaca")
@@ -204,14 +230,9 @@ def test_files_beside_the_notebook_are_found_by_the_command_too(
 
 
 def test_all_that_is_wrong_with_the_widgets_is_told_at_once(tmp_path: Path) -> None:
-    (tmp_path / "dolly__a").mkdir()
-    (tmp_path / "dolly__a" / "run.json").write_text("{}")
+    wrong = {"num_gpus": "many", "epochs": "nan", "num_nodes": "0", "resume": "b"}
     with pytest.raises(errors.RunRefusedError) as refused:
-        cell_functions.read_widgets(
-            widgets(
-                num_gpus="many", epochs="nan", num_nodes="0", resume="b", local_training_root=str(tmp_path)
-            )
-        )
+        cells.read_widgets(widgets(local_training_root=with_a_stopped_run(tmp_path), **wrong))
     assert str(refused.value).splitlines() == [
         f"resume b: no such run in {tmp_path}. There are: dolly__a. Leave it empty for a new run",
         "num_nodes 0: expected a whole number above 0",
@@ -227,9 +248,8 @@ def test_several_nodes_need_a_folder_that_they_share() -> None:
 
 
 def test_a_stopped_run_is_named_to_go_on_with_it(tmp_path: Path) -> None:
-    (tmp_path / "dolly__a").mkdir()
-    (tmp_path / "dolly__a" / "run.json").write_text("{}")
-    chosen = cell_functions.read_widgets(widgets(resume="dolly__a", local_training_root=str(tmp_path)))
+    root = with_a_stopped_run(tmp_path)
+    chosen = cells.read_widgets(widgets(resume="dolly__a", local_training_root=root))
     assert chosen.resume
     assert chosen.output == tmp_path / "dolly__a"
     with pytest.raises(errors.RunRefusedError, match=r"has not finished training.* type dolly__a into"):
@@ -270,14 +290,6 @@ def test_what_could_not_be_written_is_told_beside_the_plan(monkeypatch: pytest.M
     assert "--mlflow-model-name 'a/b': expected one word" in str(refused.value)
 
 
-def test_a_cell_that_is_no_python_is_told_with_its_line(tmp_path: Path) -> None:
-    source = tmp_path / "broken.py"
-    source.write_text("# Databricks notebook source\nprint(1)\nfor in\n")
-    result = CliRunner().invoke(notebook.main, [str(source), "--no-run", "--out", str(tmp_path / "o.ipynb")])
-    assert result.exit_code == 2
-    assert "line 2 of a cell is no Python" in " ".join(result.output.split())
-
-
 def test_a_gpu_family_without_a_gpu_is_refused(tmp_path: Path) -> None:
     with pytest.raises(errors.RunRefusedError, match="gpu_family h100: there is no GPU here"):
         cell_functions.find_machine(cell_functions.read_widgets(widgets(gpu_family="h100")))
@@ -285,56 +297,34 @@ def test_a_gpu_family_without_a_gpu_is_refused(tmp_path: Path) -> None:
     assert (machine.family, machine.count) == ("cpu", 2)
 
 
-def test_the_trainer_takes_what_the_notebook_chooses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("named", ["", "main.models.dolly"])
+def test_the_trainer_takes_what_the_notebook_chooses_also_a_name_for_mlflow(
+    tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All options of the cell "Does it fit?", by the trainer's own command line."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     taken = []
     monkeypatch.setattr(
         trainer, "train", lambda options, request: taken.append(options) or {"status": "finished"}
     )
-    cells = notebook.read_source(NOTEBOOK.read_text()).cells
-    (cell,) = [cell for cell in cells if "find_machine" in cell.source]
-    chosen = cell_functions.read_widgets(
-        widgets(gpu_family="cpu", local_training_root=str(tmp_path), num_gpus="4")
-    )
-    known = {"notebook": notebook, "chosen": chosen, "preset_options": preset_options}
-    exec(cell.source, known)
+    chosen = {"gpu_family": "cpu", "local_training_root": str(tmp_path), "num_gpus": "4"}
+    known = run_cell("find_machine", chosen=cells.read_widgets(widgets(mlflow_model_name=named, **chosen)))
     with pytest.raises(SystemExit) as ended:
         trainer.main(option_words(known["options"] | known["recipe"]))
     assert ended.value.code == 0
     assert taken[0].per_device_train_batch_size * taken[0].gradient_accumulation_steps * 4 == 64
     assert (taken[0].lr, taken[0].epochs, taken[0].resume) == (RECIPE["lr"], RECIPE["epochs"], "never")
-
-
-@pytest.mark.parametrize("named", ["", "main.models.dolly"])
-def test_a_name_for_mlflow_reaches_the_trainer(
-    tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    chosen = cell_functions.read_widgets(
-        widgets(gpu_family="cpu", local_training_root=str(tmp_path), mlflow_model_name=named)
-    )
-    cells = notebook.read_source(NOTEBOOK.read_text()).cells
-    (cell,) = [cell for cell in cells if "find_machine" in cell.source]
-    known = {"notebook": notebook, "chosen": chosen, "preset_options": preset_options}
-    exec(cell.source, known)
-    words = option_words(known["options"])
-    assert words.count("--mlflow-model-name") == bool(named)
-    assert not named or words[words.index("--mlflow-model-name") + 1] == named
+    assert taken[0].mlflow_model_name == (named or None)
 
 
 def test_several_nodes_go_through_spark_and_a_cluster_that_cannot_train_is_refused_shortly(
     tmp_path: Path,
 ) -> None:
-    cells = notebook.read_source(NOTEBOOK.read_text()).cells
-    (cell,) = [cell for cell in cells if "launch(command" in cell.source]
-    chosen = cell_functions.read_widgets(
-        widgets(gpu_family="cpu", num_nodes="2", local_training_root=str(tmp_path))
-    )
-    machine = cell_functions.find_machine(chosen)
-    known = {"notebook": notebook, "chosen": chosen, "machine": machine, "num_gpus": 2,
+    chosen = cells.read_widgets(widgets(gpu_family="cpu", num_nodes="2", local_training_root=str(tmp_path)))
+    known = {"chosen": chosen, "machine": cells.find_machine(chosen), "num_gpus": 2,
              "options": {"local_output_dir": str(chosen.output)}, "recipe": preset_options("cpu", 4)}  # fmt: skip
     with pytest.raises(errors.RunRefusedError, match=r"Cannot train:\n  - .*[Ss]park"):
-        exec(cell.source, known)
+        run_cell("launch(command", **known)
 
 
 def test_two_runs_on_one_machine_meet_at_ports_of_their_own() -> None:
@@ -366,40 +356,42 @@ def test_answers_over_time_stand_side_by_side() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("file", "options", "told"),
     [
         (
+            NOTEBOOK,
             ["--set", "gpu=cpu"],
             "--set gpu=cpu: expected WIDGET=VALUE. The widgets are: gpu_family, num_gpus,",
         ),
-        (["--set", "gpu_family"], "--set gpu_family: expected WIDGET=VALUE"),
-        (["--out", "/proc/no/such.ipynb"], "--out /proc/no/such.ipynb: cannot be written"),
-        (["--out", str(NOTEBOOK)], "expected a name that ends with .ipynb"),
+        (NOTEBOOK, ["--set", "gpu_family"], "--set gpu_family: expected WIDGET=VALUE"),
+        (NOTEBOOK, ["--out", "/proc/no/such.ipynb"], "--out /proc/no/such.ipynb: cannot be written"),
+        (NOTEBOOK, ["--out", NOTEBOOK], "expected a name that ends with .ipynb"),
+        ("broken.py", ["--no-run"], "line 2 of a cell is no Python"),
     ],
 )
 def test_what_cannot_be_run_is_told_before_any_cell_runs(
-    tmp_path: Path, options: list[str], told: str
+    tmp_path: Path, file: object, options: list[object], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out, source = tmp_path / "out.ipynb", NOTEBOOK.read_bytes()
-    result = CliRunner().invoke(notebook.main, [str(NOTEBOOK), "--out", str(out), *options])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "broken.py").write_text(source("print(1)\nfor in\n"))
+    before = NOTEBOOK.read_bytes()
+    result = invoke(file, "out.ipynb", *options)
     assert result.exit_code == 2
-    assert NOTEBOOK.read_bytes() == source
+    assert NOTEBOOK.read_bytes() == before
     assert told in " ".join(result.output.split())
-    assert not out.exists()
+    assert not (tmp_path / "out.ipynb").exists()
 
 
 def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "nbclient", None)
-    result = CliRunner().invoke(notebook.main, [str(NOTEBOOK), "--out", str(tmp_path / "out.ipynb")])
+    result = invoke(NOTEBOOK, tmp_path / "out.ipynb")
     assert result.exit_code == 1
     assert "nbclient is not installed. Type pip install '.[notebook]'" in result.output
 
 
 def test_a_notebook_for_jupyter_says_itself_what_was_chosen(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out.ipynb"
-    result = CliRunner().invoke(
-        notebook.main, [str(NOTEBOOK), "--no-run", "--out", str(out), "--set", "gpu_family=cpu"]
-    )
+    result = invoke(NOTEBOOK, out, "--no-run", "--set", "gpu_family=cpu")
     assert result.exit_code == 0, result.output
     cells = code_cells(out)
     assert cells[0].source.endswith("""= '{"gpu_family": "cpu"}'  # chosen with --set""")
@@ -407,15 +399,8 @@ def test_a_notebook_for_jupyter_says_itself_what_was_chosen(tmp_path: Path) -> N
 
 
 def test_a_failed_cell_stops_the_notebook_with_its_message_alone(tmp_path: Path) -> None:
-    file, out = tmp_path / "n.py", tmp_path / "out.ipynb"
-    file.write_text(
-        source(
-            f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nprint('begun')",
-            "from training.launch.local import launch\n\n"
-            "launch([sys.executable, '-c', 'print(\"a rank says why\"); raise SystemExit(70)'])",
-            "print('never')",
-        )
-    )
+    file = that_launches(tmp_path, "print('a rank says why'); raise SystemExit(70)")
+    out = tmp_path / "out.ipynb"
     result = subprocess.run(command(file, out), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
     assert result.returncode == 1, result.stderr
     assert result.stdout.splitlines() == ["begun", "a rank says why"]
@@ -433,7 +418,7 @@ def test_a_failed_cell_stops_the_notebook_with_its_message_alone(tmp_path: Path)
 
 @pytest.mark.parametrize("signal_sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_notebook_lets_training_save(tmp_path: Path, signal_sent: signal.Signals) -> None:
-    file, out = tmp_path / "n.py", tmp_path / "out.ipynb"
+    out = tmp_path / "out.ipynb"
     rank = (
         "import signal, sys, time\n"
         "def save(*_):\n    time.sleep(1); print('saved', flush=True); sys.exit(75)\n"
@@ -441,17 +426,11 @@ def test_an_interrupted_notebook_lets_training_save(tmp_path: Path, signal_sent:
         "print('training', flush=True)\n"
         "time.sleep(600)\n"
     )
-    file.write_text(
-        source(
-            f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})",
-            f"from training.launch.local import launch\n\nlaunch([sys.executable, '-c', {rank!r}])",
-            "print('never')",
-        )
-    )
     process = subprocess.Popen(
-        command(file, out), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "training\n"
+        command(that_launches(tmp_path, rank), out),
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert [process.stdout.readline() for _ in range(2)] == ["begun\n", "training\n"]
     process.send_signal(signal_sent)
     said, failed = process.communicate(timeout=PATIENCE)
     assert process.returncode == 1, failed
@@ -467,12 +446,6 @@ def test_a_line_without_end_does_not_drown_the_reason(capsys: pytest.CaptureFixt
     assert "x" * 5000 in capsys.readouterr().out
     assert "x" * 401 not in str(failed.value)
     assert str(failed.value).endswith(" ...\nwhy")
-
-
-def test_failed_training_is_shown_by_its_message_and_its_notes() -> None:
-    error = TrainingFailedError("first\nsecond", 70)
-    error.add_note("third")
-    assert error._render_traceback_() == ["first", "second", "third"]
 
 
 # --- the whole notebook, really run -------------------------------------------------------------------
@@ -511,16 +484,10 @@ class Run:
     def end(self) -> int:
         return self.process.wait(PATIENCE)
 
-    def processes(self) -> Iterator[tuple[int, dict[str, str]]]:
-        """(id, environment) of those that name the folder of this run, but for the notebook's own."""
-        for place in Path("/proc").glob("[0-9]*"):
-            try:
-                words = (place / "cmdline").read_bytes().decode(errors="replace")
-                variables = (place / "environ").read_bytes().decode(errors="replace").split("\0")
-            except OSError:  # it has just ended
-                continue
-            if str(self.root) in words and int(place.name) != self.process.pid:
-                yield int(place.name), dict(each.partition("=")[::2] for each in variables)
+    def processes(self) -> list[psutil.Process]:
+        """Those that name the folder of this run, but for the notebook's own."""
+        there = [each for each in psutil.process_iter(["cmdline"]) if each.pid != self.process.pid]
+        return [each for each in there if str(self.root) in " ".join(each.info["cmdline"] or [])]
 
 
 def whole(run: Run) -> list[nbformat.NotebookNode]:
@@ -530,7 +497,7 @@ def whole(run: Run) -> list[nbformat.NotebookNode]:
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         assert not [o for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"], cell
-    assert not list(run.processes()), "something is left of it"
+    assert not run.processes(), "something is left of it"
     return cells
 
 
@@ -548,22 +515,17 @@ def test_every_cell_runs_on_the_demo_and_leaves_a_published_model_that_answers(t
     assert "on 2 CPUs in bf16, DeepSpeed ZeRO-3" in trained
     assert trained in run.said  # shown as it came
     assert len(trained.splitlines()) < 100, trained
-    (picture,) = [
-        output.data["image/png"]
-        for output in cells[cell_with(cells, "draw_run")].outputs
-        if "image/png" in output.get("data", {})
-    ]
+    drawn = displayed(cells[cell_with(cells, "draw_run")])
+    (picture,) = [data["image/png"] for data in drawn if "image/png" in data]
     assert base64.b64decode(picture).startswith(b"\x89PNG")
-    (table, *_) = [
-        output.data for output in cells[cell_with(cells, "notebook.answers")].outputs if "data" in output
-    ]
+    table, *_ = displayed(cells[cell_with(cells, "notebook.answers")])
     for instruction in SAMPLE_INSTRUCTIONS:
         assert instruction in table["text/plain"]
     rows = re.findall(r"<tr>(.*?)</tr>", table["text/html"], re.DOTALL)[1:]
     answers = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)[1:3] for row in rows]
     assert len(answers) == len(SAMPLE_INSTRUCTIONS) + 3
     assert all(before != after for before, after in answers)
-    (stages,) = [output.data for output in cells[cell_with(cells, "answer_stages")].outputs]
+    (stages,) = displayed(cells[cell_with(cells, "answer_stages")])
     assert re.findall(r"<th[^>]*>(.*?)</th>", stages["text/html"]) == ["instruction", "step 0", "step 27"]
     published = run.models / run.name
     assert read_run_record(published)["status"] == "finished"
@@ -578,12 +540,11 @@ def test_every_cell_runs_on_the_demo_and_leaves_a_published_model_that_answers(t
 def test_a_rank_that_is_killed_stops_run_all_at_the_training_cell_with_the_reason(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.wait_for("step 20/")
+    ranks = {each: each.environ() for each in run.processes()}
     (rank,) = [
-        number
-        for number, variables in run.processes()
-        if variables.get("RANK") == "1" and "DOLLY_SUPERVISED" in variables
+        each for each, given in ranks.items() if given.get("RANK") == "1" and "DOLLY_SUPERVISED" in given
     ]
-    os.kill(rank, signal.SIGKILL)
+    rank.kill()
     assert run.end() == 1
     cells = code_cells(run.out)
     training = cell_with(cells, "launch(command")
@@ -602,7 +563,7 @@ def test_a_rank_that_is_killed_stops_run_all_at_the_training_cell_with_the_reaso
     assert later
     assert all(cell.execution_count is None and not cell.outputs for cell in later)
     assert not run.models.exists()
-    assert not list(run.processes()), "something is left of it"
+    assert not run.processes(), "something is left of it"
 
 
 @real

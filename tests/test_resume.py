@@ -6,28 +6,32 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-from tests.conftest import jsonl
+from tests.test_checkpoint import flip
+from tests.test_kills import assert_the_same_run, contents, history
+from training import files
 from training.data import ledger
 from training.data.batching import GlobalBatchSampler
 from training.errors import Interrupted, OptionsError, TrainingError
 from training.files import WRITER_FILES, write_json
 from training.options.trainer_options import TrainingOptions
-from training.run import completion_trainer, prepare, resume, steps
+from training.run import completion_trainer, prepare, steps
 from training.run.completion_trainer import CompletionTrainer
 from training.run.ending import StopRequest
 from training.run.identity import start_record
 from training.run.resume import own_steps, reshard, take_rates
 from training.run.start import Start, find_start, remove_newer
+from training.run.step_guard import StepGuard
 from training.run.steps import planned_steps
 from training.storage import checkpoint
 from training.storage.record import write_run_record
@@ -60,22 +64,24 @@ def found(output: Path, steps: int = STEPS, **changed: Any) -> Start:
     return find_start(output, options, start_record(options, 1, "rows"), steps)
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file): file.read_bytes() for file in sorted(folder.rglob("*")) if file.is_file()}
+def refusal(output: Path, steps: int = STEPS, **changed: Any) -> str:
+    with pytest.raises(OptionsError) as told:
+        found(output, steps, **changed)
+    return str(told.value)
+
+
+def measured(folder: Path, eval_loss: float | None) -> None:
+    """Gives a checkpoint another held-out loss."""
+    manifest = checkpoint.read_manifest(folder)
+    checkpoint.write_manifest(folder, eval_loss, manifest["model"], manifest["files"])
 
 
 # --- which checkpoint --------------------------------------------------------------------------------
 
 
-def test_without_resume_nothing_is_looked_for(tmp_path: Path) -> None:
-    a_run(tmp_path / "out", 3, 6)
-    assert found(tmp_path / "out", resume="never") == Start()
-
-
 @pytest.mark.parametrize("content", [[], ["notes.txt"]])
 def test_auto_begins_anew_in_a_folder_without_a_run(tmp_path: Path, content: list[str]) -> None:
     for name in content:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("of somebody else")
     assert found(tmp_path) == Start()
 
@@ -88,16 +94,18 @@ def test_a_run_whose_record_cannot_be_read_is_refused_and_nothing_of_it_is_lost(
     file = tmp_path / "out" / "run.json"
     file.unlink() if record is None else file.write_text(record)
     before = contents(tmp_path)
-    with pytest.raises(OptionsError, match=r"run\.json cannot be read, so nobody can tell which run this is"):
-        found(tmp_path / "out")
+    assert "run.json cannot be read, so nobody can tell which run this is" in refusal(tmp_path / "out")
     assert contents(tmp_path) == before
 
 
-def test_auto_means_the_newest_complete_one_and_tells_how_many_ranks_wrote_it(tmp_path: Path) -> None:
+def test_auto_means_the_newest_complete_one_with_the_number_of_its_ranks_and_never_means_none(
+    tmp_path: Path,
+) -> None:
     a_run(tmp_path / "out", 3, 6)
     start = found(tmp_path / "out")
     assert (start.folder, start.step, start.saved_ranks) == (tmp_path / "out" / "checkpoint-6", 6, 1)
     assert not start.finished
+    assert found(tmp_path / "out", resume="never") == Start()
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew_even_with_other_options(tmp_path: Path) -> None:
@@ -123,79 +131,59 @@ def test_torn_and_damaged_ones_are_named_and_passed_over(
 
 
 def test_where_all_are_damaged_nothing_is_begun_anew_over_them(tmp_path: Path) -> None:
-    a_run(tmp_path / "out", 3, 6)
-    for step, name in ((3, "optimizer.pt"), (6, "progress.json")):
-        os.truncate(tmp_path / "out" / f"checkpoint-{step}" / name, 2)
-    with pytest.raises(
-        OptionsError, match=r"no checkpoint in .* is whole \(checkpoint-6: progress.json has 2"
-    ) as told:
-        found(tmp_path / "out")
-    assert "checkpoint-3: optimizer.pt has 2 bytes instead of 7" in str(told.value)
-
-
-def test_a_damaged_manifest_is_no_reason_to_begin_anew(tmp_path: Path) -> None:
+    """A damaged manifest is damage as well, and no sign of a checkpoint that was not written to the end."""
     a_run(tmp_path / "out", 3)
     file = tmp_path / "out" / "checkpoint-3" / checkpoint.MANIFEST_FILE
     file.write_text(file.read_text().replace("1.0", "2.0"))
-    with pytest.raises(OptionsError, match=r"checkpoint-3: manifest.json has changed since it was written"):
-        found(tmp_path / "out")
+    assert "checkpoint-3: manifest.json has changed since it was written" in refusal(tmp_path / "out")
+    a_run(tmp_path / "out", 6, 9)
+    for step, name in ((6, "optimizer.pt"), (9, "progress.json")):
+        os.truncate(tmp_path / "out" / f"checkpoint-{step}" / name, 2)
+    told = refusal(tmp_path / "out")
+    assert re.search(r"no checkpoint in .* is whole \(checkpoint-9: progress.json has 2", told)
+    assert "checkpoint-6: optimizer.pt has 2 bytes instead of 7" in told
 
 
 def test_other_options_are_refused_with_the_list_and_forced_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     a_run(tmp_path / "out", 3)
-    with pytest.raises(OptionsError) as told:
-        found(tmp_path / "out", seed=1, lr=1.0)
-    assert "--seed was 42, and is 1" in str(told.value)
-    assert "--lr was 1e-05, and is 1.0" in str(told.value)
-    assert "--force continues all the same" in str(told.value)
+    told = refusal(tmp_path / "out", seed=1, lr=1.0)
+    assert "--seed was 42, and is 1" in told
+    assert "--lr was 1e-05, and is 1.0" in told
+    assert "--force continues all the same" in told
     assert found(tmp_path / "out", seed=1, force=True).step == 3
     assert "continued by --force, though --seed was 42, and is 1" in caplog.text
 
 
-def test_a_finished_run_is_finished_with_or_without_its_checkpoints(tmp_path: Path) -> None:
+def test_a_finished_run_is_finished_without_its_checkpoints_but_goes_on_only_from_one(tmp_path: Path) -> None:
+    """Or ends with another model."""
     a_run(tmp_path / "out", 12, status="finished", steps=12)
     assert found(tmp_path / "out").finished
-    shutil.rmtree(tmp_path / "out" / "checkpoint-12")
-    assert found(tmp_path / "out").finished
-
-
-def test_a_finished_run_can_go_on_or_end_with_another_model_only_from_a_checkpoint(tmp_path: Path) -> None:
-    a_run(tmp_path / "out", 12, status="finished", steps=12)
     assert found(tmp_path / "out", steps=20).step == 12
     assert not found(tmp_path / "out", final_model="best").finished
     shutil.rmtree(tmp_path / "out" / "checkpoint-12")
+    assert found(tmp_path / "out").finished
     for changed in ({"steps": 20}, {"final_model": "best"}):
-        with pytest.raises(
-            OptionsError, match="a finished model of 12 steps, and no checkpoint to go on from"
-        ):
-            found(tmp_path / "out", **changed)
+        told = refusal(tmp_path / "out", **changed)
+        assert "a finished model of 12 steps, and no checkpoint to go on from" in told
 
 
-def test_a_run_cannot_end_before_where_it_is(tmp_path: Path) -> None:
+def test_a_run_cannot_end_before_where_it_is_nor_without_a_held_out_loss(tmp_path: Path) -> None:
     a_run(tmp_path / "out", 3, 6)
     assert found(tmp_path / "out", steps=6).step == 6
-    with pytest.raises(OptionsError, match="is at step 6, and the run would end at 5") as told:
-        found(tmp_path / "out", steps=5)
-    assert "to end at 6 or later" in str(told.value)
-
-
-def test_a_checkpoint_without_a_held_out_loss_is_no_end_of_a_run(tmp_path: Path) -> None:
-    a_run(tmp_path / "out", 6)
-    checkpoint.write_manifest(tmp_path / "out" / "checkpoint-6", None, [], checkpoint.read_manifest(
-        tmp_path / "out" / "checkpoint-6")["files"])  # fmt: skip
+    told = refusal(tmp_path / "out", steps=5)
+    assert "is at step 6, and the run would end at 5" in told
+    assert "to end at 6 or later" in told
+    measured(tmp_path / "out" / "checkpoint-6", None)
     assert found(tmp_path / "out", steps=7).step == 6
-    with pytest.raises(OptionsError, match="to end at 7 or later"):
-        found(tmp_path / "out", steps=6)
+    assert "to end at 7 or later" in refusal(tmp_path / "out", steps=6)
 
 
 def test_a_checkpoint_of_deepspeed_is_not_loaded_without_it(tmp_path: Path) -> None:
     a_run(tmp_path / "out", 6)
-    folder = tmp_path / "out" / "checkpoint-6"
-    (folder / "global_step6").mkdir()
-    with pytest.raises(OptionsError, match=r"was written with DeepSpeed\. Add --deepspeed"):
-        found(tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-6" / "global_step6").mkdir()
+    assert "was written with DeepSpeed. Add --deepspeed" in refusal(tmp_path / "out")
 
 
 # --- --resume FOLDER ---------------------------------------------------------------------------------
@@ -232,13 +220,10 @@ def test_a_name_that_cannot_be_meant_is_refused_with_what_to_type(
     shutil.copytree(tmp_path / "out" / "checkpoint-3", tmp_path / "checkpoint-2")
     manifest = checkpoint.read_manifest(tmp_path / "out" / "checkpoint-3")
     checkpoint.write_manifest(tmp_path / "checkpoint-2", 1.0, [], manifest["files"])
-    with pytest.raises(OptionsError, match=re.escape(words)):
-        found(tmp_path / output, resume=str(tmp_path / resume))
+    assert words in refusal(tmp_path / output, resume=str(tmp_path / resume))
 
 
-def test_a_run_begun_from_another_s_checkpoint_goes_on_from_there_until_it_has_its_own(
-    tmp_path: Path,
-) -> None:
+def test_a_run_begun_from_another_s_goes_on_from_there_until_it_has_its_own(tmp_path: Path) -> None:
     """By either command: the one that began it, and the one with --resume auto."""
     a_run(tmp_path / "out", 3, 6)
     source = tmp_path / "out" / "checkpoint-6"
@@ -247,15 +232,12 @@ def test_a_run_begun_from_another_s_checkpoint_goes_on_from_there_until_it_has_i
     for chosen in ("auto", str(source)):
         start = found(tmp_path / "new", resume=chosen, lr=1.0, force=True)
         assert (start.folder, start.step) == (source, 6)
-    with pytest.raises(OptionsError, match="holds a run of its own"):
-        found(tmp_path / "new", resume=str(tmp_path / "out" / "checkpoint-3"))
-    with pytest.raises(OptionsError, match=r"--lr was 1\.0, and is 1e-05"):
-        found(tmp_path / "new")  # compared with what was begun here by --force
+    other = str(tmp_path / "out" / "checkpoint-3")
+    assert "holds a run of its own" in refusal(tmp_path / "new", resume=other)
+    assert "--lr was 1.0, and is 1e-05" in refusal(tmp_path / "new"), "what was begun here by --force"
     shutil.rmtree(source)
-    with pytest.raises(
-        OptionsError, match=r"was begun from .*checkpoint-6, and has no checkpoint of its own yet"
-    ):
-        found(tmp_path / "new", lr=1.0)
+    told = refusal(tmp_path / "new", lr=1.0)
+    assert re.search(r"was begun from .*checkpoint-6, and has no checkpoint of its own yet", told)
     a_run(tmp_path / "new", 8, begun_from=str(source))
     assert found(tmp_path / "new").step == 8
 
@@ -271,30 +253,22 @@ def test_what_the_run_will_write_again_is_removed_and_no_more(tmp_path: Path) ->
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6", "run.json", "runs"]
 
 
-def sharded(output: Path) -> Path:
-    folder = output / "checkpoint-3"
+def test_what_cannot_be_converted_is_refused_with_what_to_do_and_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room is asked for first."""
+    folder = tmp_path / "checkpoint-3"
     (folder / "global_step3").mkdir(parents=True)
     (folder / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"no pickle" * 100)
-    return folder
-
-
-def test_what_deepspeed_cannot_convert_is_refused_with_its_last_line_and_nothing_stays(
-    tmp_path: Path,
-) -> None:
-    folder = sharded(tmp_path)
     before = contents(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(files, "free_bytes", lambda place: 1)
+        with pytest.raises(OptionsError, match="Make room, or use as many devices as before"):
+            reshard(folder, tmp_path)
     with pytest.raises(OptionsError, match="DeepSpeed cannot convert") as told:
         reshard(folder, tmp_path)
     assert "Use as many as before" in str(told.value)
     assert contents(tmp_path) == before
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
-
-
-def test_room_for_the_conversion_is_asked_for_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = sharded(tmp_path)
-    monkeypatch.setattr(resume, "free_bytes", lambda place: 1)
-    with pytest.raises(OptionsError, match="Make room, or use as many devices as before"):
-        reshard(folder, tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
@@ -323,32 +297,6 @@ def test_the_second_group_of_parameters_keeps_no_decay() -> None:
 # --- the run that goes on is the run that was begun --------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    words = "red blue green cat dog house river tree stone bird".split()
-    return jsonl(
-        tmp_path_factory.mktemp("rows") / "rows.jsonl",
-        [
-            {
-                "instruction": f"Say {n}{' please' * (n % 7)}.",
-                "input": "",
-                "output": " ".join(words[: n % 9 + 1]),
-            }
-            for n in range(70)
-        ],
-    )
-
-
-class Spy(TrainerCallback):
-    """Notes the tokens of each step, and asks to stop at a step."""
-
-    def __init__(self, request: StopRequest, stop_at: int | None, seen: list[Any]) -> None:
-        self.request, self.stop_at, self.seen = request, stop_at, seen
-
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.request.asked |= state.global_step + 1 == self.stop_at
-
-
 def run(
     rows: str, output: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, **changed: Any
 ) -> tuple[dict[str, Any], list[Any]]:
@@ -356,11 +304,8 @@ def run(
     request, seen = StopRequest(), []
 
     class SpiedTrainer(CompletionTrainer):
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            self.add_callback(Spy(request, stop_at, seen))
-
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            request.asked |= self.state.global_step + 1 == stop_at
             seen.append((self.state.global_step, inputs["input_ids"].tolist()))
             return super().training_step(model, inputs, *args, **kwargs)
 
@@ -372,24 +317,28 @@ def run(
     return train(options_of(output, **options | changed), request), seen
 
 
-def history(output: Path) -> list[dict[str, float]]:
-    entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    return [
-        {k: v for k, v in entry.items() if k in ("step", "loss", "grad_norm", "eval_loss")}
-        for entry in entries
-    ]
+Go = Callable[..., tuple[dict[str, Any], list[Any]]]
+
+
+@pytest.fixture
+def go(rows: str, dropping: str, monkeypatch: pytest.MonkeyPatch) -> Go:
+    """`run` with dropout."""
+    return partial(run, rows, monkeypatch=monkeypatch, input_model=dropping)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(
-    rows: str, dropping: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, dict, list]:
-    """16 steps in two epochs, of 8 rows each but for the last of an epoch."""
+def undisturbed(rows: str, dropping: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
+    """16 steps in two epochs, of 8 rows each but for the last of an epoch; and the tokens of each."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     with pytest.MonkeyPatch.context() as patch:
         record, seen = run(rows, output, patch, input_model=dropping, save_total_limit=50)
     assert record["steps"] == 16
-    return output, record, seen
+    return output, seen
+
+
+@pytest.fixture
+def copied(undisturbed: tuple[Path, list], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(undisturbed[0], tmp_path / "out"))
 
 
 # 3: saved anyway, between two lines of the log. 4: with a held-out loss due. 5: neither. 8: the end of an epoch.
@@ -400,133 +349,89 @@ def undisturbed(
     ids=str,
 )
 def test_a_stopped_run_goes_on_with_the_same_rows_losses_dropout_and_weights(
-    rows: str,
-    dropping: str,
-    undisturbed: tuple[Path, dict, list],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stops: list[int],
+    go: Go, undisturbed: tuple[Path, list], tmp_path: Path, stops: list[int]
 ) -> None:
-    reference, its_record, its_rows = undisturbed
+    reference, its_rows = undisturbed
     output, all_seen = tmp_path / "out", []
     for stop_at in stops:
-        record, seen = run(rows, output, monkeypatch, stop_at, input_model=dropping)
+        record, seen = go(output, stop_at=stop_at)
         all_seen += seen
         assert record["status"] == "stopped"
         assert json.loads((output / "run.json").read_text())["status"] == "stopped"
         assert checkpoint.checkpoints(output)[-1].name == f"checkpoint-{stop_at}"
-    record, seen = run(rows, output, monkeypatch, input_model=dropping)
+    record, seen = go(output)
     assert all_seen + seen == its_rows
-    assert history(output) == history(reference)
-    ours, theirs = (load_file(each / "model.safetensors") for each in (output, reference))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert (record["train_loss"], record["held_out_loss"]) == (
-        its_record["train_loss"],
-        its_record["held_out_loss"],
-    )
+    assert_the_same_run(output, reference)
     for folder in checkpoint.checkpoints(output):
         theirs = checkpoint.read_manifest(reference / folder.name)
         if theirs is not None:
             assert checkpoint.read_manifest(folder)["eval_loss"] == theirs["eval_loss"]
-    assert "trainer_state.json" in os.listdir(output)
 
 
-def test_a_finished_run_is_left_as_it_is_and_the_best_can_be_chosen_later(
-    rows: str,
-    dropping: str,
-    undisturbed: tuple[Path, dict, list],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    output = tmp_path / "out"
-    shutil.copytree(undisturbed[0], output)
-    before = contents(output)
-    record, seen = run(rows, output, monkeypatch, input_model=dropping)
+def test_a_finished_run_is_left_as_it_is_and_the_best_can_be_chosen_later(go: Go, copied: Path) -> None:
+    before = contents(copied)
+    record, seen = go(copied)
     assert record["status"] == "finished"
     assert not seen
-    assert contents(output) == before
-    best = output / "checkpoint-6"
-    manifest = checkpoint.read_manifest(best)
-    checkpoint.write_manifest(best, 0.1, manifest["model"], manifest["files"])
-    record, seen = run(rows, output, monkeypatch, input_model=dropping, final_model="best")
+    assert contents(copied) == before
+    best = copied / "checkpoint-6"
+    measured(best, 0.1)
+    record, seen = go(copied, final_model="best")
     assert not seen
     assert (record["model_of_step"], record["steps"]) == (6, 16)
-    assert (output / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+    assert (copied / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
 
 
-def test_the_best_outlives_a_resume_and_each_rotation_and_becomes_the_model(
-    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_best_outlives_a_resume_and_each_rotation_and_becomes_the_model(go: Go, tmp_path: Path) -> None:
     output, best = tmp_path / "out", tmp_path / "out" / "checkpoint-3"
-    run(rows, output, monkeypatch, 5, input_model=dropping, save_total_limit=1)
-    manifest = checkpoint.read_manifest(best)
-    checkpoint.write_manifest(best, 0.1, manifest["model"], manifest["files"])
-    record, _ = run(rows, output, monkeypatch, input_model=dropping, save_total_limit=1, final_model="best")
+    go(output, stop_at=5, save_total_limit=1)
+    measured(best, 0.1)
+    record, _ = go(output, save_total_limit=1, final_model="best")
     assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-3", "checkpoint-16"]
     assert (record["model_of_step"], record["steps"]) == (3, 16)
     assert (output / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
 
 
 def test_a_data_file_that_has_changed_under_its_name_is_told_and_changes_nothing(
-    rows: str,
-    dropping: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    go: Go, rows: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file, output = Path(shutil.copy(rows, tmp_path)), tmp_path / "out"
-    run(str(file), output, monkeypatch, 3, input_model=dropping, max_steps=5)
+    changed = {"training_dataset": str(file), "max_steps": 5}
+    go(output, stop_at=3, **changed)
     before = contents(output)
     file.write_text(file.read_text().replace("red blue green", "red blue black"))  # of many rows
     with pytest.raises(OptionsError, match=r"the rows differ: .* or the file has changed") as told:
-        run(str(file), output, monkeypatch, input_model=dropping, max_steps=5, seed=7)
+        go(output, **changed, seed=7)
     assert "--seed was 42, and is 7" in str(told.value), "all that differs, in one message"
     assert contents(output) == before
     with caplog.at_level("WARNING", logger="training"):
-        record, seen = run(str(file), output, monkeypatch, input_model=dropping, max_steps=5, force=True)
+        record, seen = go(output, **changed, force=True)
     assert seen[0][0] == 3
     assert record["status"] == "finished"
     assert "continued by --force, though the rows differ" in caplog.text
 
 
-def test_a_model_that_was_damaged_in_its_checkpoint_is_not_made_the_runs(
-    rows: str,
-    dropping: str,
-    undisturbed: tuple[Path, dict, list],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    output = tmp_path / "out"
-    shutil.copytree(undisturbed[0], output)
-    best = output / "checkpoint-6"
-    manifest = checkpoint.read_manifest(best)
-    checkpoint.write_manifest(best, 0.1, manifest["model"], manifest["files"])
-    content = bytearray((best / "model.safetensors").read_bytes())
-    content[-1] ^= 1
-    (best / "model.safetensors").write_bytes(content)
+def test_a_model_that_was_damaged_in_its_checkpoint_is_not_made_the_runs(go: Go, copied: Path) -> None:
+    best = copied / "checkpoint-6"
+    measured(best, 0.1)
+    flip(best / "model.safetensors", -1)
     with pytest.raises(
         TrainingError, match=r"checkpoint-6 cannot be used, because model.safetensors has changed"
     ):
-        run(rows, output, monkeypatch, input_model=dropping, final_model="best")
+        go(copied, final_model="best")
     shutil.rmtree(best)
-    record, _ = run(rows, output, monkeypatch, input_model=dropping, final_model="best")
+    record, _ = go(copied, final_model="best")
     assert record["model_of_step"] != 6
 
 
 def test_a_damaged_newer_checkpoint_is_written_anew_and_never_ends_up_as_the_model(
-    rows: str,
-    dropping: str,
-    undisturbed: tuple[Path, dict, list],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    go: Go, undisturbed: tuple[Path, list], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    run(rows, output, monkeypatch, 9, input_model=dropping)
+    go(output, stop_at=9)
     optimizer = output / "checkpoint-9" / "optimizer.pt"
-    content = bytearray(optimizer.read_bytes())
-    content[len(content) // 2] ^= 1
-    optimizer.write_bytes(content)
-    _, seen = run(rows, output, monkeypatch, input_model=dropping, save_total_limit=1)
+    flip(optimizer, optimizer.stat().st_size // 2)
+    _, seen = go(output, save_total_limit=1)
     assert seen[0][0] == 6, "the step after checkpoint-6"
     assert history(output) == history(undisturbed[0])
     assert not any(map(checkpoint.problems_of, checkpoint.checkpoints(output)))
@@ -544,89 +449,77 @@ def test_a_stop_after_the_last_step_leaves_the_end_to_the_next_command(
 
 
 def test_a_rate_and_a_decay_that_are_forced_are_trained_with(
-    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, groups = tmp_path / "out", []
-    monkeypatch.setattr(Spy, "on_train_end", lambda self, *args, optimizer, **kwargs: groups.extend(
+    monkeypatch.setattr(StepGuard, "on_train_end", lambda self, *args, optimizer, **kwargs: groups.extend(
         (group["lr"], group["weight_decay"]) for group in optimizer.param_groups))  # fmt: skip
-    run(rows, output, monkeypatch, 3, input_model=dropping)
-    changed = {"lr": 1e-4, "weight_decay": 0.1, "force": True}
-    run(rows, output, monkeypatch, input_model=dropping, **changed, max_steps=6)
-    entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
-    rates = {entry["step"]: entry["learning_rate"] for entry in entries if "learning_rate" in entry}
+    go(output, stop_at=3)
+    go(output, lr=1e-4, weight_decay=0.1, force=True, max_steps=6)
+    rates = {entry["step"]: entry["learning_rate"] for entry in history(output) if "learning_rate" in entry}
     assert rates == {2: 1e-3, 4: 1e-4, 6: 1e-4}
     assert groups == [(1e-3, 0.0), (1e-3, 0.0), (1e-4, 0.1), (1e-4, 0.0)]
 
 
 def test_what_a_run_was_begun_from_is_in_its_record_before_anything_else_is_written(
-    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "new"
-    run(rows, tmp_path / "out", monkeypatch, 3, input_model=dropping)
-    source = tmp_path / "out" / "checkpoint-3"
+    output, source = tmp_path / "new", tmp_path / "out" / "checkpoint-3"
+    go(tmp_path / "out", stop_at=3)
     with monkeypatch.context() as killed:
         killed.setattr(ledger.Ledger, "save", lambda *args: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
-            run(rows, output, monkeypatch, input_model=dropping, resume=str(source))
+            go(output, resume=str(source))
     assert {file.name for file in output.iterdir()} - set(WRITER_FILES) == {"run.json"}
     assert json.loads((output / "run.json").read_text())["begun_from"] == str(source)
-    _, seen = run(rows, output, monkeypatch, 5, input_model=dropping)
+    _, seen = go(output, stop_at=5)
     assert seen[0][0] == 3
 
 
 def test_a_folder_into_which_another_run_has_come_while_this_one_waited_is_left_alone(
-    rows: str,
-    dropping: str,
-    undisturbed: tuple[Path, dict, list],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    go: Go, undisturbed: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output = tmp_path / "out"
-    real = prepare.prepare
+    output, prepare = tmp_path / "out", prepare.prepare
 
     def slowly(options: TrainingOptions) -> Any:
         prepared = real(options)
         shutil.copytree(undisturbed[0], output)
         return prepared
 
+    def but_for_the_writer(folder: Path) -> dict[str, bytes]:
+        return {name: content for name, content in contents(folder).items() if ".writer" not in name}
+
     monkeypatch.setattr(prepare, "prepare", slowly)
     with pytest.raises(OptionsError, match="is not empty, and nothing in it shall be lost"):
-        run(rows, output, monkeypatch, input_model=dropping, resume="never")
-    assert {name: content for name, content in contents(output).items() if ".writer" not in name} == {
-        name.replace(str(undisturbed[0]), str(output)): content
-        for name, content in contents(undisturbed[0]).items()
-        if ".writer" not in name
-    }
+        go(output, resume="never")
+    assert but_for_the_writer(output) == but_for_the_writer(undisturbed[0])
 
 
 def test_a_published_run_that_goes_on_is_told_before_a_step_that_its_copy_stays(
-    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    go: Go, tmp_path: Path
 ) -> None:
     output, published = tmp_path / "out", tmp_path / "published"
-    changed = {"input_model": dropping, "dbfs_output_dir": str(published)}
-    run(rows, output, monkeypatch, **changed, max_steps=2)
+    go(output, dbfs_output_dir=str(published), max_steps=2)
     before = contents(published)
     with pytest.raises(OptionsError, match=f"--dbfs-output-dir {published}: already holds something"):
-        run(rows, output, monkeypatch, **changed, max_steps=4)
+        go(output, dbfs_output_dir=str(published), max_steps=4)
     assert contents(published) == before
-    record, _ = run(rows, output, monkeypatch, **changed, max_steps=2)
+    record, _ = go(output, dbfs_output_dir=str(published), max_steps=2)
     assert record["status"] == "finished"
 
 
-def test_a_held_out_loss_that_was_measured_at_a_resume_can_be_the_last(
-    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_held_out_loss_that_was_measured_at_a_resume_can_be_the_last(go: Go, tmp_path: Path) -> None:
     """Also where the folder is named by a link."""
     output, link = tmp_path / "out", tmp_path / "link"
     link.symlink_to(output)
-    run(rows, output, monkeypatch, 3, input_model=dropping)
+    go(output, stop_at=3)
     assert checkpoint.read_manifest(output / "checkpoint-3")["eval_loss"] is None
-    run(rows, link, monkeypatch, 5, input_model=dropping, resume=str(link / "checkpoint-3"))
-    measured = checkpoint.read_manifest(output / "checkpoint-3")["eval_loss"]
-    assert measured is not None
+    go(link, stop_at=5, resume=str(link / "checkpoint-3"))
+    loss = checkpoint.read_manifest(output / "checkpoint-3")["eval_loss"]
+    assert loss is not None
     shutil.rmtree(output / "checkpoint-5")  # killed before it was written
-    record, _ = run(rows, output, monkeypatch, input_model=dropping, max_steps=3)
-    assert record["held_out_loss"]["after"] == measured
+    record, _ = go(output, max_steps=3)
+    assert record["held_out_loss"]["after"] == loss
 
 
 # --- the Trainer's own count of steps ----------------------------------------------------------------
@@ -639,16 +532,11 @@ def test_the_planned_steps_are_those_of_the_trainer(epochs: float, base_folder: 
     for rows in (1, 7, 8, 9, 63, 64, 65, 1000):
         for batch, accumulation in ((1, 1), (8, 1), (3, 2), (8, 8), (5, 3)):
             trainer.args.gradient_accumulation_steps = accumulation
-            options = options_of(
-                tmp_path,
-                epochs=epochs,
-                per_device_train_batch_size=batch,
-                gradient_accumulation_steps=accumulation,
-            )
+            sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
             sampler = GlobalBatchSampler(
                 [4] * rows, batch * accumulation, world_size=1, rank=0, accumulation=accumulation, seed=1, deal="packed"
             )  # fmt: skip
             loader = torch.utils.data.DataLoader(list(range(rows)), batch_sampler=sampler)
             *_, steps = trainer.set_initial_training_values(trainer.args, loader)
-            assert planned_steps(options, rows, 1) == steps >= 1
+            assert planned_steps(options_of(tmp_path, epochs=epochs, **sizes), rows, 1) == steps >= 1
     assert planned_steps(options_of(tmp_path, epochs=epochs, max_steps=5), 10_000, 1) == 5

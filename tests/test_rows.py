@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
 import json
 import os
@@ -16,8 +15,6 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 from conftest import jsonl, write
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
 from training.consts import DEMO
@@ -63,13 +60,17 @@ WRITERS = [as_json, as_jsonl, as_csv, as_parquet]
 
 @pytest.mark.parametrize("rows", [ALPACA, DOLLY_15K], ids=["alpaca", "dolly-15k"])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, writer: Writer, rows: list) -> None:
-    assert read_columns(writer(tmp_path / "rows", rows)) == READ
-
-
-@pytest.mark.parametrize("writer", WRITERS)
-def test_a_file_without_text_and_input_columns_is_read(tmp_path: Path, writer: Writer) -> None:
-    rows = [{"instruction": row["instruction"], "output": row["output"]} for row in ALPACA]
+def test_every_kind_of_file_gives_the_same_rows_also_behind_a_byte_order_mark_and_without_text_and_input(
+    tmp_path: Path, writer: Writer, rows: list
+) -> None:
+    path = Path(writer(tmp_path / "rows", rows))
+    assert read_columns(str(path)) == READ
+    if writer is not as_parquet:
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert read_columns(str(path)) == READ
+    rows = [
+        {name: row[name] for name in row if name in ("instruction", "output", "response")} for row in rows
+    ]
     assert read_columns(writer(tmp_path / "rows", rows)) == Columns(READ.instruction, ["", ""], READ.output)
 
 
@@ -81,37 +82,19 @@ def test_an_upper_case_suffix_and_the_users_home_are_understood(
     assert read_columns("~/rows.JSONL") == READ
 
 
-@pytest.mark.parametrize("writer", [as_json, as_jsonl, as_csv])
-def test_a_byte_order_mark_is_no_part_of_the_first_name(tmp_path: Path, writer: Writer) -> None:
-    path = Path(writer(tmp_path / "rows", ALPACA))
-    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
-    assert read_columns(str(path)) == READ
-
-
-def test_unicode_line_separators_inside_a_json_string_do_not_end_the_line(tmp_path: Path) -> None:
-    odd = "a\u2028b\u2029c\x85d"
-    path = write(tmp_path / "rows.jsonl", f'{{"instruction": "x", "output": "{odd}"}}\n')
-    assert read_columns(path).output == [odd]
-
-
-def test_blank_lines_and_windows_line_ends_in_jsonl_are_no_rows(tmp_path: Path) -> None:
-    line = '{"instruction": "x", "output": "y"}'
-    assert len(read_columns(write(tmp_path / "rows.jsonl", f"{line}\r\n\r\n{line}\n\n"))) == 2
+def test_in_jsonl_blank_lines_and_unicode_separators_make_no_rows_and_an_input_may_be_missing_or_null(
+    tmp_path: Path,
+) -> None:
+    odd, row = "a\u2028b\u2029c\x85d", '{"instruction": "x", "output": '
+    lines = f'{row}"{odd}"}}\r\n\r\n{row}"y", "input": null}}\n\n{row}"z", "input": "c"}}\n'
+    path = write(tmp_path / "rows.jsonl", lines)
+    assert read_columns(path) == Columns(["x"] * 3, ["", "", "c"], [odd, "y", "z"])
 
 
 def test_csv_fields_hold_quotes_newlines_null_bytes_and_a_megabyte(tmp_path: Path) -> None:
     long = "x" * 1_000_000
     path = write(tmp_path / "rows.csv", f'instruction,output\n"a\n""b"",\n",{long}\nc,d\0e\n')
     assert read_columns(path) == Columns(['a\n"b",\n', "c"], ["", ""], [long, "d\0e"])
-
-
-def test_an_input_may_be_missing_or_null_in_some_rows(tmp_path: Path) -> None:
-    rows = [
-        {"instruction": "a", "output": "b"},
-        {"instruction": "a", "output": "b", "input": None},
-        {"instruction": "a", "output": "b", "input": "c"},
-    ]
-    assert read_columns(jsonl(tmp_path / "rows.jsonl", rows)).input == ["", "", "c"]
 
 
 def test_the_embedded_rows_need_no_file() -> None:
@@ -121,28 +104,48 @@ def test_the_embedded_rows_need_no_file() -> None:
     assert not all(columns.input)
 
 
-def test_a_name_on_the_hub_is_loaded_and_its_train_split_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_on_the_hub_is_loaded_and_its_train_split_taken_or_it_is_told_with_its_name(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     asked = []
 
     def load(name: str, split: str) -> datasets.Dataset:
         asked.append((name, split))
+        if len(asked) > 1:
+            raise ConnectionError("no route")
         return datasets.Dataset.from_list(ALPACA)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_columns("tatsu-lab/alpaca") == READ
     assert asked == [("tatsu-lab/alpaca", "train")]
-
-
-def test_a_dataset_that_the_hub_does_not_give_is_told_with_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(name: str, split: str) -> None:
-        raise ConnectionError("no route")
-
-    monkeypatch.setattr(datasets, "load_dataset", load)
     with pytest.raises(DataError, match=r"tatsu-lab/alpaca: neither a local file.*ConnectionError: no route"):
         read_columns("tatsu-lab/alpaca")
 
 
 GOOD = '{"instruction": "a", "output": "b"}'
+# The second line of a JSONL file whose first is good.
+BAD_LINES = {
+    "two objects in a line": (GOOD + GOOD, "line 2: broken JSON: Extra data"),
+    "a later row without output": ('{"instruction": "a"}', "row 2: no column 'output'; found 'instruction'"),
+    "a number": ('{"instruction": "a", "output": 4}', "row 2: output is int 4, expected a string"),
+    "nested": (
+        '{"instruction": "a", "output": {"b": 1}}',
+        "row 2: output is dict {'b': 1}, expected a string",
+    ),
+    "a number as a row": ("7", "row 2: int 7 is not an object"),
+    "a key twice": (GOOD[:-1] + ', "output": "c"}', "line 2: column 'output' stands twice"),
+    "both names": (GOOD[:-1] + ', "response": "c"}', "has both 'output' and 'response'"),
+    "two names of the input in different rows": (
+        f'{GOOD[:-1]}, "input": "c"}}\n{GOOD[:-1]}, "context": "d"}}',
+        "has both 'input' and 'context'",
+    ),
+    "half of a surrogate pair": (
+        r'{"instruction": "a", "output": "\ud83d"}',
+        "row 2: output has half of a surrogate pair",
+    ),
+    "an endless number": (f'{{"instruction": "a", "output": {"1" * 5000}}}', "line 2: Exceeds the limit"),
+    "endless nesting": ('{"a":' * 100_000, "line 2: maximum recursion depth"),
+}
 BAD_FILES = {
     "empty file": ("x.json", b"", "the file is empty"),
     "empty list": ("x.json", b"[]", "no rows, and at least 2 are needed"),
@@ -151,63 +154,20 @@ BAD_FILES = {
     "broken list": ("x.json", b'[\n{"instruction": "a",\n"output": }]', "line 3: broken JSON"),
     "broken line": ("x.jsonl", f"{GOOD}\n\n{GOOD[:-1]}\n".encode(), "line 3: broken JSON"),
     "half of a list": ("x.json", f"[{GOOD},".encode(), "line 1: broken JSON"),
-    "two objects in a line": ("x.jsonl", f"{GOOD}\n{GOOD}{GOOD}".encode(), "line 2: broken JSON: Extra data"),
     "missing columns": (
         "x.jsonl",
         b'{"prompt": "a", "answer": "b"}',
         "no column 'instruction' and no column 'output' or 'response'. Found 'prompt', 'answer'; needed are",
     ),
-    "a later row without output": (
-        "x.jsonl",
-        f'{GOOD}\n{{"instruction": "a"}}'.encode(),
-        "row 2: no column 'output'; found 'instruction'",
-    ),
-    "a number": (
-        "x.jsonl",
-        f'{GOOD}\n{{"instruction": "a", "output": 4}}'.encode(),
-        "row 2: output is int 4, expected a string",
-    ),
     "null": ("x.json", b'[{"instruction": null, "output": "b"}]', "row 1: instruction is NoneType None"),
     "NaN": ("x.json", b'[{"instruction": "a", "output": NaN}]', "row 1: output is float nan"),
-    "nested": (
-        "x.jsonl",
-        f'{GOOD}\n{GOOD}\n{{"instruction": "a", "output": {{"b": 1}}}}'.encode(),
-        "row 3: output is dict {'b': 1}, expected a string",
-    ),
     "a nested input": (
         "x.json",
         b'[{"instruction": "a", "output": "b", "input": ["c"]}]',
         "row 1: input is list ['c'], expected a string",
     ),
     "no objects": ("x.json", b'["a", "b"]', "row 1: str 'a' is not an object"),
-    "a number as a row": ("x.jsonl", f"{GOOD}\n7".encode(), "row 2: int 7 is not an object"),
-    "a key twice": (
-        "x.jsonl",
-        f'{GOOD}\n{{"instruction": "a", "output": "b", "output": "c"}}'.encode(),
-        "line 2: column 'output' stands twice",
-    ),
-    "both names": (
-        "x.jsonl",
-        b'{"instruction": "a", "output": "b", "response": "c"}',
-        "has both 'output' and 'response'",
-    ),
-    "two names of the input in different rows": (
-        "x.jsonl",
-        f'{GOOD}\n{GOOD[:-1]}, "input": "c"}}\n{GOOD[:-1]}, "context": "d"}}'.encode(),
-        "has both 'input' and 'context'",
-    ),
-    "half of a surrogate pair": (
-        "x.jsonl",
-        b'{"instruction": "a", "output": "\\ud83d"}',
-        "row 1: output has half of a surrogate pair",
-    ),
-    "an endless number": (
-        "x.jsonl",
-        f'{GOOD}\n{{"instruction": "a", "output": {"1" * 5000}}}'.encode(),
-        "line 2: Exceeds the limit",
-    ),
     "an endless number in a list": ("x.json", f"[{'1' * 5000}]".encode(), "Exceeds the limit"),
-    "endless nesting": ("x.jsonl", b'{"a":' * 100_000, "line 1: maximum recursion depth"),
     "endless nesting of lists": ("x.json", b"[" * 100_000, "maximum recursion depth"),
     "Latin-1 far behind": (  # a reader counts bytes from its buffer
         "x.csv",
@@ -237,14 +197,11 @@ BAD_FILES = {
     "no Parquet": ("x.parquet", b"PAR1 no, this is none", "not a readable Parquet file"),
     "unknown suffix": ("x.txt", b"instruction", "cannot read '.txt' files. Expected one of .json"),
     "no suffix": ("x", b"instruction", "cannot read '' files"),
+    **{name: ("x.jsonl", f"{GOOD}\n{line}\n", message) for name, (line, message) in BAD_LINES.items()},
 }
 
 
-@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_refused_with_its_name_and_the_place(
-    tmp_path: Path, name: str, content: bytes, message: str
-) -> None:
-    path = write(tmp_path / name, content)
+def assert_refused(path: str, message: str) -> None:
     with pytest.raises(DataError) as error:
         read_columns(path)
     assert str(error.value).startswith(path)
@@ -252,50 +209,43 @@ def test_a_bad_file_is_refused_with_its_name_and_the_place(
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_bad_file_is_refused_with_its_name_and_the_place(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    assert_refused(write(tmp_path / name, content), message)
+
+
+def table_of(*output: Any) -> pa.Table:
+    """Rows whose answers are these."""
+    [answers] = output if isinstance(output[0], pa.Array) else [pa.array(output)]
+    return pa.table({"instruction": ["a"] * len(answers), "output": answers})
+
+
+ENDS, BYTES = pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"c\xff")
 BAD_TABLES = {
-    "a number": (pa.table({"instruction": ["a", "b"], "output": [1, 2]}), "row 1: output is int 1"),
-    "null": (pa.table({"instruction": ["a", "b"], "output": ["c", None]}), "row 2: output is NoneType None"),
-    "bytes": (pa.table({"instruction": ["a"], "output": [b"c"]}), "row 1: output is bytes b'c'"),
-    "nested": (pa.table({"instruction": ["a"], "output": [{"b": "c"}]}), "row 1: output is dict {'b': 'c'}"),
+    "a number": (table_of(1, 2), "row 1: output is int 1"),
+    "null": (table_of("c", None), "row 2: output is NoneType None"),
+    "bytes": (table_of(b"c"), "row 1: output is bytes b'c'"),
+    "nested": (table_of({"b": "c"}), "row 1: output is dict {'b': 'c'}"),
     "a date that Python has not": (
-        pa.table({"instruction": ["a"], "output": pa.array([2**31 - 1], pa.date32())}),
+        table_of(pa.array([2**31 - 1], pa.date32())),
         "row 1: a date32[day] that cannot be read (days=2147483647",
     ),
     "text that is not UTF-8": (
-        pa.table(
-            {
-                "instruction": ["a", "b"],
-                "output": pa.Array.from_buffers(
-                    pa.string(),
-                    2,
-                    [None, pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"c\xff")],
-                ),
-            }
-        ),
+        table_of(pa.Array.from_buffers(pa.string(), 2, [None, ENDS, BYTES])),
         "row 2: a string that cannot be read ('utf-8' codec",
     ),
     "missing": (pa.table({"text": ["a"]}), "no column 'instruction'"),
-    "no rows": (
-        pa.table({"instruction": pa.array([], pa.string()), "output": pa.array([], pa.string())}),
-        "no rows",
-    ),
-    "a column twice": (
-        pa.table(
-            [pa.array(["a"]), pa.array(["b"]), pa.array(["c"])], names=["instruction", "output", "output"]
-        ),
-        "column 'output' stands twice",
-    ),
+    "no rows": (table_of(pa.array([], pa.string())), "no rows"),
+    "a column twice": (table_of("b").append_column("output", [["c"]]), "column 'output' stands twice"),
 }
 
 
 @pytest.mark.parametrize(("table", "message"), BAD_TABLES.values(), ids=BAD_TABLES)
 def test_a_bad_parquet_table_is_refused_with_its_row(tmp_path: Path, table: pa.Table, message: str) -> None:
-    path = tmp_path / "x.parquet"
-    pyarrow.parquet.write_table(table, path)
-    with pytest.raises(DataError) as error:
-        read_columns(str(path))
-    assert str(error.value).startswith(str(path))
-    assert message in str(error.value)
+    pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
+    assert_refused(str(tmp_path / "x.parquet"), message)
 
 
 def test_missing_files_and_folders_are_told(tmp_path: Path) -> None:
@@ -313,28 +263,27 @@ def test_missing_files_and_folders_are_told(tmp_path: Path) -> None:
             read_columns(source)
 
 
+def assert_no_rows(source: str, tokenizer: PreTrainedTokenizerBase, message: str) -> None:
+    """Neither where they are read nor where a cache of them is looked for."""
+    for use in (read_columns, lambda source: prepare_dataset(source, tokenizer, 64)):
+        with pytest.raises(DataError, match=message):
+            use(source)
+
+
 @pytest.mark.timeout(60)
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     pipe, device = tmp_path / "rows.jsonl", tmp_path / "zero.csv"
     os.mkfifo(pipe)
     device.symlink_to("/dev/zero")
     for source in (str(pipe), str(device)):
-        with pytest.raises(DataError, match=r"a pipe or a device, no file. Write the rows into a file first"):
-            read_columns(source)
-        with pytest.raises(DataError, match="a pipe or a device"):
-            prepare_dataset(source, tokenizer, 64, cache_root=tmp_path)
+        assert_no_rows(source, tokenizer, r"a pipe or a device, no file. Write the rows into a file first")
 
 
 @pytest.mark.parametrize(
     "source", ["x" * 5000, "x" * 300 + ".json", "~nobody-here/rows.json", "csv/" + "x" * 300, "~\0"]
 )
-def test_a_name_that_no_file_can_have_is_told(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, source: str
-) -> None:
-    with pytest.raises(DataError, match=f"^{source}: "):
-        read_columns(source)
-    with pytest.raises(DataError, match=f"^{source}: "):
-        prepare_dataset(source, tokenizer, 64, cache_root=tmp_path)
+def test_a_name_that_no_file_can_have_is_told(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    assert_no_rows(source, tokenizer, f"^{source}: ")
 
 
 @pytest.mark.parametrize("name", ["csv", "json", "parquet", "text"])
@@ -357,66 +306,4 @@ def test_a_file_that_may_not_be_read_is_told(
 
     monkeypatch.setattr("builtins.open", refuse)
     monkeypatch.setattr(Path, "read_text", refuse)
-    for use in (
-        lambda: read_columns(path),
-        lambda: prepare_dataset(path, tokenizer, 64, cache_root=tmp_path),
-    ):
-        with pytest.raises(DataError, match=r"rows.jsonl: cannot be read \(.*Permission denied"):
-            use()
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["instruction", "input", "context", "output", "response", "text"]),
-            inner,
-            max_size=4,
-        )
-    ),
-    max_leaves=12,
-)
-pieces = st.sampled_from(
-    b'[ ] { } " , : \n \r \0 \xff \xef\xbb\xbf \xe2\x80\xa8 1e999 instruction,output "instruction":"a" "output":"b"'.split(
-        b" "
-    )
-)
-
-
-@given(
-    st.one_of(
-        st.binary(max_size=40),
-        st.lists(pieces, max_size=12).map(b"".join),
-        json_values.map(lambda value: json.dumps(value).encode()),
-        st.lists(json_values, max_size=3).map(lambda rows: "\n".join(map(json.dumps, rows)).encode()),
-    ),
-    st.sampled_from([".json", ".jsonl", ".csv", ".parquet"]),
-)
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_content_of_a_file_raises_anything_but_data_error(
-    tmp_path: Path, content: bytes, suffix: str
-) -> None:
-    path = write(tmp_path / f"rows{suffix}", content)
-    try:
-        columns = read_columns(path)
-    except DataError as error:
-        named = str(error).startswith(path)
-    else:
-        named = True
-        for column in (columns.instruction, columns.input, columns.output):
-            assert len(column) == len(columns) > 0
-            assert {type(value) for value in column} == {str}
-    assert named
-
-
-@given(st.integers(0, 2000), st.integers(0, 255))
-@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_a_damaged_parquet_file_raises_nothing_but_data_error(tmp_path: Path, place: int, byte: int) -> None:
-    path = tmp_path / "good.parquet"
-    if not path.exists():
-        as_parquet(path, ALPACA)
-    content = bytearray(path.read_bytes())
-    content[place % len(content)] = byte
-    with contextlib.suppress(DataError):
-        read_columns(write(tmp_path / "bad.parquet", bytes(content)))
+    assert_no_rows(path, tokenizer, r"rows.jsonl: cannot be read \(.*Permission denied")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import random
-import signal
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,39 +18,39 @@ from click.testing import CliRunner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerState
 
-from tests.conftest import jsonl, write
+from tests.conftest import jsonl, say_rows, write
 from tests.test_kills import Run, assert_the_same_run
-from tests.test_resume import run
+from tests.test_resume import Go, run
+from tests.test_trainer import DEMO
 from training import consts, trainer
 from training.consts import GREEDY, SAMPLE_TOKENS
 from training.data.rows import read_prompts
 from training.errors import DataError, OptionsError
-from training.model.demo_model import model_folder
 from training.model.generation import generate_responses, load_model_tokenizer_for_generate
 from training.options.trainer_options import TrainingOptions, steps_between_samples
 from training.storage import metrics
 from training.storage.copy import model_files
 from training.tracking import callbacks
 from training.tracking.samples import Samples
-from training.trainer import train
 
 ASKED = [("Say 3.", ""), ("Say 4 please.", ""), ("Count the words.", "red blue\ngreen")]
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    words = "red blue green cat dog house river tree stone bird".split()
-    rows = [
-        {"instruction": f"Say {n}{' please' * (n % 7)}.", "input": "", "output": " ".join(words[: n % 9 + 1])}
-        for n in range(120)
-    ]
-    return jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", rows)
+    """An epoch of 14 steps."""
+    return jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", say_rows(120))
 
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
     lines = [{"instruction": instruction, "input": context} for instruction, context in ASKED]
     return jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", lines)
+
+
+@pytest.fixture
+def go(rows: str, dropping: str, monkeypatch: pytest.MonkeyPatch) -> Go:
+    return partial(run, rows, monkeypatch=monkeypatch, input_model=dropping)
 
 
 # --- what is asked -----------------------------------------------------------------------------------
@@ -106,14 +106,7 @@ def test_a_folder_or_a_name_that_is_none_is_no_file_of_prompts(tmp_path: Path) -
 
 
 def test_all_faults_of_the_two_options_are_told_before_anything_is_loaded(tmp_path: Path) -> None:
-    words = [
-        "--local-output-dir",
-        str(tmp_path / "out"),
-        "--input-model",
-        "demo",
-        "--training-dataset",
-        "demo",
-    ]
+    words = [*DEMO, "--local-output-dir", str(tmp_path / "out")]
     for more, told in (
         (["--sample-prompts", str(tmp_path / "none.txt")], ["--sample-prompts", "no such file"]),
         (["--sample-every", "5"], ["--sample-every 5, but nothing is asked. Add --sample-prompts FILE"]),
@@ -179,23 +172,31 @@ def figures(output: Path) -> list[dict[str, float]]:
     ids=["dropout", "packed, checkpointing", "padded"],
 )
 def test_losses_and_weights_are_the_same_with_and_without_answers(
-    rows: str, prompts: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    go: Go, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     dropout: bool, changed: dict[str, Any],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(consts, "SAMPLE_TOKENS", 8)
-    changed = changed | {"input_model": dropping if dropout else "demo", "max_steps": 6}
-    run(rows, tmp_path / "without", monkeypatch, **changed)
-    run(rows, tmp_path / "with", monkeypatch, sample_prompts=prompts, sample_every="1", **changed)
-    assert [entry["step"] for entry in metrics.read(tmp_path / "with" / "samples.jsonl")] == [
-        step for step in range(7) for _ in ASKED
-    ]
+    changed = changed | {"max_steps": 6} | ({} if dropout else {"input_model": "demo"})
+    go(tmp_path / "without", **changed)
+    go(tmp_path / "with", sample_prompts=prompts, sample_every="1", **changed)
+    asked = [entry["step"] for entry in metrics.read(tmp_path / "with" / "samples.jsonl")]
+    assert asked == [step for step in range(7) for _ in ASKED]
     assert figures(tmp_path / "with") == figures(tmp_path / "without")
     ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without"))
     assert ours == theirs
 
 
+@pytest.fixture
+def stand_in(answering_model: Any, tokenizer: Any, tmp_path: Path) -> Callable[..., Samples]:
+    """Samples of a model that no Trainer trains."""
+    owner = SimpleNamespace(
+        model=answering_model, processing_class=tokenizer, args=SimpleNamespace(device=torch.device("cpu"))
+    )
+    return lambda asked: Samples(owner, asked, Fraction(1), tmp_path / "samples.jsonl")
+
+
 def test_the_model_and_all_that_is_random_are_as_before(
-    answering_model: Any, tokenizer: Any, tmp_path: Path
+    answering_model: Any, stand_in: Callable[..., Samples]
 ) -> None:
     """Whatever the model draws: here it draws, in eval mode, from every source that there is."""
     drawn = []
@@ -203,13 +204,12 @@ def test_the_model_and_all_that_is_random_are_as_before(
     def draw(*_: Any) -> None:
         drawn.append((torch.rand(1), np.random.rand(), random.random(), answering_model.training))
 
-    samples = stand_in(answering_model, tokenizer, tmp_path)
     answering_model.train()
     answering_model.config.use_cache = False
     config, hook = answering_model.config.to_dict(), answering_model.register_forward_hook(draw)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     try:
-        assert samples._answers() == ["AB"] * 3
+        assert stand_in(ASKED)._answers() == ["AB"] * 3
         assert answering_model.training
         assert answering_model.config.to_dict() == config
     finally:
@@ -223,111 +223,91 @@ def test_the_model_and_all_that_is_random_are_as_before(
     assert random.getstate() == before[2]
 
 
-def stand_in(model: Any, tokenizer: Any, folder: Path, asked: list[tuple[str, str]] = ASKED) -> Samples:
-    """Samples of a model that no Trainer trains."""
-    owner = SimpleNamespace(
-        model=model, processing_class=tokenizer, args=SimpleNamespace(device=torch.device("cpu"))
-    )
-    return Samples(owner, asked, Fraction(1), folder / "samples.jsonl")
+def test_a_prompt_longer_than_the_model_is_cut_and_answered(stand_in: Callable[..., Samples]) -> None:
+    assert stand_in([("word " * 2000, ""), ("a", "")])._answers() == ["AB", "AB"]
 
 
-def test_a_prompt_longer_than_the_model_is_cut_and_answered(
-    answering_model: Any, tokenizer: Any, tmp_path: Path
+def test_a_model_too_small_for_an_answer_is_refused_in_words(
+    go: Go, prompts: str, dropping: str, tmp_path: Path
 ) -> None:
-    samples = stand_in(answering_model, tokenizer, tmp_path, [("word " * 2000, ""), ("a", "")])
-    assert samples._answers() == ["AB", "AB"]
-
-
-def test_a_model_too_small_for_an_answer_is_refused_in_words(rows: str, prompts: str, tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
-    tokenizer.save_pretrained(tmp_path / "base")
-    config = GPT2Config(
-        n_embd=32,
-        n_layer=1,
-        n_head=1,
-        n_positions=56,
-        vocab_size=len(tokenizer),
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    AutoTokenizer.from_pretrained(dropping).save_pretrained(tmp_path / "base")
+    config = GPT2Config.from_pretrained(dropping, n_positions=56)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
-    options = {"training_dataset": rows, "input_model": str(tmp_path / "base"), "max_dropped_fraction": 1.0}
-    output = str(tmp_path / "out")
+    small = {"input_model": str(tmp_path / "base"), "max_dropped_fraction": 1.0}
     with pytest.raises(
         OptionsError, match=r"the model's 56 positions hold no prompt beside an answer\. Leave it out"
     ):
-        train(TrainingOptions(test_size=5, sample_prompts=prompts, local_output_dir=output, **options))
+        go(tmp_path / "out", sample_prompts=prompts, **small)
 
 
 # --- what is told, and where ---------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def told(
-    rows: str, prompts: str, dropping: str, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, str]:
-    """A run of 16 steps in two epochs that answers every four steps, and what it printed; all checkpoints are kept."""
+def asking(prompts: str) -> dict[str, Any]:
+    return {"sample_prompts": prompts, "sample_every": "4", "max_steps": 14, "lr": 1e-2}
+
+
+@pytest.fixture(scope="module")
+def told(rows: str, asking: dict[str, Any], dropping: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of an epoch that answers every four steps, beside what it printed; all checkpoints are kept."""
     output = tmp_path_factory.mktemp("told") / "out"
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.callbacks.tqdm.write", lambda text, file: lines.append(text))
-        run(rows, output, patch, **options(prompts, dropping), save_total_limit=50)
-    return output, "\n".join(lines)
+        run(rows, output, patch, input_model=dropping, save_total_limit=50, **asking)
+    output.with_name("printed.txt").write_text("\n".join(lines))
+    return output
 
 
-def options(prompts: str, dropping: str) -> dict[str, Any]:
-    return {
-        "input_model": dropping,
-        "sample_prompts": prompts,
-        "sample_every": "4",
-        "max_steps": 14,
-        "lr": 1e-2,
-    }
+@pytest.fixture
+def again(
+    rows: str, asking: dict[str, Any], dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Go:
+    """The same run in another folder, begun or gone on with."""
+    return partial(run, rows, tmp_path / "out", monkeypatch, input_model=dropping, **asking)
 
 
 STAGES = [0, 4, 8, 12, 14]
 
 
-def test_the_file_has_every_prompt_of_every_stage_in_order(told: tuple[Path, str]) -> None:
-    entries = metrics.read(told[0] / "samples.jsonl")
-    assert [(e["step"], e["instruction"], e["input"]) for e in entries] == [
-        (n, *p) for n in STAGES for p in ASKED
-    ]
+def test_the_file_has_every_prompt_of_every_stage_in_order(told: Path) -> None:
+    entries = metrics.read(told / "samples.jsonl")
+    asked = [(e["step"], e["instruction"], e["input"]) for e in entries]
+    assert asked == [(n, *p) for n in STAGES for p in ASKED]
     assert all(set(e) == {"step", "epoch", "instruction", "input", "response"} for e in entries)
-    epochs = {
-        e["step"]: e["epoch"] for e in json.loads((told[0] / "trainer_state.json").read_text())["log_history"]
-    }
+    log = json.loads((told / "trainer_state.json").read_text())["log_history"]
+    epochs = {e["step"]: e["epoch"] for e in log}
     assert all(e["epoch"] == epochs[e["step"]] for e in entries)
     assert len({tuple(e["response"] for e in entries if e["step"] == n) for n in STAGES}) > 1, "it learns"
 
 
-def test_an_answer_is_the_greedy_one_of_the_model_of_its_step(told: tuple[Path, str]) -> None:
-    entries = metrics.read(told[0] / "samples.jsonl")
-    for step, folder in ((12, told[0] / "checkpoint-12"), (14, told[0])):
-        model, tokenizer = load_model_tokenizer_for_generate(str(folder), device="cpu")
-        answers = generate_responses(
-            *zip(*ASKED, strict=True),
-            model=model,
-            tokenizer=tokenizer,
-            max_new_tokens=SAMPLE_TOKENS,
-            **GREEDY,
-        )
-        assert [e["response"] for e in entries if e["step"] == step] == answers
+def greedy(folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
+    """What the model of a folder answers."""
+    model, tokenizer = load_model_tokenizer_for_generate(str(folder), dtype=dtype, device="cpu")
+    how = {"model": model, "tokenizer": tokenizer, "max_new_tokens": SAMPLE_TOKENS}
+    return generate_responses(*zip(*ASKED, strict=True), **how, **GREEDY)
 
 
-def test_the_console_has_a_block_a_stage(told: tuple[Path, str]) -> None:
-    assert [line.split(",")[0] for line in told[1].splitlines() if "answers of the model" in line] == [
-        f"step {n}/14  epoch {n / 14:.2f}  answers of the model" for n in STAGES
-    ]
-    last = metrics.read(told[0] / "samples.jsonl")[-3:]
-    block = told[1].rpartition("answers of the model")[2].splitlines()[1:]
+def test_an_answer_is_the_greedy_one_of_the_model_of_its_step(told: Path) -> None:
+    entries = metrics.read(told / "samples.jsonl")
+    for step, folder in ((12, told / "checkpoint-12"), (14, told)):
+        assert [e["response"] for e in entries if e["step"] == step] == greedy(folder)
+
+
+def test_the_console_has_a_block_a_stage(told: Path) -> None:
+    printed = told.with_name("printed.txt").read_text()
+    heads = [line.split(",")[0] for line in printed.splitlines() if "answers of the model" in line]
+    assert heads == [f"step {n}/14  epoch {n / 14:.2f}  answers of the model" for n in STAGES]
+    last = metrics.read(told / "samples.jsonl")[-3:]
+    block = printed.rpartition("answers of the model")[2].splitlines()[1:]
     assert block[0] == "  Say 3."
     assert block[1].strip() == (last[0]["response"].splitlines() or ["(nothing)"])[0].strip()
-    assert "  Count the words.\n  red blue\n  green\n" in told[1]
+    assert "  Count the words.\n  red blue\n  green\n" in printed
 
 
-def test_tensorboard_has_each_prompt_with_its_answers(told: tuple[Path, str]) -> None:
-    events = EventAccumulator(str(told[0] / "runs"))
+def test_tensorboard_has_each_prompt_with_its_answers(told: Path) -> None:
+    events = EventAccumulator(str(told / "runs"))
     events.Reload()
     for number, (instruction, _) in enumerate(ASKED):
         texts = events.Tensors(f"answers/{number:03}/text_summary")
@@ -335,14 +315,14 @@ def test_tensorboard_has_each_prompt_with_its_answers(told: tuple[Path, str]) ->
         assert instruction in texts[0].tensor_proto.string_val[0].decode()
 
 
-def test_both_files_are_published_with_the_model(told: tuple[Path, str]) -> None:
-    assert {"metrics.jsonl", "samples.jsonl"} <= {file.name for file in model_files(told[0])}
+def test_both_files_are_published_with_the_model(told: Path) -> None:
+    assert {"metrics.jsonl", "samples.jsonl"} <= {file.name for file in model_files(told)}
 
 
 def test_nothing_that_a_terminal_obeys_is_printed_and_long_lists_are_cut(
-    answering_model: Any, tokenizer: Any, tmp_path: Path
+    stand_in: Callable[..., Samples], tmp_path: Path
 ) -> None:
-    samples = stand_in(answering_model, tokenizer, tmp_path, [(f"Say {n}.", "") for n in range(12)])
+    samples = stand_in([(f"Say {n}.", "") for n in range(12)])
     shown = samples._shown(TrainerState(global_step=3, max_steps=9), ["\x1b[2Jclear\r", "", *["x"] * 10], 1.0)
     assert "�[2Jclear�" in shown
     assert "\n  Say 1.\n      (nothing)\n" in shown
@@ -354,70 +334,62 @@ def test_nothing_that_a_terminal_obeys_is_printed_and_long_lists_are_cut(
 # --- a run that goes on --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "stop_at",
-    [pytest.param(3, marks=pytest.mark.slow), 8, pytest.param(14, marks=pytest.mark.slow)],
-    ids=["between stages", "at a stage", "at the end"],
-)
-def test_a_stopped_run_gives_every_stage_once(
-    rows: str, prompts: str, dropping: str, told: tuple[Path, str], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, stop_at: int,
-) -> None:  # fmt: skip
-    output = tmp_path / "out"
-    run(rows, output, monkeypatch, stop_at, **options(prompts, dropping))
-    steps = [entry["step"] for entry in metrics.read(output / "samples.jsonl")]
-    assert max(steps) == {3: 0, 8: 4, 14: 14}[stop_at], "a signal leaves no time for what can wait"
-    run(rows, output, monkeypatch, **options(prompts, dropping))
-    assert (output / "samples.jsonl").read_bytes() == (told[0] / "samples.jsonl").read_bytes()
-    assert without_clock(output) == without_clock(told[0])
-
-
 def without_clock(output: Path) -> list[dict[str, Any]]:
     names = ("step", "max_steps", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
     return [{k: e[k] for k in names if k in e} for e in metrics.read(output / "metrics.jsonl")]
 
 
-@pytest.mark.slow
-def test_what_came_after_the_checkpoint_and_what_a_kill_tore_is_written_anew(
-    rows: str, prompts: str, dropping: str, told: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    """Of a run killed in step 13, with the stage of the checkpoint's own step torn."""
-    output, whole = tmp_path / "out", told[0]
-    run(rows, output, monkeypatch, 12, **options(prompts, dropping))
-    lines = (whole / "samples.jsonl").read_bytes().splitlines(keepends=True)
-    (output / "samples.jsonl").write_bytes(
-        b"".join(lines[:10]) + lines[10][:20]
-    )  # step 12: one whole, one torn
-    (output / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes() + b'{"step": 13, "lo')
-    run(rows, output, monkeypatch, **options(prompts, dropping))
+def assert_every_stage_once(output: Path, whole: Path) -> None:
     assert (output / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
     assert without_clock(output) == without_clock(whole)
-    seconds = [entry["seconds"] for entry in metrics.read(output / "metrics.jsonl")]
-    assert all(seconds)
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "newest"),
+    [pytest.param(3, 0, marks=pytest.mark.slow), (8, 4), pytest.param(14, 14, marks=pytest.mark.slow)],
+    ids=["between stages", "at a stage", "at the end"],
+)
+def test_a_stopped_run_gives_every_stage_once(
+    again: Go, told: Path, tmp_path: Path, stop_at: int, newest: int
+) -> None:
+    again(stop_at=stop_at)
+    steps = [entry["step"] for entry in metrics.read(tmp_path / "out" / "samples.jsonl")]
+    assert max(steps) == newest, "a signal leaves no time for what can wait"
+    again()
+    assert_every_stage_once(tmp_path / "out", told)
+
+
+def torn(output: Path, whole: Path) -> None:
+    """As by a kill in step 13, with the stage of the checkpoint's own step, 12, torn: one whole, one not."""
+    lines = (whole / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    (output / "samples.jsonl").write_bytes(b"".join(lines[:10]) + lines[10][:20])
+    (output / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes() + b'{"step": 13, "lo')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stop_at", "killed"),
+    [(12, torn), (3, lambda output, whole: (output / "checkpoint-3" / "manifest.json").unlink())],
+    ids=["after a checkpoint", "before its first checkpoint"],
+)
+def test_a_killed_run_gives_every_stage_once(
+    again: Go, told: Path, tmp_path: Path, stop_at: int, killed: Callable[[Path, Path], None]
+) -> None:
+    again(stop_at=stop_at)
+    killed(tmp_path / "out", told)
+    again()
+    assert_every_stage_once(tmp_path / "out", told)
+    assert all(entry["seconds"] for entry in metrics.read(tmp_path / "out" / "metrics.jsonl"))
 
 
 @pytest.mark.slow
 def test_a_run_that_goes_on_in_another_folder_takes_its_past_along(
-    rows: str, prompts: str, dropping: str, told: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    before = (told[0] / "samples.jsonl").read_bytes()
-    start = str(told[0] / "checkpoint-9")
-    run(rows, tmp_path / "out", monkeypatch, **options(prompts, dropping), resume=start)
-    assert (tmp_path / "out" / "samples.jsonl").read_bytes() == before
-    assert without_clock(tmp_path / "out") == without_clock(told[0])
-    assert (told[0] / "samples.jsonl").read_bytes() == before
-
-
-@pytest.mark.slow
-def test_a_run_killed_before_its_first_checkpoint_begins_its_files_anew(
-    rows: str, prompts: str, dropping: str, told: tuple[Path, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
-    output = tmp_path / "out"
-    run(rows, output, monkeypatch, 3, **options(prompts, dropping))
-    (output / "checkpoint-3" / "manifest.json").unlink()
-    run(rows, output, monkeypatch, **options(prompts, dropping))
-    assert (output / "samples.jsonl").read_bytes() == (told[0] / "samples.jsonl").read_bytes()
-    assert without_clock(output) == without_clock(told[0])
+    again: Go, told: Path, tmp_path: Path
+) -> None:
+    before = (told / "samples.jsonl").read_bytes()
+    again(resume=str(told / "checkpoint-9"))
+    assert_every_stage_once(tmp_path / "out", told)
+    assert (told / "samples.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
@@ -433,47 +405,40 @@ def test_two_zero3_ranks_in_bf16_train_the_same_and_answer_once_however_often_th
 
     asking = ["--sample-prompts", prompts, "--sample-every", "2"]
     try:
-        for name, more in (("without", []), ("with", asking)):
-            undisturbed = start(name, *more)
-            assert undisturbed.wait() == 0, undisturbed.said
-        assert undisturbed.said.count("answers of the model") == 10, "one rank speaks"
+        start("without").ended()
+        said = start("with", *asking).ended()
+        assert said.count("answers of the model") == 10, "one rank speaks"
         assert_the_same_run(tmp_path / "with", tmp_path / "without")
         samples = tmp_path / "killed" / "samples.jsonl"
         for step in (6, 8, 14):  # 6: a checkpoint is due as well
             killed = start("killed", "--resume", "auto", *asking)
             assert killed.wait_until(lambda at=step: any(e["step"] >= at for e in metrics.read(samples)))
-            for pid in killed.pids("all"):
-                os.kill(pid, signal.SIGKILL)
+            killed.kill()
             killed.wait(60)
-        last = start("killed", "--resume", "auto", *asking)
-        assert last.wait() == 0, last.said
+        start("killed", "--resume", "auto", *asking).ended()
         assert_the_same_run(tmp_path / "killed", tmp_path / "without")
         assert samples.read_bytes() == (tmp_path / "with" / "samples.jsonl").read_bytes()
     finally:
         for each in begun:
-            for pid in each.pids("all"):
-                os.kill(pid, signal.SIGKILL)
-    model, tokenizer = load_model_tokenizer_for_generate(
-        str(tmp_path / "with"), dtype=torch.bfloat16, device="cpu"
-    )
-    answers = generate_responses(
-        *zip(*ASKED, strict=True), model=model, tokenizer=tokenizer, max_new_tokens=SAMPLE_TOKENS, **GREEDY
-    )
-    assert [e["response"] for e in metrics.read(samples)[-3:]] == answers
+            each.kill()
+    answers = [e["response"] for e in metrics.read(samples)[-3:]]
+    assert answers == greedy(tmp_path / "with", torch.bfloat16)
 
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_ends_no_run(
-    rows: str, prompts: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+    again: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    files = [tmp_path / "out" / name for name in ("metrics.jsonl", "samples.jsonl")]
+
     def no_room(self: Any, *args: Any, **kwargs: Any) -> None:
-        (tmp_path / "out" / "metrics.jsonl").symlink_to("/dev/full")
-        (tmp_path / "out" / "samples.jsonl").symlink_to("/dev/full")
+        for file in files:
+            file.symlink_to("/dev/full")
 
     monkeypatch.setattr(callbacks.MetricsLog, "on_train_begin", no_room)
     monkeypatch.setattr(Samples, "_there", lambda *args: [])  # /dev/full can be read without an end
-    record, _ = run(rows, tmp_path / "out", monkeypatch, **options(prompts, dropping) | {"max_steps": 2})
+    record, _ = again(max_steps=2)
     assert record["status"] == "finished"
-    for name in ("metrics.jsonl", "samples.jsonl"):
-        assert f"{tmp_path / 'out' / name} could not be written (No space left on device)" in caplog.text
+    for file in files:
+        told = f"{file} could not be written (No space left on device); the run goes on without it"
+        assert told in caplog.text

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 
 import pytest
+from training.plan.settings import Settings, settings_of
 
 from training.consts import ROOT
 from training.errors import MachineError, OptionsError
 from training.options.deepspeed import Zero, read_zero
 from training.options.trainer_options import TrainingOptions
 from training.plan.presets import PRESETS, preset_options, rows_and_accumulation
-from training.plan.settings import Settings, settings_of
 
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
 
@@ -21,12 +22,9 @@ def settings(ranks: int = 8, family: str = "a100", **options):
 
 
 def test_presets_keep_the_global_batch_for_one_to_eight_devices():
-    for family in PRESETS:
-        for batching in ("packed", "padded"):
-            for devices in (1, 2, 4, 8):
-                chosen = preset_options(family, devices, batching)
-                rows = chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"] * devices
-                assert rows == 64
+    for family, batching, devices in product(PRESETS, ("packed", "padded"), (1, 2, 4, 8)):
+        chosen = preset_options(family, devices, batching)
+        assert chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"] * devices == 64
     assert rows_and_accumulation(64, 8) == (8, 1)
     assert rows_and_accumulation(64, 4) == (16, 1)
     assert rows_and_accumulation(64, 2, "padded") == (8, 4)
@@ -40,11 +38,6 @@ def test_presets_name_shipped_files_of_their_own_precision():
             config = json.loads((ROOT / file).read_text())
             assert config[preset.precision]["enabled"] is True
             assert ("offload" in file) == ("offload_optimizer" in config["zero_optimization"])
-
-
-def test_presets_are_options_of_the_trainer():
-    for family in PRESETS:
-        TrainingOptions(local_output_dir="x", **preset_options(family, 4))
 
 
 def test_an_unknown_family_and_no_device_are_named():
@@ -63,11 +56,6 @@ def test_a_shipped_configuration_is_found_from_any_folder(tmp_path, monkeypatch)
     )  # fmt: skip
     with pytest.raises(OptionsError, match="No such file"):
         settings(deepspeed="config/none.json")
-
-
-@pytest.mark.parametrize(("typed", "meant"), [("on", True), ("off", False), ("auto", "auto")])
-def test_checkpointing_is_on_off_or_left_to_the_plan(typed, meant):
-    assert settings(deepspeed=BF16, gradient_checkpointing=typed).checkpointing == meant
 
 
 def test_a_token_budget_may_be_auto_and_is_none_of_padded_rows():

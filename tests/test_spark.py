@@ -13,8 +13,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from tests.test_trainer import BF16, DEMO, deepspeed, free_port, record, run
 from training.errors import OptionsError
@@ -181,45 +179,39 @@ def on_spark(tmp_path_factory: pytest.TempPathFactory) -> dict:
     }
 
 
+def assert_trained_alike(ours: Path, theirs: Path) -> None:
+    mine, other = record(ours), record(theirs)
+    assert (mine["world_size"], mine["precision"], mine["steps"]) == (2, "bf16", 6)
+    assert mine["held_out_loss"] == other["held_out_loss"]
+    assert (ours / "model.safetensors").read_bytes() == (theirs / "model.safetensors").read_bytes()
+
+
 @pytest.mark.slow
-def test_two_workers_train_the_model_of_the_launcher(on_spark: dict, launched: Path) -> None:
+def test_two_workers_train_the_model_of_the_launcher_and_show_once_what_the_ranks_print(
+    on_spark: dict, launched: Path
+) -> None:
     trained = on_spark["trained"]
-    assert trained["error"] is None, trained["said"]
-    ours, theirs = record(trained["folder"]), record(launched)
-    assert (ours["world_size"], ours["precision"], ours["steps"]) == (2, "bf16", 6)
-    assert ours["held_out_loss"] == theirs["held_out_loss"]
-    assert same_weights(trained["folder"], launched)
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    ours, theirs = (load_file(folder / "model.safetensors") for folder in (one, other))
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
-
-
-@pytest.mark.slow
-def test_what_the_ranks_print_is_shown_once_while_they_train(on_spark: dict) -> None:
-    said = on_spark["trained"]["said"]
+    said = trained["said"]
+    assert trained["error"] is None, said
+    assert_trained_alike(trained["folder"], launched)
     assert said.count("step 2/6  loss") == said.count("step 6/6  held-out loss") == 1
     assert "2 ranks: 2 on " in said
 
 
 @pytest.mark.slow
-def test_a_rank_that_refuses_reaches_the_caller_with_its_message(on_spark: dict) -> None:
+def test_a_rank_that_refuses_or_is_killed_reaches_the_caller_with_its_message(on_spark: dict) -> None:
+    for name, code, words, refusals in (
+        ("refused", REFUSED, "rows.jsonl, line 2: broken JSON", 1),  # one rank tells what both have found
+        ("killed", 137, "Rank 1 ended: killed, most likely because host memory ran out", 0),  # rank 0 was loading
+    ):  # fmt: skip
+        ended = on_spark[name]
+        assert (ended["kind"], ended["code"]) == ("TrainingFailedError", code)
+        assert words in ended["error"]
+        assert ended["said"].count("Cannot train") == refusals
     refused = on_spark["refused"]
-    assert (refused["kind"], refused["code"]) == ("TrainingFailedError", REFUSED)
-    assert "rows.jsonl, line 2: broken JSON" in refused["error"]
-    assert refused["said"].count("Cannot train:") == 1, "one rank tells what both have found"
     assert "Traceback" not in refused["error"]
     assert "org.apache" not in refused["error"]
     assert not refused["folder"].exists()
-
-
-@pytest.mark.slow
-def test_a_rank_that_is_killed_reaches_the_caller_with_its_message(on_spark: dict) -> None:
-    killed = on_spark["killed"]
-    assert (killed["kind"], killed["code"]) == ("TrainingFailedError", 137)
-    assert "Rank 1 ended: killed, most likely because host memory ran out" in killed["error"]
-    assert "Cannot train" not in killed["said"], "rank 0 was loading, and has lost another rank"
 
 
 @pytest.mark.slow
@@ -269,8 +261,7 @@ def test_torchrun_on_two_nodes_trains_the_model_of_the_launcher(launched: Path, 
     for thread in nodes:
         thread.join()
     assert [results[number].returncode for number in range(2)] == [0, 0], results
-    assert record(tmp_path / "out")["held_out_loss"] == record(launched)["held_out_loss"]
-    assert same_weights(tmp_path / "out", launched)
+    assert_trained_alike(tmp_path / "out", launched)
 
 
 # Takes the place of ssh to each node: runs what DeepSpeed hands to pdsh here, once for each host of -w, %n its number.
@@ -286,7 +277,9 @@ sys.exit(max(node.wait() for node in nodes))
 
 
 @pytest.mark.slow
-def test_a_hostfile_starts_a_rank_on_each_of_its_nodes(launched: Path, tmp_path: Path) -> None:
+def test_a_hostfile_starts_a_rank_on_each_of_its_nodes(
+    launched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """All but ssh itself: DeepSpeed reads the hostfile, and each node's launcher starts its ranks."""
     programs = tmp_path / "bin"
     programs.mkdir()
@@ -297,8 +290,7 @@ def test_a_hostfile_starts_a_rank_on_each_of_its_nodes(launched: Path, tmp_path:
         str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(tmp_path / "hostfile"), "--no_ssh_check",
         "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", "training.trainer",
     ]  # fmt: skip
-    result = run(["env", f"PATH={programs}{os.pathsep}{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}", *launcher],
-                 *FEW, "--local-output-dir", tmp_path / "out")  # fmt: skip
+    monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")
+    result = run(launcher, *FEW, "--local-output-dir", tmp_path / "out")
     assert result.returncode == 0, result.stdout
-    assert record(tmp_path / "out")["world_size"] == 2
-    assert same_weights(tmp_path / "out", launched)
+    assert_trained_alike(tmp_path / "out", launched)

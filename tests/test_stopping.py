@@ -8,24 +8,30 @@ import os
 import re
 import shutil
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from click.testing import CliRunner
+from deepspeed.runtime.fp16 import loss_scaler
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 
 from tests.conftest import jsonl
-from tests.test_trainer import BF16, deepspeed, run
+from tests.test_trainer import BF16, deepspeed, record, run
 from training import files, trainer
 from training.data.tokens import prepare_dataset, split_held_out
 from training.errors import Interrupted, TrainingError
 from training.launch.exits import ENDED
 from training.model import loading
+from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions
+from training.run import completion_trainer
 from training.run.ending import StopRequest, lost_peer, mortal, timed_out
 from training.run.step_guard import OVERFLOWS_IN_A_ROW, StepGuard
 from training.storage import checkpoint
@@ -53,18 +59,6 @@ def test_a_rank_that_waits_for_others_dies_of_sigterm_at_once(request_: StopRequ
     with mortal():
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None)
-
-
-@pytest.mark.slow
-def test_a_refusal_by_rank_0_alone_is_the_last_word(tmp_path: Path) -> None:
-    """Only rank 0 looks at the output folder; the other one waits for it then, and must go when it has gone."""
-    (tmp_path / "out").write_text("a file")
-    options = ["--input-model", "demo", "--training-dataset", "demo", "--deepspeed", BF16]
-    ended = run(deepspeed(2), *options, "--local-output-dir", tmp_path / "out", timeout=300)
-    assert ended.returncode != 0
-    assert "is a file. Name a new folder" in ended.stdout
-    assert "still busy" not in ended.stdout
-    assert "TCPStore" not in ended.stdout
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -167,24 +161,18 @@ def test_fp16_steps_that_overflow_in_a_row_end_the_run_at_the_limit_and_a_good_o
 
 
 def test_deepspeeds_own_end_at_its_least_loss_scale_is_told_in_the_same_words(
-    base_folder: Path, rows: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from deepspeed.runtime.fp16 import loss_scaler
-
-    from training.run.completion_trainer import CompletionTrainer
-
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
     scaler = loss_scaler.DynamicLossScaler(
         init_scale=1, scale_window=1000, min_scale=1, delayed_shift=1, consecutive_hysteresis=False
     )
-
-    def overflow(*args: Any, **kwargs: Any) -> None:
-        scaler.update_scale(overflow=True)
-
-    monkeypatch.setattr(CompletionTrainer, "training_step", overflow)
-    options = options_of(tmp_path / "out", input_model=str(base_folder), training_dataset=rows[0])
+    overflow = partial(scaler.update_scale, overflow=True)
+    monkeypatch.setattr(
+        completion_trainer.CompletionTrainer, "training_step", lambda *args, **kwargs: overflow()
+    )
     with pytest.raises(TrainingError, match="step 1: the gradients have overflowed fp16"):
-        train(TrainingOptions(**options))
+        begin()
 
 
 def test_an_error_of_a_lost_rank_is_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,22 +210,41 @@ def rows(
     return jsonl(folder / "rows.jsonl", content), trained, held_out
 
 
-def poisoned(
-    base_folder: Path, target: Path, tokenizer: PreTrainedTokenizerBase, token: str, value: float
-) -> str:
-    """The base model with one number of a token's embedding spoilt."""
-    shutil.copytree(base_folder, target)
-    weights = load_file(target / "model.safetensors")
-    weights["transformer.wte.weight"][tokenizer.convert_tokens_to_ids(token), 0] = value
-    save_file(weights, target / "model.safetensors", {"format": "pt"})
-    return str(target)
+Begin = Callable[..., dict[str, Any]]
+Poison = Callable[..., str]
 
 
-def options_of(output: Path, **changed: Any) -> dict[str, Any]:
+@pytest.fixture
+def output(tmp_path: Path) -> Path:
+    return tmp_path / "out"
+
+
+@pytest.fixture
+def options(base_folder: Path, rows: tuple[str, int, int], output: Path) -> dict[str, Any]:
     return {
-        "local_output_dir": str(output), "test_size": TEST_SIZE, "per_device_train_batch_size": 2, "epochs": 1,
+        "local_output_dir": str(output), "input_model": str(base_folder), "training_dataset": rows[0],
+        "test_size": TEST_SIZE, "per_device_train_batch_size": 2, "epochs": 1,
         "gradient_accumulation_steps": 3, "save_steps": 2, "eval_steps": 100, "logging_steps": 1,
-    } | changed  # fmt: skip
+    }  # fmt: skip
+
+
+@pytest.fixture
+def begin(options: dict[str, Any]) -> Begin:
+    return lambda **changed: train(TrainingOptions(**options | changed))
+
+
+@pytest.fixture
+def poisoned(base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Poison:
+    """The base model with one number of a token's embedding spoilt."""
+
+    def spoil(token: str, value: float = float("nan")) -> str:
+        target = shutil.copytree(base_folder, tmp_path / "base")
+        weights = load_file(target / "model.safetensors")
+        weights["transformer.wte.weight"][tokenizer.convert_tokens_to_ids(token), 0] = value
+        save_file(weights, target / "model.safetensors", {"format": "pt"})
+        return str(target)
+
+    return spoil
 
 
 def named_rows(words: str, trained: int) -> None:
@@ -250,77 +257,75 @@ def named_rows(words: str, trained: int) -> None:
 @pytest.mark.parametrize("batching", ["packed", "padded"])
 @pytest.mark.parametrize("value", [float("nan"), 1e38])
 def test_a_loss_that_is_no_number_ends_the_run_with_step_rank_and_rows(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: tuple[str, int, int], tmp_path: Path,
+    begin: Begin, poisoned: Poison, rows: tuple[str, int, int], output: Path,
     batching: str, value: float,
 ) -> None:  # fmt: skip
-    file, trained, _ = rows
-    base = poisoned(base_folder, tmp_path / "base", tokenizer, RARE, value)
-    options = options_of(
-        tmp_path / "out", input_model=base, training_dataset=file, batching=batching, save_steps=100
-    )
     with pytest.raises(TrainingError, match=r"step \d+: the loss of rank 0 is NaN or infinite") as told:
-        train(TrainingOptions(**options))
-    named_rows(str(told.value), trained)
-    assert not checkpoint.checkpoints(tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+        begin(input_model=poisoned(RARE, value), batching=batching, save_steps=100)
+    named_rows(str(told.value), rows[1])
+    assert not checkpoint.checkpoints(output)
+    assert record(output)["status"] == "running"
 
 
-def test_weights_that_no_row_reads_are_not_saved_with_a_nan_in_them(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: tuple[str, int, int], tmp_path: Path
-) -> None:
-    """Losses are fine all the way, and the finished model would be refused after days."""
-    base = poisoned(base_folder, tmp_path / "base", tokenizer, "~", float("nan"))
-    options = options_of(tmp_path / "out", input_model=base, training_dataset=rows[0])
-    with pytest.raises(
-        TrainingError, match=r"step 2: 1 tensors of the model hold NaN .*transformer.wte.weight"
-    ):
-        train(TrainingOptions(**options))
-    assert not any(map(checkpoint.read_manifest, checkpoint.checkpoints(tmp_path / "out")))
-
-
-def test_a_held_out_loss_that_is_no_number_ends_the_run_before_it_saves(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: tuple[str, int, int], tmp_path: Path
+@pytest.mark.parametrize(
+    ("held_out", "told"),
+    [
+        (False, r"step 2: 1 tensors of the model hold NaN .*transformer.wte.weight"),
+        (True, "step 0: the held-out loss is NaN or infinite"),
+    ],
+    ids=["no row, and the finished model would be refused after days", "a held-out row"],
+)
+def test_a_weight_that_is_no_number_is_not_saved_where_no_trained_row_reads_it(
+    begin: Begin, poisoned: Poison, rows: tuple[str, int, int], output: Path, held_out: bool, told: str
 ) -> None:
     content = [json.loads(line) for line in Path(rows[0]).read_text().splitlines()]
-    content[rows[2] - 1]["output"] += " ~"
-    file = jsonl(tmp_path / "rows.jsonl", content)
-    base = poisoned(base_folder, tmp_path / "base", tokenizer, "~", float("nan"))
-    with pytest.raises(TrainingError, match="step 0: the held-out loss is NaN or infinite"):
-        train(TrainingOptions(**options_of(tmp_path / "out", input_model=base, training_dataset=file)))
+    content[rows[2] - 1]["output"] += " ~" * held_out
+    file = jsonl(output.with_suffix(".jsonl"), content)
+    with pytest.raises(TrainingError, match=told):
+        begin(input_model=poisoned("~"), training_dataset=file)
+    assert not any(map(checkpoint.read_manifest, checkpoint.checkpoints(output)))
 
 
 @pytest.mark.slow
 def test_on_two_zero3_ranks_one_tells_the_step_the_rank_and_the_rows(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, rows: tuple[str, int, int], tmp_path: Path
+    options: dict[str, Any], poisoned: Poison, rows: tuple[str, int, int], output: Path
 ) -> None:
-    base = poisoned(base_folder, tmp_path / "base", tokenizer, RARE, float("nan"))
-    options = options_of(tmp_path / "out", input_model=base, training_dataset=rows[0], save_steps=100)
-    words = [word for name, value in options.items() for word in (f"--{name.replace('_', '-')}", value)]
-    result = run(deepspeed(2), *words, "--deepspeed", BF16, timeout=300)
+    options |= {"input_model": poisoned(RARE), "save_steps": 100}
+    result = run(deepspeed(2), *option_words(options), "--deepspeed", BF16, timeout=300)
     assert result.returncode == ENDED, result.stdout
     assert len(re.findall(r"Training ended at step \d+: the loss of rank [01] is NaN", result.stdout)) == 1
     assert "Traceback" not in result.stdout
     named_rows(result.stdout, rows[1])
-    assert not checkpoint.checkpoints(tmp_path / "out")
+    assert not checkpoint.checkpoints(output)
 
 
 # --- a disk without room -----------------------------------------------------------------------------
 
 
+def fill(patch: pytest.MonkeyPatch, module: Any, name: str, when: Callable[..., bool]) -> None:
+    """The disk is full for these calls of a function."""
+    real = getattr(module, name)
+
+    def full(place: Path, *args: Any, **kwargs: Any) -> Any:
+        if when(place, *args):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
+        return real(place, *args, **kwargs)
+
+    patch.setattr(module, name, full)
+
+
 def test_a_checkpoint_that_would_not_fit_is_not_begun(
-    base_folder: Path, rows: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is room for the first two, and then there is not."""
-
-    output, real = tmp_path / "out", files.free_bytes
+    real = files.free_bytes
 
     def free(place: Path) -> int | None:
         return 1000 if len(checkpoint.checkpoints(output)) == 2 else real(place)
 
     monkeypatch.setattr(files, "free_bytes", free)
-    options = options_of(output, input_model=str(base_folder), training_dataset=rows[0], save_steps=1)
     with pytest.raises(TrainingError) as told:
-        train(TrainingOptions(**options))
+        begin(save_steps=1)
     assert re.match(
         r"step 3: a checkpoint needs .* are free in .*\. Make room\. checkpoint-2 is good", str(told.value)
     )
@@ -330,21 +335,13 @@ def test_a_checkpoint_that_would_not_fit_is_not_begun(
 
 @pytest.mark.parametrize("name", ["write_json", "digests", "write_manifest"])
 def test_a_disk_that_is_full_at_the_very_end_of_a_save_is_told_in_words(
-    base_folder: Path, rows: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    real, output = getattr(checkpoint, name), tmp_path / "out"
-
-    def full(place: Path, *args: Any, **kwargs: Any) -> Any:
-        if "checkpoint-4" in str(place):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
-        return real(place, *args, **kwargs)
-
-    monkeypatch.setattr(checkpoint, name, full)
-    options = options_of(output, input_model=str(base_folder), training_dataset=rows[0])
+    fill(monkeypatch, checkpoint, name, lambda place, *_: "checkpoint-4" in str(place))
     with pytest.raises(
         TrainingError, match=r"No space left on device.*Make room\. checkpoint-2 is good"
     ) as told:
-        train(TrainingOptions(**options))
+        begin()
     assert told.value.alone
     assert checkpoint.read_manifest(output / "checkpoint-4") is None
     assert not checkpoint.problems_of(output / "checkpoint-2")
@@ -358,27 +355,17 @@ def test_a_disk_that_is_full_at_the_very_end_of_a_save_is_told_in_words(
     ],
 )
 def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_again(
-    base_folder: Path, rows: tuple[str, int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-
-    real, output = getattr(trainer, name), tmp_path / "out"
-
-    def full(*args: Any) -> Any:
-        if name == "write_run_record" and args[1]["status"] == "running":
-            return real(*args)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(output))
-
-    monkeypatch.setattr(trainer, name, full)
-    options = options_of(output, input_model=str(base_folder), training_dataset=rows[0], save_steps=100)
-    with pytest.raises(
-        TrainingError,
-        match=r"its last step: the model of .* could not be placed .*No space left.*--resume auto",
-    ):
-        train(TrainingOptions(**options))
-    assert json.loads((output / "run.json").read_text())["status"] == "running"
+    begun = name == "write_run_record"
+    fill(monkeypatch, trainer, name, lambda _, what, *__: not (begun and what["status"] == "running"))
+    words = r"its last step: the model of .* could not be placed .*No space left.*--resume auto"
+    with pytest.raises(TrainingError, match=words):
+        begin(save_steps=100)
+    assert record(output)["status"] == "running"
     monkeypatch.undo()
     monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("nothing is trained again"))
-    assert train(TrainingOptions(**options | {"resume": "auto"}))["status"] == "finished"
+    assert begin(save_steps=100, resume="auto")["status"] == "finished"
 
 
 # --- what ends the command ---------------------------------------------------------------------------
@@ -418,11 +405,7 @@ def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_agai
 def test_what_a_person_can_mend_ends_the_command_in_words(
     request_: StopRequest, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, told: str
 ) -> None:
-
-    def fail(*args: Any) -> None:
-        raise error
-
-    monkeypatch.setattr(trainer, "train", fail)
+    monkeypatch.setattr(trainer, "train", Mock(side_effect=error))
     monkeypatch.delenv("RANK", raising=False)
     result = CliRunner().invoke(trainer.main, ["--local-output-dir", "OUT"])
     assert result.exit_code == code

@@ -24,6 +24,22 @@ supervise()
 import os, signal, sys, time
 """
 LISTEN = "signal.signal(signal.SIGTERM, lambda *_: (print('stopping', flush=True), os._exit(75)))"
+READY = "print('ready', flush=True); time.sleep(60)"
+STOPPED = "Stopped before it had begun. To go on, type the same command again\n"
+LAUNCH = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"
+
+
+def python(code: str, *words: str) -> list[str]:
+    return [sys.executable, "-c", code, *words]
+
+
+def starts(command: list[str], *words: str) -> list[str]:
+    return python(f"import subprocess; subprocess.run({command!r})", *words)
+
+
+# Spark's worker, forked from `python -m pyspark.daemon`, starts torchrun; DeepSpeed's command, launch.py.
+SPARK = starts(python(LAUNCH, "torch.distributed.run"), "-m", "pyspark.daemon")
+DEEPSPEED = starts(python(LAUNCH, "deepspeed.launcher.launch"))
 
 
 class Supervised:
@@ -37,32 +53,24 @@ class Supervised:
         environment |= how.pop("environment", {})
         command = how.pop("command", [sys.executable, "-m", "training.trainer", "--lr", "1"])
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
-        self.process = subprocess.Popen(
-            command,
-            cwd=place,
-            env=environment,
-            text=True,
-            **pipes,
-        )
-
-    def rank(self) -> int:
-        """The process that it started."""
-        file = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
-        while not file.read_text().split():
-            time.sleep(0.01)
-        return int(file.read_text().split()[0])
+        self.process = subprocess.Popen(command, cwd=place, env=environment, text=True, **pipes)
 
     def end(self) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=30)
         return self.process.returncode, out, err
 
 
+Start = Callable[..., Supervised]
+
+
 @pytest.fixture
-def supervised(tmp_path: Path) -> Iterator[Callable[..., Supervised]]:
+def supervised(tmp_path: Path) -> Iterator[Start]:
+    """Starts a supervised rank, and waits `until` it has said something."""
     started = []
 
-    def start(rank_does: str, **how: object) -> Supervised:
+    def start(rank_does: str, until: str = "", **how: object) -> Supervised:
         started.append(Supervised(tmp_path, rank_does, **how))
+        assert not until or started[-1].process.stdout.readline() == f"{until}\n"
         return started[-1]
 
     yield start
@@ -83,7 +91,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_what_a_rank_prints_arrives_as_it_is_on_both_streams(supervised: Callable[..., Supervised]) -> None:
+def test_what_a_rank_prints_arrives_as_it_is_on_both_streams(supervised: Start) -> None:
     code, out, err = supervised("""
         print(sys.argv[1:], flush=True)
         sys.stdout.buffer.write(b"\\xe2\\x82\\xac no line end")
@@ -93,16 +101,12 @@ def test_what_a_rank_prints_arrives_as_it_is_on_both_streams(supervised: Callabl
 
 
 @pytest.mark.parametrize("code", [0, REFUSED, ENDED, INTERRUPTED, LOST_PEER])
-def test_of_an_end_that_the_rank_told_itself_nothing_is_repeated(
-    supervised: Callable[..., Supervised], code: int
-) -> None:
+def test_of_an_end_that_the_rank_told_itself_nothing_is_repeated(supervised: Start, code: int) -> None:
     assert supervised(f"print('why', file=sys.stderr); sys.exit({code})").end() == (code, "", "why\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_rank_that_is_killed_is_told_in_words_with_its_last_lines(
-    supervised: Callable[..., Supervised],
-) -> None:
+def test_a_rank_that_is_killed_is_told_in_words_with_its_last_lines(supervised: Start) -> None:
     code, _, err = supervised(
         "for n in range(40): print('line', n, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)",
         environment={"RANK": "3"},
@@ -114,7 +118,7 @@ def test_a_rank_that_is_killed_is_told_in_words_with_its_last_lines(
     assert err.rstrip().endswith("line 39")
 
 
-def test_a_rank_that_crashes_is_told_with_its_traceback(supervised: Callable[..., Supervised]) -> None:
+def test_a_rank_that_crashes_is_told_with_its_traceback(supervised: Start) -> None:
     code, _, err = supervised("1 / 0").end()
     assert code == 1
     assert err.count("ZeroDivisionError") == 2, "as it came, and in the last lines"
@@ -123,37 +127,25 @@ def test_a_rank_that_crashes_is_told_with_its_traceback(supervised: Callable[...
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_reaches_the_rank_which_ends_in_its_own_way(
-    supervised: Callable[..., Supervised], number: signal.Signals
+    supervised: Start, number: signal.Signals
 ) -> None:
-    run = supervised(f"{LISTEN}; print('ready', flush=True); time.sleep(60)")
-    assert run.process.stdout.readline() == "ready\n"
+    run = supervised(f"{LISTEN}; {READY}", until="ready")
     run.process.send_signal(number)
-    code, out, err = run.end()
-    assert (code, out, err) == (INTERRUPTED, "stopping\n", "")
+    assert run.end() == (INTERRUPTED, "stopping\n", "")
 
 
-def test_a_signal_before_the_rank_can_listen_is_a_stop_as_well(supervised: Callable[..., Supervised]) -> None:
-    run = supervised("print('importing', flush=True); time.sleep(60)")
-    assert run.process.stdout.readline() == "importing\n"
+def test_a_signal_before_the_rank_can_listen_is_a_stop_as_well(supervised: Start) -> None:
+    run = supervised("print('importing', flush=True); time.sleep(60)", until="importing")
     run.process.send_signal(signal.SIGTERM)
-    assert run.end() == (
-        INTERRUPTED,
-        "",
-        "Stopped before it had begun. To go on, type the same command again\n",
-    )
+    assert run.end() == (INTERRUPTED, "", STOPPED)
 
 
 @pytest.mark.parametrize(("pause", "code"), [(0.1, INTERRUPTED), (1.5, 137)])
 def test_a_second_ctrl_c_ends_at_once_but_not_the_echo_of_the_first(
-    supervised: Callable[..., Supervised], pause: float, code: int
+    supervised: Start, pause: float, code: int
 ) -> None:
-    run = supervised("""
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        print('ready', flush=True)
-        time.sleep(4)
-        sys.exit(75)
-    """)
-    assert run.process.stdout.readline() == "ready\n"
+    rank = "signal.signal(signal.SIGTERM, lambda *_: None); print('ready', flush=True); time.sleep(4); sys.exit(75)"
+    run = supervised(rank, until="ready")
     run.process.send_signal(signal.SIGINT)
     time.sleep(pause)
     run.process.send_signal(signal.SIGINT)
@@ -161,73 +153,68 @@ def test_a_second_ctrl_c_ends_at_once_but_not_the_echo_of_the_first(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a child with its parent")
-def test_no_rank_outlives_a_killed_supervisor(supervised: Callable[..., Supervised]) -> None:
-    run = supervised(f"{LISTEN}; print('ready', flush=True); time.sleep(60)")
-    assert run.process.stdout.readline() == "ready\n"
-    rank = run.rank()
+def test_no_rank_outlives_a_killed_supervisor(supervised: Start) -> None:
+    run = supervised(f"{LISTEN}; print(os.getpid(), flush=True); time.sleep(60)")
+    rank = int(run.process.stdout.readline())
     run.process.kill()
     assert gone(rank)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a child with its parent")
-@pytest.mark.parametrize(("under_a_launcher", "stops"), [(True, True), (False, False)])
-def test_a_launcher_that_is_killed_takes_its_ranks_along_and_a_shell_that_is_left_does_not(
-    tmp_path: Path, under_a_launcher: bool, stops: bool
+@pytest.mark.parametrize(
+    ("command", "environment", "number"),
+    [
+        (python(LAUNCH), {"RANK": "0"}, signal.SIGKILL),
+        (DEEPSPEED, {}, signal.SIGTERM),
+        (SPARK, {}, signal.SIGKILL),
+    ],
+    ids=[
+        "a launcher",
+        "DeepSpeed's command, which hands no signal on",
+        "the worker of a cancelled task of Spark",
+    ],
+)
+def test_the_end_of_whatever_launched_a_rank_is_taken_for_a_sigterm(
+    supervised: Start, command: list[str], environment: dict[str, str], number: signal.Signals
 ) -> None:
-    Supervised(tmp_path, f"{LISTEN}; print('ready', os.getppid(), flush=True); time.sleep(60)").process.kill()
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "DOLLY_SUPERVISED")}
-    launcher = subprocess.Popen(
-        [sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"],
-        cwd=tmp_path, env=environment | ({"RANK": "0"} if under_a_launcher else {}), stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    supervisor = int(launcher.stdout.readline().split()[1])
-    launcher.kill()
-    launcher.wait()
-    if stops:
-        assert launcher.stdout.readline() == "stopping\n", "its rank finishes its step"
-        assert gone(supervisor)
-    else:
-        time.sleep(1)
-        os.kill(supervisor, signal.SIGTERM)  # it was there
-        assert gone(supervisor)
-    launcher.stdout.close()
+    run = supervised(f"{LISTEN}; {READY}", until="ready", command=command, environment=environment)
+    run.process.send_signal(number)
+    assert run.process.stdout.read() == "stopping\n", "and then nobody holds the pipe any more"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_launcher_that_is_killed_while_its_supervisor_starts_leaves_nobody(
-    supervised: Callable[..., Supervised],
-) -> None:
+def test_a_shell_that_is_left_takes_no_run_along(supervised: Start) -> None:
+    run = supervised(f"{LISTEN}; print(os.getppid(), flush=True); time.sleep(60)", command=python(LAUNCH))
+    supervisor = int(run.process.stdout.readline())
+    run.process.kill()
+    time.sleep(1)
+    os.kill(supervisor, signal.SIGTERM)  # it was there
+    assert gone(supervisor)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_launcher_that_is_killed_while_its_supervisor_starts_leaves_nobody(supervised: Start) -> None:
     """Before the supervisor can ask the system to be told of its launcher's end."""
-    run = supervised(
-        "time.sleep(60)",
-        first="import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(1)",
-        command=[sys.executable, "-c", "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"],
-        environment={"RANK": "0"}, start_new_session=True,
-    )  # fmt: skip
+    first = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(1)"
+    how = {"command": python(LAUNCH), "environment": {"RANK": "0"}, "start_new_session": True}
+    run = supervised("time.sleep(60)", first=first, **how)
     supervisor = int(run.process.stdout.readline())
     run.process.kill()
     assert gone(supervisor)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_deepspeed_command_may_end_before_a_supervisor_is_there(
-    supervised: Callable[..., Supervised],
-) -> None:
+def test_the_deepspeed_command_may_end_before_a_supervisor_is_there(supervised: Start) -> None:
     """launch.py, which outlives it, takes seconds to start the ranks."""
-    launch = "import subprocess, sys, time; time.sleep(1); subprocess.run([sys.executable, '-m', 'training.trainer'])"
-    words = [sys.executable, "-c", launch, "deepspeed.launcher.launch"]
-    rank = f"{LISTEN}\nprint('ready', flush=True)\ntime.sleep(60)"
-    command = [sys.executable, "-c", f"import subprocess; subprocess.run({words!r})"]
-    run = supervised(rank, command=command, start_new_session=True)
+    late = starts(python(f"import time; time.sleep(1); {LAUNCH}", "deepspeed.launcher.launch"))
+    run = supervised(f"{LISTEN}; {READY}", command=late, start_new_session=True)
     time.sleep(0.3)
     run.process.kill()
     said = run.process.stdout.read()  # until nobody holds the pipe any more
     assert said in ("ready\nstopping\n", ""), "told to stop, perhaps before it could listen"
 
 
-def test_a_reader_that_goes_away_does_not_stop_the_rank(
-    supervised: Callable[..., Supervised], tmp_path: Path
-) -> None:
+def test_a_reader_that_goes_away_does_not_stop_the_rank(supervised: Start, tmp_path: Path) -> None:
     """As in `deepspeed ... | head -1`, or where a terminal is closed: more than a pipe holds, and nobody reads."""
     done = tmp_path / "done"
     run = supervised(f"""
@@ -242,19 +229,11 @@ def test_a_reader_that_goes_away_does_not_stop_the_rank(
 
 @pytest.mark.parametrize(("patience", "told"), [(1, True), (25, False)])
 def test_a_rank_that_hangs_is_told_before_the_launcher_kills_it(
-    supervised: Callable[..., Supervised], patience: int, told: bool
+    supervised: Start, patience: int, told: bool
 ) -> None:
-    run = supervised(
-        """
-        signal.signal(signal.SIGTERM, lambda *_: None)
-        print('step 7', flush=True)
-        time.sleep(3)
-        sys.exit(75)
-        """,
-        first=f"import training.supervisor; training.supervisor.PATIENCE = {patience}",
-        environment={"RANK": "1"},
-    )
-    assert run.process.stdout.readline() == "step 7\n"
+    rank = "signal.signal(signal.SIGTERM, lambda *_: None); print('step 7', flush=True); time.sleep(3); sys.exit(75)"
+    first = f"import training.supervisor; training.supervisor.PATIENCE = {patience}"
+    run = supervised(rank, until="step 7", first=first, environment={"RANK": "1"})
     run.process.send_signal(signal.SIGTERM)
     words = f"\nRank 1 is still busy {patience} s after it was told to stop\nIts last lines:\n  step 7\n"
     assert run.end() == (INTERRUPTED, "", words if told else "")
@@ -270,10 +249,8 @@ def test_the_supervisor_is_small() -> None:
 def test_the_shared_memory_of_this_rank_alone_is_given_back(tmp_path, monkeypatch):
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
-    names = [
-        f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{end}"
-        for end in ("29500_0", "29500_1", "29501_1")
-    ]
+    ends = ("29500_0", "29500_1", "29501_1")
+    names = [f"deepspeed_allreduce_buffer_{os.getuid()}_127.0.0.1_{end}" for end in ends]
     for name in names:
         (tmp_path / name).touch()
     remove_shared_buffer(tmp_path)
@@ -281,9 +258,7 @@ def test_the_shared_memory_of_this_rank_alone_is_given_back(tmp_path, monkeypatc
     remove_shared_buffer(tmp_path)  # nothing there is no fault
 
 
-def test_a_signal_that_comes_before_there_is_a_rank_is_not_lost(
-    supervised: Callable[..., Supervised],
-) -> None:
+def test_a_signal_that_comes_before_there_is_a_rank_is_not_lost(supervised: Start) -> None:
     first = """
 import os, signal, subprocess
 real = subprocess.Popen
@@ -293,61 +268,14 @@ def slow(*args, **how):
 if "DOLLY_SUPERVISED" not in os.environ: subprocess.Popen = slow
 """
     code, _, err = supervised("time.sleep(60)", first=first).end()
-    assert (code, err) == (
-        INTERRUPTED,
-        "Stopped before it had begun. To go on, type the same command again\n",
-    )
+    assert (code, err) == (INTERRUPTED, STOPPED)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_end_of_the_deepspeed_command_is_taken_for_a_sigterm(
-    supervised: Callable[..., Supervised],
-) -> None:
-    """That command hands no signal on: when it is told to stop, launch.py and the ranks are left."""
-    launch = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"
-    words = [sys.executable, "-c", launch, "deepspeed.launcher.launch"]
-    rank = f"{LISTEN}\nprint('ready', flush=True)\ntime.sleep(60)"
-    run = supervised(rank, command=[sys.executable, "-c", f"import subprocess; subprocess.run({words!r})"])
-    assert run.process.stdout.readline() == "ready\n"
-    run.process.terminate()
-    assert run.process.stdout.read() == "stopping\n", "and then nobody holds the pipe any more"
-
-
-UNDER_SPARK = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"
-
-
-def start_under_spark(supervised: Callable[..., Supervised], rank: str, first: str = "") -> Supervised:
-    """As a Spark task does: its worker, forked from `python -m pyspark.daemon`, starts torchrun."""
-    torchrun = [sys.executable, "-c", UNDER_SPARK, "torch.distributed.run"]
-    worker = [
-        sys.executable,
-        "-c",
-        f"import subprocess; subprocess.run({torchrun!r})",
-        "-m",
-        "pyspark.daemon",
-    ]
-    run = supervised(rank, command=worker, first=first)
-    assert run.process.stdout.readline() == "ready\n"
-    return run
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_worker_that_spark_kills_takes_its_rank_along(supervised: Callable[..., Supervised]) -> None:
-    """Spark kills the worker of a cancelled task, and leaves the torchrun that it started."""
-    run = start_under_spark(supervised, f"{LISTEN}\nprint('ready', flush=True)\ntime.sleep(60)")
-    run.process.kill()
-    assert run.process.stdout.read() == "stopping\n", (
-        "it finishes its step, and nobody holds the pipe any more"
-    )
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_rank_that_hangs_does_not_outlive_the_worker_of_spark_for_long(
-    supervised: Callable[..., Supervised],
-) -> None:
-    rank = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('ready', flush=True)\ntime.sleep(60)"
+def test_a_rank_that_hangs_does_not_outlive_the_worker_of_spark_for_long(supervised: Start) -> None:
     first = "import training.supervisor; training.supervisor.KILLED_AFTER = 1"
-    run = start_under_spark(supervised, rank, first)
+    deaf = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {READY}"
+    run = supervised(deaf, until="ready", first=first, command=SPARK)
     run.process.kill()
     begin = time.monotonic()
     assert run.process.stdout.read() == ""

@@ -1,10 +1,9 @@
-"""Time: formulas on cases worked out by hand, and a measured run on this machine."""
+"""Operations and time: formulas on cases worked out by hand, and a measured run on this machine."""
 
 from __future__ import annotations
 
 import os
 import resource
-import subprocess
 import sys
 import time
 from dataclasses import replace
@@ -13,23 +12,61 @@ from statistics import median
 
 import pytest
 import torch
-from training.plan.settings import Settings, settings_of
+from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
 
+from tests.test_trainer import run
 from training.consts import GIB
 from training.machine import flops
 from training.machine.catalogue import Machine, find_machine
 from training.machine.flops import step_flops
+from training.options.command_line import option_words
 from training.options.deepspeed import Zero
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import alpaca_lengths, epoch_load
 from training.plan.lookup import dataset_lengths, model_shape
-from training.plan.model_shape import gptj_shape
 from training.plan.timing import CpuRates, cpu_rates, hours_of, step_seconds
 
-ROOT = Path(__file__).parents[1]
-GPTJ = model_shape("EleutherAI/gpt-j-6B")
-TINY = gptj_shape("tiny", layers=2, width=8, heads=2, vocabulary=100)
+GPTJ = model_facts("EleutherAI/gpt-j-6B")
+TINY = gptj_facts("tiny", layers=2, width=8, heads=2, vocabulary=100)
 CPU = Machine("this machine", "cpu", "CPU", 1, 0.0, 0.0, "none", 16.0, 100.0)
+
+
+def test_parameters_are_those_that_multiply():
+    model = GPTJForCausalLM(
+        GPTJConfig(vocab_size=10, n_embd=8, n_layer=2, n_head=2, rotary_dim=4, n_positions=16)
+    )
+    # A layer: q, k, v, out 4 x 8 x 8; fc_in 8 x 32 + 32; fc_out 32 x 8 + 8; layer norm 16. Then a last norm.
+    assert flops.model_parameters(model) == (2 * (256 + 288 + 264 + 16) + 16, 10 * 8 + 10)
+
+
+def test_a_tied_head_is_counted_as_the_head_alone():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2, n_positions=16))
+    layers, head = flops.model_parameters(model)
+    assert head == 80
+    assert layers == sum(p.numel() for p in model.parameters()) - 80
+
+
+def test_operations_of_two_rows_counted_by_hand():
+    # Rows of 3 and 5 tokens, 4 labels, 120 parameters in layers, 20 in the head, width 2, depth 1.
+    needed = 120 * 8 - 100 * (8 - 4) + 20 * 4 + 1 * 2 * 34
+    assert flops.model_flops(120, 20, 2, 1, 8, 4, 9 + 25) == 6 * needed
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("Tesla V100-SXM2-32GB", 125e12),
+        ("NVIDIA L40", 181e12),
+    ],
+)
+def test_a_known_gpu_has_its_data_sheets_peak(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+    assert flops.peak_flops(torch.device("cuda"), torch.bfloat16) == peak
 
 
 def test_flops_are_those_of_narayanan_et_al():
@@ -53,6 +90,12 @@ def test_a_step_s_seconds_are_worked_out_as_by_hand():
     )
     assert seconds["gathering"] == pytest.approx(3 * 2 * GPTJ.parameters * 7 / 8 / 200e9)
     assert seconds["optimizer"] == pytest.approx(GPTJ.parameters / 1.2e9)
+    checkpointed = step_seconds(
+        GPTJ, machine, replace(settings, checkpointing=True), load, response_share=0.0
+    )
+    assert checkpointed["compute"] == pytest.approx(4 / 3 * seconds["compute"]), (
+        "the layers' forward once more"
+    )
     # Each part of a split share gathers the weights again; accumulation does everything but the optimizer twice.
     split = step_seconds(GPTJ, machine, replace(settings, max_tokens=400), load, response_share=0.0)
     assert split["gathering"] == pytest.approx(3 * seconds["gathering"])
@@ -64,15 +107,6 @@ def test_a_step_s_seconds_are_worked_out_as_by_hand():
     }
     alone = step_seconds(GPTJ, machine, replace(settings, ranks=1), load, response_share=0.0)
     assert alone["gathering"] == 0
-
-
-def test_checkpointing_adds_a_third_to_the_layers():
-    load = replace(epoch_load(alpaca_lengths(), Settings(ranks=8)), slowest_tokens=1000.0, slowest_scores=0.0)
-    once, twice = (
-        step_seconds(GPTJ, find_machine("8xH100"), Settings(ranks=8, checkpointing=c), load, 0.0)["compute"]
-        for c in (False, True)
-    )
-    assert twice == pytest.approx(4 / 3 * once)
 
 
 def test_an_epoch_is_its_steps_and_its_held_out_losses():
@@ -95,6 +129,7 @@ def test_ranks_that_share_a_cpu_share_its_rate(monkeypatch):
 
 
 def test_the_rates_of_this_cpu_are_measured():
+    assert 1e8 < flops.peak_flops(torch.device("cpu"), torch.float32) < 1e14
     rates = cpu_rates(256, "fp32")
     assert 1e8 < rates.matmul < 1e14
     assert 0.01 * GIB < rates.elementwise < 1000 * GIB
@@ -103,16 +138,14 @@ def test_the_rates_of_this_cpu_are_measured():
 # --- against reality ---------------------------------------------------------------------------------
 
 
-def cpu_seconds(folder: Path, steps: int, *options: str) -> float:
+def cpu_seconds(folder: Path, steps: int, **options: object) -> float:
     """CPU seconds of a training of so many steps in one process of one thread, whatever else the machine does."""
+    rarely = dict.fromkeys(("eval_steps", "save_steps", "logging_steps"), 100_000)
+    demo = {"input_model": "demo", "training_dataset": "demo", "local_output_dir": str(folder)}
+    words = option_words(demo | rarely | {"max_steps": steps} | options)
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    result = subprocess.run(
-        [sys.executable, "-m", "training.trainer", "--input-model", "demo", "--training-dataset", "demo",
-         "--test-size", "20", "--eval-steps", "100000", "--save-steps", "100000", "--logging-steps", "100000",
-         "--max-steps", str(steps), "--local-output-dir", str(folder), *options],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
+    result = run([sys.executable, "-m", "training.trainer"], *words)
+    assert result.returncode == 0, result.stdout
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
@@ -122,7 +155,12 @@ def cpu_seconds(folder: Path, steps: int, *options: str) -> float:
 def test_predicted_cpu_time_of_an_epoch_is_within_30_percent_of_a_measured_run(
     batching, tmp_path, monkeypatch
 ):
-    typed = ["--batching", batching, "--per-device-train-batch-size", "32", "--gradient-checkpointing", "off"]
+    chosen = {
+        "batching": batching,
+        "per_device_train_batch_size": 32,
+        "gradient_checkpointing": "off",
+        "test_size": 20,
+    }
     # The rates in CPU seconds as well, of one thread; before, between and after the runs, of which the median counts.
     monkeypatch.setattr(time, "perf_counter", time.process_time)
     threads = torch.get_num_threads()
@@ -130,22 +168,15 @@ def test_predicted_cpu_time_of_an_epoch_is_within_30_percent_of_a_measured_run(
     try:
         model = model_shape("demo")
         rates = [cpu_rates(model.width, "fp32") for _ in range(3)]
-        few = cpu_seconds(tmp_path / "few", 10, *typed)
+        few = cpu_seconds(tmp_path / "few", 10, **chosen)
         rates += [cpu_rates(model.width, "fp32") for _ in range(3)]
-        many = cpu_seconds(tmp_path / "many", 170, *typed)
+        many = cpu_seconds(tmp_path / "many", 170, **chosen)
         rates += [cpu_rates(model.width, "fp32") for _ in range(3)]
     finally:
         torch.set_num_threads(threads)
     middle = CpuRates(median(r.matmul for r in rates), median(r.elementwise for r in rates))
     lengths = dataset_lengths("demo", model)
-    options = TrainingOptions(
-        local_output_dir="x",
-        batching=batching,
-        per_device_train_batch_size=32,
-        gradient_checkpointing="off",
-        test_size=20,
-    )
-    settings = settings_of(options, 1, "cpu")
+    settings = settings_of(TrainingOptions(local_output_dir="x", **chosen), 1, "cpu")
     load = epoch_load(lengths, settings)
     step = sum(step_seconds(model, CPU, settings, load, lengths.response_share, middle).values())
     predicted, measured = load.steps * step, load.steps * (many - few) / 160

@@ -20,6 +20,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests import test_trainer
 from tests.test_trainer import BF16, DEMO, deepspeed, free_port
 from training.errors import OptionsError, TrackingError
 from training.model.generation import generate_response, load_model_tokenizer_for_generate
@@ -48,14 +49,12 @@ def record_of(**options: Any) -> dict[str, Any]:
 # --- what is told ------------------------------------------------------------------------------------
 
 
-def test_parameters_are_the_options_and_what_was_decided():
-    told = parameters(record_of(lr=2e-5) | {"decided": {"gradient_checkpointing": True}})
+def test_parameters_are_the_options_and_what_was_decided_cut_to_what_servers_take():
+    told = parameters(
+        record_of(lr=2e-5, training_dataset="x" * 9000) | {"decided": {"gradient_checkpointing": True}}
+    )
     assert (told["lr"], told["world_size"], told["decided_gradient_checkpointing"]) == ("2e-05", "2", "True")
     assert set(vars(TrainingOptions(local_output_dir="out"))) <= set(told)
-
-
-def test_a_value_beyond_what_servers_take_is_cut_and_says_so():
-    told = parameters(record_of(training_dataset="x" * 9000))
     assert told["training_dataset"] == "x" * (LONGEST_VALUE - 1) + "…"
 
 
@@ -66,10 +65,12 @@ def test_tags_tell_commit_versions_base_and_data():
     assert told["version_torch"] == record["versions"]["torch"]
 
 
-def test_no_password_and_no_token_is_shown(monkeypatch):
+def test_no_password_and_no_token_is_shown_also_where_a_library_repeats_an_address(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
     text = shown(f"GET http://me:{PASSWORD}@host/api failed\n Bearer {TOKEN}, postgresql://u:{PASSWORD}@db/x")
     assert text == "GET http://***@host/api failed Bearer ***, postgresql://***@db/x"
+    told = shown(f"HTTPConnectionPool: Max retries exceeded with url: /api/2.0/x?token={PASSWORD} (refused)")
+    assert told == "HTTPConnectionPool: Max retries exceeded with url: /api/2.0/x?*** (refused)"
 
 
 # --- problems of the options ---------------------------------------------------------------------------
@@ -131,12 +132,6 @@ def test_a_password_in_the_uri_is_refused_and_not_repeated(monkeypatch, uri):
     assert PASSWORD not in "".join(problems)
 
 
-def test_a_token_in_an_address_that_a_library_repeats_is_not_shown():
-    told = shown(f"HTTPConnectionPool: Max retries exceeded with url: /api/2.0/x?token={PASSWORD} (refused)")
-    assert PASSWORD not in told
-    assert told.endswith("?*** (refused)")
-
-
 def test_on_databricks_its_own_tracking_needs_no_uri(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "16.4")
@@ -163,46 +158,41 @@ def test_without_the_extra_the_error_names_it():
     assert "pip install '.[mlflow]'" in printed
 
 
-def test_an_unfinished_folder_is_not_logged(tmp_path):
-    (tmp_path / "run.json").write_text(json.dumps(record_of()))
-    with pytest.raises(TrackingError, match="holds no finished run"):
-        log_finished(tmp_path)
-
-
-def test_weights_that_changed_since_they_were_verified_are_not_logged(tmp_path):
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({}, "holds no finished run"),
+        ({"status": "finished", "weights": {"model.safetensors": {"size": 7, "sha256": "0" * 64}}},
+         "its weights are not those that training wrote and verified"),
+    ],
+)  # fmt: skip
+def test_an_unfinished_run_and_weights_that_changed_since_they_were_verified_are_not_logged(
+    tmp_path, entries, told
+):
     (tmp_path / "model.safetensors").write_bytes(b"changed")
-    verified = {"model.safetensors": {"size": 7, "sha256": "0" * 64}}
-    finished = record_of() | {"status": "finished", "weights": verified}
-    (tmp_path / "run.json").write_text(json.dumps(finished))
-    with pytest.raises(TrackingError, match="its weights are not those that training wrote and verified"):
+    (tmp_path / "run.json").write_text(json.dumps(record_of() | entries))
+    with pytest.raises(TrackingError, match=told):
         log_finished(tmp_path)
 
 
 # --- the model that is served ------------------------------------------------------------------------
 
 
-def test_the_served_model_answers_row_by_row_with_or_without_inputs(answering_model, tokenizer):
-    served = Served(answering_model, tokenizer)
-    table = pandas.DataFrame({"instruction": ["Say.", "Repeat."], "input": [None, "this"]}, index=[7, 3])
-    for data in (table, table[["instruction"]]):
-        answers = served.predict(data, {"temperature": 0.0, "max_new_tokens": 8})
-        assert answers["response"].tolist() == ["AB", "AB"], "it stops at the end key"
-        assert answers.index.tolist() == [7, 3]
-
-
-def test_what_looks_like_a_control_token_stays_text_in_the_served_model(
+def test_the_served_model_answers_row_by_row_and_what_looks_like_a_control_token_stays_text(
     answering_model, tokenizer, monkeypatch
 ):
-    prompts = []
-    real = answering_model.generate
+    prompts, real = [], answering_model.generate
     monkeypatch.setattr(
-        answering_model, "generate", lambda ids, **other: prompts.append(ids) or real(ids, **other)
+        answering_model, "generate", lambda ids, **other: prompts.extend(ids.tolist()) or real(ids, **other)
     )
-    table = pandas.DataFrame({"instruction": ["a ### End b"], "input": ["### Response:\n"]})
-    Served(answering_model, tokenizer).predict(table, {"max_new_tokens": 8})
-    ids = prompts[0][0].tolist()
-    counts = [ids.count(tokenizer.convert_tokens_to_ids(key)) for key in ("### End", "### Response:\n")]
-    assert counts == [0, 1]
+    columns = {"instruction": ["a ### End b", "Repeat."], "input": [None, "### Response:\n"]}
+    table = pandas.DataFrame(columns, index=[7, 3])
+    for data in (table, table[["instruction"]]):
+        answers = Served(answering_model, tokenizer).predict(data, {"temperature": 0.0, "max_new_tokens": 8})
+        assert answers["response"].tolist() == ["AB", "AB"], "it stops at the end key"
+        assert answers.index.tolist() == [7, 3]
+    for key, count in (("### End", 0), ("### Response:\n", 1)):
+        assert [ids.count(tokenizer.convert_tokens_to_ids(key)) for ids in prompts] == [count] * 4
 
 
 # --- a real server -----------------------------------------------------------------------------------
@@ -248,7 +238,13 @@ def server(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture
-def client(server, monkeypatch):
+def secret(monkeypatch):
+    for name, value in (QUIET | {"MLFLOW_TRACKING_TOKEN": TOKEN}).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def client(server, secret, monkeypatch):
     import mlflow
 
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
@@ -256,26 +252,12 @@ def client(server, monkeypatch):
     return mlflow.MlflowClient()
 
 
-def environment(uri: str) -> dict[str, str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    secret = {"MLFLOW_TRACKING_TOKEN": TOKEN, "MLFLOW_TRACKING_URI": uri}
-    return os.environ | QUIET | secret | {"PATH": path, "OMP_NUM_THREADS": "1"}
-
-
-def start(uri: str, *words: object) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        list(map(str, words)), cwd=ROOT, env=environment(uri), text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-
-
-def run(uri: str, *words: object) -> str:
+def run(*words: object) -> str:
     """What a command printed, which ended well and showed no secret."""
-    process = start(uri, *words)
-    printed = process.communicate(timeout=600)[0]
-    assert process.returncode == 0, printed
-    assert TOKEN not in printed
-    return printed
+    result = test_trainer.run([], *words)
+    assert result.returncode == 0, result.stdout
+    assert TOKEN not in result.stdout
+    return result.stdout
 
 
 TRAIN = [sys.executable, "-m", "training.trainer", *DEMO, "--logging-steps", 1]
@@ -340,7 +322,7 @@ def test_two_ranks_make_one_run_and_its_model_answers_where_this_repository_is_n
         *DEMO, "--logging-steps", 1, "--deepspeed", BF16, "--max-steps", 4, "--eval-steps", 2,
         "--local-output-dir", out, "--mlflow-model-name", NAME,
     ]  # fmt: skip
-    printed = run(server.uri, *deepspeed(2), *words)
+    printed = run(*deepspeed(2), *words)
     assert "MLflow does not answer" not in printed
     (logged,) = mlflow_runs(client, out)
     assert logged.info.status == "FINISHED"
@@ -355,7 +337,7 @@ def test_two_ranks_make_one_run_and_its_model_answers_where_this_repository_is_n
     (version,) = client.search_model_versions(f"name='{NAME}'")
     assert version.run_id == logged.info.run_id
 
-    again = run(server.uri, sys.executable, "-m", "training.tracking", "--model", out, "--name", NAME)
+    again = run(sys.executable, "-m", "training.tracking", "--model", out, "--name", NAME)
     assert f"logged to MLflow: models:/{NAME}/{version.version}" in again
     assert len(client.search_model_versions(f"name='{NAME}'")) == 1, "what is there is not logged again"
 
@@ -371,7 +353,7 @@ def test_two_ranks_make_one_run_and_its_model_answers_where_this_repository_is_n
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     instructions = ["Classify the word drum.", "What do 2 and 1 make together?"]
-    there = environment(server.uri)
+    there = os.environ | {"OMP_NUM_THREADS": "1"}
     there.pop("PYTHONPATH", None)
     result = subprocess.run(
         [
@@ -397,7 +379,10 @@ def test_two_ranks_make_one_run_and_its_model_answers_where_this_repository_is_n
 @pytest.mark.slow
 def test_a_server_that_dies_in_mid_run_harms_nothing_and_misses_nothing_in_the_end(server, client, tmp_path):
     out = tmp_path / "out"
-    training = start(server.uri, *TRAIN, "--max-steps", 30, "--local-output-dir", out, "--mlflow")
+    training = subprocess.Popen(
+        [*map(str, TRAIN), "--max-steps", "30", "--local-output-dir", str(out), "--mlflow"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
     printed = []
     for line in training.stdout:
         printed.append(line)
@@ -412,7 +397,7 @@ def test_a_server_that_dies_in_mid_run_harms_nothing_and_misses_nothing_in_the_e
     (line,) = [line for line in text.splitlines() if "could not be logged" in line]
     assert TOKEN not in text
     typed = re.search(r"Type python (-m training\.tracking .*)$", line).group(1)
-    assert "logged to MLflow: models:/m-" in run(server.uri, sys.executable, *typed.split())
+    assert "logged to MLflow: models:/m-" in run(sys.executable, *typed.split())
     (logged,) = mlflow_runs(client, out)
     assert sorted(steps_of(client, logged.info.run_id, "loss")) == list(range(1, 31)), "each step once"
     assert logged.info.status == "FINISHED"
@@ -425,7 +410,7 @@ def test_a_run_that_is_resumed_goes_on_in_the_same_mlflow_run_and_logs_its_new_m
     out = tmp_path / "out"
     words = [*TRAIN, "--local-output-dir", out, "--mlflow-model-name", "resumed", "--resume", "auto"]
     for steps in (2, 4, 4):
-        run(server.uri, *words, "--max-steps", steps)
+        run(*words, "--max-steps", steps)
     (logged,) = mlflow_runs(client, out)
     assert sorted(steps_of(client, logged.info.run_id, "loss")) == [1, 2, 3, 4]
     versions = client.search_model_versions("name='resumed'")
@@ -436,12 +421,12 @@ def test_a_run_that_is_resumed_goes_on_in_the_same_mlflow_run_and_logs_its_new_m
 
 
 @pytest.mark.slow
-def test_a_server_that_never_answers_costs_no_step_and_is_told_once(tmp_path):
+def test_a_server_that_never_answers_costs_no_step_and_is_told_once(secret, tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
-        uri = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         out = tmp_path / "out"
         # MLflow's own patience, eight times two minutes for each request, would take longer than `run` allows.
-        printed = run(uri, *TRAIN, "--max-steps", 4, "--local-output-dir", out, "--mlflow")
+        printed = run(*TRAIN, "--max-steps", 4, "--local-output-dir", out, "--mlflow")
     assert printed.count("MLflow does not answer") == 1, printed
     assert printed.count("could not be logged") == 1
     assert json.loads((out / "run.json").read_text())["status"] == "finished"

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,11 +24,12 @@ from transformers import (
     GPTJForCausalLM,
     GPTNeoXConfig,
     OPTConfig,
+    TrainerCallback,
 )
 
 from training import files
 from training.data.collator import DataCollatorForCompletionOnlyLM
-from training.data.prompt import CONTROL_TOKENS, END_KEY
+from training.data.prompt import CONTROL_TOKENS
 from training.data.tokens import prepare_dataset, split_held_out
 from training.errors import ModelError, OptionsError
 from training.machine import local
@@ -35,7 +37,7 @@ from training.model import loading
 from training.model.demo_model import model_folder
 from training.model.tokenizer import load_tokenizer
 from training.options.trainer_options import TrainingOptions
-from training.run import completion_trainer, preflight, prepare
+from training.run import preflight, prepare
 from training.trainer import train
 
 ROOT = Path(__file__).parents[1]
@@ -45,16 +47,21 @@ BF16 = "config/ds_z3_bf16_config.json"
 DEMO = ["--input-model", "demo", "--training-dataset", "demo", "--test-size", "100"]
 
 
-def run(launcher: list[str], *options: object, timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    """Runs the trainer as a user would, one thread a rank, and returns what it printed."""
+def without_a_launcher() -> dict[str, str]:
+    """An environment in which no launcher has set anything, with one thread a rank."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         environment.pop(name, None)
+    return environment
+
+
+def run(launcher: list[str], *options: object, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    """Runs the trainer as a user would, and returns what it printed."""
     return subprocess.run(
         [*launcher, *map(str, options)],
         cwd=ROOT,
-        env=environment,
+        env=without_a_launcher(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -75,13 +82,8 @@ def deepspeed(ranks: int, module: str = "training.trainer") -> list[str]:
 
 def torchrun(ranks: int) -> list[str]:
     launcher = Path(sys.executable).parent / "torchrun"
-    return [
-        str(launcher),
-        f"--nproc_per_node={ranks}",
-        f"--master_port={free_port()}",
-        "-m",
-        "training.trainer",
-    ]
+    options = [f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
+    return [str(launcher), *options, "-m", "training.trainer"]
 
 
 def record(folder: Path) -> dict:
@@ -109,18 +111,14 @@ def test_two_ranks_under_zero3_in_bf16_leave_a_folder_that_stock_transformers_lo
     model, loaded = AutoModelForCausalLM.from_pretrained(finished, output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(finished)
     assert type(model) is GPTJForCausalLM
-    assert not loaded["missing_keys"]
-    assert not loaded["unexpected_keys"]
-    assert not loaded["mismatched_keys"]
+    assert not any(loaded[f"{fault}_keys"] for fault in ("missing", "unexpected", "mismatched"))
     assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().num_embeddings
     assert model.config.use_cache
     assert tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)) == [len(tokenizer) - 3 + i for i in range(3)]
     assert all(torch.isfinite(p).all() and p.numel() for p in model.parameters())
     assert record(finished)["precision"] == "bf16"
-    assert (
-        load_file(finished / "model.safetensors")["transformer.h.0.attn.q_proj.weight"].dtype
-        == torch.bfloat16
-    )
+    weights = load_file(finished / "model.safetensors")
+    assert weights["transformer.h.0.attn.q_proj.weight"].dtype == torch.bfloat16
 
 
 def test_the_run_says_what_it_did(finished):
@@ -129,9 +127,9 @@ def test_the_run_says_what_it_did(finished):
     assert (run_record["world_size"], run_record["steps"]) == (2, 6)
     assert run_record["held_out_loss"]["after"] < run_record["held_out_loss"]["before"]
     assert run_record["versions"]["deepspeed"]
-    assert "step 0/6  held-out loss" in printed
+    assert printed.count("step 0/6  held-out loss") == printed.count("step 2/6  loss") == 1, "one rank speaks"
     assert "rate 1.00e-05" in printed
-    assert printed.count("rows read") == 1, "one rank speaks"
+    assert printed.count("rows read") == 1
     assert "«" in printed
     assert "left" in printed
     assert re.search(rf"^{finished}/checkpoint-6 saved: [\d.]+ MiB in [\d.]+ s$", printed, re.MULTILINE)
@@ -142,11 +140,11 @@ def test_the_run_says_what_it_did(finished):
 
 
 def test_libraries_speak_only_of_what_matters(finished):
-    """What DeepSpeed's two launching processes say before a rank exists is theirs."""
     printed = (finished / "stdout.txt").read_text()
-    assert printed.count("Setting accelerator to CPU") <= 2
-    for chatter in ("gcc", "built successfully", "-laio"):
-        assert chatter not in printed
+    assert printed.count("Setting accelerator to CPU") <= 2, (
+        "of DeepSpeed's two processes before a rank exists"
+    )
+    assert not any(chatter in printed for chatter in ("gcc", "built successfully", "-laio"))
 
 
 def test_tensorboard_holds_losses_and_rate(finished):
@@ -160,30 +158,20 @@ def test_tensorboard_holds_losses_and_rate(finished):
 
 def test_the_published_copy_is_the_model_without_its_checkpoints(finished):
     published = finished.parent / "published"
-    for name in (
-        "model.safetensors",
-        "tokenizer.json",
-        "generation_config.json",
-        "chat_template.jinja",
-        "README.md",
-    ):
+    model = ("model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja")
+    for name in (*model, "README.md"):
         assert (published / name).read_bytes() == (finished / name).read_bytes(), name
     assert not list(published.glob("checkpoint-*"))
 
 
-def test_generation_settings_stop_at_the_end_key(finished):
-    settings = json.loads((finished / "generation_config.json").read_text())
-    tokenizer = AutoTokenizer.from_pretrained(finished)
-    assert settings["eos_token_id"] == [tokenizer.convert_tokens_to_ids(END_KEY), tokenizer.eos_token_id]
-    assert settings["pad_token_id"] == tokenizer.pad_token_id
-
-
 def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(finished):
+    """Only rank 0 looks at the output folder; the other one waits for it then, and must go when it has gone."""
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
     result = run(deepspeed(2), *DEMO, "--deepspeed", BF16, "--max-steps", 1, "--local-output-dir", finished)
     assert result.returncode != 0
     assert result.stdout.count("is not empty") == 1
-    assert "Traceback (most recent call last)" not in result.stdout
+    for words in ("Traceback (most recent call last)", "still busy", "TCPStore"):
+        assert words not in result.stdout
     assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
 
 
@@ -227,27 +215,16 @@ def test_what_goes_wrong_while_python_shuts_down_fails_no_run_that_has_finished(
     assert record(tmp_path / "out")["status"] == "finished"
 
 
-@pytest.mark.slow
-def test_what_is_wrong_on_a_node_without_rank_0_is_told_there(tmp_path):
-    """Rank 0, on another node, finds no fault and says nothing."""
-    result = subprocess.run(
-        [sys.executable, "-m", "training.trainer", *DEMO, "--bf16", "--fp16", "--local-output-dir", str(tmp_path / "out")],
-        cwd=ROOT, env=os.environ | {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, capture_output=True, text=True,
-    )  # fmt: skip
-    assert result.returncode == 2
-    assert "--bf16 and --fp16 exclude each other" in result.stderr
-
-
 def test_a_taken_port_is_told_with_what_to_type(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        environment = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
-        result = subprocess.run(
-            [sys.executable, "-m", "training.trainer", *DEMO, "--deepspeed", BF16, "--local-output-dir", str(tmp_path / "out")],
-            cwd=ROOT, env=os.environ | environment | {"MASTER_PORT": str(port)}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        variables = os.environ | alone | {"MASTER_PORT": str(port)}
+        words = [*DEMO, "--deepspeed", BF16, "--local-output-dir", str(tmp_path / "out")]
+        command = [sys.executable, "-m", "training.trainer", *words]
+        result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert f"port {port}, by which the ranks meet, is taken" in result.stderr
     assert "Traceback" not in result.stderr
@@ -329,9 +306,7 @@ def test_ranks_that_share_a_host_share_its_memory_also_where_each_has_a_launcher
 
 def test_a_lack_of_memory_while_loading_is_not_told_as_a_fault_of_the_model(tmp_path, monkeypatch):
     def load(*args: object) -> None:
-        raise ModelError("demo: the weights could not be loaded") from torch.OutOfMemoryError(
-            "CUDA out of memory"
-        )
+        raise ModelError("demo: no weights could be loaded") from torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(loading, "load_model", load)
     with pytest.raises(torch.OutOfMemoryError):
@@ -342,14 +317,14 @@ def test_auto_checkpoints_only_where_memory_is_short_and_a_run_keeps_what_was_de
     roomy = train_demo(tmp_path / "roomy", max_steps=1)
     assert roomy["decided"] == {"gradient_checkpointing": False, "max_tokens_per_device": None}
     small_host(monkeypatch, 1.1)
-    tight = train_demo(tmp_path / "tight", max_steps=1, per_device_train_batch_size=512, test_size=1000)
+    train_tight = partial(train_demo, tmp_path / "tight", per_device_train_batch_size=512, test_size=1000)
+    tight = train_tight(max_steps=1)
     assert tight["decided"]["gradient_checkpointing"] is True
     monkeypatch.undo()
-    assert train_demo(tmp_path / "tight", max_steps=2, per_device_train_batch_size=512, test_size=1000,
-                      resume="auto")["decided"] == tight["decided"]  # fmt: skip
+    assert train_tight(max_steps=2, resume="auto")["decided"] == tight["decided"]
     asked = {"gradient_checkpointing": "off", "max_tokens_per_device": 4096}  # as a lack of memory tells to
-    assert train_demo(tmp_path / "tight", max_steps=3, per_device_train_batch_size=512, test_size=1000,
-                      resume="auto", **asked)["decided"] == asked | {"gradient_checkpointing": False}  # fmt: skip
+    decided = train_tight(max_steps=3, resume="auto", **asked)["decided"]
+    assert decided == asked | {"gradient_checkpointing": False}
 
 
 def test_each_disk_is_asked_for_what_will_be_written_on_it(tmp_path, monkeypatch):
@@ -363,30 +338,14 @@ def test_each_disk_is_asked_for_what_will_be_written_on_it(tmp_path, monkeypatch
     assert len(asked) == 4, "and the cache"
 
 
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
+
+
 @pytest.mark.parametrize(
     ("config", "batching"),
     [
-        (
-            GPTNeoXConfig(
-                hidden_size=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                intermediate_size=64,
-                max_position_embeddings=256,
-            ),
-            "packed",
-        ),
-        (
-            OPTConfig(
-                hidden_size=32,
-                word_embed_proj_dim=32,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                ffn_dim=64,
-                max_position_embeddings=256,
-            ),
-            "length",
-        ),
+        (GPTNeoXConfig(**SMALL, intermediate_size=64), "packed"),
+        (OPTConfig(**SMALL, word_embed_proj_dim=32, ffn_dim=64), "length"),
     ],
     ids=["pythia keeps documents apart", "opt does not"],
 )
@@ -406,28 +365,15 @@ def test_another_architecture_is_packed_only_where_it_keeps_documents_apart(
 
 def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> dict:
     """The gradients before the first optimizer step of a real run, by parameter."""
-    from transformers import TrainerCallback
-
     found: dict[str, torch.Tensor] = {}
 
-    class Grab(TrainerCallback):
-        def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-            if not found:
-                found.update({name: p.grad.clone() for name, p in model.named_parameters()})
+    def grab(self, args, state, control, model=None, **kwargs):
+        if not found:
+            found.update({name: p.grad.clone() for name, p in model.named_parameters()})
 
-    class GrabbingTrainer(completion_trainer.CompletionTrainer):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            self.add_callback(Grab())
-
-    monkeypatch.setattr(completion_trainer, "CompletionTrainer", GrabbingTrainer)
-    train_demo(
-        folder,
-        test_size=20,
-        max_steps=1,
-        per_device_train_batch_size=rows_at_once,
-        gradient_accumulation_steps=accumulation,
-    )
+    monkeypatch.setattr(TrainerCallback, "on_pre_optimizer_step", grab)
+    sizes = {"per_device_train_batch_size": rows_at_once, "gradient_accumulation_steps": accumulation}
+    train_demo(folder, test_size=20, max_steps=1, **sizes)
     return found
 
 
@@ -461,20 +407,11 @@ def test_a_gptj_learns_alpaca_on_two_ranks_and_reloads_to_the_same_held_out_loss
     base, folder = tmp_path / "base", tmp_path / "out"
     tokenizer = load_tokenizer(str(SHARED / "gpt2-bpe"))
     torch.manual_seed(0)
-    GPTJForCausalLM(
-        GPTJConfig(
-            n_embd=128,
-            n_layer=2,
-            n_head=4,
-            rotary_dim=16,
-            n_positions=2048,
-            vocab_size=50400,
-            bos_token_id=50256,
-            eos_token_id=50256,
-        )
-    ).save_pretrained(base)
-    shutil.copy(SHARED / "gpt2-bpe" / "vocab.json", base)
-    shutil.copy(SHARED / "gpt2-bpe" / "merges.txt", base)
+    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_positions": 2048}
+    config = GPTJConfig(vocab_size=50400, bos_token_id=50256, eos_token_id=50256, **sizes)
+    GPTJForCausalLM(config).save_pretrained(base)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(SHARED / "gpt2-bpe" / name, base)
     result = run(
         deepspeed(2), "--input-model", base, "--training-dataset", ALPACA, "--test-size", 100, "--deepspeed", BF16,
         "--max-steps", 60, "--lr", 3e-3, "--local-output-dir", folder, timeout=1500,
@@ -504,15 +441,10 @@ def test_while_loading_a_rank_holds_its_shard_and_a_layer_not_the_model(tmp_path
     del model
     result = run(deepspeed(2, "tests.zero3_loading"), tmp_path)
     assert result.returncode == 0, result.stdout
-    ranks = [
-        json.loads(line.split(maxsplit=2)[2])
-        for line in result.stdout.splitlines()
-        if line.startswith("rank ")
-    ]
+    lines = [line for line in result.stdout.splitlines() if line.startswith("rank ")]
+    ranks = [json.loads(line.split(maxsplit=2)[2]) for line in lines]
     assert len(ranks) == 2
     for figures in ranks:
         assert figures["shard"] == pytest.approx(whole / 2, rel=0.05)
-        assert figures["peak"] < figures["shard"] + 2 * layer, (
-            f"{figures}, the whole model is {whole:.2f} GiB"
-        )
+        assert figures["peak"] < figures["shard"] + 2 * layer, f"{figures}, the model is {whole:.2f} GiB"
         assert figures["after"] < figures["shard"] + layer

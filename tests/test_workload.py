@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from training.plan.settings import Settings
-from transformers import BertConfig, GPTJConfig, GPTNeoXConfig, LlamaConfig, T5Config
+from transformers import GPTJConfig, GPTNeoXConfig, LlamaConfig
 
+from tests.conftest import jsonl, rows_of
 from training import consts
 from training.consts import PAD_TO_MULTIPLE_OF
 from training.data.tokens import prepare_dataset
-from training.errors import ModelError
 from training.model.tokenizer import load_tokenizer
 from training.plan.epoch import (
     ALPACA_HISTOGRAM,
@@ -73,22 +71,6 @@ def test_the_demo_s_facts_are_those_of_the_demo_s_model_with_the_control_tokens(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("config", "words"), [(T5Config(), "t5 model is no causal"), (None, "no model could be found")]
-)
-def test_a_model_that_is_no_causal_lm_or_does_not_exist_is_named(config, words, tmp_path):
-    if config:
-        config.save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match=words):
-        model_shape(str(tmp_path))
-
-
-def test_an_encoder_is_no_causal_lm(tmp_path):
-    BertConfig(architectures=["BertForMaskedLM"]).save_pretrained(tmp_path)
-    with pytest.raises(ModelError, match="encoder, no causal language model"):
-        model_shape(str(tmp_path))
-
-
 # --- rows --------------------------------------------------------------------------------------------
 
 
@@ -110,17 +92,14 @@ def test_the_built_in_histogram_is_what_the_product_itself_counts():
     assert counted.response_share == pytest.approx(ALPACA_RESPONSE_SHARE, abs=0.001)
 
 
-def test_lengths_are_those_of_the_rows_and_the_share_that_of_their_responses():
+def test_a_dataset_of_one_s_own_is_counted_by_its_rows_and_the_share_of_their_responses(
+    tmp_path, base_folder
+):
     lengths = lengths_of("mine", [10, 30], [5, 15])
     assert lengths.tokens.tolist() == [10, 30]
     assert lengths.response_share == 0.5
-
-
-def test_a_dataset_of_one_s_own_is_counted(tmp_path, base_folder):
-    file = tmp_path / "rows.jsonl"
-    rows = [{"instruction": "a" * n, "output": "b c"} for n in range(1, 41)]
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lengths = dataset_lengths(str(file), model_shape(str(base_folder)))
+    rows = [row | {"instruction": "a" * n} for n, row in enumerate(rows_of(40), start=1)]
+    lengths = dataset_lengths(jsonl(tmp_path / "rows.jsonl", rows), model_facts(str(base_folder)))
     assert len(lengths.tokens) == 40
     assert lengths.tokens[-1] > lengths.tokens[0]
     assert 0 < lengths.response_share < 0.5
@@ -137,24 +116,18 @@ def test_an_epoch_is_counted_as_by_hand():
     assert packed.slowest_tokens == pytest.approx(20, rel=0.01)
     assert packed.slowest_scores == pytest.approx(2 * 10 * 10 / 2, rel=0.01)
     padded = epoch_load(lengths, replace(settings, packed=False))
-    assert (padded.computed_tokens, padded.slowest_tokens, padded.peak_tokens, padded.peak_row) == (
-        64,
-        32,
-        32,
-        16,
-    )
+    counted = (padded.computed_tokens, padded.slowest_tokens, padded.peak_tokens, padded.peak_row)
+    assert counted == (64, 32, 32, 16), "padded as by the collator"
+    assert PAD_TO_MULTIPLE_OF == consts.PAD_TO_MULTIPLE_OF
     assert padded.slowest_scores == 2 * 16 * 16
 
 
 def test_the_rank_with_the_longest_row_sets_the_pace():
     lengths = Lengths("one long row", np.array([8, 8, 8, 40]), 0.5)
-    padded = epoch_load(lengths, Settings(ranks=2, rows=1, accumulation=1, packed=False, test_size=1), seed=1)
+    settings = Settings(ranks=2, rows=1, accumulation=1, packed=False, test_size=1)
+    padded = epoch_load(lengths, settings, seed=1)
     assert padded.paced_tokens >= padded.computed_tokens
-    one_step = epoch_load(
-        replace(lengths, tokens=np.array([40, 8, 8])),
-        Settings(ranks=2, rows=1, packed=False, test_size=1),
-        seed=0,
-    )
+    one_step = epoch_load(replace(lengths, tokens=np.array([40, 8, 8])), settings, seed=0)
     assert one_step.steps == 1
     assert one_step.peak_row == one_step.slowest_tokens
 
@@ -173,7 +146,3 @@ def test_dolly_s_padding_leaves_half_the_tokens_real_and_a_third_at_the_pace_of_
     assert real(8)[1] == pytest.approx(0.34, abs=0.03)
     packed = epoch_load(alpaca_lengths(), Settings(ranks=8))
     assert packed.real_tokens / packed.paced_tokens > 0.99
-
-
-def test_padding_is_the_collator_s():
-    assert PAD_TO_MULTIPLE_OF == consts.PAD_TO_MULTIPLE_OF
