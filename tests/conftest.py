@@ -36,9 +36,15 @@ from transformers import (  # noqa: E402
 )
 
 from training.data.prompt import INPUT_KEY, INTRO, INTRO_WITH_INPUT  # noqa: E402
+from training.errors import OptionsError  # noqa: E402
+from training.machine.catalogue import FAMILIES  # noqa: E402
 from training.model.demo_model import model_folder  # noqa: E402
 from training.model.loading import load_model  # noqa: E402
 from training.model.tokenizer import generation_config, load_tokenizer  # noqa: E402
+from training.options.deepspeed import Zero  # noqa: E402
+from training.options.settings import Settings, resolve  # noqa: E402
+from training.options.trainer_options import TrainingOptions  # noqa: E402
+from training.run import preflight  # noqa: E402
 
 EOS = "<|endoftext|>"
 POSITIONS = 256
@@ -55,6 +61,43 @@ def jsonl(path: Path, rows: list[dict[str, Any]]) -> str:
 
 def rows_of(count: int, **other: str) -> list[dict[str, Any]]:
     return [{"instruction": f"Say {n}.", "input": "", "output": f"{n}"} | other for n in range(count)]
+
+
+def settings_of_a_run(
+    ranks: int = 1,
+    zero: Zero = Zero(stage=3),  # noqa: B008  (frozen)
+    precision: str = "bf16",
+    checkpointing: Any = "auto",
+    max_tokens: int | None = None,
+    **options: Any,
+) -> Settings:
+    """The settings of a run, without a DeepSpeed file: its content follows from `zero`."""
+    sections = {
+        "offload_optimizer": {"device": "cpu", "pin_memory": zero.pinned} if zero.offload_optimizer else {},
+        "offload_param": {"device": "cpu"} if zero.offload_parameters else {},
+        "stage3_max_live_parameters": zero.live_parameters,
+        "sub_group_size": zero.sub_group,
+        "reduce_bucket_size": zero.bucket,
+    }
+    config = {"zero_optimization": {"stage": zero.stage, **sections}}
+    chosen = TrainingOptions(**{"local_output_dir": "OUTPUT", "epochs": 1.0} | options)
+    settings = Settings(chosen, ranks, config, precision, checkpointing, max_tokens)
+    assert settings.zero == zero
+    return settings
+
+
+def resolved(options: TrainingOptions, ranks: int = 1, family: str = "cpu") -> Settings:
+    """The settings of a run on GPUs of a family."""
+    return resolve(options, ranks, FAMILIES[family].precision)
+
+
+def problems_of(options: TrainingOptions) -> list[str]:
+    """What the trainer refuses these options for."""
+    try:
+        preflight.check(options)
+    except OptionsError as error:
+        return error.problems
+    return []
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import torch
 
+from tests.conftest import settings_of_a_run
 from tests.test_memory import small_batch, small_gptj
 from training.machine.catalogue import Machine
 from training.options.deepspeed import Zero
@@ -50,8 +51,13 @@ def measure(
     share = batch["shift_labels"].numel() / tokens if packed else 1.0
     load = Load(1, tokens, tokens, tokens, tokens, float(scores), tokens, longest)
     zero = Zero(stage=1 if precision == "bf16" else 0)  # 16-bit weights, and no ZeRO-3 between
-    settings = Settings(
-        1, rows=count, packed=packed, checkpointing=checkpointing, precision=precision, zero=zero
+    settings = settings_of_a_run(
+        1,
+        per_device_train_batch_size=count,
+        batching="packed" if packed else "padded",
+        checkpointing=checkpointing,
+        precision=precision,
+        zero=zero,
     )
     facts = gptj_shape("small", layers, width, heads, vocabulary)
     machine = Machine("this machine", "cpu", "CPU", 1, 0.0, 0.0, "none", 16.0, 100.0)

@@ -18,13 +18,13 @@ from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
 from training.launch.supervisor import remove_shared_buffer
-from training.options.deepspeed import read_deepspeed_json
+from training.options.deepspeed import read_json
 from training.run.operators import compile_operators
 
 
 def filled_in(path: str, width: int, live: int | None) -> dict[str, Any]:
     """A shipped configuration with its "auto" values as transformers fills them in, one row a rank."""
-    config = read_deepspeed_json(path)
+    config = read_json(path)
     config |= {
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
@@ -98,7 +98,7 @@ def measure(
 
 
 def main(path: str, out: str, *shapes: str) -> None:
-    compile_operators(read_deepspeed_json(path))
+    compile_operators(read_json(path))
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     try:
         found = [measure(path, *map(int, shape.split(","))) for shape in shapes]

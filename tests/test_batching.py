@@ -27,7 +27,7 @@ from training.data.batching import (
     micro_steps_needed,
 )
 from training.data.collator import DataCollatorForPackedRows
-from training.run.resume import Continued
+from training.run.resume import RestoreOnResume
 
 lengths_of_rows = st.lists(st.integers(1, 600), min_size=1, max_size=200)
 world_sizes = st.sampled_from([1, 2, 3, 8])
@@ -225,7 +225,7 @@ def test_a_resume_on_any_number_of_ranks_goes_on_in_the_order_of_its_epoch(
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
         arguments = TrainingArguments(tmp_path, use_cpu=True, gradient_accumulation_steps=accumulation)
         state = TrainerState(global_step=done)
-        Continued(None, tmp_path).on_epoch_begin(arguments, state, None, train_dataloader=loader)
+        RestoreOnResume(None, tmp_path).on_epoch_begin(arguments, state, None, train_dataloader=loader)
         if within:
             loader = skip_first_batches(loader, within * accumulation)
         loader.set_epoch(epoch)

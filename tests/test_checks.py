@@ -23,7 +23,7 @@ import torch
 
 from tests.conftest import mounted, python
 from training import files
-from training.files import TRACE, disk_problems, free_bytes, writable, writing
+from training.files import TRACE, disk_problems, free_bytes, one_writer, writable
 from training.machine import kernels
 from training.machine.environment import cuda_toolkit_problems, mismatches, tool_problems, version_problems
 from training.machine.kernels import kernel_problems, missing_kernels
@@ -131,7 +131,7 @@ def test_the_checks_cost_less_than_a_second(tmp_path: Path) -> None:
     tool_problems()
     kernel_problems()
     disk_problems({tmp_path / "model": GIB}, {tmp_path / "model": "the model"})
-    with writing(tmp_path / "out"):
+    with one_writer(tmp_path / "out"):
         pass
     assert time.process_time() - begin < 1
 

@@ -13,7 +13,7 @@ from deepspeed.runtime.config import DeepSpeedConfig
 from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from training.options.checks import find_problems
+from tests.conftest import problems_of, resolved
 from training.options.trainer_options import TrainingOptions
 from training.run.prepare import training_arguments
 
@@ -43,7 +43,7 @@ def filled(options: TrainingOptions) -> dict[str, Any]:
     """The options' DeepSpeed file with every "auto" replaced, by the Trainer's own two steps."""
     before = dict(os.environ)  # TrainingArguments writes what accelerate shall read into it
     try:
-        args = training_arguments(options)
+        args = training_arguments(resolved(options))
         tiny = GPTJConfig(vocab_size=8, n_positions=8, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
         args.hf_deepspeed_config.trainer_config_finalize(args, GPTJForCausalLM(tiny), num_training_steps=10)
         return args.hf_deepspeed_config.config
@@ -91,7 +91,7 @@ def test_a_file_agrees_with_the_options_that_go_with_it(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     precision, _ = EXPECTED[name]
-    assert find_problems(options(name, tmp_path, **{precision: True} if asked else {})) == []
+    assert problems_of(options(name, tmp_path, **{precision: True} if asked else {})) == []
 
 
 def test_the_files_are_the_three_families_and_differ_only_in_precision_and_offload() -> None:

@@ -9,6 +9,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import python
+from training.data import demo_rows as tasks
 from training.data.demo_rows import demo_rows
 from training.data.prompt import CONTROL_TOKENS, INPUT_KEY, INTRO, INTRO_WITH_INPUT
 from training.model.demo_model import save_demo_model

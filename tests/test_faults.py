@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from conftest import the_gpu
 
+from tests.conftest import problems_of
 from training.errors import OptionsError
 from training.files import TRACE
-from training.options.checks import find_problems
-from training.options.deepspeed import read_deepspeed_json
+from training.options.deepspeed import read_json
 from training.options.trainer_options import TrainingOptions
 
 BF16_JSON = "config/ds_z3_bf16_config.json"
@@ -36,18 +36,18 @@ def written(path: Path, config: Any) -> str:
 
 
 def test_deepspeed_without_a_launcher_or_without_a_file_is_told(tmp_path: Path) -> None:
-    [fault] = find_problems(options(tmp_path, deepspeed=BF16_JSON))
+    [fault] = problems_of(options(tmp_path, deepspeed=BF16_JSON))
     assert "needs a launcher. Type deepspeed --num_gpus N --module training.trainer" in fault
-    [fault] = find_problems(options(tmp_path, deepspeed=""))
+    [fault] = problems_of(options(tmp_path, deepspeed=""))
     assert fault == f"--deepspeed names no file. Type --deepspeed {BF16_JSON}"
 
 
 @launched
 def test_two_different_deepspeed_files_are_refused_and_one_given_twice_is_not(tmp_path: Path) -> None:
     twice = options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=BF16_JSON)
-    assert find_problems(twice) == []
+    assert problems_of(twice) == []
     other = written(tmp_path / "other.json", json.loads(Path(BF16_JSON).read_text()))
-    [fault] = find_problems(options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=other))
+    [fault] = problems_of(options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=other))
     assert fault.endswith("give one")
 
 
@@ -56,9 +56,9 @@ def test_the_environment_that_switches_deepspeed_off_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    [fault] = find_problems(options(tmp_path, deepspeed=BF16_JSON))
+    [fault] = problems_of(options(tmp_path, deepspeed=BF16_JSON))
     assert "Type unset ACCELERATE_USE_CPU" in fault
-    assert find_problems(options(tmp_path)) == []
+    assert problems_of(options(tmp_path)) == []
 
 
 GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
@@ -139,7 +139,7 @@ def test_a_deepspeed_file_that_contradicts_the_options_or_leaves_out_what_they_s
     whole = {name: value for name, value in (GOOD_CONFIG | config).items() if value is not None}
     accumulation = 4 if config == {"gradient_accumulation_steps": None} else 1
     paths = {"deepspeed": written(tmp_path / "ds.json", whole)}
-    [fault] = find_problems(options(tmp_path, gradient_accumulation_steps=accumulation, **paths))
+    [fault] = problems_of(options(tmp_path, gradient_accumulation_steps=accumulation, **paths))
     assert message in fault
 
 
@@ -154,7 +154,7 @@ def test_a_deepspeed_file_that_says_the_same_as_the_options_is_taken(tmp_path: P
         "gradient_accumulation_steps": 1,
         "gradient_clipping": 1.0,
     }
-    assert find_problems(options(tmp_path, deepspeed=written(tmp_path / "ds.json", config))) == []
+    assert problems_of(options(tmp_path, deepspeed=written(tmp_path / "ds.json", config))) == []
 
 
 @pytest.mark.parametrize(
@@ -175,8 +175,8 @@ def test_a_deepspeed_file_that_is_no_json_object_is_told(
     path = tmp_path / "ds.json"
     os.mkfifo(path) if content is None else path.write_bytes(content.encode("latin-1"))
     with pytest.raises(OptionsError, match=message):
-        read_deepspeed_json(str(path))
-    assert any(message in fault for fault in find_problems(options(tmp_path, deepspeed=str(path))))
+        read_json(str(path))
+    assert any(message in fault for fault in problems_of(options(tmp_path, deepspeed=str(path))))
 
 
 @launched
@@ -192,48 +192,48 @@ def test_a_deepspeed_file_that_is_no_json_object_is_told(
 def test_a_precision_against_the_deepspeed_file_is_told(
     tmp_path: Path, file: str, precision: dict[str, bool], message: str
 ) -> None:
-    [fault] = find_problems(options(tmp_path, deepspeed=file, **precision))
+    [fault] = problems_of(options(tmp_path, deepspeed=file, **precision))
     assert fault.startswith(message)
 
 
 def test_a_precision_that_the_device_has_not_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [fault] = find_problems(options(tmp_path, fp16=True))
+    [fault] = problems_of(options(tmp_path, fp16=True))
     assert fault.startswith("fp16 needs a CUDA GPU")
     the_gpu(monkeypatch, bf16=False)
-    [fault] = find_problems(options(tmp_path, bf16=True))
+    [fault] = problems_of(options(tmp_path, bf16=True))
     assert "Tesla V100-SXM2-32GB cannot compute in bf16. Use --deepspeed config/ds_z3_fp16" in fault
-    assert find_problems(options(tmp_path, fp16=True)) == []
+    assert problems_of(options(tmp_path, fp16=True)) == []
 
 
 def test_several_gpus_and_one_rank_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     the_gpu(monkeypatch, bf16=True, count=8)
-    [fault] = find_problems(options(tmp_path))
+    [fault] = problems_of(options(tmp_path))
     assert "8 GPUs are visible, but one rank was started. Type deepspeed --num_gpus 8 --module" in fault
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
-    assert find_problems(options(tmp_path, deepspeed=BF16_JSON)) == []
+    assert problems_of(options(tmp_path, deepspeed=BF16_JSON)) == []
 
 
 @pytest.mark.parametrize(
     "folder", ["/dbfs/dolly", "/Volumes/main/dolly", "/dbfs", "/tmp/../dbfs/x", "dbfs:/x"]
 )
 def test_dbfs_and_volumes_are_refused_as_the_local_output(folder: str) -> None:
-    problems = find_problems(TrainingOptions(local_output_dir=folder))
+    problems = problems_of(TrainingOptions(local_output_dir=folder))
     assert any("DBFS and Volumes refuse" in fault and "/local_disk0/" in fault for fault in problems)
 
 
 def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    assert find_problems(options(tmp_path)) == []
+    assert problems_of(options(tmp_path)) == []
     (tmp_path / "out" / "model.safetensors").touch()
-    [fault] = find_problems(options(tmp_path))
+    [fault] = problems_of(options(tmp_path))
     assert "is not empty" in fault
     assert "Name a new folder" in fault
     for folder, message in {
         "model.safetensors": "is a file",
         "model.safetensors/x": "cannot be written",
     }.items():
-        [fault] = find_problems(options(tmp_path, local_output_dir=str(tmp_path / "out" / folder)))
+        [fault] = problems_of(options(tmp_path, local_output_dir=str(tmp_path / "out" / folder)))
         assert message in fault
 
 
@@ -249,10 +249,10 @@ def test_a_publishing_folder_that_holds_something_or_is_the_output_is_refused(tm
         "dbfs:/dolly": "a path is needed. Type /dbfs/dolly",
     }.items():
         place = folder if ":/" in folder else str(tmp_path / folder)
-        [fault] = find_problems(options(tmp_path, dbfs_output_dir=place))
+        [fault] = problems_of(options(tmp_path, dbfs_output_dir=place))
         assert fault.startswith(f"--dbfs-output-dir {place}: ")
         assert message in fault
-    assert find_problems(options(tmp_path, dbfs_output_dir=str(tmp_path / "new"))) == []
+    assert problems_of(options(tmp_path, dbfs_output_dir=str(tmp_path / "new"))) == []
 
 
 @pytest.mark.parametrize(
@@ -264,7 +264,7 @@ def test_a_folder_that_cannot_be_is_told(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
-    [fault] = find_problems(options(tmp_path, **{option: folder}))
+    [fault] = problems_of(options(tmp_path, **{option: folder}))
     assert folder in fault
     assert "Name a folder of your own" in fault
 
@@ -272,13 +272,11 @@ def test_a_folder_that_cannot_be_is_told(
 @pytest.mark.parametrize("option", ["input_model", "training_dataset", "local_output_dir", "dbfs_output_dir"])
 def test_an_empty_value_and_a_name_that_utf8_cannot_hold_are_told(tmp_path: Path, option: str) -> None:
     flag = "--" + option.replace("_", "-")
-    [fault] = find_problems(options(tmp_path, **{option: ""}))
+    [fault] = problems_of(options(tmp_path, **{option: ""}))
     assert fault == f"{flag} is empty. Give a value, or leave the option out"
-    [fault] = find_problems(
-        options(tmp_path, **{option: f"{tmp_path}/zeile\udce4"})
-    )  # Latin-1 on a Linux disk
+    [fault] = problems_of(options(tmp_path, **{option: f"{tmp_path}/zeile\udce4"}))  # Latin-1 on a Linux disk
     assert fault.startswith(f"{flag} '{tmp_path}/zeile\\udce4': is not UTF-8")
-    assert find_problems(options(tmp_path, **{option: f"{tmp_path}/Zeile-ä"})) == []
+    assert problems_of(options(tmp_path, **{option: f"{tmp_path}/Zeile-ä"})) == []
 
 
 @pytest.fixture
@@ -299,7 +297,7 @@ def as_an_ordinary_user() -> Iterator[None]:
 def test_an_output_that_may_not_be_written_is_told(below: str) -> None:
     if not Path("/root").is_dir():
         pytest.skip("no folder here that is root's alone")
-    [fault] = find_problems(TrainingOptions(local_output_dir=str(Path("/root") / below)))
+    [fault] = problems_of(TrainingOptions(local_output_dir=str(Path("/root") / below)))
     assert "/root" in fault
     assert "cannot be written" in fault
 
@@ -310,14 +308,14 @@ def test_a_link_to_nowhere_is_refused_as_an_output_and_where_even_root_can_make_
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "out")
     nowhere = [Path("/proc/dolly")] if Path("/proc/self").exists() else []
     for folder in (tmp_path / "link", tmp_path / "link" / "below", *nowhere):
-        [fault] = find_problems(TrainingOptions(local_output_dir=str(folder)))
+        [fault] = problems_of(TrainingOptions(local_output_dir=str(folder)))
         assert fault == f"--local-output-dir {folder}: cannot be written. Name a folder of your own"
 
 
 def test_good_options_have_no_faults_and_asking_whether_an_output_can_be_written_leaves_nothing_behind(
     tmp_path: Path,
 ) -> None:
-    assert find_problems(options(tmp_path)) == []
+    assert problems_of(options(tmp_path)) == []
     assert list(tmp_path.iterdir()) == []
 
 
@@ -325,7 +323,7 @@ def test_what_a_start_left_that_was_killed_does_not_make_an_output_another_s(tmp
     for name in ("trial", "0123456789abcdef", "resharded"):  # the second of Spark's look at the nodes
         (tmp_path / "out" / f"{TRACE}{name}").mkdir(parents=True)
     (tmp_path / "out" / "run.json.partial").touch()
-    assert find_problems(options(tmp_path)) == []
+    assert problems_of(options(tmp_path)) == []
 
 
 def test_the_other_ranks_do_not_mind_what_rank_0_has_begun_to_write(
@@ -335,4 +333,4 @@ def test_the_other_ranks_do_not_mind_what_rank_0_has_begun_to_write(
     (tmp_path / "out" / "run.json").touch()
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert find_problems(options(tmp_path)) == []
+    assert problems_of(options(tmp_path)) == []

@@ -25,18 +25,19 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from tests.conftest import resolved
 from training.data.ledger import Ledger
 from training.errors import ModelError
 from training.model.verify import verify_model
 from training.options.trainer_options import TrainingOptions
 from training.run.finish import place_model, write_model_card
-from training.run.identity import start_record
+from training.run.identity import new_record
 from training.run.saving import save_model
 from training.storage import checkpoint
 
 
 def a_record(tmp_path: Path, **options: Any) -> dict[str, Any]:
-    record = start_record(TrainingOptions(local_output_dir=str(tmp_path), bf16=True, **options), 8)
+    record = new_record(resolved(TrainingOptions(local_output_dir=str(tmp_path), bf16=True, **options), 8))
     return record | {"status": "finished", "steps": 797, "held_out_loss": {"before": 2.34567, "after": 1.2}}
 
 

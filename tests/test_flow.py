@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from flows import pod
-from tests.conftest import python
+from tests.conftest import python, resolved
 from training.consts import GIB
 from training.machine.catalogue import MACHINES
 from training.options.trainer_options import TrainingOptions
@@ -163,7 +163,7 @@ def test_a_model_that_needs_more_is_told_what_to_ask_for_and_fits_then() -> None
     options = TrainingOptions(local_output_dir="OUTPUT", input_model=model.name, **preset_options("a100", 8))
 
     def plan(asked: dict[str, int]) -> Any:
-        return plan_run(options, 8, alpaca_lengths(), model, pod.pod_machine(name, asked))
+        return plan_run(resolved(options, 8, "a100"), alpaca_lengths(), model, pod.pod_machine(name, asked))
 
     refused = plan({})
     assert "disk" in refused.shortages

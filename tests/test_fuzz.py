@@ -23,6 +23,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from tests.conftest import problems_of
 from tests.test_config import filled
 from training import trainer
 from training.data.ledger import Ledger
@@ -31,7 +32,6 @@ from training.data.tokens import encode_rows
 from training.errors import ModelError, OptionsError
 from training.model.loading import load_config, load_model, max_positions
 from training.model.tokenizer import load_tokenizer
-from training.options.checks import find_problems
 from training.options.trainer_options import TrainingOptions
 
 pytestmark = pytest.mark.timeout(600)  # a hang is a fault as well
@@ -305,7 +305,7 @@ def nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     accepted: list[TrainingOptions] = []
 
     def checked(options: TrainingOptions, request: object) -> dict[str, str]:
-        if problems := find_problems(options):
+        if problems := problems_of(options):
             raise OptionsError(*problems)
         accepted.append(options)
         return {"status": "finished"}
@@ -430,7 +430,7 @@ def test_a_deepspeed_file_is_told_or_read_by_the_libraries_as_the_options_say(
         path.write_text(json.dumps(config))
         places = {"local_output_dir": str(tmp_path / "out"), "deepspeed": str(path)}
         options = TrainingOptions(**places, gradient_accumulation_steps=accumulation)
-        problems = find_problems(options)
+        problems = problems_of(options)
         assert all(str(path) in fault or "CUDA" in fault for fault in problems), problems
         assert all(len(fault) < 3000 for fault in problems)
         if problems:

@@ -10,9 +10,8 @@ import pytest
 
 from training.consts import GIB
 from training.errors import MachineError
-from training.machine.catalogue import GPUS, LINKS, MACHINES, PEAK_FLOPS, family_of, find_machine
+from training.machine.catalogue import FAMILIES, GPUS, LINKS, MACHINES, PEAK_FLOPS, family_of, find_machine
 from training.machine.local import free_host_gib, this_machine
-from training.plan.presets import PRESETS
 
 
 @pytest.mark.parametrize(
@@ -25,7 +24,7 @@ def test_machines_that_users_know_are_known(name):
 
 def test_every_machine_has_a_family_a_link_and_sizes_of_a_machine():
     for machine in MACHINES.values():
-        assert machine.family in PRESETS
+        assert machine.family in FAMILIES
         assert machine.link in LINKS
         assert machine.flops in PEAK_FLOPS.values()
         assert 20 < machine.gpu_memory_gib < 80

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from training.plan.settings import Settings, settings_of
 from transformers import GPTJConfig, GPTJForCausalLM
 
+from tests.conftest import resolved, settings_of_a_run
 from tests.test_trainer import deepspeed, run
 from training import consts
 from training.consts import GIB, LOSS_CHUNK_BYTES
@@ -21,13 +21,13 @@ from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollator
 from training.model.attention import use_packed_attention
 from training.model.loss import use_response_loss
 from training.options.deepspeed import Zero
+from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import Lengths, alpaca_lengths, epoch_load
 from training.plan.lookup import model_shape
 from training.plan.memory import (
     activation_bytes,
     auto_max_tokens_per_device,
-    checkpoint_bytes,
     device_memory,
     disk,
     host_memory,
@@ -48,12 +48,12 @@ OFFLOAD = Zero(stage=3, offload_optimizer=True, pinned=True)
 
 
 def test_zero3_state_is_16_bytes_a_parameter_over_the_ranks_and_on_every_rank_without_deepspeed():
-    parts, each = state_bytes(TINY, Settings(ranks=4)), TINY.parameters / 4
+    parts, each = state_bytes(TINY, settings_of_a_run(ranks=4)), TINY.parameters / 4
     assert parts == {"weights": 2 * each, "gradients": 2 * each, "optimizer": 12 * each}
-    offloaded = state_bytes(TINY, Settings(ranks=4, zero=OFFLOAD))
+    offloaded = state_bytes(TINY, settings_of_a_run(ranks=4, zero=OFFLOAD))
     assert offloaded == {"weights": 2 * each, "gradients": 0, "optimizer": 0}
     for precision in ("fp32", "bf16"):
-        alone = state_bytes(TINY, Settings(ranks=2, zero=Zero(), precision=precision))
+        alone = state_bytes(TINY, settings_of_a_run(ranks=2, zero=Zero(), precision=precision))
         assert alone == {part: n * TINY.parameters for part, n in zip(parts, (4, 4, 8), strict=True)}
 
 
@@ -87,7 +87,7 @@ def memory(settings: Settings, tokens: int = 8, rows: int = 100) -> dict[str, fl
 
 
 def test_layers_are_gathered_up_to_the_limit_of_the_configuration():
-    settings = Settings(ranks=8, checkpointing=True)
+    settings = settings_of_a_run(ranks=8, checkpointing=True)
     embedding = 50400 * 4096  # the largest parameter
     assert memory(settings)["gathered layers"] == 2 * (1e9 + embedding) / GIB
     few = replace(settings, zero=Zero(stage=3, live_parameters=1e8))
@@ -97,16 +97,21 @@ def test_layers_are_gathered_up_to_the_limit_of_the_configuration():
 
 
 def test_the_step_s_float32_gradients_count_where_activations_leave_no_room_for_them():
-    parts = memory(Settings(ranks=2, rows=1, test_size=1, checkpointing=True))
+    parts = memory(settings_of_a_run(ranks=2, per_device_train_batch_size=1, test_size=1, checkpointing=True))
     freed = sum(
         parts[part] for part in ("gathered layers", "activations", "logits and loss", "communication")
     )
     assert parts["optimizer step"] == pytest.approx(6e9 / GIB - freed)  # a sub-group has 1e9 parameters
-    assert memory(Settings(ranks=2, rows=1, test_size=1, zero=OFFLOAD))["optimizer step"] == 0
+    assert (
+        memory(settings_of_a_run(ranks=2, per_device_train_batch_size=1, test_size=1, zero=OFFLOAD))[
+            "optimizer step"
+        ]
+        == 0
+    )
 
 
 def test_a_token_budget_bounds_the_activations_but_not_below_a_row():
-    whole = Settings(ranks=8, checkpointing=False, test_size=1)
+    whole = settings_of_a_run(ranks=8, checkpointing=False, test_size=1)
     sizes = [
         memory(replace(whole, max_tokens=n), tokens=100)["activations"] for n in (None, 10**6, 400, 100, 50)
     ]
@@ -117,7 +122,7 @@ def test_a_token_budget_bounds_the_activations_but_not_below_a_row():
 
 
 def test_the_auto_token_budget_is_the_most_that_fits_and_none_where_all_fits():
-    settings = Settings(ranks=8, checkpointing=False)
+    settings = settings_of_a_run(ranks=8, checkpointing=False)
     load = epoch_load(alpaca_lengths(), settings)
 
     def total(tokens: int) -> float:
@@ -136,33 +141,33 @@ def test_the_auto_token_budget_is_the_most_that_fits_and_none_where_all_fits():
 
 
 def test_a_host_holds_12_bytes_and_two_pinned_buffers_if_offloaded_and_without_zero_a_copy_of_every_rank():
-    training = host_memory(GPTJ, Settings(ranks=8, zero=OFFLOAD))["training"]
+    training = host_memory(GPTJ, settings_of_a_run(ranks=8, zero=OFFLOAD))["training"]
     # a rank's shard of 0.756e9 parameters: float32 gradients 3.03e9 -> 2^32 bytes, 16-bit 1.51e9 -> 2^31
     expected = 12 * GPTJ.parameters + 8 * (2**32 + 2**31) + 2 * GPTJ.parameters
     assert training == pytest.approx(expected / GIB + 8 * 3.0)
-    on_two_machines = host_memory(GPTJ, Settings(ranks=16, zero=OFFLOAD), local_ranks=8)["training"]
+    on_two_machines = host_memory(GPTJ, settings_of_a_run(ranks=16, zero=OFFLOAD), local_ranks=8)["training"]
     assert on_two_machines == pytest.approx(
         (6 * GPTJ.parameters + 8 * (2**31 + 2**30) + 2 * GPTJ.parameters) / GIB + 24
     )
-    loading = host_memory(GPTJ, Settings(ranks=8, zero=Zero()))["loading"]
+    loading = host_memory(GPTJ, settings_of_a_run(ranks=8, zero=Zero()))["loading"]
     assert loading == pytest.approx(8 * (4 * GPTJ.parameters / GIB + 3.0))  # Dolly v1's exit code -9
 
 
 def test_gradient_buffers_of_an_offloaded_optimizer_are_one_a_sub_group():
-    settings = Settings(ranks=1, zero=replace(OFFLOAD, sub_group=1000))
+    settings = settings_of_a_run(ranks=1, zero=replace(OFFLOAD, sub_group=1000))
     assert offloaded_gradient_bytes(replace(TINY, parameters=2500), settings) == [4000, 4000, 2000, 5000]
     assert offloaded_gradient_bytes(replace(TINY, parameters=1000), settings) == [4000, 2000]
 
 
 def test_disk_holds_download_model_and_one_checkpoint_more_than_are_kept():
-    settings = Settings(ranks=8, checkpoints=2, save_steps=200)
+    settings = settings_of_a_run(ranks=8, save_total_limit=2, save_steps=200)
     parts = disk(GPTJ, settings, steps=797)
     assert parts["checkpoints"] == 3 * 14 * GPTJ.parameters / GIB
     assert parts["model"] == 2 * GPTJ.parameters / GIB
     assert parts["cache"] == pytest.approx(4 * GPTJ.parameters / GIB + 0.5)
     assert disk(GPTJ, settings, steps=150)["checkpoints"] == 14 * GPTJ.parameters / GIB, "one, at the end"
     assert disk(TINY, settings, steps=150)["cache"] == 0.5, "a folder's files are there already"
-    assert checkpoint_bytes(Settings(ranks=1, zero=Zero(), precision="bf16")) == 12
+    assert settings_of_a_run(ranks=1, zero=Zero(), precision="bf16").checkpoint_bytes == 12
 
 
 # --- against reality ---------------------------------------------------------------------------------
@@ -280,7 +285,7 @@ def test_predicted_state_is_within_a_tenth_of_what_real_zero3_ranks_hold(config,
     shapes = [",".join(map(str, shape)) for shape in SHAPES]
     result = run(deepspeed(ranks, "tests.measure_memory"), config, tmp_path / "bytes", *shapes)
     assert result.returncode == 0, result.stdout
-    settings = settings_of(TrainingOptions(local_output_dir="x", deepspeed=config), ranks, "cpu")
+    settings = resolved(TrainingOptions(local_output_dir="x", deepspeed=config), ranks, "cpu")
     # The ranks' "device" is the CPU: what is offloaded is held beside it, not instead of it.
     on_device = replace(settings, zero=replace(settings.zero, offload_optimizer=False))
     for rank in range(ranks):

@@ -232,7 +232,7 @@ def test_files_beside_the_notebook_are_found_by_the_command_too(
 def test_all_that_is_wrong_with_the_widgets_is_told_at_once(tmp_path: Path) -> None:
     wrong = {"num_gpus": "many", "epochs": "nan", "num_nodes": "0", "resume": "b"}
     with pytest.raises(errors.RunRefusedError) as refused:
-        cells.read_widgets(widgets(local_training_root=with_a_stopped_run(tmp_path), **wrong))
+        cell_functions.read_widgets(widgets(local_training_root=with_a_stopped_run(tmp_path), **wrong))
     assert str(refused.value).splitlines() == [
         f"resume b: no such run in {tmp_path}. There are: dolly__a. Leave it empty for a new run",
         "num_nodes 0: expected a whole number above 0",
@@ -249,7 +249,7 @@ def test_several_nodes_need_a_folder_that_they_share() -> None:
 
 def test_a_stopped_run_is_named_to_go_on_with_it(tmp_path: Path) -> None:
     root = with_a_stopped_run(tmp_path)
-    chosen = cells.read_widgets(widgets(resume="dolly__a", local_training_root=root))
+    chosen = cell_functions.read_widgets(widgets(resume="dolly__a", local_training_root=root))
     assert chosen.resume
     assert chosen.output == tmp_path / "dolly__a"
     with pytest.raises(errors.RunRefusedError, match=r"has not finished training.* type dolly__a into"):
@@ -308,7 +308,9 @@ def test_the_trainer_takes_what_the_notebook_chooses_also_a_name_for_mlflow(
         trainer, "train", lambda options, request: taken.append(options) or {"status": "finished"}
     )
     chosen = {"gpu_family": "cpu", "local_training_root": str(tmp_path), "num_gpus": "4"}
-    known = run_cell("find_machine", chosen=cells.read_widgets(widgets(mlflow_model_name=named, **chosen)))
+    known = run_cell(
+        "find_machine", chosen=cell_functions.read_widgets(widgets(mlflow_model_name=named, **chosen))
+    )
     with pytest.raises(SystemExit) as ended:
         trainer.main(option_words(known["options"] | known["recipe"]))
     assert ended.value.code == 0
@@ -320,8 +322,10 @@ def test_the_trainer_takes_what_the_notebook_chooses_also_a_name_for_mlflow(
 def test_several_nodes_go_through_spark_and_a_cluster_that_cannot_train_is_refused_shortly(
     tmp_path: Path,
 ) -> None:
-    chosen = cells.read_widgets(widgets(gpu_family="cpu", num_nodes="2", local_training_root=str(tmp_path)))
-    known = {"chosen": chosen, "machine": cells.find_machine(chosen), "num_gpus": 2,
+    chosen = cell_functions.read_widgets(
+        widgets(gpu_family="cpu", num_nodes="2", local_training_root=str(tmp_path))
+    )
+    known = {"chosen": chosen, "machine": cell_functions.find_machine(chosen), "num_gpus": 2,
              "options": {"local_output_dir": str(chosen.output)}, "recipe": preset_options("cpu", 4)}  # fmt: skip
     with pytest.raises(errors.RunRefusedError, match=r"Cannot train:\n  - .*[Ss]park"):
         run_cell("launch(command", **known)

@@ -13,7 +13,9 @@ from conftest import the_gpu
 
 from training import trainer
 from training.machine import environment, kernels
-from training.options.trainer_options import TrainingOptions, precision_of
+from training.machine.kernels import best_precision
+from training.options.settings import resolve
+from training.options.trainer_options import TrainingOptions
 from training.ranks import is_main_process, world_size
 
 BF16_JSON = "config/ds_z3_bf16_config.json"
@@ -245,7 +247,12 @@ def test_the_precision_is_the_options_then_the_deepspeed_files_then_the_devices(
     if isinstance(file, dict):
         (tmp_path / "ds.json").write_text(json.dumps(file))
     path = str(tmp_path / "ds.json") if isinstance(file, dict) else file
-    assert precision_of(TrainingOptions(local_output_dir="out", deepspeed=path, **asked)) == precision
+    assert (
+        resolve(
+            TrainingOptions(local_output_dir="out", deepspeed=path, **asked), 1, best_precision()
+        ).precision
+        == precision
+    )
 
 
 def test_rank_and_not_local_rank_tells_who_is_main(monkeypatch: pytest.MonkeyPatch) -> None:

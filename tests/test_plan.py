@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from transformers import T5Config
 
-from tests.conftest import jsonl, rows_of
+from tests.conftest import jsonl, resolved, rows_of
 from training.consts import GIB
 from training.machine.catalogue import MACHINES, find_machine
 from training.machine.local import this_machine
@@ -26,13 +26,14 @@ from training.plan.__main__ import main
 from training.plan.epoch import Lengths, alpaca_lengths
 from training.plan.fit import Plan, plan_run
 from training.plan.lookup import model_shape
+from training.plan.model_shape import gptj_shape
 from training.plan.presets import preset_options
 from training.plan.timing import CpuRates
 
 ROOT = Path(__file__).parents[1]
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
 FP16_OFFLOAD = "config/ds_z3_fp16_offload_config.json"
-GPTJ = model_facts("EleutherAI/gpt-j-6B")
+GPTJ = model_shape("EleutherAI/gpt-j-6B")
 # Epochs of Dolly's padded recipe that somebody has timed: machine, DeepSpeed's configuration, hours.
 PUBLISHED = [
     # README of databrickslabs/dolly
@@ -58,9 +59,8 @@ def planned(
     place = replace(find_machine(machine), **changed or {})
     ranks = num_gpus or place.count
     chosen = preset_options(place.family, ranks) | {"max_tokens_per_device": "auto", "epochs": 1.0} | options
-    return plan_run(
-        TrainingOptions(local_output_dir="OUTPUT", **chosen), ranks, lengths or alpaca_lengths(), GPTJ, place
-    )
+    settings = resolved(TrainingOptions(local_output_dir="OUTPUT", **chosen), ranks, place.family)
+    return plan_run(settings, lengths or alpaca_lengths(), GPTJ, place)
 
 
 def run_cli(*arguments: object):
@@ -160,11 +160,11 @@ def test_activations_are_told_with_and_without_checkpointing():
 @pytest.mark.parametrize("name", MACHINES)
 def test_no_machine_and_no_size_of_model_makes_it_stumble(name):
     machine = find_machine(name)
-    models = (GPTJ, model_facts("EleutherAI/pythia-12b"), gptj_facts("tiny", 2, 8, 2, 100))
+    models = (GPTJ, model_shape("EleutherAI/pythia-12b"), gptj_shape("tiny", 2, 8, 2, 100))
     for model, batching in product(models, ("packed", "padded")):
         chosen = preset_options(machine.family, machine.count, batching)
         options = TrainingOptions(local_output_dir="x", **chosen)
-        plan = plan_run(options, machine.count, alpaca_lengths(), model, machine)
+        plan = plan_run(resolved(options, machine.count, machine.family), alpaca_lengths(), model, machine)
         assert plan.fits == (plan.problems == [])
         assert 0 < plan.hours_per_epoch["expected"] < 1000
 
@@ -334,7 +334,7 @@ def test_this_machine_is_planned_for_with_the_demo(tmp_path):
 def test_a_model_too_large_for_this_machine_s_memory_is_told_so(tmp_path):
     small = replace(this_machine(tmp_path, 2), host_gib=4.0)
     options = TrainingOptions(local_output_dir="x", **preset_options("cpu", 2))
-    plan = plan_run(options, 2, alpaca_lengths(), GPTJ, small)
+    plan = plan_run(resolved(options, 2, small.family), alpaca_lengths(), GPTJ, small)
     assert "host memory" in plan.shortages
     assert "GPU memory" not in plan.shortages
 
@@ -379,4 +379,4 @@ def test_on_a_cpu_the_budget_leaves_room_for_saving(gib):
         local_output_dir="OUTPUT", per_device_train_batch_size=512, max_tokens_per_device="auto"
     )
     rows = Lengths("rows", np.full(5000, 50), 0.1)
-    assert plan_run(options, 1, rows, demo, machine, CpuRates(1e11, 1e10)).fits
+    assert plan_run(resolved(options, 1, machine.family), rows, demo, machine, CpuRates(1e11, 1e10)).fits

@@ -27,6 +27,7 @@ import pytest
 
 from tests.conftest import mounted, python
 from training.errors import PublishError
+from training.storage import copy as copying
 from training.storage.copy import publish
 from training.storage.target import target_problems
 
@@ -245,14 +246,14 @@ def test_a_file_written_wrong_once_is_mended_and_again_is_an_error_and_the_copy_
 
 def before_the_weights(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
     """Has something done when the copy comes to the weights."""
-    real = copy._write
+    real = copying._write
 
     def write(target: Any, name: str, *args: Any) -> None:
         if name == "model.safetensors":
             act()
         real(target, name, *args)
 
-    monkeypatch.setattr(copy, "_write", write)
+    monkeypatch.setattr(copying, "_write", write)
 
 
 @pytest.mark.parametrize(

@@ -13,15 +13,16 @@ from unittest.mock import Mock
 import datasets
 import pytest
 
+from tests.conftest import resolved
 from training.options.trainer_options import TrainingOptions
-from training.run.identity import differences, rows_digest, start_record
+from training.run.identity import differences, new_record, rows_digest
 from training.storage.record import read_run_record, write_run_record
 
 
 def record_of(world_size: int = 8, rows: str = "abc", **options: Any) -> dict[str, Any]:
     """As it comes back from the file."""
     options = {"local_output_dir": "out", "bf16": True} | options
-    return json.loads(json.dumps(start_record(TrainingOptions(**options), world_size, rows)))
+    return json.loads(json.dumps(new_record(resolved(TrainingOptions(**options), world_size), rows)))
 
 
 def test_the_record_tells_versions_options_and_commit() -> None:

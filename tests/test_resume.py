@@ -17,6 +17,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
+from tests.conftest import resolved
 from tests.test_checkpoint import flip
 from tests.test_kills import assert_the_same_run, contents, history
 from training import files
@@ -24,11 +25,12 @@ from training.data import ledger
 from training.data.batching import GlobalBatchSampler
 from training.errors import Interrupted, OptionsError, TrainingError
 from training.files import WRITER_FILES, write_json
+from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.run import completion_trainer, prepare, steps
 from training.run.completion_trainer import CompletionTrainer
 from training.run.ending import StopRequest
-from training.run.identity import start_record
+from training.run.identity import new_record
 from training.run.resume import own_steps, reshard, take_rates
 from training.run.start import Start, find_start, remove_newer
 from training.run.step_guard import StepGuard
@@ -56,12 +58,12 @@ def a_run(output: Path, *steps: int, status: str = "running", **record: Any) -> 
         (folder / "optimizer.pt").write_bytes(b"moments")
         files = checkpoint.digests(folder, checkpoint.files_of(folder))
         checkpoint.write_manifest(folder, 1.0, [], files)
-    write_run_record(output, start_record(options_of(output), 1, "rows") | {"status": status} | record)
+    write_run_record(output, new_record(resolved(options_of(output)), "rows") | {"status": status} | record)
 
 
 def found(output: Path, steps: int = STEPS, **changed: Any) -> Start:
     options = options_of(output, **changed)
-    return find_start(output, options, start_record(options, 1, "rows"), steps)
+    return find_start(output, options, new_record(resolved(options), "rows"), steps)
 
 
 def refusal(output: Path, steps: int = STEPS, **changed: Any) -> str:
@@ -479,10 +481,10 @@ def test_what_a_run_was_begun_from_is_in_its_record_before_anything_else_is_writ
 def test_a_folder_into_which_another_run_has_come_while_this_one_waited_is_left_alone(
     go: Go, undisturbed: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, prepare = tmp_path / "out", prepare.prepare
+    output, real = tmp_path / "out", prepare.prepare
 
-    def slowly(options: TrainingOptions) -> Any:
-        prepared = real(options)
+    def slowly(settings: Settings) -> Any:
+        prepared = real(settings)
         shutil.copytree(undisturbed[0], output)
         return prepared
 

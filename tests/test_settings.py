@@ -6,23 +6,24 @@ import json
 from itertools import product
 
 import pytest
-from training.plan.settings import Settings, settings_of
 
+from tests.conftest import resolved, settings_of_a_run
 from training.consts import ROOT
 from training.errors import MachineError, OptionsError
+from training.machine.catalogue import FAMILIES
 from training.options.deepspeed import Zero, read_zero
 from training.options.trainer_options import TrainingOptions
-from training.plan.presets import PRESETS, preset_options, rows_and_accumulation
+from training.plan.presets import preset_options, rows_and_accumulation
 
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
 
 
 def settings(ranks: int = 8, family: str = "a100", **options):
-    return settings_of(TrainingOptions(local_output_dir="x", **options), ranks, family)
+    return resolved(TrainingOptions(local_output_dir="x", **options), ranks, family)
 
 
 def test_presets_keep_the_global_batch_for_one_to_eight_devices():
-    for family, batching, devices in product(PRESETS, ("packed", "padded"), (1, 2, 4, 8)):
+    for family, batching, devices in product(FAMILIES, ("packed", "padded"), (1, 2, 4, 8)):
         chosen = preset_options(family, devices, batching)
         assert chosen["per_device_train_batch_size"] * chosen["gradient_accumulation_steps"] * devices == 64
     assert rows_and_accumulation(64, 8) == (8, 1)
@@ -33,7 +34,7 @@ def test_presets_keep_the_global_batch_for_one_to_eight_devices():
 
 
 def test_presets_name_shipped_files_of_their_own_precision():
-    for preset in PRESETS.values():
+    for preset in FAMILIES.values():
         for file in filter(None, (preset.deepspeed, preset.offload)):
             config = json.loads((ROOT / file).read_text())
             assert config[preset.precision]["enabled"] is True
@@ -51,8 +52,8 @@ def test_an_unknown_family_and_no_device_are_named():
 
 def test_a_shipped_configuration_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert settings(deepspeed=BF16_OFFLOAD, per_device_train_batch_size=4) == Settings(
-        ranks=8, rows=4, max_tokens="auto", zero=Zero(stage=3, offload_optimizer=True, pinned=True), epochs=3.0
+    assert settings(deepspeed=BF16_OFFLOAD, per_device_train_batch_size=4) == settings_of_a_run(
+        ranks=8, per_device_train_batch_size=4, max_tokens="auto", zero=Zero(stage=3, offload_optimizer=True, pinned=True), epochs=3.0
     )  # fmt: skip
     with pytest.raises(OptionsError, match="No such file"):
         settings(deepspeed="config/none.json")

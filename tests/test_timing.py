@@ -14,11 +14,11 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalLM
 
+from tests.conftest import resolved, settings_of_a_run
 from tests.test_trainer import run
 from training.consts import GIB
 from training.machine import flops
 from training.machine.catalogue import Machine, find_machine
-from training.machine.flops import step_flops
 from training.options.command_line import option_words
 from training.options.deepspeed import Zero
 from training.options.trainer_options import TrainingOptions
@@ -26,8 +26,8 @@ from training.plan.epoch import alpaca_lengths, epoch_load
 from training.plan.lookup import dataset_lengths, model_shape
 from training.plan.timing import CpuRates, cpu_rates, hours_of, step_seconds
 
-GPTJ = model_facts("EleutherAI/gpt-j-6B")
-TINY = gptj_facts("tiny", layers=2, width=8, heads=2, vocabulary=100)
+GPTJ = model_shape("EleutherAI/gpt-j-6B")
+TINY = gptj_shape("tiny", layers=2, width=8, heads=2, vocabulary=100)
 CPU = Machine("this machine", "cpu", "CPU", 1, 0.0, 0.0, "none", 16.0, 100.0)
 
 
@@ -49,7 +49,7 @@ def test_a_tied_head_is_counted_as_the_head_alone():
 def test_operations_of_two_rows_counted_by_hand():
     # Rows of 3 and 5 tokens, 4 labels, 120 parameters in layers, 20 in the head, width 2, depth 1.
     needed = 120 * 8 - 100 * (8 - 4) + 20 * 4 + 1 * 2 * 34
-    assert flops.model_flops(120, 20, 2, 1, 8, 4, 9 + 25) == 6 * needed
+    assert flops.training_flops(120, 20, 2, 1, flops.layer_tokens(8, 4, 1), 4, (9 + 25) / 2) == 6 * needed
 
 
 @pytest.mark.parametrize(
@@ -71,17 +71,14 @@ def test_a_known_gpu_has_its_data_sheets_peak(monkeypatch, name, peak):
 
 def test_flops_are_those_of_narayanan_et_al():
     b, s, layers, h, v = 3, 64, 2, 8, 100
-    model = replace(TINY, layer_parameters=layers * 12 * h**2)
     expected = 96 * b * s * layers * h**2 * (1 + s / (6 * h) + v / (16 * layers * h))
-    assert step_flops(model, b * s, b * s**2, b * s, checkpointing=True) == pytest.approx(expected)
-    # and, without anything computed twice, those that the trainer counts for the MFU
-    counted = flops.model_flops(model.layer_parameters, v * h, h, layers, b * s, b * s, b * s**2)
-    assert step_flops(model, b * s, b * s**2 / 2, b * s, checkpointing=False) == pytest.approx(counted)
+    counted = flops.training_flops(layers * 12 * h**2, v * h, h, layers, b * s, b * s, b * s**2, passes=4)
+    assert counted == pytest.approx(expected)
 
 
 def test_a_step_s_seconds_are_worked_out_as_by_hand():
     machine = find_machine("8xA100-40GB")
-    settings = Settings(ranks=8, checkpointing=False, zero=Zero(stage=3, offload_optimizer=True))
+    settings = settings_of_a_run(ranks=8, checkpointing=False, zero=Zero(stage=3, offload_optimizer=True))
     load = replace(epoch_load(alpaca_lengths(), settings), slowest_tokens=1000.0, slowest_scores=0.0)
     seconds = step_seconds(GPTJ, machine, settings, load, response_share=0.0)
     but_for_the_last_layer = 1000 * (1 - 10 / 12 / 28)
@@ -110,7 +107,7 @@ def test_a_step_s_seconds_are_worked_out_as_by_hand():
 
 
 def test_an_epoch_is_its_steps_and_its_held_out_losses():
-    settings = Settings(ranks=8, checkpointing=False, test_size=640, eval_steps=50)
+    settings = settings_of_a_run(ranks=8, checkpointing=False, test_size=640, eval_steps=50)
     load = replace(epoch_load(alpaca_lengths(), settings), steps=100)
     seconds = {"compute": 3.0, "gathering": 3.0, "optimizer": 0.0}
     # 640 rows are ten steps' rows: ten forwards of 1 s, and ten times one of three gatherings. Three times.
@@ -176,7 +173,7 @@ def test_predicted_cpu_time_of_an_epoch_is_within_30_percent_of_a_measured_run(
         torch.set_num_threads(threads)
     middle = CpuRates(median(r.matmul for r in rates), median(r.elementwise for r in rates))
     lengths = dataset_lengths("demo", model)
-    settings = settings_of(TrainingOptions(local_output_dir="x", **chosen), 1, "cpu")
+    settings = resolved(TrainingOptions(local_output_dir="x", **chosen), 1, "cpu")
     load = epoch_load(lengths, settings)
     step = sum(step_seconds(model, CPU, settings, load, lengths.response_share, middle).values())
     predicted, measured = load.steps * step, load.steps * (many - few) / 160

@@ -21,12 +21,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from tests import test_trainer
+from tests.conftest import problems_of, resolved
 from tests.test_trainer import BF16, DEMO, deepspeed, free_port
 from training.errors import OptionsError, TrackingError
 from training.model.generation import generate_response, load_model_tokenizer_for_generate
-from training.options.checks import find_problems
 from training.options.trainer_options import TrainingOptions
-from training.run.identity import start_record
+from training.run.identity import new_record
 from training.tracking.mlflow_model import log_finished
 from training.tracking.mlflow_server import LONGEST_VALUE, parameters, shown, tags, tracking_problems
 from training.tracking.served import Served
@@ -43,7 +43,7 @@ GREEDY = {"do_sample": False, "top_p": None, "top_k": None}
 
 
 def record_of(**options: Any) -> dict[str, Any]:
-    return start_record(TrainingOptions(local_output_dir="out", **options), world_size=2)
+    return new_record(resolved(TrainingOptions(local_output_dir="out", **options), 2))
 
 
 # --- what is told ------------------------------------------------------------------------------------
@@ -143,7 +143,7 @@ def test_faults_of_mlflow_are_told_with_the_others(tmp_path, monkeypatch):
     options = TrainingOptions(
         local_output_dir=str(tmp_path / "out"), mlflow_model_name="a.b", max_shard_size="6GB", lr=float("nan")
     )
-    told = str(OptionsError(*find_problems(options)))
+    told = str(OptionsError(*problems_of(options)))
     for part in ("--lr nan", "--mlflow-model-name 'a.b'", "nowhere://", "--max-shard-size 6GB"):
         assert part in told
 

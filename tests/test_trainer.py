@@ -12,7 +12,6 @@ import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +26,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from tests.conftest import resolved
 from training import files
 from training.data.collator import DataCollatorForCompletionOnlyLM
 from training.data.prompt import CONTROL_TOKENS
@@ -297,11 +297,12 @@ def test_ranks_that_share_a_host_share_its_memory_also_where_each_has_a_launcher
     options = TrainingOptions(
         input_model="demo", training_dataset="demo", test_size=50, local_output_dir=str(tmp_path / "out")
     )
-    args = SimpleNamespace(world_size=8, output_dir=str(tmp_path / "out"))
-    prepared = replace(prepare.prepare(options), args=args)
-    assert preflight.check_plan(options, prepared, ranks_here=2)
+    prepared, run = prepare.prepare(resolved(options)), resolved(options, 8)
+    monkeypatch.setattr(preflight, "on_this_host", lambda: 2)
+    assert preflight.check_plan(run, prepared, None)
+    monkeypatch.setattr(preflight, "on_this_host", lambda: 8)
     with pytest.raises(OptionsError, match=r"host memory: .* more than the 4\.0 of this machine"):
-        preflight.check_plan(options, prepared, ranks_here=8)
+        preflight.check_plan(run, prepared, None)
 
 
 def test_a_lack_of_memory_while_loading_is_not_told_as_a_fault_of_the_model(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from transformers import GPTJConfig, GPTNeoXConfig, LlamaConfig
 
-from tests.conftest import jsonl, rows_of
+from tests.conftest import jsonl, rows_of, settings_of_a_run
 from training import consts
 from training.consts import PAD_TO_MULTIPLE_OF
 from training.data.tokens import prepare_dataset
@@ -99,7 +99,7 @@ def test_a_dataset_of_one_s_own_is_counted_by_its_rows_and_the_share_of_their_re
     assert lengths.tokens.tolist() == [10, 30]
     assert lengths.response_share == 0.5
     rows = [row | {"instruction": "a" * n} for n, row in enumerate(rows_of(40), start=1)]
-    lengths = dataset_lengths(jsonl(tmp_path / "rows.jsonl", rows), model_facts(str(base_folder)))
+    lengths = dataset_lengths(jsonl(tmp_path / "rows.jsonl", rows), model_shape(str(base_folder)))
     assert len(lengths.tokens) == 40
     assert lengths.tokens[-1] > lengths.tokens[0]
     assert 0 < lengths.response_share < 0.5
@@ -110,7 +110,10 @@ def test_a_dataset_of_one_s_own_is_counted_by_its_rows_and_the_share_of_their_re
 
 def test_an_epoch_is_counted_as_by_hand():
     # Eight rows of ten tokens, four held out; two ranks of two rows make one step of the rest.
-    lengths, settings = Lengths("ten", np.full(8, 10), 0.5), Settings(ranks=2, rows=2, test_size=4)
+    lengths, settings = (
+        Lengths("ten", np.full(8, 10), 0.5),
+        settings_of_a_run(ranks=2, per_device_train_batch_size=2, test_size=4),
+    )
     packed = epoch_load(lengths, settings)
     assert (packed.steps, packed.real_tokens, packed.computed_tokens, packed.peak_row) == (1, 40, 40, 10)
     assert packed.slowest_tokens == pytest.approx(20, rel=0.01)
@@ -124,7 +127,9 @@ def test_an_epoch_is_counted_as_by_hand():
 
 def test_the_rank_with_the_longest_row_sets_the_pace():
     lengths = Lengths("one long row", np.array([8, 8, 8, 40]), 0.5)
-    settings = Settings(ranks=2, rows=1, accumulation=1, packed=False, test_size=1)
+    settings = settings_of_a_run(
+        ranks=2, per_device_train_batch_size=1, gradient_accumulation_steps=1, batching="padded", test_size=1
+    )
     padded = epoch_load(lengths, settings, seed=1)
     assert padded.paced_tokens >= padded.computed_tokens
     one_step = epoch_load(replace(lengths, tokens=np.array([40, 8, 8])), settings, seed=0)
@@ -133,16 +138,16 @@ def test_the_rank_with_the_longest_row_sets_the_pace():
 
 
 def test_rows_fewer_than_a_step_are_a_step():
-    load = epoch_load(Lengths("few", np.array([9, 9, 9]), 0.5), Settings(ranks=8, test_size=1000))
+    load = epoch_load(Lengths("few", np.array([9, 9, 9]), 0.5), settings_of_a_run(ranks=8, test_size=1000))
     assert (load.steps, load.real_tokens) == (1, 18)
 
 
 def test_dolly_s_padding_leaves_half_the_tokens_real_and_a_third_at_the_pace_of_eight_ranks():
     def real(ranks: int) -> tuple[float, float]:
-        load = epoch_load(alpaca_lengths(), Settings(ranks=ranks, packed=False))
+        load = epoch_load(alpaca_lengths(), settings_of_a_run(ranks=ranks, batching="padded"))
         return load.real_tokens / load.computed_tokens, load.real_tokens / load.paced_tokens
 
     assert real(1)[0] == pytest.approx(0.53, abs=0.03)
     assert real(8)[1] == pytest.approx(0.34, abs=0.03)
-    packed = epoch_load(alpaca_lengths(), Settings(ranks=8))
+    packed = epoch_load(alpaca_lengths(), settings_of_a_run(ranks=8))
     assert packed.real_tokens / packed.paced_tokens > 0.99

@@ -16,15 +16,15 @@ import filelock._unix
 import pytest
 
 from training.errors import FolderBusyError
-from training.files import WRITER_FILES, WRITER_INFO, writing
+from training.files import WRITER_FILES, WRITER_INFO, one_writer
 
 ROOT = Path(__file__).parents[1]
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from training.files import writing
-with writing(Path(sys.argv[1])):
+from training.files import one_writer
+with one_writer(Path(sys.argv[1])):
     if not os.fork() if sys.argv[2:] == ["fork"] else True:
         os.write(1, f"held {os.getpid()}\\n".encode())
     time.sleep(60)
@@ -49,7 +49,7 @@ def test_a_second_process_is_refused_with_who_writes_and_what_to_do_and_a_killed
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "out"
-    with held(folder) as (other, _), pytest.raises(FolderBusyError) as refusal, writing(folder):
+    with held(folder) as (other, _), pytest.raises(FolderBusyError) as refusal, one_writer(folder):
         pytest.fail("two processes hold the folder")
     message = str(refusal.value)
     assert message.startswith(f"{folder}: another run is writing into it (process {other.pid} on ")
@@ -58,7 +58,7 @@ def test_a_second_process_is_refused_with_who_writes_and_what_to_do_and_a_killed
 
     assert other.returncode == -signal.SIGKILL
     assert {path.name for path in folder.iterdir()} == set(WRITER_FILES)
-    with writing(folder):
+    with one_writer(folder):
         assert json.loads((folder / WRITER_INFO).read_text())["pid"] == os.getpid()
     (folder / WRITER_INFO).write_text('{"pid": 1, "host": "gone", "since": "2020-01-01"}')
     with held(folder):
@@ -71,7 +71,7 @@ def test_the_children_of_a_killed_writer_hold_nothing(tmp_path: Path) -> None:
             other.kill()
             other.wait()
             os.kill(child, 0)  # it lives
-            with writing(tmp_path):
+            with one_writer(tmp_path):
                 pass
         finally:
             os.kill(child, signal.SIGKILL)
@@ -79,9 +79,9 @@ def test_the_children_of_a_killed_writer_hold_nothing(tmp_path: Path) -> None:
 
 def test_of_many_processes_one_gets_the_folder(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from training.errors import FolderBusyError; from training.files import writing\n"
+        "import sys; from pathlib import Path; from training.errors import FolderBusyError; from training.files import one_writer\n"
         "try:\n"
-        "    with writing(Path(sys.argv[1])):\n"
+        "    with one_writer(Path(sys.argv[1])):\n"
         "        print('mine', flush=True); sys.stdin.read()\n"
         "except FolderBusyError:\n"
         "    print('busy', flush=True)\n"
@@ -99,17 +99,17 @@ def test_of_many_processes_one_gets_the_folder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("info", ["", "[]", "{}", "\x00"])
 def test_a_writer_that_has_not_said_who_it_is_still_refuses(tmp_path: Path, info: str) -> None:
-    with writing(tmp_path):
+    with one_writer(tmp_path):
         (tmp_path / WRITER_INFO).write_text(info)
-        with pytest.raises(FolderBusyError, match="it has not said which"), writing(tmp_path):
+        with pytest.raises(FolderBusyError, match="it has not said which"), one_writer(tmp_path):
             pytest.fail("two writers")
 
 
 def test_a_finished_writer_leaves_nothing_behind_even_if_it_failed(tmp_path: Path) -> None:
-    with writing(tmp_path / "out"):
+    with one_writer(tmp_path / "out"):
         assert {path.name for path in (tmp_path / "out").iterdir()} == set(WRITER_FILES)
     assert list((tmp_path / "out").iterdir()) == []
-    with pytest.raises(ZeroDivisionError), writing(tmp_path / "out"):
+    with pytest.raises(ZeroDivisionError), one_writer(tmp_path / "out"):
         _ = 1 / 0
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -122,10 +122,10 @@ def test_a_file_system_without_locks_is_warned_of_and_used_but_no_folder_that_ca
         raise OSError(getattr(errno, reason), reason)
 
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError), writing(tmp_path / "file" / "out"):
+    with pytest.raises(NotADirectoryError), one_writer(tmp_path / "file" / "out"):
         pytest.fail("there is no folder")
     assert not caplog.text
     monkeypatch.setattr(filelock._unix.fcntl, "flock", refuse)
-    with writing(tmp_path):
+    with one_writer(tmp_path):
         (tmp_path / "model").touch()
     assert "its file system has no locks" in caplog.text

@@ -14,6 +14,7 @@ from pathlib import Path
 import deepspeed
 import torch
 
+from tests.conftest import resolved
 from training.launch.exits import run_and_exit
 from training.launch.supervisor import remove_shared_buffer
 from training.model.loading import load_model
@@ -34,7 +35,7 @@ def own_memory() -> float:
 def main(folder: str) -> None:
     compile_operators({})
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    arguments = training_arguments(TrainingOptions(deepspeed=str(CONFIG), local_output_dir=folder))
+    arguments = training_arguments(resolved(TrainingOptions(deepspeed=str(CONFIG), local_output_dir=folder)))
     tokenizer = load_tokenizer(folder)
     before, peak, done = own_memory(), 0.0, threading.Event()
 
