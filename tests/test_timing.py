@@ -24,6 +24,7 @@ from training.options.deepspeed import Zero
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import alpaca_lengths, epoch_load
 from training.plan.lookup import dataset_lengths, model_shape
+from training.plan.model_shape import gptj_shape
 from training.plan.timing import CpuRates, cpu_rates, hours_of, step_seconds
 
 GPTJ = model_shape("EleutherAI/gpt-j-6B")
