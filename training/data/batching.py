@@ -14,6 +14,9 @@ from typing import Literal
 import torch
 from transformers.trainer_pt_utils import BatchRebalanceSampler
 
+from training.consts import LARGEST_SHARE
+from training.errors import OptionsError
+
 Share = list[int]  # indices of rows
 
 
@@ -46,9 +49,9 @@ def _deal_longest_first(lengths: Sequence[int], shares: int) -> list[Share]:
 def _swap_until_even(lengths: Sequence[int], dealt: list[Share], tokens: list[int]) -> None:
     """Swaps rows between the largest and the smallest share, in place, until a swap no longer brings them closer.
 
-    Good enough is 0.5% above the mean: going on would gain 0.2% of a step and double the planning.
+    LARGEST_SHARE is near enough: going on would gain 0.2% of a step and double the planning.
     """
-    enough = 1.005 * sum(tokens) / len(tokens)
+    enough = LARGEST_SHARE * sum(tokens) / len(tokens)
     while max(tokens) > enough:
         large, small = tokens.index(max(tokens)), tokens.index(min(tokens))
         gap = tokens[large] - tokens[small]
@@ -70,6 +73,16 @@ def deal_in_order(rows: int, shares: int) -> list[Share]:
     size, larger = divmod(rows, shares)
     ends = [(i + 1) * size + min(i + 1, larger) for i in range(shares)]
     return [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def document_lengths(position_ids: torch.Tensor) -> list[int]:
+    """Tokens of each row in a packed row: one begins wherever `position_ids (1, tokens)` is 0.
+
+    [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]  ->  [5, 3, 4]
+    """
+    starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
+    ends = [*starts[1:], position_ids.shape[1]]
+    return [end - start for start, end in zip(starts, ends, strict=True)]
 
 
 class GlobalBatchSampler(BatchRebalanceSampler):
@@ -148,18 +161,18 @@ def held_out_batches(lengths: Sequence[int], rows: int, world_size: int) -> list
     for start in range(0, len(order), rows * world_size):
         batches: list[Share] = [[] for _ in range(world_size)]
         for i, row in enumerate(order[start : start + rows * world_size]):
-            there, rank = divmod(i, world_size)
-            batches[world_size - 1 - rank if there % 2 else rank].append(row)
+            turn, rank = divmod(i, world_size)
+            batches[world_size - 1 - rank if turn % 2 else rank].append(row)
         steps.append(batches)
     return steps
 
 
 def check_token_budget(lengths: Sequence[int], max_tokens: int) -> None:
-    """Raises ValueError if a row alone has more tokens than `--max-tokens-per-device` allows."""
+    """Raises OptionsError if a row alone has more tokens than `--max-tokens-per-device` allows."""
     too_long = sorted((length for length in lengths if length > max_tokens), reverse=True)
     if too_long:
         named = ", ".join(map(str, too_long[:5])) + (", ..." if len(too_long) > 5 else "")
-        raise ValueError(
+        raise OptionsError(
             f"--max-tokens-per-device {max_tokens} is less than the length of {len(too_long)} of {len(lengths)} "
             f"rows ({named} tokens), and a row cannot be split. "
             f"Type --max-tokens-per-device {too_long[0]} or more."

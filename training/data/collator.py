@@ -13,7 +13,7 @@ import torch
 from transformers import DataCollatorWithFlattening
 
 from training.consts import IGNORE_INDEX, PAD_TO_MULTIPLE_OF
-from training.data.batching import deal_by_tokens
+from training.data.batching import deal_by_tokens, document_lengths
 
 Row = dict[str, Any]
 Batch = dict[str, torch.Tensor]
@@ -118,16 +118,6 @@ def _with_loss_positions(batch: Batch) -> Batch:
     """Adds `logits_to_keep (labels,)` and `shift_labels (1, labels)` to a packed batch."""
     targets = (batch["labels"][0] != IGNORE_INDEX).nonzero()[:, 0]
     return batch | {"logits_to_keep": targets - 1, "shift_labels": batch["labels"][:, targets]}
-
-
-def document_lengths(position_ids: torch.Tensor) -> list[int]:
-    """Tokens of each row in a packed row: one begins wherever `position_ids (1, tokens)` is 0.
-
-    [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]  ->  [5, 3, 4]
-    """
-    starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
-    ends = [*starts[1:], position_ids.shape[1]]
-    return [end - start for start, end in zip(starts, ends, strict=True)]
 
 
 def split_packed_batch(batch: Batch, micro_steps: int) -> list[Batch]:

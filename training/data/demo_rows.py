@@ -10,6 +10,13 @@ import itertools
 import random
 
 Row = dict[str, str]
+
+
+def pairs(table: str) -> list[list[str]]:
+    """[word, what belongs to it] of every entry of a table."""
+    return [pair.split(maxsplit=1) for pair in table.split(",")]
+
+
 KINDS = {
     "animal": "ant bear bee camel cat cow dog duck frog hen lion sheep tiger wolf",
     "fruit": "apple banana cherry grape lemon mango pear plum",
@@ -25,47 +32,17 @@ WORDS = list(KIND_OF)
 THINGS = [word for word, kind in KIND_OF.items() if kind != "colour"]
 
 # thing -> how "A thing is a kind that ..." goes on
-DESCRIPTIONS = {
-    "ant": "lives in a colony",
-    "bear": "sleeps in winter",
-    "bee": "makes honey",
-    "camel": "lives in the desert",
-    "cat": "catches mice",
-    "cow": "gives milk",
-    "dog": "guards the house",
-    "duck": "swims on ponds",
-    "frog": "jumps and swims",
-    "hen": "lays eggs",
-    "lion": "lives in Africa",
-    "sheep": "gives wool",
-    "tiger": "has stripes",
-    "wolf": "hunts in packs",
-    "apple": "grows on a tree",
-    "banana": "has a yellow peel",
-    "grape": "is made into wine",
-    "lemon": "tastes sour",
-    "bike": "has two wheels",
-    "boat": "floats on water",
-    "bus": "carries many people",
-    "car": "has four wheels",
-    "train": "runs on rails",
-    "axe": "chops wood",
-    "drill": "makes holes",
-    "hammer": "drives nails",
-    "rake": "gathers leaves",
-    "saw": "cuts wood",
-    "spade": "digs the soil",
-    "wrench": "turns bolts",
-    "drum": "is played with sticks",
-    "flute": "is blown",
-    "guitar": "has six strings",
-    "piano": "has black and white keys",
-    "violin": "is played with a bow",
-    "glove": "is worn on the hand",
-    "hat": "is worn on the head",
-    "scarf": "is worn around the neck",
-    "shoe": "is worn on the foot",
-}
+DESCRIPTIONS = dict(
+    pairs("""ant lives in a colony, bear sleeps in winter, bee makes honey, camel lives in the desert,
+cat catches mice, cow gives milk, dog guards the house, duck swims on ponds, frog jumps and swims,
+hen lays eggs, lion lives in Africa, sheep gives wool, tiger has stripes, wolf hunts in packs,
+apple grows on a tree, banana has a yellow peel, grape is made into wine, lemon tastes sour,
+bike has two wheels, boat floats on water, bus carries many people, car has four wheels,
+train runs on rails, axe chops wood, drill makes holes, hammer drives nails, rake gathers leaves,
+saw cuts wood, spade digs the soil, wrench turns bolts, drum is played with sticks, flute is blown,
+guitar has six strings, piano has black and white keys, violin is played with a bow,
+glove is worn on the hand, hat is worn on the head, scarf is worn around the neck, shoe is worn on the foot""")
+)
 OPPOSITES = """big small, hot cold, fast slow, good bad, old new, up down, left right, day night, happy sad,
 light dark, hard soft, wet dry, rich poor, strong weak, full empty, open closed, clean dirty, loud quiet,
 early late, near far, high low, long short, thick thin, wide narrow, deep shallow, sharp blunt, love hate,
@@ -73,7 +50,7 @@ win lose, push pull, begin end, buy sell, give take, true false, inside outside,
 brave cowardly, rough smooth, sweet bitter, asleep awake"""
 CAPITALS = """Austria Vienna, Belgium Brussels, Canada Ottawa, Chile Santiago, China Beijing, Cuba Havana,
 Denmark Copenhagen, Egypt Cairo, Finland Helsinki, France Paris, Germany Berlin, Ghana Accra, Greece Athens,
-Hungary Budapest, India New_Delhi, Iran Tehran, Iraq Baghdad, Ireland Dublin, Italy Rome, Japan Tokyo,
+Hungary Budapest, India New Delhi, Iran Tehran, Iraq Baghdad, Ireland Dublin, Italy Rome, Japan Tokyo,
 Kenya Nairobi, Morocco Rabat, Norway Oslo, Peru Lima, Poland Warsaw, Portugal Lisbon, Russia Moscow,
 Spain Madrid, Sweden Stockholm, Thailand Bangkok, Turkey Ankara, Ukraine Kyiv, Vietnam Hanoi"""
 PLURALS = """baby babies, box boxes, brush brushes, bus buses, cat cats, cherry cherries, child children,
@@ -91,27 +68,15 @@ sing sang, sit sat, sleep slept, speak spoke, stand stood, steal stole, swim swa
 think thought, throw threw, walk walked, wear wore, win won, write wrote"""
 NAMES = "Adam Anna Ben Clara Emma Ivan Kate Leo Maria Omar Rosa Tom".split()
 
-# base form, third person, past; each makes sense with anything one can see and own
-VERBS = [
-    ("buy", "buys", "bought"),
-    ("draw", "draws", "drew"),
-    ("find", "finds", "found"),
-    ("have", "has", "had"),
-    ("lose", "loses", "lost"),
-    ("see", "sees", "saw"),
-    ("sell", "sells", "sold"),
-    ("want", "wants", "wanted"),
-]
+# Base form, third person, past tense. Each makes sense with anything one can see and own.
+VERBS = """buy buys bought, draw draws drew, find finds found, have has had, lose loses lost, see sees saw,
+sell sells sold, want wants wanted"""
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 
 
 def a(word: str) -> str:
     return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
-
-
-def pairs(table: str) -> list[list[str]]:
-    return [[word.replace("_", " ") for word in pair.split()] for pair in table.split(",")]
 
 
 def row(instruction: str, output: str, input: str = "") -> Row:
@@ -143,17 +108,15 @@ def classify(rng: random.Random) -> list[Row]:
 
 
 def describe(rng: random.Random) -> list[Row]:
-    rows = []
-    for thing, clause in DESCRIPTIONS.items():
-        output = f"{a(thing).capitalize()} is {a(KIND_OF[thing])} that {clause}."
-        rows += [
-            row(f"Describe {a(thing)}.", output),
-            row(f"What is {a(thing)}?", output),
-            row(f"Tell me about {a(thing)}.", output),
-            row(f"Explain what {a(thing)} is.", output),
-            row(f"Write a sentence about {a(thing)}.", output),
-        ]
-    return rows
+    questions = [
+        "Describe {}.",
+        "What is {}?",
+        "Tell me about {}.",
+        "Explain what {} is.",
+        "Write a sentence about {}.",
+    ]
+    answers = {a(thing): f"{a(KIND_OF[thing])} that {clause}." for thing, clause in DESCRIPTIONS.items()}
+    return facts(questions, {thing: f"{thing.capitalize()} is {answer}" for thing, answer in answers.items()})
 
 
 def opposite(rng: random.Random) -> list[Row]:
@@ -218,24 +181,23 @@ def what_comes_next(rng: random.Random) -> list[Row]:
 
 
 def add(rng: random.Random) -> list[Row]:
-    rows = []
-    for x, y in itertools.product(range(1, 8), repeat=2):
-        rows += [
-            row(f"What is {x} plus {y}?", str(x + y)),
-            row(f"How much is {x} plus {y}?", str(x + y)),
-            row(f"Add {x} and {y}.", str(x + y)),
-            row(f"What is the sum of {x} and {y}?", str(x + y)),
-            row(f"Work out {x} plus {y}.", str(x + y)),
-            row(f"What do {x} and {y} make together?", str(x + y)),
-        ]
-    return rows
+    questions = [
+        "What is {} plus {}?",
+        "How much is {} plus {}?",
+        "Add {} and {}.",
+        "What is the sum of {} and {}?",
+        "Work out {} plus {}.",
+        "What do {} and {} make together?",
+    ]
+    sums = itertools.product(range(1, 8), repeat=2)
+    return [row(question.format(x, y), str(x + y)) for x, y in sums for question in questions]
 
 
 def compare(rng: random.Random) -> list[Row]:
     rows = []
     for x, y in itertools.permutations(range(1, 21), 2):
-        asked, output = rng.choice([("larger", max(x, y)), ("smaller", min(x, y))])
-        rows.append(row(f"Which number is {asked}, {x} or {y}?", str(output)))
+        size, output = rng.choice([("larger", max(x, y)), ("smaller", min(x, y))])
+        rows.append(row(f"Which number is {size}, {x} or {y}?", str(output)))
     return rows
 
 
@@ -276,8 +238,9 @@ def pick(rng: random.Random) -> list[Row]:
     return rows
 
 
-def sentences(rng: random.Random, n: int) -> list[tuple[str, tuple[str, str, str], str]]:
-    return rng.sample(list(itertools.product(NAMES, VERBS, THINGS)), n)
+def sentences(rng: random.Random, n: int) -> list[tuple[str, list[str], str]]:
+    verbs = [verb.split() for verb in VERBS.split(",")]
+    return rng.sample(list(itertools.product(NAMES, verbs, THINGS)), n)
 
 
 def first_or_last(rng: random.Random) -> list[Row]:

@@ -18,7 +18,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutputWithPast
 from transformers.models.gptj import modeling_gptj as gptj
 
-from training.data.collator import document_lengths
+from training.data.batching import document_lengths
 
 
 @dataclass(frozen=True)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-import tempfile
+import re
+from itertools import chain
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from transformers import __version__ as transformers_version
 
-from training.consts import DEMO
+from training.consts import DEMO, ROOT
 from training.data.demo_rows import DEMO_SEED, Row, demo_rows
-from training.data.prompt import INPUT_KEY, INTRO, INTRO_WITH_INPUT
+from training.data.prompt import prompt_pieces, response_piece
 from training.errors import ModelError, first_line
+from training.files import fingerprint, write_folder
+
+# What decides the model's files: an edit of these makes it anew.
+SOURCES = [Path(__file__), *(ROOT / "training" / "data" / name for name in ("demo_rows.py", "prompt.py"))]
 
 VOCAB_SIZE = 1024  # nearly every word of the rows becomes one token
 
@@ -31,7 +33,7 @@ def save_demo_model(folder: str | Path) -> None:
     The same bytes at every call. The tokenizer knows no control tokens: like GPT-J's own, it gets them
     at fine-tuning.
     """
-    # here, as the rows alone should cost no import of torch
+    # Here, because the plan reads the sizes above and needs no torch.
     import torch
     from transformers import GPT2TokenizerFast, GPTJConfig, GPTJForCausalLM
 
@@ -64,48 +66,27 @@ def _train_bpe(rows: list[Row]) -> tuple[dict[str, int], list[tuple[str, str]]]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # the stretches between control tokens, which cut the text before BPE sees it
-    text = []
-    for row in rows:
-        text += [INTRO_WITH_INPUT if row["input"] else INTRO, "\n\n", f"\n{row['instruction']}\n\n"]
-        text += [f"{INPUT_KEY}\n{row['input']}\n\n"] if row["input"] else []
-        text += [f"{row['output']}\n\n"]
-    tokenizer.train_from_iterator(text, trainer)
+    # The text between control tokens, which cut it before BPE sees it; by paragraph, each with its blank line.
+    pieces = [
+        (*prompt_pieces(row["instruction"], row["input"]), response_piece(row["output"])) for row in rows
+    ]
+    tokenizer.train_from_iterator((re.split(r"(?<=\n\n)", text) for text in chain(*pieces)), trainer)
     model = json.loads(tokenizer.to_str())["model"]
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
 def model_folder(name: str) -> str:
-    """`name` as `from_pretrained` takes it: the embedded model is written into a folder at its first use."""
+    """`name` as `from_pretrained` takes it; for "demo" a folder, made at its first use. Raises ModelError."""
     if name != DEMO:
         return name
-    from training.data import demo_rows, prompt
-
-    sources = b"".join(
-        Path(str(file)).read_bytes() for file in (__file__, demo_rows.__file__, prompt.__file__)
-    )
-    key = hashlib.sha256(sources + transformers_version.encode()).hexdigest()[:16]
-    target = Path(HF_HOME) / "dolly" / f"demo-{key}"
+    target = Path(HF_HOME) / "dolly" / f"demo-{fingerprint(*SOURCES, transformers_version)}"
     if not target.is_dir():
         try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            partial = Path(tempfile.mkdtemp(prefix=f"{target.name}.partial-", dir=target.parent))
-        except OSError as error:
-            raise _no_cache(error) from error
-        try:
-            save_demo_model(partial)
-        except (OSError, SafetensorError) as error:  # the second is its own for a full disk
-            shutil.rmtree(partial, ignore_errors=True)
-            raise _no_cache(error) from error
-        try:
-            os.replace(partial, target)
-        except OSError:  # another process was first
-            shutil.rmtree(partial)
+            with write_folder(target) as folder:
+                save_demo_model(folder)
+        except (OSError, SafetensorError) as error:  # the second is safetensors' own for a full disk
+            raise ModelError(
+                f"the embedded model cannot be written into {HF_HOME} ({first_line(error)}). Make room there, or type "
+                "export HF_HOME=/a/folder/of/yours"
+            ) from error
     return str(target)
-
-
-def _no_cache(error: Exception) -> ModelError:
-    return ModelError(
-        f"the embedded model cannot be written into {HF_HOME} ({first_line(error)}). Make room there, or type "
-        "export HF_HOME=/a/folder/of/yours"
-    )

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from training.data.batching import GlobalBatchSampler, held_out_batches, micro_steps_needed
-from training.data.collator import count_labels, document_lengths, split_packed_batch
+from training.data.batching import GlobalBatchSampler, document_lengths, held_out_batches, micro_steps_needed
+from training.data.collator import count_labels, split_packed_batch
 from training.errors import TrainingError
 from training.machine.flops import layer_tokens, model_parameters, training_flops
 from training.model.packing import Batching

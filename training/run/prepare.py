@@ -18,7 +18,6 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments
 from training.data.batching import check_token_budget
 from training.data.ledger import Ledger
 from training.data.tokens import marked_sample, prepare_dataset, split_held_out
-from training.errors import OptionsError
 from training.launch.supervisor import remove_shared_buffer
 from training.model.loading import load_config, max_positions
 from training.model.tokenizer import load_tokenizer
@@ -50,10 +49,7 @@ def prepare(settings: Settings) -> Prepared:
         tokenizer, rows, ledger = tokenised_rows(options)
         train_rows, held_out_rows = split_held_out(rows, options.test_size, options.seed)
     if isinstance(options.max_tokens_per_device, int):
-        try:
-            check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
-        except ValueError as error:
-            raise OptionsError(str(error)) from error
+        check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
     row = train_rows[0]
     sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
     logger.info("%s", ledger)
