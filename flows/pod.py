@@ -1,11 +1,12 @@
-"""What a pod is asked for to train on a machine: CPUs, GPUs, memory, disk and shared memory, from the plan.
+"""Resources of the pod that trains on a machine: CPUs, GPUs, memory, disk and shared memory, from the plan.
 
-Metaflow must know it before a run has parameters, so it is counted for Dolly's run (on "cpu" for the demo's). A run
-that needs more is refused in its first step, with the number to ask for. Imports no torch.
+Metaflow must know them before a run has parameters, so they are counted for Dolly's run (on "cpu" for the demo's). A run
+that needs more is refused in its first step, with the number to type. Imports no torch.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -26,10 +27,10 @@ from training.plan.timing import CpuRates
 
 CPU_RANKS = 2
 # A container has 64 MiB of /dev/shm, and NCCL keeps its buffers between the GPUs of a node there: 2 GiB a rank make
-# the 16 GiB of eight that training.exits asks for as well. What is used of it counts as the pod's memory.
+# the 16 GiB of eight that training.launch.exits names as well. What is used of it counts as the pod's memory.
 SHARED_GIB = 2.0
-# Each rank, with its supervisor and the threads of the offloaded Adam. The least of what clouds give with a GPU,
-# as a pod that asks for more than a node has waits for ever.
+# For each rank, with its supervisor and the threads of the offloaded Adam. Clouds give no fewer with a GPU, and a pod
+# that requests more than a node has waits for ever.
 CPUS_A_GPU = 4
 DRIVER_GIB = 2.0  # the flow's own process and card, DeepSpeed's launcher, Metaflow's sidecars
 MARGIN = 1.1  # the plan's own accuracy
@@ -38,32 +39,28 @@ KEYS = ("cpu", "gpu", "memory", "disk", "shared_memory")  # of Metaflow's @resou
 
 
 class PodError(MetaflowException):
-    """What cannot be asked for; Metaflow shows its message without a traceback."""
+    """A pod that no machine can be; Metaflow shows the message without a traceback."""
 
     headline = "No such pod"
 
 
 def parse_machine(name: str) -> str:
-    """The config "machine", checked. Raises PodError with the names that there are."""
-    machine_of(name.strip())
-    return name.strip()
+    """The config "machine", checked. Raises PodError with the known names."""
+    return machine_of(name.strip()).name
 
 
 def parse_resources(text: str) -> dict[str, int]:
     """The config "resources", checked: a JSON object of positive whole numbers. Raises PodError."""
-    import json
-
-    wanted = 'a JSON object such as {"memory": 128000}, in MB; its keys may be ' + ", ".join(KEYS)
+    expected = 'a JSON object such as {"memory": 128000}, in MB; its keys may be ' + ", ".join(KEYS)
     try:
-        asked = json.loads(text)
+        requested = json.loads(text)
     except ValueError as error:
-        raise PodError(f"resources {text!r}: expected {wanted}") from error
-    if not isinstance(asked, dict) or any(
-        key not in KEYS or isinstance(value, bool) or not isinstance(value, int) or value < 1
-        for key, value in asked.items()
+        raise PodError(f"resources {text!r}: expected {expected}") from error
+    if not isinstance(requested, dict) or any(
+        key not in KEYS or type(value) is not int or value < 1 for key, value in requested.items()
     ):
-        raise PodError(f"resources {text}: expected {wanted}")
-    return asked
+        raise PodError(f"resources {text}: expected {expected}")
+    return requested
 
 
 def machine_of(name: str, gpus: int | None = None) -> Machine:
@@ -91,49 +88,46 @@ def plan_for(machine: Machine) -> Plan:
     return plan_run(settings, alpaca_lengths(), model, machine, rates)
 
 
-def resources(name: str, asked: Mapping[str, Any]) -> dict[str, int | None]:
-    """Metaflow's @resources for the step that trains on a machine; `asked` stands in place of what the plan says.
+def resources(name: str, requested: Mapping[str, int]) -> dict[str, Any]:
+    """Metaflow's @resources for the step that trains on a machine; `requested` stands in place of what the plan says.
 
     {"cpu": 32, "gpu": 8, "memory": MB, "disk": MB, "shared_memory": MiB}; "gpu" is None without one.
     """
-    machine = machine_of(name, asked.get("gpu"))
-    plan = plan_for(machine)
-    memory = _overhead(machine) + MARGIN * max(plan.host_memory_gib.values())
-    memory = min(
-        memory, SHARE_OF_NODE * machine.host_gib
-    )  # more no node could give, and the pod would wait for ever
+    machine = machine_of(name, requested.get("gpu"))
     return {
         "cpu": machine.count * (1 if machine.is_cpu else CPUS_A_GPU),
         "gpu": None if machine.is_cpu else machine.count,
-        "memory": _megabytes(memory),
-        "disk": _megabytes(MARGIN * sum(plan.disk_gib.values())),
+        # No node could give more, and the pod would wait for ever.
+        **_needs(plan_for(machine), at_most=SHARE_OF_NODE * machine.host_gib),
         "shared_memory": round(1024 * SHARED_GIB * machine.count),
-        **asked,
+        **requested,
     }
 
 
-def pod_machine(name: str, asked: Mapping[str, Any]) -> Machine:
-    """The machine that training finds in such a pod: its GPUs, with the memory and the disk that were asked for."""
-    machine, granted = machine_of(name, asked.get("gpu")), resources(name, asked)
+def pod_machine(name: str, requested: Mapping[str, int]) -> Machine:
+    """The machine that training finds in such a pod: its GPUs, with the pod's memory and disk."""
+    machine, granted = machine_of(name, requested.get("gpu")), resources(name, requested)
     return replace(
         machine,
         name="this pod",
-        host_gib=(granted["memory"] or 0) * 1e6 / GIB - _overhead(machine),
-        disk_gib=(granted["disk"] or 0) * 1e6 / GIB,
+        host_gib=granted["memory"] * 1e6 / GIB - _overhead(machine),
+        disk_gib=granted["disk"] * 1e6 / GIB,
     )
 
 
-def advice(plan: Plan, name: str, asked: Mapping[str, Any]) -> str:
+def advice(plan: Plan, requested: Mapping[str, int]) -> str:
     """What to type so that a pod gets what this run's plan lacks; "" where no pod of the machine has it."""
-    machine, more = machine_of(name, asked.get("gpu")), dict(asked)
-    if "host memory" in plan.shortages:
-        more["memory"] = _megabytes(_overhead(machine) + MARGIN * max(plan.host_memory_gib.values()))
-    if "disk" in plan.shortages:
-        more["disk"] = _megabytes(MARGIN * sum(plan.disk_gib.values()))
-    if more == asked or "GPU memory" in plan.shortages:
+    needs, keys = _needs(plan), {"host memory": "memory", "disk": "disk"}
+    if not plan.shortages.keys() <= keys.keys():  # GPU memory
         return ""
-    keys = ", ".join(f'"{key}": {value}' for key, value in more.items())
-    return f"To ask for it, type --config-value resources '{{{keys}}}' before run"
+    more = {**requested, **{keys[kind]: needs[keys[kind]] for kind in plan.shortages}}
+    return f"To ask for it, type --config-value resources '{json.dumps(more)}' before run"
+
+
+def _needs(plan: Plan, at_most: float = math.inf) -> dict[str, int]:
+    """MB of memory (of no more GiB than `at_most`) and of disk for a pod in which the plan fits."""
+    memory = min(at_most, _overhead(plan.machine) + MARGIN * max(plan.host_memory_gib.values()))
+    return {"memory": _megabytes(memory), "disk": _megabytes(MARGIN * sum(plan.disk_gib.values()))}
 
 
 def _overhead(machine: Machine) -> float:

@@ -182,7 +182,7 @@ class TrainDollyFlow(FlowSpec):
             raise RunRefusedError(problems + reasons) from error
         if plan.problems and not options.force:
             problems += plan.problems
-            if remote and (advice := pod.advice(plan, self.machine, self.requested)):
+            if remote and (advice := pod.advice(plan, self.requested)):
                 problems.append(advice)
         if problems:
             raise RunRefusedError(problems)

@@ -167,7 +167,7 @@ def test_a_model_that_needs_more_is_told_what_to_ask_for_and_fits_then() -> None
 
     refused = plan({})
     assert "disk" in refused.shortages
-    told = pod.advice(refused, name, {})
+    told = pod.advice(refused, {})
     assert plan(pod.parse_resources(told.split("'")[1])).fits
 
 
