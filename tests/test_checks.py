@@ -23,10 +23,11 @@ import torch
 
 from tests.conftest import mounted, python
 from training import files
-from training.files import TRACE, disk_problems, free_bytes, one_writer, writable
+from training.files import TRACE, disk_problems, free_bytes, writable
 from training.machine import kernels
 from training.machine.environment import cuda_toolkit_problems, mismatches, tool_problems, version_problems
 from training.machine.kernels import kernel_problems, missing_kernels
+from training.run.lock import one_writer
 
 ROOT = Path(__file__).parents[1]
 MIB = 2**20

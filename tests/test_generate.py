@@ -189,7 +189,7 @@ def test_a_run_that_did_not_finish_is_refused_and_a_finished_one_is_not(
     for file in answering_folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     unfinished = r"its training did not finish. Go on with its command and --resume auto"
-    broken = r"run.json: is no JSON .* Copy or train the model again"
+    broken = r"run.json: cannot be read .* Copy or train the model again"
     for message, records in {
         unfinished: [b'{"status": "running"}', b"[]", b"7", b"null"],
         broken: [b'{"status": "fini', b"", b"\xff"],

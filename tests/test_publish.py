@@ -26,10 +26,11 @@ from typing import Any
 import pytest
 
 from tests.conftest import mounted, python
+from training import files
 from training.errors import PublishError
 from training.storage import copy as copying
 from training.storage.copy import publish
-from training.storage.target import target_problems
+from training.storage.target import marker_of, target_problems
 
 ROOT = Path(__file__).parents[1]
 MODEL = "README.md config.json ledger.json model.safetensors tokenizer.json trainer_state.json".split()
@@ -48,7 +49,7 @@ def finished(tmp_path: Path) -> Path:
         (folder / name).write_bytes(b"not the model's")
     for name in MODEL:
         (folder / name).write_bytes(random.Random(name).randbytes(1000))
-    (folder / "model.safetensors").write_bytes(random.Random(0).randbytes(2 * target.BLOCK + 7))
+    (folder / "model.safetensors").write_bytes(random.Random(0).randbytes(2 * files.BLOCK + 7))
     (folder / "run.json").write_text(json.dumps(RUN))
     return folder
 
@@ -61,8 +62,7 @@ def target(tmp_path: Path) -> Path:
 @pytest.fixture
 def command(failing_disk: str, finished: Path, target: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs the command as a process of its own, on a target that refuses what DBFS refuses."""
-    preload = {"LD_PRELOAD": failing_disk, "REFUSE_UNDER": str(target)}
-    return partial(publish_command, finished, str(target), **preload)
+    return partial(publish_command, finished, str(target), LD_PRELOAD=failing_disk, REFUSE_UNDER=str(target))
 
 
 def publish_command(folder: Path, target: str, **environment: str) -> subprocess.CompletedProcess:
@@ -118,12 +118,13 @@ def test_a_model_is_published_where_files_can_only_be_written_front_to_back_agai
 
 def test_a_large_file_has_a_line_in_the_log_and_a_bar_on_a_terminal(finished: Path, tmp_path: Path) -> None:
     program = (
-        "import sys; from training import publish; publish.LARGE = 2**20\n"
+        "import sys; from training import files, publish; from training.storage import copy; files.LARGE = copy.LARGE = 2**20\n"
         f"sys.argv = ['publish', '--model', {str(finished)!r}, '--to', sys.argv[1]]; publish.main()"
     )
     logged = python("-c", program, tmp_path / "logged")
-    line = r"^model\.safetensors: 0\.02 GiB at [\d,]+ MiB/s, read back$"
-    assert re.search(line, logged.stdout, re.MULTILINE)
+    assert re.search(
+        r"^model\.safetensors: 16\.0 MiB at [\d,]+ MiB/s, read back$", logged.stdout, re.MULTILINE
+    )
     assert "config.json" not in logged.stdout
     assert logged.stderr == ""
     reader, terminal = pty.openpty()
@@ -374,7 +375,7 @@ def test_weights_that_are_not_those_that_were_verified_are_not_published(
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ('{"status": "running"}', r"did not finish. Finish it first: the same command with --resume auto"),
+        ('{"status": "running"}', r"did not finish. Go on with its command and --resume auto"),
         ("[]", "did not finish"),
         ("", r"run\.json: cannot be read"),
         (None, r"there is no run\.json, so no run wrote its model here. Name a run's --local-output-dir"),
@@ -474,7 +475,7 @@ def test_a_mount_of_databricks_that_is_not_there_is_not_made_and_the_models_own_
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mount = Path("/") / f"no-{os.getpid()}-dbfs"
-    monkeypatch.setattr(target, "MOUNTS", (str(mount),))
+    monkeypatch.setattr(files, "MOUNTS", (str(mount),))
     assert_refused(finished, mount / "dolly", f"there is no {mount} on this machine. Name another folder")
     assert not mount.exists()
     with pytest.raises(PublishError, match=r"is the local output itself\. Name another folder"):
@@ -527,7 +528,7 @@ def test_a_copy_on_s3_that_broke_off_is_continued_and_foreign_objects_are_refuse
 ) -> None:
     s3.touch("models/dolly/")  # as S3's console makes a folder
     publish(finished, "s3://models/dolly")
-    s3.pipe_file("models/dolly/publishing.json", target.marker_of((finished / "run.json").read_bytes()))
+    s3.pipe_file("models/dolly/publishing.json", marker_of((finished / "run.json").read_bytes()))
     s3.rm_file("models/dolly/run.json")
     s3.pipe_file("models/dolly/model.safetensors", b"half")
     s3.pipe_file("models/dolly/config.json", b"?" * 1000)

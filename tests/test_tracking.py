@@ -161,7 +161,7 @@ def test_without_the_extra_the_error_names_it():
 @pytest.mark.parametrize(
     ("entries", "told"),
     [
-        ({}, "holds no finished run"),
+        ({}, "its training did not finish"),
         ({"status": "finished", "weights": {"model.safetensors": {"size": 7, "sha256": "0" * 64}}},
          "its weights are not those that training wrote and verified"),
     ],

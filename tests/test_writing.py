@@ -16,14 +16,15 @@ import filelock._unix
 import pytest
 
 from training.errors import FolderBusyError
-from training.files import WRITER_FILES, WRITER_INFO, one_writer
+from training.files import WRITER_FILES, WRITER_INFO
+from training.run.lock import one_writer
 
 ROOT = Path(__file__).parents[1]
 
 HOLD = """
 import os, sys, time
 from pathlib import Path
-from training.files import one_writer
+from training.run.lock import one_writer
 with one_writer(Path(sys.argv[1])):
     if not os.fork() if sys.argv[2:] == ["fork"] else True:
         os.write(1, f"held {os.getpid()}\\n".encode())

@@ -1,4 +1,4 @@
-"""A trained folder to responses, one, many, or streamed to the terminal.
+"""Asks a trained model; the answer is streamed to the terminal.
 
 python -m training.generate --model OUT "Write a love letter to Edgar Allan Poe."
 """
@@ -6,7 +6,6 @@ python -m training.generate --model OUT "Write a love letter to Edgar Allan Poe.
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 import click
 import transformers
@@ -26,7 +25,7 @@ from training.model.loading import DTYPES
     required=True,
     help="A folder that training wrote, or a model on the Hub. Of a Metaflow run: python flows/model_on_s3.py RUN_ID --to FOLDER",
 )
-@click.option("--input", "context", default=None, help="Text that the instruction is about.")
+@click.option("--input", "context", help="Text that the instruction is about.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
@@ -37,13 +36,10 @@ from training.model.loading import DTYPES
 @click.option(
     "--greedy", is_flag=True, help="The likeliest answer, always the same, instead of a sampled one."
 )
-@click.option(
-    "--seed", type=click.IntRange(0, 2**32 - 1), default=None, help="Makes a sampled answer repeatable."
-)
+@click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Makes a sampled answer repeatable.")
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
-    default=None,
     help="[default: half precision on a GPU, fp32 on a CPU]",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model's repository brings.")
@@ -69,16 +65,14 @@ def main(
         )
         if seed is not None:
             set_seed(seed)
-        generation: dict[str, Any] = {"max_new_tokens": max_new_tokens}
-        if greedy:
-            generation |= GREEDY
         generate_response(
             instruction,
             context,
             model=model,
             tokenizer=tokenizer,
             streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            **generation,
+            max_new_tokens=max_new_tokens,
+            **(GREEDY if greedy else {}),
         )
     except (ModelError, ValueError) as error:
         print(f"Cannot answer: {error}", file=sys.stderr)

@@ -81,8 +81,6 @@ class FusedGPTJAttention(gptj.GPTJAttention):
         layer_past: Cache | None = None,
         attention_mask: PackedLayout | torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        use_cache: bool | None = False,
-        output_attentions: bool | None = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         """`hidden_states (rows, tokens, width)` to the attention's output of the same shape.
@@ -95,7 +93,7 @@ class FusedGPTJAttention(gptj.GPTJAttention):
         keep = attention_mask.keep if isinstance(attention_mask, PackedLayout) else None
         if keep is None:
             query = self.q_proj(hidden_states).view(shape)
-        else:  # elsewhere nobody reads what is attended to
+        else:  # no other position's result is read
             wanted = self.q_proj(hidden_states[:, keep])
             query = wanted.new_zeros(hidden_states.shape).index_copy(1, keep, wanted).view(shape)
         key = self.k_proj(hidden_states).view(shape)
@@ -123,7 +121,7 @@ class FusedGPTJAttention(gptj.GPTJAttention):
 
 
 class PackingGPTJBlock(gptj.GPTJBlock):
-    """GPTJBlock that, told so by the layout, gives the hidden states of some positions only."""
+    """GPTJBlock that returns only the hidden states of the positions that the layout keeps."""
 
     def forward(
         self,
@@ -145,35 +143,21 @@ class PackingGPTJModel(gptj.GPTJModel):
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
+        *,
         position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
         keep: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As GPTJModel.forward, but `position_ids (1, tokens)` without an attention mask are a packed row.
 
         Of a packed row, `keep (kept,) int64` asks for the hidden states `(1, kept, width)` of these positions.
-        Whoever asks for a cache has no packed row: transformers' generation passes a mask or a cache.
+        A call with a cache has no packed row: transformers' generation passes a mask or a cache.
         """
-        plain = (
-            attention_mask is None and past_key_values is None and token_type_ids is None and not use_cache
-        )
+        others = [kwargs.get(name) for name in ("attention_mask", "past_key_values", "token_type_ids")]
+        plain = all(value is None for value in others) and not kwargs.get("use_cache")
         if plain and input_ids is not None and position_ids is not None and len(position_ids) == 1:
             return self._forward_packed(input_ids, position_ids, keep)
-        return super().forward(
-            input_ids,
-            past_key_values=past_key_values,
-            attention_mask=attention_mask,
-            token_type_ids=token_type_ids,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
+        return super().forward(input_ids, position_ids=position_ids, **kwargs)
 
     def _forward_packed(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, keep: torch.Tensor | None
@@ -183,7 +167,7 @@ class PackingGPTJModel(gptj.GPTJModel):
         sin, cos = rotary_sin_cos(self.h[0].attn.embed_positions, position_ids, hidden_states.dtype)
         # The lengths are needed on the host: the only wait for the device in a forward.
         layout = PackedLayout(document_lengths(position_ids), sin, cos)
-        # What the last layer makes of a prompt's tokens nobody reads; their keys and values are still needed.
+        # The last layer's result at a prompt's tokens is never read; their keys and values are still needed.
         layouts = [layout] * (len(self.h) - 1) + [replace(layout, keep=keep)]
         for block, layout in zip(self.h, layouts, strict=True):
             # Gradient checkpointing keeps the layout with the block's arguments, so that the second forward of

@@ -78,7 +78,7 @@ def load_model(
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
                 output_loading_info=True,
-                ignore_mismatched_sizes=True,  # told below, by name; from_pretrained only points to its log
+                ignore_mismatched_sizes=True,  # reported below, by name; from_pretrained only points to its log
             )
             _check_shapes(name, loaded["mismatched_keys"])
             _check_vocabulary(name, tokenizer, model.config.get_text_config().vocab_size)
@@ -108,12 +108,12 @@ def _check_shapes(name: str, mismatched: set[tuple[str, tuple[int, ...], tuple[i
 
 
 def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
-    """A tokenizer of which more than a hundredth of the words have no embedding is another model's; added tokens may lack
-    theirs, and a few words where ids have gaps."""
+    """Refuses another model's tokenizer: more than a hundredth of its words have no embedding.
+
+    Added tokens may lack theirs, and a few words where ids have gaps.
+    """
     added = tokenizer.get_added_vocab()
-    beyond = {
-        word: place for word, place in tokenizer.get_vocab().items() if place >= rows and word not in added
-    }
+    beyond = {word: id for word, id in tokenizer.get_vocab().items() if id >= rows and word not in added}
     if 100 * len(beyond) > len(tokenizer):
         raise ModelError(
             f"{name}: {len(beyond):,} words of its tokenizer, as {min(beyond, key=beyond.__getitem__)!r}, lie beyond the "
@@ -123,7 +123,7 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) 
 
 @contextmanager
 def _freed_memory_returned() -> Iterator[None]:
-    """Has glibc give freed blocks back to the system at once, while shards are cut.
+    """Makes glibc give freed blocks back to the system at once, while shards are cut.
 
     ZeRO-3 gathers and frees every layer once. glibc keeps blocks of up to 32 MiB for reuse, and held twice the
     model's size at the peak (1.5 GiB for a model of 0.9, against 0.75 so). Afterwards the limits are set to

@@ -18,6 +18,7 @@ from training.model.loss import use_response_loss
 
 logger = logging.getLogger(__name__)
 
+Batching = Literal["packed", "padded", "length"]
 
 # How far a document's logits in a packed row may be from its logits alone, as a share of the largest logit:
 # matrix products of other shapes add in another order.
@@ -27,9 +28,9 @@ ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 def packs_cleanly(model: PreTrainedModel) -> tuple[bool, str]:
     """Whether the model keeps packed documents apart and puts the loss in its place, and if not, why.
 
-    Runs the loaded model itself, in the way training will: two documents in one row, positions restarting,
-    no attention mask. Each document must give the logits it gives alone, must not feel a change in the other,
-    and the loss must be that of the responses. Set `model.config.use_cache = False` before: with a cache
+    Runs the loaded model as training will: two documents in one row, positions restarting, no attention mask.
+    Each document must give the logits it gives alone, a change in the other must not move them, and the loss
+    must be that of the responses. Set `model.config.use_cache = False` before: with a cache
     transformers does not look for packed rows.
 
     Every rank must call this at the same time; under ZeRO-3 it gathers one module after the other, so it may
@@ -102,9 +103,9 @@ def _gathered_module_by_module(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def choose_batching(model: PreTrainedModel, asked: str) -> Batching:
+def choose_batching(model: PreTrainedModel, requested: str) -> Batching:
     """How this model's rows are batched: "packed" only where the loaded model is proved to keep rows apart."""
-    if asked == "padded":
+    if requested == "padded":
         return "padded"
     if model.config.model_type == "gptj":
         use_packed_attention(model)
@@ -114,6 +115,3 @@ def choose_batching(model: PreTrainedModel, asked: str) -> Batching:
         return "packed"
     logger.info("rows are padded, and dealt by length, because this model cannot pack: %s", reason)
     return "length"
-
-
-Batching = Literal["packed", "padded", "length"]

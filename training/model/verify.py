@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from training.consts import GREEDY, SAMPLE_INSTRUCTIONS
 from training.data.prompt import CONTROL_TOKENS, END_KEY
-from training.errors import ModelError
+from training.errors import ModelError, first_line
 
 
 def not_finite(state_dict: dict[str, torch.Tensor]) -> list[str]:
@@ -30,17 +30,17 @@ def verify_model(folder: Path, trust_remote_code: bool = False) -> None:
         problems += _weight_problems(folder, trust_remote_code)
         problems += _answer_problems(folder, trust_remote_code)
     except Exception as error:  # whatever reads a broken file raises: tokenizers has a bare Exception
-        problems += [f"{type(error).__name__}: {error}"]
+        problems.append(first_line(error))
     if problems:
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise ModelError(
             f"{folder} is not a model that can be used:\n"
-            + "\n".join(f"  - {f}" for f in problems[:8] + more)
+            + "\n".join(f"  - {problem}" for problem in problems[:8] + more)
         )
 
 
 def _weight_problems(folder: Path, trust_remote_code: bool) -> list[str]:
-    """Of the tensors in the files, under whatever names: transformers renames some when it saves and loads."""
+    """Problems of the tensors in the files, whatever their names: transformers renames some when it saves and loads."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
@@ -64,14 +64,14 @@ def _weight_problems(folder: Path, trust_remote_code: bool) -> list[str]:
 
 @torch.inference_mode()
 def _answer_problems(folder: Path, trust_remote_code: bool) -> list[str]:
-    """Of the model as transformers loads it, which would make up at random what it does not find."""
+    """Problems of the model as transformers loads it; it would draw at random what it does not find."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     model, loaded = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto",
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # told below, with the others
+        ignore_mismatched_sizes=True,  # reported below, with the others
     )
     model.eval()
     problems = [f"{name} is missing" for name in sorted(loaded["missing_keys"])]
