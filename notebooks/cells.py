@@ -1,4 +1,4 @@
-"""What the cells of train_dolly ask: widgets, plan, answers, tables."""
+"""The functions that the cells of train_dolly call: widgets, plan, answers, tables."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Choices:
-    """What the widgets say, defaults put in.
+    """The values of the widgets, with defaults for empty ones.
 
     Attributes:
-        num_gpus: of each node; None for all that there are.
+        num_gpus: of each node; None for all of them.
         name: of the run, which is the last part of both folders.
         published: where the finished model is copied; None for nowhere.
-        resume: whether `name` is that of a run that was begun before.
+        resume: whether `name` is that of an earlier run.
     """
 
     num_gpus: int | None
@@ -64,63 +64,67 @@ def default_output_root() -> str:
 
 
 def read_widgets(widgets: Any) -> Choices:
-    """What was chosen. Raises RunRefusedError with everything that is wrong with it."""
+    """What was chosen. Raises RunRefusedError with every problem of it."""
     problems: list[str] = []
-    said = {name: value.strip() for name, value in widgets.getAll().items()}
+    values = {name: value.strip() for name, value in widgets.getAll().items()}
 
     def number(name: str, kind: type, default: Any) -> Any:
-        if not said[name]:
+        if not values[name]:
             return default
         with contextlib.suppress(ValueError):
-            if kind(said[name]) > 0:
-                return kind(said[name])
-        problems.append(f"{name} {said[name]}: expected {'a whole ' if kind is int else 'a '}number above 0")
+            if kind(values[name]) > 0:
+                return kind(values[name])
+        whole = "whole " if kind is int else ""
+        problems.append(f"{name} {values[name]}: expected a {whole}number above 0")
         return default
 
-    demo = said["gpu_family"] == "cpu"
-    model = _name(said["input_model"]) or (DEMO if demo else DEFAULT_INPUT_MODEL)
-    root, name, target = local_path(said["local_training_root"]).absolute(), said["resume"], None
-    if not said["local_training_root"]:
+    demo = values["gpu_family"] == "cpu"
+    model = _name(values["input_model"]) or (DEMO if demo else DEFAULT_INPUT_MODEL)
+    dataset = _name(values["training_dataset"]) or (DEMO if demo else DEFAULT_TRAINING_DATASET)
+    root, resumed = local_path(values["local_training_root"]).absolute(), values["resume"]
+    if not values["local_training_root"]:
         problems.append(f"local_training_root is empty. Name a folder, such as {default_training_root()}")
-    elif name and not (root / name / RUN_FILE).is_file():
-        runs = sorted(file.parent.name for file in root.glob(f"*/{RUN_FILE}"))
-        there = f"There are: {', '.join(runs)}" if runs else "There is none"
-        problems.append(f"resume {name}: no such run in {root}. {there}. Leave it empty for a new run")
+    elif resumed and not (root / resumed / RUN_FILE).is_file():
+        runs = ", ".join(sorted(file.parent.name for file in root.glob(f"*/{RUN_FILE}")))
+        known = f"There are: {runs}" if runs else "There is none"
+        problems.append(f"resume {resumed}: no such run in {root}. {known}. Leave it empty for a new run")
     nodes = number("num_nodes", int, 1)
     if nodes > 1 and root.is_relative_to("/local_disk0"):
         problems.append(
             f"local_training_root {root}: is each node's own. Name a folder that all {nodes} nodes share"
         )
-    name = name or time.strftime("dolly__%Y-%m-%dT%H-%M-%S")
-    if said["dbfs_output_root"]:
-        folder = said["dbfs_output_root"].rstrip("/")
-        target = f"{folder}/{name}" if "://" in folder else str(local_path(folder).absolute() / name)
+    name = resumed or time.strftime("dolly__%Y-%m-%dT%H-%M-%S")
+    published = values["dbfs_output_root"].rstrip("/")
+    if published:
+        published = (
+            f"{published}/{name}" if "://" in published else str(local_path(published).absolute() / name)
+        )
     choices = Choices(
         num_gpus=number("num_gpus", int, None),
         num_nodes=nodes,
-        gpu_family=said["gpu_family"],
+        gpu_family=values["gpu_family"],
         input_model=model,
-        training_dataset=_name(said["training_dataset"]) or (DEMO if demo else DEFAULT_TRAINING_DATASET),
+        training_dataset=dataset,
         epochs=number("epochs", float, RECIPE["epochs"] if model == DEMO else 1.0),
         name=name,
         output=root / name,
-        published=target,
-        resume=bool(said["resume"]),
-        mlflow_model_name=said["mlflow_model_name"] or None,
+        published=published or None,
+        resume=bool(resumed),
+        mlflow_model_name=values["mlflow_model_name"] or None,
     )
     if problems:
         raise RunRefusedError("\n".join(problems))
     return choices
 
 
-def _name(said: str) -> str:
-    """A model or dataset; one that is a file or folder here as the command finds it, which runs in another folder."""
-    path = Path(said).expanduser()
-    return str(path.resolve()) if said not in ("", DEMO) and path.exists() else said
+def _name(value: str) -> str:
+    """A model or dataset. A file or folder gets its full path, as the command runs in another folder."""
+    path = Path(value).expanduser()
+    return str(path.resolve()) if value not in ("", DEMO) and path.exists() else value
 
 
 def find_machine(choices: Choices) -> Machine:
-    """This machine, which each node is taken to be like. Raises RunRefusedError where the run cannot use it."""
+    """This machine; the other nodes are assumed to be like it. Raises RunRefusedError where the run cannot use it."""
     from training.machine.environment import version_problems
     from training.machine.kernels import kernel_problems
     from training.machine.local import this_machine
@@ -137,17 +141,15 @@ def find_machine(choices: Choices) -> Machine:
             f"gpu_family {choices.gpu_family}: there is no GPU here. Attach the notebook to a machine with GPUs (of a "
             "cluster the driver needs them as well), or choose cpu, which trains the demo"
         )
-    if machine.is_cpu:
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # or DeepSpeed warns in every process that it found no other
+    if machine.is_cpu:  # or DeepSpeed warns in every process that it found no other accelerator
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return machine
 
 
 def check_plan(
     options: Mapping[str, Any], recipe: Mapping[str, Any], ranks: int, machine: Machine, family: str
 ) -> str:
-    """The plan of a run by its options and the recipe of its GPU family, as a table.
+    """The plan of a run as a table, by its options and the recipe of its GPU family.
 
     Raises RunRefusedError where the run does not fit, with the numbers and what to choose.
     """
@@ -155,26 +157,28 @@ def check_plan(
     from training.plan.fit import plan_options
     from training.plan.report import as_table
 
-    def problems_of(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
-        asked = TrainingOptions(**options, **recipe)
-        targets = place_problems(asked)
+    def plan_of(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
+        """The table of the plan, and all problems of the run."""
+        planned = TrainingOptions(**options, **recipe)
+        problems = place_problems(planned)
         try:
-            plan = plan_options(asked, ranks, machine)
+            plan = plan_options(planned, ranks, machine)
         except OptionsError as error:
-            return "", targets + error.problems
-        table = as_table(plan, None).removesuffix(f"\n  {plan.command}")  # started below, and shown there
-        return table, targets + plan.problems
+            return "", problems + error.problems
+        table = as_table(plan, None).removesuffix(
+            f"\n  {plan.command}"
+        )  # the training cell shows the command
+        return table, problems + plan.problems
 
     try:
-        table, problems = problems_of(recipe)
+        table, problems = plan_of(recipe)
         if not problems:
             return table
-        if not machine.is_cpu:
-            others = [name for name in FAMILIES if name not in (family, "cpu")]
-            fitting = [name for name in others if not problems_of(preset_options(name, ranks))[1]]
-            problems += (
-                [f"In this notebook: choose gpu_family {fitting[0]}, with which it fits"] if fitting else []
-            )
+        others = [] if machine.is_cpu else [name for name in FAMILIES if name not in (family, "cpu")]
+        for name in others:
+            if not plan_of(preset_options(name, ranks))[1]:
+                problems.append(f"In this notebook: choose gpu_family {name}, with which it fits")
+                break
     except (DataError, ModelError) as error:
         raise RunRefusedError(str(error)) from error
     raise RunRefusedError("\n".join([table, "", *problems]).strip())
@@ -188,7 +192,7 @@ def how_to_go_on(choices: Choices) -> str:
 
 
 def finished_record(choices: Choices) -> dict[str, Any]:
-    """The record of the run (training/record.py). Raises RunRefusedError unless it has finished."""
+    """The record of the run (run.json). Raises RunRefusedError unless it has finished."""
     from training.storage.record import finished_run
 
     try:
@@ -198,7 +202,7 @@ def finished_record(choices: Choices) -> dict[str, Any]:
 
 
 def held_out_rows(dataset: str, rows: datasets.Dataset, test_size: int, count: int) -> list[dict[str, str]]:
-    """Some rows that the run does not train on, `{instruction, input, output}`; `rows` as `prepare_dataset` gives them."""
+    """The first `count` rows that the run holds out, as {instruction, input, output}; `rows` are `prepare_dataset`'s."""
     from training.data.rows import read_columns
     from training.data.tokens import split_held_out
 
@@ -211,7 +215,10 @@ def held_out_rows(dataset: str, rows: datasets.Dataset, test_size: int, count: i
 
 
 def write_prompts(choices: Choices, rows: Sequence[Mapping[str, str]]) -> str:
-    """The rows as a file for --sample-prompts, beside the run's folder, which the trainer wants empty. Returns its name."""
+    """Writes the rows as a file for --sample-prompts, and returns its name.
+
+    It lies beside the run's folder, which must be empty when training starts.
+    """
     file = choices.output.with_name(f"{choices.name}.prompts.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
     lines = (json.dumps({key: row[key] for key in ("instruction", "input")}) for row in rows)
@@ -220,7 +227,7 @@ def write_prompts(choices: Choices, rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def answers(model: str, rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """A model's answers to rows with `instruction` and perhaps `input`. It is loaded for them, and its memory given back."""
+    """A model's answers to rows with `instruction` and perhaps `input`. Loads the model, and frees its memory again."""
     import torch
     import transformers
 
@@ -230,13 +237,12 @@ def answers(model: str, rows: Sequence[Mapping[str, str]]) -> list[str]:
     loaded, tokenizer = load_model_tokenizer_for_generate(model)
     transformers.set_seed(DEFAULT_SEED)
     instructions, inputs = [row["instruction"] for row in rows], [row.get("input") for row in rows]
-    given = generate_responses(instructions, inputs, model=loaded, tokenizer=tokenizer)
-    given = [printable(answer) for answer in given]
+    texts = generate_responses(instructions, inputs, model=loaded, tokenizer=tokenizer)
     del loaded
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return given
+    return [printable(text) for text in texts]
 
 
 @dataclass(frozen=True)
@@ -248,30 +254,28 @@ class Table:
 
     def _repr_html_(self) -> str:
         style = "text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere"
-
-        def line(kind: str, texts: Sequence[str]) -> str:
+        rows = []
+        for kind, texts in [("th", self.headings), *(("td", row) for row in self.rows)]:
             cells = (f'<{kind} style="{style}">{html.escape(text)}</{kind}>' for text in texts)
-            return f"<tr>{''.join(cells)}</tr>"
-
-        body = "".join(line("td", row) for row in self.rows)
-        return f'<table style="width: 100%">{line("th", self.headings)}{body}</table>'
+            rows.append(f"<tr>{''.join(cells)}</tr>")
+        return f'<table style="width: 100%">{"".join(rows)}</table>'
 
     def __repr__(self) -> str:
         width = max(map(len, self.headings[1:]), default=0)
         lines = []
         for first, *others in self.rows:
-            lines.append(f"{first}")
+            lines.append(first)
             for heading, text in zip(self.headings[1:], others, strict=True):
                 lines.append(f"  {heading:<{width}}  {' '.join(text.split())}")
         return "\n".join(lines)
 
 
 def answer_stages(samples: Sequence[Mapping[str, Any]]) -> Table:
-    """The entries of samples.jsonl (training/metrics.py): a row for each instruction, a column for each stage."""
+    """The entries of samples.jsonl: a row for each instruction, a column for each stage."""
     steps = sorted({entry["step"] for entry in samples})
-    given: dict[str, dict[int, str]] = {}
+    responses: dict[str, dict[int, str]] = {}
     for entry in samples:
         question = f"{entry['instruction']}\n{entry['input']}".strip()
-        given.setdefault(question, {})[entry["step"]] = entry["response"]
-    rows = [[question, *(stages.get(step, "") for step in steps)] for question, stages in given.items()]
+        responses.setdefault(question, {})[entry["step"]] = entry["response"]
+    rows = [[question, *(stages.get(step, "") for step in steps)] for question, stages in responses.items()]
     return Table(["instruction", *(f"step {step:,}" for step in steps)], rows)

@@ -40,7 +40,7 @@ here = Path.cwd()
 sys.path.insert(0, str(next(folder for folder in [here, *here.parents] if (folder / "training").is_dir())))
 
 from notebooks import cells
-from training import errors, notebook
+from training import notebook
 from training.machine.catalogue import FAMILIES
 from training.plan.presets import preset_options
 
@@ -122,10 +122,10 @@ longest = max_positions(load_config(chosen.input_model))
 rows, ledger = prepare_dataset(chosen.training_dataset, load_tokenizer(chosen.input_model), longest)
 print(ledger)
 
-asked = [{"instruction": each, "input": "", "output": ""} for each in SAMPLE_INSTRUCTIONS]
+prompts = [{"instruction": each, "input": "", "output": ""} for each in SAMPLE_INSTRUCTIONS]
 test_size = options.get("test_size", DEFAULT_TEST_SIZE)
-asked += cells.held_out_rows(chosen.training_dataset, rows, test_size, 3)
-options["sample_prompts"] = cells.write_prompts(chosen, asked)
+prompts += cells.held_out_rows(chosen.training_dataset, rows, test_size, 3)
+options["sample_prompts"] = cells.write_prompts(chosen, prompts)
 
 # COMMAND ----------
 
@@ -147,7 +147,7 @@ options["sample_prompts"] = cells.write_prompts(chosen, asked)
 
 # COMMAND ----------
 
-from training.errors import OptionsError, TrainingFailedError
+from training.errors import OptionsError, RunRefusedError, TrainingFailedError
 from training.launch.local import deepspeed_command, launch, typed
 
 try:
@@ -160,7 +160,7 @@ try:
         print(typed(command), flush=True)
         launch(command, cpu_ranks=num_gpus if machine.is_cpu else 0)
 except OptionsError as error:  # of a cluster that cannot train
-    raise errors.RunRefusedError(f"Cannot train:\n{error}") from error
+    raise RunRefusedError(f"Cannot train:\n{error}") from error
 except TrainingFailedError as error:
     error.add_note(cells.how_to_go_on(chosen))
     raise
@@ -197,10 +197,10 @@ print("held-out loss {before:.3f} before, {after:.3f} after".format(**record["he
 # COMMAND ----------
 
 cells.finished_record(chosen)
-questions = [f"{row['instruction']}\n{row['input']}".strip() for row in asked]
-before = cells.answers(chosen.input_model, asked)
-after = cells.answers(str(chosen.output), asked)
-columns = zip(questions, before, after, [row["output"] for row in asked], strict=True)
+questions = [f"{row['instruction']}\n{row['input']}".strip() for row in prompts]
+before = cells.answers(chosen.input_model, prompts)
+after = cells.answers(str(chosen.output), prompts)
+columns = zip(questions, before, after, [row["output"] for row in prompts], strict=True)
 cells.Table(["instruction", "base model", "trained", "in the dataset"], list(columns))
 
 # COMMAND ----------

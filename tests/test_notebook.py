@@ -87,7 +87,7 @@ def widgets(**chosen: str) -> notebook.Widgets:
 def run_cell(text: str, **known: Any) -> dict[str, Any]:
     """The names after the notebook's cell with this text."""
     cells = notebook.read_source(NOTEBOOK.read_text()).cells
-    known |= {"notebook": notebook, "preset_options": preset_options}
+    known |= {"cells": cell_functions, "preset_options": preset_options}
     exec(cells[cell_with(cells, text)].source, known)
     return known
 
@@ -184,20 +184,14 @@ def test_its_widgets_are_those_that_the_readme_names() -> None:
 
 
 def test_the_stand_in_gives_defaults_and_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(notebook.GIVEN, json.dumps({"family": "cpu", "count": "3"}))
+    monkeypatch.setenv(notebook.CHOSEN, json.dumps({"family": "cpu", "count": "3"}))
     dbutils = notebook.StandIn()
     dbutils.widgets.text("count", "1", "How many")
     dbutils.widgets.text("name", "x")
-    dbutils.widgets.combobox("size", "s", ["s", "m"])
     dbutils.widgets.dropdown("family", "a100", ["a100", "cpu"], "Family")
     dbutils.library.restartPython()
-    assert dbutils.widgets.getAll() == {"count": "3", "name": "x", "size": "s", "family": "cpu"}
+    assert dbutils.widgets.getAll() == {"count": "3", "name": "x", "family": "cpu"}
     assert dbutils.widgets.get("count") == "3"
-    dbutils.widgets.remove("count")
-    with pytest.raises(KeyError):
-        dbutils.widgets.get("count")
-    dbutils.widgets.removeAll()
-    assert dbutils.widgets.getAll() == {}
     with pytest.raises(errors.RunRefusedError, match="family cpu: expected one of a, b"):
         dbutils.widgets.dropdown("family", "a", ["a", "b"])
 

@@ -436,7 +436,7 @@ def test_a_disk_that_is_full_ends_no_run(
             file.symlink_to("/dev/full")
 
     monkeypatch.setattr(callbacks.MetricsLog, "on_train_begin", no_room)
-    monkeypatch.setattr(Samples, "_there", lambda *args: [])  # /dev/full can be read without an end
+    monkeypatch.setattr(Samples, "_answered", lambda *args: set())  # /dev/full can be read without an end
     record, _ = again(max_steps=2)
     assert record["status"] == "finished"
     for file in files:

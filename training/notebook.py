@@ -2,8 +2,8 @@
 
     python -m training.notebook notebooks/train_dolly.py --set gpu_family=cpu --out executed.ipynb
 
-The file is Databricks' source format, valid Python: `# COMMAND ----------` between cells, `# MAGIC` before what is none.
-It is turned into a Jupyter notebook and run cell by cell; `dbutils` is a stand-in. Imports no torch at its top."""
+The file is Databricks' source format, valid Python: `# COMMAND ----------` between cells, `# MAGIC` before lines that
+are no Python. It becomes a Jupyter notebook and runs cell by cell; `dbutils` is a stand-in. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -30,14 +31,15 @@ if TYPE_CHECKING:
 HEADER = "# Databricks notebook source"
 BETWEEN_CELLS = re.compile(r"^# COMMAND -+\s*$", re.MULTILINE)
 MAGIC = re.compile(r"^# MAGIC ?")
-MAGICS = ("pip", "load_ext", "tensorboard")  # those that mean the same in Databricks and in Jupyter
-GIVEN = "DOLLY_WIDGETS"  # environment variable with the widgets' values, as JSON
+SAME_MAGIC = re.compile(r"%(pip|load_ext|tensorboard)\b")  # means the same in Databricks and in Jupyter
+WIDGET = re.compile(r"dbutils\.widgets\.(?:text|dropdown)\(\s*[\"'](\w+)")
+CHOSEN = "DOLLY_WIDGETS"  # environment variable with the widgets' values, as JSON
 EXTRA = "Type pip install '.[notebook]'"
 START = 600  # seconds that a kernel may take to start on a busy machine
 
 
 def read_source(text: str) -> NotebookNode:
-    """The notebook of a source file's text, one Jupyter cell for each of its cells."""
+    """The Jupyter notebook of a source file's text, cell by cell. Raises NotebookSourceError."""
     import nbformat
 
     if not text.startswith(HEADER):
@@ -53,75 +55,53 @@ def _cell(source: str, number: int) -> NotebookNode:
 
     lines = [line for line in source.splitlines() if not line.startswith("# DBTITLE")]
     if not any(map(MAGIC.match, lines)):
-        return new_code_cell("\n".join(lines).strip())
+        code = "\n".join(lines).strip()
+        try:
+            ast.parse(code)
+        except SyntaxError as error:
+            raise NotebookSourceError(
+                f"line {error.lineno} of a cell is no Python ({error.msg}): {error.text}"
+            ) from error
+        return new_code_cell(code)
     if not all(MAGIC.match(line) or not line.strip() for line in lines):
         raise NotebookSourceError(
             f"cell {number}: '# MAGIC' stands beside plain lines. Give each a cell of its own"
         )
     body = [MAGIC.sub("", line) for line in lines if line.strip()]
-    if body[0].split() and body[0].split()[0] == "%md":
-        return new_markdown_cell("\n".join([body[0].removeprefix("%md"), *body[1:]]).strip())
+    if body[0].split()[:1] == ["%md"]:
+        return new_markdown_cell("\n".join(body).removeprefix("%md").strip())
     for line in body:
-        if not re.match(rf"%({'|'.join(MAGICS)})\b", line):
+        if not SAME_MAGIC.match(line):
             raise NotebookSourceError(f"cell {number}: {line.split(' ')[0]!r} cannot run outside Databricks")
     return new_code_cell("\n".join(body))
 
 
 def widget_names(notebook: NotebookNode) -> list[str]:
     """The widgets that its cells make, in order, read from their source."""
-    names = []
-    for cell in notebook.cells:
-        if cell.cell_type != "code" or cell.source.startswith("%"):
-            continue
-        try:
-            tree = ast.parse(cell.source)
-        except SyntaxError as error:
-            raise NotebookSourceError(
-                f"line {error.lineno} of a cell is no Python ({error.msg}): {error.text}"
-            ) from error
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and re.match(
-                r"dbutils\.widgets\.(text|dropdown|combobox)$", ast.unparse(node.func)
-            ):
-                names.append(str(ast.literal_eval(node.args[0])))
-    return names
+    return [name for cell in notebook.cells for name in WIDGET.findall(cell.source)]
 
 
-def give(notebook: NotebookNode, values: Mapping[str, str]) -> None:
-    """Puts a cell before all others that sets the widgets, so that the notebook says itself what was chosen."""
+def choose(notebook: NotebookNode, values: Mapping[str, str]) -> None:
+    """Puts a cell before all others that sets the widgets, so that the notebook itself shows what was chosen."""
     from nbformat.v4 import new_code_cell
 
     if values:
-        said = f"import os\n\nos.environ[{GIVEN!r}] = {json.dumps(dict(values))!r}  # chosen with --set"
-        notebook.cells.insert(0, new_code_cell(said))
+        code = f"import os\n\nos.environ[{CHOSEN!r}] = {json.dumps(dict(values))!r}  # chosen with --set"
+        notebook.cells.insert(0, new_code_cell(code))
 
 
 class Widgets:
-    """`dbutils.widgets` without a page to show them on: the default, or what was given by GIVEN."""
+    """`dbutils.widgets` without a page: each has its default, or the value in the environment variable CHOSEN."""
 
     def __init__(self) -> None:
-        self._given: dict[str, str] = json.loads(os.environ.get(GIVEN, "{}"))
+        self._chosen: dict[str, str] = json.loads(os.environ.get(CHOSEN, "{}"))
         self._values: dict[str, str] = {}
 
-    # Databricks' own parameter names.
-    def text(self, name: str, defaultValue: str, label: str | None = None) -> None:  # noqa: N803
-        self._values[name] = str(self._given.get(name, defaultValue))
-
-    def combobox(
-        self,
-        name: str,
-        defaultValue: str,  # noqa: N803
-        choices: Sequence[str],
-        label: str | None = None,
-    ) -> None:
-        self.text(name, defaultValue)
+    def text(self, name: str, defaultValue: str, label: str | None = None) -> None:
+        self._values[name] = str(self._chosen.get(name, defaultValue))
 
     def dropdown(
-        self,
-        name: str,
-        defaultValue: str,  # noqa: N803
-        choices: Sequence[str],
-        label: str | None = None,
+        self, name: str, defaultValue: str, choices: Sequence[str], label: str | None = None
     ) -> None:
         """Raises RunRefusedError for a value that is none of the choices, which Databricks' page does not offer."""
         self.text(name, defaultValue)
@@ -131,70 +111,47 @@ class Widgets:
     def get(self, name: str) -> str:
         return self._values[name]
 
-    def getAll(self) -> dict[str, str]:  # noqa: N802
+    def getAll(self) -> dict[str, str]:
         return dict(self._values)
-
-    def remove(self, name: str) -> None:
-        self._values.pop(name, None)
-
-    def removeAll(self) -> None:  # noqa: N802
-        self._values.clear()
-
-
-class Library:
-    """`dbutils.library`."""
-
-    def restartPython(self) -> None:  # noqa: N802
-        """Nothing: a Jupyter kernel that has imported none of it finds what %pip installed."""
 
 
 class StandIn:
     """`dbutils`, as far as a notebook that trains needs it."""
 
     def __init__(self) -> None:
-        self.widgets, self.library = Widgets(), Library()
+        self.widgets = Widgets()
+        self.library = SimpleNamespace(
+            restartPython=lambda: None
+        )  # a Jupyter kernel finds what %pip installed
         warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where ipywidgets are not
 
 
 def run(notebook: NotebookNode, folder: Path, out: Path) -> None:
-    """Runs every cell in `folder`, showing what they print as it comes, and keeps `out` up to date cell by cell.
+    """Runs every cell in `folder`, shows what they print as it comes, and updates `out` after each.
 
     Ctrl-C and SIGTERM interrupt the cell that runs, which lets training save. Raises NotebookFailedError where a cell
     failed: those after it have not run.
     """
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
-    from nbclient.util import ensure_async
 
-    stopped = False
+    interrupts: list[asyncio.Task[Any]] = []  # the loop itself holds no task
 
     class Client(NotebookClient):
         def output(self, outs: Any, msg: Any, display_id: Any, cell_index: int) -> Any:
             _show(msg["msg_type"], msg["content"])
             return super().output(outs, msg, display_id, cell_index)
 
-    def listen(notebook: NotebookNode) -> None:
-        loop = asyncio.get_running_loop()
-        for each in (signal.SIGINT, signal.SIGTERM):  # instead of nbclient's, which end the kernel at once
-            loop.add_signal_handler(each, stop, loop)
+    def interrupt() -> None:
+        kernel: Any = client.km
+        interrupts.append(asyncio.ensure_future(kernel.interrupt_kernel()))
 
-    def stop(loop: asyncio.AbstractEventLoop) -> None:
-        nonlocal stopped
-        stopped = True
-        interrupting.append(loop.create_task(interrupt()))
-
-    async def interrupt() -> None:
-        if client.km is not None:
-            await ensure_async(client.km.interrupt_kernel())
-
-    def begin(cell: NotebookNode, cell_index: int) -> None:
-        if stopped:
+    def before_cell(**_: Any) -> None:
+        if interrupts:
             raise NotebookFailedError("stopped")
+        for number in (signal.SIGINT, signal.SIGTERM):  # nbclient's own handlers end the kernel at once
+            asyncio.get_running_loop().add_signal_handler(number, interrupt)
 
-    def save(**of_the_hook: Any) -> None:
-        write(notebook, out)
-
-    interrupting: list[asyncio.Task[None]] = []  # the loop itself holds no task
     client = Client(
         notebook,
         timeout=None,
@@ -202,9 +159,8 @@ def run(notebook: NotebookNode, folder: Path, out: Path) -> None:
         coalesce_streams=True,
         extra_arguments=["--log-level=ERROR"],  # the kernel's own warnings are about itself
         resources={"metadata": {"path": str(folder)}},
-        on_notebook_start=listen,
-        on_cell_start=begin,
-        on_cell_executed=save,
+        on_cell_start=before_cell,
+        on_cell_executed=lambda **_: write(notebook, out),
     )
     try:
         client.execute()
@@ -219,20 +175,19 @@ def run(notebook: NotebookNode, folder: Path, out: Path) -> None:
 
 
 def _show(kind: str, content: Mapping[str, Any]) -> None:
-    """What a cell gives, as text on the console."""
+    """Prints what a cell gives, as text on the console."""
     if kind == "stream":
         stream = sys.stderr if content["name"] == "stderr" else sys.stdout
         print(content["text"], end="", file=stream, flush=True)
     elif kind == "error":
         print("\n".join(content["traceback"]), file=sys.stderr, flush=True)
     elif kind in ("display_data", "execute_result"):
-        data = content["data"]
-        pictures = [name for name in data if name.startswith("image/")]
-        print(f"[{pictures[0]}]" if pictures else data.get("text/plain", ""), flush=True)
+        pictures = [f"[{name}]" for name in content["data"] if name.startswith("image/")]
+        print(pictures[0] if pictures else content["data"].get("text/plain", ""), flush=True)
 
 
 def write(notebook: NotebookNode, out: Path) -> None:
-    """Replaces the file in one rename, without what died with the kernel: TensorBoard's frame."""
+    """Replaces the file in one rename, without TensorBoard's frame, which ends with the kernel."""
     import nbformat
 
     for cell in notebook.cells:
@@ -245,7 +200,7 @@ def write(notebook: NotebookNode, out: Path) -> None:
 @click.command(context_settings={"max_content_width": 110})
 @click.argument("notebook", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
-    "--set", "given", multiple=True, metavar="WIDGET=VALUE", help="Choose as on the notebook's page."
+    "--set", "chosen", multiple=True, metavar="WIDGET=VALUE", help="Choose as on the notebook's page."
 )
 @click.option(
     "--out",
@@ -255,28 +210,25 @@ def write(notebook: NotebookNode, out: Path) -> None:
     help="The notebook with what its cells gave, for Jupyter; written after each cell.",
 )
 @click.option("--no-run", is_flag=True, help="Write the notebook for Jupyter, and run no cell of it.")
-def main(notebook: Path, given: tuple[str, ...], out: Path, no_run: bool) -> None:
+def main(notebook: Path, chosen: tuple[str, ...], out: Path, no_run: bool) -> None:
     """Run every cell of NOTEBOOK, a file in Databricks' source format. Ends with 1 where one of them failed."""
     try:
         import nbclient  # noqa: F401
-        import nbformat
     except ImportError as error:
         raise click.ClickException(f"{error.name} is not installed. {EXTRA}") from error
     if out.suffix != ".ipynb":  # the notebook itself must not be written over
         raise click.UsageError(f"--out {out}: expected a name that ends with .ipynb")
     try:
         cells = read_source(notebook.read_text(encoding="utf-8"))
-        known = widget_names(cells)
     except (NotebookSourceError, UnicodeDecodeError) as error:
         raise click.UsageError(f"{notebook}: {error}") from error
-    values = dict(each.partition("=")[::2] for each in given)
-    unknown = [each for each in given if "=" not in each or each.partition("=")[0] not in known]
+    known = widget_names(cells)
+    unknown = [each for each in chosen if "=" not in each or each.partition("=")[0] not in known]
     if unknown:
         raise click.UsageError(
             f"--set {', '.join(unknown)}: expected WIDGET=VALUE. The widgets are: {', '.join(known)}"
         )
-    give(cells, values)
-    nbformat.validate(cells)
+    choose(cells, dict(each.partition("=")[::2] for each in chosen))
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         write(cells, out)

@@ -24,7 +24,7 @@ from training.storage import checkpoint
 from training.storage.checkpoint import read_manifest
 from training.storage.copy import publish
 from training.storage.record import write_run_record
-from training.tracking.mlflow_model import log_or_tell
+from training.tracking.mlflow_model import log_or_warn
 
 logger = logging.getLogger(__name__)
 
@@ -161,7 +161,7 @@ def _deliver(settings: Settings) -> None:
     if options.dbfs_output_dir:
         publish(output, options.dbfs_output_dir)
     if options.logs_to_mlflow:
-        log_or_tell(output, options.mlflow_model_name)
+        log_or_warn(output, options.mlflow_model_name)
 
 
 def _outcome(chosen: Path, last: Path) -> dict[str, Any]:

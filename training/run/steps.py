@@ -29,9 +29,7 @@ from training.run.start import Start
 from training.run.step_guard import AT_MINIMUM
 from training.storage import checkpoint
 from training.storage.metrics import forget_after
-from training.tracking.callbacks import Curves, MetricsLog
-from training.tracking.mlflow import tracked
-from training.tracking.progress import ProgressLog
+from training.tracking.callbacks import trackers
 from training.tracking.samples import Samples
 
 logger = logging.getLogger(__name__)
@@ -51,22 +49,20 @@ def run_steps(
     settings: Settings, prepared: Prepared, start: Start, record: dict[str, Any], request: StopRequest
 ) -> bool:
     """Trains from `start` to the last step, which leaves a checkpoint. Returns whether it was stopped before."""
-    args, options = prepared.args, settings.options
+    args = prepared.args
     if start.folder is not None:
         args.eval_on_start = False  # measured before the first step of all
         logger.info("the run goes on from %s", start.folder)
     if start.loaded != start.folder:
         args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
     trainer = build_trainer(settings, prepared, request)
+    samples = _samples(trainer, settings)
     if args.process_index == 0:
         _forget_later_steps(settings.output, start)
-    if start.folder is not None:
-        trainer.add_callback(RestoreOnResume(trainer, start.folder))
+    restoring = [] if start.folder is None else [RestoreOnResume(trainer, start.folder)]
     try:
-        with tracked(
-            options.logs_to_mlflow and args.process_index == 0, record, settings.output
-        ) as callbacks:
-            for callback in callbacks:
+        with trackers(settings, record, trainer.seconds) as callbacks:
+            for callback in [*callbacks, *samples, *restoring]:
                 trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=None if start.loaded is None else str(start.loaded))
     except Exception as error:
@@ -89,7 +85,7 @@ def _forget_later_steps(output: Path, start: Start) -> None:
 
 
 def build_trainer(settings: Settings, prepared: Prepared, request: StopRequest) -> CompletionTrainer:
-    """Loads the model and puts the Trainer with its callbacks around it."""
+    """Loads the model and puts the Trainer around it, without transformers' own log."""
     args, options, pad = prepared.args, settings.options, prepared.tokenizer.pad_token_id
     if settings.checkpointing:
         args.activation_checkpointing, args.activation_checkpointing_kwargs = True, {"use_reentrant": False}
@@ -118,7 +114,8 @@ def build_trainer(settings: Settings, prepared: Prepared, request: StopRequest) 
         checkpoint_bytes=settings.checkpoint_bytes,
         request=request,
     )
-    _add_callbacks(trainer, settings)
+    trainer.remove_callback(PrinterCallback)
+    trainer.remove_callback(ProgressCallback)
     logger.info(
         "%s rows to train on, %s held out; %s rows a step, %s, on %s %s in %s%s; %s rate %g",
         f"{len(prepared.train_rows):,}",
@@ -151,22 +148,15 @@ def _load(settings: Settings, prepared: Prepared) -> PreTrainedModel:
         raise
 
 
-def _add_callbacks(trainer: CompletionTrainer, settings: Settings) -> None:
-    """Progress, TensorBoard, metrics.jsonl and sample answers, in place of transformers' own log."""
-    trainer.remove_callback(PrinterCallback)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ProgressLog())
-    options, output = settings.options, settings.output
-    curves = Curves(output / "runs") if trainer.args.process_index == 0 else None
-    if curves:
-        trainer.add_callback(curves)
-        trainer.add_callback(MetricsLog(output / METRICS_FILE, trainer.seconds))
+def _samples(trainer: CompletionTrainer, settings: Settings) -> list[Samples]:
+    """The callback that asks the prompts of --sample-prompts, where there are any."""
+    options = settings.options
     if not options.sample_prompts:
-        return
+        return []
     prompts = on_rank_0(lambda: read_prompts(str(options.sample_prompts)))
     every = steps_between_samples(options, steps_per_epoch(settings, len(trainer.train_dataset)))
     try:
-        trainer.add_callback(Samples(trainer, prompts, every, output / SAMPLES_FILE, curves))
+        return [Samples(trainer, prompts, every, settings.output / SAMPLES_FILE)]
     except ValueError as error:  # not even an empty prompt fits beside an answer
         few = f"the model's {max_positions(trainer.model.config)} positions hold no prompt beside an answer"
         raise OptionsError(f"--sample-prompts {options.sample_prompts}: {few}. Leave it out") from error

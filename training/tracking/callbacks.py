@@ -1,31 +1,56 @@
-"""Figures of a run written as it trains: TensorBoard and metrics.jsonl."""
+"""The trackers of a run: console, TensorBoard, metrics.jsonl and MLflow. A new tracker is one edit of this file."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 
+from training.consts import METRICS_FILE
+from training.options.settings import Settings
+from training.ranks import is_main_process
 from training.storage import metrics
+from training.tracking.mlflow import mlflow_log
+from training.tracking.progress import ProgressLog
 
 logger = logging.getLogger(__name__)
+
+
+@contextmanager
+def trackers(
+    settings: Settings, record: dict[str, Any], seconds: Callable[[], float]
+) -> Iterator[list[TrainerCallback]]:
+    """The callbacks that write the figures of the training in the `with`; rank 0 alone has any.
+
+    A new tracker is one more callback of transformers in the list, such as its WandbCallback. One that must be closed,
+    also where the training fails, is entered as MLflow's is.
+
+    Args:
+        record: the run's record (run.json), with what the plan has decided.
+        seconds: of training so far, those before a resume included.
+    """
+    if not is_main_process():
+        yield []
+        return
+    output = settings.output
+    with ExitStack() as stack:
+        callbacks = [ProgressLog(), Curves(output / "runs"), MetricsLog(output / METRICS_FILE, seconds)]
+        if settings.options.logs_to_mlflow:
+            callbacks.append(stack.enter_context(mlflow_log(record, output.name)))
+        yield callbacks
 
 
 class Curves(TensorBoardCallback):
     """TensorBoard's figures and texts. A disk that does not take them ends the curves, and not the training."""
 
     def __init__(self, folder: Path) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.folder, self.given_up = folder, False
-        try:
-            super().__init__(SummaryWriter(log_dir=str(folder)))
-        except OSError as error:
-            self._give_up(error)
+        super().__init__()
+        self.logging_dir, self.given_up = str(folder), False
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._try(super().on_train_begin, *args, **kwargs)
@@ -45,15 +70,13 @@ class Curves(TensorBoardCallback):
         try:
             write(*args, **kwargs)
         except OSError as error:
-            self._give_up(error)
-
-    def _give_up(self, error: OSError) -> None:
-        self.given_up = True
-        logger.warning("%s: no more curves for TensorBoard (%s); training goes on", self.folder, error)
+            self.given_up = True
+            where = self.logging_dir
+            logger.warning("%s: no more curves for TensorBoard (%s); training goes on", where, error)
 
 
 class MetricsLog(TrainerCallback):
-    """Writes what is logged into metrics.jsonl, on rank 0 alone.
+    """Writes what is logged into metrics.jsonl.
 
     Args:
         seconds: of training so far, those before a resume included.
@@ -64,27 +87,16 @@ class MetricsLog(TrainerCallback):
         self.seconds = seconds
         self.written: set[tuple[int, bool]] = set()
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         # A held-out loss that was measured at a resume is in no checkpoint, and is measured at the next resume again.
         self.written = {(entry["step"], "eval_loss" in entry) for entry in metrics.read(self.file)}
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or not logs.keys() & {"loss", "eval_loss"}:
-            return
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
         held_out = "eval_loss" in logs
-        if (state.global_step, held_out) in self.written:
+        event = (state.global_step, held_out)
+        if event in self.written or not (held_out or "loss" in logs):
             return
-        self.written.add((state.global_step, held_out))
+        self.written.add(event)
         figures = {"eval_loss": logs["eval_loss"]} if held_out else logs
-        about = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0,
-                 "seconds": self.seconds()}  # fmt: skip
-        metrics.append(self.file, about | {name: value for name, value in figures.items() if name != "epoch"})
+        place = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
+        metrics.append(self.file, place | {"seconds": self.seconds()} | figures)

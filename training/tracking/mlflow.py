@@ -1,19 +1,17 @@
-"""Follows a training run in MLflow, from a thread that never holds up a step."""
+"""Sends the figures of a training run to MLflow, from a thread that never holds up a step."""
 
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
-from training.tracking.mlflow_server import IMPATIENT, Server, as_metrics, now, shown
+from training.tracking.mlflow_server import Server, as_metrics, now, short_timeouts, without_secrets
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -27,95 +25,73 @@ CLOSE_SECONDS = 5  # that the end of training waits for the last figures; a laun
 
 
 class MlflowLog(TrainerCallback):
-    """Hands each figure that the Trainer logs to a thread that speaks to the server. No method of it waits for one.
+    """Hands each figure that the Trainer logs to a thread, which sends it to the server.
+
+    transformers' own MLflowCallback asks the server in the training's thread, ends the training where there is none,
+    loses what a server misses, and logs the steps after a checkpoint twice in a run that is resumed.
 
     Args:
-        record: of the run, as `start_record` and the plan made it.
-        name: that a new MLflow run gets.
+        record: the run's record (run.json), with what the plan has decided.
+        name: of a new MLflow run.
     """
 
     def __init__(self, record: dict[str, Any], name: str) -> None:
-        self.record, self.name = record, name
+        self.server = Server(record, name)
         self.status = "FAILED"  # unless the Trainer comes to its end
         self.figures: queue.SimpleQueue[tuple[int, dict[str, Any], int]] = queue.SimpleQueue()
-        self.asked, self.closing = threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=self._follow, name="mlflow", daemon=True)
+        self.tried, self.closing = threading.Event(), threading.Event()
+        self.thread = threading.Thread(target=self._send_until_closed, name="mlflow", daemon=True)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         for entry in state.log_history:  # of a resumed run; the server may have missed some
-            self.figures.put((entry["step"], dict(entry), now()))
+            self.figures.put((entry["step"], entry, now()))
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        self.figures.put((state.global_step, dict(logs or {}), now()))
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
+        self.figures.put((state.global_step, logs.copy(), now()))
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.status = "FINISHED" if state.global_step >= state.max_steps else "KILLED"
 
-    def _follow(self) -> None:
-        server: Server | None = None
-        kept: list[Metric] = []
-        failed = False
-        while True:
+    def _send_until_closed(self) -> None:
+        unsent: list[Metric] = []
+        failed = last = False
+        while not last:
             last = self.closing.is_set()
             try:
-                if server is None:
-                    server = Server(self.record, self.name)
-                while not self.figures.empty():
-                    kept += as_metrics(*self.figures.get())
-                if not server.attached:
-                    server.attach()
+                if not self.server.attached:
+                    self.server.attach()
                     if failed:
                         logger.info("MLflow answers again")
                     failed = False
-                server.send(kept)
-                kept = []
+                while not self.figures.empty():
+                    unsent += as_metrics(*self.figures.get())
+                self.server.send(unsent)
+                unsent = []
                 if last:
-                    server.end(self.status)
+                    self.server.end(self.status)
             except (
                 Exception
             ) as error:  # of MLflow, requests, SQLAlchemy, Databricks; training goes on in any case
-                if server is not None:
-                    server.attached = (
-                        False  # a request that failed may have been taken: ask again what is there
-                    )
+                self.server.attached = False  # the server may have taken the request: ask again what it has
                 if not failed:
                     logger.warning(
                         "MLflow does not answer (%s). Training goes on; figures are kept, and sent when it does",
-                        shown(error),
+                        without_secrets(error),
                     )
                 failed = True
-            self.asked.set()
-            if last:
-                return
+            self.tried.set()
             self.closing.wait(RETRY_SECONDS if failed else SEND_SECONDS)
 
 
 @contextmanager
-def tracked(asked: bool, record: dict[str, Any], folder: Path) -> Iterator[list[TrainerCallback]]:
-    """The callbacks by which MLflow follows the training in the `with`; none where it is not `asked`."""
-    if not asked:
-        yield []
-        return
-    impatient = {name: value for name, value in IMPATIENT.items() if name not in os.environ}
-    os.environ |= impatient
-    log = MlflowLog(record, folder.name)
-    log.thread.start()
-    log.asked.wait(START_SECONDS)  # so that a warning comes before the first step
-    try:
-        yield [log]
-    finally:
-        log.closing.set()
-        log.thread.join(CLOSE_SECONDS)
-        for name in impatient:
-            os.environ.pop(name, None)
+def mlflow_log(record: dict[str, Any], name: str) -> Iterator[MlflowLog]:
+    """The callback by which MLflow follows the training in the `with`."""
+    log = MlflowLog(record, name)
+    with short_timeouts():
+        log.thread.start()
+        log.tried.wait(START_SECONDS)  # so that a warning comes before the first step
+        try:
+            yield log
+        finally:
+            log.closing.set()
+            log.thread.join(CLOSE_SECONDS)

@@ -1,11 +1,10 @@
-"""Logs a finished run to MLflow: figures, the model with its prompt handling, a registered version."""
+"""Logs a finished run to MLflow: its figures, the model with its prompt handling, a registered version."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import logging
-import os
 import shlex
 import tempfile
 import warnings
@@ -21,7 +20,7 @@ from training.model.generation import PARAMETERS
 from training.storage.checkpoint import digests
 from training.storage.copy import model_files
 from training.storage.record import finished_run
-from training.tracking.mlflow_server import IMPATIENT, Server, as_metrics, now, shown
+from training.tracking.mlflow_server import Server, as_metrics, now, short_timeouts, without_secrets
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -40,10 +39,10 @@ SERVED_PACKAGES = (
 
 
 def log_finished(folder: Path, name: str | None = None) -> str:
-    """Logs a finished run: what its MLflow run lacks of parameters and figures, the model, and the model's version.
+    """Logs a finished run: the parameters and figures that its MLflow run lacks, the model, and the model's version.
 
-    The model is logged as its files, with the code that answers beside them; a temporary copy of them is made on disk,
-    and none is held in memory. What an earlier call has logged or registered is not logged again.
+    The model is logged as its files, with the code that answers beside them. MLflow makes a temporary copy of them on
+    disk. What an earlier call has logged or registered is not logged again.
 
     Args:
         folder: of a finished run, or a whole copy of it.
@@ -57,64 +56,58 @@ def log_finished(folder: Path, name: str | None = None) -> str:
     """
     record = finished_run(folder)
     record.setdefault("id", record["started"])
-    names = [file.name for file in model_files(folder)]
     weights = record.get("weights", {})
     if digests(folder, weights) != weights:
         raise TrackingError(f"{folder}: its weights are not those that training wrote and verified")
-    server = None
+    server = Server(record, folder.name)
     try:
-        impatient = {name: value for name, value in IMPATIENT.items() if name not in os.environ}
-        os.environ |= impatient  # whether the server is there is told soon; an upload may take its time
-        try:
-            server = Server(record, folder.name)
+        with short_timeouts():  # a server that does not answer is reported soon; an upload may take its time
             server.attach()
-        finally:
-            for variable in impatient:
-                os.environ.pop(variable, None)
         server.send(_all_metrics(folder, record))
         server.client.log_artifact(server.run_id, str(folder / RUN_FILE))
         mark = {WEIGHTS_TAG: hashlib.sha256(json.dumps(weights, sort_keys=True).encode()).hexdigest()}
-        model_id, number = _ready_model(server, mark), None
-        if model_id is None:
-            size = sum((folder / file).stat().st_size for file in names)
-            logger.info("logging the model to MLflow: %d files, %s", len(names), size_in_words(size))
-            logged = _log_model(folder, names, name, mark)
-            model_id, number = logged.model_id, logged.registered_model_version
-        uri = f"models:/{model_id}"
-        if name:
-            number = number or _version_of(server, name, mark)
-            uri = f"models:/{name}/{number or server.mlflow.register_model(uri, name, tags=mark).version}"
+        uri = _log_and_register(server, folder, name, mark)
         server.end("FINISHED")
     except Exception as error:
         more = ". Make room, or export TMPDIR=FOLDER" if "No space left" in str(error) else ""
-        raise TrackingError(f"MLflow: {shown(error) or type(error).__name__}{more}") from error
+        raise TrackingError(f"MLflow: {without_secrets(error) or type(error).__name__}{more}") from error
     finally:
-        if server is not None:
-            with suppress(Exception):  # the first failure is the one to tell
-                server.end("FAILED")
+        with suppress(Exception):  # the first failure is the one to report
+            server.end("FAILED")
     logger.info("logged to MLflow: %s", uri)
     return uri
 
 
-def log_or_tell(folder: Path, name: str | None) -> None:
-    """`log_finished` at the end of a training run, which MLflow shall not fail: a failure is told with what to type."""
+def log_or_warn(folder: Path, name: str | None) -> None:
+    """`log_finished` at the end of a training run, which MLflow must not fail: warns of a failure, with what to type."""
     try:
         log_finished(folder, name)
     except TrackingError as error:
-        words = [
-            "python",
-            "-m",
-            "training.tracking",
-            "--model",
-            str(folder),
-            *(["--name", name] if name else []),
-        ]
+        words = ["python", "-m", "training.tracking", "--model", str(folder)]
         logger.warning(
             "The model in %s is finished and whole, but it could not be logged: %s. Type %s",
             folder,
             error,
-            shlex.join(words),
+            shlex.join([*words, "--name", name] if name else words),
         )
+
+
+def _log_and_register(server: Server, folder: Path, name: str | None, mark: dict[str, str]) -> str:
+    """Logs the model and registers it under `name`, except where that is done already. Returns its URI."""
+    import mlflow
+
+    model_id, version = _ready_model(server, mark), None
+    if model_id is None:
+        files = model_files(folder)
+        size = size_in_words(sum(file.stat().st_size for file in files))
+        logger.info("logging the model to MLflow: %d files, %s", len(files), size)
+        logged = _log_model(files, name, mark)
+        model_id, version = logged.model_id, logged.registered_model_version
+    uri = f"models:/{model_id}"
+    if name is None:
+        return uri
+    version = version or _version_of(server, name, mark)
+    return f"models:/{name}/{version or mlflow.register_model(uri, name, tags=mark).version}"
 
 
 def _all_metrics(folder: Path, record: dict[str, Any]) -> list[Metric]:
@@ -146,24 +139,24 @@ def _ready_model(server: Server, mark: dict[str, str]) -> str | None:
 def _version_of(server: Server, name: str, mark: dict[str, str]) -> str | None:
     """The version under which this run's model with these weights is registered already."""
     for found in server.client.search_model_versions(f"name='{name}'"):
-        if found.run_id == server.run_id:  # asked for singly, as Unity Catalog's search leaves the tags out
-            version = server.client.get_model_version(name, found.version)
+        if found.run_id == server.run_id:
+            version = server.client.get_model_version(
+                name, found.version
+            )  # Unity Catalog's search omits the tags
             if mark.items() <= version.tags.items():
                 return str(version.version)
     return None
 
 
-def _log_model(folder: Path, names: list[str], registered: str | None, mark: dict[str, str]) -> Any:
+def _log_model(files: list[Path], registered: str | None, mark: dict[str, str]) -> Any:
     import mlflow
 
     with tempfile.TemporaryDirectory() as staged, warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", UserWarning
-        )  # it wants an example, and would load the model to try it
+        warnings.simplefilter("ignore", UserWarning)  # MLflow wants an example, to try the model with
         data = Path(staged) / MODEL_NAME
         data.mkdir()
-        for name in names:
-            (data / name).symlink_to((folder / name).resolve())  # MLflow copies what they lead to
+        for file in files:
+            (data / file.name).symlink_to(file.resolve())  # MLflow copies what the links lead to
         return mlflow.pyfunc.log_model(
             name=MODEL_NAME,
             loader_module="training.tracking.served",
@@ -180,10 +173,8 @@ def served_requirements() -> list[str]:
     """What the logged model needs to answer, at the versions of this environment."""
     import mlflow
 
-    # mlflow itself would ask for an older pyarrow than training is tested with.
-    needed = {package: version(package) for package in SERVED_PACKAGES} | {
-        "mlflow-skinny": mlflow.__version__
-    }
+    needed = {package: version(package) for package in SERVED_PACKAGES}
+    needed["mlflow-skinny"] = mlflow.__version__  # mlflow itself asks for an older pyarrow than ours
     return [f"{package}=={number.split('+')[0]}" for package, number in needed.items()]
 
 

@@ -7,23 +7,20 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import entry_points
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 if TYPE_CHECKING:
+    from mlflow import MlflowClient
     from mlflow.entities import Metric
 
 RUN_TAG = "dolly_run"  # holds the id of run.json
-LONGEST_VALUE = (
-    500  # characters of a parameter or tag; servers before 2.10 take no more. run.json is logged whole
-)
 METRICS_AT_ONCE = 500  # MLflow takes 1,000
-
-# How long the thread waits for a server, where the user has not said it. MLflow's own are 120 s, seven times over.
-IMPATIENT = {
+SHORT_TIMEOUTS = {  # seconds, and attempts; MLflow's own are 120 s, seven times over
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DATABRICKS_ENDPOINT_HTTP_RETRY_TIMEOUT": "10",
@@ -36,36 +33,40 @@ SECRETS = (
 )
 
 
-def parameters(record: dict[str, Any]) -> dict[str, str]:
-    """The options of a run and what was decided for it, each value as MLflow takes it."""
-    told = record["options"] | {
-        name: record.get(name) for name in ("world_size", "global_batch", "precision")
-    }
-    told |= {f"decided_{name}": value for name, value in (record.get("decided") or {}).items()}
-    return {name: _cut(value) for name, value in told.items()}
+@contextmanager
+def short_timeouts() -> Iterator[None]:
+    """Makes MLflow give up soon on a server that does not answer, except where the user has set the timeouts."""
+    added = {name: value for name, value in SHORT_TIMEOUTS.items() if name not in os.environ}
+    os.environ |= added
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+
+
+def parameters(record: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run, and what was decided for it."""
+    decided = {f"decided_{name}": value for name, value in (record.get("decided") or {}).items()}
+    size = {name: record.get(name) for name in ("world_size", "global_batch", "precision")}
+    return record["options"] | size | decided
 
 
 def tags(record: dict[str, Any]) -> dict[str, str]:
     """Commit, versions, base model and dataset of a run, and the id by which it is found again."""
-    options = record["options"]
-    told = {
+    commit = record["git_commit"]
+    return {
         RUN_TAG: record["id"],
-        "base_model": options["input_model"],
-        "dataset": options["training_dataset"],
+        "base_model": record["options"]["input_model"],
+        "dataset": record["options"]["training_dataset"],
         "python": record["python"],
         **{f"version_{package}": number for package, number in record["versions"].items()},
+        **({"git_commit": commit, "mlflow.source.git.commit": commit} if commit else {}),
     }
-    if record["git_commit"]:
-        told |= {"git_commit": record["git_commit"], "mlflow.source.git.commit": record["git_commit"]}
-    return {name: _cut(value) for name, value in told.items()}
-
-
-def _cut(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= LONGEST_VALUE else text[: LONGEST_VALUE - 1] + "…"
 
 
 def as_metrics(step: int, figures: dict[str, Any], milliseconds: int) -> list[Metric]:
+    """The finite numbers among the figures of a step, logged at a time since the epoch."""
     from mlflow.entities import Metric
 
     return [
@@ -75,8 +76,8 @@ def as_metrics(step: int, figures: dict[str, Any], milliseconds: int) -> list[Me
     ]
 
 
-def shown(text: object) -> str:
-    """One line of a text without any password or token in it, for logs."""
+def without_secrets(text: object) -> str:
+    """One line of a text for logs, at most 300 characters, without passwords and tokens."""
     line = " ".join(str(text).split())
     for name in SECRETS:
         if secret := os.environ.get(name):
@@ -87,45 +88,43 @@ def shown(text: object) -> str:
 
 
 class Server:
-    """The MLflow run of a training run, at the active tracking URI. Whatever MLflow raises comes through.
+    """The MLflow run of a training run, at the active tracking URI. Raises whatever MLflow raises.
 
     Attributes:
-        attached: whether the run is there, and known is what it has.
-        logged: (name, step) of the figures that the run has.
+        attached: whether the MLflow run is found or started, and `logged` is what it has.
+        logged: (name, step) of the figures that the MLflow run has.
     """
 
-    def __init__(self, record: dict[str, Any], name: str) -> None:
-        import mlflow
+    client: MlflowClient
 
-        # Their warnings would tell of every attempt, and show URLs with passwords.
-        for library in ("mlflow", "urllib3", "databricks", "alembic"):
-            logging.getLogger(library).setLevel(logging.CRITICAL)
-        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
-        mlflow.set_tracking_uri(tracking_uri() or "")
-        self.mlflow, self.client = mlflow, mlflow.MlflowClient()
+    def __init__(self, record: dict[str, Any], name: str) -> None:
         self.record, self.name = record, name
         self.attached, self.run_id, self.logged = False, "", set[tuple[str, int]]()
 
     def attach(self) -> None:
-        """Finds the run by its id, or begins it; makes it this thread's; logs parameters and tags."""
-        run = self.mlflow.active_run()
+        """Finds the run by its id, or starts it; makes it this thread's; logs parameters and tags."""
+        import mlflow
+
+        # Their warnings would report every attempt, and show URLs with passwords.
+        for library in ("mlflow", "urllib3", "databricks", "alembic"):
+            logging.getLogger(library).setLevel(logging.CRITICAL)
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
+        mlflow.set_tracking_uri(tracking_uri() or "")
+        self.client = mlflow.MlflowClient()
+        run = mlflow.active_run()
         if run is None:
-            found = self.mlflow.search_runs(
-                filter_string=f"tags.{RUN_TAG} = '{self.record['id']}'", max_results=1, output_format="list"
-            )
-            run = self.mlflow.start_run(
-                run_id=found[0].info.run_id if found else None,
-                run_name=None if found else self.name,
-                tags=tags(self.record),
-            )
+            mine = f"tags.{RUN_TAG} = '{self.record['id']}'"
+            found = mlflow.search_runs(filter_string=mine, max_results=1, output_format="list")
+            run_id = found[0].info.run_id if found else None
+            run = mlflow.start_run(run_id, run_name=None if found else self.name, tags=tags(self.record))
         self.run_id = run.info.run_id
-        there = self.client.get_run(self.run_id).data
-        # What was logged once cannot be changed; what a resumed run changed stands in its run.json.
-        new = {name: value for name, value in parameters(self.record).items() if name not in there.params}
-        self.mlflow.log_params(new)
+        known = self.client.get_run(self.run_id).data
+        # A parameter cannot be changed once it is logged; what a resume has changed stands in run.json.
+        new = {name: value for name, value in parameters(self.record).items() if name not in known.params}
+        mlflow.log_params(new)
         self.logged = {
             (name, metric.step)
-            for name in there.metrics
+            for name in known.metrics
             for metric in self.client.get_metric_history(self.run_id, name)
         }
         self.attached = True
@@ -139,64 +138,65 @@ class Server:
             self.logged |= {(metric.key, metric.step) for metric in part}
 
     def end(self, status: str) -> None:
-        """Ends the run of this thread, if there is one, as FINISHED, KILLED or FAILED."""
-        if self.mlflow.active_run() is not None:
-            self.mlflow.end_run(status)
+        """Ends this thread's MLflow run, if it has one, as FINISHED, KILLED or FAILED."""
+        import mlflow
+
+        if mlflow.active_run() is not None:
+            mlflow.end_run(status)
 
 
 def now() -> int:
+    """Milliseconds since the epoch."""
     return time.time_ns() // 1_000_000
 
 
 def tracking_uri() -> str | None:
-    """Where MLflow logs to: MLFLOW_TRACKING_URI, or Databricks' own; None where neither is there."""
+    """Where MLflow logs to: MLFLOW_TRACKING_URI, or Databricks' own; None where neither is set."""
     on_databricks = "databricks" if os.environ.get("DATABRICKS_RUNTIME_VERSION") else None
     return os.environ.get("MLFLOW_TRACKING_URI") or on_databricks
 
 
 def tracking_problems(flag: str, name: str | None) -> list[str]:
-    """Why nothing could be logged to MLflow, or registered under `name`, which was given by `flag`. Asks no server."""
+    """Why nothing could be logged to MLflow, or registered under `name`, the value of `flag`. Asks no server."""
     if find_spec("mlflow") is None:
         return ["MLflow is not installed. Type pip install '.[mlflow]', or leave --mlflow out"]
-    problems = []
-    uri = tracking_uri()
+    problems, uri = [], tracking_uri()
     part = r"[^\s/:.]{1,255}"
     if name is not None and not re.fullmatch(rf"{part}(\.{part}\.{part})?", name):
         problems.append(f"{flag} {name!r}: expected one word, or catalog.schema.model for Unity Catalog")
     elif name and uri and uri.startswith("databricks") and name.count(".") != 2:
         problems.append(f"{flag} {name!r}: Databricks expects catalog.schema.model")
+    if uri is not None:
+        # What is more than an address may hold a password, in whatever place a slip of the hand has put it.
+        hidden = uri if re.fullmatch(r"[\w.+:/~\[\]-]*", uri) else f"{uri.partition(':')[0][:5]}..."
+        return problems + [f"MLFLOW_TRACKING_URI {hidden}: {problem}" for problem in _uri_problems(uri)]
+    return [
+        *problems,
+        "MLFLOW_TRACKING_URI is not set, so there is nowhere to log to. Type export MLFLOW_TRACKING_URI=http://HOST:PORT",
+    ]
+
+
+def _uri_problems(uri: str) -> list[str]:
     expected = "expected http(s)://HOST:PORT, databricks or sqlite:////FILE"
-    if uri is None:
-        return [
-            *problems,
-            "MLFLOW_TRACKING_URI is not set, so there is nowhere to log to. Type export MLFLOW_TRACKING_URI=http://HOST:PORT",
-        ]
-    # Where it has more than an address, the rest may be a password, in whatever place a slip of the hand has put it.
-    hidden = uri if re.fullmatch(r"[\w.+:/~\[\]-]*", uri) else f"{uri.partition(':')[0][:5]}..."
     try:
         parts = urlsplit(uri)
         parts.port  # noqa: B018  (raises for a port that is none)
     except ValueError:  # its words repeat a part of the value
-        return [*problems, f"MLFLOW_TRACKING_URI {hidden}: is no address; {expected}"]
-    if parts.scheme in ("http", "https"):
-        if not parts.hostname:
-            problems.append(f"MLFLOW_TRACKING_URI {hidden}: names no host; {expected}")
-        if parts.password is not None:
-            problems.append(
-                f"MLFLOW_TRACKING_URI {hidden}: holds a password. "
-                "Leave it out, and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
-            )
-        if parts.query or parts.fragment:
-            problems.append(
-                f"MLFLOW_TRACKING_URI {hidden}: has something behind its address. Leave it out; a token is given by "
-                "MLFLOW_TRACKING_TOKEN"
-            )
-    elif not _is_store(uri, parts.scheme):
-        problems.append(f"MLFLOW_TRACKING_URI {hidden}: MLflow has no store of that kind; {expected}")
+        return [f"is no address; {expected}"]
+    if parts.scheme not in ("http", "https"):
+        known = {"", "file", "databricks", "sqlite", "postgresql", "mysql", "mssql"}
+        plugins = {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}
+        is_store = {parts.scheme, parts.scheme.split("+")[0]} & (known | plugins)
+        return [] if is_store else [f"MLflow has no store of that kind; {expected}"]
+    problems = []
+    if not parts.hostname:
+        problems.append(f"names no host; {expected}")
+    if parts.password is not None:
+        problems.append(
+            "holds a password. Leave it out, and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+        )
+    if parts.query or parts.fragment:
+        problems.append(
+            "has something behind its address. Leave it out; a token is given by MLFLOW_TRACKING_TOKEN"
+        )
     return problems
-
-
-def _is_store(uri: str, scheme: str) -> bool:
-    known = ("", "file", "databricks", "sqlite", "postgresql", "mysql", "mssql")
-    plugins = {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}
-    return uri == "databricks" or scheme.split("+")[0] in known or scheme in plugins
