@@ -3,15 +3,16 @@
     python flows/model_on_s3.py 1764229912 --to dolly       then: python -m training.generate --model dolly "..."
 
 It lies under METAFLOW_DATATOOLS_S3ROOT/TrainDollyFlow/<run id>/. Like everywhere else, run.json comes last, so that
-training.generate refuses what is not whole; and the artifact `model` of the run has each file's size and SHA-256.
+training.generate refuses a copy that is not whole. The artifact `model` of the run has each file's size and SHA-256.
 """
 
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from training.consts import RUN_FILE
 from training.files import file_digest
 
 FLOW = "TrainDollyFlow"
+LEFTOVER = "metaflow.s3." + 8 * "[a-z0-9_]"  # S3(tmproot=...) makes its folder of copies by mkdtemp
 NO_METAFLOW = "Metaflow is not installed. Type pip install '.[metaflow]'"
 
 
@@ -40,15 +42,15 @@ def root_problems() -> list[str]:
     from botocore.config import Config
 
     bucket = DATATOOLS_S3ROOT.removeprefix("s3://").split("/")[0]
-    # The user's own, a dict until Metaflow has made the first client of it.
-    asked = DATATOOLS_CLIENT_PARAMS.get("config") or {}
-    asked = asked if isinstance(asked, Config) else Config(**asked)
-    # Metaflow's many tries are for the hours of a run; here somebody waits.
-    soon = asked.merge(Config(connect_timeout=10, read_timeout=10, retries={"total_max_attempts": 3}))
-    client, _ = get_s3_client(s3_client_params={**DATATOOLS_CLIENT_PARAMS, "config": soon})
+    # The user's own settings, a dict until Metaflow has made its first client of them.
+    config = DATATOOLS_CLIENT_PARAMS.get("config") or {}
+    config = config if isinstance(config, Config) else Config(**config)
+    # Metaflow's many tries are for the hours of a run; here a person waits.
+    quick = config.merge(Config(connect_timeout=10, read_timeout=10, retries={"total_max_attempts": 3}))
+    client, _ = get_s3_client(s3_client_params={**DATATOOLS_CLIENT_PARAMS, "config": quick})
     try:
         client.head_bucket(Bucket=bucket)
-    except Exception as error:  # of boto3, by the kind of the failure; no bucket, no right, no connection
+    except Exception as error:  # boto3's own: no bucket, no right, no connection
         return [
             f"METAFLOW_DATATOOLS_S3ROOT {DATATOOLS_S3ROOT}: the bucket {bucket!r} cannot be reached ({error}). "
             "Make it, or give the right to write there"
@@ -56,8 +58,19 @@ def root_problems() -> list[str]:
     return []
 
 
+@contextmanager
+def _as_store_errors(place: str, advice: str = "") -> Iterator[None]:
+    """Turns Metaflow's and boto3's errors, which share no class, into StoreError."""
+    try:
+        yield
+    except StoreError:
+        raise
+    except Exception as error:
+        raise StoreError(f"{place}: {type(error).__name__}: {error}{advice}") from error
+
+
 def push(folder: Path, files: dict[str, dict[str, Any]], run: Any) -> str | None:
-    """Copies a finished model's `files` ({name: {"size", "sha256"}}, of `publish.model_figures`) under the run.
+    """Copies a finished model's `files` ({name: {"size", "sha256"}}, of `copy.model_figures`) under the run.
 
     What an earlier attempt of the same run has left there is kept where it is right. Returns the URL of the folder, or
     None where no root is configured. Raises StoreError; the local model is untouched then.
@@ -68,44 +81,32 @@ def push(folder: Path, files: dict[str, dict[str, Any]], run: Any) -> str | None
 
     if not DATATOOLS_S3ROOT:
         return None
-    root = (
-        f"{DATATOOLS_S3ROOT.rstrip('/')}/{current.flow_name}/{current.run_id}"  # of S3(run=run), for people
-    )
-    with S3(run=run) as s3:
-        try:
-            there = _right(s3, files)
-            for names in ([name for name in files if name != RUN_FILE], [RUN_FILE]):
-                missing = [name for name in names if name not in there]
-                objects = [
-                    S3PutObject(
-                        key=name,
-                        path=str(folder / name),
-                        metadata={"sha256": files[name]["sha256"]},
-                    )
-                    for name in missing
-                ]
-                urls = s3.put_files(objects) if objects else []
-                if len(urls) != len(missing):  # of a missing bucket it returns [], and says nothing
-                    raise StoreError(f"{root}: {len(urls)} of {len(missing)} files arrived")
-            wrong = sorted(files.keys() - _right(s3, files))
-        except StoreError:
-            raise
-        except Exception as error:  # Metaflow's and boto3's, by the kind of the failure
-            raise StoreError(f"{root}: {type(error).__name__}: {error}") from error
-    if wrong:
-        raise StoreError(f"{root}: not there, or of another size than here: {', '.join(wrong)}")
+    # The folder of S3(run=run), for people.
+    root = f"{DATATOOLS_S3ROOT.rstrip('/')}/{current.flow_name}/{current.run_id}"
+    with _as_store_errors(root), S3(run=run) as s3:
+        arrived = _right(s3, files)
+        for names in (files.keys() - {RUN_FILE}, {RUN_FILE}):
+            missing = sorted(names - arrived)
+            objects = [
+                S3PutObject(key=name, path=str(folder / name), metadata={"sha256": files[name]["sha256"]})
+                for name in missing
+            ]
+            urls = s3.put_files(objects) if objects else []
+            if len(urls) != len(missing):  # of a missing bucket it returns [], and says nothing
+                raise StoreError(f"{root}: {len(urls)} of {len(missing)} files arrived")
+        wrong = sorted(files.keys() - _right(s3, files))
+        if wrong:
+            raise StoreError(f"{root}: not there, or of another size than here: {', '.join(wrong)}")
     return root
 
 
 def _right(s3: Any, files: dict[str, dict[str, Any]]) -> set[str]:
     """Which of the files lie there with their size, pushed from the same content."""
-    found = s3.info_many(list(files), return_missing=True)
     return {
-        each.key
-        for each in found
-        if each.exists
-        and each.size == files[each.key]["size"]
-        and (each.metadata or {}).get("sha256") == files[each.key]["sha256"]
+        found.key
+        for found in s3.info_many(list(files), return_missing=True)
+        if found.exists
+        and {"size": found.size, "sha256": (found.metadata or {}).get("sha256")} == files[found.key]
     }
 
 
@@ -114,13 +115,35 @@ def fetch(run_id: str, folder: Path) -> Path:
 
     Returns the folder that holds the model. Raises StoreError.
     """
-    from metaflow import S3, Run, namespace
+    from metaflow import S3
+
+    model = _model_of(run_id)
+    files = model["files"]
+    _prepare(folder, files)
+    missing = [name for name in files if name != RUN_FILE and _figures(folder / name) != files[name]]
+    if missing or _figures(folder / RUN_FILE) != files[RUN_FILE]:
+        (folder / RUN_FILE).unlink(missing_ok=True)  # nobody shall take for whole what is being mended
+        missing.append(RUN_FILE)
+    with S3(s3root=model["s3"], tmproot=str(folder)) as s3:
+        for name in missing:
+            with _as_store_errors(f"{model['s3']}/{name}", ". The same command goes on"):
+                copy = Path(s3.get(name).path)
+            if _figures(copy) != files[name]:
+                raise StoreError(
+                    f"{model['s3']}/{name}: is not the file that was pushed. Fetch another run's model"
+                )
+            os.replace(copy, folder / name)
+    return folder
+
+
+def _model_of(run_id: str) -> dict[str, Any]:
+    """The artifact `model` of a run. Raises StoreError where it was not pushed."""
+    from metaflow import Run, namespace
     from metaflow.exception import MetaflowException
 
     namespace(None)  # anybody's runs
     try:
-        run = Run(f"{FLOW}/{run_id}")
-        model = run["train"].task.data.model
+        model = Run(f"{FLOW}/{run_id}")["train"].task.data.model
     except (MetaflowException, KeyError, AttributeError) as error:
         raise StoreError(
             f"run {run_id}: there is no model of it ({error}). Type python flows/train_dolly_flow.py logs {run_id}/train"
@@ -130,46 +153,22 @@ def fetch(run_id: str, folder: Path) -> Path:
             f"run {run_id}: was not pushed to S3, as no METAFLOW_DATATOOLS_S3ROOT was configured. It lies in {model['folder']} "
             f"on {model['host']}"
         )
+    return model
+
+
+def _prepare(folder: Path, files: Mapping[str, Any]) -> None:
+    """Makes the folder, or clears a killed fetch's leftovers from it. Raises StoreError where it holds anything else."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder}: is a file. Name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
-    found = list(folder.iterdir())
-    left = [file for file in found if _left_by_metaflow(file)]
-    foreign = sorted({file.name for file in found if file not in left} - model["files"].keys())
+    left = {path for path in folder.glob(LEFTOVER) if path.is_dir() and not path.is_symlink()}
+    foreign = sorted({path.name for path in folder.iterdir() if path not in left} - files.keys())
     if foreign:
         raise StoreError(
             f"{folder}: holds what is not of this model ({', '.join(foreign[:3])}). Name a new folder"
         )
-    for each in left:
-        shutil.rmtree(each)
-    missing = [name for name, told in model["files"].items() if _figures(folder / name) != told]
-    missing.sort(key=lambda name: name == RUN_FILE)
-    if missing:
-        (folder / RUN_FILE).unlink(missing_ok=True)  # nobody shall take for whole what is being mended
-        missing = [name for name in missing if name != RUN_FILE] + [RUN_FILE]
-    with S3(s3root=model["s3"], tmproot=str(folder)) as s3:
-        for name in missing:
-            try:
-                copy = Path(s3.get(name).path)
-            except Exception as error:  # Metaflow's and boto3's, by the kind of the failure
-                raise StoreError(
-                    f"{model['s3']}/{name}: {type(error).__name__}: {error}. The same command goes on"
-                ) from error
-            if _figures(copy) != model["files"][name]:
-                raise StoreError(
-                    f"{model['s3']}/{name}: is not the file that was pushed. Fetch another run's model"
-                )
-            os.replace(copy, folder / name)
-    return folder
-
-
-def _left_by_metaflow(file: Path) -> bool:
-    """Whether it is the folder that S3(tmproot=...) makes by mkdtemp for its copies, and a killed fetch leaves."""
-    return (
-        bool(re.fullmatch(r"metaflow\.s3\.[a-z0-9_]{8}", file.name))
-        and file.is_dir()
-        and not file.is_symlink()
-    )
+    for path in left:
+        shutil.rmtree(path)
 
 
 def _figures(file: Path) -> dict[str, Any] | None:

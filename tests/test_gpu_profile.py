@@ -348,9 +348,7 @@ def test_progress_and_the_time_that_is_left(tmp_path: Path) -> None:
     assert (run.progress()[0], run.progress()[2]) == (100, "at its end")
 
 
-def test_durations_are_told_in_words_and_texts_may_be_bytes_as_in_older_packages() -> None:
-    assert gpu_profile._text(b"550.54") == gpu_profile._text("550.54") == "550.54"
-    assert gpu_profile._text(None) is None
+def test_durations_are_told_in_words() -> None:
     assert [gpu_profile.duration(s) for s in (0, 59.6, 100, 3599, 12_000)] == [
         "0 s", "60 s", "2 min", "1 h 0 min", "3 h 20 min",
     ]  # fmt: skip
