@@ -80,7 +80,7 @@ def test_the_children_of_a_killed_writer_hold_nothing(tmp_path: Path) -> None:
 
 def test_of_many_processes_one_gets_the_folder(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from training.errors import FolderBusyError; from training.files import one_writer\n"
+        "import sys; from pathlib import Path; from training.errors import FolderBusyError; from training.run.lock import one_writer\n"
         "try:\n"
         "    with one_writer(Path(sys.argv[1])):\n"
         "        print('mine', flush=True); sys.stdin.read()\n"

@@ -95,46 +95,37 @@ def publish(folder: Path, target: str) -> list[str]:
     opened = open_target(target, folder)
     existing = listing(opened)
     refuse_others(opened, existing, record)
-    files = {file.name: file for file in model_files(folder)}
+    files: dict[str, Path | bytes] = {file.name: file for file in model_files(folder)[:-1]}
     _refuse_foreign(opened, existing, files)
 
     figures = model_figures(folder)
     manifest = (json.dumps(figures, indent=2) + "\n").encode()
-    del files[RUN_FILE]
-    contents: dict[str, Path | bytes] = {
-        **files,
-        MANIFEST_FILE: manifest,
-        RUN_FILE: record,
-    }  # written in this order
     figures[MANIFEST_FILE] = digest([manifest])
-    missing = [name for name in contents if not _is_there(opened, name, existing, figures[name])]
+    contents = files | {MANIFEST_FILE: manifest, RUN_FILE: record}  # in the order of writing
+    missing = {n: source for n, source in contents.items() if not _is_there(opened, n, existing, figures[n])}
     total = f"{len(contents)} files, {size_in_words(sum(file['size'] for file in figures.values()))}"
     if not missing:
         if MARKER_FILE in existing:
             _remove(opened, MARKER_FILE)
         logger.info("%s holds this model already, whole and unchanged: %s", target, total)
         return []
-    if RUN_FILE not in missing:
-        missing.append(RUN_FILE)
+    missing[RUN_FILE] = record
     _refuse_lack_of_space(opened, sum(figures[name]["size"] - (existing.get(name) or 0) for name in missing))
     try:
-        _write_missing(
-            opened, existing, {name: contents[name] for name in missing}, figures, marker_of(record)
-        )
+        _write_missing(opened, existing, missing, figures, marker_of(record))
     except PublishError as error:
         command = shlex.join(["python", "-m", "training.publish", "--model", str(folder), "--to", target])
-        kept = f"The model in {folder} is whole"
-        if isinstance(error, SourceError):
-            kept = f"{folder} must stay as it is"
+        changed = isinstance(error, SourceError)
+        kept = f"{folder} must stay as it is" if changed else f"The model in {folder} is whole"
         raise PublishError(
             f"{error}. {kept}, and what was copied is kept. When the cause is mended, type {command}"
         ) from error
     logger.info("published to %s: %s, each file read back; %.0f s", target, total, time.monotonic() - begin)
-    return missing
+    return list(missing)
 
 
 def _refuse_foreign(target: Target, existing: Mapping[str, int | None], ours: Iterable[str]) -> None:
-    ours = {*ours, MANIFEST_FILE, MARKER_FILE}
+    ours = {*ours, RUN_FILE, MANIFEST_FILE, MARKER_FILE}
     foreign = sorted(name for name, size in existing.items() if name not in ours or size is None)
     if foreign:
         raise PublishError(
