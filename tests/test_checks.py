@@ -23,7 +23,7 @@ import torch
 
 from tests.conftest import mounted, python
 from training import files
-from training.files import TRACE, disk_problems, free_bytes, writable
+from training.files import SCRATCH, disk_problems, free_bytes, writable
 from training.machine import kernels
 from training.machine.environment import cuda_toolkit_problems, mismatches, tool_problems, version_problems
 from training.machine.kernels import kernel_problems, missing_kernels
@@ -460,7 +460,7 @@ def left_by_a_killed_trial(folder: Path) -> Path:
     )
     assert python("-c", program).returncode == -signal.SIGKILL
     [left] = folder.iterdir()
-    assert left.name.startswith(TRACE)
+    assert left.name.startswith(SCRATCH)
     return left
 
 

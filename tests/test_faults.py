@@ -13,7 +13,7 @@ from conftest import the_gpu
 
 from tests.conftest import problems_of
 from training.errors import OptionsError
-from training.files import TRACE
+from training.files import SCRATCH
 from training.options.deepspeed import read_json
 from training.options.trainer_options import TrainingOptions
 
@@ -321,7 +321,7 @@ def test_good_options_have_no_faults_and_asking_whether_an_output_can_be_written
 
 def test_what_a_start_left_that_was_killed_does_not_make_an_output_another_s(tmp_path: Path) -> None:
     for name in ("trial", "0123456789abcdef", "resharded"):  # the second of Spark's look at the nodes
-        (tmp_path / "out" / f"{TRACE}{name}").mkdir(parents=True)
+        (tmp_path / "out" / f"{SCRATCH}{name}").mkdir(parents=True)
     (tmp_path / "out" / "run.json.partial").touch()
     assert problems_of(options(tmp_path)) == []
 

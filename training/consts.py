@@ -12,6 +12,7 @@ DEFAULT_SEED = 42
 DEFAULT_TEST_SIZE = 1000  # rows held out
 DEFAULT_LEARNING_RATE = 1e-5
 SAMPLE_TOKENS = 128  # longest answer of a model that is asked while it trains
+WEIGHTS = ".safetensors"  # how the name of a weight file ends
 RUN_FILE = "run.json"  # the record of a run, in its output folder
 DEMO = "demo"  # the name of the embedded model and dataset, wherever a model or dataset is asked for
 

@@ -18,7 +18,7 @@ MOUNTS = (DBFS, "/Volumes")  # of Databricks: a file is written front to back th
 
 # Names of files that a killed process may leave, and that hold nothing.
 PARTIAL = ".partial"  # ends the name of a file or folder while it is written
-TRACE = ".dolly-"  # begins the name of what is made for a trial
+SCRATCH = ".dolly-"  # begins the name of what is needed for a moment
 WRITER_LOCK = ".writer.lock"
 WRITER_INFO = ".writer.json"
 WRITER_FILES = (WRITER_LOCK, WRITER_INFO)  # in the output folder, while a run writes into it
@@ -165,7 +165,7 @@ def writable(folder: Path) -> bool:
     try:
         if any(part.is_symlink() and not part.exists() for part in (folder, *folder.parents)):
             return False  # a link to nowhere: nothing can be made in its place
-        trial = nearest_existing(folder) / f"{TRACE}trial-{os.getuid()}"
+        trial = nearest_existing(folder) / f"{SCRATCH}trial-{os.getuid()}"
         # One name per user: the next trial removes what a killed one left. Other ranks try at the same moment, and
         # another user's folder could not be removed in a shared place such as /tmp.
         with contextlib.suppress(FileExistsError):

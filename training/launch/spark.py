@@ -19,7 +19,7 @@ from typing import Any
 
 from training.consts import ROOT
 from training.errors import OptionsError, TrainingFailedError
-from training.files import TRACE, nearest_existing
+from training.files import SCRATCH, nearest_existing
 from training.launch.exits import exit_meaning
 from training.launch.local import LAST_LINES, TRAINER
 from training.options.command_line import option_words
@@ -197,7 +197,7 @@ def look_at_nodes(session: Any, ranks: int, output: Path) -> list[dict[str, Any]
 
     Returns of each {"host": name, "installed": whether `training` is, "shared": whether it can write to our `output`}.
     """
-    trace = nearest_existing(output) / f"{TRACE}{uuid.uuid4().hex}"
+    trace = nearest_existing(output) / f"{SCRATCH}{uuid.uuid4().hex}"
     path = str(trace)
 
     # Runs on the nodes: Spark sends the function with the values that it names, but no module.

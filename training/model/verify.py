@@ -8,7 +8,7 @@ import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from training.consts import GREEDY, SAMPLE_INSTRUCTIONS
+from training.consts import GREEDY, SAMPLE_INSTRUCTIONS, WEIGHTS
 from training.data.prompt import CONTROL_TOKENS, END_KEY
 from training.errors import ModelError, first_line
 
@@ -48,7 +48,7 @@ def _weight_problems(folder: Path, trust_remote_code: bool) -> list[str]:
     buffers = [tensor for name, tensor in model.state_dict().items() if name not in parameters]
     expected = sum(tensor.numel() for tensor in [*model.parameters(), *buffers])  # a tied weight counts once
     found, problems = 0, []
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob(f"*{WEIGHTS}")):
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118  (not a dict)
                 tensor = weights.get_tensor(name)

@@ -13,7 +13,7 @@ from typing import Any
 
 from training.consts import RUN_FILE
 from training.errors import OptionsError
-from training.files import PARTIAL, TRACE, WRITER_FILES, local_path, mounted_store, writable
+from training.files import PARTIAL, SCRATCH, WRITER_FILES, local_path, mounted_store, writable
 from training.options.deepspeed import enabled
 from training.options.trainer_options import SCHEDULES, TrainingOptions, flag_of, steps_between_samples
 from training.ranks import world_size
@@ -218,7 +218,7 @@ def output_problems(options: TrainingOptions) -> list[str]:
 
 def _holds_something(folder: Path) -> bool:
     ours = (*WRITER_FILES, f"{RUN_FILE}{PARTIAL}")  # what a start leaves that is killed
-    return any(file.name not in ours and not file.name.startswith(TRACE) for file in folder.iterdir())
+    return any(file.name not in ours and not file.name.startswith(SCRATCH) for file in folder.iterdir())
 
 
 def resume_problems(options: TrainingOptions) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from training.consts import DEFAULT_TRAINING_DATASET, DEMO
+from training.consts import DEFAULT_TRAINING_DATASET, DEMO, WEIGHTS
 from training.plan.epoch import Lengths, alpaca_lengths, lengths_of
 from training.plan.model_shape import BUILT_IN, ModelShape, gptj_shape
 
@@ -51,7 +51,7 @@ def _shape_of_config(name: str) -> ModelShape:
         4 * text.hidden_size,
     )
     files = (
-        [file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)] if folder.is_dir() else []
+        [file for kind in (f"*{WEIGHTS}", "*.bin") for file in folder.glob(kind)] if folder.is_dir() else []
     )
     return ModelShape(
         name=name,

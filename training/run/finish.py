@@ -12,7 +12,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
-from training.consts import DEMO, SAMPLE_INSTRUCTIONS
+from training.consts import DEMO, SAMPLE_INSTRUCTIONS, WEIGHTS
 from training.data.ledger import Ledger
 from training.data.prompt import END_KEY
 from training.errors import ModelError, TrainingError
@@ -42,12 +42,12 @@ def place_model(checkpoint: Path, output: Path) -> None:
     """Makes a checkpoint's model that of the output folder: the weights as links, which cost no disk, where they can be made."""
     manifest = read_manifest(checkpoint)
     assert manifest is not None, f"{checkpoint} is not complete"
-    for old in output.glob("*.safetensors*"):  # of an earlier end of this run, perhaps in more shards
+    for old in output.glob(f"*{WEIGHTS}*"):  # of an earlier end of this run, perhaps in more shards
         old.unlink()
     for name in manifest["model"]:
         (output / name).unlink(missing_ok=True)
         try:
-            if not name.endswith(".safetensors"):  # what a person may edit is a file of its own
+            if not name.endswith(WEIGHTS):  # what a person may edit is a file of its own
                 raise OSError
             os.link(checkpoint / name, output / name)
         except OSError:
@@ -183,6 +183,6 @@ def _outcome(chosen: Path, last: Path) -> dict[str, Any]:
         "weights": {
             name: told
             for name, told in manifest["files"].items()
-            if name in manifest["model"] and name.endswith(".safetensors")
+            if name in manifest["model"] and name.endswith(WEIGHTS)
         },
     }

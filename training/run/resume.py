@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from training.errors import OptionsError
-from training.files import TRACE, free_bytes
+from training.files import SCRATCH, free_bytes
 from training.launch.supervisor import die_with_parent
 from training.storage import checkpoint
 
@@ -85,7 +85,7 @@ class RestoreOnResume(TrainerCallback):
 
 
 # A checkpoint cut for another number of ranks, below the output folder, for the start only.
-RESHARDED = f"{TRACE}resharded"
+RESHARDED = f"{SCRATCH}resharded"
 
 
 def reshard(folder: Path, output: Path) -> Path:

@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from training.consts import WEIGHTS
 from training.errors import TrainingError
 from training.files import free_bytes, size_in_words, write_json
 from training.model.tokenizer import generation_config
@@ -104,7 +105,7 @@ def save_model(
     finally:  # with a cache, transformers would let packed documents read each other from the next step on
         model.config.use_cache, model.generation_config = training
     tokenizer.save_pretrained(folder)
-    for file in folder.glob("*.safetensors"):  # safetensors' writer lets nobody else read them
+    for file in folder.glob(f"*{WEIGHTS}"):  # safetensors' writer lets nobody else read them
         shutil.copymode(folder / "config.json", file)
 
 
