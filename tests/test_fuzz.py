@@ -397,7 +397,7 @@ AUTOMATIC = (
 
 @st.composite
 def deepspeed_files(draw: Any) -> dict[str, Any]:
-    config: dict[str, Any] = {"steps_per_print": 10}
+    config: dict[str, Any] = {}
     if draw(st.integers(0, 9)):
         config = dict.fromkeys(AUTOMATIC, "auto") | {"bf16": {"enabled": True}}
         config["zero_optimization"] = {"stage": 3, "stage3_gather_16bit_weights_on_model_save": True}

@@ -32,7 +32,7 @@ from training.run.completion_trainer import CompletionTrainer
 from training.run.ending import StopRequest
 from training.run.identity import new_record
 from training.run.resume import own_steps, reshard, take_rates
-from training.run.start import Start, find_start, remove_newer
+from training.run.start import Start, find_start
 from training.run.step_guard import StepGuard
 from training.run.steps import planned_steps
 from training.storage import checkpoint
@@ -251,7 +251,7 @@ def test_what_the_run_will_write_again_is_removed_and_no_more(tmp_path: Path) ->
     a_run(tmp_path, 3, 6, 9)
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "runs").mkdir()
-    remove_newer(tmp_path, 6)
+    steps.forget_later_steps(tmp_path, Start(tmp_path / "checkpoint-6"))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6", "run.json", "runs"]
 
 

@@ -69,8 +69,8 @@ def option_problems(options: TrainingOptions) -> list[str]:
 # --- DeepSpeed and precision --------------------------------------------------------------------------
 
 
-def deepspeed_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
-    """What is wrong with --deepspeed and the content of its file; {} where that could not be read."""
+def deepspeed_problems(options: TrainingOptions, config: Mapping[str, Any] | None) -> list[str]:
+    """What is wrong with --deepspeed and the content of its file; None where that could not be read."""
     problems = []
     if options.deepspeed is not None and not options.deepspeed_json:
         problems.append("--deepspeed names no file. Type --deepspeed config/ds_z3_bf16_config.json")
@@ -88,9 +88,9 @@ def deepspeed_problems(options: TrainingOptions, config: Mapping[str, Any]) -> l
             problems.append(
                 "ACCELERATE_USE_CPU is set, and silently switches DeepSpeed off. Type unset ACCELERATE_USE_CPU"
             )
-    if config:
+    if config is not None:
         problems += _section_problems(options, config) + _value_problems(options, config)
-    return problems + _precision_problems(options, config)
+    return problems + _precision_problems(options, config or {})
 
 
 def _section_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:

@@ -42,11 +42,11 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
             config = read_json(options.deepspeed_json)
         except OptionsError as error:
             problems += error.problems
-    problems += checks.deepspeed_problems(options, config or {})
+    problems += checks.deepspeed_problems(options, config)
     problems += prompt_problems(options) + place_problems(options)
     if not typing_errors:
         problems += _machine_problems(options, config)
-        if config and not problems:
+        if config is not None and not problems:
             problems += checks.deepspeed_refusals(str(options.deepspeed_json), config)
     if problems:
         raise OptionsError(*problems)
@@ -56,7 +56,7 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
 def _machine_problems(options: TrainingOptions, config: dict[str, Any] | None) -> list[str]:
     """What this machine lacks: packages, kernels of its GPUs, a compiler, the precision."""
     problems = version_problems() + kernels.kernel_problems()
-    if config and not problems:
+    if config is not None and not problems:
         from training.run.operators import compiler_problems
 
         problems += compiler_problems(config)

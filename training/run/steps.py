@@ -58,7 +58,7 @@ def run_steps(
     trainer = build_trainer(settings, prepared, request)
     samples = _samples(trainer, settings)
     if args.process_index == 0:
-        _forget_later_steps(settings.output, start)
+        forget_later_steps(settings.output, start)
     restoring = [] if start.folder is None else [RestoreOnResume(trainer, start.folder)]
     try:
         with trackers(settings, record, trainer.seconds) as callbacks:
@@ -72,7 +72,7 @@ def run_steps(
     return trainer.guard.stopped
 
 
-def _forget_later_steps(output: Path, start: Start) -> None:
+def forget_later_steps(output: Path, start: Start) -> None:
     """Removes what the run will write again: checkpoints after `start`, torn or passed over, and lines of the logs."""
     for folder in checkpoint.checkpoints(output):
         if checkpoint.step_of(folder) > start.step:
