@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from training.consts import GIB
+from training.data.rows import too_few_rows
 from training.errors import OptionsError
 from training.machine.catalogue import FAMILIES, GPUS, Machine
 from training.options.command_line import option_words
@@ -103,10 +104,6 @@ def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan
     lengths = dataset_lengths(options.training_dataset, model)
     count = len(lengths.tokens)
     if count < 2:
-        from training.data.rows import (
-            too_few_rows,  # not above: a built-in dataset does not need what it imports
-        )
-
         raise OptionsError(f"--training-dataset: {too_few_rows(count)}. Name one with more")
     if options.test_size >= count:
         raise OptionsError(f"--test-size {options.test_size:,} of {count:,} rows leaves none to train on")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.consts import GIB
+from training.data.rows import read_prompts
 from training.errors import DataError, OptionsError
 from training.files import disk_problems, duration, local_path
 from training.machine import kernels
@@ -103,8 +104,6 @@ def prompt_problems(options: TrainingOptions) -> list[str]:
     """What is wrong with the file of --sample-prompts. Rank 0 reads it for all."""
     if not is_main_process() or not (options.sample_prompts or "").strip():
         return []
-    from training.data.rows import read_prompts
-
     try:
         read_prompts(str(options.sample_prompts))
     except DataError as error:
