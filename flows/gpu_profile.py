@@ -48,7 +48,6 @@ GIB = 2**30
 POINTS = 200
 REFRESH_SECONDS = 10.0  # each refresh starts a Python process
 STAGES_SHOWN = 6
-STAGES_KEPT = 24
 PROMPTS = 10
 ANSWER_CHARACTERS = 600
 ERROR_LINES = 40
@@ -58,6 +57,8 @@ LEGEND = (
     "NV#: # NVLinks; PSB: one board; PIX: one PCIe switch; PXB: several PCIe switches; PHB: a PCIe host bridge; "
     "NODE: host bridges of one NUMA node; SYS: the link between NUMA nodes; ?: the driver does not tell"
 )
+
+Rows = list[dict[str, float]]  # {"x": 12.5, "GPU 0": 87.0, "max GPU 0": 100.0}
 
 # --- figures over time --------------------------------------------------------------------------------
 
@@ -93,7 +94,7 @@ class Series:
     def names(self) -> list[str]:
         return list(dict.fromkeys(name for bucket in self.buckets.values() for name in bucket if name != "x"))
 
-    def rows(self, scale: float = 1.0) -> list[dict[str, float]]:
+    def rows(self, scale: float = 1.0) -> Rows:
         """One object a bucket: mean x divided by `scale`, each figure's mean by its name, "max NAME" where it is more."""
         rows = []
         for _, bucket in sorted(self.buckets.items()):
@@ -119,9 +120,8 @@ class Series:
 
 def number(value: Any) -> float | None:
     """The value as a float if it is a finite number, else None."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
+    finite = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if finite else None
 
 
 def _short(value: float) -> float:
@@ -183,9 +183,6 @@ class Gpus:
         if not (_known(use) or _known(memory)):
             self.nvml.nvmlDeviceGetMemoryInfo(next(iter(self.handles.values())))  # says why
         return use, memory
-
-    def close(self) -> None:
-        self.nvml.nvmlShutdown()
 
     def _memory(self, handle: Any, part: str) -> float | None:
         """GiB of a device, "total" or "used"."""
@@ -347,9 +344,6 @@ class Run:
     def _take_answer(self, entry: Mapping[str, Any]) -> None:
         step = float(entry["step"])
         prompt = _cut("\n".join(str(entry[name]) for name in ("instruction", "input") if entry.get(name)))
-        if step not in self.answers and len(self.answers) >= STAGES_KEPT:
-            for dropped in list(self.answers)[1::2]:  # never the first, which training started from
-                del self.answers[dropped], self.epochs[dropped]
         stage = self.answers.setdefault(step, {})
         self.epochs[step] = number(entry.get("epoch"))
         if prompt in stage or len(stage) < PROMPTS:
@@ -395,13 +389,7 @@ class Run:
 
 
 def chart_spec(
-    title: str,
-    rows: list[dict[str, float]],
-    names: list[str],
-    x: str,
-    y: str,
-    top: float | None = None,
-    zero: bool = False,
+    title: str, rows: Rows, names: list[str], x: str, y: str, top: float | None = None, zero: bool = False
 ) -> dict[str, Any]:
     """A Vega-Lite chart of a line a name, over the mean; a pale line shows the maximum of a bucket where it is above."""
     scale = {"zero": zero} if top is None else {"domain": [0, top]}
@@ -415,11 +403,8 @@ def chart_spec(
 
     def layer(fields: list[str], name: str, **mark: Any) -> dict[str, Any]:
         folded = {"fold": fields, "as": ["field", "value"]}
-        return {
-            "transform": [folded, {"filter": "isValid(datum.value)"}, {"calculate": name, "as": "name"}],
-            "mark": {"type": "line", "interpolate": "linear", **mark},
-            "encoding": encoding,
-        }
+        steps = [folded, {"filter": "isValid(datum.value)"}, {"calculate": name, "as": "name"}]
+        return {"transform": steps, "mark": {"type": "line", **mark}}
 
     maxima = [f"max {name}" for name in names if any(f"max {name}" in row for row in rows)]
     layers = [layer(maxima, "slice(datum.field, 4)", strokeWidth=1, opacity=0.35)] if maxima else []
@@ -429,6 +414,7 @@ def chart_spec(
         "title": title,
         "height": 220,
         "data": {"values": [{name: row[name] for name in row if name in keep} for row in rows]},
+        "encoding": encoding,
         "layer": [*layers, layer(names, "datum.field", strokeWidth=2, point=len(rows) <= 40)],
     }
 
@@ -443,10 +429,10 @@ def duration(seconds: float) -> str:
 
 def time_unit(seconds: float) -> tuple[str, float]:
     """(title, seconds) of the unit in which a step this long is drawn."""
-    name, scale = (
-        ("seconds", 1.0) if seconds < 300 else ("minutes", 60.0) if seconds < 10_800 else ("hours", 3600.0)
-    )
-    return f"{name} since the step began", scale
+    unit, scale = ("minutes", 60.0) if seconds < 3 * 3600 else ("hours", 3600.0)
+    if seconds < 300:
+        unit, scale = "seconds", 1.0
+    return f"{unit} since the step began", scale
 
 
 def error_text(error: BaseException | str | None) -> str:
@@ -514,9 +500,6 @@ class Profiler:
                     # for a process that the first finds at work.
                     for _ in range(0 if error is None else 2):
                         self.card.refresh(force=True)
-            if self.gpus and not self.sampler.is_alive():
-                with self.harmless("GPUs"):
-                    self.gpus.close()
         with self.lock:
             return self._record()
 
@@ -680,14 +663,10 @@ class Profiler:
         for device in self.gpus.devices if self.gpus else ():
             name, kind = device["device"], f"{device['type'] or '?'}, {device['bus'] or '?'}"
             rows.append((name, kind, self.use, self.memory.peak(name), device["memory_gib"]))
-        if self.host:
-            sizes = {
-                name: self.machine.peak(f"{name} GiB")
-                for name in ("memory", "memory total", "disk", "disk total")
-            }
-            rows.append(("CPU", f"{self.host.cores} cores", self.machine, None, None))
-            rows.append(("memory", "host", self.machine, sizes["memory"], sizes["memory total"]))
-            rows.append(("disk", "", self.machine, sizes["disk"], sizes["disk total"]))
+        kinds = {"CPU": f"{self.host.cores} cores", "memory": "host", "disk": ""} if self.host else {}
+        for name, kind in kinds.items():
+            used, total = self.machine.peak(f"{name} GiB"), self.machine.peak(f"{name} total GiB")
+            rows.append((name, kind, self.machine, used, total))
         cells = []
         for name, kind, use, peak, total in rows:
             gib = "" if name == "CPU" else f"{_figure(peak, '{:.1f}')} of {_figure(total, '{:.1f}')} GiB"
@@ -698,9 +677,8 @@ class Profiler:
 
     def chart(self, title: str, series: Series, x: tuple[str, float], y: str, **axis: Any) -> Iterator[Any]:
         """A chart over x, of which (title, scale) are known; none before the first figure."""
-        names = [
-            name for name in series.names() if "GiB" not in name
-        ]  # the host's sizes are in the table alone
+        # The host's sizes in GiB are in the table alone.
+        names = [name for name in series.names() if "GiB" not in name]
         if names:
             title_of_x, scale = x
             spec = chart_spec(title, series.rows(scale), names, title_of_x, y, **axis)
@@ -759,8 +737,8 @@ def _begin(flow: Any, attributes: Mapping[str, Any]) -> Profiler | None:
         return Path(place) if place else None
 
     try:
-        here: Any = current  # what it has depends on the step's decorators
-        profiler = Profiler(here.card[CARD], f"# `{here.pathspec}`", float(attributes["interval"]), folder)
+        card, title = current.card[CARD], f"# `{current.pathspec}`"
+        profiler = Profiler(card, title, float(attributes["interval"]), folder)
         profiler.start()
         # A step that leaves by sys.exit passes every decorator by.
         atexit.register(profiler.stop, "The step left before its end, by sys.exit or an interruption.")
@@ -817,13 +795,12 @@ def main() -> None:
 
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         sys.exit("Type python gpu_profile.py FLOW.py [--run-id ID] [--port PORT]")
-    server: Any = card_server
 
-    class ThisMachineAlone(server.ThreadingHTTPServer):
+    class ThisMachineAlone(card_server.ThreadingHTTPServer):
         def __init__(self, address: tuple[str, int], routes: Any):
             super().__init__(("127.0.0.1", address[1]), routes)
 
-    server.ThreadingHTTPServer = ThisMachineAlone
+    card_server.ThreadingHTTPServer = ThisMachineAlone
     flow = str(Path(sys.argv[1]).resolve())
     sys.argv = [flow, "card", "server", *sys.argv[2:]]
     sys.path.insert(0, str(Path(flow).parent))

@@ -164,7 +164,7 @@ for name in sys.argv[1:]:
         told[name] = vars(gpus) | {"use": use, "memory": memory}
         for inner in ("nvml", "handles"):
             del told[name][inner]
-        gpus.close()
+        gpus.nvml.nvmlShutdown()
     except Exception as error:
         told[name] = repr(error)
 print(json.dumps(told))
@@ -378,7 +378,6 @@ def test_of_many_stages_the_first_the_last_and_some_between_are_shown(tmp_path: 
     assert (headers[1], headers[-1], len(headers)) == ("step 0", "step 4,990", 1 + gpu_profile.STAGES_SHOWN)
     assert len(rows) == gpu_profile.PROMPTS
     assert max(len(cell) for row in rows for cell in row) == gpu_profile.ANSWER_CHARACTERS
-    assert len(run.answers) <= gpu_profile.STAGES_KEPT
     assert len(json.dumps([headers, rows])) < 60_000
 
 
