@@ -34,7 +34,7 @@ from transformers import (
 
 from training.data.prompt import encode_text
 from training.errors import ModelError
-from training.model import demo_model, loading
+from training.model import demo_model
 from training.model.demo_model import model_folder
 from training.model.loading import load_config, load_model, max_positions
 from training.model.tokenizer import load_tokenizer
@@ -372,7 +372,7 @@ def test_the_embedded_model_is_written_once_and_whole(
             (folder / "model.safetensors").unlink()
             raise KeyboardInterrupt  # killed half-way
 
-    monkeypatch.setattr(loading, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_model, "HF_HOME", str(tmp_path))
     monkeypatch.setattr(demo_model, "save_demo_model", write)
     with pytest.raises(KeyboardInterrupt):
         model_folder("demo")
@@ -391,13 +391,13 @@ def test_an_embedded_model_without_a_place_is_told_with_its_cure_and_leaves_noth
         (folder / "model.safetensors").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(loading, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(demo_model, "HF_HOME", str(tmp_path))
     monkeypatch.setattr(demo_model, "save_demo_model", full)
     with pytest.raises(ModelError, match=f"cannot be written into {tmp_path} .*28.*export HF_HOME="):
         model_folder("demo")
     assert list((tmp_path / "dolly").iterdir()) == []
     (tmp_path / "a_file").touch()
-    monkeypatch.setattr(loading, "HF_HOME", str(tmp_path / "a_file"))
+    monkeypatch.setattr(demo_model, "HF_HOME", str(tmp_path / "a_file"))
     with pytest.raises(ModelError, match=r"a_file \(NotADirectoryError"):
         model_folder("demo")
 

@@ -71,7 +71,7 @@ def test_what_is_no_record_is_none(tmp_path: Path, content: str | None) -> None:
         ),
         ({"bf16": None, "fp16": True}, ["the precision was bf16, and is fp16"]),
         ({"rows": "other"}, ["the rows differ: another --training-dataset, --test-size, --max-length or "
-                             "--keep-truncated, or the file has changed (it was tatsu-lab/alpaca)"]),
+                             "--keep-truncated, another prompt (training/data/prompt.py), or the file has changed (it was tatsu-lab/alpaca)"]),
         ({"world_size": 4}, ["a step was of 64 rows, and is of 32. Type --gradient-accumulation-steps 2"]),
         ({"world_size": 3}, ["a step was of 64 rows, and is of 24: --per-device-train-batch-size x "
                              "--gradient-accumulation-steps x devices must stay the same"]),

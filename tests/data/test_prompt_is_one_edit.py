@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 from datasets import load_from_disk
+from transformers import PreTrainedTokenizerBase
+
+from training.data import tokens
+from training.data.rows import Columns
+from training.model import demo_model
 
 ROOT = Path(__file__).parents[2]
 BEFORE, AFTER = "Write a response that appropriately completes", "Write a reply that appropriately completes"
@@ -37,6 +42,21 @@ def edit_a_word(tree: Path) -> None:
     file.write_text(text.replace(BEFORE, AFTER))
 
 
+def test_each_file_that_decides_ids_is_in_the_key_of_the_cached_rows(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copies = [Path(shutil.copy(file, tmp_path)) for file in tokens.SOURCES]
+    assert {file.name for file in copies} == {"rows.py", "prompt.py", "tokens.py", "ledger.py"}
+    monkeypatch.setattr(tokens, "SOURCES", copies)
+    keys = set()
+    for file in [None, *copies]:
+        if file:
+            file.write_text(file.read_text() + "\n")
+        keys.add(tokens._fingerprint("demo", Columns([], [], []), tokenizer, 8, False))
+    assert len(keys) == 5
+    assert "prompt.py" in {file.name for file in demo_model.SOURCES}
+
+
 @pytest.mark.slow
 def test_a_word_of_the_prompt_changes_the_rows_and_the_resume_is_refused(
     tmp_path: Path, base_folder: Path
@@ -48,12 +68,12 @@ def test_a_word_of_the_prompt_changes_the_rows_and_the_resume_is_refused(
     train = ("-m", "training.trainer", "--input-model", base_folder, "--training-dataset", "demo",
              "--test-size", 8, "--max-steps", 2, "--local-output-dir", output)  # fmt: skip
     tokenizer = ("-c", "from training.model.tokenizer import load_tokenizer as load; t = load('demo'); "
-                 "print(t.name_or_path, t.chat_template, sep='\\n')")  # fmt: skip
+                 "print(t.chat_template)")  # fmt: skip
 
     first = run(tree, home, *train)
     assert first.returncode == 0, first.stdout
     assert f"{BEFORE} the request" in first.stdout, "a row as the model sees it"
-    assert BEFORE in (first_tokenizer := run(tree, home, *tokenizer).stdout)
+    assert BEFORE in run(tree, home, *tokenizer).stdout
     edit_a_word(tree)
 
     again = run(tree, home, *train, "--resume", "auto")
@@ -65,7 +85,6 @@ def test_a_word_of_the_prompt_changes_the_rows_and_the_resume_is_refused(
     old, new = (load_from_disk(str(folder))["input_ids"] for folder in caches)
     assert old[0] != new[0]
 
-    assert AFTER in (second_tokenizer := run(tree, home, *tokenizer).stdout)
-    assert second_tokenizer.splitlines()[-40:][0] != first_tokenizer.splitlines()[-40:][0]
+    assert AFTER in run(tree, home, *tokenizer).stdout
     assert len(list((home / "dolly").glob("demo-*"))) == 2, "the demo's words follow"
     assert json.loads((output / "run.json").read_text())["status"] == "finished"
