@@ -2,8 +2,8 @@
 # MAGIC %md
 # MAGIC # Train Dolly
 # MAGIC GPT-J-6B learns to follow instructions from Stanford Alpaca, under DeepSpeed ZeRO-3. Choose the family of your GPUs
-# MAGIC above, press **Run All**, and come back to a model and its answers. With `cpu` a small model is trained on the
-# MAGIC embedded demo, on any machine, in a few minutes.
+# MAGIC above, press **Run All**, and come back to a model and its answers. With `cpu` a small model learns the embedded
+# MAGIC demo, on any machine, in a few minutes.
 # MAGIC
 # MAGIC For research only: Stanford Alpaca is CC BY-NC 4.0.
 
@@ -11,7 +11,7 @@
 
 # MAGIC %md
 # MAGIC ## Install
-# MAGIC The versions that this was tested with. Where they are there already, nothing is installed.
+# MAGIC Installs the tested versions, except those that the environment already has.
 
 # COMMAND ----------
 
@@ -79,8 +79,8 @@ print(f"{chosen.name}\n  trained in       {chosen.output}\n  published to     {c
 
 # MAGIC %md
 # MAGIC ## Does it fit?
-# MAGIC The options follow from the GPU family, and a step is of 64 rows however many devices there are. Whether that fits
-# MAGIC in memory and on disk, and how long it takes, is told before anything is paid for.
+# MAGIC The options follow from the GPU family, and a step has 64 rows on any number of devices. The plan says whether that
+# MAGIC fits in memory and on disk, and how long it takes, before anything is paid for.
 
 # COMMAND ----------
 
@@ -107,9 +107,9 @@ print(cells.check_plan(options, recipe, ranks, machine, chosen.gpu_family))
 
 # MAGIC %md
 # MAGIC ## Data and tokenizer
-# MAGIC Prepared once, by one process, so that the ranks find them in the cache and none waits for another. The ledger says
-# MAGIC what became of every row. What the model is asked while it trains, and below: Dolly's five instructions, and three of
-# MAGIC the rows that it does not train on.
+# MAGIC One process prepares them, so that the ranks find them in the cache and none waits for another. The ledger says what
+# MAGIC became of every row. While it trains, and again below, the model answers Dolly's five instructions and three of the
+# MAGIC rows that it does not train on.
 
 # COMMAND ----------
 
@@ -131,7 +131,7 @@ options["sample_prompts"] = cells.write_prompts(chosen, prompts)
 
 # MAGIC %md
 # MAGIC ## Watch
-# MAGIC TensorBoard follows the run once it has begun; press its reload button.
+# MAGIC TensorBoard follows the run once it has started; press its reload button.
 
 # COMMAND ----------
 
