@@ -1,4 +1,4 @@
-"""Which rows form a global batch, which rank computes which, and how a share too large for a device is split.
+"""Chooses the rows of a global batch, deals them to ranks, and splits a share that is too large for a device.
 
 A global batch depends on the seed, the epoch, its size and the number of rows, and on nothing else: neither on
 the number of ranks or accumulation steps, nor on whether rows are packed or padded. What differs is only how a

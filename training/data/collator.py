@@ -41,8 +41,8 @@ def _stand_in(pad_token_id: int) -> list[Row]:
 class DataCollatorForCompletionOnlyLM:
     """Pads a share of rows on the right to its longest row, rounded up to a multiple of 8.
 
-    The attention mask, not the pad token's id, tells what is padding: GPT-J pads with its end-of-text token,
-    which may stand in a text.
+    The attention mask, not the pad token's id, marks padding: GPT-J pads with its end-of-text token, which a text
+    may contain.
 
     With pad token 0, these three rows:
 

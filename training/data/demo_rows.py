@@ -1,8 +1,8 @@
 """The demo's instruction rows: true facts, and exercises on short lists, numbers and sentences.
 
-Each task function returns its rows. A fact is asked in several phrasings, so that a row held out of training asks, in
-words not seen with it, for something that training told. The exercises are drawn at random from far more than are used,
-so that a held-out one has to be worked out."""
+Each task function returns its rows. A fact is asked in several phrasings, so that a held-out row asks in new words for a
+fact of a training row. The exercises are drawn at random from far more than are used, so that a held-out one has to be
+worked out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What became of every row: kept, dropped or truncated, with reasons."""
+"""Counts what became of every row: kept, dropped or truncated, with reasons."""
 
 from __future__ import annotations
 
@@ -55,12 +55,14 @@ class Ledger:
 
 
 def length_histogram(sizes: np.ndarray) -> dict[str, int]:
+    """Rows by length: {"<=32": rows of up to 32 tokens, ...}, without empty classes."""
     counts = np.bincount(np.searchsorted(HISTOGRAM_EDGES, sizes), minlength=len(HISTOGRAM_EDGES) + 1)
     names = [f"<={edge}" for edge in HISTOGRAM_EDGES] + [f">{HISTOGRAM_EDGES[-1]}"]
     return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
 
 
 def check_dropped(ledger: Ledger, limit: float) -> None:
+    """Raises DataError where no row is kept, or more than the share `limit` of all rows is dropped."""
     dropped = sum(ledger.dropped.values())
     if ledger.rows_kept == 0 or dropped > limit * ledger.rows_read:
         raise DataError(

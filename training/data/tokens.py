@@ -1,4 +1,4 @@
-"""Rows to token ids: tokenised once, cached, memory-mapped."""
+"""Turns rows into token ids: tokenised once, cached, memory-mapped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Prompts in, answers out: Dolly's sampling, batches of prompts, the text between the keys."""
+"""Answers prompts: Dolly's sampling, batches of prompts, the text between the keys."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from training.model.tokenizer import generation_config, load_tokenizer
 from training.storage.record import finished_run
 
 logger = logging.getLogger(__name__)
-
 
 # What a caller may set, with MLflow's names of the types. A temperature of 0: the likeliest answer, always the same.
 PARAMETERS: tuple[tuple[str, str, Any], ...] = (
@@ -42,12 +41,9 @@ def load_model_tokenizer_for_generate(
         finished_run(Path(path))
     device = device or best_device()
     if dtype is None:
-        if device.startswith("cuda"):
-            dtype = (
-                torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-            )
-        else:
-            dtype = torch.float16 if device == "mps" else torch.float32
+        has_bf16 = device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+        half = torch.bfloat16 if has_bf16 else torch.float16
+        dtype = half if device.startswith(("cuda", "mps")) else torch.float32
     tokenizer = load_tokenizer(path, trust_remote_code)
     model = load_model(path, tokenizer, dtype, DEFAULT_SEED, trust_remote_code)
     model.config.use_cache = True
@@ -84,7 +80,7 @@ def generate_responses(
     batch_size: int = 8,
     **generation: Any,
 ) -> list[str]:
-    """The text between response key and end key for every instruction, in the order asked.
+    """The text between response key and end key for every instruction, in their order.
 
     `generation` overrides Dolly's sampling (`max_new_tokens=256, do_sample=True, top_p=0.92, top_k=0`) by any
     argument of `model.generate`. Prompts are padded on the left and batched by length. Where a prompt leaves
@@ -110,7 +106,7 @@ def answer_batch(
     device: torch.device,
     **generation: Any,
 ) -> list[str]:
-    """The answers to a batch of prompts, given as ids. Under ZeRO-3 all ranks call it with the same number of batches."""
+    """The answers to a batch of prompts as ids. Under ZeRO-3 all ranks call it, with the same number of batches."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
@@ -126,7 +122,7 @@ def answer_batch(
 
 
 def printable(text: str) -> str:
-    """Without what a terminal would obey: a model that has not learned much says anything."""
+    """The text without control characters, which a terminal would obey: an untrained model may write any."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
