@@ -46,8 +46,8 @@ class Supervised:
     def __init__(self, place: Path, rank_does: str, **how: object) -> None:
         package = place / "training"
         package.mkdir()
-        for name in ("__init__", "supervisor", "exits"):
-            (package / f"{name}.py").symlink_to(ROOT / "training" / f"{name}.py")
+        for name in ("__init__.py", "consts.py", "launch"):
+            (package / name).symlink_to(ROOT / "training" / name)
         (package / "trainer.py").write_text(str(how.pop("first", "")) + STAND_IN + textwrap.dedent(rank_does))
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "DOLLY_SUPERVISED")}
         environment |= how.pop("environment", {})
@@ -232,7 +232,7 @@ def test_a_rank_that_hangs_is_told_before_the_launcher_kills_it(
     supervised: Start, patience: int, told: bool
 ) -> None:
     rank = "signal.signal(signal.SIGTERM, lambda *_: None); print('step 7', flush=True); time.sleep(3); sys.exit(75)"
-    first = f"import training.supervisor; training.supervisor.PATIENCE = {patience}"
+    first = f"import training.launch.supervisor; training.launch.supervisor.PATIENCE = {patience}"
     run = supervised(rank, until="step 7", first=first, environment={"RANK": "1"})
     run.process.send_signal(signal.SIGTERM)
     words = f"\nRank 1 is still busy {patience} s after it was told to stop\nIts last lines:\n  step 7\n"
@@ -241,7 +241,7 @@ def test_a_rank_that_hangs_is_told_before_the_launcher_kills_it(
 
 def test_the_supervisor_is_small() -> None:
     """It lives beside every rank: no torch, no transformers."""
-    words = "import sys, training.supervisor; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    words = "import sys, training.launch.supervisor; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
 
@@ -273,7 +273,7 @@ if "DOLLY_SUPERVISED" not in os.environ: subprocess.Popen = slow
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_rank_that_hangs_does_not_outlive_the_worker_of_spark_for_long(supervised: Start) -> None:
-    first = "import training.supervisor; training.supervisor.KILLED_AFTER = 1"
+    first = "import training.launch.supervisor; training.launch.supervisor.KILLED_AFTER = 1"
     deaf = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {READY}"
     run = supervised(deaf, until="ready", first=first, command=SPARK)
     run.process.kill()
