@@ -160,43 +160,40 @@ class Gpus:
             {
                 "device": name,
                 "type": self.ask(pynvml.nvmlDeviceGetName, handle),
-                "memory_gib": self._memory(handle, "total"),
-                "bus": self._bus(handle),
+                "memory_gib": self._gib(handle, "total"),
+                "bus": self.ask(pynvml.nvmlDeviceGetPciInfo, handle, part="busId"),
             }
             for name, handle in self.handles.items()
         ]
 
-    def ask(self, query: Callable[..., Any], *arguments: Any) -> Any:
-        """The answer of a query, None if the driver has none."""
+    def ask(self, query: Callable[..., Any], *arguments: Any, part: str = "") -> Any:
+        """The answer of a query, or a part of it; None if the driver has none."""
         try:
-            return query(*arguments)
+            answer = query(*arguments)
         except self.nvml.NVMLError:
             return None
+        return getattr(answer, part) if part else answer
 
     def read(self) -> tuple[dict[str, float | None], dict[str, float | None]]:
         """Utilisation in percent and used memory in GiB, by device. Raises NVMLError if no device reports either."""
         use, memory = {}, {}
         for name, handle in self.handles.items():
-            rates = self.ask(self.nvml.nvmlDeviceGetUtilizationRates, handle)
-            use[name] = None if rates is None else float(rates.gpu)
-            memory[name] = self._memory(handle, "used")
+            use[name] = self.ask(self.nvml.nvmlDeviceGetUtilizationRates, handle, part="gpu")
+            memory[name] = self._gib(handle, "used")
         if not (_known(use) or _known(memory)):
             self.nvml.nvmlDeviceGetMemoryInfo(next(iter(self.handles.values())))  # says why
         return use, memory
 
-    def _memory(self, handle: Any, part: str) -> float | None:
-        """GiB of a device, "total" or "used"."""
-        memory = self.ask(self.nvml.nvmlDeviceGetMemoryInfo, handle)
-        return None if memory is None else getattr(memory, part) / GIB
-
-    def _bus(self, handle: Any) -> str | None:
-        info = self.ask(self.nvml.nvmlDeviceGetPciInfo, handle)
-        return None if info is None else info.busId
+    def _gib(self, handle: Any, part: str) -> float | None:
+        """Memory of a device, "total" or "used"."""
+        size = self.ask(self.nvml.nvmlDeviceGetMemoryInfo, handle, part=part)
+        return None if size is None else size / GIB
 
     def _topology(self, boards: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         """Between each two GPUs the word that `nvidia-smi topo -m` prints."""
         links = {name: self._links(board) for name, board in boards.items()}
-        buses = {name: self._bus(board) for name, board in boards.items()}
+        find_bus = self.nvml.nvmlDeviceGetPciInfo
+        buses = {name: self.ask(find_bus, board, part="busId") for name, board in boards.items()}
 
         def word(one: str, other: str) -> str:
             if one == other:
@@ -217,9 +214,8 @@ class Gpus:
         for link in range(self.nvml.NVML_NVLINK_MAX_LINKS):
             if self.ask(self.nvml.nvmlDeviceGetNvLinkState, board, link):
                 kind = self.ask(self.nvml.nvmlDeviceGetNvLinkRemoteDeviceType, board, link)
-                remote = self.ask(self.nvml.nvmlDeviceGetNvLinkRemotePciInfo, board, link)
-                at_switch = kind == self.nvml.NVML_NVLINK_DEVICE_TYPE_SWITCH
-                ends.append("switch" if at_switch else remote and remote.busId)
+                bus = self.ask(self.nvml.nvmlDeviceGetNvLinkRemotePciInfo, board, link, part="busId")
+                ends.append("switch" if kind == self.nvml.NVML_NVLINK_DEVICE_TYPE_SWITCH else bus)
         return ends
 
 
@@ -252,19 +248,17 @@ class Host:
 
 def container_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
     """Bytes that this container uses, and may use, cached files left out; None where nothing limits it."""
-    for limit_file, used_file, cache in (  # cgroups version 2, then 1
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    for folder, limit_file, used_file, cache in (  # cgroups version 2, then 1
+        (cgroups, "memory.max", "memory.current", "inactive_file"),
+        (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            limit = int((cgroups / limit_file).read_text())
-            used = int((cgroups / used_file).read_text())
-            lines = ((cgroups / limit_file).parent / "memory.stat").read_text().splitlines()
+            limit, used = (int((folder / file).read_text()) for file in (limit_file, used_file))
+            statistics = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
         except (OSError, ValueError):  # no such file, or "max"
             continue
-        cached = dict(line.split() for line in lines).get(cache, 0)
         if limit < 2**60:  # version 1 says "no limit" with a number near 2**63
-            return max(0, used - int(cached)), limit
+            return max(0, used - int(statistics.get(cache, 0))), limit
     return None
 
 
@@ -311,16 +305,13 @@ class Run:
         self.folder = folder
         self.metrics, self.samples = Lines(folder / "metrics.jsonl"), Lines(folder / "samples.jsonl")
         self._forget_metrics()
-        self._forget_samples()
+        self.answers: dict[float, dict[str, str]] = {}  # step -> prompt -> answer
+        self.epochs: dict[float, float | None] = {}  # step -> epoch
 
     def _forget_metrics(self) -> None:
         self.loss, self.speed = Series(1), Series(1)
         self.last: dict[str, float] = {}  # the latest of each figure
         self.pace: deque[tuple[float, float]] = deque(maxlen=20)  # (step, seconds) of the latest lines
-
-    def _forget_samples(self) -> None:
-        self.answers: dict[float, dict[str, str]] = {}  # step -> prompt -> answer
-        self.epochs: dict[float, float | None] = {}  # step -> epoch
 
     def read(self) -> None:
         """Takes in what is new. Raises OSError if a file exists and cannot be read."""
@@ -337,7 +328,7 @@ class Run:
                 self.pace.append((step, figures["seconds"]))
         anew, entries = self.samples.new()
         if anew:
-            self._forget_samples()
+            self.answers, self.epochs = {}, {}
         for entry in entries:
             self._take_answer(entry)
 
@@ -398,13 +389,12 @@ def chart_spec(
         "x": {"field": "x", "type": "quantitative", "title": x, "scale": {"zero": False, "nice": False}},
         "y": {"field": "value", "type": "quantitative", "title": y, "scale": scale},
         "color": {"field": "name", "type": "nominal", "title": None, "sort": names, "legend": legend},
-        "tooltip": [{"field": "name"}, {"field": "x", "title": x}, {"field": "value", "title": y}],
     }
 
     def layer(fields: list[str], name: str, **mark: Any) -> dict[str, Any]:
         folded = {"fold": fields, "as": ["field", "value"]}
         steps = [folded, {"filter": "isValid(datum.value)"}, {"calculate": name, "as": "name"}]
-        return {"transform": steps, "mark": {"type": "line", **mark}}
+        return {"transform": steps, "mark": {"type": "line", "tooltip": True, **mark}}
 
     maxima = [f"max {name}" for name in names if any(f"max {name}" in row for row in rows)]
     layers = [layer(maxima, "slice(datum.field, 4)", strokeWidth=1, opacity=0.35)] if maxima else []
@@ -536,17 +526,14 @@ class Profiler:
                     self.use.add(seconds, use)
                     self.memory.add(seconds, memory)
         if self.host:
+            folder = Path.cwd()  # whose disk is watched
+            with self.harmless("run folder"):
+                folder = self.folder() or folder
             with self.harmless("host"):
-                figures = self.host.read(self.where())
+                figures = self.host.read(folder)
                 with self.lock:
                     self.machine.add(seconds, figures)
         self.count += 1
-
-    def where(self) -> Path:
-        """The folder whose disk is watched: the run's if it has one."""
-        with self.harmless("run folder"):
-            return self.folder() or Path.cwd()
-        return Path.cwd()
 
     def _record(self) -> dict[str, Any]:
         """The profile as an artifact."""
@@ -572,9 +559,9 @@ class Profiler:
             since = self.seconds()
             wait = min(REFRESH_SECONDS, max(3.0, since / 4))  # shorter at first: somebody is waiting
             with self.harmless("card"):
-                changed = self.draw()
                 if _card_process_runs(self.card):
                     continue  # a machine this busy gets no more work
+                changed = self.draw()
                 # A plain refresh only gives its figures to a browser that shows the card. What `card view` and
                 # `card get` show is drawn whole, which takes two processes: seldom.
                 whole = changed or since - drawn > min(300.0, max(30.0, since / 10))

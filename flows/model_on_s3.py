@@ -184,11 +184,9 @@ def _figures(file: Path) -> dict[str, Any] | None:
 def main(run_id: str, folder: Path) -> None:
     """Fetch the model of a flow's run, by its RUN_ID, to FOLDER, or go on with a copy that broke off."""
     try:
-        import metaflow  # noqa: F401
+        fetch(run_id, folder.expanduser())
     except ImportError:
         sys.exit(NO_METAFLOW)
-    try:
-        fetch(run_id, folder.expanduser())
     except StoreError as error:
         sys.exit(f"Cannot fetch: {error}")
     click.echo(

@@ -85,18 +85,15 @@ class StepFailedError(MetaflowException):
         super().__init__(f"{error}\n{cure}")
 
 
-def option_help(name: str, default: str = "") -> str:
-    """The trainer's help of an option, with the default of the trainer, or the flow's own."""
-    option = TrainingOptions.__dataclass_fields__[name]
-    shown = default or option.default
-    return option.metadata["help"] + (f"  [default: {shown}]" if shown is not None else "")
-
-
-def option(name: str, default: str = "") -> Any:
-    """A parameter of the flow for an option of the trainer."""
-    kind = TrainingOptions.__dataclass_fields__[name].type.split()[0]  # of "int | None" the first
-    python_type = {"int": int, "float": float}.get(kind, str)
-    return Parameter(flag_of(name)[2:], type=python_type, help=option_help(name, default))
+def option(name: str, default: str = "", parameter: Any = Parameter, **settings: Any) -> Any:
+    """A parameter of the flow for an option of the trainer, with its help. `default`: in words, where it is the flow's own."""
+    known = TrainingOptions.__dataclass_fields__[name]
+    python_type = {"int": int, "float": float}.get(known.type.split()[0])  # of "int | None" the first
+    if python_type:
+        settings["type"] = python_type
+    shown = default or known.default
+    note = "" if shown is None else f"  [default: {shown}]"
+    return parameter(flag_of(name)[2:], help=known.metadata["help"] + note, **settings)
 
 
 @metaflow.package_sources([str(source) for source in SOURCES], suffixes=SUFFIXES)
@@ -134,9 +131,7 @@ class TrainDollyFlow(FlowSpec):
     max_steps = option("max_steps")
     lr = option("lr", "Dolly's")
     seed = option("seed")
-    sample_prompts = IncludeFile(
-        "sample-prompts", help=option_help("sample_prompts", "Dolly's five"), is_text=False
-    )
+    sample_prompts = option("sample_prompts", "Dolly's five", IncludeFile, is_text=False)
     sample_every = option("sample_every")
     local_training_root = Parameter(
         "local-training-root",
