@@ -155,7 +155,6 @@ class Gpus:
         self.driver = self.ask(pynvml.nvmlSystemGetDriverVersion)
         version = self.ask(pynvml.nvmlSystemGetCudaDriverVersion)  # 12040 is CUDA 12.4
         self.cuda = None if version is None else f"{version // 1000}.{version % 1000 // 10}"
-        self.topology = self._topology(boards)
         self.devices: list[dict[str, Any]] = [
             {
                 "device": name,
@@ -165,6 +164,7 @@ class Gpus:
             }
             for name, handle in self.handles.items()
         ]
+        self.topology = self._topology(boards)
 
     def ask(self, query: Callable[..., Any], *arguments: Any, part: str = "") -> Any:
         """The answer of a query, or a part of it; None if the driver has none."""
@@ -192,8 +192,7 @@ class Gpus:
     def _topology(self, boards: Mapping[str, Any]) -> dict[str, dict[str, str]]:
         """Between each two GPUs the word that `nvidia-smi topo -m` prints."""
         links = {name: self._links(board) for name, board in boards.items()}
-        find_bus = self.nvml.nvmlDeviceGetPciInfo
-        buses = {name: self.ask(find_bus, board, part="busId") for name, board in boards.items()}
+        buses = {device["device"]: device["bus"] for device in self.devices}
 
         def word(one: str, other: str) -> str:
             if one == other:
@@ -344,14 +343,13 @@ class Run:
         """(percent, latest figures, time that is left at the latest pace), in words."""
         step, steps = self.last.get("step", 0.0), self.last.get("max_steps", 0.0)
         words = f"step {step:,.0f} of {steps:,.0f}" if steps else f"step {step:,.0f}"
-        for name, form in (
-            ("epoch", ", epoch {:.2f}"),
-            ("loss", ", loss {:.3g}"),
-            ("eval_loss", ", held-out loss {:.3g}"),
-            ("tokens_per_second", ", {:,.0f} tokens/s"),
-        ):
-            if name in self.last:
-                words += form.format(self.last[name])
+        forms = {
+            "epoch": ", epoch {:.2f}",
+            "loss": ", loss {:.3g}",
+            "eval_loss": ", held-out loss {:.3g}",
+            "tokens_per_second": ", {:,.0f} tokens/s",
+        }
+        words += "".join(form.format(self.last[name]) for name, form in forms.items() if name in self.last)
         left = "at its end" if steps and step >= steps else "time left not known yet"
         if self.pace and steps > step:
             (first, begin), (latest, now) = self.pace[0] if len(self.pace) > 1 else (0.0, 0.0), self.pace[-1]
@@ -783,11 +781,8 @@ def main() -> None:
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():
         sys.exit("Type python gpu_profile.py FLOW.py [--run-id ID] [--port PORT]")
 
-    class ThisMachineAlone(card_server.ThreadingHTTPServer):
-        def __init__(self, address: tuple[str, int], routes: Any):
-            super().__init__(("127.0.0.1", address[1]), routes)
-
-    card_server.ThreadingHTTPServer = ThisMachineAlone
+    server = card_server.ThreadingHTTPServer
+    card_server.ThreadingHTTPServer = lambda address, routes: server(("127.0.0.1", address[1]), routes)
     flow = str(Path(sys.argv[1]).resolve())
     sys.argv = [flow, "card", "server", *sys.argv[2:]]
     sys.path.insert(0, str(Path(flow).parent))

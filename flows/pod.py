@@ -14,7 +14,7 @@ from typing import Any
 
 from metaflow.exception import MetaflowException
 
-from training.consts import DEFAULT_INPUT_MODEL, DEMO, GIB
+from training.consts import GIB
 from training.errors import MachineError
 from training.machine.catalogue import FAMILIES, Machine, find_machine
 from training.options.settings import resolve
@@ -82,10 +82,9 @@ def plan_for(machine: Machine) -> Plan:
     if machine.is_cpu:
         chosen |= demo_options(machine.count)
     options = TrainingOptions(local_output_dir="OUTPUT", **chosen)
-    model = model_shape(DEMO if machine.is_cpu else DEFAULT_INPUT_MODEL)
     rates = CpuRates(1e9, 1e9) if machine.is_cpu else None  # of times, which nobody reads here
     settings = resolve(options, machine.count, FAMILIES[machine.family].precision)
-    return plan_run(settings, alpaca_lengths(), model, machine, rates)
+    return plan_run(settings, alpaca_lengths(), model_shape(options.input_model), machine, rates)
 
 
 def resources(name: str, requested: Mapping[str, int]) -> dict[str, Any]:
@@ -107,12 +106,8 @@ def resources(name: str, requested: Mapping[str, int]) -> dict[str, Any]:
 def pod_machine(name: str, requested: Mapping[str, int]) -> Machine:
     """The machine that training finds in such a pod: its GPUs, with the pod's memory and disk."""
     machine, granted = machine_of(name, requested.get("gpu")), resources(name, requested)
-    return replace(
-        machine,
-        name="this pod",
-        host_gib=granted["memory"] * 1e6 / GIB - _overhead(machine),
-        disk_gib=granted["disk"] * 1e6 / GIB,
-    )
+    memory, disk = (granted[key] * 1e6 / GIB for key in ("memory", "disk"))
+    return replace(machine, name="this pod", host_gib=memory - _overhead(machine), disk_gib=disk)
 
 
 def advice(plan: Plan, requested: Mapping[str, int]) -> str:

@@ -88,12 +88,11 @@ class StepFailedError(MetaflowException):
 def option(name: str, default: str = "", parameter: Any = Parameter, **settings: Any) -> Any:
     """A parameter of the flow for an option of the trainer, with its help. `default`: in words, where it is the flow's own."""
     known = TrainingOptions.__dataclass_fields__[name]
-    python_type = {"int": int, "float": float}.get(known.type.split()[0])  # of "int | None" the first
-    if python_type:
-        settings["type"] = python_type
+    kinds: dict[str, Any] = {"int": {"type": int}, "float": {"type": float}}
+    kind = kinds.get(known.type.split()[0], {})  # of "int | None" the first
     shown = default or known.default
     note = "" if shown is None else f"  [default: {shown}]"
-    return parameter(flag_of(name)[2:], help=known.metadata["help"] + note, **settings)
+    return parameter(flag_of(name)[2:], help=known.metadata["help"] + note, **kind, **settings)
 
 
 @metaflow.package_sources([str(source) for source in SOURCES], suffixes=SUFFIXES)
@@ -247,11 +246,10 @@ class TrainDollyFlow(FlowSpec):
             )
         problems += option_problems(options)
         if not remote:  # a pod has a disk of its own
-            for problem in place_problems(options):  # in the names of the flow's parameters
+            own = "--dbfs-output-root" if target else "--dbfs-output-dir"
+            for problem in place_problems(options):  # named as the flow's parameters are
                 problem = problem.replace("--local-output-dir", "--local-training-root")
-                problems.append(
-                    problem.replace("--dbfs-output-dir", "--dbfs-output-root") if target else problem
-                )
+                problems.append(problem.replace("--dbfs-output-dir", own))
         if problems:
             raise OptionsError(*problems)
         return options
@@ -343,10 +341,9 @@ def _runs_folder(root: str | None) -> Path:
 
 def _suffix(content: bytes, otherwise: str) -> str:
     """The ending by which the trainer reads a file, from its first bytes: Metaflow does not keep a file's name."""
-    if content[:4] == b"PAR1":
-        return ".parquet"
-    first = content.lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
-    return {b"[": ".json", b"{": ".jsonl"}.get(first, otherwise)
+    kinds = {b"PAR1": ".parquet", b"[": ".json", b"{": ".jsonl"}
+    content = content.lstrip(b"\xef\xbb\xbf \t\r\n")
+    return next((suffix for start, suffix in kinds.items() if content.startswith(start)), otherwise)
 
 
 def _dollys_prompts(demo: bool) -> bytes:
