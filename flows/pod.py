@@ -16,14 +16,13 @@ from metaflow.exception import MetaflowException
 
 from training.consts import GIB
 from training.errors import MachineError
-from training.machine.catalogue import FAMILIES, Machine, find_machine
+from training.machine.catalogue import Machine, find_family, find_machine
 from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import alpaca_lengths
 from training.plan.fit import Plan, plan_run
 from training.plan.lookup import model_shape
 from training.plan.presets import demo_options, preset_options
-from training.plan.timing import CpuRates
 
 CPU_RANKS = 2
 # A container has 64 MiB of /dev/shm, and NCCL keeps its buffers between the GPUs of a node there: 2 GiB a rank make
@@ -82,9 +81,9 @@ def plan_for(machine: Machine) -> Plan:
     if machine.is_cpu:
         chosen |= demo_options(machine.count)
     options = TrainingOptions(local_output_dir="OUTPUT", **chosen)
-    rates = CpuRates(1e9, 1e9) if machine.is_cpu else None  # of times, which nobody reads here
-    settings = resolve(options, machine.count, FAMILIES[machine.family].precision)
-    return plan_run(settings, alpaca_lengths(), model_shape(options.input_model), machine, rates)
+    settings = resolve(options, machine.count, find_family(machine.family).precision)
+    machine = replace(machine, flops=machine.flops or 1e9)  # nobody reads times here, so no CPU is measured
+    return plan_run(settings, alpaca_lengths(), model_shape(options.input_model), machine)
 
 
 def resources(name: str, requested: Mapping[str, int]) -> dict[str, Any]:

@@ -1,42 +1,30 @@
-"""Padded against packed on the user's own hardware: same rows, same weights, side by side.
+"""Runs the recipes of the benchmark in turn on the same rows and weights, and measures them.
 
-python -m training.bench --training-dataset rows.jsonl --width 2048 --layers 3 --heads 16
-
-Four recipes take turns, so that a machine whose speed drifts is unfair to none of them:
-
-    dolly           padded to the longest of a random batch, eager attention, gradient checkpointing
-    stock           the best of transformers' own Trainer: padded, dealt by `batch_rebalance`, no checkpointing
-    packed          ours, no checkpointing
-    packed_checkpointed   ours with Dolly's checkpointing, to compare like with like
-
-Where the `trl` package is installed its SFTTrainer, padding-free on eager attention, is one more: the fastest of
-its settings that keeps GPT-J's documents apart.
-
-On one rank every recipe computes the same batches. For N ranks it is the slowest rank that a step waits for, so
-of each global batch the share with the most computed tokens is what is timed. The steps are not the first ones of
-the epoch but spread evenly over how much padding costs them, because a few random ones would be too few."""
+On one rank every recipe computes the same batches. A step of N ranks waits for its slowest rank, so of each global
+batch only the share with the most computed tokens is timed. The timed steps are spread evenly from the one that
+padding costs least to the costliest, because a few random ones would be too few."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import multiprocessing
-import resource
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from statistics import fmean
+from typing import Any, Literal
 
 import click
 import datasets
 import torch
 from tqdm import tqdm
-from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel
-from transformers.trainer_pt_utils import BatchRebalanceSampler
+from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from training.consts import DEFAULT_SEED, IGNORE_INDEX, PAD_TO_MULTIPLE_OF
+from training.consts import DEFAULT_SEED, IGNORE_INDEX
 from training.data.batching import GlobalBatchSampler
 from training.data.collator import (
     DataCollatorForCompletionOnlyLM,
@@ -44,46 +32,156 @@ from training.data.collator import (
     completion_labels,
     count_labels,
 )
-from training.machine.flops import layer_tokens, model_parameters, training_flops
+from training.machine.flops import (
+    layer_tokens,
+    matmul_flops_per_second,
+    model_parameters,
+    training_flops,
+    wait_for,
+)
+from training.machine.local import peak_memory_gib
 from training.model.attention import use_packed_attention
+from training.model.loading import DTYPES
 from training.model.loss import use_response_loss
+from training.plan.epoch import padded_length
 
-RECIPES = ["dolly", "stock", "packed", "packed_checkpointed"]
+PASSES = 3  # of each timed step
+POSITIONS = 2048
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to train.
+
+    Attributes:
+        deal: how a global batch becomes the shares of the ranks (data/batching.py).
+        packed: our attention, loss and collator.
+        checkpointed: every layer is computed again in the backward pass.
+        real_only: no padding is computed.
+    """
+
+    deal: Literal["packed", "padded", "length"]
+    packed: bool = False
+    checkpointed: bool = False
+    real_only: bool = False
+
+
+RECIPES = {
+    # padded to the longest row of a random batch
+    "dolly": Recipe("padded", checkpointed=True),
+    # the best of transformers' own Trainer: padded, dealt by `batch_rebalance`
+    "stock": Recipe("length"),
+    "packed": Recipe("packed", packed=True, real_only=True),
+    # to compare like with like
+    "packed_checkpointed": Recipe("packed", packed=True, checkpointed=True, real_only=True),
+}
+# The SFTTrainer of the `trl` package where it is installed: padding-free on eager attention, the fastest of its
+# settings that keeps GPT-J's documents apart.
 TRL = "trl"
-PASSES = 3
+ALL_RECIPES = RECIPES | {TRL: Recipe("padded", real_only=True)}
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What is compared, as it was typed: the model's shape, the batches, the device.
+
+    `vocabulary` are the rows of the embedding; None until the tokenizer is loaded.
+    """
+
+    width: int
+    layers: int
+    heads: int
+    vocabulary: int | None
+    batch: int
+    world_size: int
+    steps: int
+    precision: str
+    device: str
 
 
 @dataclass
 class Timing:
-    """What one recipe took for some shares of rows."""
+    """What one recipe took for some shares of rows, and the operations that these need."""
 
     seconds: float = 0.0
-    real_tokens: int = 0
     flops: float = 0.0
 
-    @property
-    def tokens_per_second(self) -> float:
-        return self.real_tokens / self.seconds
+
+def compare(
+    choices: Choices, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset
+) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """(the figures, by recipe the share of real tokens at each step of an epoch)."""
+    lengths, pad, ranks = rows["length"][:], tokenizer.pad_token_id, choices.world_size
+    first = [rows[row] for row in global_shares("dolly", lengths, choices.batch, 1)[0][0]]
+    peaks = peak_memories(choices, first, pad)
+    padded, packed = build_model(choices, False), build_model(choices, True)
+    trainees: dict[str, Any] = {name: packed if recipe.packed else padded for name, recipe in RECIPES.items()}
+    if importlib.util.find_spec("trl"):
+        trainees[TRL] = sft_trainer(build_model(choices, False), tokenizer, choices.batch)
+    losses, differences = gradient_difference(trainees, first, pad)
+    matmul = _matmul_rate(choices)
+    result: dict[str, Any] = {
+        "rows": len(rows),
+        "world_size": ranks,
+        "steps": {},
+        "precision": choices.precision,
+        "device": choices.device,
+        "threads": torch.get_num_threads(),
+        "max_relative_gradient_difference": differences["packed"],
+    }
+    timings = {}
+    for place, count, title in (
+        ("one_rank", 1, "one rank"),
+        ("slowest_rank", ranks, f"slowest of {ranks} ranks"),
+    ):
+        shares = {name: global_shares(name, lengths, choices.batch, count) for name in trainees}
+        steps = typical_steps(shares["dolly"], lengths, choices.steps)
+        slowest = [
+            {name: slowest_share(shares[name][i], lengths, ALL_RECIPES[name].real_only) for name in trainees}
+            for i in steps
+        ]
+        timings[place] = measure(trainees, rows, slowest, pad, title)
+        # A step takes as long as its slowest share, whatever rows the recipe put there.
+        tokens = sum(lengths[row] for i in steps for share in shares["dolly"][i] for row in share)
+        speeds = {name: tokens / timing.seconds for name, timing in timings[place].items()}
+        result["steps"][place] = len(steps)
+        result[place] = {
+            "tokens_per_second": speeds,
+            "ratio": speeds["packed"] / speeds["dolly"],
+            "ratio_to_stock": speeds["packed"] / speeds["stock"],
+            "ratio_like_for_like": speeds["packed_checkpointed"] / speeds["dolly"],
+        }
+    matmul = max(matmul, _matmul_rate(choices))
+    result["matmul_gflops"] = matmul / 1e9
+    real = {name: real_token_shares(name, lengths, choices.batch, ranks) for name in trainees}
+    for name, timing in timings["one_rank"].items():
+        result[name] = {
+            "loss": losses[name],
+            "relative_gradient_difference": differences[name],
+            "mfu": timing.flops / timing.seconds / matmul,
+            "peak_memory_gib": peaks.get(name),
+            "real_token_share": fmean(real[name]),
+        }
+    return result, real
 
 
-def build_model(
-    packed: bool,
-    vocabulary: int,
-    width: int,
-    layers: int,
-    heads: int,
-    positions: int,
-    dtype: torch.dtype,
-    device: str,
-) -> PreTrainedModel:
+def _matmul_rate(choices: Choices) -> float:
+    device, dtype = torch.device(choices.device), DTYPES[choices.precision]
+    return matmul_flops_per_second(device, dtype, tokens=1024, width=4096)
+
+
+# --- models and steps ---------------------------------------------------------------------------------
+
+
+def build_model(choices: Choices, packed: bool) -> PreTrainedModel:
     """A GPT-J with seeded random weights: transformers' own, or the same with our attention and loss."""
     config = GPTJConfig(
-        vocab_size=vocabulary,
-        n_embd=width,
-        n_layer=layers,
-        n_head=heads,
-        rotary_dim=min(64, width // heads),
-        n_positions=positions,
+        vocab_size=choices.vocabulary,
+        n_embd=choices.width,
+        n_layer=choices.layers,
+        n_head=choices.heads,
+        rotary_dim=min(64, choices.width // choices.heads),
+        n_positions=POSITIONS,
         attn_pdrop=0,
         resid_pdrop=0,
         embd_pdrop=0,
@@ -94,14 +192,14 @@ def build_model(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(DEFAULT_SEED)
         model = GPTJForCausalLM._from_config(config, attn_implementation="eager")
-    model = model.to(device=device, dtype=dtype).train()
+    model = model.to(device=choices.device, dtype=DTYPES[choices.precision]).train()
     if packed:
         use_packed_attention(model)
         use_response_loss(model)
     return model
 
 
-def sft_trainer(model: PreTrainedModel, tokenizer: Any, rows: int) -> Any:
+def sft_trainer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> Any:
     """TRL's trainer around `model`, padding-free, with the loss on the response alone."""
     from trl import SFTConfig, SFTTrainer
 
@@ -124,69 +222,51 @@ def sft_trainer(model: PreTrainedModel, tokenizer: Any, rows: int) -> Any:
 
 
 def step(
-    trainee: Any, rows: Sequence[dict[str, Any]], recipe: str, pad_token_id: int
+    trainee: Any, rows: Sequence[dict[str, Any]], name: str, pad_token_id: int
 ) -> tuple[float, float, int]:
     """Forward and backward of one share. Returns (seconds, loss, labels); the gradients stay in the model.
 
     `trainee` is the model, or TRL's trainer around it.
     """
-    model = trainee.model if recipe == TRL else trainee
-    if recipe in ("dolly", "packed_checkpointed"):
+    model = trainee.model if name == TRL else trainee
+    if ALL_RECIPES[name].checkpointed:
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:
         model.activation_checkpointing_disable()
     model.zero_grad()  # to None, as the Trainer does
-    _wait(model)
+    wait_for(model.device)
     begin = time.perf_counter()
-    if recipe == TRL:
+    if name == TRL:
         batch = trainee.data_collator(
             [{"input_ids": row["input_ids"], "labels": completion_labels(row)} for row in rows]
         )
     else:
-        collator = (
-            DataCollatorForPackedRows if recipe.startswith("packed") else DataCollatorForCompletionOnlyLM
-        )
+        packed = ALL_RECIPES[name].packed
+        collator = DataCollatorForPackedRows if packed else DataCollatorForCompletionOnlyLM
         batch = collator(pad_token_id=pad_token_id)(list(rows))
-    batch = {
-        name: value.to(model.device) if torch.is_tensor(value) else value for name, value in batch.items()
-    }
+    batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
     labels = count_labels(batch)
-    if recipe == TRL:
+    if name == TRL:
         loss = trainee.compute_loss(model, batch, num_items_in_batch=labels)
     else:
         loss = model(**batch, num_items_in_batch=labels).loss
     loss.backward()
-    _wait(model)
+    wait_for(model.device)
     return time.perf_counter() - begin, loss.item(), int(labels)
 
 
-def _wait(model: PreTrainedModel) -> None:
-    if model.device.type == "cuda":
-        torch.cuda.synchronize()
-
-
-def packs(recipe: str) -> bool:
-    """Whether the recipe computes real tokens only."""
-    return recipe == TRL or recipe.startswith("packed")
+# --- rows and shares ----------------------------------------------------------------------------------
 
 
 def computed_tokens(lengths: Sequence[int], packed: bool) -> int:
     """Tokens that a share costs: its own if packed, else every row padded to the longest."""
     if packed or not lengths:
         return sum(lengths)
-    return len(lengths) * -(-max(lengths) // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
+    return len(lengths) * padded_length(max(lengths))
 
 
-def global_shares(recipe: str, lengths: Sequence[int], rows: int, world_size: int) -> list[list[list[int]]]:
+def global_shares(name: str, lengths: Sequence[int], rows: int, world_size: int) -> list[list[list[int]]]:
     """The full global batches of an epoch, `[step][rank]`, as the recipe deals them. All have the same batches."""
-    if recipe == "stock":
-        ranks = [
-            BatchRebalanceSampler(
-                list(lengths), rows * world_size, world_size, 1, seed=DEFAULT_SEED, rank=rank
-            )
-            for rank in range(world_size)
-        ]
-        return [list(shares) for shares in zip(*ranks, strict=True)]
     sampler = GlobalBatchSampler(
         lengths,
         rows * world_size,
@@ -194,7 +274,7 @@ def global_shares(recipe: str, lengths: Sequence[int], rows: int, world_size: in
         rank=0,
         accumulation=1,
         seed=DEFAULT_SEED,
-        deal="packed" if recipe.startswith("packed") else "padded",
+        deal=ALL_RECIPES[name].deal,
     )
     full = len(lengths) // (rows * world_size)
     return [
@@ -210,68 +290,64 @@ def slowest_share(shares: Sequence[Sequence[int]], lengths: Sequence[int], packe
 
 def typical_steps(shares: list[list[list[int]]], lengths: Sequence[int], steps: int) -> list[int]:
     """Steps that stand for the epoch: spread evenly from the one that padding costs least to the costliest."""
-
-    def waste(step: int) -> float:
-        costs = [computed_tokens([lengths[row] for row in share], packed=False) for share in shares[step]]
-        return max(costs) / sum(lengths[row] for share in shares[step] for row in share)
-
-    order = sorted(range(len(shares)), key=waste)
+    order = sorted(
+        range(len(shares)), key=lambda i: real_share(shares[i], lengths, packed=False), reverse=True
+    )
     steps = min(steps, len(order))
     return [order[int((i + 0.5) * len(order) / steps)] for i in range(steps)]
 
 
-def real_token_shares(recipe: str, lengths: Sequence[int], rows: int, world_size: int) -> list[float]:
-    """Of what the devices could have computed while they waited for the slowest, the share that is real, per step."""
-    packed = packs(recipe)
-    shares = []
-    for ranks in global_shares(recipe, lengths, rows, world_size):
-        costs = [computed_tokens([lengths[row] for row in share], packed) for share in ranks]
-        shares.append(sum(lengths[row] for share in ranks for row in share) / (max(costs) * world_size))
-    return shares
+def real_share(shares: Sequence[Sequence[int]], lengths: Sequence[int], packed: bool) -> float:
+    """The real tokens of a step, as a share of what its ranks could compute while they wait for the slowest."""
+    costs = [computed_tokens([lengths[row] for row in share], packed) for share in shares]
+    return sum(lengths[row] for share in shares for row in share) / (max(costs) * len(shares))
+
+
+def real_token_shares(name: str, lengths: Sequence[int], rows: int, world_size: int) -> list[float]:
+    """`real_share` of every step of an epoch."""
+    steps = global_shares(name, lengths, rows, world_size)
+    return [real_share(shares, lengths, ALL_RECIPES[name].real_only) for shares in steps]
+
+
+# --- measurements -------------------------------------------------------------------------------------
 
 
 def measure(
     trainees: dict[str, Any],
-    rows: Any,
-    plan: list[dict[str, Sequence[int]]],
+    rows: datasets.Dataset,
+    steps: list[dict[str, Sequence[int]]],
     pad_token_id: int,
     description: str,
 ) -> dict[str, Timing]:
-    """Runs the recipes in turn over `plan`, which has the rows of every recipe for every step.
+    """Runs the recipes in turn over `steps`, which has the rows of every recipe for every step.
 
-    Every step runs PASSES times, the recipes in turn each time, and its fastest counts: what else the machine does
-    can only make a step slower, and would fall on one recipe.
+    Taking turns, they share whatever drifts in the machine's speed. Every step runs PASSES times and its fastest
+    counts, because what else the machine does can only make a step slower.
     """
-    timings = {recipe: Timing() for recipe in trainees}
+    timings = {name: Timing() for name in trainees}
     parameters = model_parameters(trainees["packed"])
-    config = trainees["packed"].config
-    with tqdm(total=PASSES * len(plan), desc=description, file=sys.stderr, disable=None) as progress:
-        for shares in plan:
-            chosen = {recipe: [rows[row] for row in share] for recipe, share in shares.items()}
+    width, depth = trainees["packed"].config.n_embd, trainees["packed"].config.n_layer
+    with tqdm(total=PASSES * len(steps), desc=description, file=sys.stderr, disable=None) as progress:
+        for shares in steps:
+            chosen = {name: [rows[row] for row in share] for name, share in shares.items()}
             fastest = dict.fromkeys(shares, math.inf)
-            counted = {}
+            labels = {}
             for _ in range(PASSES):
-                for recipe in shares:
-                    seconds, _, counted[recipe] = step(trainees[recipe], chosen[recipe], recipe, pad_token_id)
-                    fastest[recipe] = min(fastest[recipe], seconds)
+                for name in shares:
+                    seconds, _, labels[name] = step(trainees[name], chosen[name], name, pad_token_id)
+                    fastest[name] = min(fastest[name], seconds)
                 progress.update()
-            for recipe, timing in timings.items():
-                lengths = [len(row["input_ids"]) for row in chosen[recipe]]
-                timing.seconds += fastest[recipe]
-                timing.real_tokens += sum(lengths)
-                timing.flops += training_flops(
-                    *parameters,
-                    config.n_embd,
-                    config.n_layer,
-                    layer_tokens(sum(lengths), counted[recipe], config.n_layer),
-                    counted[recipe],
-                    sum(n * n for n in lengths) / 2,
-                )
+            for name, timing in timings.items():
+                lengths = [len(row["input_ids"]) for row in chosen[name]]
+                tokens = layer_tokens(sum(lengths), labels[name], depth)
+                scores = sum(n * n for n in lengths) / 2
+                timing.seconds += fastest[name]
+                timing.flops += training_flops(*parameters, width, depth, tokens, labels[name], scores)
     return timings
 
 
 def gradient_difference(
-    trainees: dict[str, Any], rows: Any, pad_token_id: int
+    trainees: dict[str, Any], rows: Sequence[dict[str, Any]], pad_token_id: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """By recipe, on the same rows: the loss, and the largest difference of any parameter's gradient to Dolly's.
 
@@ -279,57 +355,46 @@ def gradient_difference(
     """
     losses, differences = {}, {}
     reference: dict[str, torch.Tensor] = {}
-    for recipe, trainee in trainees.items():
-        _, losses[recipe], _ = step(trainee, rows, recipe, pad_token_id)
-        model = trainee.model if recipe == TRL else trainee
-        gradients = {name: p.grad for name, p in model.named_parameters()}
-        reference = reference or {name: gradient.clone() for name, gradient in gradients.items()}
-        differences[recipe] = max(
-            ((gradients[name] - g).norm() / g.norm().clamp(min=1e-30)).item() for name, g in reference.items()
+    for name, trainee in trainees.items():
+        _, losses[name], _ = step(trainee, rows, name, pad_token_id)
+        model = trainee.model if name == TRL else trainee
+        gradients = {key: p.grad for key, p in model.named_parameters()}
+        reference = reference or {key: gradient.clone() for key, gradient in gradients.items()}
+        differences[name] = max(
+            ((gradients[key] - g).norm() / g.norm().clamp(min=1e-30)).item() for key, g in reference.items()
         )
     return losses, differences
 
 
-def _peak_memory(
-    shape: dict[str, Any], rows: list[dict[str, Any]], recipe: str, pad_token_id: int, results: Any
-) -> None:
-    """In a process of its own: the memory that a step takes beyond weights and gradients, in GiB."""
-    model = build_model(recipe.startswith("packed"), **shape)
-    for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
-    if model.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        allocated = torch.cuda.memory_allocated()
-        step(model, rows, recipe, pad_token_id)
-        results.put((torch.cuda.max_memory_allocated() - allocated) / 2**30)
-        return
-    before = _resident_gib(reset_peak=True)
-    step(model, rows, recipe, pad_token_id)
-    results.put(_resident_gib("VmHWM") - before)
-
-
-def _resident_gib(field: str = "VmRSS", reset_peak: bool = False) -> float:
-    """Resident memory of this process in GiB, now or (VmHWM) at its peak. Linux can forget a peak, a Mac cannot."""
-    if not sys.platform.startswith("linux"):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30
-    if reset_peak:
-        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets VmHWM
-    status = Path("/proc/self/status").read_text()
-    return int(status.split(f"{field}:")[1].split()[0]) / 2**20
-
-
-def peak_memories(shape: dict[str, Any], rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, float]:
+def peak_memories(choices: Choices, rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, float]:
     """Peak memory in GiB of one step by recipe, beyond weights and gradients, each in a fresh process."""
     context = multiprocessing.get_context("spawn")
     peaks = {}
-    for recipe in tqdm(RECIPES, desc="peak memory", file=sys.stderr, disable=None):
+    for name in tqdm(RECIPES, desc="peak memory", file=sys.stderr, disable=None):
         results = context.SimpleQueue()
-        process = context.Process(target=_peak_memory, args=(shape, rows, recipe, pad_token_id, results))
+        process = context.Process(target=_peak_memory, args=(choices, rows, name, pad_token_id, results))
         process.start()
         process.join()
         if process.exitcode != 0:
             raise click.ClickException(
-                f"measuring the memory of {recipe} ended with exit code {process.exitcode}"
+                f"measuring the memory of {name} ended with exit code {process.exitcode}"
             )
-        peaks[recipe] = results.get()
+        peaks[name] = results.get()
     return peaks
+
+
+def _peak_memory(
+    choices: Choices, rows: list[dict[str, Any]], name: str, pad_token_id: int, results: Any
+) -> None:
+    """In a process of its own: the memory that a step takes beyond weights and gradients, in GiB."""
+    model = build_model(choices, RECIPES[name].packed)
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    on_gpu = model.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform.startswith("linux"):  # a Mac cannot forget a peak
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5)
+    before = peak_memory_gib(on_gpu)
+    step(model, rows, name, pad_token_id)
+    results.put(peak_memory_gib(on_gpu) - before)

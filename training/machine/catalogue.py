@@ -33,16 +33,16 @@ LINKS = {"nvlink4": 300e9, "nvlink3": 200e9, "nvlink2": 90e9, "pcie": 6e9, "none
 
 @dataclass(frozen=True)
 class Family:
-    """GPUs that train by one recipe, so that nobody edits a JSON.
+    """GPUs that train by one recipe. A new family is one entry of FAMILIES.
 
     Attributes:
-        devices: what stands in torch.cuda.get_device_name() of these GPUs.
+        devices: the words by which torch.cuda.get_device_name() names these GPUs.
         precision: what they compute best; a DeepSpeed JSON that names one overrides it.
         deepspeed: DeepSpeed configuration, from the root of the repository.
         offload: the same with the optimizer in host memory; None where that gains nothing.
         link: key of LINKS, of boards that are connected to each other (SXM).
-        share_of_peak: of their peak, what forward and backward reach in this recipe, communication apart. Set so that
-            the published runs come out (tests/plan): they are the calibration, no independent test.
+        share_of_peak: the share of `Machine.flops` that forward and backward reach, communication not counted. Set so
+            that the plan agrees with the published runs (tests/plan): they calibrate it and do not test it.
     """
 
     devices: tuple[str, ...]
@@ -60,9 +60,17 @@ FAMILIES = {
     "h100": Family(("H100", "H200"), "bf16", _BF16, _BF16_OFFLOAD, "nvlink4", 0.15),  # the share is a guess
     "a10": Family(("A10",), "bf16", _BF16_OFFLOAD, _BF16_OFFLOAD, "pcie", 0.25),
     "v100": Family(("V100",), "fp16", _FP16_OFFLOAD, _FP16_OFFLOAD, "nvlink2", 0.12),
-    # For the demo and the tests: ranks on a CPU, whose memory is the host's already. Its speed is measured.
-    "cpu": Family((), "fp32", _BF16, None, "none", 0.0),
+    # Ranks on a CPU, for the demo and the tests. Their memory is the host's, and their speed is measured. The demo reaches
+    # 0.22 (two ranks, packed) to 0.59 (two ranks, padded) of it (tests/plan/test_plan_cpu_time.py).
+    "cpu": Family((), "fp32", _BF16, None, "none", 0.35),
 }
+
+
+def find_family(name: str) -> Family:
+    """The family of that name. Raises MachineError with those that are known."""
+    if name not in FAMILIES:
+        raise MachineError(f"no GPU family {name!r} is known. There are: {', '.join(FAMILIES)}")
+    return FAMILIES[name]
 
 
 @dataclass(frozen=True)
@@ -98,7 +106,7 @@ class Machine:
         gpu: key of GPUS, a device's own name, or "CPU".
         count: GPUs; on a CPU machine the ranks.
         gpu_memory_gib: usable memory of one GPU; 0 on a CPU machine, whose ranks live in host memory.
-        flops: peak operations a second of one device in 16 bit; 0 on a CPU machine, where it is measured.
+        flops: peak operations a second of one device in 16 bit; 0 on a CPU machine until it is measured.
         link: key of LINKS.
         host_gib, disk_gib: of the whole machine; of this one, what is free.
     """
@@ -187,13 +195,19 @@ def find_machine(name: str) -> Machine:
 def family_of(device_name: str, has_bf16: bool) -> str:
     """The GPU family, a key of FAMILIES, of torch.cuda.get_device_name().
 
-    An unknown GPU has the most careful recipe of those that it can compute: an A10's, or without bf16 a V100's.
+    An unknown GPU gets the most careful recipe that it can compute: an A10's, or without bf16 a V100's.
     """
-    if not has_bf16:
-        return "v100"
-    return next((name for name, each in FAMILIES.items() if is_of(each, device_name)), "a10")
+    for name, family in FAMILIES.items():
+        if is_of(family, device_name) and (has_bf16 or family.precision != "bf16"):
+            return name
+    return "a10" if has_bf16 else "v100"
+
+
+def peak_of(device_name: str) -> float | None:
+    """The data sheet's peak of a device by its name, in operations a second; None for one that is not known."""
+    return next((peak for known, peak in PEAK_FLOPS.items() if known in device_name), None)
 
 
 def is_of(family: Family, device_name: str) -> bool:
-    """Whether a device is one of the family's; "A100" does not stand in "NVIDIA A10"."""
+    """Whether a device belongs to the family. "NVIDIA A100" is no "A10"."""
     return any(re.search(rf"\b{device}(?![0-9])", device_name) for device in family.devices)

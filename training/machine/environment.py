@@ -15,32 +15,32 @@ from pathlib import Path
 
 from training.consts import ROOT
 
-# Training reaches into these, or its numbers come from them: any other version is another program.
+# Training reaches into these, or its numbers come from them, so they must have the pinned version exactly.
 EXACT = ("torch", "transformers", "accelerate", "deepspeed")
 
-# The first draws the benchmark's chart; the second is looked for on PATH, wherever it comes from.
+# The first draws pictures; the second is looked for on PATH, wherever it comes from.
 NOT_IMPORTED = ("matplotlib", "ninja")
 
 
 def version_problems(requirements: Path = ROOT / "requirements.txt") -> list[str]:
-    """Packages that training imports and that are not as pinned. Reads their metadata, imports none of them.
+    """Packages that training imports and that differ from the pins. Reads their metadata and imports none of them.
 
-    Of the packages outside EXACT another patch release is let through.
+    Packages outside EXACT may differ in the patch release.
     """
     pins = read_pins(requirements) if requirements.exists() else _pins_of_the_installed_package()
-    told, cures = [], []
+    differing = []  # (what, the pin)
     for name, pin in pins.items():
         found = installed_version(name)
-        if name in NOT_IMPORTED or found == pin:
+        patch = found and name not in EXACT and found.split(".")[:2] == pin.split(".")[:2]
+        if name in NOT_IMPORTED or found == pin or patch:
             continue
-        if found and name not in EXACT and found.split(".")[:2] == pin.split(".")[:2]:
-            continue
-        told.append(f"{name} {found} instead of {pin}" if found else f"no {name}, expected {pin}")
-        cures.append(f"{name}=={pin}")
-    if not told:
+        what = f"{name} {found} instead of {pin}" if found else f"no {name}, expected {pin}"
+        differing.append((what, f"{name}=={pin}"))
+    if not differing:
         return []
-    what = f"-r {requirements}" if requirements.exists() else " ".join(cures)
-    return [f"Installed is {'; '.join(told)}. Type python -m pip install {what}"]
+    words, wanted = zip(*differing, strict=True)
+    what = f"-r {requirements}" if requirements.exists() else " ".join(wanted)
+    return [f"Installed is {'; '.join(words)}. Type python -m pip install {what}"]
 
 
 def mismatches(requirements: str) -> list[str]:
@@ -60,7 +60,7 @@ def read_pins(requirements: Path) -> dict[str, str]:
 
 
 def installed_version(package: str) -> str | None:
-    """Its version without the local part, as 2.13.0+cu126 is 2.13.0 for another GPU; None if it is not there."""
+    """Its version without the local part (2.13.0+cu126 is 2.13.0 for another GPU); None if it is not installed."""
     try:
         return importlib.metadata.version(package).split("+")[0]
     except importlib.metadata.PackageNotFoundError:
@@ -68,7 +68,7 @@ def installed_version(package: str) -> str | None:
 
 
 def _pins_of_the_installed_package() -> dict[str, str]:
-    """A wheel has no requirements.txt, but the same pins in its metadata. Extras, which have a marker, are left out."""
+    """The pins in the metadata of the wheel, which has no requirements.txt. Extras have a marker and are left out."""
     try:
         required = importlib.metadata.requires("dolly") or []
     except importlib.metadata.PackageNotFoundError:
@@ -77,55 +77,48 @@ def _pins_of_the_installed_package() -> dict[str, str]:
 
 
 def tool_problems() -> list[str]:
-    """What a compilation of DeepSpeed's C++ operators needs, and is not here: compiler, Python's headers, ninja."""
-    problems = []
+    """What DeepSpeed needs to compile its C++ operators and is missing: compiler, Python's headers, ninja."""
+    missing = []  # (what, how to get it)
     words = os.environ.get("CXX", "c++").split()  # as torch chooses it
     if not words or not shutil.which(words[0]):
         other = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
-        if other:
-            cure = f"Type export CXX={other}"
-        else:
-            cure = "Type sudo apt-get install g++ (Debian, Ubuntu), or xcode-select --install (Mac)"
-        asked = f"CXX is '{os.environ['CXX']}', which" if "CXX" in os.environ else "a C++ compiler, c++,"
-        problems.append(f"DeepSpeed compiles C++ operators, and {asked} is not on PATH. {cure}")
+        install = "sudo apt-get install g++ (Debian, Ubuntu), or xcode-select --install (Mac)"
+        named = f"CXX is '{os.environ['CXX']}', which" if "CXX" in os.environ else "a C++ compiler, c++,"
+        missing.append((f"{named} is not on PATH", f"export CXX={other}" if other else install))
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists():
-        python = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        problems.append(
-            f"DeepSpeed compiles C++ operators, and Python's C headers are missing ({header}). "
-            f"Type sudo apt-get install {python}-dev"
-        )
+        package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
+        missing.append((f"Python's C headers are missing ({header})", f"sudo apt-get install {package}"))
     if not shutil.which("ninja"):
         folder = Path(sys.executable).parent
-        cure = f"export PATH={folder}:$PATH" if (folder / "ninja").exists() else "python -m pip install ninja"
-        problems.append(f"DeepSpeed compiles C++ operators, and ninja is not on PATH. Type {cure}")
-    return problems
+        installed = (folder / "ninja").exists()
+        cure = f"export PATH={folder}:$PATH" if installed else "python -m pip install ninja"
+        missing.append(("ninja is not on PATH", cure))
+    return [f"DeepSpeed compiles C++ operators, and {what}. Type {cure}" for what, cure in missing]
 
 
 def cuda_toolkit_problems(home: Path | None, built_with: str) -> list[str]:
-    """What a compilation of a CUDA operator needs: nvcc and headers, of the CUDA that torch was built with.
+    """What a CUDA operator needs to be compiled and is missing: nvcc and headers, of the CUDA that torch was built with.
 
     Args:
         home: the toolkit's folder, as torch finds it (CUDA_HOME, else nvcc's, else /usr/local/cuda).
         built_with: torch.version.cuda, as in "12.6". Another minor version is compatible, another major is not.
     """
-    major = built_with.split(".")[0]
-    cure = (
-        f"Install the CUDA {built_with} toolkit and export CUDA_HOME=/usr/local/cuda-{built_with}, or leave the "
-        "'optimizer' out of the DeepSpeed JSON: torch's own AdamW needs no compilation"
-    )
     nvcc = home / "bin" / "nvcc" if home else None
     if nvcc is None or not nvcc.exists():
-        where = f"CUDA_HOME is {home}" if home else "CUDA_HOME is not set"
-        return [f"DeepSpeed compiles a CUDA operator, and there is no nvcc ({where}). {cure}"]
-    told = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-    match = re.search(r"release (\d+)\.(\d+)", told)
-    if match and match[1] != major:
-        return [
-            f"DeepSpeed compiles a CUDA operator, and {nvcc} is of CUDA {match[1]}.{match[2]}, but torch of CUDA "
-            f"{built_with}. {cure}"
-        ]
-    headers = [nvcc.parents[1] / "include", *nvcc.parents[1].glob("targets/*/include")]
-    if not any((folder / "cuda_runtime.h").exists() for folder in headers):
-        return [f"DeepSpeed compiles a CUDA operator, and {headers[0]} has no cuda_runtime.h. {cure}"]
-    return []
+        problem = f"there is no nvcc ({f'CUDA_HOME is {home}' if home else 'CUDA_HOME is not set'})"
+    else:
+        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+        match = re.search(r"release (\d+)\.(\d+)", printed)
+        headers = [nvcc.parents[1] / "include", *nvcc.parents[1].glob("targets/*/include")]
+        if match and match[1] != built_with.split(".")[0]:
+            problem = f"{nvcc} is of CUDA {match[1]}.{match[2]}, but torch of CUDA {built_with}"
+        elif not any((folder / "cuda_runtime.h").exists() for folder in headers):
+            problem = f"{headers[0]} has no cuda_runtime.h"
+        else:
+            return []
+    return [
+        f"DeepSpeed compiles a CUDA operator, and {problem}. Install the CUDA {built_with} toolkit and export "
+        f"CUDA_HOME=/usr/local/cuda-{built_with}, or leave the 'optimizer' out of the DeepSpeed JSON: torch's own AdamW "
+        "needs no compilation"
+    ]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedModel
+from training.machine.catalogue import peak_of
 
-from training.machine.catalogue import PEAK_FLOPS
+if TYPE_CHECKING:  # the plan counts operations without torch
+    import torch
+    from transformers import PreTrainedModel
 
 
 def model_parameters(model: PreTrainedModel) -> tuple[int, int]:
@@ -62,49 +64,39 @@ def training_flops(
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Operations a second that the device can do: of a known GPU its data sheet's peak, else measured."""
+    import torch
+
+    known = None
     if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
-        name = torch.cuda.get_device_name(device)
-        for known, peak in PEAK_FLOPS.items():
-            if known in name:
-                return peak
-    return matmul_flops_per_second(device, dtype)
+        known = peak_of(torch.cuda.get_device_name(device))
+    return known or matmul_flops_per_second(device, dtype)
 
 
 def matmul_flops_per_second(
-    device: torch.device, dtype: torch.dtype, tokens: int = 512, width: int = 2048, runs: int = 5
+    device: torch.device, dtype: torch.dtype, tokens: int = 512, width: int = 2048
 ) -> float:
-    """Measured rate of matrix products (tokens, width) @ (width, width), the best of `runs`."""
+    """Measured rate of matrix products (tokens, width) @ (width, width), the best of five runs."""
+    import torch
+
     a = torch.randn(tokens, width, device=device, dtype=dtype)
     b = torch.randn(width, width, device=device, dtype=dtype)
     operations = 2 * tokens * width**2
     repeats = max(1, round(3e8 / operations))  # a short product would measure the clock
     best = float("inf")
-    for _ in range(runs):
-        _wait(device)
+    for _ in range(5):
+        wait_for(device)
         begin = time.perf_counter()
         for _ in range(repeats):
             a @ b
-        _wait(device)
+        wait_for(device)
         best = min(best, time.perf_counter() - begin)
     return repeats * operations / best
 
 
-def sigmoid_bytes_per_second(runs: int = 1) -> float:
-    """Measured rate of float32 sigmoid on the CPU, in bytes of its operand, which lies in the cache; best of `runs`.
+def wait_for(device: torch.device) -> None:
+    """Waits until the device has computed all that it was given."""
+    import torch
 
-    It stands for all elementwise work. A plain copy of memory would tell little: its rate halves when another
-    program uses memory, and training's does not. Nor would tanh: torch takes it from MKL, which is slow on AMD's CPUs.
-    """
-    tensor, repeats, best = torch.randn(2**18), 20, float("inf")
-    for _ in range(runs):
-        begin = time.perf_counter()
-        for _ in range(repeats):
-            torch.sigmoid(tensor)
-        best = min(best, time.perf_counter() - begin)
-    return repeats * tensor.nbytes / best
-
-
-def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":

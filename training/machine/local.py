@@ -1,14 +1,16 @@
-"""This machine: its devices, free host memory and free disk."""
+"""This machine: its devices, free host memory and free disk, and the most memory that this process held."""
 
 from __future__ import annotations
 
 import math
+import resource
+import sys
 from pathlib import Path
 
 from training.consts import GIB
 from training.errors import MachineError
 from training.files import free_bytes
-from training.machine.catalogue import FAMILIES, PEAK_FLOPS, Machine, family_of, is_of
+from training.machine.catalogue import PEAK_FLOPS, Machine, family_of, find_family, is_of, peak_of
 
 
 def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machine:
@@ -35,7 +37,7 @@ def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machi
         gpu=smallest.name,
         count=num_gpus or len(devices),
         gpu_memory_gib=smallest.total_memory / GIB,
-        flops=next((peak for known, peak in PEAK_FLOPS.items() if known in smallest.name), PEAK_FLOPS["A10"]),
+        flops=peak_of(smallest.name) or PEAK_FLOPS["A10"],
         link=_link(family, smallest.name),
         host_gib=host,
         disk_gib=disk,
@@ -43,13 +45,13 @@ def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machi
 
 
 def _link(family: str, device_name: str) -> str:
-    """By the form of the GPU; whether SXM boards are really connected by NVLink is not asked."""
-    known = FAMILIES[family]
+    """The link by the form of the GPU. SXM boards are assumed to be connected by NVLink."""
+    known = find_family(family)
     return known.link if is_of(known, device_name) and "PCI" not in device_name else "pcie"
 
 
 def free_disk_gib(folder: str | Path) -> float:
-    """Free space of the disk on which `folder` lies, or would; endless where the disk cannot tell."""
+    """Free space of the disk that holds `folder`, or will; infinite where the disk does not report it."""
     free = free_bytes(Path(folder).expanduser())
     return math.inf if free is None else free / GIB
 
@@ -84,3 +86,14 @@ def _file_cache(limit_file: Path) -> int:
         return 0
     figures = dict(line.split() for line in lines if len(line.split()) == 2)
     return int(figures.get("total_inactive_file", figures.get("inactive_file", 0)))
+
+
+def peak_memory_gib(on_gpu: bool) -> float:
+    """The most memory that this process has held so far: of its GPU, or of the host."""
+    if on_gpu:
+        import torch
+
+        return torch.cuda.max_memory_allocated() / GIB
+    if sys.platform.startswith("linux"):  # where getrusage counts what the parent held before exec as well
+        return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB

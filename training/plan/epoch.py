@@ -106,10 +106,10 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
         scores = slowest * float((whole.astype(float) ** 2).sum() / whole.sum()) / 2
         peak, peak_row, computed = math.ceil(largest.max()), longest, int(tokens.sum())
     else:
-        padded = _padded(whole.reshape(-1, ranks, rows).max(axis=2))  # (micro-steps, ranks)
+        padded = padded_length(whole.reshape(-1, ranks, rows).max(axis=2))  # (micro-steps, ranks)
         slow = padded.max(axis=1)
         slowest, scores = float(rows * slow.mean()), float(rows * (slow.astype(float) ** 2).mean())
-        peak_row = int(_padded(longest))
+        peak_row = int(padded_length(longest))
         peak, computed = rows * peak_row, int(rows * padded.sum() * len(tokens) / len(whole))
     return Load(
         steps=math.ceil(len(tokens) / batch),
@@ -123,6 +123,6 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
     )
 
 
-def _padded(length: Any) -> Any:
-    """Of a number, or of each in an array."""
+def padded_length(length: Any) -> Any:
+    """The next multiple of 8 of a length, or of each in an array: what a padded batch of it has."""
     return -(-length // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF

@@ -1,4 +1,4 @@
-"""Does a run fit on a machine: the plan, what is short, the nearest change that makes it fit, and what to type."""
+"""Whether a run fits on a machine: the plan, what is short, the nearest change that makes it fit, and what to type."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from training.consts import GIB
 from training.data.rows import too_few_rows
 from training.errors import OptionsError
-from training.machine.catalogue import FAMILIES, GPUS, Machine
+from training.machine.catalogue import GPUS, Machine, find_family
 from training.options.command_line import option_words
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions, flag_of
@@ -27,7 +27,7 @@ from training.plan.memory import (
 )
 from training.plan.model_shape import ModelShape
 from training.plan.presets import rows_and_accumulation
-from training.plan.timing import CPU_RANGE, GPU_RANGE, CpuRates, cpu_rates, hours_of, step_seconds
+from training.plan.timing import CPU_RANGE, GPU_RANGE, cpu_rate, hours_of, step_seconds
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Plan:
 
     Attributes:
         settings: with `checkpointing` (bool) and `max_tokens` (int or None) decided.
-        gpu_memory_gib: of one device by part. On a CPU machine it is host memory, counted there as well.
+        gpu_memory_gib: of one device by part. On a CPU machine it is host memory and counts there as well.
         activations_gib: activations and logits "with checkpointing" and "without checkpointing".
         host_memory_gib: "loading" and "training".
         disk_gib: by part.
@@ -74,33 +74,30 @@ class Plan:
         return [f"{sentence}. {self.changes[kind]}" for kind, sentence in self.shortages.items()]
 
 
-def plan_run(
-    settings: Settings,
-    lengths: Lengths,
-    model: ModelShape,
-    machine: Machine,
-    rates: CpuRates | None = None,
-) -> Plan:
+def plan_run(settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine) -> Plan:
     """Weighs a run against a machine, or several of its kind where it has fewer devices than the run has ranks.
 
-    What is "auto" in the settings is decided in those of the plan. `rates` of a CPU machine are measured if not given.
+    What is "auto" in the settings is decided in those of the plan. A CPU's speed is measured, unless `machine` has one.
+    Raises MachineError for a machine of an unknown GPU family.
     """
-    if machine.is_cpu and rates is None:
-        rates = cpu_rates(model.width, settings.precision, settings.ranks)
-    plan = _weigh(settings, lengths, model, machine, rates)
-    return plan if plan.fits else replace(plan, changes=_nearest_changes(plan, settings, lengths, rates))
+    if machine.is_cpu and not machine.flops:
+        machine = replace(machine, flops=cpu_rate(model.width, settings.ranks))
+    plan = _weigh(settings, lengths, model, machine)
+    return plan if plan.fits else replace(plan, changes=_nearest_changes(plan, settings, lengths))
 
 
 def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan:
     """The plan of a run by the trainer's options: model and rows are looked up by their names.
 
-    Raises OptionsError for what can be said without the plan; ModelError or DataError where model or dataset cannot be
-    loaded.
+    Raises MachineError for a machine of an unknown GPU family; OptionsError for options that cannot be used there;
+    ModelError or DataError where model or dataset cannot be loaded.
     """
-    model, family = model_shape(options.input_model), FAMILIES[machine.family]
+    family, model = find_family(machine.family), model_shape(options.input_model)
     settings = resolve(options, ranks, family.precision)
-    if machine.family == "v100" and settings.precision == "bf16":
-        raise OptionsError(f"a V100 cannot compute in bf16. Type --deepspeed {family.deepspeed}")
+    if family.precision == "fp16" and settings.precision == "bf16":
+        raise OptionsError(
+            f"a {' or '.join(family.devices)} cannot compute in bf16. Type --deepspeed {family.deepspeed}"
+        )
     lengths = dataset_lengths(options.training_dataset, model)
     count = len(lengths.tokens)
     if count < 2:
@@ -110,36 +107,32 @@ def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan
     return plan_run(settings, lengths, model, machine)
 
 
-def _weigh(
-    settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine, rates: CpuRates | None
-) -> Plan:
-    options = settings.options
+def _weigh(settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine) -> Plan:
     load, share, cpu = epoch_load(lengths, settings), lengths.response_share, machine.is_cpu
     local = min(settings.ranks, machine.count)
     host = host_memory(model, settings, local, cpu)
-    # Ranks on a CPU share the host's memory among them, and with what saving takes.
+    # Ranks on a CPU share the host's memory with each other, and with what saving takes.
     saving = host["training"] - local * CPU_PROCESS_GIB
     room = (machine.host_gib - saving) / local if cpu else machine.gpu_memory_gib
     if settings.checkpointing == "auto":
-        decided = auto_gradient_checkpointing(model, settings, load, share, room, cpu)
-        settings = replace(settings, checkpointing=decided)
+        recompute = auto_gradient_checkpointing(model, settings, load, share, room, cpu)
+        settings = replace(settings, checkpointing=recompute)
     if settings.max_tokens == "auto":
         budget = auto_max_tokens_per_device(model, settings, load, share, room, cpu)
         settings = replace(settings, max_tokens=budget)
     gpu = device_memory(model, settings, load, share, cpu)
     activations = {
-        f"{word} checkpointing": sum(peak_activation_bytes(model, settings, load, share, word == "with"))
-        / GIB
-        for word in ("with", "without")
+        f"{word} checkpointing": sum(peak_activation_bytes(model, settings, load, share, on)) / GIB
+        for word, on in (("with", True), ("without", False))
     }
     if cpu:
         host["training"] += local * (sum(gpu.values()) - CPU_PROCESS_GIB)
-    steps = options.max_steps or math.ceil(options.epochs * load.steps)
+    steps = settings.options.max_steps or math.ceil(settings.options.epochs * load.steps)
     stored = disk(model, settings, steps)
-    seconds = step_seconds(model, machine, settings, load, share, rates)
-    spread = CPU_RANGE if cpu else GPU_RANGE
+    seconds = step_seconds(model, machine, settings, load, share)
+    factor = CPU_RANGE if cpu else GPU_RANGE
     epoch, run = (
-        {"low": hours / spread, "expected": hours, "high": hours * spread}
+        {"low": hours / factor, "expected": hours, "high": hours * factor}
         for hours in (hours_of(model, settings, load, seconds, count) for count in (load.steps, steps))
     )
     return Plan(
@@ -165,32 +158,24 @@ def _shortages(
     machine: Machine, gpu_gib: float, host_gib: dict[str, float], disk_gib: float
 ) -> dict[str, str]:
     """What the machine lacks, each with the numbers. A CPU rank has no memory of its own."""
-    short = {}
-    if not machine.is_cpu and gpu_gib > machine.gpu_memory_gib:
-        short["GPU memory"] = (
-            f"GPU memory: {gpu_gib:.1f} GiB are needed on each {machine.gpu}, "
-            f"{gpu_gib - machine.gpu_memory_gib:.1f} more than its {machine.gpu_memory_gib:.1f}"
-        )
-    when = max(host_gib, key=lambda key: host_gib[key])
-    if host_gib[when] > machine.host_gib:
-        short["host memory"] = (
-            f"host memory: {host_gib[when]:.1f} GiB are needed while {when}, "
-            f"{host_gib[when] - machine.host_gib:.1f} more than the {machine.host_gib:.1f} of {machine.name}"
-        )
-    if disk_gib > machine.disk_gib:
-        short["disk"] = (
-            f"disk: {disk_gib:.1f} GiB are needed for checkpoints, model and cache, "
-            f"{disk_gib - machine.disk_gib:.1f} more than the {machine.disk_gib:.1f} of {machine.name}"
-        )
-    return short
+    phase, gpu_room = max(host_gib, key=host_gib.__getitem__), machine.gpu_memory_gib
+    needs = (
+        ("GPU memory", gpu_gib, math.inf if machine.is_cpu else gpu_room, f"on each {machine.gpu}", ""),
+        ("host memory", host_gib[phase], machine.host_gib, f"while {phase}", f" of {machine.name}"),
+        ("disk", disk_gib, machine.disk_gib, "for checkpoints, model and cache", f" of {machine.name}"),
+    )
+    return {
+        kind: f"{kind}: {needed:.1f} GiB are needed {purpose}, {needed - room:.1f} more than "
+        f"{'the' if owner else 'its'} {room:.1f}{owner}"
+        for kind, needed, room, purpose, owner in needs
+        if needed > room
+    }
 
 
-def _nearest_changes(
-    failed: Plan, settings: Settings, lengths: Lengths, rates: CpuRates | None
-) -> dict[str, str]:
+def _nearest_changes(failed: Plan, settings: Settings, lengths: Lengths) -> dict[str, str]:
     """For each shortage the first change that ends it and makes no other: options before other machines."""
     tried = [
-        (change.advice, _weigh(_changed(settings, change), lengths, failed.model, change.machine, rates))
+        (change.advice, _weigh(_changed(settings, change), lengths, failed.model, change.machine))
         for change in [*_other_options(failed), *_other_machines(failed)]
     ]
     nearest = {
@@ -210,7 +195,7 @@ def _nearest_changes(
 
 @dataclass(frozen=True)
 class Change:
-    """Another way to run: options by their names, ranks, and a machine, named `where` it is another one."""
+    """Another way to run: options by their names, ranks, and a machine; `where` names it if it is another one."""
 
     options: dict[str, Any]
     ranks: int
@@ -230,7 +215,7 @@ def _changed(settings: Settings, change: Change) -> Settings:
     return resolve(
         replace(settings.options, **change.options),
         change.ranks,
-        settings.precision if same_file else FAMILIES[change.machine.family].precision,
+        settings.precision if same_file else find_family(change.machine.family).precision,
         settings.deepspeed if same_file else None,
     )
 
@@ -240,7 +225,7 @@ def _saving(plan: Plan) -> dict[str, Any]:
 
 
 def _offload(plan: Plan) -> dict[str, Any]:
-    offload = FAMILIES[plan.machine.family].offload
+    offload = find_family(plan.machine.family).offload
     return {"deepspeed": offload} if offload and not plan.settings.zero.offload_optimizer else {}
 
 
@@ -249,25 +234,20 @@ def _other_options(failed: Plan) -> list[Change]:
     settings, machine, saving = failed.settings, failed.machine, _saving(failed)
     ranks, changes = settings.ranks, [saving]
     if settings.packed and settings.max_tokens is None:
-        budget = auto_max_tokens_per_device(
-            failed.model,
-            replace(settings, checkpointing=True),
-            failed.load,
-            0.0,
-            machine.host_gib / ranks if machine.is_cpu else machine.gpu_memory_gib,
-            machine.is_cpu,
-        )
+        room = machine.host_gib / ranks if machine.is_cpu else machine.gpu_memory_gib
+        slow = replace(settings, checkpointing=True)
+        budget = auto_max_tokens_per_device(failed.model, slow, failed.load, 0.0, room, machine.is_cpu)
         changes.append(saving | {"max_tokens_per_device": budget} if budget else {})
     if settings.options.save_total_limit > 1:
         changes.append({"save_total_limit": 1})
     for rows in (2**i for i in reversed(range(6)) if 2**i < settings.rows):
         steps = settings.accumulation * math.ceil(settings.rows / rows)
         changes.append({"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | saving)
-    family, file = FAMILIES[machine.family], settings.options.deepspeed_json
+    own_file, offloaded = find_family(machine.family).deepspeed, settings.zero.offload_optimizer
     if (settings.zero.stage == 0 and ranks > 1) or (
-        settings.zero.offload_optimizer and family.deepspeed != file
+        offloaded and own_file != settings.options.deepspeed_json
     ):
-        changes.append({"deepspeed": family.deepspeed})
+        changes.append({"deepspeed": own_file})
     if offload := _offload(failed):
         changes.append(offload | saving)
     return [Change(options, ranks, machine) for options in changes if options]

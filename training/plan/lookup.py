@@ -1,4 +1,4 @@
-"""Model shapes and row lengths by the names that the options give."""
+"""Finds model shapes and row lengths by the names in the options."""
 
 from __future__ import annotations
 
@@ -12,18 +12,15 @@ from training.plan.model_shape import BUILT_IN, ModelShape, gptj_shape
 def model_shape(name: str) -> ModelShape:
     """Facts of a built-in model, the demo's, a folder with a config.json, or a model on the Hub (config only).
 
-    Only the last two import torch. Raises ModelError (training.model) for what cannot be found or is no causal
-    language model.
+    Only the last two import torch. Raises ModelError for what cannot be found or is no causal language model.
     """
     if name.lower() in BUILT_IN:
         return BUILT_IN[name.lower()]
     if name == DEMO:
         from training.model.demo_model import SHAPE, VOCAB_SIZE
 
-        vocabulary = VOCAB_SIZE + 3  # the control tokens
-        return gptj_shape(
-            DEMO, SHAPE["n_layer"], SHAPE["n_embd"], SHAPE["n_head"], vocabulary, SHAPE["n_positions"]
-        )
+        vocabulary, positions = VOCAB_SIZE + 3, SHAPE["n_positions"]  # with the control tokens
+        return gptj_shape(DEMO, SHAPE["n_layer"], SHAPE["n_embd"], SHAPE["n_head"], vocabulary, positions)
     return _shape_of_config(name)
 
 
@@ -42,17 +39,8 @@ def _shape_of_config(name: str) -> ModelShape:
         model = _get_model_class(config, AutoModelForCausalLM._model_mapping)(config)
     text, folder = config.get_text_config(), Path(name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    inner = next(
-        (
-            getattr(text, key)
-            for key in ("intermediate_size", "n_inner", "ffn_dim")
-            if getattr(text, key, None)
-        ),
-        4 * text.hidden_size,
-    )
-    files = (
-        [file for kind in (f"*{WEIGHTS}", "*.bin") for file in folder.glob(kind)] if folder.is_dir() else []
-    )
+    sizes = [getattr(text, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim")]
+    files = [file for kind in (f"*{WEIGHTS}", "*.bin") for file in folder.glob(kind)]
     return ModelShape(
         name=name,
         kind=config.model_type,
@@ -61,7 +49,7 @@ def _shape_of_config(name: str) -> ModelShape:
         layers=text.num_hidden_layers,
         width=text.hidden_size,
         heads=text.num_attention_heads,
-        inner=inner,
+        inner=next(filter(None, sizes), 4 * text.hidden_size),
         vocabulary=model.get_input_embeddings().num_embeddings,
         positions=max_positions(config),
         file_bytes=sum(file.stat().st_size for file in files) or 2 * parameters,
@@ -73,7 +61,7 @@ def _shape_of_config(name: str) -> ModelShape:
 def dataset_lengths(dataset: str, model: ModelShape) -> Lengths:
     """Lengths of a dataset's rows: Alpaca's are built in, any other is tokenised with the model's tokenizer.
 
-    Raises DataError or ModelError (training.rows, training.model) where either cannot be loaded.
+    Raises DataError or ModelError where either cannot be loaded.
     """
     if dataset == DEFAULT_TRAINING_DATASET:
         return alpaca_lengths()

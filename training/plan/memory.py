@@ -49,7 +49,7 @@ def state_bytes(model: ModelShape, settings: Settings) -> dict[str, float]:
 def layer_bytes(model: ModelShape, tokens: float, row: int, size: int, packed: bool) -> float:
     """Bytes that one layer keeps for its backward pass; `row` is the padded row length, `size` bytes a number.
 
-    Counted tensor by tensor in transformers' GPTJBlock and training/attention.py, in units of a (tokens, width)
+    Counted tensor by tensor in transformers' GPTJBlock and training/model/attention.py, in units of a (tokens, width)
     tensor:
       both      input, normed input, value, attention's output                          4
       padded    query and key, in float32                                               2 of float32
@@ -72,7 +72,7 @@ def loss_bytes(model: ModelShape, tokens: float, labels: float, size: int, packe
     """Bytes of the logits, their gradient, and what the loss makes of them, at the worst moment.
 
     The plain loss holds three float32 tensors (tokens, vocabulary) as its backward begins: log-probabilities,
-    their gradient, the logits' gradient. Ours (training/loss.py) holds one chunk, in 16 bit as well, and the
+    their gradient, the logits' gradient. Ours (training/model/loss.py) holds one chunk, in 16 bit as well, and the
     head's whole gradient.
     """
     if model.kind != "gptj" or not packed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,11 @@ class ModelShape:
     gated: bool = False
 
 
-def gptj_shape(
+def _shape(
+    kind: str,
+    layer_biases: int,
+    head_bias: bool,
+    number_bytes: int,
     name: str,
     layers: int,
     width: int,
@@ -41,53 +46,39 @@ def gptj_shape(
     positions: int = 2048,
     downloaded: bool = False,
 ) -> ModelShape:
-    """Facts of a GPT-J: per layer four square matrices, an MLP with biases, one layer norm; a head with bias.
+    """Counts a model whose layer has four square matrices and an MLP with biases, four times as wide.
 
-    GPT-J-6B: 28 x (4 x 4096^2 + 2 x 4096 x 16384 + 16384 + 3 x 4096) + 2 x 4096 + 2 x 50400 x 4096 + 50400
-    = 6,050,882,784 parameters. Its file on the Hub is float32.
+    Args:
+        layer_biases: of a layer in units of its width: other biases and layer norms; the MLP's first bias is apart.
+        head_bias: whether the head has one.
+        number_bytes: of a number in its file on the Hub.
     """
     inner = 4 * width
-    layer = 4 * width**2 + 2 * width * inner + inner + 3 * width
-    parameters = layers * layer + 2 * width + 2 * vocabulary * width + vocabulary
+    stack = layers * (4 * width**2 + 2 * width * inner + inner + layer_biases * width) + 2 * width
+    parameters = stack + 2 * vocabulary * width + head_bias * vocabulary
     return ModelShape(
         name=name,
-        kind="gptj",
+        kind=kind,
         parameters=parameters,
-        layer_parameters=layers * layer + 2 * width,
+        layer_parameters=stack,
         layers=layers,
         width=width,
         heads=heads,
         inner=inner,
         vocabulary=vocabulary,
         positions=positions,
-        file_bytes=4 * parameters,
+        file_bytes=number_bytes * parameters,
         downloaded=downloaded,
     )
 
 
-def neox_shape(
-    name: str, layers: int, width: int, heads: int, vocabulary: int, downloaded: bool = False
-) -> ModelShape:
-    """Facts of a GPT-NeoX (the Pythias): as GPT-J's, but with biases everywhere and two layer norms; the head has
-    none. Their files on the Hub are float16."""
-    inner = 4 * width
-    layer = 4 * width**2 + 4 * width + 2 * width * inner + inner + width + 4 * width
-    parameters = layers * layer + 2 * width + 2 * vocabulary * width
-    return ModelShape(
-        name=name,
-        kind="gpt_neox",
-        parameters=parameters,
-        layer_parameters=layers * layer + 2 * width,
-        layers=layers,
-        width=width,
-        heads=heads,
-        inner=inner,
-        vocabulary=vocabulary,
-        positions=2048,
-        file_bytes=2 * parameters,
-        downloaded=downloaded,
-    )
+# A GPT-J has one layer norm (2) and the MLP's second bias (1). GPT-J-6B: 28 x (4 x 4096^2 + 2 x 4096 x 16384 + 16384
+# + 3 x 4096) + 2 x 4096 + 2 x 50400 x 4096 + 50400 = 6,050,882,784 parameters. Its file on the Hub is float32.
+gptj_shape = partial(_shape, "gptj", 3, True, 4)
 
+# A GPT-NeoX (the Pythias) has two layer norms (4), and biases of the four square matrices as well (4 + 1). Their
+# files on the Hub are float16.
+neox_shape = partial(_shape, "gpt_neox", 9, False, 2)
 
 # (layers, width, heads, vocabulary), from the config.json of each on the Hub.
 _PYTHIAS = {

@@ -6,17 +6,17 @@ from typing import Any
 
 from training.consts import DEMO, GLOBAL_BATCH
 from training.errors import MachineError
-from training.machine.catalogue import FAMILIES
+from training.machine.catalogue import find_family
 
 DOLLYS_ROWS = 8  # rows a device computes at once
 PACKED_ROWS = 16  # packed rows cost memory by their tokens, and 16 of them gather the weights half as often
 
 
 def rows_and_accumulation(global_batch: int, num_gpus: int, batching: str = "packed") -> tuple[int, int]:
-    """Rows a device computes at once, and how many times before a step, so that about `global_batch` make a step.
+    """(rows a device computes at once, batches of a device in a step), so that a step has about `global_batch` rows.
 
-    8 devices: (8, 1). 4: (16, 1) packed, (8, 2) padded. 2: (16, 2), (8, 4). With 3 devices 64 rows cannot be had:
-    (11, 2) makes 66, (7, 3) padded 63.
+    8 devices: (8, 1). 4: (16, 1) packed, (8, 2) padded. 2: (16, 2), (8, 4). With 3 devices exactly 64 rows are
+    impossible: (11, 2) makes 66, (7, 3) padded 63.
     """
     most = DOLLYS_ROWS if batching == "padded" else PACKED_ROWS
     share = max(1, round(global_batch / num_gpus))
@@ -29,13 +29,12 @@ def preset_options(family: str, num_gpus: int, batching: str = "packed") -> dict
 
     Raises MachineError for an unknown family, or no device.
     """
-    if family not in FAMILIES:
-        raise MachineError(f"no GPU family {family!r} is known. There are: {', '.join(FAMILIES)}")
+    recipe = find_family(family)
     if num_gpus < 1:
         raise MachineError(f"--num-gpus {num_gpus}: at least one device is needed to train")
     rows, accumulation = rows_and_accumulation(GLOBAL_BATCH, num_gpus, batching)
     return {
-        "deepspeed": FAMILIES[family].deepspeed,
+        "deepspeed": recipe.deepspeed,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
         "gradient_checkpointing": "auto",  # only where memory is short without it
@@ -43,8 +42,7 @@ def preset_options(family: str, num_gpus: int, batching: str = "packed") -> dict
     }
 
 
-# The trainer's options that suit it: a model that starts at random needs a higher rate, and more passes, than one
-# that already speaks.
+# Of the demo. A model that starts at random needs a higher rate and more passes than a pretrained one.
 RECIPE: dict[str, Any] = {
     "epochs": 6.0,
     "lr": 2.5e-3,
@@ -59,7 +57,7 @@ RECIPE: dict[str, Any] = {
 
 
 def demo_options(ranks: int) -> dict[str, Any]:
-    """The trainer's options for the demo on so many ranks, by the names of TrainingOptions."""
+    """The trainer's options for the demo on `ranks` ranks, by the names of TrainingOptions."""
     return {
         "input_model": DEMO,
         "training_dataset": DEMO,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,16 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "gpu": machine.gpu,
         "num_gpus": settings.ranks,
         "precision": settings.precision,
-        "batching": "packed" if settings.packed else "padded",
+        "batching": settings.options.batching,
         "gradient_checkpointing": settings.checkpointing,
         "max_tokens_per_device": settings.max_tokens,
         "global_batch_rows": settings.global_batch,
-        "gpu_memory_gib": plan.gpu_memory_gib
-        | {
-            "total": sum(plan.gpu_memory_gib.values()),
-            "available": None if machine.is_cpu else machine.gpu_memory_gib,
-        },
+        "gpu_memory_gib": _sizes(
+            plan.gpu_memory_gib, sum, None if machine.is_cpu else machine.gpu_memory_gib
+        ),
         "activations_gib": plan.activations_gib,
-        "host_memory_gib": plan.host_memory_gib
-        | {"total": max(plan.host_memory_gib.values()), "available": machine.host_gib},
-        "disk_gib": plan.disk_gib | {"total": sum(plan.disk_gib.values()), "available": machine.disk_gib},
+        "host_memory_gib": _sizes(plan.host_memory_gib, max, machine.host_gib),
+        "disk_gib": _sizes(plan.disk_gib, sum, machine.disk_gib),
         "steps_per_epoch": load.steps,
         "real_tokens_per_epoch": load.real_tokens,
         "computed_tokens_per_epoch": load.computed_tokens,
@@ -50,6 +48,12 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
     return answer
 
 
+def _sizes(
+    parts: dict[str, float], total: Callable[[Iterable[float]], float], available: float | None
+) -> dict[str, float | None]:
+    return parts | {"total": total(parts.values()), "available": available}
+
+
 def as_table(plan: Plan, price: float | None) -> str:
     """The plan for people."""
     machine, settings, load = plan.machine, plan.settings, plan.load
@@ -60,7 +64,7 @@ def as_table(plan: Plan, price: float | None) -> str:
         f"{plan.model.name} ({_count(plan.model.parameters)} parameters) on {machine.name}: "
         f"{settings.ranks} x {device}, {settings.precision}",
         f"{settings.rows} rows a device x {settings.ranks} x {settings.accumulation} = {settings.global_batch} a step, "
-        f"{'packed' if settings.packed else 'padded'}, "
+        f"{settings.options.batching}, "
         f"gradient checkpointing {'on' if settings.checkpointing else 'off'}{split}",
         "",
         f"memory of each {device}, GiB",
@@ -85,10 +89,9 @@ def as_table(plan: Plan, price: float | None) -> str:
         lines += [f"the whole run, {plan.steps:,} steps", _time_and_cost(plan.hours, price)]
     lines.append("")
     if plan.fits:
-        left = (
-            "" if machine.is_cpu else f", with {machine.gpu_memory_gib - total:.1f} GiB of each {device} left"
-        )
-        return "\n".join([*lines, f"FITS{left}", f"  {plan.command}"])
+        left = machine.gpu_memory_gib - total
+        room = "" if machine.is_cpu else f", with {left:.1f} GiB of each {device} left"
+        return "\n".join([*lines, f"FITS{room}", f"  {plan.command}"])
     return "\n".join([*lines, "DOES NOT FIT", *(f"  {fault}" for fault in plan.problems)])
 
 
@@ -122,7 +125,7 @@ def draw(plan: Plan, file: Path) -> None:
         plan.gpu_memory_gib,
         machine.gpu_memory_gib,
         "CPU rank" if machine.is_cpu else machine.gpu,
-        f"{plan.model.name} on {machine.name}, {'packed' if settings.packed else 'padded'}, "
+        f"{plan.model.name} on {machine.name}, {settings.options.batching}, "
         f"checkpointing {'on' if settings.checkpointing else 'off'}: "
         f"{sum(plan.gpu_memory_gib.values()):.1f} GiB, {'fits' if plan.fits else 'does not fit'}",
         file,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import resource
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from training.data.batching import GlobalBatchSampler, document_lengths, held_ou
 from training.data.collator import count_labels, split_packed_batch
 from training.errors import TrainingError
 from training.machine.flops import layer_tokens, model_parameters, training_flops
+from training.machine.local import peak_memory_gib
 from training.model.packing import Batching
 from training.run import saving
 from training.run.ending import StopRequest
@@ -163,7 +162,7 @@ class CompletionTrainer(Trainer):
             logs["tokens_per_second_per_device"] = real / seconds / devices
             logs["real_token_share"] = real / max(computed, 1)
             logs["mfu"] = flops / seconds / devices / self.peak_flops
-            logs["peak_memory_gib"] = peak_memory_gib()
+            logs["peak_memory_gib"] = peak_memory_gib(torch.cuda.is_available())
             if self.guard.overflows:
                 logs["fp16_overflows"] = self.guard.overflows
         super().log(logs, start_time)
@@ -238,11 +237,3 @@ class StepCounter:
         sums, seconds = self.sums, now - self.begin
         self.sums, self.begin = None, now
         return (torch.zeros(4, dtype=torch.int64) if sums is None else sums), seconds
-
-
-def peak_memory_gib() -> float:
-    """The most memory that this process held so far: of its GPU, or of the host where there is none."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on a Mac
-    return peak / (2**30 if sys.platform == "darwin" else 2**20)

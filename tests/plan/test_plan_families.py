@@ -1,0 +1,80 @@
+"""A new GPU family is one edit in one file, and a wrong one is refused in words."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+
+from tests.trees import edited_copy, run_in
+from training.errors import MachineError
+from training.machine.catalogue import FAMILIES, Family, family_of, find_family, find_machine
+from training.options.trainer_options import TrainingOptions
+from training.plan.fit import plan_options
+from training.plan.presets import preset_options
+
+FAMILY = '    "v100": Family('
+GPU = '    "V100-32GB": Gpu('
+PEAK = '    "T4": 65e12,\n'
+MACHINE = '        _machine("8xA100-40GB"'
+
+
+def tree_with(folder: Path, family: str) -> Path:
+    """A copy that knows the machine 8xB200, whose GPUs are of a new family; `family` is its entry."""
+    return edited_copy(
+        folder,
+        "training/machine/catalogue.py",
+        (FAMILY, f"{family}{FAMILY}"),
+        (GPU, f'    "B200": Gpu("b200", 178.0, "B200"),\n{GPU}'),
+        (PEAK, f'    "B200": 2250e12,\n{PEAK}'),
+        (MACHINE, f'        _machine("8xB200", 8, "B200", "nvlink4", 2048, 30000),\n{MACHINE}'),
+    )
+
+
+def test_a_new_family_with_a_gpu_and_a_machine_is_planned_for(tmp_path: Path) -> None:
+    entry = '    "b200": Family(("B200",), "bf16", _BF16, _BF16_OFFLOAD, "nvlink4", 0.15),\n'
+    tree = tree_with(tmp_path, entry)
+    done = run_in(tree, "training.plan", "--machine", "8xB200", "--json")
+    assert done.returncode == 0, done.stdout
+    answer = json.loads(done.stdout)
+    assert answer["fits"] is True
+    assert (answer["gpu"], answer["num_gpus"], answer["precision"]) == ("B200", 8, "bf16")
+    assert "--deepspeed config/ds_z3_bf16_config.json" in answer["command"]
+    assert 0 < answer["hours_per_epoch"]["expected"] < 1
+    assert "8xB200" in run_in(tree, "training.plan", "--help").stdout
+
+
+def test_a_gpu_of_a_family_that_is_not_there_is_refused_with_the_families(tmp_path: Path) -> None:
+    done = run_in(tree_with(tmp_path, ""), "training.plan", "--machine", "8xB200")
+    assert done.returncode == 2
+    assert "no GPU family 'b200' is known. There are: a100, h100, a10, v100, cpu" in done.stdout
+    assert "Traceback" not in done.stdout
+    assert run_in(tmp_path, "training.plan", "--machine", "8xA100-40GB").returncode == 0, "the others work"
+
+
+def test_every_way_to_a_family_refuses_one_that_is_not_there() -> None:
+    machine = replace(find_machine("8xH100"), family="b200")
+    options = TrainingOptions(local_output_dir="OUTPUT", **preset_options("h100", 8))
+    for refused in (
+        lambda: find_family("b200"),
+        lambda: preset_options("b200", 8),
+        lambda: plan_options(options, 8, machine),
+    ):
+        with pytest.raises(MachineError, match=r"no GPU family 'b200' is known\. There are: a100, h100"):
+            refused()
+
+
+def test_a_family_without_one_of_its_facts_cannot_be_made() -> None:
+    facts = {field.name: getattr(FAMILIES["a100"], field.name) for field in fields(Family)}
+    for missing in facts:
+        with pytest.raises(TypeError, match=missing):
+            Family(**{name: fact for name, fact in facts.items() if name != missing})
+
+
+def test_a_device_gets_a_family_whose_precision_it_can_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert family_of("Tesla T4", has_bf16=False) == "v100"
+    monkeypatch.setitem(FAMILIES, "t4", replace(FAMILIES["v100"], devices=("T4",)))
+    assert family_of("Tesla T4", has_bf16=False) == "t4"
+    assert family_of("NVIDIA A100-SXM4-40GB", has_bf16=False) == "v100", "its own recipe is in bf16"
