@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -81,7 +82,8 @@ def main(
     problems = value_problems(ctx)
     if price is not None and not math.isfinite(price):
         problems.append(f"--price {price}: expected a finite number")
-    plan = _plan(machine, num_gpus, typed, problems)
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints as it is imported
+        plan = _plan(machine, num_gpus, typed, problems)
     if plan is None:
         raise click.UsageError("\n".join(problems))
     if plot:
