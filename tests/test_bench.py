@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from training.bench.__main__ import main
-from training.bench.measure import (
+from training.bench.shares import (
     RECIPES,
     computed_tokens,
     global_shares,

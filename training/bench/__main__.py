@@ -16,7 +16,8 @@ import datasets
 import torch
 import transformers
 
-from training.bench.measure import ALL_RECIPES, POSITIONS, Choices, compare
+from training.bench.measure import POSITIONS, Choices, compare
+from training.bench.shares import ALL_RECIPES
 from training.consts import DEMO, GIB
 from training.data.tokens import prepare_dataset
 from training.errors import DataError, ModelError
@@ -105,7 +106,7 @@ def _prepare(choices: Choices, dataset: str, name: str) -> tuple[Choices, Any, A
 
 
 def _problems(choices: Choices) -> list[str]:
-    """Why the model could not be built, or nothing could be computed on the device, which is tried."""
+    """Whether the model cannot be built, or the device cannot compute, which is tried."""
     problems, device, precision = [], choices.device, choices.precision
     try:
         if torch.device(device).type == "cpu" and precision == "fp16":

@@ -13,7 +13,7 @@ from training.ranks import world_size
 
 
 def kernel_problems() -> list[str]:
-    """GPUs that this build of torch cannot use, whether it says so or would silently train on the CPU."""
+    """GPUs that this build of torch cannot use. It may say so, or train on the CPU without a word."""
     import torch
 
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")  # the last by Slurm
@@ -60,10 +60,10 @@ def kernel_problems() -> list[str]:
 
 
 def missing_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
-    """Whether nothing of a torch build runs on a GPU.
+    """Whether a torch build has no code that runs on a GPU.
 
     A binary (sm_86) runs on its own major version from its minor version on, intermediate code (compute_80) on
-    everything that is newer. A name that ends in "a" is for that one architecture, in "f" for its family.
+    everything newer. A name that ends in "a" is for that one architecture, in "f" for its family.
     https://docs.nvidia.com/cuda/cuda-c-programming-guide/#binary-compatibility and #ptx-compatibility
 
     Args:
@@ -84,13 +84,13 @@ def missing_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
 
 
 def _built_capability(arch: str) -> tuple[int, int]:
-    """ "sm_75" -> (7, 5), "compute_120" -> (12, 0); (0, 0) for a name that says nothing."""
+    """ "sm_75" -> (7, 5), "compute_120" -> (12, 0); (0, 0) for any other name."""
     match = re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[af]?", arch)
     return (int(match[1]), int(match[2])) if match else (0, 0)
 
 
 def _nvidia_gpu(devices: Path = Path("/dev")) -> bool:
-    """Whether the system shows an NVIDIA GPU. nvidia-smi alone is no proof: images have it without a GPU."""
+    """Whether the system has an NVIDIA GPU. That nvidia-smi exists proves nothing: images have it without a GPU."""
     if any(devices.glob("nvidia[0-9]*")):
         return True
     command = shutil.which("nvidia-smi")
@@ -123,7 +123,7 @@ def best_precision() -> str:
 
 
 def precision_problems(precision: str) -> list[str]:
-    """Why the devices of this machine cannot compute in a precision."""
+    """Whether the devices of this machine cannot compute in a precision, and what to type instead."""
     import torch
 
     cuda = torch.cuda.is_available()
@@ -138,7 +138,7 @@ def precision_problems(precision: str) -> list[str]:
 
 
 def device_problems() -> list[str]:
-    """Several visible GPUs, and one rank that could use one of them."""
+    """Whether several GPUs are visible to a run of one rank, which uses one of them."""
     import torch
 
     gpus = torch.cuda.device_count()

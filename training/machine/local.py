@@ -16,8 +16,8 @@ from training.machine.catalogue import PEAK_FLOPS, Machine, family_of, find_fami
 def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machine:
     """This machine's devices, with the host memory and the disk (of `folder`) that are free now. Imports torch.
 
-    Without a GPU the devices are `num_gpus` CPU ranks; two if not given, as in the demo. Of GPUs that differ the
-    smallest counts, as ZeRO deals evenly. Raises MachineError for more GPUs than there are.
+    Without a GPU the devices are `num_gpus` CPU ranks, by default two as in the demo. If the GPUs differ, the smallest
+    counts, because ZeRO deals evenly. Raises MachineError if `num_gpus` is more than the machine has.
     """
     import torch
 
@@ -57,9 +57,9 @@ def free_disk_gib(folder: str | Path) -> float:
 
 
 def free_host_gib(cgroups: str | Path = "/sys/fs/cgroup") -> float:
-    """Host memory that is available: of the machine, or of this container if its limit leaves less.
+    """Host memory that is available: the machine's, or this container's if its limit leaves less.
 
-    The system's own figure, which psutil reads, is the whole host's even within a container.
+    psutil reads the system's figure, which is the whole host's even in a container.
     """
     import psutil
 
@@ -79,7 +79,7 @@ def free_host_gib(cgroups: str | Path = "/sys/fs/cgroup") -> float:
 
 
 def _file_cache(limit_file: Path) -> int:
-    """Bytes of a container's usage that are cached files, which the system takes back when they are needed."""
+    """Bytes of a container's usage that are cached files, which the system frees when memory is needed."""
     try:
         lines = (limit_file.parent / "memory.stat").read_text().splitlines()
     except OSError:

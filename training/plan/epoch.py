@@ -1,4 +1,4 @@
-"""The lengths of the rows, and what an epoch of them asks of the devices."""
+"""The lengths of the rows, and the work of an epoch of them for the devices."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def alpaca_lengths() -> Lengths:
 
 
 def lengths_of(source: str, tokens: Sequence[int], response_starts: Sequence[int]) -> Lengths:
-    """Lengths of rows that are tokenised already: tokens of each, and where its response starts."""
+    """The lengths of tokenised rows, from the tokens of each and the place where its response starts."""
     import numpy as np
 
     counts = np.array(tokens, dtype=np.int64)
@@ -60,7 +60,7 @@ def lengths_of(source: str, tokens: Sequence[int], response_starts: Sequence[int
 
 @dataclass(frozen=True)
 class Load:
-    """What an epoch of these rows asks of the devices. The slowest device of each micro-step sets the pace.
+    """The work of an epoch for the devices. The slowest device of each micro-step sets the pace.
 
     Attributes:
         steps: optimizer steps of an epoch; each has `accumulation` micro-steps.
@@ -83,11 +83,11 @@ class Load:
 
 
 def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
-    """Goes through one epoch in random order, and counts.
+    """Counts the work of one epoch in random order.
 
-    Padded: a device pads its rows to the longest, rounded up to 8 (collator.py). Packed: a global batch is dealt
-    in shares of equal token count, the largest 0.5% above the mean (batching.py), or the batch's longest row.
-    That a model packs is taken for granted; the trainer proves it, and pads rows of like length otherwise.
+    Padded: a device pads its rows to the longest, rounded up to 8 (data/collator.py). Packed: a global batch is dealt
+    in shares of equal token count, the largest 0.5% above the mean (data/batching.py), or the batch's longest row.
+    The plan assumes that the model packs; the trainer proves it, and otherwise pads rows of like length.
     """
     import numpy as np
 
@@ -95,7 +95,7 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
     held_out = min(settings.options.test_size, len(lengths.tokens) // 2)
     tokens = np.random.default_rng(seed).permutation(lengths.tokens)[held_out:]
     batch = settings.global_batch
-    # Whole batches; the last, smaller one of an epoch counts for little.
+    # Whole batches only: the last, smaller one of an epoch matters little.
     whole = np.resize(tokens, max(1, len(tokens) // batch) * batch)
     longest = int(tokens.max())
     if settings.packed:

@@ -173,7 +173,7 @@ def _shortages(
 
 
 def _nearest_changes(failed: Plan, settings: Settings, lengths: Lengths) -> dict[str, str]:
-    """For each shortage the first change that ends it and makes no other: options before other machines."""
+    """For each shortage the first change that ends it and causes no other. Options come before other machines."""
     tried = [
         (change.advice, _weigh(_changed(settings, change), lengths, failed.model, change.machine))
         for change in [*_other_options(failed), *_other_machines(failed)]

@@ -1,4 +1,4 @@
-"""What a run needs: memory of a device by part, host memory while loading and training, disk. All in GiB.
+"""The memory of a device by part, the host memory while loading and training, and the disk that a run needs, in GiB.
 
 Without a GPU a device is a CPU rank, whose memory is part of the host's."""
 
@@ -20,11 +20,11 @@ if TYPE_CHECKING:
 # for the context of an A100, some 0.5 GiB for NCCL over 8 GPUs. An assumption, not measured here.
 CUDA_CONTEXT_GIB = 1.25
 
-# The caching allocator keeps blocks that fit no request; of what comes and goes, an allowance. An assumption.
+# Of the memory that comes and goes: what the caching allocator keeps in blocks that fit no request. An assumption.
 FRAGMENTATION = 0.1
-CPU_PROCESS_GIB = 0.7  # a CPU rank of the trainer on the demo, whose model is nothing: measured 0.72 to 0.74
+CPU_PROCESS_GIB = 0.7  # a CPU rank of the trainer on the demo, whose model is tiny: measured 0.72 to 0.74
 
-# Python, torch with its CUDA libraries, NCCL and the data of a GPU rank. An assumption on the careful side.
+# Python, torch with its CUDA libraries, NCCL and the data of a GPU rank. A careful assumption.
 GPU_PROCESS_GIB = 3.0
 DATASET_CACHE_GIB = 0.5  # Alpaca's takes 0.03; an allowance
 
@@ -124,13 +124,13 @@ def device_memory(
     """GiB of one device by part, at the worst moment of a step; their sum is what the card must have.
 
     "gathered layers": ZeRO-3 gathers ahead until stage3_max_live_parameters are whole, and passes the limit by a
-    parameter. Every forward of a larger model reaches it, because the next bucket is asked for at every module,
-    with parameters or without (`fetch_sub_module` in partitioned_param_coordinator.py; measured on real ranks). A
-    rank that is alone has its weights whole already. Without ZeRO, autocast's 16-bit copies of the weights.
-    "communication": gradients on their way: under ZeRO a bucket, and the largest whole gradient, the embedding's;
+    parameter. Every forward of a larger model reaches it, because every module requests the next bucket, with
+    parameters or without (`fetch_sub_module` in partitioned_param_coordinator.py; measured on real ranks). A single
+    rank holds its weights whole anyway. Without ZeRO these are autocast's 16-bit copies of the weights.
+    "communication": gradients in transit. Under ZeRO a bucket and the largest whole gradient, the embedding's;
     without it torch's DistributedDataParallel copies all into buckets.
-    "optimizer step": what the float32 copy of the gradients (DeepSpeed makes one for each sub-group) takes beyond
-    the room that activations, logits and gathered layers have left by then.
+    "optimizer step": the float32 copy of the gradients (DeepSpeed makes one for each sub-group), as far as it exceeds
+    the memory that activations, logits and gathered layers have freed by then.
     """
     zero, size = settings.zero, settings.number_bytes
     activations, loss = peak_activation_bytes(
@@ -172,9 +172,9 @@ def auto_gradient_checkpointing(
     memory_gib: float,
     cpu: bool = False,
 ) -> bool:
-    """Whether layers must be computed twice: only if the largest share of rows does not fit otherwise.
+    """Whether layers must be computed twice, because the largest share of rows does not fit otherwise.
 
-    It comes before splitting a share, which would gather all weights once more for each part.
+    This is decided before a share is split, which gathers all weights once more for each part.
     """
     without = replace(settings, checkpointing=False)
     return sum(device_memory(model, without, load, response_share, cpu).values()) > memory_gib
@@ -248,9 +248,9 @@ def _pinned(size: float, zero: Zero) -> float:
 
 
 def disk(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
-    """GiB on disk of a run of so many steps: the download and the tokenised rows, checkpoints, the model.
+    """GiB on disk of a run of `steps` steps: the download and the tokenised rows, checkpoints, the model.
 
-    A new checkpoint is complete before the oldest goes; the last step has one of its own.
+    A new checkpoint is complete before the oldest is deleted; the last step has one of its own.
     """
     kept = min(settings.options.save_total_limit + 1, math.ceil(steps / settings.options.save_steps))
     return {
