@@ -11,16 +11,19 @@ import click
 import torch
 import transformers
 
-from training.consts import DEFAULT_SEED, DEMO, GREEDY, ROOT
+from training.consts import DEFAULT_SEED, DEMO, GREEDY, METRICS_FILE, ROOT
 from training.data.demo_rows import demo_rows
 from training.data.tokens import prepare_dataset, split_held_out
+from training.files import duration
 from training.launch.local import deepspeed_command, launch_environment, typed
 from training.model.generation import generate_responses, load_model_tokenizer_for_generate, printable
 from training.model.loading import max_positions
+from training.pictures import PictureFile, draw_demo
 from training.plan.presets import RECIPE, demo_options
-from training.tracking.progress import duration
+from training.storage import metrics
 
-SHOWN = 12
+SHOWN = 12  # examples on the terminal
+DRAWN = 8  # in the picture
 MAX_NEW_TOKENS = 48
 
 
@@ -58,18 +61,24 @@ def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
     return [printable(answer) for answer in given]
 
 
-def table(rows: list[dict[str, str]], before: list[str], after: list[str]) -> str:
-    """Some held-out instructions, no two of one opening, with both answers."""
-    lines: list[str] = []
-    openings: set[str] = set()
+def examples(rows: list[dict[str, str]], before: list[str], after: list[str]) -> list[tuple[str, ...]]:
+    """(instruction, answer before, answer after, expected) of some held-out rows, each on one line.
+
+    No two instructions begin with the same word.
+    """
+    found: dict[str, tuple[str, ...]] = {}
     for row, old, new in zip(rows, before, after, strict=True):
-        opening = row["instruction"].split()[0]
-        if opening in openings or len(openings) == SHOWN:
-            continue
-        openings.add(opening)
-        mark = "=" if new == row["output"] else "!"
-        question = f"{row['instruction']} {row['input']}".replace("\n", " ")
-        lines.append(f"{question[:52]:<54}{old.replace(chr(10), ' ')[:18]:<20}{mark} {new[:44]}")
+        texts = f"{row['instruction']} {row['input']}", old, new, row["output"]
+        found.setdefault(row["instruction"].split()[0], tuple(" ".join(text.split()) for text in texts))
+    return list(found.values())[:SHOWN]
+
+
+def table(shown: list[tuple[str, ...]]) -> str:
+    """The examples for a terminal."""
+    lines = [
+        f"{instruction[:52]:<54}{before[:18]:<20}{'=' if after == expected else '!'} {after[:44]}"
+        for instruction, before, after, expected in shown
+    ]
     return "\n".join([f"{'instruction':<54}{'before':<20}  after ('=': as expected)", *lines])
 
 
@@ -83,8 +92,13 @@ def exact_match(rows: list[dict[str, str]], given: list[str]) -> float:
     "--num-gpus", type=click.IntRange(1), default=None, help="Ranks.  [default: the GPUs, else 2 on the CPU]"
 )
 @click.option("--local-output-dir", default=None, help="[default: ~/dolly_training/demo__<timestamp>]")
+@click.option(
+    "--plot", type=PictureFile(), metavar="FILE.png", help="Draw the losses and some of the answers."
+)
 @click.argument("trainer_options", nargs=-1, type=click.UNPROCESSED)
-def main(num_gpus: int | None, local_output_dir: str | None, trainer_options: tuple[str, ...]) -> None:
+def main(
+    num_gpus: int | None, local_output_dir: str | None, plot: Path | None, trainer_options: tuple[str, ...]
+) -> None:
     """Train the demo, and show what it learned. TRAINER_OPTIONS go to training.trainer as they are."""
     begin = time.monotonic()
     transformers.utils.logging.disable_progress_bar()
@@ -103,12 +117,18 @@ def main(num_gpus: int | None, local_output_dir: str | None, trainer_options: tu
     model, tokenizer = load_model_tokenizer_for_generate(output)
     rows = held_out_rows(tokenizer, max_positions(model.config))
     before, after = answers(DEMO, rows), answers(output, rows)
-    print(f"\nHeld-out rows, on which it was never trained:\n\n{table(rows, before, after)}\n")
-    print(
+    shown = examples(rows, before, after)
+    result = (
         f"exact match on all {len(rows)} held-out rows: {exact_match(rows, before):.0%} before, "
-        f"{exact_match(rows, after):.0%} after; {duration(time.monotonic() - begin)} in all\n"
+        f"{exact_match(rows, after):.0%} after"
+    )
+    print(f"\nHeld-out rows, on which it was never trained:\n\n{table(shown)}\n")
+    print(
+        f"{result}; {duration(time.monotonic() - begin)} in all\n"
         f'Ask it yourself: python -m training.generate --model {output} "{rows[0]["instruction"]}"'
     )
+    if plot:
+        draw_demo(metrics.read(Path(output) / METRICS_FILE), shown[:DRAWN], result, plot)
 
 
 if __name__ == "__main__":

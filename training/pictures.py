@@ -1,4 +1,4 @@
-"""Pictures: the memory of a device by part, as one stacked bar against its size; and the figures of a run, step by step."""
+"""Pictures: the memory of a device by part, the figures of a run step by step, the losses and answers of the demo."""
 
 from __future__ import annotations
 
@@ -24,6 +24,9 @@ COLOURS = {
     "context and fragmentation": "#b5b5b5",
 }
 ENDINGS = (".png", ".pdf", ".svg")
+# Of the demo's table: the headings, and where each column begins with how many characters it shows.
+EXAMPLE_COLUMNS = ("instruction", "before", "after", "expected")
+EXAMPLE_PLACES = ((0.0, 62), (0.46, 20), (0.62, 32), (0.81, 32))
 MARKED = 30  # points of a run up to which each is marked: one alone makes no line
 
 
@@ -91,46 +94,93 @@ def draw_run(entries: Sequence[dict[str, Any]], title: str, file: str | IO[bytes
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    def points(key: str) -> tuple[list[int], list[float]]:
-        found = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
-        return [step for step, _ in found], [value for _, value in found]
-
-    curves = {"train rows": points("loss"), "held-out rows": points("eval_loss")}
-    if not any(steps for steps, _ in curves.values()):
-        raise ValueError("no step of this run has been logged yet: there is nothing to draw")
     # A run shorter than --logging-steps has held-out losses alone.
     logged = any("tokens_per_second" in entry for entry in entries)
     layout: list[Any] = [["loss", "loss"], ["speed", "memory"]]
     heights, rows = [3, 2], 2 if logged else 1
     figure = Figure(figsize=(10, 6.4 if logged else 4), layout="constrained")
     panels = figure.subplot_mosaic(layout[:rows], height_ratios=heights[:rows])
-    for (label, (steps, losses)), colour in zip(curves.items(), ("gradients", "activations"), strict=True):
-        if steps:
-            last = f"{label}, {losses[-1]:.3f} in the end"
-            panels["loss"].plot(steps, losses, label=last, color=COLOURS[colour], marker=_marker(steps))
-    panels["loss"].set_title("loss, nats a response token", fontsize=10, loc="left")
-    panels["loss"].legend(frameon=False)
+    _draw_losses(panels["loss"], entries)
     for panel, key, words in (
         ("speed", "tokens_per_second", "real tokens a second, all devices"),
         ("memory", "peak_memory_gib", "peak memory of rank 0, GiB"),
     ):
         if panel not in panels:
             continue
-        steps, values = points(key)
+        steps, values = _points(entries, key)
         panels[panel].plot(steps, values, color=COLOURS["weights"], marker=_marker(steps))
         panels[panel].set_ylim(0, 1.15 * max(values, default=1.0))
         panels[panel].set_title(words, fontsize=10, loc="left")
         panels[panel].yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         panels[panel].yaxis.set_major_locator(MaxNLocator(4))
-    end = max(entry["step"] for entry in entries)
     for axes in panels.values():
-        axes.set_xlim(0, max(end, 1))
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-        axes.set_xlabel("step")
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
+        _step_axis(axes, entries)
     figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     figure.savefig(file, dpi=110, format="png")
+
+
+def draw_demo(
+    entries: Sequence[dict[str, Any]], examples: Sequence[tuple[str, ...]], result: str, file: Path
+) -> None:
+    """Writes the demo's losses, and below them a table of (instruction, answer before, answer after, expected).
+
+    The ending of `file` is the format. `entries` are those of metrics.jsonl.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 6.8), layout="constrained")
+    losses, table = figure.subplots(2, height_ratios=[3, 0.4 * (len(examples) + 1)])
+    _draw_losses(losses, entries)
+    _step_axis(losses, entries)
+    table.axis("off")
+    table.set(xlim=(0, 1), ylim=(len(examples), -1))
+    table.set_title(result, fontsize=10, loc="left")
+    for line, cells in enumerate([EXAMPLE_COLUMNS, *examples], start=-1):
+        right = cells[2] == cells[3]
+        for (x, width), text in zip(EXAMPLE_PLACES, cells, strict=True):
+            after = line >= 0 and x == EXAMPLE_PLACES[2][0]
+            table.text(
+                x,
+                line + 0.5,
+                text if len(text) <= width else f"{text[: width - 1]}…",
+                color=("#1a7f37" if right else "#b42318") if after else "black",
+                weight="bold" if line < 0 else "normal",
+                va="center",
+                fontsize=9,
+            )
+        table.axhline(line + 1, color="#d0d0d0", linewidth=0.8)
+    figure.suptitle("The demo: a small GPT-J learns to follow instructions", fontsize=12, x=0.01, ha="left")
+    figure.savefig(file, dpi=110)
+
+
+def _points(entries: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
+    """(steps, values) of the entries that have the key."""
+    found = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+    return [step for step, _ in found], [value for _, value in found]
+
+
+def _draw_losses(axes: Any, entries: Sequence[dict[str, Any]]) -> None:
+    """The loss of train and held-out rows, with the last of each in the legend. Raises ValueError where none is."""
+    curves = {"train rows": _points(entries, "loss"), "held-out rows": _points(entries, "eval_loss")}
+    if not any(steps for steps, _ in curves.values()):
+        raise ValueError("no step of this run has been logged yet: there is nothing to draw")
+    for (label, (steps, losses)), colour in zip(curves.items(), ("gradients", "activations"), strict=True):
+        if steps:
+            last = f"{label}, {losses[-1]:.3f} in the end"
+            axes.plot(steps, losses, label=last, color=COLOURS[colour], marker=_marker(steps))
+    axes.set_title("loss, nats a response token", fontsize=10, loc="left")
+    axes.legend(frameon=False)
+
+
+def _step_axis(axes: Any, entries: Sequence[dict[str, Any]]) -> None:
+    """Steps from 0 to the last one logged, whole numbers, a light grid."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.set_xlim(0, max(1, *(entry["step"] for entry in entries)))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.set_xlabel("step")
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _marker(steps: Sequence[int]) -> str:
