@@ -127,13 +127,14 @@ def draw_demo(
     The ending of `file` is the format. `entries` are those of metrics.jsonl.
     """
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(11, 6.8), layout="constrained")
+    figure = Figure(figsize=(11, 6.8), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1))
     losses, table = figure.subplots(2, height_ratios=[3, 0.4 * (len(examples) + 1)])
     _draw_losses(losses, entries)
     _step_axis(losses, entries)
     table.axis("off")
-    table.set(xlim=(0, 1), ylim=(len(examples), -1))
+    table.set(xlim=(0, 1), ylim=(len(examples) + 0.1, -1))
     table.set_title(result, fontsize=10, loc="left")
     for line, cells in enumerate([EXAMPLE_COLUMNS, *examples], start=-1):
         right = cells[2] == cells[3]
@@ -149,7 +150,7 @@ def draw_demo(
                 fontsize=9,
             )
         table.axhline(line + 1, color="#d0d0d0", linewidth=0.8)
-    figure.suptitle("The demo: a small GPT-J learns to follow instructions", fontsize=12, x=0.01, ha="left")
+    figure.suptitle("The demo: a small GPT-J learns to follow instructions", fontsize=12, x=0.03, ha="left")
     figure.savefig(file, dpi=110)
 
 
@@ -177,7 +178,7 @@ def _step_axis(axes: Any, entries: Sequence[dict[str, Any]]) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(0, max(1, *(entry["step"] for entry in entries)))
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]))
     axes.set_xlabel("step")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
