@@ -1,4 +1,4 @@
-"""Every command, option, module and file that README and the scripts name exists."""
+"""README, docs and scripts tell the truth: each command, option, file, link, message and figure is that of the code."""
 
 from __future__ import annotations
 
@@ -6,25 +6,40 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import inspect
 import io
+import json
 import os
 import re
 import subprocess
+import sys
+import tomllib
+from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
 import click
 import pytest
 import torch.distributed.run
+from click.testing import CliRunner
 from deepspeed.launcher import runner
 
 from tests.conftest import python
+from tests.test_layout import BELOW, GROUND
 from training import trainer
+from training.launch.exits import exit_meaning
+from training.machine.catalogue import FAMILIES, MACHINES
+from training.model.generation import PARAMETERS
+from training.options.trainer_options import TrainingOptions
+from training.plan.__main__ import main as plan_command
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+DOCS = {page.stem: page for page in sorted((ROOT / "docs").glob("*.md"))}
+PAGES = [README, *DOCS.values()]
 SCRIPTS = [*sorted(ROOT.glob("*.sh")), ROOT / ".ci" / "run", *sorted((ROOT / "config").glob("*.sh"))]
-DOCUMENTS = [ROOT / "README.md", *SCRIPTS]
+DOCUMENTS = [*PAGES, *SCRIPTS]
+EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 EACH_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
 # What a command line may run, by the words that name it there: the modules of ours that have a command, ...
@@ -43,6 +58,7 @@ PYTHON_TOOLS = {
     "run_pytest.sh": ["pytest"],  # hands its arguments on
     "pytest": ["pytest"],
     "pip install": ["pip", "install"],
+    "pip wheel": ["pip", "wheel"],
     "ruff check": ["ruff", "check"],
     "ruff format": ["ruff", "format"],
     "mypy": ["mypy"],
@@ -53,7 +69,7 @@ PROGRAMS = re.compile(
     "|".join(map(re.escape, [*OURS, FLOW, *PYTHON_TOOLS, *FOREIGN]))
     + r"|(?<![-\w])(?:deepspeed|torchrun|python)\b"
 )
-IN_A_FOLDER = r"(?:config|training|notebooks|flows|tests|\.ci)/[\w./-]*\w"
+IN_A_FOLDER = r"(?:config|training|notebooks|flows|tests|docs|\.ci)/[\w./-]*\w"
 AT_THE_ROOT = r"run_\w+\.sh|requirements\w*\.txt|pyproject\.toml"
 OPTION = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
 
@@ -125,39 +141,98 @@ def test_every_option_module_and_file_of_the_repository_that_is_named_exists(doc
         for program, option in options_by_program(line):
             known = flags(program) if program else set.union(*map(flags, [*OURS, FLOW]))
             assert option in known, f"{program or 'no command of ours'} has no {option}, named in: {line}"
-        for module in re.findall(r"(?<!\S)(?:-m|--module)\s+([a-zA-Z_][\w.]*)", line):
-            assert importlib.util.find_spec(module), f"no module {module}, named in: {line}"
+        if "pytest" not in line:  # whose -m names markers
+            for module in re.findall(r"(?<!\S)(?:-m|--module)\s+([a-zA-Z_][\w.]*)", line):
+                assert importlib.util.find_spec(module), f"no module {module}, named in: {line}"
         for name in re.findall(rf"(?<![\w/.-])(?:\./)?({IN_A_FOLDER}|{AT_THE_ROOT})", line):
-            there = (ROOT / name).exists() if "/" in name else (ROOT / name).is_file()
-            assert there, f"no {name}, named in: {line}"
+            existing = (ROOT / name).exists() if "/" in name else (ROOT / name).is_file()
+            assert existing, f"no {name}, named in: {line}"
 
 
-def test_every_line_of_the_readmes_tree_names_a_file_and_every_link_inside_the_repository_leads_somewhere() -> (
-    None
-):
-    for target in re.findall(r"\]\(([^)]+)\)", README):
-        assert target.startswith("https://") or (ROOT / target.split("#")[0]).exists(), target
-    [block] = re.findall(r"^```\n(README.*?)^```", README, re.DOTALL | re.MULTILINE)
-    folder = ROOT
-    for line in block.splitlines():
-        indent, name = re.match(r"( *)(\S+)", line).groups()
-        if not indent:
-            folder = ROOT / name if name.endswith("/") else ROOT
-            names = line.split() if name == "README.md" else [name]
-        else:
-            names = [f"{folder.name}/{name}"]
-        for each in names:
-            assert (ROOT / each).exists(), f"no {each}"
+def test_the_markers_that_the_pages_name_are_those_of_pytest() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    known = {marker.split(":")[0] for marker in config["markers"]}
+    named = {
+        word
+        for line in (line for document in DOCUMENTS for line in code(document))
+        for marks in re.findall(r"run_pytest\.sh\s+-m\s+(\"[\w ]+\"|\w+)", line)
+        for word in re.findall(r"\w+", marks)
+    }
+    assert named - {"or", "and", "not"} <= known
 
 
-def test_what_the_readmes_python_imports_from_us_exists_and_takes_those_arguments() -> None:
-    blocks = re.findall(r"^```python\n(.*?)^```", README, re.DOTALL | re.MULTILINE)
-    assert blocks
-    for block in blocks:
+# --- the pages ---------------------------------------------------------------------------------------
+
+
+@EACH_PAGE
+def test_a_page_is_short_and_its_links_lead_somewhere(page: Path) -> None:
+    text = page.read_text()
+    assert len(text.splitlines()) <= 200
+    assert page != README or len(text.split()) <= 1200
+    for target in re.findall(r"\]\(([^)]+)\)", text):
+        assert target.startswith("https://") or (page.parent / target).exists(), target
+
+
+def test_every_page_is_in_the_index_and_the_picture_is_small() -> None:
+    index = README.read_text().split("\n## Documentation\n")[1]
+    assert sorted(re.findall(r"^\| \[([\w-]+)\.md\]", index, re.MULTILINE)) == list(DOCS)
+    pictures = [file for file in (ROOT / "docs").iterdir() if file.suffix != ".md"]
+    assert pictures == [ROOT / "docs" / "demo.png"]
+    assert pictures[0].stat().st_size <= 150_000
+
+
+def test_every_room_of_the_readme_is_a_folder() -> None:
+    [block] = re.findall(r"^```\n(config/.*?)^```", README.read_text(), re.DOTALL | re.MULTILINE)
+    lines = [re.match(r"( *)(\S+)/ ", line).groups() for line in block.splitlines()]
+    rooms = {f"training/{name}" if indent else name for indent, name in lines}
+    packages = {init.parent for init in (ROOT / "training").rglob("__init__.py")}
+    top = {path.parent for name in ("*/*.py", "*/*.json", "*/*.md") for path in ROOT.glob(name)}
+    tops = {path for path in top if not path.name.startswith(".")}
+    assert rooms == {path.relative_to(ROOT).as_posix() for path in packages | tops}
+
+
+def test_the_tree_of_the_architecture_names_every_file_of_every_room() -> None:
+    text = DOCS["architecture"].read_text()
+    rows = dict(re.findall(r"^\| `([\w/]+/)` \| (`.*) \|$", text, re.MULTILINE))
+    product = {"training", "flows", "notebooks", "config"}
+    for room, cell in rows.items():
+        named = [re.match(r"`([\w.]+)` \S", entry) for entry in cell.split(" · ")]
+        assert all(named), cell
+        files = {file.name for file in (ROOT / room).iterdir() if file.is_file()} - {"__init__.py"}
+        assert [each[1] for each in named if each] == list(dict.fromkeys(each[1] for each in named if each))
+        assert {each[1] for each in named if each} == files, room
+    folders = {
+        file.parent for name in product for file in (ROOT / name).rglob("*.*") if file.suffix != ".pyc"
+    }
+    assert rows.keys() == {f"{folder.relative_to(ROOT).as_posix()}/" for folder in folders}
+
+
+def test_the_import_rule_of_the_architecture_is_the_one_that_is_kept() -> None:
+    [rule] = re.findall(
+        r"^```text\n(consts .*?)^```", DOCS["architecture"].read_text(), re.DOTALL | re.MULTILINE
+    )
+    assert set(rule.splitlines()[0].split()) == GROUND
+    for room, below in re.findall(r"(\w+) \(([\w, ]+)\)", rule):
+        assert room == "storage" or set(below.split(", ")) == BELOW[room] - GROUND
+    ground, *above = (set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", line))) for line in rule.splitlines())
+    assert set().union(*above) >= BELOW.keys() - ground
+
+
+# --- Python and messages -----------------------------------------------------------------------------
+
+
+@EACH_PAGE
+def test_what_a_pages_python_imports_from_us_exists_and_takes_those_arguments(page: Path) -> None:
+    for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+        imported = {}
         for node in ast.walk(ast.parse(block)):
             if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("training"):
                 module = importlib.import_module(node.module)
-                assert all(hasattr(module, alias.name) for alias in node.names), block
+                imported |= {alias.name: getattr(module, alias.name) for alias in node.names}
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in imported:
+                signature = inspect.signature(imported[node.func.id])
+                signature.bind(*node.args, **{str(keyword.arg): None for keyword in node.keywords})
 
 
 def stretches(text: str) -> list[str]:
@@ -169,7 +244,7 @@ def stretches(text: str) -> list[str]:
     return [part for each in kept.split("\0") if (part := each.strip())]
 
 
-def test_the_messages_of_the_readme_are_those_of_the_code() -> None:
+def test_the_messages_of_the_docs_are_those_of_the_code() -> None:
     """What stands between two fillings is in one string of training/, or in two where one is filled into the other."""
     strings = []
     for file in (ROOT / "training").rglob("*.py"):
@@ -180,7 +255,7 @@ def test_the_messages_of_the_readme_are_those_of_the_code() -> None:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 strings.append(node.value)
     known = "\n".join(part for each in strings for part in stretches(each))
-    [section] = re.findall(r"^## When something goes wrong\n(.*?)^## ", README, re.DOTALL | re.MULTILINE)
+    section = DOCS["errors"].read_text().split("\n## Messages\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
     assert len(messages) > 15
@@ -197,15 +272,96 @@ def test_the_scripts_can_be_run() -> None:
         assert subprocess.run(["bash", "-n", script]).returncode == 0, script.name
 
 
-def test_the_readmes_trainer_commands_are_accepted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_trainer_commands_of_the_pages_are_accepted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Each is parsed by the trainer's own command line, with an output of this test."""
     taken = []
     finished = {"status": "finished"}
     monkeypatch.setattr(trainer, "train", lambda options, request: taken.append(options) or finished)
-    commands = re.findall(r"training\.trainer\s+(--(?!help).*)", "\n".join(code(ROOT / "README.md")))
-    assert commands
+    lines = "\n".join(line for page in PAGES for line in code(page))
+    commands = re.findall(r"training\.trainer\s+(--(?!help).*)", lines)
+    assert len(commands) > 10
     for line in commands:
         with pytest.raises(SystemExit) as ended:
             trainer.main([*line.split(), "--local-output-dir", str(tmp_path / "out")])
         assert ended.value.code == 0, line
     assert len(taken) == len(commands)
+
+
+# --- figures -----------------------------------------------------------------------------------------
+
+
+def rows_of_table(page: str, heading: str) -> list[list[str]]:
+    """The cells of the table of a page whose heading line begins with these words."""
+    lines = DOCS[page].read_text() if page in DOCS else README.read_text()
+    table = re.search(rf"^\| {re.escape(heading)}.*\n\|[-|]+\n((?:\|.*\n)+)", lines, re.MULTILINE)
+    assert table, heading
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table[1].splitlines()]
+
+
+def test_the_readmes_machines_have_the_minutes_and_dollars_of_the_plan() -> None:
+    rows = rows_of_table("README", "machine | options")
+    assert len(rows) == 5
+    for machine, options, minutes, published, dollars in rows:
+        name = re.findall(r"`(\w[\w.]+)`", machine)[0]
+        answer = json.loads(CliRunner().invoke(plan_command, ["--machine", name, "--json"]).stdout)
+        hours = answer["hours_per_epoch"]["expected"]
+        assert (int(machine.split("×")[0]), int(minutes)) == (answer["num_gpus"], round(60 * hours)), name
+        for option in re.findall(r"--[\w-]+ \S+", options.strip("`")):
+            assert option in answer["command"], (name, option)
+        assert answer["command"].count("--") == options.count("--") + 4, "and no others"
+        cost, price = re.fullmatch(r"([\d.]+)(?: N at N|(?: at ([\d.]+)))/h", dollars).groups()
+        assert cost == f"{hours * float(price or 1):.2f}", name
+        assert not price or f"${price}" in DOCS["evidence"].read_text()
+        if published:
+            assert f"{int(published) / 60:.2f} [" in DOCS["plan"].read_text()
+
+
+def test_the_defaults_of_the_docs_are_the_options() -> None:
+    defaults = {field.name: field.default for field in fields(TrainingOptions)}
+    for _, value, options in rows_of_table("training", "what | default"):
+        names = [name.replace("-", "_") for name in re.findall(r"--([\w-]+)", options)]
+        values = re.sub(r"(?<=\d),(?=\d)", "", value.strip("`")).split(", ")  # 1,000 is one value
+        known = [defaults[name] for name in names]
+        assert values == [f"{value:g}" if isinstance(value, float) else str(value) for value in known]
+
+
+def test_the_machines_and_families_of_the_docs_are_those_of_the_catalogue() -> None:
+    for family, types in rows_of_table("databricks", "GPU family"):
+        assert {MACHINES[name].family for name in re.findall(r"`([\w.-]+)`", types)} == {family.strip("`")}
+    names = DOCS["plan"].read_text().split("Machine names are")[1].split("\n## ")[0]
+    assert set(re.findall(r"`([\w.-]+)`", names)) <= MACHINES.keys()
+    for gpus, file in rows_of_table("training", "GPUs | file"):
+        for name in re.findall(r"\b[AHV]100?\b", gpus):
+            assert FAMILIES[name.lower()].deepspeed == file.strip("`")
+
+
+def test_the_exit_codes_of_the_docs_mean_what_the_code_says() -> None:
+    rows = rows_of_table("errors", "code | words")
+    assert len(rows) >= 10
+    for codes, words, _ in rows:
+        for number in codes.split(", "):
+            assert exit_meaning(int(number)).startswith(words.strip("`")), number
+
+
+def test_the_parameters_of_the_served_model_are_those_of_the_signature() -> None:
+    rows = [
+        (name.strip("`"), default) for name, default, _ in rows_of_table("publish", "parameter | default")
+    ]
+    assert rows == [(name, str(default)) for name, _, default in PARAMETERS]
+
+
+def test_the_pod_of_the_docs_is_that_of_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [str(ROOT / "flows"), *sys.path])
+    pod = importlib.import_module("pod")
+    text = " ".join(DOCS["metaflow"].read_text().split())
+    named = r"`([\w-]+)` asks for (\d+) GPUs, (\d+) CPUs, (\d+) GB of memory, (\d+) GiB of shared .*? (\d+) GB of disk"
+    machine, gpus, cpus, memory, shared, disk = re.search(named, text).groups()
+    assert pod.resources(machine, {}) == {
+        "gpu": int(gpus),
+        "cpu": int(cpus),
+        "memory": 1000 * int(memory),
+        "shared_memory": 1024 * int(shared),
+        "disk": 1000 * int(disk),
+    }
