@@ -1,4 +1,4 @@
-"""Dolly as a Metaflow flow: start -> train -> end. It chooses options and runs the one command; see README, Metaflow.
+"""Dolly as a Metaflow flow: start -> train -> end. It chooses options and runs the one command; see docs/metaflow.md.
 
     python flows/train_dolly_flow.py run                                      Dolly's run on this machine's GPUs
     python flows/train_dolly_flow.py run --gpu-family cpu                     the demo

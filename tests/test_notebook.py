@@ -172,8 +172,8 @@ def test_the_notebook_is_valid_python_short_enough_to_read_and_holds_no_training
     assert "training.trainer" not in imported
 
 
-def test_its_widgets_are_those_that_the_readme_names() -> None:
-    section = (ROOT / "README.md").read_text().split("\n## Databricks and Jupyter\n")[1].split("\n## ")[0]
+def test_its_widgets_are_those_that_the_docs_name() -> None:
+    section = (ROOT / "docs" / "databricks.md").read_text().split("\n## Widgets\n")[1].split("\n## ")[0]
     named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     assert named == notebook.widget_names(notebook.read_source(NOTEBOOK.read_text()))
     assert set(named) == {*"num_gpus gpu_family input_model training_dataset epochs local_training_root".split(),
