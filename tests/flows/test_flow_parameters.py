@@ -51,7 +51,7 @@ def test_values_that_are_none_are_all_reported_beside_the_problems_so_far(flow: 
     problems = ["one more"]
     parsed(flow, "--epochs many --seed -1", problems)
     assert [problem.split()[0] for problem in problems] == ["one", "Invalid", "Invalid"]
-    with pytest.raises(OptionsError, match=r"one more\\n.*No such option '--epoch'"):
+    with pytest.raises(OptionsError, match=r"one more\n.*No such option '--epoch'"):
         parsed(flow, "--epoch 3", ["one more"])
 
 
