@@ -61,7 +61,7 @@ FAMILIES = {
     "a10": Family(("A10",), "bf16", _BF16_OFFLOAD, _BF16_OFFLOAD, "pcie", 0.25),
     "v100": Family(("V100",), "fp16", _FP16_OFFLOAD, _FP16_OFFLOAD, "nvlink2", 0.12),
     # Ranks on a CPU, for the demo and the tests. Their memory is the host's, and their speed is measured. The demo reaches
-    # 0.22 (two ranks, packed) to 0.59 (two ranks, padded) of it (tests/plan/test_plan_cpu_time.py).
+    # 0.2 to 0.6 of it, on one and two ranks (tests/plan/test_plan_cpu_time.py).
     "cpu": Family((), "fp32", _BF16, None, "none", 0.35),
 }
 
