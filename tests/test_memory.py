@@ -90,10 +90,11 @@ def test_layers_are_gathered_up_to_the_limit_of_the_configuration():
     settings = settings_of_a_run(ranks=8, checkpointing=True)
     embedding = 50400 * 4096  # the largest parameter
     assert memory(settings)["gathered layers"] == 2 * (1e9 + embedding) / GIB
-    few = replace(settings, zero=Zero(stage=3, live_parameters=1e8))
+    few = settings_of_a_run(ranks=8, checkpointing=True, zero=Zero(stage=3, live_parameters=1e8))
     assert memory(few)["gathered layers"] == 2 * (1e8 + embedding) / GIB
     assert memory(replace(settings, ranks=1))["gathered layers"] == 0, "alone, a rank has its weights whole"
-    assert memory(replace(settings, zero=Zero()))["gathered layers"] == 2 * GPTJ.parameters / GIB
+    plain = settings_of_a_run(ranks=8, checkpointing=True, zero=Zero())
+    assert memory(plain)["gathered layers"] == 2 * GPTJ.parameters / GIB
 
 
 def test_the_step_s_float32_gradients_count_where_activations_leave_no_room_for_them():
@@ -133,7 +134,7 @@ def test_the_auto_token_budget_is_the_most_that_fits_and_none_where_all_fits():
     assert total(budget) <= 18.5 < total(budget + 16)
     assert auto_max_tokens_per_device(GPTJ, settings, load, 0.57, memory_gib=39.4) is None
     assert auto_max_tokens_per_device(GPTJ, settings, load, 0.57, memory_gib=1.0) == load.peak_row
-    padded = replace(settings, packed=False)
+    padded = replace(settings, options=replace(settings.options, batching="padded"))
     assert auto_max_tokens_per_device(GPTJ, padded, epoch_load(alpaca_lengths(), padded), 0.57, 1.0) is None
 
 
@@ -287,7 +288,8 @@ def test_predicted_state_is_within_a_tenth_of_what_real_zero3_ranks_hold(config,
     assert result.returncode == 0, result.stdout
     settings = resolved(TrainingOptions(local_output_dir="x", deepspeed=config), ranks, "cpu")
     # The ranks' "device" is the CPU: what is offloaded is held beside it, not instead of it.
-    on_device = replace(settings, zero=replace(settings.zero, offload_optimizer=False))
+    held = settings.deepspeed["zero_optimization"] | {"offload_optimizer": {}}
+    on_device = replace(settings, deepspeed=settings.deepspeed | {"zero_optimization": held})
     for rank in range(ranks):
         measured = json.loads((tmp_path / f"bytes.rank{rank}").read_text())
         for (width, layers, heads, vocabulary), found in zip(SHAPES, measured, strict=True):

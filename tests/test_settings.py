@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from tests.conftest import resolved, settings_of_a_run
+from tests.conftest import resolved
 from training.consts import ROOT
 from training.errors import MachineError, OptionsError
 from training.machine.catalogue import FAMILIES
@@ -34,7 +34,7 @@ def test_presets_keep_the_global_batch_for_one_to_eight_devices():
 
 
 def test_presets_name_shipped_files_of_their_own_precision():
-    for preset in FAMILIES.values():
+    for preset in (family for name, family in FAMILIES.items() if name != "cpu"):
         for file in filter(None, (preset.deepspeed, preset.offload)):
             config = json.loads((ROOT / file).read_text())
             assert config[preset.precision]["enabled"] is True
@@ -52,9 +52,9 @@ def test_an_unknown_family_and_no_device_are_named():
 
 def test_a_shipped_configuration_is_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert settings(deepspeed=BF16_OFFLOAD, per_device_train_batch_size=4) == settings_of_a_run(
-        ranks=8, per_device_train_batch_size=4, max_tokens="auto", zero=Zero(stage=3, offload_optimizer=True, pinned=True), epochs=3.0
-    )  # fmt: skip
+    found = settings(deepspeed=BF16_OFFLOAD)
+    assert (found.ranks, found.precision, found.max_tokens) == (8, "bf16", "auto")
+    assert found.zero == Zero(stage=3, offload_optimizer=True, pinned=True)
     with pytest.raises(OptionsError, match="No such file"):
         settings(deepspeed="config/none.json")
 

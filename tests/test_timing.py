@@ -88,7 +88,8 @@ def test_a_step_s_seconds_are_worked_out_as_by_hand():
     # Each part of a split share gathers the weights again; accumulation does everything but the optimizer twice.
     split = step_seconds(GPTJ, machine, replace(settings, max_tokens=400), load, response_share=0.0)
     assert split["gathering"] == pytest.approx(3 * seconds["gathering"])
-    twice = step_seconds(GPTJ, machine, replace(settings, accumulation=2), load, response_share=0.0)
+    accumulated = replace(settings, options=replace(settings.options, gradient_accumulation_steps=2))
+    twice = step_seconds(GPTJ, machine, accumulated, load, response_share=0.0)
     assert twice == {
         "compute": 2 * seconds["compute"],
         "gathering": 2 * seconds["gathering"],

@@ -118,7 +118,7 @@ def test_an_epoch_is_counted_as_by_hand():
     assert (packed.steps, packed.real_tokens, packed.computed_tokens, packed.peak_row) == (1, 40, 40, 10)
     assert packed.slowest_tokens == pytest.approx(20, rel=0.01)
     assert packed.slowest_scores == pytest.approx(2 * 10 * 10 / 2, rel=0.01)
-    padded = epoch_load(lengths, replace(settings, packed=False))
+    padded = epoch_load(lengths, replace(settings, options=replace(settings.options, batching="padded")))
     counted = (padded.computed_tokens, padded.slowest_tokens, padded.peak_tokens, padded.peak_row)
     assert counted == (64, 32, 32, 16), "padded as by the collator"
     assert PAD_TO_MULTIPLE_OF == consts.PAD_TO_MULTIPLE_OF
