@@ -240,12 +240,12 @@ def stretches(text: str) -> list[str]:
     unit, an option, whatever stands for "..."."""
     text = text.replace("...", " 0 ")
     words = (word.strip("`\"'.,:;()[]") for word in text.split())
-    kept = " ".join("\0" if re.search(r"\d|GiB|^--", word) else word for word in words if word)
+    kept = " ".join("\0" if re.search(r"\d|GiB|^--|%[sd]", word) else word for word in words if word)
     return [part for each in kept.split("\0") if (part := each.strip())]
 
 
 def test_the_messages_of_the_docs_are_those_of_the_code() -> None:
-    """What stands between two fillings is in one string of training/, or in two where one is filled into the other."""
+    """What stands between two fillings is in one string of training/, or ends one and begins another, filled into it."""
     strings = []
     for file in (ROOT / "training").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -254,15 +254,19 @@ def test_the_messages_of_the_docs_are_those_of_the_code() -> None:
                 strings.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 strings.append(node.value)
-    known = "\n".join(part for each in strings for part in stretches(each))
+    known = {f" {part} " for each in strings for part in stretches(each)}
     section = DOCS["errors"].read_text().split("\n## Messages\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
     assert len(messages) > 15
     for message in messages:
-        for words in map(str.split, stretches(message)):
-            cuts = [(" ".join(words[:n]), " ".join(words[n:])) for n in range(len(words))]
-            assert any(first in known and second in known for first, second in cuts), (message, words)
+        for part in stretches(message):
+            words = part.split()
+            cuts = [(f" {' '.join(words[:n])} ", f" {' '.join(words[n:])} ") for n in range(1, len(words))]
+            assert any(f" {part} " in each for each in known) or any(
+                any(each.endswith(first) for each in known) and any(each.startswith(second) for each in known)
+                for first, second in cuts
+            ), (message, part)
 
 
 def test_the_scripts_can_be_run() -> None:
