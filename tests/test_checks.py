@@ -24,7 +24,7 @@ import torch
 from tests.conftest import mounted, python
 from training import files
 from training.files import SCRATCH, disk_problems, free_bytes, writable
-from training.machine import kernels
+from training.machine import environment, kernels
 from training.machine.environment import cuda_toolkit_problems, mismatches, tool_problems, version_problems
 from training.machine.kernels import kernel_problems, missing_kernels
 from training.run.lock import one_writer
@@ -118,9 +118,9 @@ def test_an_installed_wheel_takes_the_pins_from_its_metadata(installed, tmp_path
 
 def test_a_bare_python_can_ask_before_anything_is_installed_and_without_any_pins_nothing_is_said() -> None:
     bare = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from training import checks; "
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from training.machine import environment; "
         "assert environment.version_problems(Path('none.txt')) == []; "
-        "checks.tool_problems(); print(*environment.mismatches('requirements_dev.txt'))"
+        "environment.tool_problems(); print(*environment.mismatches('requirements_dev.txt'))"
     )
     named = python("-I", "-S", "-c", bare, check=True).stdout  # -S: no package is to be seen
     assert {"torch", "deepspeed", "pytest"} <= set(named.split())
@@ -155,7 +155,7 @@ def with_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     header = tmp_path / "include" / "Python.h"
     header.parent.mkdir()
     header.touch()
-    monkeypatch.setattr(files.sysconfig, "get_paths", lambda: {"include": str(header.parent)})
+    monkeypatch.setattr(environment.sysconfig, "get_paths", lambda: {"include": str(header.parent)})
     return header
 
 

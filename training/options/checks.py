@@ -90,7 +90,7 @@ def deepspeed_problems(options: TrainingOptions, config: Mapping[str, Any] | Non
             )
     if config is not None:
         problems += _section_problems(options, config) + _value_problems(options, config)
-    return problems + _precision_problems(options, config or {})
+    return problems
 
 
 def _section_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
@@ -154,8 +154,8 @@ def _value_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list
     return problems
 
 
-def _precision_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
-    """Options and DeepSpeed JSON that name two precisions."""
+def precision_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
+    """Contradictions between options and DeepSpeed JSON over the precision."""
     file = options.deepspeed_json
     if options.bf16 and options.fp16:
         return ["--bf16 and --fp16 exclude each other. Give one of them"]

@@ -38,31 +38,36 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
     it is not checked: whoever mistyped has the answer at once.
     """
     problems, config = [*typing_errors, *checks.option_problems(options)], None
+    settings: Settings | None = None
     if options.deepspeed_json:
         try:
             config = read_json(options.deepspeed_json)
         except OptionsError as error:
             problems += error.problems
     problems += checks.deepspeed_problems(options, config)
+    contradictions = checks.precision_problems(options, config or {})
+    problems += contradictions
     problems += prompt_problems(options) + place_problems(options)
     if not typing_errors:
-        problems += _machine_problems(options, config)
+        problems += _machine_problems(config)
+        if not contradictions and (config is not None or not options.deepspeed_json):
+            settings = resolve(options, world_size(), kernels.best_precision(), config)
+            problems += kernels.precision_problems(settings.precision)
         if config is not None and not problems:
             problems += checks.deepspeed_refusals(str(options.deepspeed_json), config)
-    if problems:
+    if problems or settings is None:
         raise OptionsError(*problems)
-    return resolve(options, world_size(), kernels.best_precision(), config)
+    return settings
 
 
-def _machine_problems(options: TrainingOptions, config: dict[str, Any] | None) -> list[str]:
-    """What this machine lacks: packages, kernels of its GPUs, a compiler, the precision."""
+def _machine_problems(config: dict[str, Any] | None) -> list[str]:
+    """What this machine lacks: packages, kernels of its GPUs, a compiler, a rank for each GPU."""
     problems = version_problems() + kernels.kernel_problems()
     if config is not None and not problems:
         from training.run.operators import compiler_problems
 
         problems += compiler_problems(config)
-    precision = resolve(options, world_size(), kernels.best_precision(), config).precision
-    return problems + kernels.precision_problems(precision) + kernels.device_problems()
+    return problems + kernels.device_problems()
 
 
 def place_problems(options: TrainingOptions) -> list[str]:
