@@ -149,16 +149,15 @@ def test_every_option_module_and_file_of_the_repository_that_is_named_exists(doc
             assert existing, f"no {name}, named in: {line}"
 
 
-def test_the_markers_that_the_pages_name_are_those_of_pytest() -> None:
-    config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
-    known = {marker.split(":")[0] for marker in config["markers"]}
-    named = {
-        word
-        for line in (line for document in DOCUMENTS for line in code(document))
-        for marks in re.findall(r"run_pytest\.sh\s+-m\s+(\"[\w ]+\"|\w+)", line)
-        for word in re.findall(r"\w+", marks)
-    }
-    assert named - {"or", "and", "not"} <= known
+def test_the_markers_and_extras_that_the_pages_name_are_those_of_pyproject() -> None:
+    config = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    lines = "\n".join(line for document in DOCUMENTS for line in code(document))
+    markers = {marker.split(":")[0] for marker in config["tool"]["pytest"]["ini_options"]["markers"]}
+    named = " ".join(re.findall(r"run_pytest\.sh\s+-m\s+(\"[\w ]+\"|\w+)", lines))
+    assert set(re.findall(r"\w+", named)) - {"or", "and", "not"} <= markers
+    extras = config["project"]["optional-dependencies"]
+    assert set(re.findall(r"'\.\[(\w+)\]'", lines)) == extras.keys() - {"trl"}
+    assert extras["trl"][0] in lines
 
 
 # --- the pages ---------------------------------------------------------------------------------------
