@@ -32,6 +32,7 @@ from training.machine.catalogue import FAMILIES, MACHINES
 from training.model.generation import PARAMETERS
 from training.options.trainer_options import TrainingOptions
 from training.plan.__main__ import main as plan_command
+from training.plan.timing import CPU_RANGE, GPU_RANGE
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -319,6 +320,12 @@ def test_the_readmes_machines_have_the_minutes_and_dollars_of_the_plan() -> None
         assert not price or f"${price}" in DOCS["evidence"].read_text()
         if published:
             assert f"{int(published) / 60:.2f} [" in DOCS["plan"].read_text()
+
+
+def test_the_accuracy_of_the_plan_is_that_of_its_ranges() -> None:
+    text = " ".join(DOCS["plan"].read_text().split())
+    assert f"a factor of {GPU_RANGE:g} on GPUs and of {CPU_RANGE:g} on CPUs" in text
+    assert f"by a factor of {GPU_RANGE:g}." in " ".join(README.read_text().split())
 
 
 def test_the_defaults_of_the_docs_are_the_options() -> None:
