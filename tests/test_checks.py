@@ -167,6 +167,7 @@ def with_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("ninja g++ c++", "clang++-99", "export CXX=g++"),
         ("ninja g++ c++", "", "export CXX=g++"),
         ("ninja g++ c++", "ccache-of-old g++", "export CXX=g++"),
+        ("ninja g++ c++", "g++ -O2", "export CXX=g++"),
     ],
 )
 @pytest.mark.usefixtures("with_headers")
@@ -178,6 +179,14 @@ def test_a_compiler_that_is_missing_or_chosen_and_not_there_is_named_with_the_co
     if chosen is not None:
         monkeypatch.setenv("CXX", chosen)
     assert tool_problems() == [f"DeepSpeed compiles C++ operators, and {asked} is not on PATH. Type {cure}"]
+
+
+def test_a_compiler_may_stand_in_a_folder_with_a_space(
+    only_on_path, with_headers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_on_path("ninja")
+    monkeypatch.setenv("CXX", str(executable(tmp_path / "my tools" / "g++")))
+    assert tool_problems() == []
 
 
 def test_compiler_ninja_and_headers_of_python_will_do_and_missing_headers_are_named(
@@ -227,26 +236,72 @@ def test_the_scripts_stop_at_once_without_a_compiler(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, "ready\n"), result.stderr
 
 
+def first_lines(place: Path, *words: str, **more: str) -> dict[str, Any]:
+    """What runs the first lines of the scripts in a checkout where no environment is active, and then shows its pip."""
+    path = place.parent / "bin"
+    if not place.exists():
+        place.mkdir()
+        for name in ("config", "training"):
+            (place / name).symlink_to(ROOT / name)
+        (place / "requirements.txt").touch()
+        executable(path / "python3", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')  # and no python
+        executable(path / "c++")
+        for name in ("bash", "ninja", "rm", "uname", "cksum"):
+            (path / name).symlink_to(shutil.which(name))
+    code = 'set -euo pipefail; . config/environment.sh requirements.txt "$@"; python -m pip --version'
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(path)}
+    return {"args": ["bash", "-c", code, "-", *words], "cwd": place, "env": environment | more}
+
+
 def test_an_environment_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
     place = tmp_path / "repository"
-    place.mkdir()
-    for name in ("config", "training"):
-        (place / name).symlink_to(ROOT / name)
-    (place / "requirements.txt").touch()
-    executable(tmp_path / "bin" / "c++")
-    # There is no python: .venv is needed.
-    script = sourcing(
-        tmp_path / "bin", "python3", "ninja rm uname", "requirements.txt", "python -m pip --version"
-    )
-    with subprocess.Popen(**script, cwd=place, start_new_session=True) as first:
+    with subprocess.Popen(**first_lines(place), start_new_session=True) as first:
         while not list(place.glob(".venv/lib/*/site-packages/pip")):  # activate comes after pip
             assert first.poll() is None
             time.sleep(0.01)
         os.killpg(first.pid, signal.SIGKILL)
     assert not (place / ".venv" / "bin" / "activate").exists()
-    result = subprocess.run(**script, cwd=place, capture_output=True, text=True)
+    result = subprocess.run(**first_lines(place), capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
     assert str(place / ".venv") in result.stdout
+
+
+def test_the_environment_of_a_folder_with_a_space_has_a_path_without_one(tmp_path: Path) -> None:
+    place, cache = tmp_path / "with a space", tmp_path / "cache"
+    result = subprocess.run(
+        **first_lines(place, XDG_CACHE_HOME=str(cache)), capture_output=True, text=True, umask=0o077
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    [venv] = cache.glob("dolly/*/venv")
+    assert result.stdout.startswith(
+        f"The path of this folder has a space, so its environment is {venv}\nMaking the"
+    )
+    assert str(venv / "lib") in result.stdout.splitlines()[-1]
+    result = subprocess.run(**first_lines(place, XDG_CACHE_HOME=str(place)), capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Type export XDG_CACHE_HOME=/a/folder/without/spaces" in result.stderr
+    assert not list(place.glob("dolly"))
+
+
+def test_an_environment_without_pip_as_uv_makes_it_gets_one(tmp_path: Path) -> None:
+    pip = pytest.importorskip("ensurepip").version()
+    start = first_lines(place := tmp_path / "repository")
+    (place / "requirements.txt").write_text(f"pip=={pip}\n")  # which needs no network
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place / ".venv"], check=True)
+    result = subprocess.run(**start, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert str(place / ".venv") in result.stdout.splitlines()[-1]
+
+
+def test_a_fresh_environment_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
+    start = first_lines(place := tmp_path / "repository", "fresh")
+    executable(place / ".venv" / "bin" / "python")
+    executable(
+        tmp_path / "bin" / "python3", "#!/bin/sh\nexit 1\n"
+    )  # nothing to make one with, which is quick
+    result = subprocess.run(**start, capture_output=True, text=True)
+    assert "Python 3.11 or newer is needed" in result.stderr
+    assert not (place / ".venv").exists()
 
 
 def toolkit(home: Path, release: str, header: str = "include/cuda_runtime.h") -> Path:
@@ -274,6 +329,11 @@ def test_a_missing_foreign_or_incomplete_cuda_toolkit_is_named(tmp_path: Path) -
     assert f"there is no nvcc (CUDA_HOME is {tmp_path / 'none'})" in fault
     (fault,) = cuda_toolkit_problems(toolkit(tmp_path / "old", "11.8"), "13.0")
     assert "nvcc is of CUDA 11.8, but torch of CUDA 13.0" in fault
+    (fault,) = cuda_toolkit_problems(toolkit(tmp_path / "my cuda", "13.0"), "13.0")
+    assert (
+        f"ln -s '{tmp_path}/my cuda' /a/path/without/spaces && export CUDA_HOME=/a/path/without/spaces"
+        in fault
+    )
     bare = toolkit(tmp_path / "bare", "13.0")
     (bare / "include" / "cuda_runtime.h").unlink()
     (fault,) = cuda_toolkit_problems(bare, "13.0")

@@ -49,7 +49,7 @@ def test_a_process_that_hangs_while_it_compiles_is_not_waited_for_without_an_end
     folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
     with (
         FileLock(folder / "one-rank-at-a-time.lock"),
-        pytest.raises(OptionsError, match=r"for 1 s \(--rank-timeout\), and hangs. Find it \(fuser /"),
+        pytest.raises(OptionsError, match=r"for 1 s \(--rank-timeout\), and hangs. Find it \(fuser '?/"),
     ):
         compile_operators({}, patience=1)
 
@@ -110,6 +110,21 @@ def test_a_compiler_that_fails_is_told_in_its_own_words(
     assert fault.startswith("DeepSpeed's operator deepspeed_shm_comm could not be compiled or loaded: ")
     assert reason in fault
     assert f"rm -r {tmp_path / 'extensions' / 'deepspeed_shm_comm'}" in fault
+
+
+def test_an_operator_is_linked_where_the_path_of_torch_has_a_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    place = tmp_path / "with  spaces"
+    place.mkdir()
+    libraries, source = place / "lib", place / "nothing.cpp"
+    libraries.symlink_to(cpp_extension.TORCH_LIB_PATH)
+    source.write_text("int nothing() { return 0; }\n")
+    load = partial(cpp_extension.load, "nothing", [str(source)], is_python_module=False)
+    monkeypatch.setattr(operators, "_builders", lambda config: [SimpleNamespace(name="nothing", load=load)])
+    monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(libraries))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place / "extensions"))
+    compile_operators({})
 
 
 def test_a_folder_for_operators_that_cannot_be_written_is_told(

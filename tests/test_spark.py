@@ -14,9 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_trainer import BF16, DEMO, deepspeed, free_port, record, run
+from tests.test_trainer import BF16, DEMO, TORCHRUN, deepspeed, free_port, record, run
 from training.errors import OptionsError
 from training.launch.exits import REFUSED
+from training.launch.local import DEEPSPEED
 from training.launch.spark import failure, launch_on_spark, node_problems, spark_problems
 
 ROOT = Path(__file__).parents[1]
@@ -250,7 +251,7 @@ def test_torchrun_on_two_nodes_trains_the_model_of_the_launcher(launched: Path, 
 
     def node(number: int) -> None:
         launcher = [
-            str(Path(sys.executable).parent / "torchrun"), "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
+            *TORCHRUN, "--nnodes=2", "--nproc_per_node=1", "--rdzv_backend=c10d",
             "--rdzv_id=dolly", f"--rdzv_endpoint=127.0.0.1:{port}", "--local_addr=127.0.0.1", "-m", "training.trainer",
         ]  # fmt: skip
         results[number] = run(launcher, *FEW, "--local-output-dir", tmp_path / "out")
@@ -281,13 +282,15 @@ def test_a_hostfile_starts_a_rank_on_each_of_its_nodes(
     launched: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All but ssh itself: DeepSpeed reads the hostfile, and each node's launcher starts its ranks."""
+    if " " in f"{ROOT}{sys.executable}":
+        pytest.skip("DeepSpeed gives ssh both paths without quotes")
     programs = tmp_path / "bin"
     programs.mkdir()
     (programs / "pdsh").write_text(PDSH)
     (programs / "pdsh").chmod(stat.S_IRWXU)
     (tmp_path / "hostfile").write_text("node-0 slots=1\nnode-1 slots=1\n")
     launcher = [
-        str(Path(sys.executable).parent / "deepspeed"), "--hostfile", str(tmp_path / "hostfile"), "--no_ssh_check",
+        *DEEPSPEED, "--hostfile", str(tmp_path / "hostfile"), "--no_ssh_check",
         "--master_addr", "127.0.0.1", "--master_port", str(free_port()), "--module", "training.trainer",
     ]  # fmt: skip
     monkeypatch.setenv("PATH", f"{programs}{os.pathsep}{os.environ['PATH']}")

@@ -32,6 +32,7 @@ from training.data.collator import DataCollatorForCompletionOnlyLM
 from training.data.prompt import CONTROL_TOKENS
 from training.data.tokens import prepare_dataset, split_held_out
 from training.errors import ModelError, OptionsError
+from training.launch.local import DEEPSPEED
 from training.machine import local
 from training.model import loading
 from training.model.demo_model import model_folder
@@ -44,6 +45,7 @@ ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared"
 ALPACA = SHARED / "data" / "alpaca_1500.jsonl"
 BF16 = "config/ds_z3_bf16_config.json"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 DEMO = ["--input-model", "demo", "--training-dataset", "demo", "--test-size", "100"]
 
 
@@ -76,14 +78,12 @@ def free_port() -> int:
 
 
 def deepspeed(ranks: int, module: str = "training.trainer") -> list[str]:
-    launcher = Path(sys.executable).parent / "deepspeed"
-    return [str(launcher), "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module", module]
+    return [*DEEPSPEED, "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module", module]
 
 
 def torchrun(ranks: int) -> list[str]:
-    launcher = Path(sys.executable).parent / "torchrun"
-    options = [f"--nproc_per_node={ranks}", f"--master_port={free_port()}"]
-    return [str(launcher), *options, "-m", "training.trainer"]
+    words = [f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "-m", "training.trainer"]
+    return [*TORCHRUN, *words]
 
 
 def record(folder: Path) -> dict:

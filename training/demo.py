@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import time
 from pathlib import Path
@@ -33,7 +34,7 @@ def demo_command(output: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
     values = demo_options(ranks) | {"deepspeed": os.path.relpath(config, ROOT), "local_output_dir": output}
     try:
         return [*deepspeed_command(values, ranks), *extra]
-    except FileNotFoundError as error:
+    except ModuleNotFoundError as error:
         raise click.ClickException(str(error)) from error
 
 
@@ -125,7 +126,7 @@ def main(
     print(f"\nHeld-out rows, on which it was never trained:\n\n{table(shown)}\n")
     print(
         f"{result}; {duration(time.monotonic() - begin)} in all\n"
-        f'Ask it yourself: python -m training.generate --model {output} "{rows[0]["instruction"]}"'
+        f'Ask it yourself: python -m training.generate --model {shlex.quote(output)} "{rows[0]["instruction"]}"'
     )
     if plot:
         draw_demo(metrics.read(Path(output) / METRICS_FILE), shown[:DRAWN], result, plot)

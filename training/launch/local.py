@@ -5,9 +5,9 @@ Imports neither torch nor transformers, so that a driver stays small beside the 
 from __future__ import annotations
 
 import collections
+import importlib.util
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
@@ -25,6 +25,10 @@ LAST_LINES = 20
 LAST_WIDTH = 400  # characters of a line that are repeated: DeepSpeed's own has the whole command in it
 TRAINER = "training.trainer"
 
+# The `deepspeed` command as a module. Its script names its Python in its first line, where the system takes a path
+# with a space for two words.
+DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
+
 # Becomes the command, which gets a SIGTERM, and saves, when the notebook's kernel or the flow's step is killed. It is
 # no preexec_fn, which may hang in a process with threads.
 _STARTER = """
@@ -38,24 +42,23 @@ os.execvp(sys.argv[1], sys.argv[1:])
 def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
     """The words that a user would type for these options, by the names of TrainingOptions, on one node.
 
-    Raises FileNotFoundError where the environment has no `deepspeed` command.
+    Raises ModuleNotFoundError where this Python has no DeepSpeed.
     """
-    launcher = shutil.which("deepspeed", path=_path())
-    if launcher is None:
-        raise FileNotFoundError(
-            "the deepspeed command is not on PATH. Type python -m pip install -r requirements.txt"
+    if importlib.util.find_spec("deepspeed") is None:
+        raise ModuleNotFoundError(
+            "DeepSpeed is not installed. Type python -m pip install -r requirements.txt"
         )
     with socket.socket() as probe:  # DeepSpeed's default port is the same for every run; two would collide
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     # --quiet: the launcher itself prints errors alone.
     words = ["--num_gpus", str(num_gpus), "--master_port", port, "--quiet", "--module", TRAINER]
-    return [launcher, *words, *option_words(options)]
+    return [*DEEPSPEED, *words, *option_words(options)]
 
 
 def typed(command: Sequence[str]) -> str:
-    """The command as a person would type it: without a port of its own and without --quiet."""
-    words = [Path(command[0]).name, *command[1:]]
+    """What `deepspeed_command` returns as a person would type it: without a port of its own and without --quiet."""
+    words = ["deepspeed", *command[len(DEEPSPEED) :]]
     if "--master_port" in words:
         at = words.index("--master_port")
         del words[at : at + 3]
@@ -115,5 +118,5 @@ def launch_environment(cpu_ranks: int = 0) -> dict[str, str]:
 
 
 def _path() -> str:
-    """PATH with this Python's own programs first: deepspeed and ninja, also where nobody activated the environment."""
+    """PATH with this Python's own programs first: ninja, also where nobody activated the environment."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

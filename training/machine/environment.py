@@ -7,6 +7,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def version_problems(requirements: Path = ROOT / "requirements.txt") -> list[str
     if not differing:
         return []
     words, wanted = zip(*differing, strict=True)
-    what = f"-r {requirements}" if requirements.exists() else " ".join(wanted)
+    what = f"-r {shlex.quote(str(requirements))}" if requirements.exists() else " ".join(wanted)
     return [f"Installed is {'; '.join(words)}. Type python -m pip install {what}"]
 
 
@@ -79,8 +80,7 @@ def _pins_of_the_installed_package() -> dict[str, str]:
 def tool_problems() -> list[str]:
     """What DeepSpeed needs to compile its C++ operators and is missing: compiler, Python's headers, ninja."""
     missing = []  # (what, how to get it)
-    words = os.environ.get("CXX", "c++").split()  # as torch chooses it
-    if not words or not shutil.which(words[0]):
+    if not shutil.which(os.environ.get("CXX", "c++")):  # as torch chooses it: one program, no options
         other = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
         install = "sudo apt-get install g++ (Debian, Ubuntu), or xcode-select --install (Mac)"
         named = f"CXX is '{os.environ['CXX']}', which" if "CXX" in os.environ else "a C++ compiler, c++,"
@@ -92,7 +92,7 @@ def tool_problems() -> list[str]:
     if not shutil.which("ninja"):
         folder = Path(sys.executable).parent
         installed = (folder / "ninja").exists()
-        cure = f"export PATH={folder}:$PATH" if installed else "python -m pip install ninja"
+        cure = f"export PATH={shlex.quote(str(folder))}:$PATH" if installed else "python -m pip install ninja"
         missing.append(("ninja is not on PATH", cure))
     return [f"DeepSpeed compiles C++ operators, and {what}. Type {cure}" for what, cure in missing]
 
@@ -107,6 +107,12 @@ def cuda_toolkit_problems(home: Path | None, built_with: str) -> list[str]:
     nvcc = home / "bin" / "nvcc" if home else None
     if nvcc is None or not nvcc.exists():
         problem = f"there is no nvcc ({f'CUDA_HOME is {home}' if home else 'CUDA_HOME is not set'})"
+    elif " " in str(home):
+        link = "/a/path/without/spaces"
+        return [
+            f"DeepSpeed compiles a CUDA operator, and torch cannot link it with CUDA in {home}, whose path has a space. "
+            f"Type ln -s {shlex.quote(str(home))} {link} && export CUDA_HOME={link}"
+        ]
     else:
         printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
         match = re.search(r"release (\d+)\.(\d+)", printed)

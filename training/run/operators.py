@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import subprocess
 import tempfile
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +46,17 @@ def compile_operators(config: dict[str, Any], patience: float = -1) -> None:
         except Timeout as error:
             raise OptionsError(
                 f"another process has been compiling DeepSpeed's operator {builder.name} for {patience:.0f} s "
-                f"(--rank-timeout), and hangs. Find it (fuser {file}), stop it, and start again"
+                f"(--rank-timeout), and hangs. Find it (fuser {shlex.quote(str(file))}), stop it, and start again"
             ) from error
         if held is None and not warned:
             logger.warning(
                 "%s: its file system has no locks. If this start hangs, a rank was killed while it compiled: stop "
                 "it, and type rm %s/*/lock, or export TORCH_EXTENSIONS_DIR=/a/folder/on/a/local/disk",
                 folder.parent,
-                folder.parent,
+                shlex.quote(str(folder.parent)),
             )
             warned = True
-        with held or nullcontext():
+        with held or nullcontext(), _torch_libraries_quoted():
             if held is not None:
                 (folder / "lock").unlink(missing_ok=True)
             try:
@@ -64,8 +66,19 @@ def compile_operators(config: dict[str, Any], patience: float = -1) -> None:
                 reason = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else "")
                 raise OptionsError(
                     f"DeepSpeed's operator {builder.name} could not be compiled or loaded: {reason.strip()}. "
-                    f"It needs a compiler for C++20, such as g++ 11. Then type rm -r {folder}"
+                    f"It needs a compiler for C++20, such as g++ 11. Then type rm -r {shlex.quote(str(folder))}"
                 ) from error
+
+
+@contextmanager
+def _torch_libraries_quoted() -> Iterator[None]:
+    """torch quotes each path for the compiler but that of its own libraries, and the linker takes one with a space for two."""
+    plain = cpp_extension.TORCH_LIB_PATH
+    cpp_extension.TORCH_LIB_PATH = shlex.quote(plain)
+    try:
+        yield
+    finally:
+        cpp_extension.TORCH_LIB_PATH = plain
 
 
 def compiler_problems(config: dict[str, Any]) -> list[str]:
