@@ -228,7 +228,7 @@ folder = chosen.output if "://" in published or not chosen.published else chosen
 print(f"""The model is in     {chosen.output}
 and published to    {published}
 
-from training.model.generation import generate_response, load_model_tokenizer_for_generate
+from training.generate import generate_response, load_model_tokenizer_for_generate
 
 model, tokenizer = load_model_tokenizer_for_generate("{folder}")
 generate_response("Name three colours.", model=model, tokenizer=tokenizer)

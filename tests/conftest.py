@@ -267,7 +267,7 @@ def s3_server() -> Iterator[str]:
 def nvml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a libnvidia-ml.so.1 made of standin_nvml.c, for LD_LIBRARY_PATH."""
     folder = tmp_path_factory.mktemp("nvml")
-    source, library = Path(__file__).with_name("standin_nvml.c"), folder / "libnvidia-ml.so.1"
+    source, library = Path(__file__).parent / "flow" / "standin_nvml.c", folder / "libnvidia-ml.so.1"
     command = ["g++", "-x", "c", "-shared", "-fPIC", "-Wall", "-Wextra", source, "-o", library]
     subprocess.run(command, check=True)
     return folder

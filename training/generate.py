@@ -13,8 +13,15 @@ from transformers import TextStreamer, set_seed
 
 from training.consts import GREEDY, MAX_NEW_TOKENS
 from training.errors import ModelError
-from training.model.generation import generate_response, load_model_tokenizer_for_generate
+from training.model.generation import (
+    generate_response,
+    generate_responses,
+    load_model_tokenizer_for_generate,
+)
 from training.model.loading import DTYPES
+
+# The names by which Python programs ask a model.
+__all__ = ["generate_response", "generate_responses", "load_model_tokenizer_for_generate", "main"]
 
 
 @click.command()

@@ -1,0 +1,111 @@
+"""The benchmark compares like with like: the same rows, the same weights, the same gradients."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+from click.testing import CliRunner
+
+from training.bench.__main__ import main
+from training.bench.shares import (
+    RECIPES,
+    computed_tokens,
+    global_shares,
+    real_token_shares,
+    slowest_share,
+    typical_steps,
+)
+
+ALPACA_LENGTHS = json.loads((Path(__file__).parents[1] / "alpaca_lengths.json").read_text())
+
+
+def test_padding_is_counted_to_the_next_multiple_of_eight():
+    assert computed_tokens([3, 9, 4], packed=False) == 3 * 16
+    assert computed_tokens([3, 9, 4], packed=True) == 16
+
+
+def test_a_step_waits_for_the_share_with_the_most_computed_tokens():
+    lengths = [10, 10, 10, 30, 1]
+    assert slowest_share([[0, 1, 2], [3, 4]], lengths, packed=False) == [3, 4]  # 2 x 32 against 3 x 16
+    assert slowest_share([[0, 1, 2], [3]], [10, 11, 10, 30], packed=True) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+def test_every_recipe_has_the_same_rows_in_every_step(world_size):
+    steps = {
+        recipe: [sorted(row for share in shares for row in share) for shares in
+                 global_shares(recipe, ALPACA_LENGTHS, 8, world_size)]
+        for recipe in RECIPES
+    }  # fmt: skip
+    assert steps["dolly"] == steps["stock"] == steps["packed"] == steps["packed_checkpointed"]
+    assert len(steps["dolly"]) == len(ALPACA_LENGTHS) // (8 * world_size)
+
+
+def test_a_few_steps_stand_for_the_epoch():
+    shares = global_shares("dolly", ALPACA_LENGTHS, 8, 8)
+
+    def cost(steps):
+        computed = [
+            computed_tokens(
+                [ALPACA_LENGTHS[row] for row in slowest_share(shares[i], ALPACA_LENGTHS, False)], False
+            )
+            for i in steps
+        ]
+        return sum(computed) / sum(ALPACA_LENGTHS[row] for i in steps for share in shares[i] for row in share)
+
+    assert cost(typical_steps(shares, ALPACA_LENGTHS, 4)) == pytest.approx(cost(range(len(shares))), rel=0.05)
+    assert sorted(typical_steps(shares, ALPACA_LENGTHS, 1000)) == list(range(len(shares)))
+
+
+def test_on_alpaca_a_third_of_dollys_computation_is_real_and_nearly_all_of_ours():
+    shares = {recipe: fmean(real_token_shares(recipe, ALPACA_LENGTHS, 8, 8)) for recipe in RECIPES}
+    assert 0.30 < shares["dolly"] < 0.38
+    assert shares["packed"] > 0.98
+    assert shares["dolly"] < shares["stock"] < shares["packed"]
+
+
+def test_the_command_compares_and_draws(tmp_path):
+    picture = tmp_path / "shares.png"
+    result = CliRunner().invoke(
+        main,
+        f"--width 32 --layers 2 --heads 2 --batch 4 --world-size 2 --steps 1 --json --device cpu --plot {picture}".split(),
+    )
+    assert result.exit_code == 0, result.output
+    figures = json.loads(result.stdout[result.stdout.index("{") :])
+    assert figures["max_relative_gradient_difference"] < 1e-5
+    for recipe in RECIPES:
+        assert figures[recipe]["loss"] == pytest.approx(figures["dolly"]["loss"], rel=1e-5)
+        assert figures["one_rank"]["tokens_per_second"][recipe] > 0
+    for place in ("one_rank", "slowest_rank"):
+        assert {"ratio", "ratio_to_stock", "ratio_like_for_like"} <= figures[place].keys()
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (
+            "--width 30 --heads 4 --device tube --vocab 5 --world-size 1000",
+            [
+                "--width 30 is not --heads 4 times an even head size",
+                "--device tube: cannot be used here in fp32",
+                "--vocab 5 is less than the tokenizer's",
+                "rows are fewer than one global batch of 8 x 1000",
+            ],
+        ),
+        ("--training-dataset nothing.jsonl", ["nothing.jsonl: no such file"]),
+        ("--device meta", ["--device meta: cannot be used here in fp32"]),
+        ("--layers 99999999999999999999", ["entries need"]),
+        ("--device cpu:0 --precision fp16", ["--precision fp16: a CPU computes it too slowly"]),
+        ("--device cpu --precision fp16", ["--precision fp16: a CPU computes it too slowly"]),
+        ("--plot /no/such/folder/a.png", ["in a folder that exists and can be written"]),
+    ],
+)
+def test_all_that_cannot_be_compared_is_told_at_once(options, told):
+    result = CliRunner().invoke(main, options.split())
+    assert result.exit_code == 2
+    for message in told:
+        assert message in result.output

@@ -1,0 +1,500 @@
+"""Whatever rows a person brings: the ids and masks that they must give, or an error that says what is wrong.
+
+A correct run is checked against this file's own reading of the data, its own words of the prompt, and a
+byte-pair encoder that has never heard of control tokens; nothing of `training` is asked what is right.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import EOS
+from hypothesis import example
+from hypothesis import strategies as st
+from tokenizers import ByteLevelBPETokenizer
+from transformers import PreTrainedTokenizerBase
+
+from tests.options.test_fuzz import CONTROL, cases, fuzz
+from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
+from training.data.ledger import Ledger
+from training.data.rows import read_columns
+from training.data.tokens import prepare_dataset
+from training.errors import DataError
+
+pytestmark = pytest.mark.timeout(600)  # a hang is a fault as well
+
+Row = tuple[str, str, str]  # instruction, input, output
+
+# --- the oracle --------------------------------------------------------------------------------------
+
+
+def prompt_pieces(instruction: str, input: str) -> tuple[str, str, str, str]:
+    """Text, control text, text, control text: together the prompt."""
+    paired = ", paired with an input that provides further context" if input else ""
+    told = "Write a response that appropriately completes the request."
+    head = f"Below is an instruction that describes a task{paired}. {told}\n\n"
+    body = f"\n{instruction}\n\n### Input:\n{input}\n\n" if input else f"\n{instruction}\n\n"
+    return head, "### Instruction:", body, "### Response:\n"
+
+
+@dataclass
+class Oracle:
+    """What must become of rows, by a plain byte-pair encoder and the ids of the three control tokens."""
+
+    bpe: ByteLevelBPETokenizer
+    control: dict[str, int]
+    eos: int
+    known: dict[Row, tuple[list[int], int]] = field(default_factory=dict)
+
+    def encode(self, text: str) -> list[int]:
+        return self.bpe.encode(text).ids if text else []
+
+    def expected(self, row: Row) -> tuple[list[int], int]:
+        """(ids, where the response begins) of a row, however long."""
+        if row not in self.known:
+            head, key, body, response = prompt_pieces(row[0], row[1])
+            prompt = [*self.encode(head), self.control[key], *self.encode(body), self.control[response]]
+            ids = [*prompt, *self.encode(f"{row[2]}\n\n"), self.control["### End"]]
+            self.known[row] = ids, len(prompt)
+        return self.known[row]
+
+    def text(self, ids: list[int]) -> str:
+        words = {number: word for word, number in self.control.items()}
+        text = ""
+        for control, group in itertools.groupby(ids, key=lambda i: i in words):
+            part = list(group)
+            text += "".join(words[i] for i in part) if control else self.bpe.decode(part, False)
+        return text
+
+    def check(
+        self, rows: list[Row], prepared: datasets.Dataset, ledger: Ledger, longest: int, keep: bool
+    ) -> None:
+        dropped: dict[str, list[int]] = {}
+        kept: dict[int, tuple[list[int], int]] = {}
+        cut = 0
+        for number, row in enumerate(rows, start=1):
+            ids, start = self.expected(row)
+            if not row[2].strip():
+                dropped.setdefault("empty response", []).append(number)
+            elif start >= longest:
+                dropped.setdefault("prompt alone fills max_length", []).append(number)
+            elif len(ids) > longest and not keep:
+                dropped.setdefault("response would be cut at max_length", []).append(number)
+            else:
+                cut += len(ids) > longest
+                kept[number] = ids[:longest], start
+        assert prepared["row"][:] == list(kept)
+        assert (ledger.rows_read, ledger.rows_kept, ledger.rows_truncated) == (len(rows), len(kept), cut)
+        assert ledger.dropped == {reason: len(numbers) for reason, numbers in dropped.items()}
+        assert ledger.first_dropped_rows == {reason: numbers[:10] for reason, numbers in dropped.items()}
+        assert ledger.rows_kept + sum(ledger.dropped.values()) == len(rows)
+        assert ledger.tokens == sum(len(ids) for ids, _ in kept.values())
+        assert ledger.response_tokens == sum(len(ids) - start for ids, start in kept.values())
+        assert ledger.longest_row == max((len(ids) for ids, _ in kept.values()), default=0)
+        assert sum(ledger.length_histogram.values()) == len(kept)
+        features = prepared.to_list()
+        for feature, (number, (ids, start)) in zip(features, kept.items(), strict=True):
+            assert feature["input_ids"] == ids
+            assert (feature["response_start"], feature["length"]) == (start, len(ids))
+            row = rows[number - 1]
+            self.check_row(row, ids, start, whole=len(self.expected(row)[0]) <= longest)
+        self.check_labels(features)
+
+    def check_row(self, row: Row, ids: list[int], start: int, whole: bool) -> None:
+        end, instruction, response = (self.control[word] for word in CONTROL)
+        special = {end, instruction, response, self.eos}
+        assert self.text(ids[:start]) == "".join(prompt_pieces(row[0], row[1]))
+        assert ids[start - 1] == response
+        assert [i for i in ids[:start] if i in special] == [instruction, response]
+        if whole:
+            assert self.text(ids[start:]) == f"{row[2]}\n\n### End"
+            assert [i for i in ids[start:] if i in special] == ids[-1:] == [end]
+
+    def check_labels(self, features: list[dict[str, Any]]) -> None:
+        starts = [(row["input_ids"], row["response_start"]) for row in features]
+        wanted = [[-100] * start + ids[start:] for ids, start in starts]
+        packed = DataCollatorForPackedRows(self.eos)(features)
+        assert packed["labels"][0].tolist() == [i for row in wanted for i in row]
+        assert packed["shift_labels"][0].tolist() == [i for row in wanted for i in row if i != -100]
+        padded = DataCollatorForCompletionOnlyLM(self.eos)(features)["labels"].tolist()
+        for labels, row in zip(padded, wanted, strict=True):
+            assert labels[: len(row)] == row
+            assert set(labels[len(row) :]) <= {-100}
+
+
+@pytest.fixture(scope="module")
+def oracle(bpe_folder: Path) -> Oracle:
+    bpe = ByteLevelBPETokenizer.from_file(str(bpe_folder / "vocab.json"), str(bpe_folder / "merges.txt"))
+    vocabulary = json.loads((bpe_folder / "vocab.json").read_text())
+    control = {word: len(vocabulary) + number for number, word in enumerate(CONTROL)}
+    return Oracle(bpe, control, vocabulary[EOS])
+
+
+# --- files -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class File:
+    """A generated file: its name, bytes, and what is known of it.
+
+    `rows` are those it must give; `place` is what an error must name behind the path. With neither it may be
+    anything: then it is read again here, and either reading may refuse it, but not give other rows.
+    """
+
+    name: str
+    content: bytes
+    rows: list[Row] | None = None
+    place: str | None = None
+
+
+SCRAPS = (
+    "### End", "### Response:\n", "### Response:", "### Instruction:", "### Input:", "\n\n### End\n\n", "#", "###",
+    EOS, "<|extratoken_1|>", "\0", "\r\n", "\r", "\n", "\t", " ", "\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\xa0",
+    "\u200b", "\ufeff", "\ufffd", "\ufffe", "\U0010ffff", "é", "e\u0301", "ﬁ", "＃＃＃ End", "😀", "👩\u200d🚀", "日本語",
+    "א", "\u202e", "«", "»", '"', '""', ",", ";", "'", "\\", "\\u0000", "{", "}", "[", "null", "NaN", "{{x}}",
+    "{% x %}", "%s", "a", "b", "Add.", "1 2",
+)  # fmt: skip
+texts = st.one_of(
+    st.lists(st.sampled_from(SCRAPS), min_size=1, max_size=5).map("".join),
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.sampled_from(["Name a colour.", "Red.", "x" * 300, "word " * 60, " \n\t", "\u3000", ""]),
+)
+tables = st.lists(st.tuples(texts, texts | st.just(""), texts), min_size=1, max_size=8)
+stems = st.sampled_from(
+    ["my rows", *"rows zeilen-ä 行 a:b x#y?z 100%s [1] * a'b -rows rows.json {x}".split()]
+)
+names = st.sampled_from([("instruction", "input", "output"), ("instruction", "context", "response")])
+kinds = st.sampled_from(["json", "jsonl", "csv", "parquet"])
+COMPRESSIONS = ("snappy", "zstd", "none")
+
+
+def as_objects(draw: Any, rows: list[Row], columns: tuple[str, str, str], nulls: bool = True) -> list[dict]:
+    """Rows as JSON or Parquet has them: with columns that are not read, an empty input null or left out."""
+    objects = []
+    for row in rows:
+        each = dict(zip(columns, row, strict=True)) | {"text": 7, "n": [None]}
+        if nulls and not row[1]:
+            each |= draw(st.sampled_from([{}, {columns[1]: None}]))
+        objects.append(each)
+    return objects
+
+
+def csv_bytes(lines: list[list[str]], quoting: int = csv.QUOTE_ALL, end: str = "\n") -> bytes:
+    text = io.StringIO(newline="")
+    csv.writer(text, quoting=quoting, lineterminator=end).writerows(lines)
+    return text.getvalue().encode()
+
+
+def parquet_bytes(table: pa.Table, **options: Any) -> bytes:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, **options)
+    return sink.getvalue()
+
+
+@st.composite
+def good_files(draw: Any) -> File:
+    rows, columns, kind = draw(tables), draw(names), draw(kinds)
+    if draw(st.booleans()) and not any(row[1] for row in rows):
+        columns = (columns[0], "unread", columns[2])  # no input at all
+    bom = draw(st.sampled_from([b"", b"\xef\xbb\xbf"]))
+    suffix = draw(st.sampled_from([kind, kind.upper()]))
+    ascii_only = draw(st.booleans())
+    if kind == "json":
+        objects = as_objects(draw, rows, columns)
+        indent = draw(st.none() | st.just(1))
+        content = bom + json.dumps(objects, ensure_ascii=ascii_only, indent=indent).encode()
+    elif kind == "jsonl":
+        between = draw(st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"]))
+        lines = [json.dumps(each, ensure_ascii=ascii_only) for each in as_objects(draw, rows, columns)]
+        content = bom + (between.join(lines) + draw(st.sampled_from(["", between]))).encode()
+    elif kind == "csv":
+        order = draw(st.permutations(range(4)))
+        lines = [[[*columns, "text"][i] for i in order], *([[*row, "t"][i] for i in order] for row in rows)]
+        content = bom + csv_bytes(lines, end=draw(st.sampled_from(["\n", "\r\n"])))
+    else:
+        fields = as_objects(draw, rows, columns)
+        kinds_of_text = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+        strings, compression = draw(st.sampled_from(kinds_of_text)), draw(st.sampled_from(COMPRESSIONS))
+        values = {name: pa.array([each[name] for each in fields], strings) for name in columns}
+        content = parquet_bytes(pa.table(values), compression=compression)
+    return File(f"{draw(stems)}.{suffix}", content, rows=rows)
+
+
+@st.composite
+def spoilt_files(draw: Any) -> File:
+    """A good table with one fault in one row: the error must name that row, or its line."""
+    rows = draw(st.lists(st.tuples(st.just("a"), st.just(""), st.just("b")), min_size=2, max_size=6))
+    columns = draw(names)
+    at = draw(st.integers(0, len(rows) - 1))
+    column = draw(st.sampled_from([columns[0], columns[2]]))
+    objects = [dict(zip(columns, row, strict=True)) for row in rows]
+    stem = draw(stems)
+    no_text = [4, 1.5, True, float("nan"), float("inf"), None, [], ["a"], {}, {"a": {"b": [1]}}]
+    value = draw(st.sampled_from(no_text))
+    fault = draw(st.sampled_from(["value", "input", "surrogate", "left out", "twice", "no object", "broken", "parquet",
+                                  "ragged", "quote", "nested", "number", "latin", "bad text"]))  # fmt: skip
+    if fault == "parquet":
+        others = [("int64", 1), ("binary", b"b"), ("null", None), ("date32", 2**31 - 1)]
+        kind, array = draw(st.sampled_from(others))
+        values = {name: [each[name] for each in objects] for name in columns if name != column}
+        array = pa.array([array] * len(rows), pa.type_for_alias(kind))
+        return File(f"{stem}.parquet", parquet_bytes(pa.table(values | {column: array})), place=", row 1: ")
+    if fault == "bad text":  # the row's text is not UTF-8
+        blob = b"b" * at + b"\xff" + b"b" * (len(rows) - 1 - at)
+        offsets = np.arange(len(rows) + 1, dtype=np.int32).tobytes()
+        bad = pa.Array.from_buffers(pa.string(), len(rows), [None, pa.py_buffer(offsets), pa.py_buffer(blob)])
+        values = {name: pa.array([each[name] for each in objects]) for name in columns}
+        content = parquet_bytes(pa.table(values | {column: bad}))
+        return File(f"{stem}.parquet", content, place=f", row {at + 1}: ")
+    if fault in ("ragged", "quote", "latin"):
+        lines = [list(columns), *map(list, rows)]
+        if fault == "ragged":
+            lines[at + 1] = lines[at + 1] + ["x"] if draw(st.booleans()) else lines[at + 1][:-1]
+            return File(f"{stem}.csv", csv_bytes(lines), place=f", line {at + 2}: ")
+        content = csv_bytes(lines).split(b"\n")
+        content[at + 1] += b'"x' if fault == "quote" else b"\xe9"
+        return File(f"{stem}.csv", b"\n".join(content), place=f", line {at + 2}: ")
+    listed = fault in ("value", "input", "surrogate", "left out", "no object") and draw(st.booleans())
+    if fault == "value":
+        objects[at][column] = value
+    elif fault == "input":
+        objects[at][columns[1]] = value if value is not None else 7
+    elif fault == "surrogate":
+        objects[at][column] = "\ud83d"
+    elif fault == "left out":
+        del objects[at][column]
+    elif fault == "no object":
+        objects[at] = draw(st.sampled_from([[], ["a"], 7, "a", None, True]))
+    lines = [json.dumps(each) for each in objects]
+    broken = {
+        "twice": lines[at][:-1] + f', "{column}": "c"}}',
+        "broken": lines[at][: draw(st.integers(1, 20))],
+        "nested": '{"a":' * 100_000,
+        "number": f'{{"{column}": {"1" * 5000}}}',
+    }
+    # A list in the first line makes it a JSON list, with the other lines behind it.
+    if listed or (fault == "no object" and isinstance(objects[0], list)):
+        return File(f"{stem}.json", json.dumps(objects).encode(), place=f", row {at + 1}: ")
+    if fault in broken:
+        lines[at] = broken[fault]
+        return File(f"{stem}.jsonl", "\n".join(lines).encode(), place=f", line {at + 1}: ")
+    return File(f"{stem}.jsonl", "\n".join(lines).encode(), place=f", row {at + 1}: ")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=5) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["instruction", "input", "context", "output", "response", "text"]), inner, max_size=4
+    ),
+    max_leaves=12,
+)  # fmt: skip
+
+
+PIECES = b'[ ] { } " , : \n \r \0 \xff \xef\xbb\xbf \xe2\x80\xa8 1e999 instruction,output "instruction":"a" "output":"b"'.split(
+    b" "
+)
+
+
+@st.composite
+def damaged_files(draw: Any) -> File:
+    """A good file cut, changed, doubled or saved in another encoding; or JSON, or bytes, of any kind."""
+    source = draw(good_files())
+    content = bytearray(source.content)
+    place = draw(st.integers(0, max(0, len(content) - 1)))
+    change = draw(
+        st.sampled_from("cut byte insert swap encoding double json lines bytes pieces gzip suffix".split())
+    )
+    name = source.name
+    if change == "cut":
+        del content[place:]
+    elif change == "byte":
+        content[place : place + 1] = bytes([draw(st.integers(0, 255))])
+    elif change == "insert":
+        content[place:place] = draw(st.sampled_from(b'\0 \xff " , \n \r \xed\xa0\x80 { ]'.split(b" ")))
+    elif change == "swap":
+        end = draw(st.integers(place, len(content)))
+        content[place:end] = content[place:end][::-1]
+    elif change == "encoding":
+        text = bytes(content).decode(errors="replace")
+        to = draw(st.sampled_from(["utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "cp037", "utf-7"]))
+        content = bytearray(text.encode(to, errors="replace"))
+    elif change == "double":
+        content = content * 2
+    elif change == "json":
+        content = bytearray(json.dumps(draw(json_values)).encode())
+    elif change == "lines":
+        content = bytearray("\n".join(map(json.dumps, draw(st.lists(json_values, max_size=4)))).encode())
+    elif change == "bytes":
+        content = bytearray(draw(st.binary(max_size=60)))
+    elif change == "pieces":
+        content = bytearray(b"".join(draw(st.lists(st.sampled_from(PIECES), max_size=12))))
+    elif change == "gzip":
+        content[:0] = b"\x1f\x8b\x08\0"
+    elif change == "suffix":
+        suffixes = [".json", ".jsonl", ".csv", ".parquet", ".txt", ".gz", ""]
+        name = name.rsplit(".", 1)[0] + draw(st.sampled_from(suffixes))
+    return File(name, bytes(content))
+
+
+def read_again(path: Path) -> list[Row] | None:
+    """The rows of a file by other means than `training.rows`; None where it has none that could be used."""
+    with suppress(Exception):
+        if path.suffix.lower() == ".parquet":
+            objects = pq.read_table(path).to_pylist()
+        elif path.suffix.lower() == ".csv":
+            csv.field_size_limit(2**31 - 1)
+            text = path.read_bytes().decode("utf-8-sig")
+            objects = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
+        else:
+            text = path.read_bytes().decode("utf-8-sig")
+            listed = text.lstrip().startswith("[")
+            objects = json.loads(text) if listed else [json.loads(x) for x in text.split("\n") if x.strip()]
+        rows = []
+        for each in objects:
+            [output] = [each[name] for name in ("output", "response") if name in each]
+            inputs = [each[name] for name in ("input", "context") if name in each]
+            rows.append((each["instruction"], (inputs[0] if inputs else "") or "", output))
+        if all(isinstance(text, str) for row in rows for text in row):
+            return rows
+    return None
+
+
+def check_file(
+    file: File,
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    oracle: Oracle,
+    longest: int,
+    keep: bool,
+    limit: float,
+) -> None:
+    path = folder / file.name
+    path.write_bytes(file.content)
+    try:
+        prepared, ledger = prepare_dataset(str(path), tokenizer, longest, keep, limit, folder / "cache")
+    except DataError as error:
+        message = str(error)
+        assert len(message) < 5000, "too long to read"
+        if file.place is not None:
+            assert message.startswith(f"{path}{file.place}"), message
+        elif "would be dropped" in message:
+            rows = file.rows if file.rows is not None else read_again(path)
+            assert rows is not None
+            wanted = [oracle.expected(row) if row[2].strip() else None for row in rows]
+            dropped = sum(not row or (row[1] >= longest if keep else len(row[0]) > longest) for row in wanted)
+            assert dropped == len(rows) or dropped > limit * len(rows)
+            assert f"{dropped} of {len(rows)} rows" in message
+        else:
+            assert file.rows is None, message
+            assert message.startswith(str(path)), message
+        return
+    assert file.place is None, "a file with a fault was taken"
+    rows = file.rows if file.rows is not None else read_again(path)
+    assert rows is not None, "a file was taken that cannot be read"
+    oracle.check(rows, prepared, ledger, longest, keep)
+
+
+lengths = st.sampled_from([24, 48, 80, 120, 256, 2048])
+limits = st.sampled_from([0.0, 0.1, 0.5, 1.0])
+
+
+@cases(quick=150, slow=1200)
+def test_a_good_file_gives_the_rows_and_masks_that_it_must(
+    count: int, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
+) -> None:
+    @fuzz(count, file=good_files(), longest=lengths, keep=st.booleans(), limit=limits)
+    def check(file: File, longest: int, keep: bool, limit: float) -> None:
+        check_file(file, next(folders), tokenizer, oracle, longest, keep, limit)
+
+
+@cases(quick=100, slow=600)
+def test_a_fault_in_one_row_is_told_with_its_row_or_line(
+    count: int, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
+) -> None:
+    @fuzz(count, file=spoilt_files())
+    def check(file: File) -> None:
+        check_file(file, next(folders), tokenizer, oracle, 2048, False, 1.0)
+
+
+@cases(quick=600, slow=1200)
+def test_a_damaged_file_is_refused_by_name_or_read_as_others_read_it(
+    count: int, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
+) -> None:
+    @fuzz(count, file=damaged_files(), keep=st.booleans())
+    def check(file: File, keep: bool) -> None:
+        check_file(file, next(folders), tokenizer, oracle, 2048, keep, 1.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
+def test_rows_of_a_megabyte_are_kept_or_dropped_like_others(
+    kind: str, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
+) -> None:
+    long, longer, longest = "x" * 1_000_000, "word " * 200_000, "### End\0" * 125_000
+    rows = [("a", "", long), (longer, "", "b"), ("a", longest, "b"), ("a", "", "b")]
+    columns = ["instruction", "input", "output"]
+    objects = [dict(zip(columns, row, strict=True)) for row in rows]
+    content = {
+        "json": lambda: json.dumps(objects).encode(),
+        "jsonl": lambda: "\n".join(map(json.dumps, objects)).encode(),
+        "csv": lambda: csv_bytes([columns, *map(list, rows)]),
+        "parquet": lambda: parquet_bytes(pa.Table.from_pylist(objects)),
+    }[kind]()
+    for longest in (2048, 10_000_000):
+        file = File(f"rows.{kind}", content, rows=rows)
+        check_file(file, next(folders), tokenizer, oracle, longest, False, 0.8)
+
+
+sources = st.one_of(
+    st.text(max_size=10),
+    st.lists(
+        st.sampled_from(["~", "~nobody", "/", "..", ".", "a", "b.json", ":", "hf://", "csv", "json", "\0", "\n", " ",
+                         "x" * 300, "\udce4", "*", "demo", "C:\\", "%00", "http://127.0.0.1:1/"]),
+        max_size=4,
+    ).map("".join),
+)  # fmt: skip
+
+
+@cases(quick=30, slow=200)
+@pytest.mark.usefixtures("hub")
+def test_a_name_that_is_no_file_is_refused_by_that_name(
+    count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("instruction,output\na,b\n")  # which "csv" must not find
+
+    @fuzz(count, source=sources.filter(lambda source: source != "demo"))
+    @example(source="csv")
+    def check(source: str) -> None:
+        with pytest.raises(DataError) as error:
+            read_columns(source)
+        names = {source, str(Path(source))}
+        with suppress(RuntimeError, ValueError):  # no such home, a null byte
+            names.add(str(Path(source).expanduser()))
+        assert any(name in str(error.value) for name in names)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the network that is off anyway, each name costs retries."""
+    real = datasets.load_dataset
+
+    def offline(name: str, split: str) -> Any:
+        if name in ("csv", "json", "parquet", "text"):
+            return real(name, split=split)
+        raise ConnectionError("offline")
+
+    monkeypatch.setattr(datasets, "load_dataset", offline)

@@ -1,0 +1,569 @@
+"""What this machine lacks is told before anything expensive; what it has is not complained about."""
+
+from __future__ import annotations
+
+import errno
+import importlib.metadata
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tests.conftest import mounted, python
+from training import files
+from training.files import SCRATCH, disk_problems, free_bytes, writable
+from training.machine import environment, kernels
+from training.machine.environment import cuda_toolkit_problems, mismatches, tool_problems, version_problems
+from training.machine.kernels import kernel_problems, missing_kernels
+from training.run.lock import one_writer
+
+ROOT = Path(__file__).parents[2]
+MIB = 2**20
+GIB = 2**30
+
+
+def executable(path: Path, script: str = "#!/bin/sh\n") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(script)
+    path.chmod(0o755)
+    return path
+
+
+# --- versions ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Plants packages, by their metadata alone, in front of those of the environment."""
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+
+    def plant(name: str, version: str, *requires: str) -> None:
+        folder = site / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {each}" for each in requires)]
+        (folder / "METADATA").write_text("Metadata-Version: 2.1\n" + "\n".join(lines) + "\n")
+
+    return plant
+
+
+@pytest.fixture
+def requirements(tmp_path: Path) -> Path:
+    file = tmp_path / "requirements.txt"
+    file.write_text(
+        "# what it needs\ntorch==2.13.0\ntransformers==5.23.0\nnumpy==2.4.6\nmatplotlib==3.11.2\n"
+    )
+    return file
+
+
+def test_this_environment_is_as_the_repository_pins_it() -> None:
+    assert version_problems() == []
+    assert mismatches(str(ROOT / "requirements_dev.txt")) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "another"),
+    [
+        ({}, []),
+        ({"torch": "2.13.0+cu126"}, []),  # a build for another GPU is the same version
+        ({"torch": "2.13.0+cu130"}, []),
+        ({"torch": "2.13.0+cpu"}, []),
+        ({"numpy": "2.4.9"}, ["numpy"]),  # a patch release matters only where the code reaches inside
+        ({"matplotlib": "3.5.0"}, ["matplotlib"]),  # training does not import it
+    ],
+)
+def test_what_is_pinned_or_does_as_well_is_no_fault_and_a_new_environment_gets_what_is_pinned(
+    installed, requirements: Path, changed: dict[str, str], another: list[str]
+) -> None:
+    for name, version in ({"torch": "2.13.0", "transformers": "5.23.0", "numpy": "2.4.6"} | changed).items():
+        installed(name, version)
+    assert version_problems(requirements) == []
+    assert mismatches(str(requirements)) == another
+
+
+def test_other_versions_and_missing_packages_are_named_in_one_line(installed, requirements: Path) -> None:
+    installed("torch", "2.12.1+cu126")
+    installed("transformers", "5.23.1")
+    installed("numpy", "1.26.4")
+    requirements.write_text(requirements.read_text() + "no-such-package==1.0\n")
+    assert version_problems(requirements) == [
+        "Installed is torch 2.12.1 instead of 2.13.0; transformers 5.23.1 instead of 5.23.0; "
+        "numpy 1.26.4 instead of 2.4.6; no no-such-package, expected 1.0. "
+        f"Type python -m pip install -r {requirements}"
+    ]
+
+
+def test_an_installed_wheel_takes_the_pins_from_its_metadata(installed, tmp_path: Path) -> None:
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"] == "dolly"
+    installed("dolly", "1.0.0", "torch==2.13.0", "numpy==2.4.6", 'trl==1.16.0; extra == "trl"')
+    installed("torch", "2.12.0")
+    installed("numpy", "2.4.6")
+    assert version_problems(tmp_path / "absent.txt") == [
+        "Installed is torch 2.12.0 instead of 2.13.0. Type python -m pip install torch==2.13.0"
+    ]
+
+
+def test_a_bare_python_can_ask_before_anything_is_installed_and_without_any_pins_nothing_is_said() -> None:
+    bare = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from training.machine import environment; "
+        "assert environment.version_problems(Path('none.txt')) == []; "
+        "environment.tool_problems(); print(*environment.mismatches('requirements_dev.txt'))"
+    )
+    named = python("-I", "-S", "-c", bare, check=True).stdout  # -S: no package is to be seen
+    assert {"torch", "deepspeed", "pytest"} <= set(named.split())
+
+
+def test_the_checks_cost_less_than_a_second(tmp_path: Path) -> None:
+    begin = time.process_time()
+    version_problems()
+    tool_problems()
+    kernel_problems()
+    disk_problems({tmp_path / "model": GIB}, {tmp_path / "model": "the model"})
+    with one_writer(tmp_path / "out"):
+        pass
+    assert time.process_time() - begin < 1
+
+
+# --- compiler ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def only_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A PATH with the named programs and no others."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", str(folder))
+    monkeypatch.delenv("CXX", raising=False)
+    return lambda *names: [executable(folder / name) for name in names]
+
+
+@pytest.fixture
+def with_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    header = tmp_path / "include" / "Python.h"
+    header.parent.mkdir()
+    header.touch()
+    monkeypatch.setattr(environment.sysconfig, "get_paths", lambda: {"include": str(header.parent)})
+    return header
+
+
+@pytest.mark.parametrize(
+    ("programs", "chosen", "cure"),
+    [
+        ("ninja", None, "sudo apt-get install g++ (Debian, Ubuntu), or xcode-select --install (Mac)"),
+        ("ninja g++", None, "export CXX=g++"),
+        ("ninja g++ c++", "clang++-99", "export CXX=g++"),
+        ("ninja g++ c++", "", "export CXX=g++"),
+        ("ninja g++ c++", "ccache-of-old g++", "export CXX=g++"),
+        ("ninja g++ c++", "g++ -O2", "export CXX=g++"),
+    ],
+)
+@pytest.mark.usefixtures("with_headers")
+def test_a_compiler_that_is_missing_or_chosen_and_not_there_is_named_with_the_command_that_gets_one(
+    only_on_path, monkeypatch: pytest.MonkeyPatch, programs: str, chosen: str | None, cure: str
+) -> None:
+    only_on_path(*programs.split())
+    asked = "a C++ compiler, c++," if chosen is None else f"CXX is '{chosen}', which"
+    if chosen is not None:
+        monkeypatch.setenv("CXX", chosen)
+    assert tool_problems() == [f"DeepSpeed compiles C++ operators, and {asked} is not on PATH. Type {cure}"]
+
+
+def test_a_compiler_may_stand_in_a_folder_with_a_space(
+    only_on_path, with_headers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_on_path("ninja")
+    monkeypatch.setenv("CXX", str(executable(tmp_path / "my tools" / "g++")))
+    assert tool_problems() == []
+
+
+def test_compiler_ninja_and_headers_of_python_will_do_and_missing_headers_are_named(
+    only_on_path, with_headers: Path
+) -> None:
+    only_on_path("c++", "ninja")
+    assert tool_problems() == []
+    with_headers.unlink()
+    (fault,) = tool_problems()
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert str(with_headers) in fault
+    assert fault.endswith(f"Type sudo apt-get install python{version}-dev")
+
+
+def test_a_missing_ninja_is_installed_or_found_beside_python(
+    only_on_path, with_headers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    only_on_path("c++")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
+    (fault,) = tool_problems()
+    assert fault.endswith("ninja is not on PATH. Type python -m pip install ninja")
+    executable(tmp_path / "venv" / "bin" / "ninja")  # an environment that was never activated
+    (fault,) = tool_problems()
+    assert fault.endswith(f"Type export PATH={tmp_path}/venv/bin:$PATH")
+
+
+def sourcing(path: Path, interpreter: str, programs: str, needed: Path | str, then: str) -> dict[str, Any]:
+    """For subprocess: sources config/environment.sh where `interpreter` and `programs` alone are on PATH."""
+    executable(path / interpreter, f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    for name in ("bash", *programs.split()):
+        (path / name).symlink_to(shutil.which(name))
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(path)}
+    script = f"set -euo pipefail; . config/environment.sh $0; {then}"
+    return {"args": ["bash", "-c", script, str(needed)], "env": environment}
+
+
+def test_the_scripts_stop_at_once_without_a_compiler(tmp_path: Path) -> None:
+    needed = tmp_path / "requirements.txt"
+    needed.write_text(f"click=={importlib.metadata.version('click')}\n")
+    script = sourcing(tmp_path / "bin", "python", "ninja", needed, "echo ready")
+    result = subprocess.run(**script, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "a C++ compiler, c++, is not on PATH" in result.stderr
+    assert "ready" not in result.stdout
+    executable(tmp_path / "bin" / "c++")
+    result = subprocess.run(**script, cwd=ROOT, capture_output=True, text=True)
+    assert (result.returncode, result.stdout) == (0, "ready\n"), result.stderr
+
+
+def first_lines(place: Path, *words: str, **more: str) -> dict[str, Any]:
+    """What runs the first lines of the scripts in a checkout where no environment is active, and then shows its pip."""
+    path = place.parent / "bin"
+    if not place.exists():
+        place.mkdir()
+        for name in ("config", "training"):
+            (place / name).symlink_to(ROOT / name)
+        (place / "requirements.txt").touch()
+        executable(path / "python3", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')  # and no python
+        executable(path / "c++")
+        for name in ("bash", "ninja", "rm", "uname", "cksum"):
+            (path / name).symlink_to(shutil.which(name))
+    code = 'set -euo pipefail; . config/environment.sh requirements.txt "$@"; python -m pip --version'
+    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(path)}
+    return {"args": ["bash", "-c", code, "-", *words], "cwd": place, "env": environment | more}
+
+
+def test_an_environment_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
+    place = tmp_path / "repository"
+    with subprocess.Popen(**first_lines(place), start_new_session=True) as first:
+        while not list(place.glob(".venv/lib/*/site-packages/pip")):  # activate comes after pip
+            assert first.poll() is None
+            time.sleep(0.01)
+        os.killpg(first.pid, signal.SIGKILL)
+    assert not (place / ".venv" / "bin" / "activate").exists()
+    result = subprocess.run(**first_lines(place), capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert str(place / ".venv") in result.stdout
+
+
+def test_the_environment_of_a_folder_with_a_space_has_a_path_without_one(tmp_path: Path) -> None:
+    place, cache = tmp_path / "with a space", tmp_path / "cache"
+    result = subprocess.run(
+        **first_lines(place, XDG_CACHE_HOME=str(cache)), capture_output=True, text=True, umask=0o077
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+    [venv] = cache.glob("dolly/*/venv")
+    assert result.stdout.startswith(
+        f"The path of this folder has a space, so its environment is {venv}\nMaking the"
+    )
+    assert str(venv / "lib") in result.stdout.splitlines()[-1]
+    result = subprocess.run(**first_lines(place, XDG_CACHE_HOME=str(place)), capture_output=True, text=True)
+    assert result.returncode == 1
+    assert "Type export XDG_CACHE_HOME=/a/folder/without/spaces" in result.stderr
+    assert not list(place.glob("dolly"))
+
+
+def test_an_environment_without_pip_as_uv_makes_it_gets_one(tmp_path: Path) -> None:
+    pip = pytest.importorskip("ensurepip").version()
+    start = first_lines(place := tmp_path / "repository")
+    (place / "requirements.txt").write_text(f"pip=={pip}\n")  # which needs no network
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place / ".venv"], check=True)
+    result = subprocess.run(**start, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert str(place / ".venv") in result.stdout.splitlines()[-1]
+
+
+def test_a_fresh_environment_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
+    start = first_lines(place := tmp_path / "repository", "fresh")
+    executable(place / ".venv" / "bin" / "python")
+    executable(
+        tmp_path / "bin" / "python3", "#!/bin/sh\nexit 1\n"
+    )  # nothing to make one with, which is quick
+    result = subprocess.run(**start, capture_output=True, text=True)
+    assert "Python 3.11 or newer is needed" in result.stderr
+    assert not (place / ".venv").exists()
+
+
+def toolkit(home: Path, release: str, header: str = "include/cuda_runtime.h") -> Path:
+    executable(
+        home / "bin" / "nvcc",
+        f'#!/bin/sh\necho "Cuda compilation tools, release {release}, V{release}.85"\n',
+    )
+    (home / header).parent.mkdir(parents=True, exist_ok=True)
+    (home / header).touch()
+    return home
+
+
+def test_a_cuda_toolkit_of_the_same_major_version_will_do(tmp_path: Path) -> None:
+    assert cuda_toolkit_problems(toolkit(tmp_path / "same", "12.6"), "12.6") == []
+    assert cuda_toolkit_problems(toolkit(tmp_path / "minor", "12.4"), "12.6") == []
+    conda = toolkit(tmp_path / "conda", "12.6", "targets/x86_64-linux/include/cuda_runtime.h")
+    assert cuda_toolkit_problems(conda, "12.6") == []
+
+
+def test_a_missing_foreign_or_incomplete_cuda_toolkit_is_named(tmp_path: Path) -> None:
+    (fault,) = cuda_toolkit_problems(None, "12.6")
+    assert "there is no nvcc (CUDA_HOME is not set)" in fault
+    assert "export CUDA_HOME=/usr/local/cuda-12.6" in fault
+    (fault,) = cuda_toolkit_problems(tmp_path / "none", "12.6")
+    assert f"there is no nvcc (CUDA_HOME is {tmp_path / 'none'})" in fault
+    (fault,) = cuda_toolkit_problems(toolkit(tmp_path / "old", "11.8"), "13.0")
+    assert "nvcc is of CUDA 11.8, but torch of CUDA 13.0" in fault
+    (fault,) = cuda_toolkit_problems(toolkit(tmp_path / "my cuda", "13.0"), "13.0")
+    assert (
+        f"ln -s '{tmp_path}/my cuda' /a/path/without/spaces && export CUDA_HOME=/a/path/without/spaces"
+        in fault
+    )
+    bare = toolkit(tmp_path / "bare", "13.0")
+    (bare / "include" / "cuda_runtime.h").unlink()
+    (fault,) = cuda_toolkit_problems(bare, "13.0")
+    assert f"{bare / 'include'} has no cuda_runtime.h" in fault
+
+
+# --- GPU ---------------------------------------------------------------------------------------------
+
+CUDA_13 = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"]
+CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
+
+
+@pytest.mark.parametrize(
+    ("capability", "arch_list", "missing"),
+    [
+        ((7, 0), CUDA_13, True),  # V100
+        ((7, 0), CUDA_12_6, False),
+        ((7, 5), CUDA_13, False),  # T4
+        ((8, 0), CUDA_13, False),  # A100
+        ((8, 6), ["sm_80"], False),  # A10 on the binary of an older minor version
+        ((8, 0), ["sm_86"], True),  # but not of a newer one
+        ((8, 9), ["sm_80", "sm_90"], False),  # L4
+        ((9, 0), ["sm_80", "sm_86"], True),  # another major version
+        ((9, 0), ["sm_80", "compute_80"], False),  # unless there is code to translate
+        ((7, 0), ["sm_80", "compute_80"], True),  # which goes forward only
+        ((9, 0), ["sm_90a"], False),
+        ((10, 0), ["sm_90a", "compute_90a"], True),  # for the one architecture
+        ((12, 0), CUDA_12_6, True),
+        ((12, 1), ["sm_120f"], False),
+        ((10, 3), ["compute_100f"], False),
+        ((12, 0), ["compute_100f"], True),  # for the one family
+        ((12, 0), ["sm_120"], False),  # three digits
+        ((8, 0), ["gfx90a", ""], True),
+        ((8, 0), [], True),
+    ],
+)
+def test_kernels_run_within_a_major_version_and_intermediate_code_forward(
+    capability: tuple[int, int], arch_list: list[str], missing: bool
+) -> None:
+    assert missing_kernels(capability, arch_list) is missing
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch):
+    """Makes torch report GPUs: (name, capability) of each, under a build for `cuda` with `arch_list`."""
+
+    def report(devices: list[tuple[str, tuple[int, int]]], cuda: str | None, arch_list: list[str]) -> None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        monkeypatch.setattr(torch, "__version__", "2.13.0+cu" + (cuda or "").replace(".", ""))
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(devices))
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: len(devices))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: devices[gpu][0])
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: devices[gpu][1])
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: arch_list)
+
+    return report
+
+
+def test_a_v100_under_cuda_13_is_told_the_build_for_cuda_12_6_and_a_gpu_with_kernels_nothing(gpus) -> None:
+    gpus([("NVIDIA A100-SXM4-40GB", (8, 0)), *[("Tesla V100-SXM2-32GB", (7, 0))] * 8], "13.0", CUDA_13)
+    assert kernel_problems() == [
+        "8 x Tesla V100-SXM2-32GB (sm_70): torch 2.13.0+cu130 has no kernels for it, only sm_75 sm_80 sm_86 sm_90 "
+        "sm_100 sm_120 compute_120. Type python -m pip install torch==2.13.0+cu126 "
+        "--index-url https://download.pytorch.org/whl/cu126"
+    ]
+
+
+def test_a_gpu_newer_or_older_than_every_kernel_is_not_told_a_build_that_lacks_them_too(gpus) -> None:
+    gpus([("NVIDIA B200", (10, 0)), ("Tesla K80", (3, 7))], "12.6", CUDA_12_6)
+    newer, older = kernel_problems()
+    assert newer.startswith("1 x NVIDIA B200 (sm_100)")
+    assert "python -m pip uninstall -y torch && python -m pip install torch==2.13.0, or" in newer
+    assert older.startswith("1 x Tesla K80 (sm_37)")
+    assert older.endswith("Use a newer GPU")
+
+
+def test_a_build_without_cuda_is_told_beside_a_gpu_but_not_without_one_nor_where_it_is_hidden(
+    gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus([], None, [])
+    monkeypatch.setattr(kernels, "_nvidia_gpu", lambda: False)
+    assert kernel_problems() == []
+    monkeypatch.setattr(kernels, "_nvidia_gpu", lambda: True)
+    (fault,) = kernel_problems()
+    assert "a build without CUDA" in fault
+    assert "python -m pip uninstall -y torch && python -m pip install torch==2.13.0" in fault
+    assert "export CUDA_VISIBLE_DEVICES=-1 to train on the CPU" in fault
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert kernel_problems() == []
+
+
+def test_a_driver_that_is_too_old_is_told_in_its_own_words(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    def init() -> None:
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
+        )
+
+    gpus([], "13.0", CUDA_13)
+    monkeypatch.setattr(kernels, "_nvidia_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    (fault,) = kernel_problems()
+    assert "CUDA does not start: The NVIDIA driver on your system is too old (found version 11040)." in fault
+    assert "Update the driver to one for CUDA 13.0, type python -m pip install torch==2.13.0+cu126" in fault
+
+
+def test_a_gpu_shows_as_a_device_or_to_nvidia_smi(tmp_path: Path, only_on_path) -> None:
+    devices = tmp_path / "dev"
+    devices.mkdir()
+    (devices / "nvidiactl").touch()  # images have it, and nvidia-smi, without a GPU
+    assert not kernels._nvidia_gpu(devices)
+    (smi,) = only_on_path("nvidia-smi")
+    executable(smi, "#!/bin/sh\necho 'NVIDIA-SMI has failed' ; exit 9\n")
+    assert not kernels._nvidia_gpu(devices)
+    executable(smi, "#!/bin/sh\necho 'GPU 0: NVIDIA A10 (UUID: GPU-1)'\n")
+    assert kernels._nvidia_gpu(devices)
+    smi.unlink()
+    (devices / "nvidia0").touch()
+    assert kernels._nvidia_gpu(devices)
+
+
+# --- disk --------------------------------------------------------------------------------------------
+
+
+def report_disk(monkeypatch: pytest.MonkeyPatch, blocks: int | None, available: int) -> None:
+    def statvfs(path: Path) -> SimpleNamespace:
+        if blocks is None:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return SimpleNamespace(f_blocks=blocks, f_bavail=available, f_frsize=4096, f_bsize=4096)
+
+    monkeypatch.setattr(files.os, "statvfs", statvfs)
+
+
+def test_what_is_written_on_one_disk_is_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    report_disk(monkeypatch, blocks=100 * GIB // 4096, available=60 * GIB // 4096)
+    model, steps = tmp_path / "new" / "model", tmp_path / "new" / "checkpoints"
+    labels = {model: "the finished model", steps: "2 checkpoints"}
+    assert disk_problems({model: 12 * GIB, steps: 48 * GIB}, labels) == []
+    (fault,) = disk_problems({model: 12 * GIB, steps: 49 * GIB}, labels)
+    assert (
+        f"has 60.0 GiB free, and 61.0 GiB are needed: 12.0 GiB for the finished model ({model}), "
+        f"49.0 GiB for 2 checkpoints ({steps}). Free 1.0 GiB there, lower --save-total-limit" in fault
+    )
+
+
+@pytest.mark.parametrize(
+    ("blocks", "available", "free"),
+    [
+        (0, 0, None),  # no size
+        (0, 2**50, None),  # no size, but free
+        (100, 200, None),  # more free than there is
+        (100, -1, None),
+        (100, 2**64 - 1, None),  # negative as unsigned
+        (None, 0, None),  # a mount that does not answer
+        (100, 0, 0),
+    ],
+)
+def test_the_absurd_sizes_of_mounted_object_stores_are_not_believed_but_a_full_disk_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int | None, available: int, free: int | None
+) -> None:
+    report_disk(monkeypatch, blocks, available)
+    assert free_bytes(tmp_path) == free
+    for needed in (1, 2**60):
+        assert len(disk_problems({tmp_path: needed}, {tmp_path: "the model"})) == (free is not None)
+
+
+def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
+    told = os.statvfs(tmp_path)
+    free = free_bytes(tmp_path / "not" / "yet" / "there")
+    assert free == pytest.approx(
+        told.f_bavail * told.f_frsize, abs=GIB
+    )  # others write on this disk meanwhile
+    (tmp_path / "file").touch()
+    assert free_bytes(tmp_path / "file" / "below") == pytest.approx(free, abs=GIB)
+
+
+def left_by_a_killed_trial(folder: Path) -> Path:
+    program = (
+        "import os, signal, pathlib; from training.files import writable\n"
+        "pathlib.Path.rmdir = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"writable(pathlib.Path({str(folder)!r}))"
+    )
+    assert python("-c", program).returncode == -signal.SIGKILL
+    [left] = folder.iterdir()
+    assert left.name.startswith(SCRATCH)
+    return left
+
+
+def test_what_a_killed_trial_left_is_taken_away_by_the_next(tmp_path: Path) -> None:
+    left_by_a_killed_trial(tmp_path)
+    assert writable(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="root alone can be two users")
+def test_what_another_users_killed_trial_left_in_a_shared_folder_refuses_nobody() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # tmp_path lets no other user in
+        shared = Path(name)
+        shared.chmod(0o1777)
+        left = left_by_a_killed_trial(shared)
+        os.setresuid(65534, 65534, 0)
+        try:
+            assert writable(shared)
+        finally:
+            os.setresuid(0, 0, 0)
+        assert list(shared.iterdir()) == [left]
+
+
+def test_ranks_that_try_a_folder_at_one_moment_do_not_mind_each_other(tmp_path: Path) -> None:
+    with ThreadPoolExecutor(8) as ranks:
+        assert all(ranks.map(writable, [tmp_path] * 4000))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MiB."""
+    with mounted(tmp_path / "small", "1m") as folder:
+        yield folder
+
+
+def test_a_real_small_disk_is_told_and_no_other(small_disk: Path, tmp_path: Path) -> None:
+    model, steps, elsewhere = small_disk / "out" / "model", small_disk / "out" / "steps", tmp_path / "cache"
+    labels = {model: "the finished model", steps: "1 checkpoint", elsewhere: "the download"}
+    assert free_bytes(model) == MIB
+    assert disk_problems({model: MIB // 2, steps: MIB // 2, elsewhere: 1}, labels) == []
+    (small_disk / "older").write_bytes(bytes(MIB * 3 // 4))
+    assert free_bytes(model) == MIB // 4
+    (fault,) = disk_problems({model: MIB // 2, steps: MIB // 2, elsewhere: 1}, labels)
+    assert fault.startswith(f"{small_disk} has 0.2 MiB free, and 1.0 MiB are needed")
+    assert "the download" not in fault

@@ -1,0 +1,264 @@
+"""Answers: the same one by one and in batches, stopped at the end key, with harmless prompts, from the terminal."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    pipeline,
+)
+
+from tests.conftest import python
+from training import generate
+from training.data.ledger import Ledger
+from training.data.prompt import render_prompt
+from training.data.rows import Columns
+from training.data.tokens import encode_rows
+from training.errors import ModelError
+from training.model import generation
+from training.model.generation import (
+    generate_response,
+    generate_responses,
+    load_model_tokenizer_for_generate,
+    prompt_ids,
+)
+from training.model.loading import load_model
+
+ROOT = Path(__file__).parents[2]
+GREEDY = {"do_sample": False, "top_p": None, "top_k": None}
+INSTRUCTIONS = ["Name a colour.", "Say: " + "a, b, c, " * 12, "x", "Count the words of the text.", "Greet."]
+INPUTS = ["red, blue", None, "", "one two three", None]
+
+
+@pytest.fixture
+def random_model(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    return load_model(str(base_folder), tokenizer, torch.float32, seed=42).eval()
+
+
+@pytest.fixture
+def answers_as_ids(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Answers are the ids as text: two different byte sequences of a random model may read alike."""
+
+    def ids(batch: torch.Tensor, skip_special_tokens: bool) -> list[str]:
+        assert skip_special_tokens
+        special = set(tokenizer.all_special_ids)
+        return [" ".join(str(i) for i in row if i not in special) for row in batch.tolist()]
+
+    monkeypatch.setattr(tokenizer, "batch_decode", ids)
+
+
+# --- batches -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("answers_as_ids")
+@pytest.mark.parametrize("batch_size", [2, 5])
+def test_a_batch_gives_the_answers_that_the_prompts_get_one_by_one(
+    random_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
+) -> None:
+    ask = {"model": random_model, "tokenizer": tokenizer, "max_new_tokens": 12, **GREEDY}
+    single = [generate_response(a, b, **ask) for a, b in zip(INSTRUCTIONS, INPUTS, strict=True)]
+    assert len(set(single)) == len(single)  # all different, so that the order is told as well
+    assert all(len(answer.split()) > 3 for answer in single)
+    assert generate_responses(INSTRUCTIONS, INPUTS, batch_size=batch_size, **ask) == single
+
+
+@pytest.mark.usefixtures("answers_as_ids")
+def test_a_greedy_answer_is_the_argmax_of_the_plain_forward(
+    random_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    [ids] = prompt_ids(tokenizer, ["Greet."], [None], 100)
+    expected = []
+    with torch.inference_mode():
+        for _ in range(6):
+            logits = random_model(torch.tensor([ids + expected]), use_cache=False).logits
+            expected.append(int(logits[0, -1].argmax()))
+    answer = generate_response("Greet.", model=random_model, tokenizer=tokenizer, max_new_tokens=6, **GREEDY)
+    assert answer.split() == [str(i) for i in expected]
+
+
+@pytest.mark.usefixtures("answers_as_ids")
+def test_sampling_is_dollys_and_follows_the_seed(
+    random_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sample(seed: int) -> str:
+        torch.manual_seed(seed)
+        return generate_response("Greet.", model=random_model, tokenizer=tokenizer, max_new_tokens=12)
+
+    assert sample(1) == sample(1)
+    assert sample(1) != sample(2)
+    asked = {}
+    monkeypatch.setattr(random_model, "generate", lambda ids, **kwargs: asked.update(kwargs) or ids)
+    sample(1)
+    config = asked["generation_config"]
+    assert (config.do_sample, config.top_p, config.top_k, config.max_new_tokens) == (True, 0.92, 0, 256)
+    assert asked["attention_mask"].all()
+
+
+# --- where an answer ends ----------------------------------------------------------------------------
+
+
+def test_an_answer_stops_at_the_end_key_and_holds_no_control_token_and_without_prompts_there_is_none(
+    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    ask = {"model": answering_model, "tokenizer": tokenizer, "max_new_tokens": 50}
+    assert generate_responses(INSTRUCTIONS, INPUTS, **ask) == ["AB"] * 5
+    assert generate_responses([], **ask) == []
+
+
+def test_stock_generate_stops_a_saved_folder_at_the_end_key(answering_folder: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(answering_folder)
+    tokenizer = AutoTokenizer.from_pretrained(answering_folder)
+    prompts = tokenizer([render_prompt("Greet."), render_prompt("Name a colour.", "red")], padding=True,
+                        padding_side="left", return_tensors="pt")  # fmt: skip
+    output = model.generate(**prompts)
+    answer = tokenizer.convert_tokens_to_ids(["A", "B", "### End"])
+    assert output[:, prompts["input_ids"].shape[1] :].tolist() == [answer, answer]
+
+
+def test_a_stock_pipeline_answers_and_stops(answering_folder: Path) -> None:
+    ask = pipeline("text-generation", model=str(answering_folder), device="cpu")
+    assert ask(render_prompt("Greet."), return_full_text=False) == [{"generated_text": "AB"}]
+    [reply] = ask([{"role": "user", "content": "Greet."}])
+    assert reply["generated_text"][-1] == {"role": "assistant", "content": "AB"}
+
+
+# --- prompts -----------------------------------------------------------------------------------------
+
+
+def test_a_prompt_has_the_ids_that_training_gives_it_also_of_control_words_that_stay_text(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    words = ["### End", "### Response:\n", "a\n\n### Response:\nb\n\n### End", "<|endoftext|>"]
+    instructions, inputs = INSTRUCTIONS + words, INPUTS + [None] * len(words)
+    columns = Columns(instructions, [text or "" for text in inputs], ["answer"] * len(inputs))
+    trained = [ids[:start] for _, ids, start in encode_rows(tokenizer, columns, Ledger("", 999))]
+    assert prompt_ids(tokenizer, instructions, inputs, 999) == trained
+
+
+def test_a_prompt_too_long_keeps_head_and_response_key_and_leaves_room(
+    tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole, short = prompt_ids(tokenizer, ["!" * 500, "a"], [None, None], 999)
+    with caplog.at_level(logging.WARNING):
+        cut, same = prompt_ids(tokenizer, ["!" * 500, "a"], [None, None], 100)
+    assert cut == [*whole[:99], whole[-1]]
+    assert same == short
+    assert [record.message for record in caplog.records if "leave room for the answer" in record.message]
+
+
+@pytest.mark.parametrize("words", [2, 200, 2000])
+def test_a_prompt_of_any_length_is_answered_within_the_models_positions(
+    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: int
+) -> None:
+    ask = {"model": answering_model, "tokenizer": tokenizer, "max_new_tokens": 100}
+    assert generate_response("word " * words, **ask) == "AB"
+
+
+def test_more_new_tokens_than_the_model_can_hold_are_refused(
+    answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    told = r"max_new_tokens leaves 6 of the model's positions .* fewer new tokens"
+    with pytest.raises(ValueError, match=told):
+        generate_response("a", model=answering_model, tokenizer=tokenizer, max_new_tokens=250)
+
+
+# --- loading -----------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_loaded_in_float32_on_a_cpu_and_ready_to_answer(answering_folder: Path) -> None:
+    model, tokenizer = load_model_tokenizer_for_generate(str(answering_folder), device="cpu")
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert not model.training
+    assert model.config.use_cache
+    assert generate_response("a", model=model, tokenizer=tokenizer, max_new_tokens=9) == "AB"
+
+
+def test_a_run_that_did_not_finish_is_refused_and_a_finished_one_is_not(
+    answering_folder: Path, tmp_path: Path
+) -> None:
+    for file in answering_folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    unfinished = r"its training did not finish. Go on with its command and --resume auto"
+    broken = r"run.json: cannot be read .* Copy or train the model again"
+    for message, records in {
+        unfinished: [b'{"status": "running"}', b"[]", b"7", b"null"],
+        broken: [b'{"status": "fini', b"", b"\xff"],
+    }.items():
+        for record in records:
+            (tmp_path / "run.json").write_bytes(record)
+            with pytest.raises(ModelError, match=message):
+                load_model_tokenizer_for_generate(str(tmp_path))
+    (tmp_path / "run.json").write_text(json.dumps({"status": "finished"}))
+    load_model_tokenizer_for_generate(str(tmp_path))
+
+
+# --- the terminal ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def ask() -> Callable[..., tuple[int, str, str]]:
+    def run(*arguments: str) -> tuple[int, str, str]:
+        result = CliRunner().invoke(generate.main, list(arguments))
+        assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+        return result.exit_code, result.stdout, result.stderr
+
+    return run
+
+
+@pytest.mark.parametrize("more", [[], ["--greedy"], ["--seed", "1"], ["--input", "red"], ["--dtype", "bf16"]])
+def test_the_command_prints_the_answer_and_nothing_else(
+    ask: Callable[..., tuple[int, str, str]], answering_folder: Path, more: list[str]
+) -> None:
+    code, out, _ = ask("--model", str(answering_folder), "--max-new-tokens", "20", *more, "Greet.")
+    assert (code, out) == (0, "AB\n")
+
+
+def test_the_command_tells_in_one_line_why_it_cannot_answer(
+    ask: Callable[..., tuple[int, str, str]], answering_folder: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps({"status": "running"}))
+    for model, tokens, message in (
+        (tmp_path / "none", "20", "no tokenizer could be loaded"),
+        (300 * "x", "20", ""),
+        (tmp_path, "20", "its training did not finish"),
+        (answering_folder, "256", "Ask for fewer new tokens"),
+    ):
+        code, out, err = ask("--model", str(model), "--max-new-tokens", tokens, "Greet.")
+        assert (code, out) == (2, "")
+        assert err.startswith("Cannot answer: ")
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_the_module_runs_from_the_shell(answering_folder: Path) -> None:
+    result = python(
+        "-m", "training.generate", "--model", answering_folder, "--max-new-tokens", "20", "Greet."
+    )
+    assert (result.returncode, result.stdout) == (0, "AB\n"), result.stderr
+
+
+def test_what_a_terminal_would_obey_is_not_shown() -> None:
+    assert generation.printable("Bel\x1b[2J\x07l\nÄé") == "Bel\ufffd[2J\ufffdl\nÄé"
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
+        (["--input", "\udcff"], "--input '\\udcff': is not UTF-8"),
+    ],
+)
+def test_what_cannot_be_answered_is_told_before_a_model_is_loaded(words: list[str], told: str) -> None:
+    result = CliRunner().invoke(generate.main, ["--model", "no/such/model", *words, "Say."])
+    assert result.exit_code == 2
+    assert told in result.output

@@ -1,0 +1,384 @@
+"""The plan: verdicts everybody knows, what to type, the published runs, and the command line."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from transformers import T5Config
+
+from tests.conftest import jsonl, resolved, rows_of
+from training.consts import GIB
+from training.machine.catalogue import MACHINES, find_machine
+from training.machine.local import this_machine
+from training.options.trainer_options import TrainingOptions
+from training.plan.__main__ import main
+from training.plan.epoch import Lengths, alpaca_lengths
+from training.plan.fit import Plan, plan_run
+from training.plan.lookup import model_shape
+from training.plan.model_shape import gptj_shape
+from training.plan.presets import preset_options
+
+ROOT = Path(__file__).parents[2]
+BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
+FP16_OFFLOAD = "config/ds_z3_fp16_offload_config.json"
+GPTJ = model_shape("EleutherAI/gpt-j-6B")
+# Epochs of Dolly's padded recipe that somebody has timed: machine, DeepSpeed's configuration, hours.
+PUBLISHED = [
+    # README of databrickslabs/dolly
+    ("8xA100-40GB", BF16, 0.5),
+    ("4xA10", BF16_OFFLOAD, 7.0),
+    ("8xV100-32GB", FP16_OFFLOAD, 3.5),
+    # Outerbounds, Training a Large Language Model With Metaflow, Featuring Dolly; the second is a tenth of ten epochs
+    ("p3dn.24xlarge", FP16_OFFLOAD, 3.25),
+    ("3xA100-80GB", FP16_OFFLOAD, 3.0),
+]
+DOLLY = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "max_tokens_per_device": None,
+         "batching": "padded", "gradient_checkpointing": "on"}  # fmt: skip
+
+
+def planned(
+    machine: str,
+    num_gpus: int | None = None,
+    lengths: Lengths | None = None,
+    changed: dict[str, Any] | None = None,
+    **options: Any,
+) -> Plan:
+    """The plan of Dolly's run, with some options or figures of the machine changed."""
+    place = replace(find_machine(machine), **changed or {})
+    ranks = num_gpus or place.count
+    chosen = preset_options(place.family, ranks) | {"max_tokens_per_device": "auto", "epochs": 1.0} | options
+    settings = resolved(TrainingOptions(local_output_dir="OUTPUT", **chosen), ranks, place.family)
+    return plan_run(settings, lengths or alpaca_lengths(), GPTJ, place)
+
+
+def run_cli(*arguments: object):
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+# --- verdicts ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("host_gb", [48, 128])
+def test_a_small_host_does_not_do_for_eight_offloaded_ranks(host_gb):
+    small = planned("8xV100-32GB", changed={"host_gib": host_gb * 1e9 / GIB})
+    assert list(small.shortages) == ["host memory"]
+    needed = max(small.host_memory_gib.values())
+    assert f"A machine with {math.ceil(needed)} GiB of free host memory would do" in small.problems[0]
+    assert planned("8xV100-32GB", changed={"host_gib": needed + 1}).fits
+
+
+def test_each_shortage_has_its_own_advice():
+    short = planned("8xA100-40GB", changed={"disk_gib": 200.0, "host_gib": 30.0})
+    host, disk = short.problems
+    assert host.startswith("host memory: 46.5 GiB are needed")
+    assert disk == (
+        "disk: 271.0 GiB are needed for checkpoints, model and cache, 71.0 more than the 200.0 of 8xA100-40GB. "
+        "Type --save-total-limit 1"
+    )
+    tiny_disk = planned("8xA100-40GB", changed={"disk_gib": 100.0})
+    assert tiny_disk.problems[0].endswith(
+        "Name a folder on a disk with 271 GiB free: --local-output-dir FOLDER"
+    )
+
+
+@pytest.mark.parametrize(
+    ("machine", "options", "advice"),
+    [
+        ("8xA100-40GB", {"gradient_checkpointing": "off", "batching": "padded"}, "Type --gradient-checkpointing on"),
+        (
+            "8xA100-40GB",
+            {"per_device_train_batch_size": 128, "batching": "padded"},
+            "Type --per-device-train-batch-size 32 --gradient-accumulation-steps 4",
+        ),
+        (
+            "8xA100-40GB",
+            {"per_device_train_batch_size": 2048, "max_tokens_per_device": None, "gradient_checkpointing": "on"},
+            r"Type --max-tokens-per-device \d+",
+        ),
+        ("2xA10", {"deepspeed": None, "bf16": True}, f"Type --deepspeed {BF16_OFFLOAD}"),
+        ("a2-highgpu-2g", {}, f"Type --deepspeed {BF16_OFFLOAD}"),
+        ("a2-highgpu-1g", {}, r"It fits on 3 A100-40GB with --per-device-train-batch-size 11 .*"),
+    ],
+)  # fmt: skip
+def test_the_nearest_change_is_what_to_type_and_makes_it_fit(machine, options, advice):
+    failed = planned(machine, **options)
+    assert "GPU memory" in failed.shortages
+    found = failed.changes["GPU memory"]
+    assert re.fullmatch(advice, found), found
+    typed = dict(re.findall(r"--([\w-]+) (\S+)", found))
+    mended = options | {
+        name.replace("-", "_"): int(value) if value.isdigit() else value for name, value in typed.items()
+    }
+    elsewhere = re.match(r"It fits on (\d+)", found)
+    count = int(elsewhere[1]) if elsewhere else find_machine(machine).count
+    assert "GPU memory" not in planned(machine, count, changed={"count": count}, **mended).shortages
+
+
+def test_more_ranks_than_a_machine_has_are_several_machines():
+    one, two = planned("8xV100-32GB"), planned("8xV100-32GB", num_gpus=16)
+    assert two.settings.ranks == 16
+    assert two.host_memory_gib["training"] < one.host_memory_gib["training"], "of one of them"
+
+
+def test_a_small_card_gets_checkpointing_and_a_token_budget_of_itself():
+    tight = planned("8xA100-40GB", changed={"gpu_memory_gib": 18.0})
+    assert tight.fits
+    assert tight.settings.checkpointing is True
+    assert tight.settings.max_tokens is None
+    long_rows = Lengths("long", np.full(10_000, 2000), 0.5)
+    split = planned("8xA100-40GB", lengths=long_rows, per_device_train_batch_size=64)
+    assert split.fits
+    assert split.settings.checkpointing is True
+    assert 2000 <= split.settings.max_tokens < 64 * 2000
+    assert "--max-tokens-per-device" not in split.command, "the trainer decides alike"
+    assert not planned(
+        "8xA100-40GB", lengths=long_rows, per_device_train_batch_size=64, max_tokens_per_device=None
+    ).fits, "None never splits"
+
+
+def test_activations_are_told_with_and_without_checkpointing():
+    for checkpointing in ("on", "off"):
+        plan = planned("8xA100-40GB", gradient_checkpointing=checkpointing)
+        held = plan.gpu_memory_gib["activations"] + plan.gpu_memory_gib["logits and loss"]
+        word = "with" if checkpointing == "on" else "without"
+        assert plan.activations_gib[f"{word} checkpointing"] == pytest.approx(held)
+        assert plan.activations_gib["with checkpointing"] < plan.activations_gib["without checkpointing"]
+
+
+@pytest.mark.parametrize("name", MACHINES)
+def test_no_machine_and_no_size_of_model_makes_it_stumble(name):
+    machine = find_machine(name)
+    models = (GPTJ, model_shape("EleutherAI/pythia-12b"), gptj_shape("tiny", 2, 8, 2, 100))
+    for model, batching in product(models, ("packed", "padded")):
+        chosen = preset_options(machine.family, machine.count, batching)
+        options = TrainingOptions(local_output_dir="x", **chosen)
+        plan = plan_run(resolved(options, machine.count, machine.family), alpaca_lengths(), model, machine)
+        assert plan.fits == (plan.problems == [])
+        assert 0 < plan.hours_per_epoch["expected"] < 1000
+
+
+# --- what to type ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("machine", "ranks", "options", "launcher", "taken"),
+    [
+        ("8xA100-40GB", 8, {}, "deepspeed --num_gpus 8 --module",
+         {"deepspeed": BF16, "gradient_accumulation_steps": 1, "epochs": 1.0}),
+        ("8xA100-40GB", 8, {"gradient_checkpointing": "on"}, "deepspeed", {"gradient_checkpointing": "on"}),
+        ("8xA100-40GB", 8, {"max_tokens_per_device": 700, "lr": 2e-5}, "deepspeed",
+         {"max_tokens_per_device": 700, "lr": 2e-5}),
+        ("2xA10", 2, {}, "deepspeed", {"deepspeed": BF16_OFFLOAD, "per_device_train_batch_size": 16}),
+        ("8xV100-32GB", 8, {"batching": "padded"}, "deepspeed", {"deepspeed": FP16_OFFLOAD, "batching": "padded"}),
+        ("8xA100-40GB", 8, {"bf16": False, "fp16": True, "deepspeed": None}, "torchrun --nproc_per_node=8 -m",
+         {"fp16": True, "bf16": False}),
+        ("8xA100-40GB", 1, {"deepspeed": None}, "python -m", {}),
+    ],
+)  # fmt: skip
+def test_the_command_starts_every_rank_and_is_one_that_the_trainer_s_own_parser_takes(
+    machine, ranks, options, launcher, taken
+):
+    from training.trainer import main as trainer
+
+    command = planned(machine, ranks, **options).command
+    start, words = command.split(" training.trainer ")
+    assert start.startswith(launcher)
+    assert ("--gradient-checkpointing" in words) == ("gradient_checkpointing" in options), "only if asked for"
+    params = trainer.make_context("trainer", words.split()).params
+    assert taken | {"local_output_dir": "OUTPUT"} == {
+        name: params[name] for name in [*taken, "local_output_dir"]
+    }
+    if not options and ranks == 8:
+        assert words == f"--epochs 1 --deepspeed {BF16} --local-output-dir OUTPUT"
+
+
+# --- the command line --------------------------------------------------------------------------------
+
+
+def test_the_defaults_are_dolly_s_run_in_seconds_without_a_network_or_torch():
+    code = (
+        "import sys, time, socket\n"
+        "socket.socket.connect = lambda *_: sys.exit('it went to the network')\n"
+        "from click.testing import CliRunner\n"
+        "from training.plan.__main__ import main\n"
+        "result = CliRunner().invoke(main, ['--machine', '8xA100-40GB', '--json', '--price', '32.77'])\n"
+        "assert 'torch' not in sys.modules, 'a built-in model and Alpaca need no torch'\n"
+        "assert time.process_time() < 5, time.process_time()\n"
+        "print(result.output)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    answer = json.loads(done.stdout)
+    assert answer["fits"] is True
+    assert answer["faults"] == []
+    assert answer["model"] == "EleutherAI/gpt-j-6B"
+    assert (answer["gradient_checkpointing"], answer["max_tokens_per_device"]) == (False, None)
+    assert (answer["global_batch_rows"], answer["steps_per_epoch"]) == (64, 797)
+    for kind in ("gpu_memory_gib", "disk_gib"):
+        parts = [value for key, value in answer[kind].items() if key not in ("total", "available")]
+        assert answer[kind]["total"] == pytest.approx(sum(parts)), kind
+    host = answer["host_memory_gib"]
+    assert host["total"] == max(host["loading"], host["training"])
+    hours = answer["hours_per_epoch"]
+    assert hours["low"] < hours["expected"] < hours["high"]
+    assert answer["cost_per_epoch"]["expected"] == pytest.approx(32.77 * hours["expected"])
+    assert answer["command"].startswith("deepspeed --num_gpus 8 --module training.trainer")
+    assert (answer["steps"], answer["hours"], answer["cost"]) == (797, hours, answer["cost_per_epoch"])
+
+
+@pytest.mark.parametrize(
+    ("asked", "steps"), [(["--epochs", 10], 7970), (["--epochs", 0.5], 399), (["--max-steps", 100], 100)]
+)
+def test_the_whole_run_has_its_time_and_price_beside_the_epochs(asked, steps):
+    machine = ["--machine", "8xA100-40GB", "--price", 32.77]
+    answer = json.loads(run_cli(*machine, *asked, "--json").output)
+    assert answer["steps"] == steps
+    for bound in ("low", "expected", "high"):
+        epoch, run = answer["hours_per_epoch"][bound], answer["hours"][bound]
+        assert run / epoch == pytest.approx(steps / 797, rel=0.05), (
+            "one held-out loss more, before the first step"
+        )
+        assert answer["cost"][bound] == pytest.approx(32.77 * run)
+    table = run_cli(*machine, *asked).output
+    assert f"the whole run, {steps:,} steps\n" in table
+    assert f"{answer['cost']['expected']:,.2f}, between {answer['cost']['low']:,.2f}" in table
+    assert " ".join(map(str, asked)) in answer["command"]
+    assert "the whole run" not in run_cli(*machine, "--epochs", 1).output
+
+
+def test_people_are_told_what_fails_and_what_to_type_until_it_fits_with_a_picture_and_an_exit_code(tmp_path):
+    picture = tmp_path / "memory.png"
+    short = run_cli("--machine", "4xA10", "--deepspeed", BF16, "--price", 8, "--plot", picture)
+    assert short.exit_code == 1, "so that `plan && train` stops"
+    plan = planned("4xA10", deepspeed=BF16)
+    (fault,) = plan.problems
+    needed = sum(plan.gpu_memory_gib.values())
+    assert f"{needed:.1f} GiB are needed on each A10G, {needed - 22:.1f} more than its 22.0" in fault
+    assert fault.endswith(f"Type --deepspeed {BF16_OFFLOAD}")
+    for words in ("DOES NOT FIT", "GPU memory: ", f"Type --deepspeed {BF16_OFFLOAD}", "optimizer", "of 22.0"):
+        assert words in short.output
+    assert "at 8 an hour it costs" in short.output
+    fits = run_cli("--machine", "4xA10", "--plot", tmp_path / "fits.png")
+    assert fits.exit_code == 0
+    assert "FITS, with" in fits.output
+    assert planned("4xA10").command in fits.output
+    assert planned("2xA10").fits
+    for file in (picture, tmp_path / "fits.png"):
+        assert file.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        (["--machine", "p4d.24xlrge"], "Nearest: p4d.24xlarge"),
+        (["--machine", "8xH100", "--num-gpus", 0], "--num-gpus 0: at least one device is needed"),
+        (["--num-gpus", -1], "--num-gpus -1: at least one device is needed"),
+        (["--machine", "8xH100", "--num-gpus", 9], "--num-gpus 9: 8xH100 has 8"),
+        (["--machine", "8xH100", "--deepspeed", "none.json"], "Shipped are"),
+        (["--machine", "8xH100", "--model", "demo", "--training-dataset", "none.jsonl"], "none.jsonl"),
+        (["--machine", "8xH100", "--model", "demo", "--training-dataset", "one.jsonl"],
+         "1 row, and at least 2 are needed: one to train on, and one held out"),
+        (["--machine", "8xH100", "--input-model", "/no/such/model"], "no model could be found"),
+        (["--machine", "8xH100", "--input-model", "./t5"], "t5 model is no causal language model"),
+        (["--machine", "8xH100", "--batching", "padded", "--max-tokens-per-device", 9], "splits packed rows"),
+        (["--machine", "8xV100-32GB", "--deepspeed", BF16], "a V100 cannot compute in bf16"),
+        (["--machine", "8xH100", "--test-size", 60000], "--test-size 60,000 of 52,002 rows leaves none"),
+        (["--machine", "8xH100", "--epochs", "nan"], "--epochs nan: expected a finite number"),
+        (["--machine", "8xH100", "--epochs", "1e300"], "1e+300 is not in the range 0<x<=10000"),
+        (["--machine", "8xH100", "--price", "inf"], "--price inf: expected a finite number"),
+        (["--machine", "8xH100", "--plot", "/no/such/folder/a.png"], "in a folder that exists"),
+        (["--machine", "8xH100", "--plot", "a.xyz"], "ends in .png, .pdf or .svg"),
+        (["--machine", "8xH100", "--plot", f"{300 * 'x'}.png"], "in a folder that exists and can be written"),
+        (["--machine", "8xH100", "--deepspeed", ""], "--deepspeed is empty. Give a value"),
+        (["--machine", ""], "--machine is empty. Give a value"),
+        (["--machine", "8xH100", "--gradient-accumulation-steps", "1" + 19 * "0"], "1<=x<=1024"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_told_without_a_traceback(typed, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "one.jsonl", rows_of(1))
+    T5Config().save_pretrained(tmp_path / "t5")
+    result = run_cli(*typed)
+    assert result.exit_code == 2, result.output
+    assert told in " ".join(result.output.split())
+    assert "Traceback" not in result.output
+
+
+def test_this_machine_is_planned_for_with_the_demo(tmp_path):
+    picture = tmp_path / "memory.png"
+    result = run_cli(
+        "--input-model", "demo", "--training-dataset", "demo", "--test-size", 100, "--json", "--plot", picture
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert (answer["gpu"], answer["num_gpus"], answer["global_batch_rows"]) == ("CPU", 2, 64)
+    assert 0 < answer["hours_per_epoch"]["expected"] < 1
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert (
+        "CPU rank" in run_cli("--input-model", "demo", "--training-dataset", "demo", "--num-gpus", 1).output
+    )
+
+
+def test_a_model_too_large_for_this_machine_s_memory_is_told_so(tmp_path):
+    small = replace(this_machine(tmp_path, 2), host_gib=4.0)
+    options = TrainingOptions(local_output_dir="x", **preset_options("cpu", 2))
+    plan = plan_run(resolved(options, 2, small.family), alpaca_lengths(), GPTJ, small)
+    assert "host memory" in plan.shortages
+    assert "GPU memory" not in plan.shortages
+
+
+def test_a_model_in_a_folder_with_rows_in_a_file_is_planned_for(tmp_path, base_folder):
+    file = jsonl(tmp_path / "rows.jsonl", rows_of(40))
+    rows = ["--training-dataset", file, "--test-size", 10]
+    result = run_cli("--machine", "8xH100", "--input-model", base_folder, *rows, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["fits"]
+    assert answer["steps_per_epoch"] == 1
+    assert f"--training-dataset {file}" in answer["command"]
+
+
+def test_published_runs_come_out_within_a_factor_of_one_and_a_half_and_the_docs_say_what_the_plan_says():
+    page = (ROOT / "docs" / "plan.md").read_text()
+    assert run_cli("--machine", "8xA100-40GB", "--price", 21.96).output.rstrip() in page
+    assert planned("4xA10", deepspeed=BF16).problems[0] in page
+    rows = [line for line in page.splitlines() if re.search(r"\| \d\.\d\d \[[12]\] \|", line)]
+    for (machine, deepspeed, hours), row in zip(PUBLISHED, rows, strict=True):
+        padded, packed = planned(machine, deepspeed=deepspeed, **DOLLY), planned(machine)
+        theirs, ours = padded.hours_per_epoch["expected"], packed.hours_per_epoch["expected"]
+        assert 1 / 1.5 < theirs / hours < 1.5, machine
+        assert padded.fits
+        assert packed.fits
+        assert planned(machine, batching="padded").fits
+        assert ours < theirs
+        figures = re.findall(r"\d+\.\d\d", row.split("`", 2)[-1].split("an epoch")[-1])
+        assert figures == [f"{figure:.2f}" for figure in (hours, theirs, theirs / hours, ours)], machine
+        for option in re.findall(
+            r"--per-device-train-batch-size \d+|--gradient-accumulation-steps \d+|--deepspeed \S+json",
+            row,
+        ):
+            assert option in packed.command, machine
+
+
+@pytest.mark.parametrize("gib", [0.85, 0.9, 0.95, 1.0])
+def test_on_a_cpu_the_budget_leaves_room_for_saving(gib):
+    demo, machine = (
+        model_shape("demo"),
+        replace(this_machine(".", 1), host_gib=gib, disk_gib=1000.0, flops=1e11),
+    )
+    options = TrainingOptions(
+        local_output_dir="OUTPUT", per_device_train_batch_size=512, max_tokens_per_device="auto"
+    )
+    rows = Lengths("rows", np.full(5000, 50), 0.1)
+    assert plan_run(resolved(options, 1, machine.family), rows, demo, machine).fits

@@ -1,0 +1,544 @@
+"""--resume: which checkpoint it means, what it refuses, and that the run which goes on is the one that was begun."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+from tests.conftest import resolved
+from tests.run.test_kills import assert_the_same_run, contents, history
+from tests.storage.test_checkpoint import flip
+from training import files
+from training.data import ledger
+from training.data.batching import GlobalBatchSampler
+from training.errors import Interrupted, OptionsError, TrainingError
+from training.files import WRITER_FILES, write_json
+from training.options.settings import Settings
+from training.options.trainer_options import TrainingOptions
+from training.run import completion_trainer, prepare, steps
+from training.run.completion_trainer import CompletionTrainer
+from training.run.ending import StopRequest
+from training.run.identity import new_record
+from training.run.resume import own_steps, reshard, take_rates
+from training.run.start import Start, find_start
+from training.run.step_guard import StepGuard
+from training.run.steps import planned_steps
+from training.storage import checkpoint
+from training.storage.record import write_run_record
+from training.trainer import train
+
+STEPS = 12
+
+
+def options_of(output: Path, **changed: Any) -> TrainingOptions:
+    return TrainingOptions(
+        **{"local_output_dir": str(output), "input_model": "demo", "resume": "auto", "bf16": False} | changed
+    )
+
+
+def a_run(output: Path, *steps: int, status: str = "running", **record: Any) -> None:
+    """The folder of a run with complete checkpoints at these steps."""
+    output.mkdir(exist_ok=True)
+    for step in steps:
+        folder = output / f"checkpoint-{step}"
+        folder.mkdir()
+        write_json(folder / checkpoint.PROGRESS_FILE, {"loss_sums": [0.5]})
+        (folder / "optimizer.pt").write_bytes(b"moments")
+        files = checkpoint.digests(folder, checkpoint.files_of(folder))
+        checkpoint.write_manifest(folder, 1.0, [], files)
+    write_run_record(output, new_record(resolved(options_of(output)), "rows") | {"status": status} | record)
+
+
+def found(output: Path, steps: int = STEPS, **changed: Any) -> Start:
+    options = options_of(output, **changed)
+    return find_start(output, options, new_record(resolved(options), "rows"), steps)
+
+
+def refusal(output: Path, steps: int = STEPS, **changed: Any) -> str:
+    with pytest.raises(OptionsError) as told:
+        found(output, steps, **changed)
+    return str(told.value)
+
+
+def measured(folder: Path, eval_loss: float | None) -> None:
+    """Gives a checkpoint another held-out loss."""
+    manifest = checkpoint.read_manifest(folder)
+    checkpoint.write_manifest(folder, eval_loss, manifest["model"], manifest["files"])
+
+
+# --- which checkpoint --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [[], ["notes.txt"]])
+def test_auto_begins_anew_in_a_folder_without_a_run(tmp_path: Path, content: list[str]) -> None:
+    for name in content:
+        (tmp_path / name).write_text("of somebody else")
+    assert found(tmp_path) == Start()
+
+
+@pytest.mark.parametrize("record", ["", "{{{", "{}", '{"options": {}}', None])
+def test_a_run_whose_record_cannot_be_read_is_refused_and_nothing_of_it_is_lost(
+    tmp_path: Path, record: str | None
+) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    file = tmp_path / "out" / "run.json"
+    file.unlink() if record is None else file.write_text(record)
+    before = contents(tmp_path)
+    assert "run.json cannot be read, so nobody can tell which run this is" in refusal(tmp_path / "out")
+    assert contents(tmp_path) == before
+
+
+def test_auto_means_the_newest_complete_one_with_the_number_of_its_ranks_and_never_means_none(
+    tmp_path: Path,
+) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    start = found(tmp_path / "out")
+    assert (start.folder, start.step, start.saved_ranks) == (tmp_path / "out" / "checkpoint-6", 6, 1)
+    assert not start.finished
+    assert found(tmp_path / "out", resume="never") == Start()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew_even_with_other_options(tmp_path: Path) -> None:
+    a_run(tmp_path / "out")
+    (tmp_path / "out" / "checkpoint-3").mkdir()
+    assert found(tmp_path / "out", seed=1) == Start()
+
+
+def test_torn_and_damaged_ones_are_named_and_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = tmp_path / "out"
+    a_run(output, 3, 6, 9, 12)
+    (output / "checkpoint-12" / checkpoint.MANIFEST_FILE).unlink()
+    (output / "checkpoint-9" / "optimizer.pt").write_bytes(b"momentS")
+    before = contents(output)
+    assert found(output).folder == output / "checkpoint-6"
+    assert f"{output}/checkpoint-12 is passed over: it was not written to the end" in caplog.text
+    assert (
+        f"{output}/checkpoint-9 is passed over: optimizer.pt has changed since it was written" in caplog.text
+    )
+    assert contents(output) == before, "to look changes nothing"
+
+
+def test_where_all_are_damaged_nothing_is_begun_anew_over_them(tmp_path: Path) -> None:
+    """A damaged manifest is damage as well, and no sign of a checkpoint that was not written to the end."""
+    a_run(tmp_path / "out", 3)
+    file = tmp_path / "out" / "checkpoint-3" / checkpoint.MANIFEST_FILE
+    file.write_text(file.read_text().replace("1.0", "2.0"))
+    assert "checkpoint-3: manifest.json has changed since it was written" in refusal(tmp_path / "out")
+    a_run(tmp_path / "out", 6, 9)
+    for step, name in ((6, "optimizer.pt"), (9, "progress.json")):
+        os.truncate(tmp_path / "out" / f"checkpoint-{step}" / name, 2)
+    told = refusal(tmp_path / "out")
+    assert re.search(r"no checkpoint in .* is whole \(checkpoint-9: progress.json has 2", told)
+    assert "checkpoint-6: optimizer.pt has 2 bytes instead of 7" in told
+
+
+def test_other_options_are_refused_with_the_list_and_forced_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    a_run(tmp_path / "out", 3)
+    told = refusal(tmp_path / "out", seed=1, lr=1.0)
+    assert "--seed was 42, and is 1" in told
+    assert "--lr was 1e-05, and is 1.0" in told
+    assert "--force continues all the same" in told
+    assert found(tmp_path / "out", seed=1, force=True).step == 3
+    assert "continued by --force, though --seed was 42, and is 1" in caplog.text
+
+
+def test_a_finished_run_is_finished_without_its_checkpoints_but_goes_on_only_from_one(tmp_path: Path) -> None:
+    """Or ends with another model."""
+    a_run(tmp_path / "out", 12, status="finished", steps=12)
+    assert found(tmp_path / "out").finished
+    assert found(tmp_path / "out", steps=20).step == 12
+    assert not found(tmp_path / "out", final_model="best").finished
+    shutil.rmtree(tmp_path / "out" / "checkpoint-12")
+    assert found(tmp_path / "out").finished
+    for changed in ({"steps": 20}, {"final_model": "best"}):
+        told = refusal(tmp_path / "out", **changed)
+        assert "a finished model of 12 steps, and no checkpoint to go on from" in told
+
+
+def test_a_run_cannot_end_before_where_it_is_nor_without_a_held_out_loss(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    assert found(tmp_path / "out", steps=6).step == 6
+    told = refusal(tmp_path / "out", steps=5)
+    assert "is at step 6, and the run would end at 5" in told
+    assert "to end at 6 or later" in told
+    measured(tmp_path / "out" / "checkpoint-6", None)
+    assert found(tmp_path / "out", steps=7).step == 6
+    assert "to end at 7 or later" in refusal(tmp_path / "out", steps=6)
+
+
+def test_a_checkpoint_of_deepspeed_is_not_loaded_without_it(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 6)
+    (tmp_path / "out" / "checkpoint-6" / "global_step6").mkdir()
+    assert "was written with DeepSpeed. Add --deepspeed" in refusal(tmp_path / "out")
+
+
+# --- --resume FOLDER ---------------------------------------------------------------------------------
+
+
+def test_a_named_checkpoint_is_taken_into_a_new_folder_or_as_the_newest_of_its_own(tmp_path: Path) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    named = tmp_path / "out" / "checkpoint-6"
+    assert found(tmp_path / "out", resume=str(named)).folder == named
+    assert found(tmp_path / "new", resume=str(tmp_path / "out" / "checkpoint-3")).step == 3
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("resume", "output", "words"),
+    [
+        ("out/checkpoint-3", "out", "has newer checkpoints (checkpoint-6), which the run would run into"),
+        ("out/checkpoint-6", "other", "holds a run of its own. Type --resume auto to go on with that"),
+        ("out", "out", "it is no checkpoint. Type --resume auto"),
+        ("out/runs", "out", "it is no checkpoint. Type --resume auto"),
+        ("out/checkpoint-7", "out", "it was not written to the end"),
+        ("checkpoint-2", "new", "there is no run.json beside it"),
+    ],
+)
+def test_a_name_that_cannot_be_meant_is_refused_with_what_to_type(
+    tmp_path: Path, resume: str, output: str, words: str
+) -> None:
+    a_run(tmp_path / "out", 3, 6)
+    a_run(tmp_path / "other", 9)
+    for name in ("out/runs", "out/checkpoint-7", "x"):
+        (tmp_path / name).mkdir()
+    if output != "out" or resume == "out/checkpoint-3":
+        (tmp_path / "out" / "checkpoint-7").rmdir()
+    shutil.copytree(tmp_path / "out" / "checkpoint-3", tmp_path / "checkpoint-2")
+    manifest = checkpoint.read_manifest(tmp_path / "out" / "checkpoint-3")
+    checkpoint.write_manifest(tmp_path / "checkpoint-2", 1.0, [], manifest["files"])
+    assert words in refusal(tmp_path / output, resume=str(tmp_path / resume))
+
+
+def test_a_run_begun_from_another_s_goes_on_from_there_until_it_has_its_own(tmp_path: Path) -> None:
+    """By either command: the one that began it, and the one with --resume auto."""
+    a_run(tmp_path / "out", 3, 6)
+    source = tmp_path / "out" / "checkpoint-6"
+    a_run(tmp_path / "new", begun_from=str(source), options=asdict(options_of(tmp_path / "new", lr=1.0)))
+    (tmp_path / "new" / "checkpoint-9").mkdir()  # torn
+    for chosen in ("auto", str(source)):
+        start = found(tmp_path / "new", resume=chosen, lr=1.0, force=True)
+        assert (start.folder, start.step) == (source, 6)
+    other = str(tmp_path / "out" / "checkpoint-3")
+    assert "holds a run of its own" in refusal(tmp_path / "new", resume=other)
+    assert "--lr was 1.0, and is 1e-05" in refusal(tmp_path / "new"), "what was begun here by --force"
+    shutil.rmtree(source)
+    told = refusal(tmp_path / "new", lr=1.0)
+    assert re.search(r"was begun from .*checkpoint-6, and has no checkpoint of its own yet", told)
+    a_run(tmp_path / "new", 8, begun_from=str(source))
+    assert found(tmp_path / "new").step == 8
+
+
+# --- what is cut anew, what is removed ---------------------------------------------------------------
+
+
+def test_what_the_run_will_write_again_is_removed_and_no_more(tmp_path: Path) -> None:
+    a_run(tmp_path, 3, 6, 9)
+    (tmp_path / "checkpoint-12").mkdir()
+    (tmp_path / "runs").mkdir()
+    steps.forget_later_steps(tmp_path, Start(tmp_path / "checkpoint-6"))
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6", "run.json", "runs"]
+
+
+def test_what_cannot_be_converted_is_refused_with_what_to_do_and_nothing_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room is asked for first."""
+    folder = tmp_path / "checkpoint-3"
+    (folder / "global_step3").mkdir(parents=True)
+    (folder / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"no pickle" * 100)
+    before = contents(tmp_path)
+    with monkeypatch.context() as full:
+        full.setattr(files, "free_bytes", lambda place: 1)
+        with pytest.raises(OptionsError, match="Make room, or use as many devices as before"):
+            reshard(folder, tmp_path)
+    with pytest.raises(OptionsError, match="DeepSpeed cannot convert") as told:
+        reshard(folder, tmp_path)
+    assert "Use as many as before" in str(told.value)
+    assert contents(tmp_path) == before
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
+
+
+def test_each_group_of_parameters_counts_its_own_steps() -> None:
+    """Of one tensor for all, as DeepSpeed's universal load leaves it, each of three would count three a step."""
+    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
+    optimizer = torch.optim.AdamW([{"params": [each]} for each in parameters])
+    shared = torch.tensor(6.0)
+    for each in parameters:
+        each.grad = torch.ones(2)
+        moments = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
+        optimizer.state[each] = {"step": shared, **moments}
+    own_steps(optimizer)
+    optimizer.step()
+    assert [float(optimizer.state[each]["step"]) for each in parameters] == [7.0, 7.0, 7.0]
+
+
+def test_the_second_group_of_parameters_keeps_no_decay() -> None:
+    """DeepSpeed's universal load gives the first group's settings to all."""
+    groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": 0.1} for _ in range(2)]
+    optimizer = torch.optim.AdamW(groups)
+    take_rates(LambdaLR(optimizer, lambda step: 1.0), lr=1e-3, weight_decay=0.1)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
+
+
+# --- the run that goes on is the run that was begun --------------------------------------------------
+
+
+def run(
+    rows: str, output: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, **changed: Any
+) -> tuple[dict[str, Any], list[Any]]:
+    """A run in this process, with its record and the tokens of each micro-step; stopped in a step as by SIGTERM."""
+    request, seen = StopRequest(), []
+
+    class SpiedTrainer(CompletionTrainer):
+        def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+            request.asked |= self.state.global_step + 1 == stop_at
+            seen.append((self.state.global_step, inputs["input_ids"].tolist()))
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    monkeypatch.setattr(completion_trainer, "CompletionTrainer", SpiedTrainer)
+    options = {
+        "training_dataset": rows, "test_size": 10, "epochs": 2, "logging_steps": 2, "eval_steps": 4, "save_steps": 3,
+        "lr": 1e-3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
+    }  # fmt: skip
+    return train(options_of(output, **options | changed), request), seen
+
+
+Go = Callable[..., tuple[dict[str, Any], list[Any]]]
+
+
+@pytest.fixture
+def go(rows: str, dropping: str, monkeypatch: pytest.MonkeyPatch) -> Go:
+    """`run` with dropout."""
+    return partial(run, rows, monkeypatch=monkeypatch, input_model=dropping)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(rows: str, dropping: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
+    """16 steps in two epochs, of 8 rows each but for the last of an epoch; and the tokens of each."""
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        record, seen = run(rows, output, patch, input_model=dropping, save_total_limit=50)
+    assert record["steps"] == 16
+    return output, seen
+
+
+@pytest.fixture
+def copied(undisturbed: tuple[Path, list], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(undisturbed[0], tmp_path / "out"))
+
+
+# 3: saved anyway, between two lines of the log. 4: with a held-out loss due. 5: neither. 8: the end of an epoch.
+# 12: all of it. 15 and 16: at the end.
+@pytest.mark.parametrize(
+    "stops",
+    [[3], [5, 6], [8], [16], *(pytest.param(stops, marks=pytest.mark.slow) for stops in ([4], [12], [15]))],
+    ids=str,
+)
+def test_a_stopped_run_goes_on_with_the_same_rows_losses_dropout_and_weights(
+    go: Go, undisturbed: tuple[Path, list], tmp_path: Path, stops: list[int]
+) -> None:
+    reference, its_rows = undisturbed
+    output, all_seen = tmp_path / "out", []
+    for stop_at in stops:
+        record, seen = go(output, stop_at=stop_at)
+        all_seen += seen
+        assert record["status"] == "stopped"
+        assert json.loads((output / "run.json").read_text())["status"] == "stopped"
+        assert checkpoint.checkpoints(output)[-1].name == f"checkpoint-{stop_at}"
+    record, seen = go(output)
+    assert all_seen + seen == its_rows
+    assert_the_same_run(output, reference)
+    for folder in checkpoint.checkpoints(output):
+        theirs = checkpoint.read_manifest(reference / folder.name)
+        if theirs is not None:
+            assert checkpoint.read_manifest(folder)["eval_loss"] == theirs["eval_loss"]
+
+
+def test_a_finished_run_is_left_as_it_is_and_the_best_can_be_chosen_later(go: Go, copied: Path) -> None:
+    before = contents(copied)
+    record, seen = go(copied)
+    assert record["status"] == "finished"
+    assert not seen
+    assert contents(copied) == before
+    best = copied / "checkpoint-6"
+    measured(best, 0.1)
+    record, seen = go(copied, final_model="best")
+    assert not seen
+    assert (record["model_of_step"], record["steps"]) == (6, 16)
+    assert (copied / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+
+
+def test_the_best_outlives_a_resume_and_each_rotation_and_becomes_the_model(go: Go, tmp_path: Path) -> None:
+    output, best = tmp_path / "out", tmp_path / "out" / "checkpoint-3"
+    go(output, stop_at=5, save_total_limit=1)
+    measured(best, 0.1)
+    record, _ = go(output, save_total_limit=1, final_model="best")
+    assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-3", "checkpoint-16"]
+    assert (record["model_of_step"], record["steps"]) == (3, 16)
+    assert (output / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
+
+
+def test_a_data_file_that_has_changed_under_its_name_is_told_and_changes_nothing(
+    go: Go, rows: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file, output = Path(shutil.copy(rows, tmp_path)), tmp_path / "out"
+    changed = {"training_dataset": str(file), "max_steps": 5}
+    go(output, stop_at=3, **changed)
+    before = contents(output)
+    file.write_text(file.read_text().replace("red blue green", "red blue black"))  # of many rows
+    with pytest.raises(OptionsError, match=r"the rows differ: .* or the file has changed") as told:
+        go(output, **changed, seed=7)
+    assert "--seed was 42, and is 7" in str(told.value), "all that differs, in one message"
+    assert contents(output) == before
+    with caplog.at_level("WARNING", logger="training"):
+        record, seen = go(output, **changed, force=True)
+    assert seen[0][0] == 3
+    assert record["status"] == "finished"
+    assert "continued by --force, though the rows differ" in caplog.text
+
+
+def test_a_model_that_was_damaged_in_its_checkpoint_is_not_made_the_runs(go: Go, copied: Path) -> None:
+    best = copied / "checkpoint-6"
+    measured(best, 0.1)
+    flip(best / "model.safetensors", -1)
+    with pytest.raises(
+        TrainingError, match=r"checkpoint-6 cannot be used, because model.safetensors has changed"
+    ):
+        go(copied, final_model="best")
+    shutil.rmtree(best)
+    record, _ = go(copied, final_model="best")
+    assert record["model_of_step"] != 6
+
+
+def test_a_damaged_newer_checkpoint_is_written_anew_and_never_ends_up_as_the_model(
+    go: Go, undisturbed: tuple[Path, list], tmp_path: Path
+) -> None:
+    output = tmp_path / "out"
+    go(output, stop_at=9)
+    optimizer = output / "checkpoint-9" / "optimizer.pt"
+    flip(optimizer, optimizer.stat().st_size // 2)
+    _, seen = go(output, save_total_limit=1)
+    assert seen[0][0] == 6, "the step after checkpoint-6"
+    assert history(output) == history(undisturbed[0])
+    assert not any(map(checkpoint.problems_of, checkpoint.checkpoints(output)))
+
+
+def test_a_stop_after_the_last_step_leaves_the_end_to_the_next_command(
+    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    request = StopRequest()
+    monkeypatch.setattr(steps, "run_steps", lambda *args: setattr(request, "asked", True))
+    options = options_of(tmp_path / "out", training_dataset=rows, test_size=10, input_model=dropping)
+    with pytest.raises(Interrupted):
+        train(options, request)
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
+
+
+def test_a_rate_and_a_decay_that_are_forced_are_trained_with(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, groups = tmp_path / "out", []
+    monkeypatch.setattr(StepGuard, "on_train_end", lambda self, *args, optimizer, **kwargs: groups.extend(
+        (group["lr"], group["weight_decay"]) for group in optimizer.param_groups))  # fmt: skip
+    go(output, stop_at=3)
+    go(output, lr=1e-4, weight_decay=0.1, force=True, max_steps=6)
+    rates = {entry["step"]: entry["learning_rate"] for entry in history(output) if "learning_rate" in entry}
+    assert rates == {2: 1e-3, 4: 1e-4, 6: 1e-4}
+    assert groups == [(1e-3, 0.0), (1e-3, 0.0), (1e-4, 0.1), (1e-4, 0.0)]
+
+
+def test_what_a_run_was_begun_from_is_in_its_record_before_anything_else_is_written(
+    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, source = tmp_path / "new", tmp_path / "out" / "checkpoint-3"
+    go(tmp_path / "out", stop_at=3)
+    with monkeypatch.context() as killed:
+        killed.setattr(ledger.Ledger, "save", lambda *args: pytest.fail("killed"))
+        with pytest.raises(pytest.fail.Exception):
+            go(output, resume=str(source))
+    assert {file.name for file in output.iterdir()} - set(WRITER_FILES) == {"run.json"}
+    assert json.loads((output / "run.json").read_text())["begun_from"] == str(source)
+    _, seen = go(output, stop_at=5)
+    assert seen[0][0] == 3
+
+
+def test_a_folder_into_which_another_run_has_come_while_this_one_waited_is_left_alone(
+    go: Go, undisturbed: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, real = tmp_path / "out", prepare.prepare
+
+    def slowly(settings: Settings) -> Any:
+        prepared = real(settings)
+        shutil.copytree(undisturbed[0], output)
+        return prepared
+
+    def but_for_the_writer(folder: Path) -> dict[str, bytes]:
+        return {name: content for name, content in contents(folder).items() if ".writer" not in name}
+
+    monkeypatch.setattr(prepare, "prepare", slowly)
+    with pytest.raises(OptionsError, match="is not empty, and nothing in it shall be lost"):
+        go(output, resume="never")
+    assert but_for_the_writer(output) == but_for_the_writer(undisturbed[0])
+
+
+def test_a_published_run_that_goes_on_is_told_before_a_step_that_its_copy_stays(
+    go: Go, tmp_path: Path
+) -> None:
+    output, published = tmp_path / "out", tmp_path / "published"
+    go(output, dbfs_output_dir=str(published), max_steps=2)
+    before = contents(published)
+    with pytest.raises(OptionsError, match=f"--dbfs-output-dir {published}: already holds something"):
+        go(output, dbfs_output_dir=str(published), max_steps=4)
+    assert contents(published) == before
+    record, _ = go(output, dbfs_output_dir=str(published), max_steps=2)
+    assert record["status"] == "finished"
+
+
+def test_a_held_out_loss_that_was_measured_at_a_resume_can_be_the_last(go: Go, tmp_path: Path) -> None:
+    """Also where the folder is named by a link."""
+    output, link = tmp_path / "out", tmp_path / "link"
+    link.symlink_to(output)
+    go(output, stop_at=3)
+    assert checkpoint.read_manifest(output / "checkpoint-3")["eval_loss"] is None
+    go(link, stop_at=5, resume=str(link / "checkpoint-3"))
+    loss = checkpoint.read_manifest(output / "checkpoint-3")["eval_loss"]
+    assert loss is not None
+    shutil.rmtree(output / "checkpoint-5")  # killed before it was written
+    record, _ = go(output, max_steps=3)
+    assert record["held_out_loss"]["after"] == loss
+
+
+# --- the Trainer's own count of steps ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epochs", [0.1, 0.5, 1.0, 1.1, 2.0, 2.7, 3.0])
+def test_the_planned_steps_are_those_of_the_trainer(epochs: float, base_folder: Path, tmp_path: Path) -> None:
+    trainer = Trainer(AutoModelForCausalLM.from_pretrained(base_folder), TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=epochs, use_cpu=True, report_to="none"))  # fmt: skip
+    for rows in (1, 7, 8, 9, 63, 64, 65, 1000):
+        for batch, accumulation in ((1, 1), (8, 1), (3, 2), (8, 8), (5, 3)):
+            trainer.args.gradient_accumulation_steps = accumulation
+            sizes = {"per_device_train_batch_size": batch, "gradient_accumulation_steps": accumulation}
+            sampler = GlobalBatchSampler(
+                [4] * rows, batch * accumulation, world_size=1, rank=0, accumulation=accumulation, seed=1, deal="packed"
+            )  # fmt: skip
+            loader = torch.utils.data.DataLoader(list(range(rows)), batch_sampler=sampler)
+            *_, steps = trainer.set_initial_training_values(trainer.args, loader)
+            assert planned_steps(options_of(tmp_path, epochs=epochs, **sizes), rows, 1) == steps >= 1
+    assert planned_steps(options_of(tmp_path, epochs=epochs, max_steps=5), 10_000, 1) == 5

@@ -1,0 +1,451 @@
+"""The one command, really run: ranks, ZeRO-3, bf16, and the folder it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPTJConfig,
+    GPTJForCausalLM,
+    GPTNeoXConfig,
+    OPTConfig,
+    TrainerCallback,
+)
+
+from tests.conftest import resolved
+from training import files
+from training.data.collator import DataCollatorForCompletionOnlyLM
+from training.data.prompt import CONTROL_TOKENS
+from training.data.tokens import prepare_dataset, split_held_out
+from training.errors import ModelError, OptionsError
+from training.launch.local import DEEPSPEED
+from training.machine import local
+from training.model import loading
+from training.model.demo_model import model_folder
+from training.model.tokenizer import load_tokenizer
+from training.options.trainer_options import TrainingOptions
+from training.run import preflight, prepare
+from training.trainer import train
+
+ROOT = Path(__file__).parents[2]
+SHARED = ROOT.parent / "shared"
+ALPACA = SHARED / "data" / "alpaca_1500.jsonl"
+BF16 = "config/ds_z3_bf16_config.json"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+DEMO = ["--input-model", "demo", "--training-dataset", "demo", "--test-size", "100"]
+
+
+def without_a_launcher() -> dict[str, str]:
+    """An environment in which no launcher has set anything, with one thread a rank."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        environment.pop(name, None)
+    return environment
+
+
+def run(launcher: list[str], *options: object, timeout: int = 600) -> subprocess.CompletedProcess[str]:
+    """Runs the trainer as a user would, and returns what it printed."""
+    return subprocess.run(
+        [*launcher, *map(str, options)],
+        cwd=ROOT,
+        env=without_a_launcher(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def deepspeed(ranks: int, module: str = "training.trainer") -> list[str]:
+    return [*DEEPSPEED, "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module", module]
+
+
+def torchrun(ranks: int) -> list[str]:
+    words = [f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "-m", "training.trainer"]
+    return [*TORCHRUN, *words]
+
+
+def record(folder: Path) -> dict:
+    return json.loads((folder / "run.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a short run on two ranks."""
+    folder = tmp_path_factory.mktemp("run") / "out"
+    published = folder.parent / "published"
+    launcher = deepspeed(2)
+    result = run(
+        launcher, *DEMO, "--deepspeed", BF16, "--max-steps", 6, "--logging-steps", 2,
+        "--local-output-dir", folder, "--dbfs-output-dir", published,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    port = launcher[launcher.index("--master_port") + 1]
+    assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*")), "no shared memory is left behind"
+    (folder / "stdout.txt").write_text(result.stdout)
+    return folder
+
+
+def test_two_ranks_under_zero3_in_bf16_leave_a_folder_that_stock_transformers_loads(finished):
+    model, loaded = AutoModelForCausalLM.from_pretrained(finished, output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(finished)
+    assert type(model) is GPTJForCausalLM
+    assert not any(loaded[f"{fault}_keys"] for fault in ("missing", "unexpected", "mismatched"))
+    assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().num_embeddings
+    assert model.config.use_cache
+    assert tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)) == [len(tokenizer) - 3 + i for i in range(3)]
+    assert all(torch.isfinite(p).all() and p.numel() for p in model.parameters())
+    assert record(finished)["precision"] == "bf16"
+    weights = load_file(finished / "model.safetensors")
+    assert weights["transformer.h.0.attn.q_proj.weight"].dtype == torch.bfloat16
+
+
+def test_the_run_says_what_it_did(finished):
+    run_record, printed = record(finished), (finished / "stdout.txt").read_text()
+    assert run_record["status"] == "finished"
+    assert (run_record["world_size"], run_record["steps"]) == (2, 6)
+    assert run_record["held_out_loss"]["after"] < run_record["held_out_loss"]["before"]
+    assert run_record["versions"]["deepspeed"]
+    assert printed.count("step 0/6  held-out loss") == printed.count("step 2/6  loss") == 1, "one rank speaks"
+    assert "rate 1.00e-05" in printed
+    assert printed.count("rows read") == 1
+    assert "«" in printed
+    assert "left" in printed
+    assert re.search(rf"^{finished}/checkpoint-6 saved: [\d.]+ MiB in [\d.]+ s$", printed, re.MULTILINE)
+    assert json.loads((finished / "ledger.json").read_text())["rows_kept"] > 4000
+    card = (finished / "README.md").read_text()
+    assert f"{run_record['held_out_loss']['after']:.4f}" in card
+    assert "rows read" in card
+
+
+def test_libraries_speak_only_of_what_matters(finished):
+    printed = (finished / "stdout.txt").read_text()
+    assert printed.count("Setting accelerator to CPU") <= 2, (
+        "of DeepSpeed's two processes before a rank exists"
+    )
+    assert not any(chatter in printed for chatter in ("gcc", "built successfully", "-laio"))
+
+
+def test_tensorboard_holds_losses_and_rate(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "runs"))
+    events.Reload()
+    assert {"train/loss", "train/learning_rate", "eval/loss"} <= set(events.Tags()["scalars"])
+    assert {event.step for event in events.Scalars("eval/loss")} == {0, 6}
+
+
+def test_the_published_copy_is_the_model_without_its_checkpoints(finished):
+    published = finished.parent / "published"
+    model = ("model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja")
+    for name in (*model, "README.md"):
+        assert (published / name).read_bytes() == (finished / name).read_bytes(), name
+    assert not list(published.glob("checkpoint-*"))
+
+
+def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(finished):
+    """Only rank 0 looks at the output folder; the other one waits for it then, and must go when it has gone."""
+    before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+    result = run(deepspeed(2), *DEMO, "--deepspeed", BF16, "--max-steps", 1, "--local-output-dir", finished)
+    assert result.returncode != 0
+    assert result.stdout.count("is not empty") == 1
+    for words in ("Traceback (most recent call last)", "still busy", "TCPStore"):
+        assert words not in result.stdout
+    assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
+
+
+def test_torchrun_with_sparks_way_of_naming_the_config_and_a_models_folder_trains_the_same_model(
+    finished, tmp_path
+):
+    folder = tmp_path / "out"
+    demo_as_a_folder = ["--input-model", model_folder("demo"), *DEMO[2:]]
+    result = run(
+        torchrun(2), *demo_as_a_folder, "--max-steps", 6, "--logging-steps", 2, "--local-output-dir", folder,
+        "--deepspeed", "--deepspeed_config", BF16,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    assert record(folder)["held_out_loss"] == record(finished)["held_out_loss"]
+    ours, theirs = (load_file(place / "model.safetensors") for place in (folder, finished))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", \n')
+    result = run(deepspeed(2), "--input-model", "demo", "--training-dataset", file, "--deepspeed", BF16,
+                 "--local-output-dir", tmp_path / "out")  # fmt: skip
+    assert result.returncode != 0
+    assert f"{file}, line 2: broken JSON" in result.stdout
+    assert "Traceback (most recent call last)" not in result.stdout
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_what_goes_wrong_while_python_shuts_down_fails_no_run_that_has_finished(tmp_path, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os, sys\n"
+        "if 'DOLLY_SUPERVISED' in os.environ and 'training.trainer' in sys.orig_argv: atexit.register(os.abort)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    result = run(
+        deepspeed(2), *DEMO, "--deepspeed", BF16, "--max-steps", 1, "--local-output-dir", tmp_path / "out"
+    )
+    assert result.returncode == 0, result.stdout
+    assert record(tmp_path / "out")["status"] == "finished"
+
+
+def test_a_taken_port_is_told_with_what_to_type(tmp_path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+        variables = os.environ | alone | {"MASTER_PORT": str(port)}
+        words = [*DEMO, "--deepspeed", BF16, "--local-output-dir", str(tmp_path / "out")]
+        command = [sys.executable, "-m", "training.trainer", *words]
+        result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 2
+    assert f"port {port}, by which the ranks meet, is taken" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def train_demo(folder: Path, **changes: object) -> dict:
+    """A short run on the demo in this process; `changes` are options."""
+    options = {"input_model": "demo", "training_dataset": "demo", "test_size": 50, "logging_steps": 1}
+    return train(TrainingOptions(**options | {"local_output_dir": str(folder)} | changes))
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    """Every logged value of one figure, in order."""
+    history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+    return [entry[name] for entry in history if name in entry]
+
+
+def test_thirty_packed_and_thirty_padded_steps_have_the_same_losses(tmp_path):
+    losses = {}
+    for batching in ("packed", "padded"):
+        folder = tmp_path / batching
+        train_demo(folder, max_steps=30, lr=1e-3, gradient_accumulation_steps=2, batching=batching)
+        losses[batching] = logged(folder, "loss") + logged(folder, "eval_loss")
+        assert logged(folder, "real_token_share")[0] == 1.0 or batching == "padded"
+    assert len(losses["packed"]) == 32
+    assert losses["packed"] == pytest.approx(losses["padded"], abs=1e-4)
+    assert losses["packed"][-1] < losses["packed"][-2] - 1, "and it learns"
+
+
+def test_a_token_budget_changes_the_memory_and_not_the_training(tmp_path):
+    losses = {}
+    for budget in ("auto", 150):
+        folder = tmp_path / str(budget)
+        train_demo(folder, max_steps=8, lr=1e-3, max_tokens_per_device=budget)
+        losses[budget] = logged(folder, "loss") + logged(folder, "grad_norm")
+    assert losses[150] == pytest.approx(losses["auto"], rel=1e-4)
+
+
+def test_a_budget_below_the_longest_row_is_told_before_training(tmp_path):
+    with pytest.raises(ValueError, match="--max-tokens-per-device 20 is less than the length"):
+        train_demo(tmp_path / "out", max_tokens_per_device=20)
+
+
+def small_host(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
+    """This machine with so much free host memory."""
+    found = local.this_machine
+    monkeypatch.setattr(local, "this_machine", lambda *args: replace(found(*args), host_gib=gib))
+
+
+def test_a_run_that_does_not_fit_is_refused_before_a_weight_is_loaded_unless_forced(
+    tmp_path, monkeypatch, caplog
+):
+    small_host(monkeypatch, 0.3)
+    monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("a weight was loaded"))
+    with pytest.raises(OptionsError, match=r"host memory: .* more than the 0\.3 of this machine"):
+        train_demo(tmp_path / "out", max_steps=1)
+    assert not (tmp_path / "out" / "run.json").exists()
+    monkeypatch.undo()
+    small_host(monkeypatch, 0.3)
+    with caplog.at_level("WARNING", logger="training"):
+        record = train_demo(tmp_path / "out", max_steps=1, force=True)
+    assert record["status"] == "finished"
+    assert "trained by --force, though the plan says host memory" in caplog.text
+
+
+def test_ranks_that_share_a_host_share_its_memory_also_where_each_has_a_launcher_of_its_own(
+    tmp_path, monkeypatch
+):
+    small_host(monkeypatch, 4)
+    options = TrainingOptions(
+        input_model="demo", training_dataset="demo", test_size=50, local_output_dir=str(tmp_path / "out")
+    )
+    prepared, run = prepare.prepare(resolved(options)), resolved(options, 8)
+    monkeypatch.setattr(preflight, "on_this_host", lambda: 2)
+    assert preflight.check_plan(run, prepared, None)
+    monkeypatch.setattr(preflight, "on_this_host", lambda: 8)
+    with pytest.raises(OptionsError, match=r"host memory: .* more than the 4\.0 of this machine"):
+        preflight.check_plan(run, prepared, None)
+
+
+def test_a_lack_of_memory_while_loading_is_not_told_as_a_fault_of_the_model(tmp_path, monkeypatch):
+    def load(*args: object) -> None:
+        raise ModelError("demo: no weights could be loaded") from torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(loading, "load_model", load)
+    with pytest.raises(torch.OutOfMemoryError):
+        train_demo(tmp_path / "out", max_steps=1)
+
+
+def test_auto_checkpoints_only_where_memory_is_short_and_a_run_keeps_what_was_decided(tmp_path, monkeypatch):
+    roomy = train_demo(tmp_path / "roomy", max_steps=1)
+    assert roomy["decided"] == {"gradient_checkpointing": False, "max_tokens_per_device": None}
+    small_host(monkeypatch, 1.1)
+    train_tight = partial(train_demo, tmp_path / "tight", per_device_train_batch_size=512, test_size=1000)
+    tight = train_tight(max_steps=1)
+    assert tight["decided"]["gradient_checkpointing"] is True
+    monkeypatch.undo()
+    assert train_tight(max_steps=2, resume="auto")["decided"] == tight["decided"]
+    asked = {"gradient_checkpointing": "off", "max_tokens_per_device": 4096}  # as a lack of memory tells to
+    decided = train_tight(max_steps=3, resume="auto", **asked)["decided"]
+    assert decided == asked | {"gradient_checkpointing": False}
+
+
+def test_each_disk_is_asked_for_what_will_be_written_on_it(tmp_path, monkeypatch):
+    asked = {}
+    monkeypatch.setattr(files, "disk_problems", lambda needs, labels: asked.update(needs) or ["full"])
+    with pytest.raises(OptionsError, match="full"):
+        train_demo(tmp_path / "out", max_steps=1, dbfs_output_dir=str(tmp_path / "copy"))
+    checkpoints, model = asked[tmp_path / "out" / "checkpoints"], asked[tmp_path / "out" / "model"]
+    assert checkpoints == pytest.approx(3 * model, rel=0.01), "float32 weights, and two moments of AdamW"
+    assert asked[tmp_path / "copy"] == model
+    assert len(asked) == 4, "and the cache"
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
+
+
+@pytest.mark.parametrize(
+    ("config", "batching"),
+    [
+        (GPTNeoXConfig(**SMALL, intermediate_size=64), "packed"),
+        (OPTConfig(**SMALL, word_embed_proj_dim=32, ffn_dim=64), "length"),
+    ],
+    ids=["pythia keeps documents apart", "opt does not"],
+)
+def test_another_architecture_is_packed_only_where_it_keeps_documents_apart(
+    config, batching, tmp_path, caplog
+):
+    base = tmp_path / "base"
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
+    config.vocab_size = len(tokenizer)
+    tokenizer.save_pretrained(base)
+    AutoModelForCausalLM.from_config(config).save_pretrained(base)
+    with caplog.at_level("INFO", logger="training"):
+        run_record = train_demo(tmp_path / "out", input_model=str(base), max_steps=2)
+    assert run_record["batching"] == batching
+    assert ("because this model cannot pack" in caplog.text) == (batching == "length")
+
+
+def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> dict:
+    """The gradients before the first optimizer step of a real run, by parameter."""
+    found: dict[str, torch.Tensor] = {}
+
+    def grab(self, args, state, control, model=None, **kwargs):
+        if not found:
+            found.update({name: p.grad.clone() for name, p in model.named_parameters()})
+
+    monkeypatch.setattr(TrainerCallback, "on_pre_optimizer_step", grab)
+    sizes = {"per_device_train_batch_size": rows_at_once, "gradient_accumulation_steps": accumulation}
+    train_demo(folder, test_size=20, max_steps=1, **sizes)
+    return found
+
+
+def test_eight_rows_at_once_and_eight_accumulated_give_equal_gradients(tmp_path, monkeypatch):
+    at_once = gradients(tmp_path / "a", 8, 1, monkeypatch)
+    accumulated = gradients(tmp_path / "b", 1, 8, monkeypatch)
+    assert at_once.keys() == accumulated.keys()
+    assert at_once
+    for name, gradient in at_once.items():
+        difference = (gradient - accumulated[name]).norm() / gradient.norm()
+        assert difference < 1e-5, f"{name}: {difference}"
+
+
+def held_out_loss(folder: Path, rows, tokenizer) -> float:
+    """Stock transformers' loss on the held-out rows, per response token."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    collator = DataCollatorForCompletionOnlyLM(pad_token_id=tokenizer.pad_token_id)
+    total = tokens = 0.0
+    with torch.inference_mode():
+        for begin in range(0, len(rows), 8):
+            batch = collator([rows[i] for i in range(begin, min(begin + 8, len(rows)))])
+            count = (batch["labels"][:, 1:] != -100).sum().item()
+            total += model(**batch).loss.item() * count
+            tokens += count
+    return total / tokens
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ALPACA.exists(), reason="needs the Alpaca sample")
+def test_a_gptj_learns_alpaca_on_two_ranks_and_reloads_to_the_same_held_out_loss(tmp_path):
+    base, folder = tmp_path / "base", tmp_path / "out"
+    tokenizer = load_tokenizer(str(SHARED / "gpt2-bpe"))
+    torch.manual_seed(0)
+    sizes = {"n_embd": 128, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "n_positions": 2048}
+    config = GPTJConfig(vocab_size=50400, bos_token_id=50256, eos_token_id=50256, **sizes)
+    GPTJForCausalLM(config).save_pretrained(base)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(SHARED / "gpt2-bpe" / name, base)
+    result = run(
+        deepspeed(2), "--input-model", base, "--training-dataset", ALPACA, "--test-size", 100, "--deepspeed", BF16,
+        "--max-steps", 60, "--lr", 3e-3, "--local-output-dir", folder, timeout=1500,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout
+    losses = record(folder)["held_out_loss"]
+    assert losses["after"] < 0.8 * losses["before"]
+    rows, _ = prepare_dataset(str(ALPACA), AutoTokenizer.from_pretrained(folder), 2048)
+    _, held_out = split_held_out(rows, 100, 42)
+    assert held_out_loss(folder, held_out, tokenizer) == pytest.approx(losses["after"], rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_while_loading_a_rank_holds_its_shard_and_a_layer_not_the_model(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
+    config = GPTJConfig(
+        n_embd=2048, n_layer=10, n_head=16, rotary_dim=64, n_positions=256, vocab_size=len(tokenizer),
+        bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    with torch.random.fork_rng(devices=[]):
+        model = GPTJForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    whole = sum(p.numel() for p in model.parameters()) * 2 / 2**30
+    layer = sum(p.numel() for p in model.transformer.h[0].parameters()) * 2 / 2**30
+    del model
+    result = run(deepspeed(2, "tests.run.zero3_loading"), tmp_path)
+    assert result.returncode == 0, result.stdout
+    lines = [line for line in result.stdout.splitlines() if line.startswith("rank ")]
+    ranks = [json.loads(line.split(maxsplit=2)[2]) for line in lines]
+    assert len(ranks) == 2
+    for figures in ranks:
+        assert figures["shard"] == pytest.approx(whole / 2, rel=0.05)
+        assert figures["peak"] < figures["shard"] + 2 * layer, f"{figures}, the model is {whole:.2f} GiB"
+        assert figures["after"] < figures["shard"] + layer

@@ -1,0 +1,599 @@
+"""A published model is whole, byte for byte, or visibly not there: on DBFS, a full disk, S3, and after any kill."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import pty
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import termios
+import tomllib
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.conftest import mounted, python
+from training import files
+from training.errors import PublishError
+from training.storage import copy as copying
+from training.storage.copy import publish
+from training.storage.target import marker_of, target_problems
+
+ROOT = Path(__file__).parents[2]
+MODEL = "README.md config.json ledger.json model.safetensors tokenizer.json trainer_state.json".split()
+PUBLISHED = {*MODEL, "run.json", "manifest.json"}
+RUN = {"status": "finished", "started": "2026-01-01T00:00:00Z", "steps": 6}
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A finished output: the model's files, one of two blocks and a bit, and what belongs to the run alone."""
+    folder = tmp_path / "out"
+    for name in ("checkpoint-200", "runs"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "big").write_bytes(b"big")
+    for name in ("run.json.partial", "model.lock", ".nfs0001"):
+        (folder / name).write_bytes(b"not the model's")
+    for name in MODEL:
+        (folder / name).write_bytes(random.Random(name).randbytes(1000))
+    (folder / "model.safetensors").write_bytes(random.Random(0).randbytes(2 * files.BLOCK + 7))
+    (folder / "run.json").write_text(json.dumps(RUN))
+    return folder
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "target"
+
+
+@pytest.fixture
+def command(failing_disk: str, finished: Path, target: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """Runs the command as a process of its own, on a target that refuses what DBFS refuses."""
+    return partial(publish_command, finished, str(target), LD_PRELOAD=failing_disk, REFUSE_UNDER=str(target))
+
+
+def publish_command(folder: Path, target: str, **environment: str) -> subprocess.CompletedProcess:
+    words = ["-m", "training.publish", "--model", folder, "--to", target]
+    return python(*words, env=os.environ | environment, timeout=120)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def assert_whole(copy: dict[str, bytes], finished: Path) -> None:
+    manifest = json.loads(copy["manifest.json"])
+    assert copy.keys() == {*manifest, "manifest.json"} == PUBLISHED
+    for name, told in manifest.items():
+        assert copy[name] == (finished / name).read_bytes(), name
+        assert told == {"size": len(copy[name]), "sha256": hashlib.sha256(copy[name]).hexdigest()}
+
+
+def assert_refused(finished: Path, target: Path, message: str) -> None:
+    with pytest.raises(PublishError, match=message):
+        publish(finished, str(target))
+    assert not target.exists()
+
+
+def says_finished(target: Path) -> bool:
+    with suppress(OSError, ValueError):
+        return json.loads((target / "run.json").read_text())["status"] == "finished"
+    return False
+
+
+# --- a copy that goes well ---------------------------------------------------------------------------
+
+
+def test_a_model_is_published_where_files_can_only_be_written_front_to_back_again_is_no_work_and_onwards_it_goes(
+    command: Callable[..., Any], finished: Path, target: Path, tmp_path: Path
+) -> None:
+    before = content(finished)
+    result = command()
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith(f"published to {target}: 8 files, 16.0 MiB, each file read back")
+    assert_whole(content(target), finished)
+    assert content(finished) == before
+    times = {file.name: file.stat().st_mtime_ns for file in target.iterdir()}
+    result = command()
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith(f"{target} holds this model already, whole and unchanged: 8 files")
+    assert publish(finished, str(target)) == []
+    assert {file.name: file.stat().st_mtime_ns for file in target.iterdir()} == times
+    publish(target, str(tmp_path / "onwards"))
+    assert content(tmp_path / "onwards") == content(target)
+
+
+def test_a_large_file_has_a_line_in_the_log_and_a_bar_on_a_terminal(finished: Path, tmp_path: Path) -> None:
+    program = (
+        "import sys; from training import files, publish; from training.storage import copy; files.LARGE = copy.LARGE = 2**20\n"
+        f"sys.argv = ['publish', '--model', {str(finished)!r}, '--to', sys.argv[1]]; publish.main()"
+    )
+    logged = python("-c", program, tmp_path / "logged")
+    assert re.search(
+        r"^model\.safetensors: 16\.0 MiB at [\d,]+ MiB/s, read back$", logged.stdout, re.MULTILINE
+    )
+    assert "config.json" not in logged.stdout
+    assert logged.stderr == ""
+    reader, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (24, 100))
+    aside = {"stdout": subprocess.DEVNULL, "stderr": terminal}
+    python("-c", program, tmp_path / "seen", capture_output=False, check=True, **aside)
+    os.close(terminal)
+    assert re.search(r"model\.safetensors:   0%\|.*16\.0M", os.read(reader, 2**16).decode(), re.DOTALL)
+
+
+# --- copies that break off ---------------------------------------------------------------------------
+
+
+def kill_and_publish_again(command: Callable[..., Any], finished: Path, target: Path, change: int) -> bool:
+    """Kills the copy at its nth change to the target, looks, and goes on; whether there was an nth change."""
+    before = content(target)
+    killed = command(KILL_AT=f"{change}:{target}")
+    assert killed.returncode in (0, -signal.SIGKILL), killed.stderr
+    after = content(target)
+    after.pop("publishing.json", None)  # the mark on a copy that is about to be mended, still as it was found
+    if says_finished(target) and after != before:
+        assert_whole(after, finished)
+    assert target_problems(str(target), finished) == [], "the run's own copy may go on"
+    again = command()
+    assert again.returncode == 0, again.stderr
+    assert_whole(content(target), finished)
+    return killed.returncode != 0
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("change", [*sorted(random.Random(5).sample(range(1, 30), 6)), -1, -2, -3])
+def test_a_copy_killed_at_a_random_moment_or_mended_and_killed_at_its_first_changes_is_continued(
+    command: Callable[..., Any], finished: Path, target: Path, change: int
+) -> None:
+    if change < 0:
+        publish(finished, str(target))
+        cut(target / "README.md")
+    assert kill_and_publish_again(command, finished, target, abs(change))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("damaged", [None, "model.safetensors", "README.md", "manifest.json", "run.json"])
+def test_a_copy_killed_at_any_moment_is_continued(
+    command: Callable[..., Any], finished: Path, target: Path, damaged: str | None
+) -> None:
+    """From nothing; and while a whole copy, of which a file was damaged since, is mended."""
+    change, killed = 0, True
+    while killed:
+        change += 1
+        shutil.rmtree(target, ignore_errors=True)
+        if damaged:
+            publish(finished, str(target))
+            cut(target / damaged)
+            if damaged == "run.json":  # a copy killed while it wrote the record
+                (target / "publishing.json").write_bytes(marker_of((finished / "run.json").read_bytes()))
+        killed = kill_and_publish_again(command, finished, target, change)
+    assert change > 5
+
+
+def test_a_copy_killed_again_and_again_comes_to_its_end(
+    command: Callable[..., Any], finished: Path, target: Path
+) -> None:
+    kills = 0
+    while command(KILL_AT=f"{5 + kills}:{target}").returncode == -signal.SIGKILL:
+        assert not says_finished(target)
+        kills += 1
+    assert kills >= 2
+    assert_whole(content(target), finished)
+
+
+def test_what_an_earlier_attempt_left_is_kept_where_it_is_right(
+    command: Callable[..., Any], finished: Path, target: Path
+) -> None:
+    assert command(FULL_DISK=f"{2**20}:{target}").returncode == 2
+    kept = {name: (target / name).stat().st_mtime_ns for name in ("README.md", "config.json", "ledger.json")}
+    (target / "config.json").write_bytes(b"?" * 1000)  # of the right size
+    (target / "ledger.json").write_bytes(b"")
+    assert publish(finished, str(target)) == [
+        "config.json", "ledger.json", "model.safetensors", "tokenizer.json", "trainer_state.json",
+        "manifest.json", "run.json",
+    ]  # fmt: skip
+    assert (target / "README.md").stat().st_mtime_ns == kept["README.md"]
+    assert_whole(content(target), finished)
+
+
+# --- what reads back otherwise -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["publishing.json", "config.json", "model.safetensors", "manifest.json", "run.json"]
+)
+def test_a_file_written_wrong_once_is_mended_and_again_is_an_error_and_the_copy_can_be_continued(
+    command: Callable[..., Any], finished: Path, target: Path, name: str
+) -> None:
+    result = command(FLIP_BIT=f"1:{target / name}")
+    assert result.returncode == 0, result.stderr
+    assert f"{target / name} read back otherwise than it was written\n" in result.stdout
+    assert_whole(content(target), finished)
+    shutil.rmtree(target)
+    result = command(FLIP_BIT=f"99:{target / name}")
+    assert result.returncode == 2
+    assert result.stderr == (
+        f"Cannot publish: {target / name}: read back otherwise than it was written, twice. The model in {finished} "
+        "is whole, and what was copied is kept. When the cause is mended, type "
+        f"python -m training.publish --model {finished} --to {target}\n"
+    )
+    assert not {"run.json", name} & content(target).keys()
+    assert command().returncode == 0
+    assert_whole(content(target), finished)
+
+
+# --- a source or a target that changes meanwhile -----------------------------------------------------
+
+
+def before_the_weights(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
+    """Has something done when the copy comes to the weights."""
+    real = copying._write
+
+    def write(target: Any, name: str, *args: Any) -> None:
+        if name == "model.safetensors":
+            act()
+        real(target, name, *args)
+
+    monkeypatch.setattr(copying, "_write", write)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"), "has changed while it was copied"),
+        (cut, "has changed while it was copied"),
+        (lambda file: file.unlink(), r"cannot be read \(No such file or directory\)"),
+    ],
+    ids=["other bytes", "cut", "removed"],
+)
+def test_a_source_that_changes_while_it_is_copied_is_told_as_that_and_not_called_whole(
+    finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Any], message: str
+) -> None:
+    weights = finished / "model.safetensors"
+    whole = weights.read_bytes()
+    before_the_weights(monkeypatch, lambda: change(weights))
+    with pytest.raises(PublishError, match=f"{weights}: {message}. {finished} must stay as it is") as told:
+        publish(finished, str(target))
+    assert "is whole" not in str(told.value)
+    assert not {"run.json", weights.name} & content(target).keys()
+    monkeypatch.undo()
+    weights.write_bytes(whole)
+    publish(finished, str(target))
+    assert_whole(content(target), finished)
+
+
+def test_a_source_that_cannot_be_read_is_told_before_anything_is_written(
+    finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.open
+
+    def broken(path: Path, *args: Any, **how: Any) -> Any:
+        if path.name == "model.safetensors":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(path, *args, **how)
+
+    monkeypatch.setattr(Path, "open", broken)
+    assert_refused(finished, target, r"model\.safetensors: cannot be read \(Input/output error\)")
+
+
+def test_a_target_that_turns_read_only_in_mid_copy_is_told_and_the_copy_goes_on_when_it_is_not(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remount = ["mount", "-o", "remount,ro", tmp_path / "disk"]
+    with mounted(tmp_path / "disk", "64m") as disk:
+        target = disk / "copy"
+        before_the_weights(monkeypatch, lambda: subprocess.run(remount, check=True))
+        with pytest.raises(PublishError, match=r"Read-only file system\. The model in .* is whole"):
+            publish(finished, str(target))
+        assert not (target / "run.json").exists()
+        monkeypatch.undo()
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        assert "README.md" not in publish(finished, str(target)), "that is there already"
+        assert_whole(content(target), finished)
+
+
+# --- space -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("room", [0, 50, 1000, 2**20, 2**24])
+def test_a_full_disk_is_told_and_the_copy_continues_when_there_is_room(
+    command: Callable[..., Any], finished: Path, target: Path, room: int
+) -> None:
+    before = content(finished)
+    result = command(FULL_DISK=f"{room}:{target}")
+    assert result.returncode == 2
+    assert "cannot be written: no space is left there. The model in" in result.stderr
+    assert f"type python -m training.publish --model {finished} --to {target}\n" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not (target / "run.json").exists()
+    assert content(finished) == before
+    assert command().returncode == 0
+    assert_whole(content(target), finished)
+
+
+def figures(free: int, blocks: int = 2**40) -> Callable[[Any], SimpleNamespace]:
+    return lambda path: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=blocks)
+
+
+def test_a_target_with_too_little_room_is_refused_before_anything_is_written(
+    finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "statvfs", figures(2**24))
+    assert_refused(finished, target, r"16\.0 MiB are needed, and 16\.0 MiB are free. Make room")
+    monkeypatch.setattr(os, "statvfs", figures(2**25))
+    publish(finished, str(target))
+    (target / "README.md").write_bytes(b"")  # what is there already needs no room
+    monkeypatch.setattr(os, "statvfs", figures(2**16))
+    assert "README.md" in publish(finished, str(target))
+
+
+@pytest.mark.parametrize(("free", "blocks"), [(0, 0), (0, 100), (2**62, 2**63), (2**10, 10)])
+def test_figures_that_dbfs_makes_up_stop_nobody(
+    finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch, free: int, blocks: int
+) -> None:
+    monkeypatch.setattr(os, "statvfs", figures(free, blocks))
+    publish(finished, str(target))
+    assert_whole(content(target), finished)
+
+
+# --- what is refused ---------------------------------------------------------------------------------
+
+
+def test_weights_that_are_not_those_that_were_verified_are_not_published(
+    finished: Path, target: Path
+) -> None:
+    weights = finished / "model.safetensors"
+    whole = weights.read_bytes()
+    verified = {weights.name: {"sha256": hashlib.sha256(whole).hexdigest()}}
+    (finished / "run.json").write_text(json.dumps(RUN | {"weights": verified}))
+    weights.write_bytes(whole[: len(whole) // 2])
+    assert_refused(finished, target, "is not the file that training wrote and verified")
+    weights.write_bytes(whole)
+    publish(finished, str(target))
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ('{"status": "running"}', r"did not finish. Go on with its command and --resume auto"),
+        ("[]", "did not finish"),
+        ("", r"run\.json: cannot be read"),
+        (None, r"there is no run\.json, so no run wrote its model here. Name a run's --local-output-dir"),
+    ],
+)
+def test_a_source_that_is_no_finished_run_is_refused(
+    finished: Path, target: Path, record: str | None, message: str
+) -> None:
+    (finished / "run.json").unlink() if record is None else (finished / "run.json").write_text(record)
+    assert_refused(finished, target, message)
+
+
+def other_run(target: Path) -> None:
+    folder = target.parent / "other"
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"other")
+    (folder / "run.json").write_text(json.dumps(RUN | {"steps": 7}))
+    publish(folder, str(target))
+
+
+def begun_other_run(target: Path) -> None:
+    other_run(target)
+    (target / "publishing.json").write_bytes(marker_of((target / "run.json").read_bytes()))
+    (target / "run.json").unlink()
+
+
+def foreign_beside_the_copy(target: Path) -> None:
+    publish(target.parent / "out", str(target))
+    (target / "notes.txt").write_text("mine")
+    (target / "config.json").unlink()
+    (target / "config.json").mkdir()
+
+
+def some_model(target: Path) -> None:
+    target.mkdir()
+    (target / "config.json").write_text("{}")
+    (target / "model.safetensors").write_bytes(b"precious")
+
+
+@pytest.mark.parametrize(
+    ("made", "message"),
+    [
+        (other_run, r"already holds another run's model, or part of it \(manifest.json, model.safetensors, run.json\). Name"),
+        (begun_other_run, "already holds another run's model, or part of it"),
+        (foreign_beside_the_copy, r"holds what is not of this model \(config.json, notes.txt\). Name a new folder, or move it away"),
+        (some_model, r"already holds something \(config.json, model.safetensors\). Name a new folder"),
+        (lambda target: (target / "results").mkdir(parents=True), r"already holds something \(results\)"),
+        (lambda target: target.write_text("precious"), "already holds something, being a file. Name a new folder"),
+    ],
+)  # fmt: skip
+def test_a_target_that_holds_something_else_is_refused_and_left_as_it_is(
+    finished: Path, target: Path, made: Callable[[Path], None], message: str
+) -> None:
+    made(target)
+    before = (target.is_file(), sorted(target.rglob("*")), content(target))
+    with pytest.raises(PublishError, match=message):
+        publish(finished, str(target))
+    assert (target.is_file(), sorted(target.rglob("*")), content(target)) == before
+
+
+def test_before_training_only_an_empty_target_is_taken_or_this_finished_runs_own(
+    finished: Path, target: Path, tmp_path: Path
+) -> None:
+    assert target_problems(str(target), finished) == []
+    target.mkdir()
+    assert target_problems(str(target)) == []
+    publish(finished, str(target))
+    assert target_problems(str(target), finished) == []
+    held = "already holds something (README.md, config.json, ledger.json, ...). Name a new folder"
+    for folder in (None, tmp_path / "none"):
+        [fault] = target_problems(str(target), folder)
+        assert fault.endswith(held)
+    (finished / "run.json").write_text('{"status": "running"}')
+    assert len(target_problems(str(target), finished)) == 1
+    assert content(target).keys() == PUBLISHED
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("dbfs:/dolly", "dbfs:/dolly: a path is needed. Type /dbfs/dolly"),
+        ("zz9://x/y", "there is no file system 'zz9'. Name a folder, or a URL such as s3://bucket/folder"),
+        ("s3://", "names no bucket. Type s3://bucket/folder"),
+        ("sftp://me:hunter2@host/x", "sftp://***@host/x: holds a password"),
+        ("s3://AKIA:hun/ter2@bucket/x", "s3://***@bucket/x: holds a password"),
+    ],
+)
+def test_a_target_that_is_no_place_is_told(finished: Path, name: str, message: str) -> None:
+    [fault] = target_problems(name)
+    assert message in fault
+    assert "hunter2" not in fault
+    with pytest.raises(PublishError, match=re.escape(message)):
+        publish(finished, name)
+
+
+def test_a_mount_of_databricks_that_is_not_there_is_not_made_and_the_models_own_folder_is_no_target(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mount = Path("/") / f"no-{os.getpid()}-dbfs"
+    monkeypatch.setattr(files, "MOUNTS", (str(mount),))
+    assert_refused(finished, mount / "dolly", f"there is no {mount} on this machine. Name another folder")
+    assert not mount.exists()
+    with pytest.raises(PublishError, match=r"is the local output itself\. Name another folder"):
+        publish(finished, str(finished / "runs" / ".."))
+
+
+# --- S3 ----------------------------------------------------------------------------------------------
+
+KEYS = {"AWS_ACCESS_KEY_ID": "AKIASECRETKEYID", "AWS_SECRET_ACCESS_KEY": "wholly-secret", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
+
+
+@pytest.fixture
+def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """S3 with an empty bucket "models", and nothing of the user's own credentials."""
+    import s3fs
+
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    places = {"AWS_ENDPOINT_URL": s3_server, "HOME": str(tmp_path)}
+    for name, value in (KEYS | places | {"AWS_EC2_METADATA_DISABLED": "true"}).items():
+        monkeypatch.setenv(name, value)
+    # Other tests have their own buckets there.
+    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST"))
+    s3fs.S3FileSystem.clear_instance_cache()
+    fs = s3fs.S3FileSystem()
+    fs.mkdir("models")
+    yield fs
+    fs.rm("models", recursive=True)
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def objects(s3: Any, prefix: str) -> dict[str, bytes]:
+    s3.invalidate_cache()
+    return {Path(name).name: s3.cat_file(name) for name in s3.find(prefix)}
+
+
+@pytest.mark.parametrize("prefix", ["models/a/dolly", "models"])
+def test_a_model_is_published_to_s3_and_again_is_no_work(finished: Path, s3: Any, prefix: str) -> None:
+    assert target_problems(f"s3://{prefix}") == []
+    result = publish_command(finished, f"s3://{prefix}/")
+    assert result.returncode == 0, result.stderr
+    assert_whole(objects(s3, prefix), finished)
+    assert publish(finished, f"s3://{prefix}") == []
+    assert target_problems(f"s3://{prefix}/", finished) == []
+    assert "already holds something (README.md" in target_problems(f"s3://{prefix}")[0]
+
+
+def test_a_copy_on_s3_that_broke_off_is_continued_and_foreign_objects_are_refused(
+    finished: Path, s3: Any
+) -> None:
+    s3.touch("models/dolly/")  # as S3's console makes a folder
+    publish(finished, "s3://models/dolly")
+    s3.pipe_file("models/dolly/publishing.json", marker_of((finished / "run.json").read_bytes()))
+    s3.rm_file("models/dolly/run.json")
+    s3.pipe_file("models/dolly/model.safetensors", b"half")
+    s3.pipe_file("models/dolly/config.json", b"?" * 1000)
+    assert publish(finished, "s3://models/dolly") == ["config.json", "model.safetensors", "run.json"]
+    copy = objects(s3, "models/dolly")
+    copy.pop("dolly", None)
+    assert_whole(copy, finished)
+    s3.pipe_file("models/dolly/runs/notes.txt", b"mine")
+    with pytest.raises(PublishError, match=r"not of this model \(runs\)"):
+        publish(finished, "s3://models/dolly")
+
+
+def test_a_write_that_s3_refuses_is_told_and_leaves_no_record(
+    finished: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = type(s3).open
+
+    def refuse(self: Any, path: str, mode: str = "rb", **more: Any) -> Any:
+        if mode == "wb" and path.endswith("tokenizer.json"):
+            raise PermissionError("Access Denied")
+        return real(self, path, mode, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(s3), "open", refuse)
+        with pytest.raises(PublishError, match=r"x/tokenizer\.json: cannot be written: Access Denied"):
+            publish(finished, "s3://models/x")
+    assert "run.json" not in objects(s3, "models/x")
+    publish(finished, "s3://models/x")
+    assert_whole(objects(s3, "models/x"), finished)
+
+
+@pytest.mark.parametrize(
+    ("target", "environment", "message"),
+    [
+        ("s3://none/dolly", {}, "s3://none/dolly: there is no bucket 'none'. Make it first\n"),
+        ("s3://none", {}, "s3://none: there is no bucket 'none'. Make it first\n"),
+        ("s3://models/x", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "cannot be listed: Unable to locate credentials"),
+        ("s3://models/x", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}, "cannot be listed: Could not connect to the endpoint"),
+    ],
+    ids=["no bucket", "no bucket, no folder", "no credentials", "no server"],
+)  # fmt: skip
+@pytest.mark.usefixtures("s3")
+def test_an_s3_that_cannot_be_used_is_told_in_one_line_without_credentials(
+    finished: Path, target: str, environment: dict[str, str], message: str
+) -> None:
+    result = publish_command(finished, target, **environment)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+    for secret in (KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"]):
+        assert secret not in result.stdout + result.stderr
+
+
+def test_without_s3fs_the_extra_that_brings_it_is_named(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fsspec.registry import _registry
+
+    monkeypatch.delitem(_registry, "s3", raising=False)
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    [fault] = target_problems("s3://models/x")
+    assert fault == "s3://models/x: s3fs is not installed. Type pip install '.[s3]'"
+    with pytest.raises(PublishError, match="s3fs is not installed"):
+        publish(finished, "s3://models/x")
+
+
+def test_the_extra_is_the_version_that_is_tested() -> None:
+    """s3fs asks for the fsspec of its own release, so the three pins move together."""
+    [extra] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["s3"]
+    assert extra in (ROOT / "requirements_dev.txt").read_text().split()
+    assert extra.replace("s3fs", "fsspec") in (ROOT / "requirements.txt").read_text().split()

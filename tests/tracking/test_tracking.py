@@ -1,0 +1,433 @@
+"""MLflow: what is told of a run, a server that dies or never answers, and the logged model, loaded back elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+from typing import Any
+
+import pandas
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from tests import test_trainer
+from tests.conftest import problems_of, resolved
+from tests.run.test_trainer import BF16, DEMO, deepspeed, free_port
+from training.errors import OptionsError, TrackingError
+from training.model.generation import generate_response, load_model_tokenizer_for_generate
+from training.options.trainer_options import TrainingOptions
+from training.run.identity import new_record
+from training.tracking.mlflow_model import log_finished
+from training.tracking.mlflow_server import parameters, tags, tracking_problems, without_secrets
+from training.tracking.served import Served
+
+ROOT = Path(__file__).parents[2]
+TOKEN, PASSWORD = "token-that-nobody-may-see", "password-that-nobody-may-see"
+QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+}
+NAME = "main.models.dolly"
+GREEDY = {"do_sample": False, "top_p": None, "top_k": None}
+
+
+def record_of(**options: Any) -> dict[str, Any]:
+    return new_record(resolved(TrainingOptions(local_output_dir="out", **options), 2))
+
+
+# --- what is told ------------------------------------------------------------------------------------
+
+
+def test_parameters_are_the_options_and_what_was_decided():
+    told = parameters(record_of(lr=2e-5) | {"decided": {"gradient_checkpointing": True}})
+    assert (told["lr"], told["world_size"], told["decided_gradient_checkpointing"]) == (2e-5, 2, True)
+    assert set(vars(TrainingOptions(local_output_dir="out"))) <= set(told)
+
+
+def test_tags_tell_commit_versions_base_and_data():
+    record = record_of(input_model="demo") | {"git_commit": "abc"}
+    told = tags(record)
+    assert (told["git_commit"], told["base_model"], told["dolly_run"]) == ("abc", "demo", record["id"])
+    assert told["version_torch"] == record["versions"]["torch"]
+
+
+def test_no_password_and_no_token_is_shown_also_where_a_library_repeats_an_address(monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
+    text = without_secrets(
+        f"GET http://me:{PASSWORD}@host/api failed\n Bearer {TOKEN}, postgresql://u:{PASSWORD}@db/x"
+    )
+    assert text == "GET http://***@host/api failed Bearer ***, postgresql://***@db/x"
+    told = without_secrets(
+        f"HTTPConnectionPool: Max retries exceeded with url: /api/2.0/x?token={PASSWORD} (refused)"
+    )
+    assert told == "HTTPConnectionPool: Max retries exceeded with url: /api/2.0/x?*** (refused)"
+
+
+# --- problems of the options ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("uri", "name", "fault"),
+    [
+        ("http://127.0.0.1:5000", "main.models.dolly", None),
+        ("http://127.0.0.1:5000", "dolly", None),
+        ("databricks", "main.models.dolly", None),
+        ("databricks://profile", None, None),
+        ("sqlite:////tmp/mlflow.db", None, None),
+        ("postgresql+psycopg2://u:p@host/db", None, None),
+        ("http://127.0.0.1:5000", "models.dolly", "'models.dolly': expected one word, or catalog.schema.model"),
+        ("http://127.0.0.1:5000", "a.b.c.d", "expected one word"),
+        ("http://127.0.0.1:5000", "a..c", "expected one word"),
+        ("http://127.0.0.1:5000", "my model", "expected one word"),
+        ("http://127.0.0.1:5000", "a/b", "expected one word"),
+        ("http://127.0.0.1:5000", "dolly\n", "expected one word"),
+        ("databricks", "dolly", "'dolly': Databricks expects catalog.schema.model"),
+        ("http://[::1", None, "http://[::1: is no address; expected http(s)://HOST:PORT"),
+        ("http://host:port", None, "expected http(s)://HOST:PORT"),
+        ("http://", None, "names no host"),
+        ("localhost:5000", None, "localhost:5000: MLflow has no store of that kind; expected http(s)://HOST:PORT"),
+        (None, None, "MLFLOW_TRACKING_URI is not set"),
+    ],
+)  # fmt: skip
+def test_a_name_or_uri_that_cannot_work_is_told_with_what_to_type(monkeypatch, uri, name, fault):
+    monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    if uri:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    problems = tracking_problems("--mlflow-model-name", name)
+    assert len(problems) == (fault is not None), problems
+    assert fault is None or fault in problems[0]
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://me:{}@host",
+        "http://me:{}@[::1",
+        "http://me:{}@host:port",
+        "http://me:{}/more@host:1",
+        "http://me:{}?more@host:1",
+        "http://me:{}\nmore@host",
+        "http:/me:{}@host",
+        "http:me:{}@host",
+        "me:{}@host",
+        "http://host:1/?token={}",
+        "http://host:1/#{}",
+    ],
+)
+def test_a_password_in_the_uri_is_refused_and_not_repeated(monkeypatch, uri):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri.format(PASSWORD))
+    problems = tracking_problems("--mlflow-model-name", None)
+    assert problems
+    assert PASSWORD not in "".join(problems)
+
+
+def test_on_databricks_its_own_tracking_needs_no_uri(monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "16.4")
+    assert tracking_problems("--mlflow-model-name", NAME) == []
+
+
+def test_faults_of_mlflow_are_told_with_the_others(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://")
+    options = TrainingOptions(
+        local_output_dir=str(tmp_path / "out"), mlflow_model_name="a.b", max_shard_size="6GB", lr=float("nan")
+    )
+    told = str(OptionsError(*problems_of(options)))
+    for part in ("--lr nan", "--mlflow-model-name 'a.b'", "nowhere://", "--max-shard-size 6GB"):
+        assert part in told
+
+
+def test_without_the_extra_the_error_names_it():
+    code = (
+        "from importlib import util; real = util.find_spec;"
+        "util.find_spec = lambda name: None if name == 'mlflow' else real(name);"
+        "from training.tracking.mlflow_server import tracking_problems; print(*tracking_problems('--name', None))"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "pip install '.[mlflow]'" in printed
+
+
+@pytest.mark.parametrize(
+    ("entries", "told"),
+    [
+        ({}, "its training did not finish"),
+        ({"status": "finished", "weights": {"model.safetensors": {"size": 7, "sha256": "0" * 64}}},
+         "its weights are not those that training wrote and verified"),
+    ],
+)  # fmt: skip
+def test_an_unfinished_run_and_weights_that_changed_since_they_were_verified_are_not_logged(
+    tmp_path, entries, told
+):
+    (tmp_path / "model.safetensors").write_bytes(b"changed")
+    (tmp_path / "run.json").write_text(json.dumps(record_of() | entries))
+    with pytest.raises(TrackingError, match=told):
+        log_finished(tmp_path)
+
+
+# --- the model that is served ------------------------------------------------------------------------
+
+
+def test_the_served_model_answers_row_by_row_and_what_looks_like_a_control_token_stays_text(
+    answering_model, tokenizer, monkeypatch
+):
+    prompts, real = [], answering_model.generate
+    monkeypatch.setattr(
+        answering_model, "generate", lambda ids, **other: prompts.extend(ids.tolist()) or real(ids, **other)
+    )
+    columns = {"instruction": ["a ### End b", "Repeat."], "input": [None, "### Response:\n"]}
+    table = pandas.DataFrame(columns, index=[7, 3])
+    for data in (table, table[["instruction"]]):
+        answers = Served(answering_model, tokenizer).predict(data, {"temperature": 0.0, "max_new_tokens": 8})
+        assert answers["response"].tolist() == ["AB", "AB"], "it stops at the end key"
+        assert answers.index.tolist() == [7, 3]
+    for key, count in (("### End", 0), ("### Response:\n", 1)):
+        assert [ids.count(tokenizer.convert_tokens_to_ids(key)) for ids in prompts] == [count] * 4
+
+
+# --- a real server -----------------------------------------------------------------------------------
+
+
+class Server:
+    """`mlflow server` on 127.0.0.1 with sqlite and artifacts in `folder`. It can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.port = folder, free_port()
+        self.uri = f"http://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self) -> None:
+        with open(self.folder / "log", "a") as log:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self.port),
+                    "--workers", "1", "--backend-store-uri", f"sqlite:///{self.folder}/mlflow.db",
+                    "--artifacts-destination", str(self.folder / "artifacts"),
+                ],
+                cwd=self.folder, env=os.environ | QUIET, stdout=log, stderr=log, start_new_session=True,
+            )  # fmt: skip
+        end = time.monotonic() + 240
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                urllib.request.urlopen(f"{self.uri}/health", timeout=1)
+                return
+            except OSError:
+                time.sleep(0.2)
+        raise AssertionError((self.folder / "log").read_text())
+
+    def kill(self) -> None:
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory):
+    server = Server(tmp_path_factory.mktemp("server"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture
+def secret(monkeypatch):
+    for name, value in (QUIET | {"MLFLOW_TRACKING_TOKEN": TOKEN}).items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def client(server, secret, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    mlflow.set_tracking_uri(server.uri)
+    return mlflow.MlflowClient()
+
+
+def run(*words: object) -> str:
+    """What a command printed, which ended well and showed no secret."""
+    result = test_trainer.run([], *words)
+    assert result.returncode == 0, result.stdout
+    assert TOKEN not in result.stdout
+    return result.stdout
+
+
+TRAIN = [sys.executable, "-m", "training.trainer", *DEMO, "--logging-steps", 1]
+
+
+def mlflow_runs(client: Any, folder: Path) -> list[Any]:
+    identity = json.loads((folder / "run.json").read_text())["id"]
+    return client.search_runs(["0"], f"tags.dolly_run = '{identity}'")
+
+
+def steps_of(client: Any, run_id: str, name: str) -> list[int]:
+    return [metric.step for metric in client.get_metric_history(run_id, name)]
+
+
+def closure(requirements: list[str]) -> set[str]:
+    """The distributions that pip would install for these requirements."""
+    found: set[str] = set()
+    todo = [Requirement(line) for line in requirements]
+    while todo:
+        requirement = todo.pop()
+        name = canonicalize_name(requirement.name)
+        if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
+            continue
+        found.add(name)
+        try:
+            todo += [Requirement(line) for line in requires(name) or []]
+        except ModuleNotFoundError:  # of a GPU, say
+            continue
+    return found
+
+
+LOAD = """
+import json, sys
+from importlib.machinery import PathFinder
+
+class OnlyRequired(PathFinder):  # nothing is installed but what the model's requirements bring
+    absent = set(json.loads(sys.argv[3]))
+
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] in cls.absent else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = OnlyRequired
+import mlflow, pandas
+model = mlflow.pyfunc.load_model(sys.argv[1])
+import training
+table = pandas.DataFrame({"instruction": json.loads(sys.argv[2])})
+greedy = {"temperature": 0.0, "max_new_tokens": 12}
+print(json.dumps({
+    "package": training.__file__,
+    "answers": model.predict(table, params=greedy)["response"].tolist(),
+    "with_input": model.predict(table.assign(input="drum"), params=greedy)["response"].tolist(),
+    "signature": model.metadata.signature.to_dict(),
+}))
+"""
+
+
+@pytest.mark.slow
+def test_two_ranks_make_one_run_and_its_model_answers_where_this_repository_is_not(server, client, tmp_path):
+    out = tmp_path / "out"
+    words = [
+        *DEMO, "--logging-steps", 1, "--deepspeed", BF16, "--max-steps", 4, "--eval-steps", 2,
+        "--local-output-dir", out, "--mlflow-model-name", NAME,
+    ]  # fmt: skip
+    printed = run(*deepspeed(2), *words)
+    assert "MLflow does not answer" not in printed
+    (logged,) = mlflow_runs(client, out)
+    assert logged.info.status == "FINISHED"
+    assert logged.data.params["per_device_train_batch_size"] == "8"
+    assert logged.data.params["world_size"] == "2"
+    assert logged.data.tags["base_model"] == "demo"
+    assert TOKEN not in str(logged)
+    assert steps_of(client, logged.info.run_id, "loss") == [1, 2, 3, 4]
+    assert steps_of(client, logged.info.run_id, "eval_loss") == [0, 2, 4]
+    written = json.loads((out / "run.json").read_text())
+    assert logged.data.metrics["held_out_loss_after"] == written["held_out_loss"]["after"]
+    (version,) = client.search_model_versions(f"name='{NAME}'")
+    assert version.run_id == logged.info.run_id
+
+    again = run(sys.executable, "-m", "training.tracking", "--model", out, "--name", NAME)
+    assert f"logged to MLflow: models:/{NAME}/{version.version}" in again
+    assert len(client.search_model_versions(f"name='{NAME}'")) == 1, "what is there is not logged again"
+
+    (artifacts,) = server.folder.glob("artifacts/**/MLmodel")
+    assert not list(artifacts.parent.rglob("*.pkl"))
+    required = closure((artifacts.parent / "requirements.txt").read_text().splitlines())
+    absent = [
+        module
+        for module, names in packages_distributions().items()
+        if not {canonicalize_name(name) for name in names} & required
+    ]
+    assert {"deepspeed", "matplotlib", "sqlalchemy"} <= set(absent)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    instructions = ["Classify the word drum.", "What do 2 and 1 make together?"]
+    there = os.environ | {"OMP_NUM_THREADS": "1"}
+    there.pop("PYTHONPATH", None)
+    result = subprocess.run(
+        [
+            sys.executable, "-P", "-c", LOAD,
+            f"models:/{NAME}/{version.version}", json.dumps(instructions), json.dumps(absent),
+        ],
+        cwd=elsewhere, env=there, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    told = json.loads(result.stdout.splitlines()[-1])
+    assert not Path(told["package"]).is_relative_to(ROOT)
+    model, tokenizer = load_model_tokenizer_for_generate(str(out))
+    for key, text in (("answers", None), ("with_input", "drum")):
+        assert told[key] == [
+            generate_response(each, text, model=model, tokenizer=tokenizer, max_new_tokens=12, **GREEDY)
+            for each in instructions
+        ]
+    inputs = {each["name"]: each["required"] for each in json.loads(told["signature"]["inputs"])}
+    assert inputs == {"instruction": True, "input": False}
+    assert [each["name"] for each in json.loads(told["signature"]["outputs"])] == ["response"]
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_mid_run_harms_nothing_and_misses_nothing_in_the_end(server, client, tmp_path):
+    out = tmp_path / "out"
+    training = subprocess.Popen(
+        [*map(str, TRAIN), "--max-steps", "30", "--local-output-dir", str(out), "--mlflow"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    printed = []
+    for line in training.stdout:
+        printed.append(line)
+        if line.startswith("step 3/30"):
+            server.kill()
+            break
+    printed += training.stdout
+    text = "".join(printed)
+    server.start()
+    assert training.wait() == 0, text
+    assert text.count("MLflow does not answer") == 1, text
+    (line,) = [line for line in text.splitlines() if "could not be logged" in line]
+    assert TOKEN not in text
+    typed = re.search(r"Type python (-m training\.tracking .*)$", line).group(1)
+    assert "logged to MLflow: models:/m-" in run(sys.executable, *typed.split())
+    (logged,) = mlflow_runs(client, out)
+    assert sorted(steps_of(client, logged.info.run_id, "loss")) == list(range(1, 31)), "each step once"
+    assert logged.info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_resumed_goes_on_in_the_same_mlflow_run_and_logs_its_new_model(
+    server, client, tmp_path
+):
+    out = tmp_path / "out"
+    words = [*TRAIN, "--local-output-dir", out, "--mlflow-model-name", "resumed", "--resume", "auto"]
+    for steps in (2, 4, 4):
+        run(*words, "--max-steps", steps)
+    (logged,) = mlflow_runs(client, out)
+    assert sorted(steps_of(client, logged.info.run_id, "loss")) == [1, 2, 3, 4]
+    versions = client.search_model_versions("name='resumed'")
+    assert {each.run_id for each in versions} == {logged.info.run_id}
+    assert len({each.source for each in versions}) == len(versions) == 2, (
+        "each end of the run has its own model, logged once"
+    )
+
+
+@pytest.mark.slow
+def test_a_server_that_never_answers_costs_no_step_and_is_told_once(secret, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        out = tmp_path / "out"
+        # MLflow's own patience, eight times two minutes for each request, would take longer than `run` allows.
+        printed = run(*TRAIN, "--max-steps", 4, "--local-output-dir", out, "--mlflow")
+    assert printed.count("MLflow does not answer") == 1, printed
+    assert printed.count("could not be logged") == 1
+    assert json.loads((out / "run.json").read_text())["status"] == "finished"
