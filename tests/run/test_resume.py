@@ -20,14 +20,13 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from tests.conftest import resolved
 from tests.run.test_kills import assert_the_same_run, contents, history
 from tests.storage.test_checkpoint import flip
-from training import files
 from training.data import ledger
 from training.data.batching import GlobalBatchSampler
 from training.errors import Interrupted, OptionsError, TrainingError
 from training.files import WRITER_FILES, write_json
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
-from training.run import completion_trainer, prepare, steps
+from training.run import prepare, resume, steps
 from training.run.completion_trainer import CompletionTrainer
 from training.run.ending import StopRequest
 from training.run.identity import new_record
@@ -264,7 +263,7 @@ def test_what_cannot_be_converted_is_refused_with_what_to_do_and_nothing_stays(
     (folder / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"no pickle" * 100)
     before = contents(tmp_path)
     with monkeypatch.context() as full:
-        full.setattr(files, "free_bytes", lambda place: 1)
+        full.setattr(resume, "free_bytes", lambda place: 1)
         with pytest.raises(OptionsError, match="Make room, or use as many devices as before"):
             reshard(folder, tmp_path)
     with pytest.raises(OptionsError, match="DeepSpeed cannot convert") as told:
@@ -311,7 +310,7 @@ def run(
             seen.append((self.state.global_step, inputs["input_ids"].tolist()))
             return super().training_step(model, inputs, *args, **kwargs)
 
-    monkeypatch.setattr(completion_trainer, "CompletionTrainer", SpiedTrainer)
+    monkeypatch.setattr(steps, "CompletionTrainer", SpiedTrainer)
     options = {
         "training_dataset": rows, "test_size": 10, "epochs": 2, "logging_steps": 2, "eval_steps": 4, "save_steps": 3,
         "lr": 1e-3, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2,
@@ -540,5 +539,5 @@ def test_the_planned_steps_are_those_of_the_trainer(epochs: float, base_folder: 
             )  # fmt: skip
             loader = torch.utils.data.DataLoader(list(range(rows)), batch_sampler=sampler)
             *_, steps = trainer.set_initial_training_values(trainer.args, loader)
-            assert planned_steps(options_of(tmp_path, epochs=epochs, **sizes), rows, 1) == steps >= 1
-    assert planned_steps(options_of(tmp_path, epochs=epochs, max_steps=5), 10_000, 1) == 5
+            assert planned_steps(resolved(options_of(tmp_path, epochs=epochs, **sizes)), rows) == steps >= 1
+    assert planned_steps(resolved(options_of(tmp_path, epochs=epochs, max_steps=5)), 10_000) == 5

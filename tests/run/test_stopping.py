@@ -28,10 +28,9 @@ from training import files, trainer
 from training.data.tokens import prepare_dataset, split_held_out
 from training.errors import Interrupted, TrainingError
 from training.launch.exits import ENDED
-from training.model import loading
 from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions
-from training.run import completion_trainer
+from training.run import completion_trainer, finish, saving, steps
 from training.run.ending import StopRequest, lost_peer, mortal, timed_out
 from training.run.step_guard import OVERFLOWS_IN_A_ROW, StepGuard
 from training.storage import checkpoint
@@ -323,7 +322,7 @@ def test_a_checkpoint_that_would_not_fit_is_not_begun(
     def free(place: Path) -> int | None:
         return 1000 if len(checkpoint.checkpoints(output)) == 2 else real(place)
 
-    monkeypatch.setattr(files, "free_bytes", free)
+    monkeypatch.setattr(saving, "free_bytes", free)
     with pytest.raises(TrainingError) as told:
         begin(save_steps=1)
     assert re.match(
@@ -358,13 +357,13 @@ def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_agai
     begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     begun = name == "write_run_record"
-    fill(monkeypatch, trainer, name, lambda _, what, *__: not (begun and what["status"] == "running"))
+    fill(monkeypatch, finish, name, lambda _, what, *__: not (begun and what["status"] == "running"))
     words = r"its last step: the model of .* could not be placed .*No space left.*--resume auto"
     with pytest.raises(TrainingError, match=words):
         begin(save_steps=100)
     assert record(output)["status"] == "running"
     monkeypatch.undo()
-    monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("nothing is trained again"))
+    monkeypatch.setattr(steps, "load_model", lambda *args: pytest.fail("nothing is trained again"))
     assert begin(save_steps=100, resume="auto")["status"] == "finished"
 
 

@@ -22,7 +22,7 @@ from tests.conftest import jsonl, say_rows, write
 from tests.run.test_kills import Run, assert_the_same_run
 from tests.run.test_resume import Go, run
 from tests.run.test_trainer import DEMO
-from training import consts, trainer
+from training import trainer
 from training.consts import GREEDY, SAMPLE_TOKENS
 from training.data.rows import read_prompts
 from training.errors import DataError, OptionsError
@@ -30,7 +30,7 @@ from training.model.generation import generate_responses, load_model_tokenizer_f
 from training.options.trainer_options import TrainingOptions, steps_between_samples
 from training.storage import metrics
 from training.storage.copy import model_files
-from training.tracking import callbacks
+from training.tracking import callbacks, samples
 from training.tracking.samples import Samples
 
 ASKED = [("Say 3.", ""), ("Say 4 please.", ""), ("Count the words.", "red blue\ngreen")]
@@ -175,7 +175,7 @@ def test_losses_and_weights_are_the_same_with_and_without_answers(
     go: Go, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     dropout: bool, changed: dict[str, Any],
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(consts, "SAMPLE_TOKENS", 8)
+    monkeypatch.setattr(samples, "SAMPLE_TOKENS", 8)
     changed = changed | {"max_steps": 6} | ({} if dropout else {"input_model": "demo"})
     go(tmp_path / "without", **changed)
     go(tmp_path / "with", sample_prompts=prompts, sample_every="1", **changed)
@@ -254,7 +254,7 @@ def told(rows: str, asking: dict[str, Any], dropping: str, tmp_path_factory: pyt
     output = tmp_path_factory.mktemp("told") / "out"
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("training.callbacks.tqdm.write", lambda text, file: lines.append(text))
+        patch.setattr("training.tracking.progress.tqdm.write", lambda text, file: lines.append(text))
         run(rows, output, patch, input_model=dropping, save_total_limit=50, **asking)
     output.with_name("printed.txt").write_text("\n".join(lines))
     return output

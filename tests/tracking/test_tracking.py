@@ -20,8 +20,8 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from tests import test_trainer
 from tests.conftest import problems_of, resolved
+from tests.run import test_trainer
 from tests.run.test_trainer import BF16, DEMO, deepspeed, free_port
 from training.errors import OptionsError, TrackingError
 from training.model.generation import generate_response, load_model_tokenizer_for_generate

@@ -47,7 +47,7 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
     problems += checks.deepspeed_problems(options, config)
     contradictions = checks.precision_problems(options, config or {})
     problems += contradictions
-    problems += prompt_problems(options) + place_problems(options)
+    problems += prompt_problems(options) + place_problems(options) + version_problems()
     if not typing_errors:
         problems += _machine_problems(config)
         if not contradictions and (config is not None or not options.deepspeed_json):
@@ -61,9 +61,9 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
 
 
 def _machine_problems(config: dict[str, Any] | None) -> list[str]:
-    """What this machine lacks: packages, kernels of its GPUs, a compiler, a rank for each GPU."""
-    problems = version_problems() + kernels.kernel_problems()
-    if config is not None and not problems:
+    """What this machine lacks, as torch and DeepSpeed see it: kernels of its GPUs, a compiler, a rank for each GPU."""
+    problems = kernels.kernel_problems()
+    if config is not None and not problems and not version_problems():
         from training.run.operators import compiler_problems
 
         problems += compiler_problems(config)
