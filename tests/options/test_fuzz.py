@@ -346,8 +346,10 @@ def test_options_are_taken_or_told_with_their_values_and_nothing_is_written(
             needed.append("Missing option '--local-output-dir'")
         assert result.exit_code == (2 if needed else 0), result.output
         assert len(nothing_is_trained) == (0 if needed else 1)
+        # What the device cannot do takes torch to know, and a value that cannot be read is answered without it.
+        misread = "Invalid value" in result.output or "Missing option" in result.output
         for words in needed:
-            assert words in result.output, result.output
+            assert words in result.output or (misread and "needs a CUDA GPU" in words), result.output
         for flag in wrong:
             shown = {values[flag]}
             with suppress(ValueError):

@@ -18,9 +18,9 @@ def read_json(path: str) -> dict[str, Any]:
     Raises OptionsError where there is no such file or no JSON object in it.
     """
     file = Path(path)
-    if not file.exists() and (ROOT / path).exists():
-        file = ROOT / path
     try:
+        if not file.exists() and (ROOT / path).exists():
+            file = ROOT / path
         if file.exists() and not file.is_file():  # to read a pipe may wait for ever
             raise OSError(0, "Is a folder, a pipe or a device, no file")
         config = json.loads(file.read_text(), object_pairs_hook=_no_key_twice)
