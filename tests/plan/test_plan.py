@@ -286,6 +286,8 @@ def test_people_are_told_what_fails_and_what_to_type_until_it_fits_with_a_pictur
         (["--num-gpus", -1], "--num-gpus -1: at least one device is needed"),
         (["--machine", "8xH100", "--num-gpus", 9], "--num-gpus 9: 8xH100 has 8"),
         (["--machine", "8xH100", "--deepspeed", "none.json"], "Shipped are"),
+        (["--machine", "8xH100", "--deepspeed", "odd.json"], "sets zero_optimization 7, expected an object"),
+        (["--local-output-dir", "~nobody-of-that-name/x"], "Name a folder of your own"),
         (["--machine", "8xH100", "--model", "demo", "--training-dataset", "none.jsonl"], "none.jsonl"),
         (["--machine", "8xH100", "--model", "demo", "--training-dataset", "one.jsonl"],
          "1 row, and at least 2 are needed: one to train on, and one held out"),
@@ -306,6 +308,7 @@ def test_people_are_told_what_fails_and_what_to_type_until_it_fits_with_a_pictur
     ],
 )  # fmt: skip
 def test_what_cannot_be_planned_is_told_without_a_traceback(typed, told, tmp_path, monkeypatch):
+    (tmp_path / "odd.json").write_text('{"zero_optimization": 7}')
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "one.jsonl", rows_of(1))
     T5Config().save_pretrained(tmp_path / "t5")

@@ -89,11 +89,11 @@ def deepspeed_problems(options: TrainingOptions, config: Mapping[str, Any] | Non
                 "ACCELERATE_USE_CPU is set, and silently switches DeepSpeed off. Type unset ACCELERATE_USE_CPU"
             )
     if config is not None:
-        problems += _section_problems(options, config) + _value_problems(options, config)
+        problems += section_problems(options, config) + _value_problems(options, config)
     return problems
 
 
-def _section_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
+def section_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
     """Sections of the DeepSpeed JSON of the wrong type, or that training cannot use."""
     file, problems = options.deepspeed_json, []
     found = dict(config)

@@ -23,7 +23,7 @@ import click
 from training.errors import DataError, MachineError, ModelError, OptionsError
 from training.machine.catalogue import MACHINES, find_machine
 from training.machine.local import this_machine
-from training.options.checks import option_problems
+from training.options.checks import option_problems, section_problems
 from training.options.command_line import CollectedOption, some_click_options, value_problems
 from training.options.deepspeed import read_json
 from training.options.trainer_options import TrainingOptions
@@ -77,7 +77,7 @@ def main(
     """Whether a run fits on a machine, how long it takes, what it costs. The defaults are Dolly's run.
 
     --deepspeed, --per-device-train-batch-size and --gradient-accumulation-steps are those of the machine's GPU family
-    where you leave them out; --local-output-dir is where the run would write.
+    where you leave them out; --local-output-dir is where the run would write. --model is short for --input-model.
     """
     problems = value_problems(ctx)
     if price is not None and not math.isfinite(price):
@@ -102,7 +102,7 @@ def _plan(name: str | None, num_gpus: int | None, typed: dict[str, Any], problem
             problems.append(f"{flag} is empty. Give a value, or leave the option out")
     with _collected(problems):
         if options.deepspeed:
-            read_json(options.deepspeed)
+            problems += section_problems(options, read_json(options.deepspeed))
     with _collected(problems):
         machine = this_machine(options.local_output_dir, num_gpus) if not name else find_machine(name)
         if num_gpus and num_gpus > machine.count:
@@ -124,6 +124,8 @@ def _collected(problems: list[str]) -> Iterator[None]:
         problems += error.problems
     except (MachineError, ModelError, DataError) as error:
         problems.append(str(error))
+    except RuntimeError as error:  # ~nobody
+        problems.append(f"--local-output-dir: {error} Name a folder of your own")
 
 
 if __name__ == "__main__":
