@@ -231,7 +231,7 @@ def answers(model: str, rows: Sequence[Mapping[str, str]]) -> list[str]:
     import torch
     import transformers
 
-    from training.generate import generate_responses, load_model_tokenizer_for_generate, printable
+    from training.model.generation import generate_responses, load_model_tokenizer_for_generate, printable
 
     transformers.utils.logging.disable_progress_bar()
     loaded, tokenizer = load_model_tokenizer_for_generate(model)
