@@ -516,7 +516,7 @@ def test_every_cell_runs_on_the_demo_and_leaves_a_published_model_that_answers(t
     drawn = displayed(cells[cell_with(cells, "draw_run")])
     (picture,) = [data["image/png"] for data in drawn if "image/png" in data]
     assert base64.b64decode(picture).startswith(b"\x89PNG")
-    table, *_ = displayed(cells[cell_with(cells, "notebook.answers")])
+    table, *_ = displayed(cells[cell_with(cells, "cells.answers")])
     for instruction in SAMPLE_INSTRUCTIONS:
         assert instruction in table["text/plain"]
     rows = re.findall(r"<tr>(.*?)</tr>", table["text/html"], re.DOTALL)[1:]

@@ -26,7 +26,6 @@ from transformers import (
     TrainerCallback,
 )
 
-from tests.conftest import resolved
 from training import files
 from training.data.collator import DataCollatorForCompletionOnlyLM
 from training.data.prompt import CONTROL_TOKENS
@@ -37,6 +36,7 @@ from training.machine import local
 from training.model import loading
 from training.model.demo_model import model_folder
 from training.model.tokenizer import load_tokenizer
+from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions
 from training.run import preflight, prepare
 from training.trainer import train
@@ -297,7 +297,7 @@ def test_ranks_that_share_a_host_share_its_memory_also_where_each_has_a_launcher
     options = TrainingOptions(
         input_model="demo", training_dataset="demo", test_size=50, local_output_dir=str(tmp_path / "out")
     )
-    prepared, run = prepare.prepare(resolved(options)), resolved(options, 8)
+    prepared, run = prepare.prepare(resolve(options, 1, "fp32")), resolve(options, 8, "fp32")
     monkeypatch.setattr(preflight, "on_this_host", lambda: 2)
     assert preflight.check_plan(run, prepared, None)
     monkeypatch.setattr(preflight, "on_this_host", lambda: 8)

@@ -14,12 +14,13 @@ from pathlib import Path
 import deepspeed
 import torch
 
-from tests.conftest import resolved
 from training.launch.exits import run_and_exit
 from training.launch.supervisor import remove_shared_buffer
 from training.model.loading import load_model
 from training.model.tokenizer import load_tokenizer
+from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions
+from training.ranks import world_size
 from training.run.operators import compile_operators
 from training.run.prepare import training_arguments
 
@@ -35,7 +36,9 @@ def own_memory() -> float:
 def main(folder: str) -> None:
     compile_operators({})
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
-    arguments = training_arguments(resolved(TrainingOptions(deepspeed=str(CONFIG), local_output_dir=folder)))
+    arguments = training_arguments(
+        resolve(TrainingOptions(deepspeed=str(CONFIG), local_output_dir=folder), world_size(), "bf16")
+    )
     tokenizer = load_tokenizer(folder)
     before, peak, done = own_memory(), 0.0, threading.Event()
 
