@@ -26,7 +26,6 @@ from transformers import (
     TrainerCallback,
 )
 
-from training import files
 from training.data.collator import DataCollatorForCompletionOnlyLM
 from training.data.prompt import CONTROL_TOKENS
 from training.data.tokens import prepare_dataset, split_held_out
@@ -38,7 +37,7 @@ from training.model.demo_model import model_folder
 from training.model.tokenizer import load_tokenizer
 from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions
-from training.run import preflight, prepare
+from training.run import preflight, prepare, steps
 from training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -309,7 +308,7 @@ def test_a_lack_of_memory_while_loading_is_not_told_as_a_fault_of_the_model(tmp_
     def load(*args: object) -> None:
         raise ModelError("demo: no weights could be loaded") from torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(loading, "load_model", load)
+    monkeypatch.setattr(steps, "load_model", load)
     with pytest.raises(torch.OutOfMemoryError):
         train_demo(tmp_path / "out", max_steps=1)
 
@@ -330,7 +329,7 @@ def test_auto_checkpoints_only_where_memory_is_short_and_a_run_keeps_what_was_de
 
 def test_each_disk_is_asked_for_what_will_be_written_on_it(tmp_path, monkeypatch):
     asked = {}
-    monkeypatch.setattr(files, "disk_problems", lambda needs, labels: asked.update(needs) or ["full"])
+    monkeypatch.setattr(preflight, "disk_problems", lambda needs, labels: asked.update(needs) or ["full"])
     with pytest.raises(OptionsError, match="full"):
         train_demo(tmp_path / "out", max_steps=1, dbfs_output_dir=str(tmp_path / "copy"))
     checkpoints, model = asked[tmp_path / "out" / "checkpoints"], asked[tmp_path / "out" / "model"]
