@@ -50,8 +50,9 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
     problems += prompt_problems(options) + place_problems(options) + version_problems()
     if not typing_errors:
         problems += _machine_problems(config)
-        if not contradictions and (config is not None or not options.deepspeed_json):
-            settings = resolve(options, world_size(), kernels.best_precision(), config)
+        readable = config is not None or not options.deepspeed_json
+        if not contradictions and (readable or options.bf16 or options.fp16):
+            settings = resolve(options, world_size(), kernels.best_precision(), config if readable else {})
             problems += kernels.precision_problems(settings.precision)
         if config is not None and not problems:
             problems += checks.deepspeed_refusals(str(options.deepspeed_json), config)
