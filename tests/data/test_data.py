@@ -471,7 +471,7 @@ def test_the_split_is_the_one_that_dolly_made() -> None:
     assert tokens.split_held_out(rows, 10, seed=43)[1]["row"][:] != held_out["row"][:]
 
 
-TOO_FEW = ", and at least 2 are needed: one to train on, and one held out"
+TOO_FEW = ", but at least 2 are needed: one to train on and one to hold out"
 
 
 @pytest.mark.parametrize(

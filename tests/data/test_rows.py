@@ -1,4 +1,4 @@
-"""Sources become three columns of strings; what cannot be read is told with its file and row."""
+"""Sources are read into three columns of strings; errors name the file and the row."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ WRITERS = [as_json, as_jsonl, as_csv, as_parquet]
 
 @pytest.mark.parametrize("rows", [ALPACA, DOLLY_15K], ids=["alpaca", "dolly-15k"])
 @pytest.mark.parametrize("writer", WRITERS)
-def test_every_kind_of_file_gives_the_same_rows_also_behind_a_byte_order_mark_and_without_text_and_input(
+def test_all_file_formats_give_the_same_rows_with_a_bom_and_without_optional_columns(
     tmp_path: Path, writer: Writer, rows: list
 ) -> None:
     path = Path(writer(tmp_path / "rows", rows))
@@ -74,7 +74,7 @@ def test_every_kind_of_file_gives_the_same_rows_also_behind_a_byte_order_mark_an
     assert read_columns(writer(tmp_path / "rows", rows)) == Columns(READ.instruction, ["", ""], READ.output)
 
 
-def test_an_upper_case_suffix_and_the_users_home_are_understood(
+def test_an_upper_case_suffix_and_a_tilde_are_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
@@ -82,7 +82,7 @@ def test_an_upper_case_suffix_and_the_users_home_are_understood(
     assert read_columns("~/rows.JSONL") == READ
 
 
-def test_in_jsonl_blank_lines_and_unicode_separators_make_no_rows_and_an_input_may_be_missing_or_null(
+def test_jsonl_skips_blank_lines_keeps_unicode_separators_and_allows_a_missing_or_null_input(
     tmp_path: Path,
 ) -> None:
     odd, row = "a\u2028b\u2029c\x85d", '{"instruction": "x", "output": '
@@ -91,34 +91,34 @@ def test_in_jsonl_blank_lines_and_unicode_separators_make_no_rows_and_an_input_m
     assert read_columns(path) == Columns(["x"] * 3, ["", "", "c"], [odd, "y", "z"])
 
 
-def test_csv_fields_hold_quotes_newlines_null_bytes_and_a_megabyte(tmp_path: Path) -> None:
+def test_csv_fields_may_hold_quotes_newlines_null_bytes_and_a_megabyte(tmp_path: Path) -> None:
     long = "x" * 1_000_000
     path = write(tmp_path / "rows.csv", f'instruction,output\n"a\n""b"",\n",{long}\nc,d\0e\n')
     assert read_columns(path) == Columns(['a\n"b",\n', "c"], ["", ""], [long, "d\0e"])
 
 
-def test_the_embedded_rows_need_no_file() -> None:
+def test_the_demo_rows_need_no_file() -> None:
     columns = read_columns(DEMO)
     assert len(columns) > 1000
     assert any(columns.input)
     assert not all(columns.input)
 
 
-def test_a_name_on_the_hub_is_loaded_and_its_train_split_taken_or_it_is_told_with_its_name(
+def test_the_train_split_of_a_hub_dataset_is_loaded_and_a_failure_names_the_dataset(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked = []
+    requests = []
 
     def load(name: str, split: str) -> datasets.Dataset:
-        asked.append((name, split))
-        if len(asked) > 1:
+        requests.append((name, split))
+        if len(requests) > 1:
             raise ConnectionError("no route")
         return datasets.Dataset.from_list(ALPACA)
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read_columns("tatsu-lab/alpaca") == READ
-    assert asked == [("tatsu-lab/alpaca", "train")]
-    with pytest.raises(DataError, match=r"tatsu-lab/alpaca: neither a local file.*ConnectionError: no route"):
+    assert requests == [("tatsu-lab/alpaca", "train")]
+    with pytest.raises(DataError, match=r"tatsu-lab/alpaca: not a local file.*ConnectionError: no route"):
         read_columns("tatsu-lab/alpaca")
 
 
@@ -133,7 +133,7 @@ BAD_LINES = {
         "row 2: output is dict {'b': 1}, expected a string",
     ),
     "a number as a row": ("7", "row 2: int 7 is not an object"),
-    "a key twice": (GOOD[:-1] + ', "output": "c"}', "line 2: column 'output' stands twice"),
+    "a duplicate key": (GOOD[:-1] + ', "output": "c"}', "line 2: column 'output' appears twice"),
     "both names": (GOOD[:-1] + ', "response": "c"}', "has both 'output' and 'response'"),
     "two names of the input in different rows": (
         f'{GOOD[:-1]}, "input": "c"}}\n{GOOD[:-1]}, "context": "d"}}',
@@ -143,12 +143,12 @@ BAD_LINES = {
         r'{"instruction": "a", "output": "\ud83d"}',
         "row 2: output has half of a surrogate pair",
     ),
-    "an endless number": (f'{{"instruction": "a", "output": {"1" * 5000}}}', "line 2: Exceeds the limit"),
-    "endless nesting": ('{"a":' * 100_000, "line 2: maximum recursion depth"),
+    "a huge number": (f'{{"instruction": "a", "output": {"1" * 5000}}}', "line 2: Exceeds the limit"),
+    "deep nesting": ('{"a":' * 100_000, "line 2: maximum recursion depth"),
 }
 BAD_FILES = {
     "empty file": ("x.json", b"", "the file is empty"),
-    "empty list": ("x.json", b"[]", "no rows, and at least 2 are needed"),
+    "empty list": ("x.json", b"[]", "no rows, but at least 2 are needed"),
     "only blank lines": ("x.jsonl", b"\n\n", "no rows"),
     "only a header": ("x.csv", b"instruction,output\n", "no rows"),
     "broken list": ("x.json", b'[\n{"instruction": "a",\n"output": }]', "line 3: broken JSON"),
@@ -157,7 +157,7 @@ BAD_FILES = {
     "missing columns": (
         "x.jsonl",
         b'{"prompt": "a", "answer": "b"}',
-        "no column 'instruction' and no column 'output' or 'response'. Found 'prompt', 'answer'; needed are",
+        "no column 'instruction' and no column 'output' or 'response'. Found 'prompt', 'answer'; expected",
     ),
     "null": ("x.json", b'[{"instruction": null, "output": "b"}]', "row 1: instruction is NoneType None"),
     "NaN": ("x.json", b'[{"instruction": "a", "output": NaN}]', "row 1: output is float nan"),
@@ -166,35 +166,35 @@ BAD_FILES = {
         b'[{"instruction": "a", "output": "b", "input": ["c"]}]',
         "row 1: input is list ['c'], expected a string",
     ),
-    "no objects": ("x.json", b'["a", "b"]', "row 1: str 'a' is not an object"),
-    "an endless number in a list": ("x.json", f"[{'1' * 5000}]".encode(), "Exceeds the limit"),
-    "endless nesting of lists": ("x.json", b"[" * 100_000, "maximum recursion depth"),
-    "Latin-1 far behind": (  # a reader counts bytes from its buffer
+    "strings as rows": ("x.json", b'["a", "b"]', "row 1: str 'a' is not an object"),
+    "a huge number in a list": ("x.json", f"[{'1' * 5000}]".encode(), "Exceeds the limit"),
+    "deeply nested lists": ("x.json", b"[" * 100_000, "maximum recursion depth"),
+    "Latin-1 in a late row": (  # the CSV reader counts bytes from its buffer
         "x.csv",
         b"instruction,output\n" + b"a,b\n" * 10_000 + b"\xe9,c\n",
         "line 10002: not UTF-8 at byte 40,019",
     ),
-    "Latin-1 behind a byte order mark": (
+    "Latin-1 after a byte order mark": (
         "x.jsonl",
         f"\ufeff{GOOD}\n".encode() + b"\xe9",
         "line 2: not UTF-8 at byte 39",
     ),
-    "an open quote far above": (
+    "an unclosed quote in an early row": (
         "x.csv",
         b'instruction,output\na,"b\n' + b"c,d\n" * 50 + b'"e","f"\n',
         "line 2: broken CSV",
     ),
     "Latin-1": ("x.jsonl", '{"instruction": "é", "output": "b"}'.encode("latin-1"), "not UTF-8 at byte 17"),
     "UTF-16": ("x.csv", "instruction,output\na,b\n".encode("utf-16"), "not UTF-8 at byte 0"),
-    "a column twice": (
+    "a duplicate column": (
         "x.csv",
         b"instruction,output,output\na,b,c\n",
-        "line 1: column 'output' stands twice",
+        "line 1: column 'output' appears twice",
     ),
     "too few fields": ("x.csv", b"instruction,output\na,b\nc\n", "line 3: 1 fields, but the header has 2"),
-    "an open quote": ("x.csv", b'instruction,output\na,b\nc,"d\n', "line 3: broken CSV"),
+    "an unclosed quote": ("x.csv", b'instruction,output\na,b\nc,"d\n', "line 3: broken CSV"),
     "csv without columns": ("x.csv", b"a,b\n1,2\n", "Found 'a', 'b'"),
-    "no Parquet": ("x.parquet", b"PAR1 no, this is none", "not a readable Parquet file"),
+    "not Parquet": ("x.parquet", b"PAR1 but not Parquet", "not a readable Parquet file"),
     "unknown suffix": ("x.txt", b"instruction", "cannot read '.txt' files. Expected one of .json"),
     "no suffix": ("x", b"instruction", "cannot read '' files"),
     **{name: ("x.jsonl", f"{GOOD}\n{line}\n", message) for name, (line, message) in BAD_LINES.items()},
@@ -210,14 +210,14 @@ def assert_refused(path: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "content", "message"), BAD_FILES.values(), ids=BAD_FILES)
-def test_a_bad_file_is_refused_with_its_name_and_the_place(
+def test_a_bad_file_is_refused_with_its_name_and_row(
     tmp_path: Path, name: str, content: str | bytes, message: str
 ) -> None:
     assert_refused(write(tmp_path / name, content), message)
 
 
 def table_of(*output: Any) -> pa.Table:
-    """Rows whose answers are these."""
+    """A Parquet table with these values in its output column."""
     [answers] = output if isinstance(output[0], pa.Array) else [pa.array(output)]
     return pa.table({"instruction": ["a"] * len(answers), "output": answers})
 
@@ -228,7 +228,7 @@ BAD_TABLES = {
     "null": (table_of("c", None), "row 2: output is NoneType None"),
     "bytes": (table_of(b"c"), "row 1: output is bytes b'c'"),
     "nested": (table_of({"b": "c"}), "row 1: output is dict {'b': 'c'}"),
-    "a date that Python has not": (
+    "a date outside of Python's range": (
         table_of(pa.array([2**31 - 1], pa.date32())),
         "row 1: a date32[day] that cannot be read (days=2147483647",
     ),
@@ -238,7 +238,7 @@ BAD_TABLES = {
     ),
     "missing": (pa.table({"text": ["a"]}), "no column 'instruction'"),
     "no rows": (table_of(pa.array([], pa.string())), "no rows"),
-    "a column twice": (table_of("b").append_column("output", [["c"]]), "column 'output' stands twice"),
+    "a duplicate column": (table_of("b").append_column("output", [["c"]]), "column 'output' appears twice"),
 }
 
 
@@ -248,7 +248,7 @@ def test_a_bad_parquet_table_is_refused_with_its_row(tmp_path: Path, table: pa.T
     assert_refused(str(tmp_path / "x.parquet"), message)
 
 
-def test_missing_files_and_folders_are_told(tmp_path: Path) -> None:
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rows").mkdir()
     (tmp_path / "rows.json").mkdir()
     for source, message in {
@@ -256,47 +256,47 @@ def test_missing_files_and_folders_are_told(tmp_path: Path) -> None:
         str(tmp_path / "none"): "no such file",
         "./none": "no such file",
         "../a/b/none.csv": "no such file",
-        str(tmp_path / "rows"): "a folder. Name one file in it",
-        str(tmp_path / "rows.json"): "a folder. Name one file in it",
+        str(tmp_path / "rows"): "is a folder. Name one file in it",
+        str(tmp_path / "rows.json"): "is a folder. Name one file in it",
     }.items():
         with pytest.raises(DataError, match=message):
             read_columns(source)
 
 
-def assert_no_rows(source: str, tokenizer: PreTrainedTokenizerBase, message: str) -> None:
-    """Neither where they are read nor where a cache of them is looked for."""
+def assert_source_refused(source: str, tokenizer: PreTrainedTokenizerBase, message: str) -> None:
+    """Checks that reading the source and looking for its cache fail with the same message."""
     for use in (read_columns, lambda source: prepare_dataset(source, tokenizer, 64)):
         with pytest.raises(DataError, match=message):
             use(source)
 
 
 @pytest.mark.timeout(60)
-def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_pipe_is_refused_at_once(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     pipe, device = tmp_path / "rows.jsonl", tmp_path / "zero.csv"
     os.mkfifo(pipe)
     device.symlink_to("/dev/zero")
     for source in (str(pipe), str(device)):
-        assert_no_rows(source, tokenizer, r"a pipe or a device, no file. Write the rows into a file first")
+        assert_source_refused(source, tokenizer, r"is a pipe or a device\. Write the rows to a file first")
 
 
 @pytest.mark.parametrize(
     "source", ["x" * 5000, "x" * 300 + ".json", "~nobody-here/rows.json", "csv/" + "x" * 300, "~\0"]
 )
-def test_a_name_that_no_file_can_have_is_told(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
-    assert_no_rows(source, tokenizer, f"^{source}: ")
+def test_an_impossible_file_name_is_refused(tokenizer: PreTrainedTokenizerBase, source: str) -> None:
+    assert_source_refused(source, tokenizer, f"^{source}: ")
 
 
 @pytest.mark.parametrize("name", ["csv", "json", "parquet", "text"])
-def test_a_kind_of_file_is_no_name_and_takes_no_files_of_the_working_folder(
+def test_the_name_of_a_file_format_does_not_load_files_of_the_working_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     as_csv(tmp_path / "somebody_elses", ALPACA)
-    with pytest.raises(DataError, match=f"'{name}': no dataset's name. Expected a .json"):
+    with pytest.raises(DataError, match=f"'{name}' is not the name of a dataset. Expected a .json"):
         read_columns(name)
 
 
-def test_a_file_that_may_not_be_read_is_told(
+def test_a_file_without_read_permission_is_refused(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = jsonl(tmp_path / "rows.jsonl", ALPACA)
@@ -306,4 +306,4 @@ def test_a_file_that_may_not_be_read_is_told(
 
     monkeypatch.setattr("builtins.open", refuse)
     monkeypatch.setattr(Path, "read_text", refuse)
-    assert_no_rows(path, tokenizer, r"rows.jsonl: cannot be read \(.*Permission denied")
+    assert_source_refused(path, tokenizer, r"rows.jsonl: cannot be read \(.*Permission denied")

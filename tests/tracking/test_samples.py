@@ -77,11 +77,11 @@ def test_prompts_are_lines_or_objects_each_once(
     [
         ("a.txt", None, "no such file"),
         ("a.txt", b"", "the file is empty"),
-        ("a.txt", b"\n  \n", "no instruction in it"),
+        ("a.txt", b"\n  \n", "has no instructions"),
         ("a.txt", b"good\nb\xe4d", "line 2: not UTF-8"),
         ("a.csv", b"instruction\na\n", "cannot read '.csv' files. Expected one of .txt, .json, .jsonl"),
-        ("a.json", b"[]", "no instruction in it"),
-        ("a.json", b'[{"prompt": "a"}]', "no column 'instruction'. Found 'prompt'; needed is instruction, and input"),
+        ("a.json", b"[]", "has no instructions"),
+        ("a.json", b'[{"prompt": "a"}]', "no column 'instruction'. Found 'prompt'; expected instruction; input"),
         ("a.jsonl", b'{"instruction": "a"}\n{"instruction": \n', "line 2: broken JSON"),
         ("a.jsonl", b'{"instruction": 7}', "instruction is int 7, expected a string"),
         ("a.jsonl", b'{"instruction": " ", "input": "b"}', "row 1: the instruction is empty"),
@@ -109,7 +109,7 @@ def test_all_faults_of_the_two_options_are_told_before_anything_is_loaded(tmp_pa
     words = [*DEMO, "--local-output-dir", str(tmp_path / "out")]
     for more, told in (
         (["--sample-prompts", str(tmp_path / "none.txt")], ["--sample-prompts", "no such file"]),
-        (["--sample-every", "5"], ["--sample-every 5, but nothing is asked. Add --sample-prompts FILE"]),
+        (["--sample-every", "5"], ["--sample-every 5: has no effect without --sample-prompts. Add --sample-prompts FILE"]),
         (
             ["--sample-every", "often", "--sample-prompts", ""],
             ["--sample-every often: expected steps, such as 100, or epochs", "--sample-prompts is empty"],

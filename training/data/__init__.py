@@ -1,1 +1,1 @@
-"""Rows, prompts, tokens, batches."""
+"""From a data file to batches: rows, prompts, tokens, batches."""
