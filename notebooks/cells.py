@@ -18,8 +18,8 @@ from training.errors import MachineError, OptionsError, RunRefusedError, Unfinis
 from training.files import DBFS, local_path
 from training.machine.catalogue import FAMILIES, Machine
 from training.options.trainer_options import TrainingOptions
-from training.plan.presets import RECIPE, preset_options
-from training.run.preflight import place_problems
+from training.plan.presets import DEMO_RECIPE, preset_options
+from training.run.preflight import destination_problems
 
 if TYPE_CHECKING:
     import datasets
@@ -105,7 +105,7 @@ def read_widgets(widgets: Any) -> Choices:
         gpu_family=values["gpu_family"],
         input_model=model,
         training_dataset=dataset,
-        epochs=number("epochs", float, RECIPE["epochs"] if model == DEMO else 1.0),
+        epochs=number("epochs", float, DEMO_RECIPE["epochs"] if model == DEMO else 1.0),
         name=name,
         output=root / name,
         published=published or None,
@@ -160,7 +160,7 @@ def check_plan(
     def plan_of(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
         """The table of the plan, and all problems of the run."""
         planned = TrainingOptions(**options, **recipe)
-        problems = place_problems(planned)
+        problems = destination_problems(planned)
         try:
             plan = plan_options(planned, ranks, machine)
         except OptionsError as error:

@@ -84,7 +84,7 @@ print(f"{chosen.name}\n  trained in       {chosen.output}\n  published to     {c
 
 # COMMAND ----------
 
-from training.plan.presets import RECIPE
+from training.plan.presets import DEMO_RECIPE
 
 machine = cells.find_machine(chosen)
 num_gpus = machine.count
@@ -93,7 +93,7 @@ recipe = preset_options(chosen.gpu_family, ranks)
 options = {
     "input_model": chosen.input_model,
     "training_dataset": chosen.training_dataset,
-    **(RECIPE if chosen.is_demo else {}),
+    **(DEMO_RECIPE if chosen.is_demo else {}),
     "epochs": chosen.epochs,
     "local_output_dir": str(chosen.output),
     "dbfs_output_dir": chosen.published,

@@ -20,7 +20,7 @@ from training.launch.local import deepspeed_command, launch_environment, typed
 from training.model.generation import generate_responses, load_model_tokenizer_for_generate, printable
 from training.model.loading import max_positions
 from training.pictures import PictureFile, draw_demo
-from training.plan.presets import RECIPE, demo_options
+from training.plan.presets import DEMO_RECIPE, demo_options
 from training.storage import metrics
 
 SHOWN = 12  # examples on the terminal
@@ -43,7 +43,8 @@ def held_out_rows(tokenizer: transformers.PreTrainedTokenizerBase, longest: int)
     prepared, _ = prepare_dataset(DEMO, tokenizer, longest)
     rows = demo_rows()
     return [
-        rows[number - 1] for number in split_held_out(prepared, RECIPE["test_size"], DEFAULT_SEED)[1]["row"]
+        rows[number - 1]
+        for number in split_held_out(prepared, DEMO_RECIPE["test_size"], DEFAULT_SEED)[1]["row"]
     ]
 
 

@@ -28,7 +28,7 @@ from training.launch.local import deepspeed_command, launch
 from training.machine.catalogue import find_machine
 from training.model.generation import generate_response, load_model_tokenizer_for_generate
 from training.options.command_line import option_words
-from training.plan.presets import RECIPE, preset_options
+from training.plan.presets import DEMO_RECIPE, preset_options
 from training.storage.metrics import read
 from training.storage.record import read_run_record
 
@@ -206,7 +206,7 @@ def test_untouched_widgets_are_dollys_run_and_cpu_alone_is_the_demo(tmp_path: Pa
     assert re.fullmatch(r"dolly__\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d", dolly.name)
     assert dolly.output == Path("/local") / dolly.name
     demo = cell_functions.read_widgets(widgets(gpu_family="cpu", dbfs_output_root="dbfs:/models/"))
-    assert (demo.input_model, demo.training_dataset, demo.epochs) == (DEMO, DEMO, RECIPE["epochs"])
+    assert (demo.input_model, demo.training_dataset, demo.epochs) == (DEMO, DEMO, DEMO_RECIPE["epochs"])
     assert demo.published == f"/dbfs/models/{demo.name}"
     assert cell_functions.read_widgets(widgets(dbfs_output_root="s3://b/f")).published.startswith(
         "s3://b/f/dolly__"
@@ -280,7 +280,7 @@ def test_what_could_not_be_written_is_told_beside_the_plan(monkeypatch: pytest.M
     wrong = dolly(local_output_dir="/dbfs/x/dolly__a", mlflow_model_name="a/b")
     with pytest.raises(errors.RunRefusedError) as refused:
         cell_functions.check_plan(wrong, preset_options("a100", 8), 8, find_machine("8xA100-40GB"), "a100")
-    assert "--local-output-dir /dbfs/x/dolly__a: training writes at random places" in str(refused.value)
+    assert "--local-output-dir /dbfs/x/dolly__a: DBFS and Volumes do not support random writes" in str(refused.value)
     assert "--mlflow-model-name 'a/b': expected one word" in str(refused.value)
 
 
@@ -309,7 +309,7 @@ def test_the_trainer_takes_what_the_notebook_chooses_also_a_name_for_mlflow(
         trainer.main(option_words(known["options"] | known["recipe"]))
     assert ended.value.code == 0
     assert taken[0].per_device_train_batch_size * taken[0].gradient_accumulation_steps * 4 == 64
-    assert (taken[0].lr, taken[0].epochs, taken[0].resume) == (RECIPE["lr"], RECIPE["epochs"], "never")
+    assert (taken[0].lr, taken[0].epochs, taken[0].resume) == (DEMO_RECIPE["lr"], DEMO_RECIPE["epochs"], "never")
     assert taken[0].mlflow_model_name == (named or None)
 
 

@@ -74,7 +74,7 @@ def test_a_small_host_does_not_do_for_eight_offloaded_ranks(host_gb):
     small = planned("8xV100-32GB", changed={"host_gib": host_gb * 1e9 / GIB})
     assert list(small.shortages) == ["host memory"]
     needed = max(small.host_memory_gib.values())
-    assert f"A machine with {math.ceil(needed)} GiB of free host memory would do" in small.problems[0]
+    assert f"Use a machine with {math.ceil(needed)} GiB of free host memory" in small.problems[0]
     assert planned("8xV100-32GB", changed={"host_gib": needed + 1}).fits
 
 

@@ -96,7 +96,7 @@ def test_the_predicted_time_of_a_step_of_the_demo_is_within_its_range_of_a_measu
         | {"batching": batching, "test_size": 20, "local_output_dir": "x"}
         | {"deepspeed": BF16 if ranks > 1 else None}
     )
-    settings = resolve(options, ranks, "fp32").decide(False, None)
+    settings = resolve(options, ranks, "fp32").with_plan_choices(False, None)
     load = epoch_load(lengths, settings)
     seconds = step_seconds(MODEL, replace(CPU, flops=rate), settings, load, lengths.response_share)
     predicted, measured = sum(seconds.values()), (many - few) / 40

@@ -15,7 +15,7 @@ from training.options.deepspeed import Zero
 from training.plan.epoch import alpaca_lengths, epoch_load
 from training.plan.lookup import model_shape
 from training.plan.model_shape import gptj_shape
-from training.plan.timing import hours_of, step_seconds
+from training.plan.timing import run_hours, step_seconds
 
 GPTJ = model_shape("EleutherAI/gpt-j-6B")
 TINY = gptj_shape("tiny", layers=2, width=8, heads=2, vocabulary=100)
@@ -104,4 +104,4 @@ def test_an_epoch_is_its_steps_and_its_held_out_losses():
     load = replace(epoch_load(alpaca_lengths(), settings), steps=100)
     seconds = {"compute": 3.0, "gathering": 3.0, "optimizer": 0.0}
     # 640 rows are ten steps' rows: ten forwards of 1 s, and ten times one of three gatherings. Three times.
-    assert hours_of(GPTJ, settings, load, seconds, 100) == pytest.approx((100 * 6 + 3 * (10 + 10)) / 3600)
+    assert run_hours(GPTJ, settings, load, seconds, 100) == pytest.approx((100 * 6 + 3 * (10 + 10)) / 3600)

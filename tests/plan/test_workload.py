@@ -20,7 +20,7 @@ from training.plan.epoch import (
     Lengths,
     alpaca_lengths,
     epoch_load,
-    lengths_of,
+    row_lengths,
 )
 from training.plan.lookup import dataset_lengths, model_shape
 from training.plan.model_shape import gptj_shape, neox_shape
@@ -86,7 +86,7 @@ def test_the_built_in_rows_are_alpaca_s():
 def test_the_built_in_histogram_is_what_the_product_itself_counts():
     tokenizer = load_tokenizer(str(SHARED / "gpt2-bpe"))
     rows, _ = prepare_dataset(str(SHARED / "data/alpaca_1500.jsonl"), tokenizer, 2048)
-    counted = lengths_of("alpaca", rows["length"][:], rows["response_start"][:])
+    counted = row_lengths("alpaca", rows["length"][:], rows["response_start"][:])
     bins = np.bincount((counted.tokens - 1) // 8, minlength=len(ALPACA_HISTOGRAM))
     assert bins.tolist() == list(ALPACA_HISTOGRAM)
     assert counted.response_share == pytest.approx(ALPACA_RESPONSE_SHARE, abs=0.001)
@@ -95,7 +95,7 @@ def test_the_built_in_histogram_is_what_the_product_itself_counts():
 def test_a_dataset_of_one_s_own_is_counted_by_its_rows_and_the_share_of_their_responses(
     tmp_path, base_folder
 ):
-    lengths = lengths_of("mine", [10, 30], [5, 15])
+    lengths = row_lengths("mine", [10, 30], [5, 15])
     assert lengths.tokens.tolist() == [10, 30]
     assert lengths.response_share == 0.5
     rows = [row | {"instruction": "a" * n} for n, row in enumerate(rows_of(40), start=1)]

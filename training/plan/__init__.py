@@ -1,1 +1,1 @@
-"""Does a run fit, how long does it take, what does it cost."""
+"""Predicts the memory, time and cost of a run."""

@@ -1,10 +1,10 @@
-"""Whether a run fits, how long it takes and what it costs, answered from numbers before a weight is loaded.
+"""Predicts whether a run fits on a machine, how long it takes and what it costs. Loads no weights.
 
-    python -m training.plan --machine 8xA100-40GB                  Dolly's run
+    python -m training.plan --machine 8xA100-40GB                  Dolly's default run
     python -m training.plan --machine g5.24xlarge --price 8.14 --plot memory.png
-    python -m training.plan                                        this machine's own devices
+    python -m training.plan                                        this machine
 
-Sizes are GiB (2**30 bytes), times hours or seconds. The trainer calls `plan_run` (training/plan/fit.py) itself."""
+Sizes are in GiB (2**30 bytes), times in hours or seconds. The trainer calls `plan_run` (training/plan/fit.py)."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from training.plan.fit import Plan, plan_options
 from training.plan.presets import preset_options
 from training.plan.report import as_json, as_table, draw
 
-# An option whose bad value is reported together with all others.
+# A bad value is reported together with all other problems.
 _option = partial(click.option, cls=CollectedOption)
 
 
 def _long_name(word: str) -> str:
-    """--model is short for --input-model."""
+    """Expands --model to --input-model."""
     return "input-model" if word == "model" else word
 
 
 @click.command(context_settings={"max_content_width": 110, "token_normalize_func": _long_name})
 @_option("--machine", metavar="NAME", help=f"One of {', '.join(MACHINES)}.  [default: this one]")
-@_option("--num-gpus", type=int, help="Devices to use.  [default: all; 2 CPU ranks]")
+@_option("--num-gpus", type=int, help="Number of devices.  [default: all; 2 CPU ranks]")
 @some_click_options(
     "input_model",
     "training_dataset",
@@ -53,7 +53,7 @@ def _long_name(word: str) -> str:
     "max_steps",
     "test_size",
     "save_total_limit",
-    # the GPU family's where they are left out
+    # default: those of the GPU family
     deepspeed=None,
     per_device_train_batch_size=None,
     gradient_accumulation_steps=None,
@@ -61,9 +61,9 @@ def _long_name(word: str) -> str:
     epochs=1.0,
     local_output_dir="OUTPUT",
 )
-@_option("--price", type=click.FloatRange(0), help="Of the machine, an hour, in any currency.")
-@_option("--json", "json_", is_flag=True, help="For programs.")
-@_option("--plot", type=PictureFile(), metavar="FILE.png", help="Draw the memory of a device by part.")
+@_option("--price", type=click.FloatRange(0), help="Price of the machine per hour, in any currency.")
+@_option("--json", "json_", is_flag=True, help="Print JSON instead of the table.")
+@_option("--plot", type=PictureFile(), metavar="FILE.png", help="Draw the memory per device, by part.")
 @click.pass_context
 def main(
     ctx: click.Context,
@@ -74,15 +74,15 @@ def main(
     plot: Path | None,
     **typed: Any,
 ) -> None:
-    """Whether a run fits on a machine, how long it takes, what it costs. The defaults are Dolly's run.
+    """Predict whether a run fits on a machine, how long it takes and what it costs. The defaults are Dolly's run.
 
-    --deepspeed, --per-device-train-batch-size and --gradient-accumulation-steps are those of the machine's GPU family
-    where you leave them out; --local-output-dir is where the run would write. --model is short for --input-model.
+    --deepspeed, --per-device-train-batch-size and --gradient-accumulation-steps default to the values for the machine's
+    GPU family. --local-output-dir is the folder that the run would write to. --model is short for --input-model.
     """
     problems = value_problems(ctx)
     if price is not None and not math.isfinite(price):
         problems.append(f"--price {price}: expected a finite number")
-    with redirect_stdout(sys.stderr):  # DeepSpeed prints as it is imported
+    with redirect_stdout(sys.stderr):  # DeepSpeed prints when it is imported
         plan = _plan(machine, num_gpus, typed, problems)
     if plan is None:
         raise click.UsageError("\n".join(problems))
@@ -94,16 +94,16 @@ def main(
 
 
 def _plan(name: str | None, num_gpus: int | None, typed: dict[str, Any], problems: list[str]) -> Plan | None:
-    """The plan; None if there are `problems`, which get all that are found here."""
+    """The plan, or None if there are problems. Adds every problem it finds to `problems`."""
     options = TrainingOptions(**{key: value for key, value in typed.items() if value is not None})
     problems += option_problems(options)
-    for flag, word in (("--machine", name), ("--deepspeed", options.deepspeed)):
-        if word is not None and not word.strip():  # of a shell variable that was never set
+    for flag, value in (("--machine", name), ("--deepspeed", options.deepspeed)):
+        if value is not None and not value.strip():  # such as an unset shell variable
             problems.append(f"{flag} is empty. Give a value, or leave the option out")
-    with _collected(problems):
+    with _collect_errors(problems):
         if options.deepspeed:
             problems += section_problems(options, read_json(options.deepspeed))
-    with _collected(problems):
+    with _collect_errors(problems):
         machine = this_machine(options.local_output_dir, num_gpus) if not name else find_machine(name)
         if num_gpus and num_gpus > machine.count:
             raise MachineError(f"--num-gpus {num_gpus}: {machine.name} has {machine.count}")
@@ -116,15 +116,15 @@ def _plan(name: str | None, num_gpus: int | None, typed: dict[str, Any], problem
 
 
 @contextmanager
-def _collected(problems: list[str]) -> Iterator[None]:
-    """Adds an error that is the user's to `problems`."""
+def _collect_errors(problems: list[str]) -> Iterator[None]:
+    """Adds errors that the user can correct to `problems`."""
     try:
         yield
     except OptionsError as error:
         problems += error.problems
     except (MachineError, ModelError, DataError) as error:
         problems.append(str(error))
-    except RuntimeError as error:  # ~nobody
+    except RuntimeError as error:  # an unknown user in ~user
         problems.append(f"--local-output-dir: {error} Name a folder of your own")
 
 

@@ -1,4 +1,4 @@
-"""The lengths of the rows, and the work of an epoch of them for the devices."""
+"""Row lengths of a dataset, and the tokens that the devices compute in one epoch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Lengths:
-    """The rows of a dataset: `tokens (rows,) int64`, and the share of all tokens that are response tokens."""
+    """Row lengths of a dataset: `tokens (rows,) int64`, and the share of all tokens that belong to responses."""
 
     source: str
     tokens: np.ndarray
@@ -27,9 +27,9 @@ class Lengths:
 ALPACA_ROWS = 52_002
 ALPACA_RESPONSE_SHARE = 0.569
 
-# Rows of lengths 1-8, 9-16, ... tokens among 1,500 rows of Alpaca drawn at random, tokenised by training.data with
-# GPT-2's BPE, the control tokens being one token each: mean 106.7, median 91, 99% at 307, longest 603. Other
-# tokenizers make some percent more or fewer of the same text.
+# Number of rows with 1-8, 9-16, ... tokens among 1,500 random rows of Alpaca, tokenised by training.data with GPT-2's
+# BPE (each control token is one token): mean 106.7, median 91, 99th percentile 307, longest 603. Other tokenizers
+# produce a few percent more or fewer tokens.
 # fmt: off
 ALPACA_HISTOGRAM = (
     0, 0, 0, 1, 27, 69, 110, 144, 166, 108, 94, 80, 75, 77, 73, 59, 57, 76, 44, 29, 39, 21, 22, 24, 15, 8, 13, 7, 6,
@@ -40,7 +40,7 @@ ALPACA_HISTOGRAM = (
 
 
 def alpaca_lengths() -> Lengths:
-    """Alpaca's 52,002 rows, spread over the middles of the histogram's bins in its proportions."""
+    """Alpaca's 52,002 rows in the proportions of the histogram, each at the middle of its bin."""
     import numpy as np
 
     counts = np.array(ALPACA_HISTOGRAM)
@@ -49,8 +49,8 @@ def alpaca_lengths() -> Lengths:
     return Lengths(DEFAULT_TRAINING_DATASET, tokens, ALPACA_RESPONSE_SHARE)
 
 
-def lengths_of(source: str, tokens: Sequence[int], response_starts: Sequence[int]) -> Lengths:
-    """The lengths of tokenised rows, from the tokens of each and the place where its response starts."""
+def row_lengths(source: str, tokens: Sequence[int], response_starts: Sequence[int]) -> Lengths:
+    """Lengths from each tokenised row's token count and the index of its first response token."""
     import numpy as np
 
     counts = np.array(tokens, dtype=np.int64)
@@ -60,16 +60,16 @@ def lengths_of(source: str, tokens: Sequence[int], response_starts: Sequence[int
 
 @dataclass(frozen=True)
 class Load:
-    """The work of an epoch for the devices. The slowest device of each micro-step sets the pace.
+    """The computation of one epoch. In each micro-step all devices wait for the slowest one.
 
     Attributes:
-        steps: optimizer steps of an epoch; each has `accumulation` micro-steps.
-        real_tokens, computed_tokens: of an epoch, over all devices.
-        paced_tokens: what all devices could compute in the time that the slowest of each micro-step takes.
-        slowest_tokens: mean over micro-steps of the tokens computed by the slowest device.
-        slowest_scores: the same of its attention scores, one head's: the sum of row length^2, half if causal.
-        peak_tokens: the most tokens a device ever computes at once.
-        peak_row: the longest row, padded where rows are.
+        steps: optimizer steps per epoch; each has `accumulation` micro-steps.
+        real_tokens, computed_tokens: per epoch over all devices, without and with padding.
+        paced_tokens: tokens that all devices could compute in the time of the slowest device of each micro-step.
+        slowest_tokens: tokens computed by the slowest device, mean over micro-steps.
+        slowest_scores: attention scores of one head on that device, mean: the sum of row length^2, half if causal.
+        peak_tokens: the most tokens that a device computes at once.
+        peak_row: the longest row, including padding if rows are padded.
     """
 
     steps: int
@@ -85,9 +85,10 @@ class Load:
 def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
     """Counts the work of one epoch in random order.
 
-    Padded: a device pads its rows to the longest, rounded up to 8 (data/collator.py). Packed: a global batch is dealt
-    in shares of equal token count, the largest 0.5% above the mean (data/batching.py), or the batch's longest row.
-    The plan assumes that the model packs; the trainer proves it, and otherwise pads rows of like length.
+    Padded: a device pads its rows to the longest one, rounded up to 8 (data/collator.py). Packed: a global batch is
+    split into shares of equal token count; the largest share is 0.5% above the mean (data/batching.py), or the longest
+    row. The plan assumes that the model supports packing. The trainer tests this, and otherwise pads rows of similar
+    length.
     """
     import numpy as np
 
@@ -95,7 +96,7 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
     held_out = min(settings.options.test_size, len(lengths.tokens) // 2)
     tokens = np.random.default_rng(seed).permutation(lengths.tokens)[held_out:]
     batch = settings.global_batch
-    # Whole batches only: the last, smaller one of an epoch matters little.
+    # Full batches only; the smaller last batch of an epoch is negligible.
     whole = np.resize(tokens, max(1, len(tokens) // batch) * batch)
     longest = int(tokens.max())
     if settings.packed:
@@ -124,5 +125,5 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
 
 
 def padded_length(length: Any) -> Any:
-    """The next multiple of 8 of a length, or of each in an array: what a padded batch of it has."""
+    """Rounds a length, or an array of lengths, up to a multiple of 8, as the padding collator does."""
     return -(-length // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF

@@ -1,4 +1,4 @@
-"""Whether a run fits on a machine: the plan, what is short, the nearest change that makes it fit, and what to type."""
+"""Builds the plan of a run: memory, disk, time, what is short, the smallest change that makes it fit, the command."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from training.plan.memory import (
 )
 from training.plan.model_shape import ModelShape
 from training.plan.presets import rows_and_accumulation
-from training.plan.timing import CPU_RANGE, GPU_RANGE, cpu_rate, hours_of, step_seconds
+from training.plan.timing import CPU_RANGE, GPU_RANGE, cpu_rate, run_hours, step_seconds
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run on a machine, in numbers.
+    """Predicted memory, disk and time of a run on a machine.
 
     Attributes:
-        settings: with `checkpointing` (bool) and `max_tokens` (int or None) decided.
-        gpu_memory_gib: of one device by part. On a CPU machine it is host memory and counts there as well.
+        settings: the run's settings, with "auto" resolved: `checkpointing` is bool, `max_tokens` int or None.
+        gpu_memory_gib: memory of one device by part. On a CPU machine this is host memory and also counted there.
         activations_gib: activations and logits "with checkpointing" and "without checkpointing".
         host_memory_gib: "loading" and "training".
         disk_gib: by part.
-        step_seconds: of one optimizer step by part.
+        step_seconds: seconds of one optimizer step by part.
         hours_per_epoch: "low", "expected", "high".
-        steps, hours: of the whole run; the latter as those of an epoch.
-        shortages: kind ("GPU memory", "host memory", "disk") to a sentence; empty if it fits.
-        changes: for each kind the nearest change that makes it fit.
-        command: what to type for this run.
+        steps, hours: of the complete run; `hours` has the keys of `hours_per_epoch`.
+        shortages: maps "GPU memory", "host memory" or "disk" to a sentence; empty if the run fits.
+        changes: maps each shortage to the smallest change that removes it.
+        command: the command that starts this run.
     """
 
     model: ModelShape
@@ -70,27 +70,27 @@ class Plan:
 
     @property
     def problems(self) -> list[str]:
-        """What is short, by how much, and the nearest change that makes it fit; empty if it fits."""
+        """Each shortage with the smallest change that removes it; empty if the run fits."""
         return [f"{sentence}. {self.changes[kind]}" for kind, sentence in self.shortages.items()]
 
 
 def plan_run(settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine) -> Plan:
-    """Weighs a run against a machine, or several of its kind where it has fewer devices than the run has ranks.
+    """Plans a run on a machine, or on several such machines if the run has more ranks than the machine has devices.
 
-    What is "auto" in the settings is decided in those of the plan. A CPU's speed is measured, unless `machine` has one.
-    Raises MachineError for a machine of an unknown GPU family.
+    The plan's settings have "auto" resolved. A CPU's speed is measured unless `machine.flops` is set.
+    Raises MachineError for an unknown GPU family.
     """
     if machine.is_cpu and not machine.flops:
         machine = replace(machine, flops=cpu_rate(model.width, settings.ranks))
-    plan = _weigh(settings, lengths, model, machine)
+    plan = _compute_plan(settings, lengths, model, machine)
     return plan if plan.fits else replace(plan, changes=_nearest_changes(plan, settings, lengths))
 
 
 def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan:
-    """The plan of a run by the trainer's options: model and rows are looked up by their names.
+    """Plans a run from the trainer's options: looks up the model and the dataset by name.
 
-    Raises MachineError for a machine of an unknown GPU family; OptionsError for options that cannot be used there;
-    ModelError or DataError where model or dataset cannot be loaded.
+    Raises MachineError for an unknown GPU family, OptionsError for options that cannot be used on the machine, and
+    ModelError or DataError if the model or the dataset cannot be loaded.
     """
     family, model = find_family(machine.family), model_shape(options.input_model)
     settings = resolve(options, ranks, family.precision)
@@ -107,11 +107,11 @@ def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan
     return plan_run(settings, lengths, model, machine)
 
 
-def _weigh(settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine) -> Plan:
+def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine) -> Plan:
     load, share, cpu = epoch_load(lengths, settings), lengths.response_share, machine.is_cpu
     local = min(settings.ranks, machine.count)
     host = host_memory(model, settings, local, cpu)
-    # Ranks on a CPU share the host's memory with each other, and with what saving takes.
+    # CPU ranks share host memory with each other and with the buffers for saving.
     saving = host["training"] - local * CPU_PROCESS_GIB
     room = (machine.host_gib - saving) / local if cpu else machine.gpu_memory_gib
     if settings.checkpointing == "auto":
@@ -133,7 +133,7 @@ def _weigh(settings: Settings, lengths: Lengths, model: ModelShape, machine: Mac
     factor = CPU_RANGE if cpu else GPU_RANGE
     epoch, run = (
         {"low": hours / factor, "expected": hours, "high": hours * factor}
-        for hours in (hours_of(model, settings, load, seconds, count) for count in (load.steps, steps))
+        for hours in (run_hours(model, settings, load, seconds, count) for count in (load.steps, steps))
     )
     return Plan(
         model=model,
@@ -150,14 +150,14 @@ def _weigh(settings: Settings, lengths: Lengths, model: ModelShape, machine: Mac
         hours=run,
         shortages=_shortages(machine, sum(gpu.values()), host, sum(stored.values())),
         changes={},
-        command=command(settings),
+        command=training_command(settings),
     )
 
 
 def _shortages(
     machine: Machine, gpu_gib: float, host_gib: dict[str, float], disk_gib: float
 ) -> dict[str, str]:
-    """What the machine lacks, each with the numbers. A CPU rank has no memory of its own."""
+    """Describes what the machine lacks, in numbers. A CPU rank has no memory of its own."""
     phase, gpu_room = max(host_gib, key=host_gib.__getitem__), machine.gpu_memory_gib
     needs = (
         ("GPU memory", gpu_gib, math.inf if machine.is_cpu else gpu_room, f"on each {machine.gpu}", ""),
@@ -173,20 +173,20 @@ def _shortages(
 
 
 def _nearest_changes(failed: Plan, settings: Settings, lengths: Lengths) -> dict[str, str]:
-    """For each shortage the first change that ends it and causes no other. Options come before other machines."""
-    tried = [
-        (change.advice, _weigh(_changed(settings, change), lengths, failed.model, change.machine))
-        for change in [*_other_options(failed), *_other_machines(failed)]
+    """For each shortage, the first change that removes it and adds no other. Options come before other machines."""
+    candidates = [
+        (change.advice, _compute_plan(_apply_change(settings, change), lengths, failed.model, change.machine))
+        for change in [*_option_changes(failed), *_machine_changes(failed)]
     ]
     nearest = {
-        "GPU memory": f"Nothing near it fits: {failed.model.name} needs more GPUs or larger ones",
-        "host memory": f"A machine with {math.ceil(max(failed.host_memory_gib.values()))} GiB of free host "
-        "memory would do",
+        "GPU memory": f"{failed.model.name} needs more GPUs or larger ones than any change that was tried",
+        "host memory": f"Use a machine with {math.ceil(max(failed.host_memory_gib.values()))} GiB of free host "
+        "memory",
         "disk": f"Name a folder on a disk with {math.ceil(sum(failed.disk_gib.values()))} GiB free: "
         "--local-output-dir FOLDER",
     }
     for kind in failed.shortages:
-        for advice, plan in tried:
+        for advice, plan in candidates:
             if kind not in plan.shortages and plan.shortages.keys() <= failed.shortages.keys():
                 nearest[kind] = advice
                 break
@@ -195,7 +195,7 @@ def _nearest_changes(failed: Plan, settings: Settings, lengths: Lengths) -> dict
 
 @dataclass(frozen=True)
 class Change:
-    """Another way to run: options by their names, ranks, and a machine; `where` names it if it is another one."""
+    """Changed options, ranks and machine of a run. `where` describes the machine if it is a different one."""
 
     options: dict[str, Any]
     ranks: int
@@ -210,7 +210,7 @@ class Change:
         return f"Type {words}"
 
 
-def _changed(settings: Settings, change: Change) -> Settings:
+def _apply_change(settings: Settings, change: Change) -> Settings:
     same_file = "deepspeed" not in change.options
     return resolve(
         replace(settings.options, **change.options),
@@ -220,60 +220,63 @@ def _changed(settings: Settings, change: Change) -> Settings:
     )
 
 
-def _saving(plan: Plan) -> dict[str, Any]:
+def _checkpointing_option(plan: Plan) -> dict[str, Any]:
     return {} if plan.settings.checkpointing else {"gradient_checkpointing": "on"}
 
 
-def _offload(plan: Plan) -> dict[str, Any]:
+def _offload_option(plan: Plan) -> dict[str, Any]:
     offload = find_family(plan.machine.family).offload
     return {"deepspeed": offload} if offload and not plan.settings.zero.offload_optimizer else {}
 
 
-def _other_options(failed: Plan) -> list[Change]:
-    """Changes of the options alone, the smallest first."""
-    settings, machine, saving = failed.settings, failed.machine, _saving(failed)
-    ranks, changes = settings.ranks, [saving]
+def _option_changes(failed: Plan) -> list[Change]:
+    """Changes of options only, smallest first."""
+    settings, machine, recompute = failed.settings, failed.machine, _checkpointing_option(failed)
+    ranks, changes = settings.ranks, [recompute]
     if settings.packed and settings.max_tokens is None:
         room = machine.host_gib / ranks if machine.is_cpu else machine.gpu_memory_gib
         slow = replace(settings, checkpointing=True)
         budget = auto_max_tokens_per_device(failed.model, slow, failed.load, 0.0, room, machine.is_cpu)
-        changes.append(saving | {"max_tokens_per_device": budget} if budget else {})
+        changes.append(recompute | {"max_tokens_per_device": budget} if budget else {})
     if settings.options.save_total_limit > 1:
         changes.append({"save_total_limit": 1})
     for rows in (2**i for i in reversed(range(6)) if 2**i < settings.rows):
         steps = settings.accumulation * math.ceil(settings.rows / rows)
-        changes.append({"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | saving)
+        changes.append(
+            {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | recompute
+        )
     own_file, offloaded = find_family(machine.family).deepspeed, settings.zero.offload_optimizer
     if (settings.zero.stage == 0 and ranks > 1) or (
         offloaded and own_file != settings.options.deepspeed_json
     ):
         changes.append({"deepspeed": own_file})
-    if offload := _offload(failed):
-        changes.append(offload | saving)
+    if offload := _offload_option(failed):
+        changes.append(offload | recompute)
     return [Change(options, ranks, machine) for options in changes if options]
 
 
-def _other_machines(failed: Plan) -> list[Change]:
-    """Larger GPUs of the family, then more of the same."""
-    settings, machine, saving, offload = failed.settings, failed.machine, _saving(failed), _offload(failed)
+def _machine_changes(failed: Plan) -> list[Change]:
+    """Changes of machine: larger GPUs of the same family, then more GPUs."""
+    settings, machine = failed.settings, failed.machine
+    recompute, offload = _checkpointing_option(failed), _offload_option(failed)
     ranks = settings.ranks
     if machine.is_cpu:
         return []
-    found = [
-        Change(saving, ranks, replace(machine, gpu=name, gpu_memory_gib=gpu.memory_gib), f"{ranks} {name}")
+    changes = [
+        Change(recompute, ranks, replace(machine, gpu=name, gpu_memory_gib=gpu.memory_gib), f"{ranks} {name}")
         for name, gpu in GPUS.items()
         if gpu.family == machine.family and gpu.memory_gib > machine.gpu_memory_gib + 1
     ]
     for count in (count for count in (2, 3, 4, 8, 16, 32) if count > ranks):
         rows, steps = rows_and_accumulation(settings.global_batch, count, settings.options.batching)
-        spread = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | saving
+        spread = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | recompute
         for options in [spread, offload | spread] if offload else [spread]:
-            found.append(Change(options, count, replace(machine, count=count), f"{count} {machine.gpu}"))
-    return found
+            changes.append(Change(options, count, replace(machine, count=count), f"{count} {machine.gpu}"))
+    return changes
 
 
-def command(settings: Settings) -> str:
-    """What to type for this run; options that are the trainer's defaults are left out."""
+def training_command(settings: Settings) -> str:
+    """The shell command that starts this run, without options that have the trainer's defaults."""
     options = settings.options
     if options.deepspeed_json:
         words = ["deepspeed", "--num_gpus", str(settings.ranks), "--module", "training.trainer"]

@@ -1,18 +1,18 @@
-"""Finds model shapes and row lengths by the names in the options."""
+"""Looks up model shapes and row lengths by model name and dataset name."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from training.consts import DEFAULT_TRAINING_DATASET, DEMO, WEIGHTS
-from training.plan.epoch import Lengths, alpaca_lengths, lengths_of
+from training.plan.epoch import Lengths, alpaca_lengths, row_lengths
 from training.plan.model_shape import BUILT_IN, ModelShape, gptj_shape
 
 
 def model_shape(name: str) -> ModelShape:
-    """Facts of a built-in model, the demo's, a folder with a config.json, or a model on the Hub (config only).
+    """Shape of a built-in model, the demo model, a folder with a config.json, or a model on the Hub (config only).
 
-    Only the last two import torch. Raises ModelError for what cannot be found or is no causal language model.
+    Only the last two import torch. Raises ModelError if the model is not found or is not a causal language model.
     """
     if name.lower() in BUILT_IN:
         return BUILT_IN[name.lower()]
@@ -25,7 +25,7 @@ def model_shape(name: str) -> ModelShape:
 
 
 def _shape_of_config(name: str) -> ModelShape:
-    """Facts by transformers: the config, and the parameters of a model without memory behind it."""
+    """Shape from transformers' config and the parameters of a model on the meta device."""
     import torch
     from transformers import AutoModelForCausalLM
     from transformers.models.auto.auto_factory import _get_model_class
@@ -35,7 +35,7 @@ def _shape_of_config(name: str) -> ModelShape:
 
     config = load_config(name)
     with torch.device("meta"):
-        # Not by from_config: under ZeRO-3 it would ask all ranks to share the parameters, and one alone plans.
+        # Not from_config: under ZeRO-3 it is a collective operation, and only one rank plans.
         model = _get_model_class(config, AutoModelForCausalLM._model_mapping)(config)
     text, folder = config.get_text_config(), Path(name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -59,9 +59,9 @@ def _shape_of_config(name: str) -> ModelShape:
 
 
 def dataset_lengths(dataset: str, model: ModelShape) -> Lengths:
-    """Lengths of a dataset's rows: Alpaca's are built in, any other is tokenised with the model's tokenizer.
+    """Row lengths of a dataset. Alpaca's are built in; others are tokenised with the model's tokenizer.
 
-    Raises DataError or ModelError where either cannot be loaded.
+    Raises DataError or ModelError if the dataset or the tokenizer cannot be loaded.
     """
     if dataset == DEFAULT_TRAINING_DATASET:
         return alpaca_lengths()
@@ -71,7 +71,7 @@ def dataset_lengths(dataset: str, model: ModelShape) -> Lengths:
     from training.data.tokens import prepare_dataset
     from training.model.tokenizer import load_tokenizer
 
-    datasets.disable_progress_bars()  # the answer is a table
+    datasets.disable_progress_bars()  # keep the output a plain table
     transformers.utils.logging.disable_progress_bar()
     rows, _ = prepare_dataset(dataset, load_tokenizer(model.name), model.positions)
-    return lengths_of(dataset, rows["length"][:], rows["response_start"][:])
+    return row_lengths(dataset, rows["length"][:], rows["response_start"][:])

@@ -1,6 +1,6 @@
-"""The memory of a device by part, the host memory while loading and training, and the disk that a run needs, in GiB.
+"""Predicts device memory, host memory and disk of a run, in GiB.
 
-Without a GPU a device is a CPU rank, whose memory is part of the host's."""
+Without a GPU a device is a CPU rank, and its memory is part of host memory."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ if TYPE_CHECKING:
     from training.plan.epoch import Load
     from training.plan.model_shape import ModelShape
 
-# The context, the kernels, NCCL's buffers and cuBLAS's workspaces, which PyTorch does not count: 0.4 to 0.5 GiB
-# for the context of an A100, some 0.5 GiB for NCCL over 8 GPUs. An assumption, not measured here.
+# CUDA context, kernels, NCCL buffers and cuBLAS workspaces, which PyTorch does not count: 0.4 to 0.5 GiB for the
+# context of an A100, about 0.5 GiB for NCCL over 8 GPUs. An assumption, not measured here.
 CUDA_CONTEXT_GIB = 1.25
 
-# Of the memory that comes and goes: what the caching allocator keeps in blocks that fit no request. An assumption.
+# Share of temporary memory that the caching allocator holds in blocks that fit no request. An assumption.
 FRAGMENTATION = 0.1
-CPU_PROCESS_GIB = 0.7  # a CPU rank of the trainer on the demo, whose model is tiny: measured 0.72 to 0.74
+CPU_PROCESS_GIB = 0.7  # a CPU rank of the trainer on the demo's tiny model: measured 0.72 to 0.74
 
-# Python, torch with its CUDA libraries, NCCL and the data of a GPU rank. A careful assumption.
+# Python, torch with its CUDA libraries, NCCL and the data of a GPU rank. A conservative assumption.
 GPU_PROCESS_GIB = 3.0
 DATASET_CACHE_GIB = 0.5  # Alpaca's takes 0.03; an allowance
 
 
 def state_bytes(model: ModelShape, settings: Settings) -> dict[str, float]:
-    """Bytes that stay on a device through training: weights, gradients, optimizer.
+    """Bytes on a device for all of training: weights, gradients, optimizer.
 
-    ZeRO (Rajbhandari et al. 2020, section 5): 2 bytes a parameter for 16-bit weights, 2 for gradients, 12 for the
-    float32 master weights and Adam's two moments, each divided by the ranks from stage 3, 2 and 1 on. In float32
-    the weights are the masters: 4 + 4 + 8. DeepSpeed accumulates gradients in the model's precision, in one flat
-    buffer (`grad_partitions_flat_buffer` in stage3.py); with the optimizer offloaded it is in host memory.
+    ZeRO (Rajbhandari et al. 2020, section 5): per parameter 2 bytes for 16-bit weights, 2 for gradients, and 12 for
+    float32 master weights and Adam's two moments. They are divided by the number of ranks from stage 3, 2 and 1 on. In
+    float32 the weights are the master weights: 4 + 4 + 8. DeepSpeed accumulates gradients in the model's precision in
+    one flat buffer (`grad_partitions_flat_buffer` in stage3.py), which is in host memory if the optimizer is offloaded.
     """
     zero, size = settings.zero, settings.weight_bytes
     shard = {stage: model.parameters / (settings.ranks if zero.stage >= stage else 1) for stage in (1, 2, 3)}
@@ -47,17 +47,17 @@ def state_bytes(model: ModelShape, settings: Settings) -> dict[str, float]:
 
 
 def layer_bytes(model: ModelShape, tokens: float, row: int, size: int, packed: bool) -> float:
-    """Bytes that one layer keeps for its backward pass; `row` is the padded row length, `size` bytes a number.
+    """Bytes that one layer keeps for its backward pass. `row` is the padded row length, `size` the bytes per number.
 
     Counted tensor by tensor in transformers' GPTJBlock and training/model/attention.py, in units of a (tokens, width)
     tensor:
       both      input, normed input, value, attention's output                          4
       padded    query and key, in float32                                               2 of float32
-                scores after the softmax, float32, and again in 16 bit: heads x row a token
+                scores after the softmax, in float32 and in 16 bit: heads x row per token
                 gelu_new as five elementwise functions: 5 (tokens, inner) tensors
-      packed    query, key, and the output again, concatenated                          3
+      packed    query, key, and the concatenated output                                 3
                 gelu as one kernel: 2 (tokens, inner) tensors
-    Other models: Korthikanti et al. 2022, equation 1, without scores and dropout masks (17 x width in all),
+    Other models: Korthikanti et al. 2022, equation 1, without scores and dropout masks (17 x width in total), with
     4 instead of 2 inner tensors for gated MLPs.
     """
     if model.kind != "gptj":
@@ -69,11 +69,11 @@ def layer_bytes(model: ModelShape, tokens: float, row: int, size: int, packed: b
 
 
 def loss_bytes(model: ModelShape, tokens: float, labels: float, size: int, packed: bool) -> float:
-    """Bytes of the logits, their gradient, and what the loss makes of them, at the worst moment.
+    """Peak bytes of the logits, their gradient and the loss's other tensors.
 
-    The plain loss holds three float32 tensors (tokens, vocabulary) as its backward begins: log-probabilities,
-    their gradient, the logits' gradient. Ours (training/model/loss.py) holds one chunk, in 16 bit as well, and the
-    head's whole gradient.
+    The plain loss holds three float32 tensors (tokens, vocabulary) when its backward pass starts: log-probabilities,
+    their gradient, and the gradient of the logits. Our loss (training/model/loss.py) holds one chunk, also in 16 bit,
+    and the full gradient of the head.
     """
     if model.kind != "gptj" or not packed:
         return 12 * (labels if packed else tokens) * model.vocabulary
@@ -86,12 +86,12 @@ def loss_bytes(model: ModelShape, tokens: float, labels: float, size: int, packe
 def activation_bytes(
     model: ModelShape, tokens: float, row: int, labels: float, size: int, packed: bool, checkpointing: bool
 ) -> tuple[float, float]:
-    """(activations, logits and loss) at the moment when both together are most.
+    """(activations, logits and loss) in bytes at the moment when their sum peaks.
 
-    Without checkpointing every layer keeps its tensors until its backward. With it only the layers' inputs are
-    kept (Chen et al. 2016), and one layer's tensors are made again at a time. That moment is either the loss,
-    when all is stored and the logits exist, or the backward of a layer, which needs some (tokens, width) tensors
-    more (4 packed, 6 padded, measured).
+    Without checkpointing every layer keeps its tensors until its backward pass. With it only the layers' inputs are
+    kept (Chen et al. 2016), and one layer at a time is recomputed. The peak is either at the loss, when all layers are
+    stored and the logits exist, or in the backward pass of a layer, which needs a few more (tokens, width) tensors
+    (4 packed, 6 padded, measured).
     """
     layer = layer_bytes(model, tokens, row, size, packed)
     stored = model.layers * (tokens * model.width * size if checkpointing else layer)
@@ -103,7 +103,7 @@ def activation_bytes(
 def peak_activation_bytes(
     model: ModelShape, settings: Settings, load: Load, response_share: float, checkpointing: bool
 ) -> tuple[float, float]:
-    """`activation_bytes` of the largest share of rows that a device computes at once in this run."""
+    """`activation_bytes` of the largest share of rows that a device computes at once."""
     tokens = load.peak_tokens
     if isinstance(settings.max_tokens, int):
         tokens = max(min(tokens, settings.max_tokens), load.peak_row)  # a row cannot be split
@@ -121,16 +121,16 @@ def peak_activation_bytes(
 def device_memory(
     model: ModelShape, settings: Settings, load: Load, response_share: float, cpu: bool = False
 ) -> dict[str, float]:
-    """GiB of one device by part, at the worst moment of a step; their sum is what the card must have.
+    """Peak GiB of one device in a step, by part. The device must have their sum.
 
-    "gathered layers": ZeRO-3 gathers ahead until stage3_max_live_parameters are whole, and passes the limit by a
-    parameter. Every forward of a larger model reaches it, because every module requests the next bucket, with
-    parameters or without (`fetch_sub_module` in partitioned_param_coordinator.py; measured on real ranks). A single
-    rank holds its weights whole anyway. Without ZeRO these are autocast's 16-bit copies of the weights.
-    "communication": gradients in transit. Under ZeRO a bucket and the largest whole gradient, the embedding's;
-    without it torch's DistributedDataParallel copies all into buckets.
-    "optimizer step": the float32 copy of the gradients (DeepSpeed makes one for each sub-group), as far as it exceeds
-    the memory that activations, logits and gathered layers have freed by then.
+    "gathered layers": ZeRO-3 prefetches until stage3_max_live_parameters are gathered, and exceeds the limit by one
+    parameter. The forward pass of a larger model always reaches the limit, because every module requests the next
+    bucket, even a module without parameters (`fetch_sub_module` in partitioned_param_coordinator.py; measured on real
+    ranks). A single rank holds all weights anyway. Without ZeRO this part is autocast's 16-bit copy of the weights.
+    "communication": gradients in transit. With ZeRO a bucket and the largest gradient, which is the embedding's;
+    without it torch's DistributedDataParallel copies all gradients into buckets.
+    "optimizer step": float32 copies of the gradients (DeepSpeed makes one per sub-group), beyond the memory that
+    activations, logits and gathered layers have freed by then.
     """
     zero, size = settings.zero, settings.number_bytes
     activations, loss = peak_activation_bytes(
@@ -172,9 +172,9 @@ def auto_gradient_checkpointing(
     memory_gib: float,
     cpu: bool = False,
 ) -> bool:
-    """Whether layers must be computed twice, because the largest share of rows does not fit otherwise.
+    """Whether to use gradient checkpointing, because the largest share of rows does not fit without it.
 
-    This is decided before a share is split, which gathers all weights once more for each part.
+    Checkpointing comes before splitting a share, because each part of a split share gathers all weights again.
     """
     without = replace(settings, checkpointing=False)
     return sum(device_memory(model, without, load, response_share, cpu).values()) > memory_gib
@@ -188,19 +188,19 @@ def auto_max_tokens_per_device(
     memory_gib: float,
     cpu: bool = False,
 ) -> int | None:
-    """The most packed tokens that fit on a device at once; None if the largest share fits whole.
+    """The most packed tokens that fit on a device at once; None if the largest share fits.
 
-    At least the longest row, which cannot be split, whether it fits or not.
+    At least the length of the longest row, because a row cannot be split, even if it does not fit.
     """
 
     def fits(tokens: int) -> bool:
-        tried = replace(settings, max_tokens=tokens)
-        return sum(device_memory(model, tried, load, response_share, cpu).values()) <= memory_gib
+        limited = replace(settings, max_tokens=tokens)
+        return sum(device_memory(model, limited, load, response_share, cpu).values()) <= memory_gib
 
     low, high = load.peak_row, load.peak_tokens
     if not settings.packed or fits(high):
         return None
-    while high - low > 8:  # memory grows with the tokens, so a bisection finds the limit
+    while high - low > 8:  # bisection: memory grows with the tokens
         middle = (low + high) // 2
         low, high = (middle, high) if fits(middle) else (low, middle)
     return low
@@ -209,16 +209,16 @@ def auto_max_tokens_per_device(
 def host_memory(
     model: ModelShape, settings: Settings, local_ranks: int | None = None, cpu: bool = False
 ) -> dict[str, float]:
-    """GiB of host memory "loading" and "training", of the `local_ranks` ranks (all if None) on a machine.
+    """Host GiB while "loading" and "training", for `local_ranks` ranks on a machine (all ranks if None).
 
-    Loading: under ZeRO-3 rank 0 alone reads the file (transformers' `_load_state_dict_into_zero3_model`), and
-    every rank keeps its shard on its device; without it every rank holds a whole float32 model. The file is counted
-    whole, though the system could take back the pages of a mapped one.
+    Loading: with ZeRO-3 only rank 0 reads the file (transformers' `_load_state_dict_into_zero3_model`), and every rank
+    keeps its shard on its device. Without it every rank holds a full float32 model. The full file is counted, although
+    the system could reclaim the pages of a memory-mapped file.
 
-    Training: with the optimizer offloaded float32 masters (4 bytes a parameter) and moments (8), and two copies of
-    the gradients, float32 (4) and in the model's precision (2). If pinned, these two take the next power of two,
-    because PyTorch's allocator of pinned memory rounds so (ATen/core/CachingHostAllocator.h). Saving gathers the
-    16-bit model on rank 0 (2), and stages float32 states of the devices (4): an assumption.
+    Training: an offloaded optimizer holds per parameter float32 master weights (4 bytes), moments (8), and two copies
+    of the gradients, in float32 (4) and in the model's precision (2). If pinned, the two copies are rounded up to a
+    power of two, because PyTorch's pinned memory allocator does so (ATen/core/CachingHostAllocator.h). Saving gathers
+    the 16-bit model on rank 0 (2) and stages the devices' float32 states (4): an assumption.
     """
     zero, count, size = settings.zero, model.parameters, settings.weight_bytes
     local = local_ranks or settings.ranks
@@ -236,8 +236,10 @@ def host_memory(
 
 
 def offloaded_gradient_bytes(model: ModelShape, settings: Settings) -> list[float]:
-    """Bytes of each gradient buffer of a rank with an offloaded optimizer: one a sub-group in float32, and the flat
-    one in the model's precision."""
+    """Bytes of a rank's gradient buffers with an offloaded optimizer.
+
+    One float32 buffer per sub-group, then the flat buffer in the model's precision.
+    """
     shard, group = model.parameters / settings.ranks, settings.zero.sub_group
     full = math.ceil(shard / group) - 1
     return [4 * group] * full + [4 * (shard - full * group), settings.number_bytes * shard]
@@ -248,9 +250,9 @@ def _pinned(size: float, zero: Zero) -> float:
 
 
 def disk(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
-    """GiB on disk of a run of `steps` steps: the download and the tokenised rows, checkpoints, the model.
+    """Disk GiB of a run of `steps` steps: cache (download and tokenised rows), checkpoints, model.
 
-    A new checkpoint is complete before the oldest is deleted; the last step has one of its own.
+    A new checkpoint is complete before the oldest is deleted. The last step also writes a checkpoint.
     """
     kept = min(settings.options.save_total_limit + 1, math.ceil(steps / settings.options.save_steps))
     return {

@@ -1,4 +1,4 @@
-"""A model's shape: what memory and time depend on."""
+"""Shapes of models: the sizes that memory and time depend on, and the built-in GPT-J and Pythias."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from functools import partial
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What memory and time depend on.
+    """Sizes of a causal language model.
 
     Attributes:
-        kind: transformers' model_type; "gptj" has the attention and loss of attention.py and loss.py.
-        layer_parameters: of all layers and the last norm together, without embedding and head.
-        inner: width between the two matrices of the MLP; `gated` MLPs have three.
-        file_bytes: of the weight files as they are read.
-        downloaded: whether these files come over the network into the cache first.
+        kind: transformers' model_type; "gptj" uses the attention and loss of attention.py and loss.py.
+        layer_parameters: parameters of all layers and the final norm, without embedding and head.
+        inner: hidden width of the MLP, which has two matrices, or three if `gated`.
+        file_bytes: size of the weight files.
+        downloaded: whether the weight files are first downloaded into the cache.
     """
 
     name: str
@@ -46,12 +46,12 @@ def _shape(
     positions: int = 2048,
     downloaded: bool = False,
 ) -> ModelShape:
-    """Counts a model whose layer has four square matrices and an MLP with biases, four times as wide.
+    """Shape of a model whose layers have four square matrices and an MLP, four times as wide, with biases.
 
     Args:
-        layer_biases: of a layer in units of its width: other biases and layer norms; the MLP's first bias is apart.
-        head_bias: whether the head has one.
-        number_bytes: of a number in its file on the Hub.
+        layer_biases: biases and layer norms of a layer in units of its width, without the MLP's first bias.
+        head_bias: whether the head has a bias.
+        number_bytes: bytes per parameter in the file on the Hub.
     """
     inner = 4 * width
     stack = layers * (4 * width**2 + 2 * width * inner + inner + layer_biases * width) + 2 * width
@@ -76,8 +76,8 @@ def _shape(
 # + 3 x 4096) + 2 x 4096 + 2 x 50400 x 4096 + 50400 = 6,050,882,784 parameters. Its file on the Hub is float32.
 gptj_shape = partial(_shape, "gptj", 3, True, 4)
 
-# A GPT-NeoX (the Pythias) has two layer norms (4), and biases of the four square matrices as well (4 + 1). Their
-# files on the Hub are float16.
+# A GPT-NeoX (the Pythias) has two layer norms (4), biases of the four square matrices (4) and the MLP's second bias
+# (1). The files on the Hub are float16.
 neox_shape = partial(_shape, "gpt_neox", 9, False, 2)
 
 # (layers, width, heads, vocabulary), from the config.json of each on the Hub.

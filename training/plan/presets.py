@@ -1,4 +1,4 @@
-"""The recipe of each GPU family, and that of the demo."""
+"""Default training options of each GPU family and of the demo."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from training.consts import DEMO, GLOBAL_BATCH
 from training.errors import MachineError
 from training.machine.catalogue import find_family
 
-DOLLYS_ROWS = 8  # rows a device computes at once
-PACKED_ROWS = 16  # packed rows cost memory by their tokens, and 16 of them gather the weights half as often
+DOLLY_ROWS = 8  # micro batch of a device, as in Dolly
+PACKED_ROWS = 16  # packed rows need less memory; 16 of them halve the number of weight gathers
 
 
 def rows_and_accumulation(global_batch: int, num_gpus: int, batching: str = "packed") -> tuple[int, int]:
-    """(rows a device computes at once, batches of a device in a step), so that a step has about `global_batch` rows.
+    """(micro batch in rows, gradient accumulation) per device, so that a step has about `global_batch` rows.
 
-    8 devices: (8, 1). 4: (16, 1) packed, (8, 2) padded. 2: (16, 2), (8, 4). With 3 devices exactly 64 rows are
-    impossible: (11, 2) makes 66, (7, 3) padded 63.
+    8 devices: (8, 1). 4 devices: (16, 1) packed, (8, 2) padded. 2 devices: (16, 2) packed, (8, 4) padded. 3 devices
+    cannot have exactly 64 rows: (11, 2) packed gives 66, (7, 3) padded gives 63.
     """
-    most = DOLLYS_ROWS if batching == "padded" else PACKED_ROWS
+    most = DOLLY_ROWS if batching == "padded" else PACKED_ROWS
     share = max(1, round(global_batch / num_gpus))
     accumulation = -(-share // most)
     return max(1, round(global_batch / (num_gpus * accumulation))), accumulation
 
 
 def preset_options(family: str, num_gpus: int, batching: str = "packed") -> dict[str, Any]:
-    """The trainer's options for `num_gpus` devices of a family, by the names of TrainingOptions.
+    """The trainer's options for `num_gpus` devices of a GPU family, keyed by TrainingOptions' names.
 
-    Raises MachineError for an unknown family, or no device.
+    Raises MachineError for an unknown family or fewer than one device.
     """
     recipe = find_family(family)
     if num_gpus < 1:
@@ -37,13 +37,13 @@ def preset_options(family: str, num_gpus: int, batching: str = "packed") -> dict
         "deepspeed": recipe.deepspeed,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
-        "gradient_checkpointing": "auto",  # only where memory is short without it
+        "gradient_checkpointing": "auto",  # on only if memory is short without it
         "batching": batching,
     }
 
 
-# Of the demo. A model that starts at random needs a higher rate and more passes than a pretrained one.
-RECIPE: dict[str, Any] = {
+# The demo model starts from random weights, so it needs a higher learning rate and more epochs than a pretrained one.
+DEMO_RECIPE: dict[str, Any] = {
     "epochs": 6.0,
     "lr": 2.5e-3,
     "lr_scheduler_type": "cosine",
@@ -57,12 +57,12 @@ RECIPE: dict[str, Any] = {
 
 
 def demo_options(ranks: int) -> dict[str, Any]:
-    """The trainer's options for the demo on `ranks` ranks, by the names of TrainingOptions."""
+    """The trainer's options for the demo on `ranks` ranks, keyed by TrainingOptions' names."""
     return {
         "input_model": DEMO,
         "training_dataset": DEMO,
         "per_device_train_batch_size": max(1, GLOBAL_BATCH // ranks),
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": "off",
-        **RECIPE,
+        **DEMO_RECIPE,
     }

@@ -1,4 +1,4 @@
-"""A plan as a table, as JSON, as a picture."""
+"""Shows a plan as a table, as JSON or as a picture."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from training.plan.fit import Plan
 
 
 def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
-    """The plan for programs; sizes in GiB, times in hours or seconds, as the keys say."""
+    """The plan as a JSON object; the keys name the units of sizes (GiB) and times (hours or seconds)."""
     settings, machine, load = plan.settings, plan.machine, plan.load
     answer: dict[str, Any] = {
         "fits": plan.fits,
@@ -55,7 +55,7 @@ def _sizes(
 
 
 def as_table(plan: Plan, price: float | None) -> str:
-    """The plan for people."""
+    """The plan as a text table."""
     machine, settings, load = plan.machine, plan.settings, plan.load
     device = "CPU rank" if machine.is_cpu else machine.gpu
     total, seconds = sum(plan.gpu_memory_gib.values()), plan.step_seconds
@@ -92,11 +92,11 @@ def as_table(plan: Plan, price: float | None) -> str:
         left = machine.gpu_memory_gib - total
         room = "" if machine.is_cpu else f", with {left:.1f} GiB of each {device} left"
         return "\n".join([*lines, f"FITS{room}", f"  {plan.command}"])
-    return "\n".join([*lines, "DOES NOT FIT", *(f"  {fault}" for fault in plan.problems)])
+    return "\n".join([*lines, "DOES NOT FIT", *(f"  {problem}" for problem in plan.problems)])
 
 
 def _line(name: str, value: float, available: float | None = None) -> str:
-    number = f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"  # enough to see a small model's parts
+    number = f"{value:.2f}" if value >= 0.1 else f"{value:.2g}"  # small models have parts under 0.1 GiB
     return f"  {name:<28}{number:>9}" + ("" if available is None else f"  of {available:,.1f}")
 
 
@@ -119,7 +119,7 @@ def _time_and_cost(hours: dict[str, float], price: float | None) -> str:
 
 
 def draw(plan: Plan, file: Path) -> None:
-    """The memory of a device by part against its size, as an image file."""
+    """Draws the memory of a device by part, against its capacity, into an image file."""
     settings, machine = plan.settings, plan.machine
     draw_memory(
         plan.gpu_memory_gib,

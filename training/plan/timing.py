@@ -1,7 +1,7 @@
-"""How long a step and an epoch take, in seconds and hours.
+"""Predicts the time of a step in seconds and of a run in hours.
 
-A GPU's rate is a fitted share of its data sheet's peak, a CPU's a fitted share of its measured rate. Nothing overlaps
-in this account: what overlaps on GPUs is in the fitted share."""
+A GPU's rate is a fitted share of the peak in its data sheet; a CPU's is a fitted share of its measured rate. The parts
+of a step are added up; any overlap on GPUs is included in the fitted share."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from training.plan.epoch import Load
     from training.plan.model_shape import ModelShape
 
-# Parameters a second that a host updates with DeepSpeed's CPU Adam when the optimizer is offloaded, transfers
-# included. One number for all hosts, fitted with the published runs, too. DeepSpeed's ZeRO-Offload tutorial has 3.1 s a
-# step for 3e9 parameters (bind_cores_to_rank), which is 0.97e9.
+# Parameters per second that DeepSpeed's CPU Adam updates when the optimizer is offloaded, transfers included. One value
+# for all hosts, fitted to the published runs. DeepSpeed's ZeRO-Offload tutorial has 3.1 s per step for 3e9 parameters
+# (bind_cores_to_rank), which is 0.97e9.
 OFFLOADED_ADAM = 1.2e9
 
-# The accuracy of the prediction: the published runs, and the demo measured on a CPU, lie within this factor.
+# Accuracy: the published GPU runs and the demo measured on a CPU are within this factor of the prediction.
 GPU_RANGE, CPU_RANGE = 1.5, 2.0
 
 
@@ -31,9 +31,9 @@ def step_seconds(
 ) -> dict[str, float]:
     """Seconds of one optimizer step by part: compute, gathering, optimizer.
 
-    Gathering: every micro-step ZeRO-3 gathers the 16-bit weights for the forward and for the backward, and
-    reduces gradients of the same size: 3 x 2 bytes x parameters x (ranks - 1) / ranks through each device
-    (Rajbhandari et al. 2020, section 7). Without it, only gradients are reduced, once a step: 2 x that size.
+    Gathering: in every micro-step ZeRO-3 gathers the 16-bit weights for the forward and for the backward pass, and
+    reduces gradients of the same size: 3 x 2 bytes x parameters x (ranks - 1) / ranks per device (Rajbhandari et al.
+    2020, section 7). Without ZeRO-3 only gradients are reduced, once per step: 2 x that size.
     """
     size, ranks, accumulation = settings.number_bytes, settings.ranks, settings.accumulation
     tokens = load.slowest_tokens
@@ -60,13 +60,13 @@ def step_seconds(
     }
 
 
-def hours_of(
+def run_hours(
     model: ModelShape, settings: Settings, load: Load, seconds: dict[str, float], steps: int
 ) -> float:
-    """Hours of a run: its steps, and the held-out loss every `eval_steps` and before the first.
+    """Hours of a run: its steps, and the held-out loss before the first step and every `eval_steps`.
 
-    Held-out rows go forward only: a third of a step's compute, a quarter of one with checkpointing, and one of
-    its three passes of weights.
+    Held-out rows need only the forward pass: a third of a step's compute (a quarter with checkpointing) and one of its
+    three weight transfers.
     """
     options = settings.options
     forward = seconds["compute"] / (4 if settings.checkpointing is True else 3)
@@ -78,10 +78,10 @@ def hours_of(
 
 
 def cpu_rate(width: int, ranks: int) -> float:
-    """Operations a second of float32 matrix products of the model's width, for each of the ranks that share this CPU.
+    """Measured FLOP/s of float32 matrix products of the model's width, for each of the ranks that share this CPU.
 
-    Measured in well under a second. Beyond a width of 1024 the rate no longer rises. A small model's step gains nothing
-    from faster products in bfloat16, so these are not measured. Imports torch.
+    Takes well under a second. Above a width of 1024 the rate no longer rises. bfloat16 is not measured, because a small
+    model's step does not get faster with it. Imports torch.
     """
     import torch
 
