@@ -231,12 +231,12 @@ def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def at_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+def in_repository_root(monkeypatch: pytest.MonkeyPatch) -> None:
     """Options name config/... from the root of the repository."""
     monkeypatch.chdir(Path(__file__).parents[1])
 
 
-def the_gpu(monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1) -> None:
+def fake_gpus(monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1) -> None:
     """Stands for a machine with `count` GPUs, as far as the checks ask."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)

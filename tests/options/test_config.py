@@ -1,4 +1,4 @@
-"""Every DeepSpeed file in config/, as the pinned transformers fills it in and the pinned DeepSpeed reads it."""
+"""DeepSpeed files of config/, completed by the pinned transformers and parsed by the pinned DeepSpeed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.options.trainer_options import TrainingOptions
 from training.run.prepare import training_arguments
 
 ROOT = Path(__file__).parents[2]
-# file -> (precision, is the optimizer in host memory?)
+# file -> (precision, whether the optimizer is in host memory)
 EXPECTED = {
     "ds_z3_bf16_config.json": ("bf16", False),
     "ds_z3_bf16_offload_config.json": ("bf16", True),
@@ -26,7 +26,7 @@ EXPECTED = {
 }
 FILES = pytest.mark.parametrize("name", EXPECTED)
 
-pytestmark = pytest.mark.usefixtures("one_rank", "at_the_root")
+pytestmark = pytest.mark.usefixtures("one_rank", "in_repository_root")
 
 
 def options(name: str, tmp_path: Path, **changed: Any) -> TrainingOptions:
@@ -40,8 +40,8 @@ def options(name: str, tmp_path: Path, **changed: Any) -> TrainingOptions:
 
 
 def filled(options: TrainingOptions) -> dict[str, Any]:
-    """The options' DeepSpeed file with every "auto" replaced, by the Trainer's own two steps."""
-    before = dict(os.environ)  # TrainingArguments writes what accelerate shall read into it
+    """The options' DeepSpeed file with every "auto" replaced, by the same two calls as in Trainer."""
+    before = dict(os.environ)  # TrainingArguments sets variables for accelerate
     try:
         args = training_arguments(resolved(options))
         tiny = GPTJConfig(vocab_size=8, n_positions=8, n_embd=16, n_layer=1, n_head=2, rotary_dim=4)
@@ -54,14 +54,12 @@ def filled(options: TrainingOptions) -> dict[str, Any]:
 
 
 @FILES
-def test_deepspeed_reads_stage_precision_and_offload_and_nothing_is_left_for_a_user_to_fill_in(
-    name: str, tmp_path: Path
-) -> None:
+def test_deepspeed_parses_stage_precision_and_offload_and_no_auto_remains(name: str, tmp_path: Path) -> None:
     precision, offload = EXPECTED[name]
     assert '"auto"' in (ROOT / "config" / name).read_text()
-    whole = filled(options(name, tmp_path))
-    assert '"auto"' not in json.dumps(whole)
-    config = DeepSpeedConfig(whole)
+    completed = filled(options(name, tmp_path))
+    assert '"auto"' not in json.dumps(completed)
+    config = DeepSpeedConfig(completed)
     assert config.zero_optimization_stage == 3
     assert config.bfloat16_config.enabled is (precision == "bf16")
     assert config.float16_config.enabled is (precision == "fp16")
@@ -84,21 +82,21 @@ def test_deepspeed_reads_stage_precision_and_offload_and_nothing_is_left_for_a_u
 
 
 @FILES
-@pytest.mark.parametrize("asked", [{}, {"named": True}])
-def test_a_file_agrees_with_the_options_that_go_with_it(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, bool]
+@pytest.mark.parametrize("explicit", [False, True])
+def test_a_file_is_accepted_with_its_precision_as_option_and_without(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, explicit: bool
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     precision, _ = EXPECTED[name]
-    assert problems_of(options(name, tmp_path, **{precision: True} if asked else {})) == []
+    assert problems_of(options(name, tmp_path, **{precision: True} if explicit else {})) == []
 
 
-def test_the_files_are_the_three_families_and_differ_only_in_precision_and_offload() -> None:
+def test_the_files_differ_only_in_precision_and_offload() -> None:
     assert {file.name for file in (ROOT / "config").glob("*.json")} == set(EXPECTED)
     first, *others = (json.loads((ROOT / "config" / name).read_text()) for name in EXPECTED)
-    for each in (first, *others):
+    for config in (first, *others):
         for key in ("bf16", "fp16", "optimizer"):
-            each.pop(key, None)
-        each["zero_optimization"].pop("offload_optimizer", None)
+            config.pop(key, None)
+        config["zero_optimization"].pop("offload_optimizer", None)
     assert others == [first, first]

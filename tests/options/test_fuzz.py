@@ -1,6 +1,6 @@
-"""Whatever model folder, option or DeepSpeed file a person brings: a correct run, or an error that says what is wrong.
+"""Fuzz tests of model folders, options and DeepSpeed files: each is accepted, or refused with an error that names it.
 
-The same of the rows that a person brings is in test_fuzz_rows.py.
+Fuzz tests of rows are in test_fuzz_rows.py.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from training.model.loading import load_config, load_model, max_positions
 from training.model.tokenizer import load_tokenizer
 from training.options.trainer_options import TrainingOptions
 
-pytestmark = pytest.mark.timeout(600)  # a hang is a fault as well
+pytestmark = pytest.mark.timeout(600)  # a hang is a failure as well
 
 CONTROL = ("### End", "### Instruction:", "### Response:\n")
 
 
 def cases(quick: int, slow: int) -> pytest.MarkDecorator:
-    """How many cases are generated: a few in every run, all of them in the slow tests."""
+    """Number of generated cases: a few by default, many in the slow tests."""
     return pytest.mark.parametrize("count", [quick, pytest.param(slow, marks=pytest.mark.slow)])
 
 
 def fuzz(count: int, **strategies: Any) -> Callable[[Callable[..., None]], None]:
-    """Calls the function below it with `count` generated cases, the same ones in every run."""
+    """Calls the decorated function with `count` generated cases, the same in every run."""
 
     def run(check: Callable[..., None]) -> None:
         settings(
@@ -63,7 +63,7 @@ def fuzz(count: int, **strategies: Any) -> Callable[[Callable[..., None]], None]
 
 
 class Bomb:
-    """What a pickle runs when it is loaded the unsafe way: it leaves a file."""
+    """An object whose unpickling creates a file, which shows that code of the pickle ran."""
 
     def __init__(self, trace: Path):
         self.trace = trace
@@ -73,12 +73,12 @@ class Bomb:
 
 
 def json_file_changed(path: Path, draw: Any) -> None:
-    """Gives one entry, somewhere in the file, another value, or none, or another name."""
-    whole = json.loads(path.read_text())
-    section = whole
+    """Changes, removes or renames one entry somewhere in a JSON file."""
+    content = json.loads(path.read_text())
+    section = content
     for _ in range(draw(st.integers(0, 3))):
         inner = list(section.values()) if isinstance(section, dict) else section
-        deeper = [each for each in inner if isinstance(each, dict | list) and each]
+        deeper = [value for value in inner if isinstance(value, dict | list) and value]
         if not deeper:
             break
         section = draw(st.sampled_from(deeper))
@@ -90,7 +90,7 @@ def json_file_changed(path: Path, draw: Any) -> None:
         del section[key]
     elif isinstance(section, dict):
         section[f"{key}s"] = section.pop(key)
-    path.write_text(json.dumps(whole))
+    path.write_text(json.dumps(content))
 
 
 wrong_values = st.one_of(
@@ -131,8 +131,8 @@ def spoil_tensors(folder: Path, draw: Any) -> None:
 
 
 def spoil_model(folder: Path, draw: Any) -> None:
-    """One fault in the folder of a model, and now and then a second."""
-    trace = folder / "was_here"
+    """Damages the folder of a model in one or two ways."""
+    trace = folder / "pickle_ran"
     weights = folder / "model.safetensors"
     for _ in range(draw(st.integers(1, 2))):
         files = sorted(file.name for file in folder.iterdir() if file.is_file())
@@ -140,10 +140,10 @@ def spoil_model(folder: Path, draw: Any) -> None:
         fitting = [name for name in files if change != "json" or name.endswith("json")]
         name = draw(st.sampled_from(fitting or files))
         if change == "json":
-            with suppress(ValueError, IndexError):  # an earlier change made it no JSON, or empty
+            with suppress(ValueError, IndexError):  # an earlier change left no JSON, or an empty one
                 json_file_changed(folder / name, draw)
         elif change == "tensors" and weights.is_file():
-            with suppress(Exception):  # an earlier change made it no such file
+            with suppress(Exception):  # an earlier change left no valid file
                 spoil_tensors(folder, draw)
         elif change == "cut":
             content = (folder / name).read_bytes()
@@ -172,7 +172,7 @@ def spoil_model(folder: Path, draw: Any) -> None:
 
 
 def use_model(name: str) -> None:
-    """What training does with a folder before its first step; what comes of it must be whole."""
+    """Loads a folder as training does before its first step, and checks the tokens and weights."""
     assert max_positions(load_config(name)) > 0
     tokenizer = load_tokenizer(name)
     model = load_model(name, tokenizer, torch.float32, seed=42)
@@ -192,7 +192,7 @@ def use_model(name: str) -> None:
 
 
 @cases(quick=40, slow=500)
-def test_a_spoilt_model_folder_is_refused_by_name_or_whole(
+def test_a_damaged_model_folder_is_loaded_correctly_or_refused_by_name(
     count: int, folders: Iterator[Path], base_folder: Path
 ) -> None:
     @fuzz(count, data=st.data())
@@ -205,11 +205,11 @@ def test_a_spoilt_model_folder_is_refused_by_name_or_whole(
         except ModelError as error:
             message = str(error)
         else:
-            message = f"{folder}: whole"
+            message = f"{folder}: loaded"
         assert message.startswith(f"{folder}: ")
         assert len(message) < 2000
         assert "above report" not in message
-        assert not (folder / "was_here").exists(), "a pickle was run"
+        assert not (folder / "pickle_ran").exists(), "code of a pickle ran"
 
 
 # --- options -----------------------------------------------------------------------------------------
@@ -217,7 +217,7 @@ def test_a_spoilt_model_folder_is_refused_by_name_or_whole(
 WHOLE_NUMBERS_BAD = ("x", "", "1.5", "nan", "inf", "1e3", "0x10", "--", "½", "1 2", "-1")
 RATES_BAD = ("x", "", "nan", "inf", "-inf", "1e999", "-1", "-1e-9", "1,5", "½", "0x1p3")
 HUGE = "9" * 30
-# option -> (values that may stand, values that may not)
+# option -> (valid values, invalid values)
 VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "--input-model": (("demo", "gpt2", "Ä B", "a:b"), ("", " ", "a\udce4")),
     "--training-dataset": (("demo", "tatsu-lab/alpaca", "Ä B.json", "x" * 300), ("", "\n", "a\udce4")),
@@ -271,15 +271,15 @@ def command_lines(draw: Any) -> tuple[dict[str, str], list[str]]:
     chosen = draw(st.lists(st.sampled_from(sorted(VALUES)), max_size=6, unique=True))
     if draw(st.integers(0, 9)):
         chosen = [*chosen, "--local-output-dir"]
-    given_values = {}
+    values = {}
     for flag in dict.fromkeys(chosen):
         good, bad = VALUES[flag]
-        given_values[flag] = draw(st.sampled_from(good if good and draw(st.integers(0, 3)) else bad))
-    return given_values, draw(st.lists(st.sampled_from(SWITCHES), max_size=2, unique=True))
+        values[flag] = draw(st.sampled_from(good if good and draw(st.integers(0, 3)) else bad))
+    return values, draw(st.lists(st.sampled_from(SWITCHES), max_size=2, unique=True))
 
 
 def contradictions(values: dict[str, str], switches: list[str]) -> list[str]:
-    """What a message must hold where good values do not go together, on one process without a GPU."""
+    """Texts that the message must contain for valid values that contradict each other, on one process without a GPU."""
 
     def value(flag: str, default: str) -> str:
         return values[flag] if flag in values and values[flag] in VALUES[flag][0] else default
@@ -300,8 +300,8 @@ def contradictions(values: dict[str, str], switches: list[str]) -> list[str]:
 
 
 @pytest.fixture
-def nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TrainingOptions]:
-    """A folder with some things in it; training ends after its own checks. Collects what it would train with."""
+def accepted_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TrainingOptions]:
+    """Replaces `train` by its checks, in a folder with some files. Collects the accepted options."""
     accepted: list[TrainingOptions] = []
 
     def checked(options: TrainingOptions, request: object) -> dict[str, str]:
@@ -321,7 +321,7 @@ def nothing_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[
     return accepted
 
 
-def told(arguments: list[str]) -> Result:
+def invoke(arguments: list[str]) -> Result:
     result = CliRunner().invoke(trainer.main, arguments)
     assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
     assert "Traceback" not in result.output
@@ -329,8 +329,8 @@ def told(arguments: list[str]) -> Result:
 
 
 @cases(quick=250, slow=1500)
-def test_options_are_taken_or_told_with_their_values_and_nothing_is_written(
-    count: int, tmp_path: Path, nothing_is_trained: list[TrainingOptions]
+def test_options_are_accepted_or_reported_with_their_values_and_write_nothing(
+    count: int, tmp_path: Path, accepted_options: list[TrainingOptions]
 ) -> None:
     before = sorted(tmp_path.rglob("*"))
 
@@ -338,30 +338,30 @@ def test_options_are_taken_or_told_with_their_values_and_nothing_is_written(
     @example(line=({}, []))
     def check(line: tuple[dict[str, str], list[str]]) -> None:
         values, switches = line
-        nothing_is_trained.clear()
-        result = told([*(f"{flag}={value}" for flag, value in values.items()), *switches])
+        accepted_options.clear()
+        result = invoke([*(f"{flag}={value}" for flag, value in values.items()), *switches])
         wrong = [flag for flag, value in values.items() if value in VALUES[flag][1]]
         needed = wrong + contradictions(values, switches)
         if "--local-output-dir" not in values:
             needed.append("Missing option '--local-output-dir'")
         assert result.exit_code == (2 if needed else 0), result.output
-        assert len(nothing_is_trained) == (0 if needed else 1)
-        # What the device cannot do takes torch to know, and a value that cannot be read is answered without it.
+        assert len(accepted_options) == (0 if needed else 1)
+        # Unreadable values are reported without importing torch, which the check of the device needs.
         misread = "Invalid value" in result.output or "Missing option" in result.output
         for words in needed:
             assert words in result.output or (misread and "needs a CUDA GPU" in words), result.output
         for flag in wrong:
             shown = {values[flag]}
             with suppress(ValueError):
-                shown.add(str(float(values[flag])))  # 1e999 is told as inf
+                shown.add(str(float(values[flag])))  # 1e999 is shown as inf
             if values[flag].isprintable() and values[flag].strip() and len(values[flag]) < 100:
                 assert any(value in result.output for value in shown), result.output
         assert sorted(tmp_path.rglob("*")) == before
 
 
 @cases(quick=50, slow=200)
-def test_a_command_line_that_is_none_is_told(
-    count: int, tmp_path: Path, nothing_is_trained: list[TrainingOptions]
+def test_a_malformed_command_line_is_refused_with_a_message(
+    count: int, tmp_path: Path, accepted_options: list[TrainingOptions]
 ) -> None:
     words = st.sampled_from([*STRANGE, *VALUES, *SWITCHES, "1", "new"]) | st.text(max_size=8)
 
@@ -369,10 +369,10 @@ def test_a_command_line_that_is_none_is_told(
     def check(line: list[str]) -> None:
         if "--help" in line:
             return
-        nothing_is_trained.clear()
-        result = told(line)
-        assert result.exit_code == (0 if nothing_is_trained else 2)
-        assert result.output.strip() or nothing_is_trained
+        accepted_options.clear()
+        result = invoke(line)
+        assert result.exit_code == (0 if accepted_options else 2)
+        assert result.output.strip() or accepted_options
 
 
 # --- DeepSpeed files ---------------------------------------------------------------------------------
@@ -409,8 +409,8 @@ def deepspeed_files(draw: Any) -> dict[str, Any]:
             "params": dict.fromkeys(["lr", "weight_decay", "betas"], "auto"),
         }
     for _ in range(draw(st.integers(0, 3))):
-        sections = [config, *(each for each in config.values() if isinstance(each, dict))]
-        sections += [each["params"] for each in sections if isinstance(each.get("params"), dict)]
+        sections = [config, *(value for value in config.values() if isinstance(value, dict))]
+        sections += [section["params"] for section in sections if isinstance(section.get("params"), dict)]
         section = draw(st.sampled_from(sections))
         key = draw(st.sampled_from(SETTINGS if section is config else INNER))
         if draw(st.integers(0, 3)):
@@ -422,26 +422,30 @@ def deepspeed_files(draw: Any) -> dict[str, Any]:
 
 @cases(quick=150, slow=800)
 @pytest.mark.usefixtures("one_rank")
-def test_a_deepspeed_file_is_told_or_read_by_the_libraries_as_the_options_say(
-    count: int, tmp_path: Path
-) -> None:
+def test_a_deepspeed_file_is_refused_or_agrees_with_the_options(count: int, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"
 
     @fuzz(count, config=deepspeed_files(), accumulation=st.sampled_from([1, 4]))
     def check(config: dict[str, Any], accumulation: int) -> None:
         path.write_text(json.dumps(config))
-        places = {"local_output_dir": str(tmp_path / "out"), "deepspeed": str(path)}
-        options = TrainingOptions(**places, gradient_accumulation_steps=accumulation)
+        paths = {"local_output_dir": str(tmp_path / "out"), "deepspeed": str(path)}
+        options = TrainingOptions(**paths, gradient_accumulation_steps=accumulation)
         problems = problems_of(options)
-        assert all(str(path) in fault or "CUDA" in fault for fault in problems), problems
-        assert all(len(fault) < 3000 for fault in problems)
+        assert all(str(path) in problem or "CUDA" in problem for problem in problems), problems
+        assert all(len(problem) < 3000 for problem in problems)
         if problems:
             return
-        read = DeepSpeedConfig(filled(options))
-        assert (read.train_micro_batch_size_per_gpu, read.gradient_accumulation_steps) == (8, accumulation)
-        assert read.train_batch_size == 8 * accumulation
-        assert read.scheduler_name is None
-        assert read.zero_config.gather_16bit_weights_on_model_save or read.zero_optimization_stage != 3
-        if read.optimizer_name is not None:
-            assert (read.optimizer_params["lr"], read.optimizer_params.get("weight_decay", 0)) == (1e-5, 0)
+        parsed = DeepSpeedConfig(filled(options))
+        assert (parsed.train_micro_batch_size_per_gpu, parsed.gradient_accumulation_steps) == (
+            8,
+            accumulation,
+        )
+        assert parsed.train_batch_size == 8 * accumulation
+        assert parsed.scheduler_name is None
+        assert parsed.zero_config.gather_16bit_weights_on_model_save or parsed.zero_optimization_stage != 3
+        if parsed.optimizer_name is not None:
+            assert (parsed.optimizer_params["lr"], parsed.optimizer_params.get("weight_decay", 0)) == (
+                1e-5,
+                0,
+            )
         assert not (tmp_path / "out").exists()

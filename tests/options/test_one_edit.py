@@ -1,4 +1,4 @@
-"""A new schedule is one edit in one file; a typing error is answered without torch."""
+"""A new learning-rate schedule needs one edit; bad options are reported without importing torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEMO = ["--input-model", "demo", "--training-dataset", "demo", "--test-size", "5
 HEAVY = ("torch", "transformers", "deepspeed", "datasets", "pyarrow")
 
 
-def test_a_new_decaying_schedule_trains_and_is_not_resumed_to_another_end(tmp_path: Path) -> None:
+def test_a_new_decaying_schedule_trains_and_cannot_be_resumed_with_other_max_steps(tmp_path: Path) -> None:
     line = '    "cosine": Schedule(warms_up=True, decays=True),\n'
     new = '    "polynomial": Schedule(warms_up=True, decays=True),\n'
     tree = edited_copy(tmp_path / "tree", "training/options/trainer_options.py", (line, line + new))
@@ -29,7 +29,7 @@ def test_a_new_decaying_schedule_trains_and_is_not_resumed_to_another_end(tmp_pa
     assert "--max-steps was 2, and is 4" in longer.stdout
 
 
-def test_a_typing_error_is_answered_with_all_others_and_without_torch(tmp_path: Path) -> None:
+def test_all_bad_options_are_reported_together_without_importing_torch(tmp_path: Path) -> None:
     code = f"""
 import sys
 from click.testing import CliRunner

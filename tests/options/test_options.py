@@ -1,4 +1,4 @@
-"""The command line: Dolly's defaults, the launchers' own spellings, all problems in one message; the precision."""
+"""The command line: Dolly's defaults, the launchers' spellings, all problems in one message; and the precision."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import the_gpu
+from conftest import fake_gpus
 
 from training import trainer
 from training.machine import kernels
@@ -22,20 +22,20 @@ from training.run import ending, preflight
 BF16_JSON = "config/ds_z3_bf16_config.json"
 FP16_JSON = "config/ds_z3_fp16_offload_config.json"
 
-pytestmark = pytest.mark.usefixtures("at_the_root")
+pytestmark = pytest.mark.usefixtures("in_repository_root")
 
 
 @pytest.fixture
-def given_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TrainingOptions]:
-    """Collects what the command line hands to `train`, which then does nothing."""
-    taken: list[TrainingOptions] = []
+def parsed_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[TrainingOptions]:
+    """Collects the options that the command line passes to `train`, which is replaced."""
+    parsed: list[TrainingOptions] = []
 
     def train(options: TrainingOptions, request: object) -> dict[str, str]:
-        taken.append(options)
+        parsed.append(options)
         return {"status": "finished"}
 
     monkeypatch.setattr(trainer, "train", train)
-    return taken
+    return parsed
 
 
 def run(*arguments: str) -> Result:
@@ -45,23 +45,23 @@ def run(*arguments: str) -> Result:
 # --- the command line --------------------------------------------------------------------------------
 
 
-def test_the_defaults_are_dollys(tmp_path: Path, given_options: list[TrainingOptions]) -> None:
+def test_the_defaults_are_those_of_dolly(tmp_path: Path, parsed_options: list[TrainingOptions]) -> None:
     result = run("--local-output-dir", str(tmp_path / "out"))
     assert result.exit_code == 0, result.output
-    [taken] = given_options
-    assert taken == TrainingOptions(local_output_dir=str(tmp_path / "out"))
-    assert taken.input_model == "EleutherAI/gpt-j-6B"
-    assert taken.training_dataset == "tatsu-lab/alpaca"
-    assert (taken.epochs, taken.lr, taken.seed, taken.test_size) == (3, 1e-5, 42, 1000)
-    assert (taken.per_device_train_batch_size, taken.per_device_eval_batch_size) == (8, 8)
-    assert (taken.lr_scheduler_type, taken.warmup_steps, taken.weight_decay) == ("constant", 0, 0)
-    assert (taken.logging_steps, taken.eval_steps) == (10, 100)
-    assert (taken.gradient_checkpointing, taken.max_tokens_per_device) == ("auto", "auto")
-    assert taken.trust_remote_code is False
-    assert taken.bf16 is taken.fp16 is taken.deepspeed is taken.deepspeed_config is None
+    [parsed] = parsed_options
+    assert parsed == TrainingOptions(local_output_dir=str(tmp_path / "out"))
+    assert parsed.input_model == "EleutherAI/gpt-j-6B"
+    assert parsed.training_dataset == "tatsu-lab/alpaca"
+    assert (parsed.epochs, parsed.lr, parsed.seed, parsed.test_size) == (3, 1e-5, 42, 1000)
+    assert (parsed.per_device_train_batch_size, parsed.per_device_eval_batch_size) == (8, 8)
+    assert (parsed.lr_scheduler_type, parsed.warmup_steps, parsed.weight_decay) == ("constant", 0, 0)
+    assert (parsed.logging_steps, parsed.eval_steps) == (10, 100)
+    assert (parsed.gradient_checkpointing, parsed.max_tokens_per_device) == ("auto", "auto")
+    assert parsed.trust_remote_code is False
+    assert parsed.bf16 is parsed.fp16 is parsed.deepspeed is parsed.deepspeed_config is None
 
 
-def test_dollys_own_command_line_is_understood(tmp_path: Path, given_options: list[TrainingOptions]) -> None:
+def test_dollys_command_line_is_accepted(tmp_path: Path, parsed_options: list[TrainingOptions]) -> None:
     result = run(
         "--deepspeed", BF16_JSON, "--epochs", "1", "--local-output-dir", str(tmp_path / "out"),
         "--dbfs-output-dir", str(tmp_path / "dbfs"), "--per-device-train-batch-size", "8",
@@ -69,7 +69,7 @@ def test_dollys_own_command_line_is_understood(tmp_path: Path, given_options: li
         "--bf16", "--local_rank", "3",
     )  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert given_options == [
+    assert parsed_options == [
         TrainingOptions(
             local_output_dir=str(tmp_path / "out"), dbfs_output_dir=str(tmp_path / "dbfs"), deepspeed=BF16_JSON,
             epochs=1.0, seed=7, gradient_checkpointing="off", bf16=True, local_rank=3,
@@ -77,23 +77,21 @@ def test_dollys_own_command_line_is_understood(tmp_path: Path, given_options: li
     ]  # fmt: skip
 
 
-def test_launchers_may_write_their_own_spellings(
-    tmp_path: Path, given_options: list[TrainingOptions]
-) -> None:
+def test_the_launchers_spellings_are_accepted(tmp_path: Path, parsed_options: list[TrainingOptions]) -> None:
     # deepspeed puts --local_rank=N first; Spark's launcher appends a bare --deepspeed and the file.
     result = run(
         "--local_rank=1", "--local-output-dir", str(tmp_path), "--deepspeed", "--deepspeed_config", BF16_JSON
     )
     assert result.exit_code == 0, result.output
-    [taken] = given_options
-    assert taken.local_rank == 1
-    assert taken.deepspeed_json == BF16_JSON
+    [parsed] = parsed_options
+    assert parsed.local_rank == 1
+    assert parsed.deepspeed_json == BF16_JSON
 
 
 GROUPS = ["Model and data", "Training", "Precision and devices", "Output"]
 
 
-def test_every_option_can_be_given_and_has_a_group_and_a_help() -> None:
+def test_every_field_is_an_option_with_a_group_and_a_help_text() -> None:
     parameters = {parameter.name: parameter for parameter in trainer.main.params}
     assert list(parameters) == [option.name for option in fields(TrainingOptions)]
     for option in fields(TrainingOptions):
@@ -104,8 +102,8 @@ def test_every_option_can_be_given_and_has_a_group_and_a_help() -> None:
 def test_help_shows_groups_units_and_defaults() -> None:
     result = CliRunner().invoke(trainer.main, ["--help"], terminal_width=110)
     assert result.exit_code == 0
-    places = [result.output.index(f"\n{heading}:\n") for heading in GROUPS]
-    assert places == sorted(places)
+    positions = [result.output.index(f"\n{heading}:\n") for heading in GROUPS]
+    assert positions == sorted(positions)
     for line in (
         "--max-length TOKENS",
         "--test-size ROWS",
@@ -126,7 +124,7 @@ def test_help_shows_groups_units_and_defaults() -> None:
         assert line in result.output
 
 
-def test_bad_values_and_bad_combinations_are_told_in_one_message(tmp_path: Path) -> None:
+def test_bad_values_and_bad_combinations_are_reported_in_one_message(tmp_path: Path) -> None:
     result = run(
         "--local-output-dir", str(tmp_path / "out"), "--test-size", "0", "--seed", "x", "--lr", "-1",
         "--lr-scheduler-type", "wavy", "--warmup-steps", "5", "--max-shard-size", "5", "--bf16", "--fp16",
@@ -143,15 +141,15 @@ def test_bad_values_and_bad_combinations_are_told_in_one_message(tmp_path: Path)
         "'--lr-scheduler-type': 'wavy' is not one of",
         "--warmup-steps 5 would be ignored. Type --lr-scheduler-type constant_with_warmup",
         "--max-shard-size 5: expected a size such as 5GB",
-        "--bf16 and --fp16 exclude each other. Give one of them",
-        "--deepspeed config/none.json: No such file or directory. Shipped are: config/ds_z3_bf16_config.json",
+        "--bf16 and --fp16 exclude each other. Give only one of them",
+        "--deepspeed config/none.json: No such file or directory. Available are: config/ds_z3_bf16_config.json",
         "--deepspeed config/none.json needs a launcher. Type deepspeed --num_gpus N --module training.trainer",
     ):
         assert sum(words in line for line in lines) == 1, words
 
 
 @pytest.mark.parametrize("bad", [["--lr", "-1"], ["--max-shard-size", "5"]], ids=["a value", "a combination"])
-def test_what_the_machine_lacks_is_told_in_the_same_message(
+def test_problems_of_the_machine_are_reported_in_the_same_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: list[str]
 ) -> None:
     monkeypatch.setattr(preflight, "version_problems", lambda: ["Installed is torch 2.9 instead of 2.13.0"])
@@ -162,7 +160,7 @@ def test_what_the_machine_lacks_is_told_in_the_same_message(
     assert result.exit_code == 2
     for words in (bad[0], "is not empty", "Installed is torch 2.9"):
         assert result.output.count(words) == 1, result.output
-    # A value that cannot be read is answered before torch is imported.
+    # An unreadable value is reported before torch is imported.
     assert result.output.count("no kernels for it") == (bad[0] != "--lr")
 
 
@@ -185,7 +183,7 @@ NO_NUMBERS = [
         ("bf61", "1", "No such option"),
     ],
 )
-def test_a_value_that_no_run_has_is_told_with_its_option_beside_a_missing_output(
+def test_a_value_out_of_range_and_a_missing_output_are_reported_together(
     name: str, value: str, words: str
 ) -> None:
     result = run(f"--{name}", value)
@@ -196,25 +194,25 @@ def test_a_value_that_no_run_has_is_told_with_its_option_beside_a_missing_output
     assert words in result.output
 
 
-def test_the_main_rank_tells_the_faults_at_once_and_others_when_no_launcher_has_ended_them(
+def test_rank_0_reports_problems_at_once_and_other_ranks_after_a_grace_period(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    waited: list[float] = []
-    monkeypatch.setattr(ending.time, "sleep", waited.append)
+    waits: list[float] = []
+    monkeypatch.setattr(ending.time, "sleep", waits.append)
     monkeypatch.setattr(ending.signal, "signal", lambda *_: None)  # or the next SIGTERM would end pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, grace in ((0, []), (1, [ending.REFUSAL_GRACE])):
-        waited.clear()
+        waits.clear()
         monkeypatch.setenv("RANK", str(rank))
         result = run("--local-output-dir", str(tmp_path / "out"), "--bf16", "--fp16")
-        assert (result.exit_code, waited) == (2, grace)
+        assert (result.exit_code, waits) == (2, grace)
         assert "exclude each other" in result.output
         assert not (tmp_path / "out").exists()
 
 
-# --- what the options come to ------------------------------------------------------------------------
+# --- precision and ranks -----------------------------------------------------------------------------
 
-CPU, V100, A100 = None, False, True  # what the device says of bf16
+CPU, V100, A100 = None, False, True  # whether the device supports bf16
 OPEN = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": "auto"}}
 PRECISIONS = [
     # options, DeepSpeed file, device -> precision
@@ -236,29 +234,29 @@ PRECISIONS = [
 ]
 
 
-@pytest.mark.parametrize(("asked", "file", "device", "precision"), PRECISIONS)
-def test_the_precision_is_the_options_then_the_deepspeed_files_then_the_devices(
+@pytest.mark.parametrize(("flags", "file", "device", "precision"), PRECISIONS)
+def test_the_precision_comes_from_options_then_deepspeed_file_then_device(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    asked: dict[str, bool],
+    flags: dict[str, bool],
     file: str | dict[str, Any] | None,
     device: bool | None,
     precision: str,
 ) -> None:
     if device is not CPU:
-        the_gpu(monkeypatch, bf16=device)
+        fake_gpus(monkeypatch, bf16=device)
     if isinstance(file, dict):
         (tmp_path / "ds.json").write_text(json.dumps(file))
     path = str(tmp_path / "ds.json") if isinstance(file, dict) else file
     assert (
         resolve(
-            TrainingOptions(local_output_dir="out", deepspeed=path, **asked), 1, best_precision()
+            TrainingOptions(local_output_dir="out", deepspeed=path, **flags), 1, best_precision()
         ).precision
         == precision
     )
 
 
-def test_rank_and_not_local_rank_tells_who_is_main(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_main_process_is_chosen_by_rank_not_by_local_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert is_main_process()
     assert world_size() == 1
     monkeypatch.setenv("LOCAL_RANK", "0")  # Spark's launcher gives every rank the local rank 0

@@ -1,1 +1,1 @@
-"""What a user can choose, and whether it fits together."""
+"""Options of the trainer: definition, command line, DeepSpeed JSON, validation."""

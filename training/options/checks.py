@@ -19,23 +19,22 @@ from training.options.trainer_options import SCHEDULES, TrainingOptions, flag_of
 from training.ranks import world_size
 
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-LARGEST_REGISTRY_FILE = (
-    5 * 2**30
-)  # S3 takes no more in one request, and not every way from MLflow splits a file
+# S3 accepts no more in one request, and some of MLflow's upload paths do not split files.
+LARGEST_REGISTRY_FILE = 5 * 2**30
 
 
 def option_problems(options: TrainingOptions) -> list[str]:
-    """What is wrong with the options by themselves, on whatever machine they are used."""
+    """Problems of the options themselves, independent of the machine."""
     problems = []
     for option in fields(options):
         value, flag = getattr(options, option.name), flag_of(option.name)
         if isinstance(value, float) and not math.isfinite(value):  # click's ranges let nan and inf pass
             problems.append(f"{flag} {value}: expected a finite number")
         if isinstance(value, str) and option.name not in ("deepspeed", "deepspeed_config"):
-            if not value.strip():  # of a shell variable that was never set
+            if not value.strip():  # e.g. from an unset shell variable
                 problems.append(f"{flag} is empty. Give a value, or leave the option out")
             elif not value.isascii() and value.encode(errors="replace").decode() != value:
-                # The model card is written when all is trained, and UTF-8 could not hold it.
+                # Writing the model card, after training, would fail: it is UTF-8.
                 problems.append(f"{flag} {value!r}: is not UTF-8. Rename the file or folder")
     if options.warmup_steps and not SCHEDULES[options.lr_scheduler_type].warms_up:
         problems.append(
@@ -44,7 +43,7 @@ def option_problems(options: TrainingOptions) -> list[str]:
         )
     if options.batching == "padded" and options.max_tokens_per_device != "auto":
         problems.append(
-            f"--max-tokens-per-device {options.max_tokens_per_device} splits packed rows, and --batching padded has none. "
+            f"--max-tokens-per-device {options.max_tokens_per_device} splits packed rows, but --batching padded has none. "
             "Lower --per-device-train-batch-size and raise --gradient-accumulation-steps instead"
         )
     size = re.fullmatch(r"([1-9][0-9]{0,8})(KB|MB|GB)", options.max_shard_size)
@@ -52,12 +51,13 @@ def option_problems(options: TrainingOptions) -> list[str]:
         problems.append(f"--max-shard-size {options.max_shard_size}: expected a size such as 5GB or 500MB")
     elif options.logs_to_mlflow and int(size[1]) * SIZES[size[2]] > LARGEST_REGISTRY_FILE:
         problems.append(
-            f"--max-shard-size {options.max_shard_size}: MLflow's stores take no file above 5GB. Type 5GB"
+            f"--max-shard-size {options.max_shard_size}: MLflow's stores accept files of at most 5GB. Type --max-shard-size 5GB"
         )
     if options.sample_every is not None and options.sample_every.strip():
         if options.sample_prompts is None:
             problems.append(
-                f"--sample-every {options.sample_every}, but nothing is asked. Add --sample-prompts FILE, or leave it out"
+                f"--sample-every {options.sample_every}: has no effect without --sample-prompts. "
+                "Add --sample-prompts FILE, or leave out --sample-every"
             )
         try:
             steps_between_samples(options, 1)
@@ -70,13 +70,13 @@ def option_problems(options: TrainingOptions) -> list[str]:
 
 
 def deepspeed_problems(options: TrainingOptions, config: Mapping[str, Any] | None) -> list[str]:
-    """What is wrong with --deepspeed and the content of its file; None where that could not be read."""
+    """Problems of --deepspeed and of its file. `config` is the file's content, None if it could not be read."""
     problems = []
     if options.deepspeed is not None and not options.deepspeed_json:
         problems.append("--deepspeed names no file. Type --deepspeed config/ds_z3_bf16_config.json")
     if options.deepspeed and options.deepspeed_config and options.deepspeed != options.deepspeed_config:
         problems.append(
-            f"--deepspeed {options.deepspeed} and --deepspeed_config {options.deepspeed_config}: give one"
+            f"--deepspeed {options.deepspeed} and --deepspeed_config {options.deepspeed_config} differ. Give only one"
         )
     if options.deepspeed_json:
         if "RANK" not in os.environ:
@@ -86,7 +86,7 @@ def deepspeed_problems(options: TrainingOptions, config: Mapping[str, Any] | Non
             )
         if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
             problems.append(
-                "ACCELERATE_USE_CPU is set, and silently switches DeepSpeed off. Type unset ACCELERATE_USE_CPU"
+                "ACCELERATE_USE_CPU is set, which silently disables DeepSpeed. Type unset ACCELERATE_USE_CPU"
             )
     if config is not None:
         problems += section_problems(options, config) + _value_problems(options, config)
@@ -94,18 +94,24 @@ def deepspeed_problems(options: TrainingOptions, config: Mapping[str, Any] | Non
 
 
 def section_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
-    """Sections of the DeepSpeed JSON of the wrong type, or that training cannot use."""
+    """Sections of the DeepSpeed JSON that have the wrong type or that training cannot use."""
     file, problems = options.deepspeed_json, []
-    found = dict(config)
+    sections = dict(config)
     for outer, inner in (
         ("optimizer", "params"),
         ("zero_optimization", "offload_optimizer"),
         ("zero_optimization", "offload_param"),
     ):
-        found[f"{outer}.{inner}"] = _object(config.get(outer)).get(inner) or {}
-    for name in ("bf16", "fp16", "optimizer", "zero_optimization", *(name for name in found if "." in name)):
-        if name in found and not isinstance(found[name], dict):
-            problems.append(f"{file} sets {name} {found[name]!r}, expected an object {{...}}")
+        sections[f"{outer}.{inner}"] = _object(config.get(outer)).get(inner) or {}
+    for name in (
+        "bf16",
+        "fp16",
+        "optimizer",
+        "zero_optimization",
+        *(name for name in sections if "." in name),
+    ):
+        if name in sections and not isinstance(sections[name], dict):
+            problems.append(f"{file} sets {name} {sections[name]!r}, expected an object {{...}}")
     for name in ("bf16", "fp16"):
         value = _object(config.get(name)).get("enabled", "auto")
         if value not in (True, False, "auto") or type(value) in (int, float):
@@ -113,7 +119,7 @@ def section_problems(options: TrainingOptions, config: Mapping[str, Any]) -> lis
     if "scheduler" in config:
         problems.append(
             f"{file} has a 'scheduler', which would override --lr-scheduler-type "
-            f"{options.lr_scheduler_type} and --warmup-steps silently. Remove it from the JSON"
+            f"{options.lr_scheduler_type} and --warmup-steps. Remove it from the JSON"
         )
     if isinstance(config.get("optimizer"), dict) and not isinstance(config["optimizer"].get("type"), str):
         problems.append(f"{file} has an 'optimizer' without a 'type'. Write \"AdamW\", or remove the section")
@@ -130,12 +136,12 @@ def section_problems(options: TrainingOptions, config: Mapping[str, Any]) -> lis
 
 
 def _value_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
-    """Values of the DeepSpeed JSON that differ from the options, which it would override."""
+    """Values of the DeepSpeed JSON that would override different values of the options."""
     problems, parameters = [], _object(_object(config.get("optimizer")).get("params"))
     rows, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
     product = rows * accumulation * world_size()
-    for section, key, flag, value, unsaid in (
-        # `unsaid` is what DeepSpeed takes where the file does not name the key; None: nothing it could work with
+    for section, key, flag, value, implicit in (
+        # `implicit` is the value that DeepSpeed uses if the file leaves the key out; None: DeepSpeed would fail.
         (config, "train_micro_batch_size_per_gpu", "--per-device-train-batch-size", rows, None),
         (config, "gradient_accumulation_steps", "--gradient-accumulation-steps", accumulation, 1),
         (config, "train_batch_size", "the product with all ranks", product, "auto"),
@@ -147,7 +153,7 @@ def _value_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list
     ):
         if section is parameters and "optimizer" not in config:
             continue
-        written = section.get(key, unsaid)
+        written = section.get(key, implicit)
         if isinstance(written, bool) or written not in ("auto", value):
             says = f"sets {key} {written!r}" if key in section else f"leaves out {key}"
             problems.append(f'{options.deepspeed_json} {says}, but {flag} is {value}. Write "auto"')
@@ -155,10 +161,10 @@ def _value_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list
 
 
 def precision_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
-    """Contradictions between options and DeepSpeed JSON over the precision."""
+    """Contradictions about the precision between options and DeepSpeed JSON."""
     file = options.deepspeed_json
     if options.bf16 and options.fp16:
-        return ["--bf16 and --fp16 exclude each other. Give one of them"]
+        return ["--bf16 and --fp16 exclude each other. Give only one of them"]
     if enabled(config, "bf16") and enabled(config, "fp16"):
         return [f"{file} enables both bf16 and fp16. Remove one of them from the JSON"]
     problems = []
@@ -175,16 +181,16 @@ def precision_problems(options: TrainingOptions, config: Mapping[str, Any]) -> l
 
 
 def deepspeed_refusals(file: str, config: Mapping[str, Any]) -> list[str]:
-    """DeepSpeed's own reading of the JSON; its sections take an "auto" for their default by themselves. Imports torch."""
+    """Errors of DeepSpeed's own parser, which replaces "auto" inside sections by its defaults. Imports torch."""
     from deepspeed.runtime.config import DeepSpeedConfig
 
     copy = {key: value for key, value in config.items() if (key, value) != ("gradient_clipping", "auto")}
     copy |= {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
     try:
         DeepSpeedConfig(json.loads(json.dumps(copy)))
-    except Exception as error:  # assertions, pydantic's, missing attributes
+    except Exception as error:  # AssertionError, pydantic's ValidationError, AttributeError
         reason = " ".join(str(error).split())
-        return [f"{file}: DeepSpeed refuses it ({type(error).__name__}: {reason})"]
+        return [f"{file}: DeepSpeed rejects it ({type(error).__name__}: {reason})"]
     return []
 
 
@@ -196,33 +202,34 @@ def _object(value: Any) -> dict[str, Any]:
 
 
 def output_problems(options: TrainingOptions) -> list[str]:
-    """Why a run could not write into its output, or would write over what is there."""
+    """Reasons why a run cannot write into its output folder, or would overwrite files there."""
     output = local_path(options.local_output_dir)
     if mounted_store(output.resolve()):
         return [
-            f"--local-output-dir {options.local_output_dir}: training writes at random places, which DBFS and Volumes refuse. "
+            f"--local-output-dir {options.local_output_dir}: DBFS and Volumes do not support random writes, which training needs. "
             "Name a local disk here (on Databricks /local_disk0/...), and this folder with --dbfs-output-dir"
         ]
     if output.exists() and not output.is_dir():
         return [f"--local-output-dir {output}: is a file. Name a new folder"]
     is_run = (output / RUN_FILE).is_file()
-    if output.is_dir() and _holds_something(output) and not (options.resume != "never" and is_run):
-        go_on = ", or type --resume auto to go on with its run" if is_run else ""
+    if output.is_dir() and _has_files(output) and not (options.resume != "never" and is_run):
+        resume = ", or type --resume auto to continue its run" if is_run else ""
         return [
-            f"--local-output-dir {output}: is not empty, and nothing in it shall be lost. Name a new folder{go_on}"
+            f"--local-output-dir {output}: is not empty, and training overwrites no files. Name a new folder{resume}"
         ]
     if not writable(output):
         return [f"--local-output-dir {output}: cannot be written. Name a folder of your own"]
     return []
 
 
-def _holds_something(folder: Path) -> bool:
-    ours = (*WRITER_FILES, f"{RUN_FILE}{PARTIAL}")  # what a start leaves that is killed
-    return any(file.name not in ours and not file.name.startswith(SCRATCH) for file in folder.iterdir())
+def _has_files(folder: Path) -> bool:
+    """Whether the folder has any files other than those of a start that was killed."""
+    leftovers = (*WRITER_FILES, f"{RUN_FILE}{PARTIAL}")
+    return any(file.name not in leftovers and not file.name.startswith(SCRATCH) for file in folder.iterdir())
 
 
 def resume_problems(options: TrainingOptions) -> list[str]:
-    """Why there is nothing that --resume could mean."""
+    """Whether --resume names a checkpoint folder that does not exist."""
     if options.resume in ("never", "auto") or Path(options.resume).expanduser().is_dir():
         return []
-    return [f"--resume {options.resume}: no such folder. Type never, auto, or a checkpoint's folder"]
+    return [f"--resume {options.resume}: no such folder. Type never, auto, or the folder of a checkpoint"]

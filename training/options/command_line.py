@@ -1,4 +1,4 @@
-"""The trainer's options as a click command line, and as the words of a command."""
+"""Click options generated from TrainingOptions, and TrainingOptions converted back to command-line words."""
 
 from __future__ import annotations
 
@@ -12,50 +12,50 @@ from training.options.trainer_options import TrainingOptions, flag_of
 
 
 class GroupedCommand(click.Command):
-    """A command whose --help shows its options under the headings of their groups."""
+    """A command whose --help lists the options by group."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        words = {"--no-gradient-checkpointing": "--gradient-checkpointing=off"}  # as Dolly's command had it
-        return super().parse_args(ctx, [words.get(word, word) for word in args])
+        aliases = {"--no-gradient-checkpointing": "--gradient-checkpointing=off"}  # Dolly v1's spelling
+        return super().parse_args(ctx, [aliases.get(arg, arg) for arg in args])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
-        names = {f.name: f.metadata["group"] for f in fields(TrainingOptions)}
+        group_of = {f.name: f.metadata["group"] for f in fields(TrainingOptions)}
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record:
-                groups.setdefault(names.get(parameter.name or "", "Other"), []).append(record)
+                groups.setdefault(group_of.get(parameter.name or "", "Other"), []).append(record)
         for group, records in groups.items():
             with formatter.section(group):
                 formatter.write_dl(records)
 
 
 class CollectedOption(click.Option):
-    """An option whose bad value does not end the parsing, so that all bad values are told at once."""
+    """An option that stores its error instead of ending the parsing, so that all bad values are reported together."""
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
         try:
             return super().process_value(ctx, value)
-        except click.BadParameter as error:  # a missing value is one as well
+        except click.BadParameter as error:  # includes MissingParameter
             error.param = error.param or self
             ctx.meta.setdefault(__name__, []).append(error.format_message())
             return self.get_default(ctx) if not self.required else None
 
 
 def value_problems(ctx: click.Context) -> list[str]:
-    """The values that the command line could not take: no number, out of range, missing."""
+    """Errors of the values on the command line: not a number, out of range, missing."""
     return list(ctx.meta.get(__name__, []))
 
 
 def click_options(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Decorates a click command with one option for every field of TrainingOptions."""
+    """Decorates a click command with one option per field of TrainingOptions."""
     return some_click_options(*(option.name for option in fields(TrainingOptions)))(function)
 
 
 def some_click_options(*names: str, **defaults: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """A decorator with the options of these fields, in this order, and of those that get other `defaults`.
+    """Returns a decorator that adds the options of these fields, in this order, and those in `defaults`.
 
-    A default of None leaves the value to the command, which says so in the help by "[default: ...]".
+    `defaults` replaces the defaults of the fields. With None the command chooses the value itself.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,15 +84,15 @@ def _click_option(option: Field[Any], default: Any) -> Callable[..., Any]:
 
 
 def option_words(chosen: Mapping[str, Any]) -> list[str]:
-    """The words of the command line for options by their names: {"lr": 1e-5} gives ["--lr", "1e-05"]. None is left out.
+    """Command-line words of options: {"lr": 1e-5} gives ["--lr", "1e-05"]. Options of value None are left out.
 
-    Raises KeyError for a name that is no option.
+    Raises KeyError for an unknown option.
     """
     defaults = {option.name: option.default for option in fields(TrainingOptions)}
     words = []
     for name, value in chosen.items():
         flag, default = flag_of(name), defaults[name]
-        if value is None or (value is False and default is False):  # an option without a --no-
+        if value is None or (value is False and default is False):  # it has no --no- form
             continue
         if isinstance(value, bool):
             words.append(flag if value else f"--no-{flag[2:]}")

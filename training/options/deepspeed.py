@@ -1,4 +1,4 @@
-"""The DeepSpeed JSON: read once, and what it says about precision and memory."""
+"""Reads the DeepSpeed JSON, and its settings of precision and memory."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from training.errors import OptionsError
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """The content of a DeepSpeed JSON; config/ds_*.json are found from any folder.
+    """The content of a DeepSpeed JSON. config/ds_*.json are found from any working folder.
 
-    Raises OptionsError where there is no such file or no JSON object in it.
+    Raises OptionsError if the file does not exist or holds no JSON object.
     """
     file = Path(path)
     try:
         if not file.exists() and (ROOT / path).exists():
             file = ROOT / path
-        if file.exists() and not file.is_file():  # to read a pipe may wait for ever
-            raise OSError(0, "Is a folder, a pipe or a device, no file")
-        config = json.loads(file.read_text(), object_pairs_hook=_no_key_twice)
+        if file.exists() and not file.is_file():  # reading a pipe may block for ever
+            raise OSError(0, "Is not a regular file")
+        config = json.loads(file.read_text(), object_pairs_hook=_unique_keys)
     except OSError as error:
         shipped = ", ".join(sorted(f"config/{file.name}" for file in (ROOT / "config").glob("ds_*.json")))
         raise OptionsError(
-            f"--deepspeed {path}: {error.strerror or error}. Shipped are: {shipped}"
+            f"--deepspeed {path}: {error.strerror or error}. Available are: {shipped}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise OptionsError(f"--deepspeed {path}: broken JSON: {error}") from error
@@ -36,16 +36,16 @@ def read_json(path: str) -> dict[str, Any]:
     return config
 
 
-def _no_key_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     keys = [key for key, _ in pairs]
     for key in keys:
         if keys.count(key) > 1:
-            raise ValueError(f"{key!r} stands twice")
+            raise ValueError(f"{key!r} appears twice")
     return dict(pairs)
 
 
 def enabled(config: Mapping[str, Any], precision: str) -> bool | None:
-    """What the DeepSpeed JSON says of a precision: True, False, or None where it leaves it open."""
+    """Whether the DeepSpeed JSON enables a precision; None if it leaves that open."""
     section = config.get(precision)
     value = section.get("enabled") if isinstance(section, dict) else None
     return value if isinstance(value, bool) else None
@@ -59,7 +59,7 @@ def offloads_optimizer(config: dict[str, Any]) -> bool:
 
 @dataclass(frozen=True)
 class Zero:
-    """What a DeepSpeed configuration says about memory. Stage 0 is training without DeepSpeed.
+    """The memory settings of a DeepSpeed configuration. Stage 0 is training without DeepSpeed.
 
     `live_parameters`, `sub_group` and `bucket` count parameters; a bucket of 0 is transformers' "auto": width^2.
     """
@@ -74,7 +74,7 @@ class Zero:
 
 
 def read_zero(config: dict[str, Any]) -> Zero:
-    """The memory settings of a DeepSpeed configuration; what it leaves open are the defaults of DeepSpeed 0.19
+    """The memory settings of a DeepSpeed configuration. Missing keys get DeepSpeed 0.19's defaults
     (runtime/zero/config.py)."""
     zero = config.get("zero_optimization", {})
     optimizer, parameters = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}

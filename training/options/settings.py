@@ -1,4 +1,4 @@
-"""A run's options with what follows from them: the DeepSpeed JSON, the precision and the ranks, each decided once."""
+"""Settings of a run: its options, with the DeepSpeed JSON, precision and number of ranks resolved once."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from training.options.trainer_options import TrainingOptions
 
 @dataclass(frozen=True)
 class Settings:
-    """One run, resolved. `resolve` makes it; everything that plans or trains reads it.
+    """Resolved settings of one run, made by `resolve`, used by the plan and by training.
 
     Attributes:
-        options: as they were typed.
-        ranks: devices, or processes on a CPU: the world size.
-        deepspeed: content of the DeepSpeed JSON; None without one.
+        options: as the user typed them.
+        ranks: world size: number of devices, or of processes on a CPU.
+        deepspeed: content of the DeepSpeed JSON; None without DeepSpeed.
         precision: of forward and backward, "bf16", "fp16" or "fp32".
-        checkpointing: whether activations are recomputed in the backward pass; "auto" until the plan decides.
-        max_tokens: the most packed tokens a device computes at once, None for no limit; "auto" until the plan decides.
+        checkpointing: whether activations are recomputed in the backward pass; "auto" until the plan chooses.
+        max_tokens: largest packed batch of a device, in tokens; None: no limit; "auto" until the plan chooses.
     """
 
     options: TrainingOptions
@@ -33,22 +33,22 @@ class Settings:
     max_tokens: int | str | None
 
     @property
-    def decided(self) -> dict[str, Any]:
-        """What the plan has decided, as run.json keeps it."""
+    def plan_choices(self) -> dict[str, Any]:
+        """The values that the plan has chosen, as stored in run.json."""
         return {"gradient_checkpointing": self.checkpointing, "max_tokens_per_device": self.max_tokens}
 
-    def decide(self, gradient_checkpointing: bool, max_tokens_per_device: int | None) -> Settings:
-        """The same run with what the plan has decided."""
+    def with_plan_choices(self, gradient_checkpointing: bool, max_tokens_per_device: int | None) -> Settings:
+        """These settings with the values that the plan has chosen."""
         return replace(self, checkpointing=gradient_checkpointing, max_tokens=max_tokens_per_device)
 
     @property
     def output(self) -> Path:
-        """The run's own folder."""
+        """The run's output folder."""
         return local_path(self.options.local_output_dir)
 
     @cached_property
     def zero(self) -> Zero:
-        """What the DeepSpeed JSON says about memory."""
+        """The memory settings of the DeepSpeed JSON."""
         return read_zero(self.deepspeed or {})
 
     @property
@@ -57,35 +57,35 @@ class Settings:
 
     @property
     def rows(self) -> int:
-        """Rows that a device computes at once."""
+        """Rows in a device's batch."""
         return self.options.per_device_train_batch_size
 
     @property
     def accumulation(self) -> int:
-        """Batches of a device in one optimizer step."""
+        """Batches of a device per optimizer step."""
         return self.options.gradient_accumulation_steps
 
     @property
     def global_batch(self) -> int:
-        """Rows of one optimizer step."""
+        """Rows per optimizer step."""
         return self.ranks * self.rows * self.accumulation
 
     @property
     def number_bytes(self) -> int:
-        """Bytes of a number in forward and backward."""
+        """Bytes per number in forward and backward."""
         return {"bf16": 2, "fp16": 2, "fp32": 4}[self.precision]
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of a weight as it is kept. Without DeepSpeed the trainer keeps float32 whatever it computes in."""
+        """Bytes per stored weight. Without DeepSpeed the weights are float32 in every precision."""
         return self.number_bytes if self.zero.stage else 4
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes a parameter of a checkpoint: Adam's two moments, and the model as it is kept.
+        """Bytes per parameter of a checkpoint: Adam's two moments and the stored weights.
 
-        Under ZeRO with 16-bit weights, the float32 masters as well: 4 + 8 + 2. DeepSpeed's model_states files hold no
-        weights, but transformers adds the gathered model. Measured on two ranks: 14.0.
+        Under ZeRO with 16-bit weights also the float32 master weights: 4 + 8 + 2. DeepSpeed's model_states files hold
+        no weights, but transformers adds the gathered model. Measured on two ranks: 14.0.
         """
         return 8 + self.weight_bytes + (4 if self.zero.stage and self.weight_bytes == 2 else 0)
 
@@ -96,8 +96,8 @@ def resolve(
     """The settings of a run of `ranks` ranks.
 
     Args:
-        best_precision: of the devices, for options and a DeepSpeed JSON that name none.
-        deepspeed: content of the DeepSpeed JSON where the caller has read it.
+        best_precision: of the devices; used if neither the options nor the DeepSpeed JSON name one.
+        deepspeed: content of the DeepSpeed JSON if the caller has already read it.
 
     Raises OptionsError for an unreadable DeepSpeed JSON.
     """
@@ -115,7 +115,7 @@ def resolve(
 
 
 def _precision(options: TrainingOptions, deepspeed: dict[str, Any] | None, best: str) -> str:
-    """The options first, then the DeepSpeed JSON, then what the devices do best."""
+    """The precision of the options, else of the DeepSpeed JSON, else the best one of the devices."""
     for name in ("bf16", "fp16"):
         if getattr(options, name):
             return name
