@@ -70,7 +70,7 @@ def _as_store_errors(place: str, advice: str = "") -> Iterator[None]:
 
 
 def push(folder: Path, files: dict[str, dict[str, Any]], run: Any) -> str | None:
-    """Copies a finished model's `files` ({name: {"size", "sha256"}}, of `copy.model_figures`) under the run.
+    """Copies a finished model's `files` ({name: {"size", "sha256"}}, of `copy.model_digests`) under the run.
 
     What an earlier attempt of the same run has left there is kept where it is right. Returns the URL of the folder, or
     None where no root is configured. Raises StoreError; the local model is untouched then.

@@ -45,7 +45,7 @@ from training.consts import DEMO, METRICS_FILE, SAMPLE_INSTRUCTIONS, SAMPLES_FIL
 from training.data.demo_rows import demo_rows
 from training.errors import DataError, MachineError, ModelError, OptionsError, TrainingFailedError
 from training.files import local_path, write_file
-from training.launch.local import deepspeed_command, launch, typed
+from training.launch.local import deepspeed_command, launch, shell_command
 from training.machine.catalogue import FAMILIES, Machine
 from training.machine.local import this_machine
 from training.options.checks import option_problems
@@ -54,9 +54,9 @@ from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions, flag_of
 from training.plan.fit import Plan, plan_run
 from training.plan.presets import demo_options, preset_options
-from training.run.preflight import place_problems, prompt_problems
+from training.run.preflight import destination_problems, prompt_problems
 from training.storage import metrics
-from training.storage.copy import model_figures
+from training.storage.copy import model_digests
 from training.storage.record import finished_run
 
 # What a task on another machine needs beside this folder. training.machine.environment reads requirements.txt.
@@ -194,7 +194,7 @@ class TrainDollyFlow(FlowSpec):
         defaults = {field.name: field.default for field in fields(TrainingOptions)}
         chosen = {name: value for name, value in self.options.items() if value != defaults[name]}
         command = deepspeed_command(chosen, self.ranks)
-        print(f"Running on {self.host}:\n  {typed(command)}", flush=True)
+        print(f"Running on {self.host}:\n  {shell_command(command)}", flush=True)
         try:
             launch(command, self.cpu_ranks)
         except TrainingFailedError as error:
@@ -247,7 +247,7 @@ class TrainDollyFlow(FlowSpec):
         problems += option_problems(options)
         if not remote:  # a pod has a disk of its own
             own = "--dbfs-output-root" if target else "--dbfs-output-dir"
-            for problem in place_problems(options):  # named as the flow's parameters are
+            for problem in destination_problems(options):  # named as the flow's parameters are
                 problem = problem.replace("--local-output-dir", "--local-training-root")
                 problems.append(problem.replace("--dbfs-output-dir", own))
         if problems:
@@ -285,7 +285,7 @@ class TrainDollyFlow(FlowSpec):
         import transformers
 
         from training.data.tokens import split_held_out
-        from training.plan.epoch import lengths_of
+        from training.plan.epoch import row_lengths
         from training.plan.lookup import model_shape
         from training.plan.report import as_json, as_table
         from training.run.prepare import tokenised_rows
@@ -294,7 +294,7 @@ class TrainDollyFlow(FlowSpec):
         transformers.utils.logging.disable_progress_bar()
         _, rows, ledger = tokenised_rows(options)
         split_held_out(rows, options.test_size, options.seed)
-        lengths = lengths_of(options.training_dataset, rows["length"][:], rows["response_start"][:])
+        lengths = row_lengths(options.training_dataset, rows["length"][:], rows["response_start"][:])
         settings = resolve(options, self.ranks, FAMILIES[machine.family].precision)
         plan = plan_run(settings, lengths, model_shape(options.input_model), machine)
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)
@@ -312,7 +312,7 @@ class TrainDollyFlow(FlowSpec):
     def _keep_model(self) -> None:
         """The model on S3, where a root is configured, and the artifacts `model`, `record` and `versions`."""
         folder = Path(self.output)
-        self.model = {"folder": self.output, "host": self.host, "files": model_figures(folder), "s3": None}
+        self.model = {"folder": self.output, "host": self.host, "files": model_digests(folder), "s3": None}
         try:
             self.model["s3"] = push(folder, self.model["files"], self)
         except StoreError as error:

@@ -26,7 +26,7 @@ from flows import gpu_profile
 from flows.gpu_profile import Lines, Profiler, Run, Series
 from tests.conftest import python
 from training.consts import METRICS_FILE, SAMPLES_FILE
-from training.storage.metrics import append, forget_after
+from training.storage.metrics import append, drop_entries_after
 
 ROOT = Path(__file__).parents[2]
 MIB = 2**20
@@ -325,7 +325,7 @@ def test_a_resumed_run_is_drawn_without_what_it_forgot(tmp_path: Path) -> None:
     run = the_run(tmp_path)
     assert [row["x"] for row in run.loss.rows()] == [10, 20, 30]
     for name in (METRICS_FILE, SAMPLES_FILE):
-        forget_after(tmp_path / name, 10)
+        drop_entries_after(tmp_path / name, 10)
     append(tmp_path / METRICS_FILE, line(20, loss=1.5))
     run.read()
     assert run.loss.rows() == [{"x": 10, "loss": 10}, {"x": 20, "loss": 1.5}]

@@ -188,7 +188,7 @@ def test_a_run_that_did_not_finish_is_refused_and_a_finished_one_is_not(
 ) -> None:
     for file in answering_folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
-    unfinished = r"its training did not finish. Go on with its command and --resume auto"
+    unfinished = r"its training did not finish. Type its training command again, with --resume auto"
     broken = r"run.json: cannot be read .* Copy or train the model again"
     for message, records in {
         unfinished: [b'{"status": "running"}', b"[]", b"7", b"null"],

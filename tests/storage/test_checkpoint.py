@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there: what is torn is named, and rotation leaves what is still needed."""
+"""Checkpoints: damage is detected and named, and rotation keeps the newest and the best."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from training.storage.checkpoint import MANIFEST_FILE, best, checkpoints, proble
 MODEL, RANK_0 = "model.safetensors", "global_step/rank_0.pt"
 
 
-def a_checkpoint(output: Path, step: int, eval_loss: float | None = 1.0, whole: bool = True) -> Path:
-    """checkpoint-<step> with three small files, one in a folder."""
+def make_checkpoint(output: Path, step: int, eval_loss: float | None = 1.0, complete: bool = True) -> Path:
+    """Writes checkpoint-<step> with three small files, one of them in a subfolder."""
     folder = output / f"checkpoint-{step}"
     (folder / "global_step").mkdir(parents=True)
     for name in (MODEL, "trainer_state.json", RANK_0):
         (folder / name).write_bytes(f"{name} of step {step}".encode())
-    if whole:
-        files = checkpoint.digests(folder, checkpoint.files_of(folder), written_now=True)
+    if complete:
+        files = checkpoint.digests(folder, checkpoint.files_of(folder), flush=True)
         checkpoint.write_manifest(folder, eval_loss, ["model.safetensors"], files)
     return folder
 
 
 def test_the_manifest_names_every_file_with_size_and_checksum(tmp_path: Path) -> None:
-    folder = a_checkpoint(tmp_path, 200, 1.25)
+    folder = make_checkpoint(tmp_path, 200, 1.25)
     manifest = read_manifest(folder)
     # printf 'trainer_state.json of step 200' | sha256sum
     assert manifest["files"]["trainer_state.json"] == {
@@ -46,14 +46,14 @@ def test_the_manifest_names_every_file_with_size_and_checksum(tmp_path: Path) ->
     assert problems_of(folder) == []
 
 
-def flip(file: Path, place: int = 3) -> None:
+def flip(file: Path, position: int = 3) -> None:
     content = bytearray(file.read_bytes())
-    content[place] ^= 1
+    content[position] ^= 1
     file.write_bytes(content)
 
 
 @pytest.mark.parametrize(
-    ("damage", "fault"),
+    ("damage", "problem"),
     [
         (lambda f: (f / MANIFEST_FILE).unlink(), "it was not written to the end"),
         (lambda f: (f / MANIFEST_FILE).write_text("{"), "it was not written to the end"),
@@ -64,43 +64,43 @@ def flip(file: Path, place: int = 3) -> None:
         (lambda f: flip(f / RANK_0), f"{RANK_0} has changed since it was written"),
     ],
 )
-def test_what_is_torn_is_recognised_and_named(
-    tmp_path: Path, damage: Callable[[Path], Any], fault: str
+def test_a_damaged_file_is_detected_and_named(
+    tmp_path: Path, damage: Callable[[Path], Any], problem: str
 ) -> None:
-    folder = a_checkpoint(tmp_path, 200)
+    folder = make_checkpoint(tmp_path, 200)
     damage(folder)
-    assert problems_of(folder) == [fault]
+    assert problems_of(folder) == [problem]
 
 
-def test_every_single_bit_of_a_checkpoint_counts_those_of_the_manifest_as_well(tmp_path: Path) -> None:
-    folder = a_checkpoint(tmp_path, 200, 1.25)
-    whole = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-    for file, content in whole.items():
-        for place in range(len(content)):
-            flip(file, place)
+def test_one_flipped_bit_is_detected_in_every_file_including_the_manifest(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 200, 1.25)
+    contents = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    for file, content in contents.items():
+        for position in range(len(content)):
+            flip(file, position)
             if file.name != MANIFEST_FILE:
-                assert problems_of(folder), f"{file.name}, byte {place}"
-            elif read_manifest(folder) is not None:  # a space or a line end
-                assert json.loads(file.read_text()) == json.loads(content), f"byte {place}"
+                assert problems_of(folder), f"{file.name}, byte {position}"
+            elif read_manifest(folder) is not None:  # only whitespace changed
+                assert json.loads(file.read_text()) == json.loads(content), f"byte {position}"
             file.write_bytes(content)
     assert not problems_of(folder)
 
 
-def test_a_checkpoint_under_the_name_of_another_step_is_none(tmp_path: Path) -> None:
-    a_checkpoint(tmp_path, 200).rename(tmp_path / "checkpoint-300")
+def test_a_checkpoint_renamed_to_another_step_is_refused(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path, 200).rename(tmp_path / "checkpoint-300")
     assert problems_of(tmp_path / "checkpoint-300") == ["it was not written to the end"]
 
 
-def test_the_model_alone_can_be_asked(tmp_path: Path) -> None:
-    folder = a_checkpoint(tmp_path, 200)
+def test_the_model_files_can_be_checked_alone(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 200)
     flip(folder / "trainer_state.json")
     assert problems_of(folder, model_only=True) == []
     flip(folder / "model.safetensors")
     assert problems_of(folder, model_only=True) == ["model.safetensors has changed since it was written"]
 
 
-def test_a_manifest_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = a_checkpoint(tmp_path, 200, whole=False)
+def test_a_manifest_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_checkpoint(tmp_path, 200, complete=False)
     with monkeypatch.context() as killed:
         killed.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -109,20 +109,20 @@ def test_a_manifest_is_replaced_whole(tmp_path: Path, monkeypatch: pytest.Monkey
     assert MANIFEST_FILE not in "".join(checkpoint.files_of(folder))
 
 
-def test_checkpoints_are_found_by_step_and_nothing_else_is_one(tmp_path: Path) -> None:
+def test_checkpoints_are_sorted_by_step_and_other_names_are_ignored(tmp_path: Path) -> None:
     for step in (1000, 9, 200):
-        a_checkpoint(tmp_path, step, whole=step != 9)
+        make_checkpoint(tmp_path, step, complete=step != 9)
     for name in ("checkpoint-", "checkpoint-x", "checkpoint-5.old", "runs"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-7").write_text("a file")
     assert checkpoints(tmp_path) == [tmp_path / f"checkpoint-{step}" for step in (9, 200, 1000)]
 
 
-def test_the_best_has_the_least_held_out_loss_and_the_newest_of_equals_counts(tmp_path: Path) -> None:
+def test_the_best_checkpoint_has_the_lowest_held_out_loss_and_is_the_newest_if_equal(tmp_path: Path) -> None:
     assert best(tmp_path) is None
     for step, loss in {1: 2.0, 2: 1.0, 3: 1.0, 4: None, 5: float("nan"), 6: float("inf"), 7: 3.0}.items():
-        a_checkpoint(tmp_path, step, loss)
-    a_checkpoint(tmp_path, 8, 0.5, whole=False)
+        make_checkpoint(tmp_path, step, loss)
+    make_checkpoint(tmp_path, 8, 0.5, complete=False)
     assert best(tmp_path).name == "checkpoint-3"
 
 
@@ -133,37 +133,39 @@ def test_the_best_has_the_least_held_out_loss_and_the_newest_of_equals_counts(tm
     ),
     limit=st.integers(1, 4),
 )
-def test_rotation_keeps_the_newest_whole_one_and_the_best_and_no_torn_one_before_them(
+def test_rotation_keeps_the_newest_complete_and_the_best_checkpoint_and_drops_incomplete_ones(
     saves: list[tuple[float | None, bool]], limit: int
 ) -> None:
-    with tempfile.TemporaryDirectory() as place:
-        output, least = Path(place), None
-        for step, (loss, whole) in enumerate(saves, start=1):
-            folder = a_checkpoint(output, step, loss, whole)
-            if not whole:
+    with tempfile.TemporaryDirectory() as folder_name:
+        output, lowest = Path(folder_name), None
+        for step, (loss, complete) in enumerate(saves, start=1):
+            folder = make_checkpoint(output, step, loss, complete)
+            if not complete:
                 continue
             rotate(output, limit)
-            # A run of its own account: the best of all so far, as losses of removed ones count no less.
-            if loss is not None and loss == loss and (least is None or loss <= least[0]):
-                least = loss, folder
-            there = checkpoints(output)
-            assert folder in there
-            assert least is None or least[1] in there
-            assert all(read_manifest(each) for each in there), "torn ones are gone"
-            assert len(there) <= max(limit, 2)
+            # Tracked here over all saves, as rotation must never remove the best one.
+            if loss is not None and loss == loss and (lowest is None or loss <= lowest[0]):
+                lowest = loss, folder
+            existing = checkpoints(output)
+            assert folder in existing
+            assert lowest is None or lowest[1] in existing
+            assert all(read_manifest(kept) for kept in existing), "incomplete ones are removed"
+            assert len(existing) <= max(limit, 2)
 
 
-@pytest.mark.parametrize("whole", [[True, False], [False]], ids=["the torn one is newer", "nothing is whole"])
-def test_a_torn_checkpoint_is_left_to_the_run_that_writes_it(tmp_path: Path, whole: list[bool]) -> None:
-    folders = [a_checkpoint(tmp_path, step, whole=each) for step, each in enumerate(whole)]
+@pytest.mark.parametrize(
+    "complete", [[True, False], [False]], ids=["incomplete one is newest", "no complete one"]
+)
+def test_the_incomplete_checkpoint_being_written_is_kept(tmp_path: Path, complete: list[bool]) -> None:
+    folders = [make_checkpoint(tmp_path, step, complete=flag) for step, flag in enumerate(complete)]
     rotate(tmp_path, 1)
     assert checkpoints(tmp_path) == folders
 
 
-def test_a_removal_that_is_killed_leaves_no_whole_checkpoint(
+def test_an_interrupted_removal_leaves_no_complete_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = a_checkpoint(tmp_path, 1)
+    folder = make_checkpoint(tmp_path, 1)
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     checkpoint.remove(folder)
     assert problems_of(folder) == ["it was not written to the end"]

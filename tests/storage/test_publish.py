@@ -1,4 +1,4 @@
-"""A published model is whole, byte for byte, or visibly not there: on DBFS, a full disk, S3, and after any kill."""
+"""A published model is complete, byte for byte, or recognisably incomplete, also on full disks, S3 and after kills."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ import pytest
 from tests.conftest import mounted, python
 from training import files
 from training.errors import PublishError
-from training.storage import copy as copying
+from training.storage import copy as copy_module
 from training.storage.copy import publish
 from training.storage.target import marker_of, target_problems
 
@@ -40,7 +40,7 @@ RUN = {"status": "finished", "started": "2026-01-01T00:00:00Z", "steps": 6}
 
 @pytest.fixture
 def finished(tmp_path: Path) -> Path:
-    """A finished output: the model's files, one of two blocks and a bit, and what belongs to the run alone."""
+    """A finished run: the model's files, one larger than two blocks, and files that are not published."""
     folder = tmp_path / "out"
     for name in ("checkpoint-200", "runs"):
         (folder / name).mkdir(parents=True)
@@ -61,7 +61,7 @@ def target(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def command(failing_disk: str, finished: Path, target: Path) -> Callable[..., subprocess.CompletedProcess]:
-    """Runs the command as a process of its own, on a target that refuses what DBFS refuses."""
+    """Runs the command in its own process, on a target that refuses what DBFS refuses."""
     return partial(publish_command, finished, str(target), LD_PRELOAD=failing_disk, REFUSE_UNDER=str(target))
 
 
@@ -74,12 +74,12 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def assert_whole(copy: dict[str, bytes], finished: Path) -> None:
+def assert_complete(copy: dict[str, bytes], finished: Path) -> None:
     manifest = json.loads(copy["manifest.json"])
     assert copy.keys() == {*manifest, "manifest.json"} == PUBLISHED
-    for name, told in manifest.items():
+    for name, entry in manifest.items():
         assert copy[name] == (finished / name).read_bytes(), name
-        assert told == {"size": len(copy[name]), "sha256": hashlib.sha256(copy[name]).hexdigest()}
+        assert entry == {"size": len(copy[name]), "sha256": hashlib.sha256(copy[name]).hexdigest()}
 
 
 def assert_refused(finished: Path, target: Path, message: str) -> None:
@@ -88,35 +88,37 @@ def assert_refused(finished: Path, target: Path, message: str) -> None:
     assert not target.exists()
 
 
-def says_finished(target: Path) -> bool:
+def is_marked_finished(target: Path) -> bool:
     with suppress(OSError, ValueError):
         return json.loads((target / "run.json").read_text())["status"] == "finished"
     return False
 
 
-# --- a copy that goes well ---------------------------------------------------------------------------
+# --- complete copies ---------------------------------------------------------------------------------
 
 
-def test_a_model_is_published_where_files_can_only_be_written_front_to_back_again_is_no_work_and_onwards_it_goes(
+def test_a_model_is_published_with_sequential_writes_once_and_the_copy_can_be_published_again(
     command: Callable[..., Any], finished: Path, target: Path, tmp_path: Path
 ) -> None:
     before = content(finished)
     result = command()
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith(f"published to {target}: 8 files, 16.0 MiB, each file read back")
-    assert_whole(content(target), finished)
+    assert_complete(content(target), finished)
     assert content(finished) == before
     times = {file.name: file.stat().st_mtime_ns for file in target.iterdir()}
     result = command()
     assert result.returncode == 0, result.stderr
-    assert result.stdout.startswith(f"{target} holds this model already, whole and unchanged: 8 files")
+    assert result.stdout.startswith(f"{target} already holds this model, complete and unchanged: 8 files")
     assert publish(finished, str(target)) == []
     assert {file.name: file.stat().st_mtime_ns for file in target.iterdir()} == times
     publish(target, str(tmp_path / "onwards"))
     assert content(tmp_path / "onwards") == content(target)
 
 
-def test_a_large_file_has_a_line_in_the_log_and_a_bar_on_a_terminal(finished: Path, tmp_path: Path) -> None:
+def test_a_large_file_gets_a_log_line_and_a_progress_bar_on_a_terminal(
+    finished: Path, tmp_path: Path
+) -> None:
     program = (
         "import sys; from training import files, publish; from training.storage import copy; files.LARGE = copy.LARGE = 2**20\n"
         f"sys.argv = ['publish', '--model', {str(finished)!r}, '--to', sys.argv[1]]; publish.main()"
@@ -129,28 +131,28 @@ def test_a_large_file_has_a_line_in_the_log_and_a_bar_on_a_terminal(finished: Pa
     assert logged.stderr == ""
     reader, terminal = pty.openpty()
     termios.tcsetwinsize(terminal, (24, 100))
-    aside = {"stdout": subprocess.DEVNULL, "stderr": terminal}
-    python("-c", program, tmp_path / "seen", capture_output=False, check=True, **aside)
+    streams = {"stdout": subprocess.DEVNULL, "stderr": terminal}
+    python("-c", program, tmp_path / "seen", capture_output=False, check=True, **streams)
     os.close(terminal)
     assert re.search(r"model\.safetensors:   0%\|.*16\.0M", os.read(reader, 2**16).decode(), re.DOTALL)
 
 
-# --- copies that break off ---------------------------------------------------------------------------
+# --- interrupted copies ------------------------------------------------------------------------------
 
 
 def kill_and_publish_again(command: Callable[..., Any], finished: Path, target: Path, change: int) -> bool:
-    """Kills the copy at its nth change to the target, looks, and goes on; whether there was an nth change."""
+    """Kills the copy at its nth change to the target, checks it, and continues; False if there was no nth change."""
     before = content(target)
     killed = command(KILL_AT=f"{change}:{target}")
     assert killed.returncode in (0, -signal.SIGKILL), killed.stderr
     after = content(target)
-    after.pop("publishing.json", None)  # the mark on a copy that is about to be mended, still as it was found
-    if says_finished(target) and after != before:
-        assert_whole(after, finished)
-    assert target_problems(str(target), finished) == [], "the run's own copy may go on"
+    after.pop("publishing.json", None)  # a repair has written its marker but changed nothing else yet
+    if is_marked_finished(target) and after != before:
+        assert_complete(after, finished)
+    assert target_problems(str(target), finished) == [], "the run's own copy may be continued"
     again = command()
     assert again.returncode == 0, again.stderr
-    assert_whole(content(target), finished)
+    assert_complete(content(target), finished)
     return killed.returncode != 0
 
 
@@ -159,7 +161,7 @@ def cut(file: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [*sorted(random.Random(5).sample(range(1, 30), 6)), -1, -2, -3])
-def test_a_copy_killed_at_a_random_moment_or_mended_and_killed_at_its_first_changes_is_continued(
+def test_a_copy_killed_at_a_random_moment_or_during_a_repair_is_continued(
     command: Callable[..., Any], finished: Path, target: Path, change: int
 ) -> None:
     if change < 0:
@@ -173,7 +175,7 @@ def test_a_copy_killed_at_a_random_moment_or_mended_and_killed_at_its_first_chan
 def test_a_copy_killed_at_any_moment_is_continued(
     command: Callable[..., Any], finished: Path, target: Path, damaged: str | None
 ) -> None:
-    """From nothing; and while a whole copy, of which a file was damaged since, is mended."""
+    """Both a new copy and the repair of a complete copy with one damaged file."""
     change, killed = 0, True
     while killed:
         change += 1
@@ -181,139 +183,139 @@ def test_a_copy_killed_at_any_moment_is_continued(
         if damaged:
             publish(finished, str(target))
             cut(target / damaged)
-            if damaged == "run.json":  # a copy killed while it wrote the record
+            if damaged == "run.json":  # as if killed while writing the record
                 (target / "publishing.json").write_bytes(marker_of((finished / "run.json").read_bytes()))
         killed = kill_and_publish_again(command, finished, target, change)
     assert change > 5
 
 
-def test_a_copy_killed_again_and_again_comes_to_its_end(
+def test_a_copy_that_is_killed_repeatedly_completes_in_the_end(
     command: Callable[..., Any], finished: Path, target: Path
 ) -> None:
     kills = 0
     while command(KILL_AT=f"{5 + kills}:{target}").returncode == -signal.SIGKILL:
-        assert not says_finished(target)
+        assert not is_marked_finished(target)
         kills += 1
     assert kills >= 2
-    assert_whole(content(target), finished)
+    assert_complete(content(target), finished)
 
 
-def test_what_an_earlier_attempt_left_is_kept_where_it_is_right(
+def test_correct_files_of_an_earlier_attempt_are_kept(
     command: Callable[..., Any], finished: Path, target: Path
 ) -> None:
     assert command(FULL_DISK=f"{2**20}:{target}").returncode == 2
     kept = {name: (target / name).stat().st_mtime_ns for name in ("README.md", "config.json", "ledger.json")}
-    (target / "config.json").write_bytes(b"?" * 1000)  # of the right size
+    (target / "config.json").write_bytes(b"?" * 1000)  # right size, wrong bytes
     (target / "ledger.json").write_bytes(b"")
     assert publish(finished, str(target)) == [
         "config.json", "ledger.json", "model.safetensors", "tokenizer.json", "trainer_state.json",
         "manifest.json", "run.json",
     ]  # fmt: skip
     assert (target / "README.md").stat().st_mtime_ns == kept["README.md"]
-    assert_whole(content(target), finished)
+    assert_complete(content(target), finished)
 
 
-# --- what reads back otherwise -----------------------------------------------------------------------
+# --- files that read back wrong ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "name", ["publishing.json", "config.json", "model.safetensors", "manifest.json", "run.json"]
 )
-def test_a_file_written_wrong_once_is_mended_and_again_is_an_error_and_the_copy_can_be_continued(
+def test_a_file_that_reads_back_wrong_is_rewritten_once_and_then_refused(
     command: Callable[..., Any], finished: Path, target: Path, name: str
 ) -> None:
     result = command(FLIP_BIT=f"1:{target / name}")
     assert result.returncode == 0, result.stderr
-    assert f"{target / name} read back otherwise than it was written\n" in result.stdout
-    assert_whole(content(target), finished)
+    assert f"{target / name}: the bytes read back differ from the bytes written\n" in result.stdout
+    assert_complete(content(target), finished)
     shutil.rmtree(target)
     result = command(FLIP_BIT=f"99:{target / name}")
     assert result.returncode == 2
     assert result.stderr == (
-        f"Cannot publish: {target / name}: read back otherwise than it was written, twice. The model in {finished} "
-        "is whole, and what was copied is kept. When the cause is mended, type "
+        f"Cannot publish: {target / name}: the bytes read back differ from the bytes written, twice. "
+        f"The model in {finished} is complete, and the files copied so far are kept. Fix the cause, then type "
         f"python -m training.publish --model {finished} --to {target}\n"
     )
     assert not {"run.json", name} & content(target).keys()
     assert command().returncode == 0
-    assert_whole(content(target), finished)
+    assert_complete(content(target), finished)
 
 
-# --- a source or a target that changes meanwhile -----------------------------------------------------
+# --- a source or a target that changes during the copy -----------------------------------------------------
 
 
 def before_the_weights(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
-    """Has something done when the copy comes to the weights."""
-    real = copying._write
+    """Calls `act` when the copy reaches the weights."""
+    real = copy_module._write
 
     def write(target: Any, name: str, *args: Any) -> None:
         if name == "model.safetensors":
             act()
         real(target, name, *args)
 
-    monkeypatch.setattr(copying, "_write", write)
+    monkeypatch.setattr(copy_module, "_write", write)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"), "has changed while it was copied"),
-        (cut, "has changed while it was copied"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"?"), "changed while it was copied"),
+        (cut, "changed while it was copied"),
         (lambda file: file.unlink(), r"cannot be read \(No such file or directory\)"),
     ],
     ids=["other bytes", "cut", "removed"],
 )
-def test_a_source_that_changes_while_it_is_copied_is_told_as_that_and_not_called_whole(
+def test_a_source_that_changes_during_the_copy_is_reported_and_not_called_complete(
     finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], Any], message: str
 ) -> None:
     weights = finished / "model.safetensors"
-    whole = weights.read_bytes()
+    original = weights.read_bytes()
     before_the_weights(monkeypatch, lambda: change(weights))
-    with pytest.raises(PublishError, match=f"{weights}: {message}. {finished} must stay as it is") as told:
+    with pytest.raises(PublishError, match=f"{weights}: {message}. {finished} must not change") as error:
         publish(finished, str(target))
-    assert "is whole" not in str(told.value)
+    assert "is complete" not in str(error.value)
     assert not {"run.json", weights.name} & content(target).keys()
     monkeypatch.undo()
-    weights.write_bytes(whole)
+    weights.write_bytes(original)
     publish(finished, str(target))
-    assert_whole(content(target), finished)
+    assert_complete(content(target), finished)
 
 
-def test_a_source_that_cannot_be_read_is_told_before_anything_is_written(
+def test_an_unreadable_source_is_reported_before_anything_is_written(
     finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = Path.open
 
-    def broken(path: Path, *args: Any, **how: Any) -> Any:
+    def broken(path: Path, *args: Any, **kwargs: Any) -> Any:
         if path.name == "model.safetensors":
             raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(path, *args, **how)
+        return real(path, *args, **kwargs)
 
     monkeypatch.setattr(Path, "open", broken)
     assert_refused(finished, target, r"model\.safetensors: cannot be read \(Input/output error\)")
 
 
-def test_a_target_that_turns_read_only_in_mid_copy_is_told_and_the_copy_goes_on_when_it_is_not(
+def test_a_target_that_turns_read_only_is_reported_and_the_copy_continues_later(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     remount = ["mount", "-o", "remount,ro", tmp_path / "disk"]
     with mounted(tmp_path / "disk", "64m") as disk:
         target = disk / "copy"
         before_the_weights(monkeypatch, lambda: subprocess.run(remount, check=True))
-        with pytest.raises(PublishError, match=r"Read-only file system\. The model in .* is whole"):
+        with pytest.raises(PublishError, match=r"Read-only file system\. The model in .* is complete"):
             publish(finished, str(target))
         assert not (target / "run.json").exists()
         monkeypatch.undo()
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
-        assert "README.md" not in publish(finished, str(target)), "that is there already"
-        assert_whole(content(target), finished)
+        assert "README.md" not in publish(finished, str(target)), "already copied"
+        assert_complete(content(target), finished)
 
 
 # --- space -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("room", [0, 50, 1000, 2**20, 2**24])
-def test_a_full_disk_is_told_and_the_copy_continues_when_there_is_room(
+def test_a_full_disk_is_reported_and_the_copy_continues_when_there_is_room(
     command: Callable[..., Any], finished: Path, target: Path, room: int
 ) -> None:
     before = content(finished)
@@ -325,60 +327,58 @@ def test_a_full_disk_is_told_and_the_copy_continues_when_there_is_room(
     assert not (target / "run.json").exists()
     assert content(finished) == before
     assert command().returncode == 0
-    assert_whole(content(target), finished)
+    assert_complete(content(target), finished)
 
 
-def figures(free: int, blocks: int = 2**40) -> Callable[[Any], SimpleNamespace]:
+def disk_stats(free: int, blocks: int = 2**40) -> Callable[[Any], SimpleNamespace]:
     return lambda path: SimpleNamespace(f_bavail=free, f_frsize=1, f_blocks=blocks)
 
 
 def test_a_target_with_too_little_room_is_refused_before_anything_is_written(
     finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(os, "statvfs", figures(2**24))
-    assert_refused(finished, target, r"16\.0 MiB are needed, and 16\.0 MiB are free. Make room")
-    monkeypatch.setattr(os, "statvfs", figures(2**25))
+    monkeypatch.setattr(os, "statvfs", disk_stats(2**24))
+    assert_refused(finished, target, r"16\.0 MiB are needed, but 16\.0 MiB are free. Make room")
+    monkeypatch.setattr(os, "statvfs", disk_stats(2**25))
     publish(finished, str(target))
-    (target / "README.md").write_bytes(b"")  # what is there already needs no room
-    monkeypatch.setattr(os, "statvfs", figures(2**16))
+    (target / "README.md").write_bytes(b"")  # the other files need no space: they are already copied
+    monkeypatch.setattr(os, "statvfs", disk_stats(2**16))
     assert "README.md" in publish(finished, str(target))
 
 
 @pytest.mark.parametrize(("free", "blocks"), [(0, 0), (0, 100), (2**62, 2**63), (2**10, 10)])
-def test_figures_that_dbfs_makes_up_stop_nobody(
+def test_disk_sizes_that_dbfs_makes_up_do_not_stop_the_copy(
     finished: Path, target: Path, monkeypatch: pytest.MonkeyPatch, free: int, blocks: int
 ) -> None:
-    monkeypatch.setattr(os, "statvfs", figures(free, blocks))
+    monkeypatch.setattr(os, "statvfs", disk_stats(free, blocks))
     publish(finished, str(target))
-    assert_whole(content(target), finished)
+    assert_complete(content(target), finished)
 
 
-# --- what is refused ---------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------------
 
 
-def test_weights_that_are_not_those_that_were_verified_are_not_published(
-    finished: Path, target: Path
-) -> None:
+def test_weights_that_differ_from_the_verified_ones_are_refused(finished: Path, target: Path) -> None:
     weights = finished / "model.safetensors"
-    whole = weights.read_bytes()
-    verified = {weights.name: {"sha256": hashlib.sha256(whole).hexdigest()}}
+    original = weights.read_bytes()
+    verified = {weights.name: {"sha256": hashlib.sha256(original).hexdigest()}}
     (finished / "run.json").write_text(json.dumps(RUN | {"weights": verified}))
-    weights.write_bytes(whole[: len(whole) // 2])
-    assert_refused(finished, target, "is not the file that training wrote and verified")
-    weights.write_bytes(whole)
+    weights.write_bytes(original[: len(original) // 2])
+    assert_refused(finished, target, "differs from the file that training wrote and verified")
+    weights.write_bytes(original)
     publish(finished, str(target))
 
 
 @pytest.mark.parametrize(
     ("record", "message"),
     [
-        ('{"status": "running"}', r"did not finish. Go on with its command and --resume auto"),
+        ('{"status": "running"}', r"did not finish. Type its training command again, with --resume auto"),
         ("[]", "did not finish"),
         ("", r"run\.json: cannot be read"),
         (None, r"there is no run\.json, so no run wrote its model here. Name a run's --local-output-dir"),
     ],
 )
-def test_a_source_that_is_no_finished_run_is_refused(
+def test_a_source_that_is_not_a_finished_run_is_refused(
     finished: Path, target: Path, record: str | None, message: str
 ) -> None:
     (finished / "run.json").unlink() if record is None else (finished / "run.json").write_text(record)
@@ -393,47 +393,47 @@ def other_run(target: Path) -> None:
     publish(folder, str(target))
 
 
-def begun_other_run(target: Path) -> None:
+def incomplete_other_run(target: Path) -> None:
     other_run(target)
     (target / "publishing.json").write_bytes(marker_of((target / "run.json").read_bytes()))
     (target / "run.json").unlink()
 
 
-def foreign_beside_the_copy(target: Path) -> None:
+def copy_with_foreign_files(target: Path) -> None:
     publish(target.parent / "out", str(target))
     (target / "notes.txt").write_text("mine")
     (target / "config.json").unlink()
     (target / "config.json").mkdir()
 
 
-def some_model(target: Path) -> None:
+def unrelated_model(target: Path) -> None:
     target.mkdir()
     (target / "config.json").write_text("{}")
     (target / "model.safetensors").write_bytes(b"precious")
 
 
 @pytest.mark.parametrize(
-    ("made", "message"),
+    ("prepare", "message"),
     [
         (other_run, r"already holds another run's model, or part of it \(manifest.json, model.safetensors, run.json\). Name"),
-        (begun_other_run, "already holds another run's model, or part of it"),
-        (foreign_beside_the_copy, r"holds what is not of this model \(config.json, notes.txt\). Name a new folder, or move it away"),
-        (some_model, r"already holds something \(config.json, model.safetensors\). Name a new folder"),
+        (incomplete_other_run, "already holds another run's model, or part of it"),
+        (copy_with_foreign_files, r"holds files that are not part of this model \(config.json, notes.txt\). Name a new folder, or move them away"),
+        (unrelated_model, r"already holds something \(config.json, model.safetensors\). Name a new folder"),
         (lambda target: (target / "results").mkdir(parents=True), r"already holds something \(results\)"),
-        (lambda target: target.write_text("precious"), "already holds something, being a file. Name a new folder"),
+        (lambda target: target.write_text("precious"), "already holds something: it is a file. Name a new folder"),
     ],
 )  # fmt: skip
-def test_a_target_that_holds_something_else_is_refused_and_left_as_it_is(
-    finished: Path, target: Path, made: Callable[[Path], None], message: str
+def test_a_target_with_other_files_is_refused_and_left_unchanged(
+    finished: Path, target: Path, prepare: Callable[[Path], None], message: str
 ) -> None:
-    made(target)
+    prepare(target)
     before = (target.is_file(), sorted(target.rglob("*")), content(target))
     with pytest.raises(PublishError, match=message):
         publish(finished, str(target))
     assert (target.is_file(), sorted(target.rglob("*")), content(target)) == before
 
 
-def test_before_training_only_an_empty_target_is_taken_or_this_finished_runs_own(
+def test_before_training_the_target_must_be_empty_or_a_copy_of_this_run(
     finished: Path, target: Path, tmp_path: Path
 ) -> None:
     assert target_problems(str(target), finished) == []
@@ -441,10 +441,10 @@ def test_before_training_only_an_empty_target_is_taken_or_this_finished_runs_own
     assert target_problems(str(target)) == []
     publish(finished, str(target))
     assert target_problems(str(target), finished) == []
-    held = "already holds something (README.md, config.json, ledger.json, ...). Name a new folder"
+    expected = "already holds something (README.md, config.json, ledger.json, ...). Name a new folder"
     for folder in (None, tmp_path / "none"):
-        [fault] = target_problems(str(target), folder)
-        assert fault.endswith(held)
+        [problem] = target_problems(str(target), folder)
+        assert problem.endswith(expected)
     (finished / "run.json").write_text('{"status": "running"}')
     assert len(target_problems(str(target), finished)) == 1
     assert content(target).keys() == PUBLISHED
@@ -453,22 +453,22 @@ def test_before_training_only_an_empty_target_is_taken_or_this_finished_runs_own
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("dbfs:/dolly", "dbfs:/dolly: a path is needed. Type /dbfs/dolly"),
+        ("dbfs:/dolly", "dbfs:/dolly: is a URL, but a path is needed. Type /dbfs/dolly"),
         ("zz9://x/y", "there is no file system 'zz9'. Name a folder, or a URL such as s3://bucket/folder"),
         ("s3://", "names no bucket. Type s3://bucket/folder"),
         ("sftp://me:hunter2@host/x", "sftp://***@host/x: holds a password"),
         ("s3://AKIA:hun/ter2@bucket/x", "s3://***@bucket/x: holds a password"),
     ],
 )
-def test_a_target_that_is_no_place_is_told(finished: Path, name: str, message: str) -> None:
-    [fault] = target_problems(name)
-    assert message in fault
-    assert "hunter2" not in fault
+def test_an_impossible_target_is_refused(finished: Path, name: str, message: str) -> None:
+    [problem] = target_problems(name)
+    assert message in problem
+    assert "hunter2" not in problem
     with pytest.raises(PublishError, match=re.escape(message)):
         publish(finished, name)
 
 
-def test_a_mount_of_databricks_that_is_not_there_is_not_made_and_the_models_own_folder_is_no_target(
+def test_a_missing_databricks_mount_and_the_models_own_folder_are_refused(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mount = Path("/") / f"no-{os.getpid()}-dbfs"
@@ -486,15 +486,15 @@ KEYS = {"AWS_ACCESS_KEY_ID": "AKIASECRETKEYID", "AWS_SECRET_ACCESS_KEY": "wholly
 
 @pytest.fixture
 def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """S3 with an empty bucket "models", and nothing of the user's own credentials."""
+    """S3 with an empty bucket "models", without the user's own credentials."""
     import s3fs
 
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    places = {"AWS_ENDPOINT_URL": s3_server, "HOME": str(tmp_path)}
-    for name, value in (KEYS | places | {"AWS_EC2_METADATA_DISABLED": "true"}).items():
+    settings = {"AWS_ENDPOINT_URL": s3_server, "HOME": str(tmp_path)}
+    for name, value in (KEYS | settings | {"AWS_EC2_METADATA_DISABLED": "true"}).items():
         monkeypatch.setenv(name, value)
-    # Other tests have their own buckets there.
+    # Other tests leave their own buckets on the server.
     urllib.request.urlopen(urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST"))
     s3fs.S3FileSystem.clear_instance_cache()
     fs = s3fs.S3FileSystem()
@@ -510,20 +510,20 @@ def objects(s3: Any, prefix: str) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("prefix", ["models/a/dolly", "models"])
-def test_a_model_is_published_to_s3_and_again_is_no_work(finished: Path, s3: Any, prefix: str) -> None:
+def test_a_model_is_published_to_s3_only_once(finished: Path, s3: Any, prefix: str) -> None:
     assert target_problems(f"s3://{prefix}") == []
     result = publish_command(finished, f"s3://{prefix}/")
     assert result.returncode == 0, result.stderr
-    assert_whole(objects(s3, prefix), finished)
+    assert_complete(objects(s3, prefix), finished)
     assert publish(finished, f"s3://{prefix}") == []
     assert target_problems(f"s3://{prefix}/", finished) == []
     assert "already holds something (README.md" in target_problems(f"s3://{prefix}")[0]
 
 
-def test_a_copy_on_s3_that_broke_off_is_continued_and_foreign_objects_are_refused(
+def test_an_interrupted_copy_on_s3_is_continued_and_foreign_objects_are_refused(
     finished: Path, s3: Any
 ) -> None:
-    s3.touch("models/dolly/")  # as S3's console makes a folder
+    s3.touch("models/dolly/")  # as the S3 console creates a folder
     publish(finished, "s3://models/dolly")
     s3.pipe_file("models/dolly/publishing.json", marker_of((finished / "run.json").read_bytes()))
     s3.rm_file("models/dolly/run.json")
@@ -532,13 +532,13 @@ def test_a_copy_on_s3_that_broke_off_is_continued_and_foreign_objects_are_refuse
     assert publish(finished, "s3://models/dolly") == ["config.json", "model.safetensors", "run.json"]
     copy = objects(s3, "models/dolly")
     copy.pop("dolly", None)
-    assert_whole(copy, finished)
+    assert_complete(copy, finished)
     s3.pipe_file("models/dolly/runs/notes.txt", b"mine")
-    with pytest.raises(PublishError, match=r"not of this model \(runs\)"):
+    with pytest.raises(PublishError, match=r"not part of this model \(runs\)"):
         publish(finished, "s3://models/dolly")
 
 
-def test_a_write_that_s3_refuses_is_told_and_leaves_no_record(
+def test_a_write_that_s3_refuses_is_reported_and_leaves_no_record(
     finished: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = type(s3).open
@@ -554,7 +554,7 @@ def test_a_write_that_s3_refuses_is_told_and_leaves_no_record(
             publish(finished, "s3://models/x")
     assert "run.json" not in objects(s3, "models/x")
     publish(finished, "s3://models/x")
-    assert_whole(objects(s3, "models/x"), finished)
+    assert_complete(objects(s3, "models/x"), finished)
 
 
 @pytest.mark.parametrize(
@@ -568,7 +568,7 @@ def test_a_write_that_s3_refuses_is_told_and_leaves_no_record(
     ids=["no bucket", "no bucket, no folder", "no credentials", "no server"],
 )  # fmt: skip
 @pytest.mark.usefixtures("s3")
-def test_an_s3_that_cannot_be_used_is_told_in_one_line_without_credentials(
+def test_an_unusable_s3_is_reported_in_one_line_without_credentials(
     finished: Path, target: str, environment: dict[str, str], message: str
 ) -> None:
     result = publish_command(finished, target, **environment)
@@ -579,21 +579,21 @@ def test_an_s3_that_cannot_be_used_is_told_in_one_line_without_credentials(
         assert secret not in result.stdout + result.stderr
 
 
-def test_without_s3fs_the_extra_that_brings_it_is_named(
+def test_a_missing_s3fs_is_reported_with_the_extra_that_installs_it(
     finished: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fsspec.registry import _registry
 
     monkeypatch.delitem(_registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    [fault] = target_problems("s3://models/x")
-    assert fault == "s3://models/x: s3fs is not installed. Type pip install '.[s3]'"
+    [problem] = target_problems("s3://models/x")
+    assert problem == "s3://models/x: s3fs is not installed. Type pip install '.[s3]'"
     with pytest.raises(PublishError, match="s3fs is not installed"):
         publish(finished, "s3://models/x")
 
 
-def test_the_extra_is_the_version_that_is_tested() -> None:
-    """s3fs asks for the fsspec of its own release, so the three pins move together."""
+def test_the_s3_extra_pins_the_tested_version() -> None:
+    """Each s3fs release requires the fsspec of the same version, so the three pins change together."""
     [extra] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["s3"]
     assert extra in (ROOT / "requirements_dev.txt").read_text().split()
     assert extra.replace("s3fs", "fsspec") in (ROOT / "requirements.txt").read_text().split()

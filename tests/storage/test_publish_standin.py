@@ -1,4 +1,4 @@
-"""The stand-in for DBFS refuses what DBFS refuses, and nothing where it is not told to."""
+"""The stand-in for DBFS refuses what DBFS refuses, and only under the folder it is configured for."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ def test_the_stand_in_refuses_what_dbfs_refuses(failing_disk: str, tmp_path: Pat
         f"folder, source = pathlib.Path({str(folder)!r}), pathlib.Path({str(source)!r})\n"
         f"new = lambda: os.open(folder / 'new', os.O_WRONLY | os.O_CREAT)\n{statement}"
     )
-    ended = []
+    results = []
     for refuse in ("", str(folder)):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
         (folder / "old").write_bytes(b"old")
         environment = os.environ | {"LD_PRELOAD": failing_disk, "REFUSE_UNDER": refuse}
-        ended.append(python("-c", program, env=environment))
-    assert ended[0].returncode == 0, ended[0].stderr
-    assert ended[1].returncode == 1
-    assert re.search(r"Errno (1|22|95)\]", ended[1].stderr), ended[1].stderr
+        results.append(python("-c", program, env=environment))
+    assert results[0].returncode == 0, results[0].stderr
+    assert results[1].returncode == 1
+    assert re.search(r"Errno (1|22|95)\]", results[1].stderr), results[1].stderr

@@ -1,4 +1,4 @@
-"""Saves checkpoints: the model as stock transformers loads it, every file hashed, complete by its manifest or not at all.
+"""Saves checkpoints: a model that stock transformers loads, and last a manifest with the hash of every file.
 
 All ranks call these functions at the same step; `trainer` is the CompletionTrainer.
 """
@@ -28,17 +28,17 @@ from training.tracking.progress import write
 
 
 def save_checkpoint(trainer: Any, write_files: Callable[[], None]) -> None:
-    """Writes a checkpoint, completes it by its manifest, and only then removes older ones.
+    """Writes a checkpoint, then its manifest, and only then removes older checkpoints.
 
     `write_files` is transformers' own save, which calls `save_weights`.
     """
     output, step = Path(trainer.args.output_dir), trainer.state.global_step
     folder = output / f"checkpoint-{step}"
-    if checkpoint.read_manifest(folder) is not None:  # stopped again before the first new step
+    if checkpoint.read_manifest(folder) is not None:  # a resumed run was stopped before its first step
         return
     main = trainer.is_world_process_zero()
     if main:
-        checkpoint.remove(folder)  # what a killed save left
+        checkpoint.remove(folder)  # left by a killed save
     raise_together(_lack_of_space(trainer, output) if main else None)
     begin = time.monotonic()
     with _reported(folder, step):
@@ -52,7 +52,7 @@ def save_checkpoint(trainer: Any, write_files: Callable[[], None]) -> None:
 
 def _write_checkpoint(trainer: Any, folder: Path, write_files: Callable[[], None]) -> None:
     main, state = trainer.is_world_process_zero(), trainer.state
-    # The loss since the last line of the log, of each rank: the next line must not forget it.
+    # Each rank's loss since the last log line; a resumed run needs it for the next one.
     summed = trainer.accelerator.gather(trainer._tr_loss.detach().reshape(1)).double().tolist()
     write_files()
     if main:
@@ -67,10 +67,10 @@ def _write_checkpoint(trainer: Any, folder: Path, write_files: Callable[[], None
     trainer.accelerator.wait_for_everyone()
     names = checkpoint.files_of(folder)
     mine = names[trainer.args.process_index :: trainer.args.world_size]
-    digests = gather(checkpoint.digests(folder, mine, written_now=True))
+    digests = gather(checkpoint.digests(folder, mine, flush=True))
     if main:
         losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
-        files = {name: each[name] for each in digests for name in each}
+        files = {name: of_rank[name] for of_rank in digests for name in of_rank}
         loss = losses.get(state.global_step)
         checkpoint.write_manifest(folder, loss, trainer.model_files, dict(sorted(files.items())))
         trainer.saved_bytes = sum(file["size"] for file in files.values())
@@ -86,7 +86,7 @@ def save_weights(trainer: Any, folder: Path) -> list[str]:
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         save_model(model, weights, trainer.processing_class, folder, trainer.max_shard_size)
         names = checkpoint.files_of(folder)
-    trainer.accelerator.wait_for_everyone()  # what the other ranks write into the folder is not the model's
+    trainer.accelerator.wait_for_everyone()  # files that other ranks write later are not the model's
     return names
 
 
@@ -102,10 +102,10 @@ def save_model(
     model.config.use_cache, model.generation_config = True, generation_config(tokenizer)
     try:
         model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
-    finally:  # with a cache, transformers would let packed documents read each other from the next step on
+    finally:  # with a cache, transformers would let packed rows attend to each other
         model.config.use_cache, model.generation_config = training
     tokenizer.save_pretrained(folder)
-    for file in folder.glob(f"*{WEIGHTS}"):  # safetensors' writer lets nobody else read them
+    for file in folder.glob(f"*{WEIGHTS}"):  # safetensors writes files that only the owner can read
         shutil.copymode(folder / "config.json", file)
 
 
@@ -114,7 +114,7 @@ def _bad_weights(trainer: Any, weights: dict[str, torch.Tensor]) -> str | None:
     if not bad:
         return None
     return (
-        f"step {trainer.state.global_step}: {len(bad)} tensors of the model hold NaN or infinite numbers, the first: "
+        f"step {trainer.state.global_step}: {len(bad)} tensors of the model hold NaN or infinite numbers, the first is "
         f"{bad[0]}. Look at the base model; if it is sound, lower --lr. Nothing of this step is saved. "
         f"{older_checkpoint(trainer.args.output_dir)}"
     )
@@ -134,7 +134,7 @@ def _lack_of_space(trainer: Any, output: Path) -> str | None:
 
 @contextmanager
 def _reported(folder: Path, step: int) -> Iterator[None]:
-    """Reports a failure to write in words. safetensors and torch.save have errors of their own for a full disk."""
+    """Raises TrainingError for a failed write. safetensors and torch.save raise their own errors for a full disk."""
     try:
         yield
     except (OSError, RuntimeError, SafetensorError) as error:
@@ -149,8 +149,10 @@ def _reported(folder: Path, step: int) -> Iterator[None]:
 
 
 def older_checkpoint(output: str | Path) -> str:
-    """What to go on from after a save that failed, in words."""
+    """The part of a message that names the checkpoint to resume from."""
     complete = [folder for folder in checkpoint.checkpoints(Path(output)) if checkpoint.read_manifest(folder)]
     if not complete:
-        return "No checkpoint has been written yet: type the same command with --resume auto to begin anew"
-    return f"{complete[-1].name} is good: type the same command with --resume auto to go on from it"
+        return (
+            "No checkpoint has been written yet: type the same command with --resume auto to start at step 0"
+        )
+    return f"{complete[-1].name} is good: type the same command with --resume auto to continue from it"

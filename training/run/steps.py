@@ -28,7 +28,7 @@ from training.run.resume import RestoreOnResume
 from training.run.start import Start
 from training.run.step_guard import AT_MINIMUM
 from training.storage import checkpoint
-from training.storage.metrics import forget_after
+from training.storage.metrics import drop_entries_after
 from training.tracking.callbacks import trackers
 from training.tracking.samples import Samples
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def planned_steps(settings: Settings, rows: int) -> int:
-    """Optimizer steps of the whole run on so many rows, as the Trainer counts them."""
+    """Optimizer steps of the whole run on `rows` rows, counted as the Trainer does."""
     options = settings.options
     return options.max_steps or math.ceil(options.epochs * steps_per_epoch(settings, rows))
 
@@ -48,10 +48,10 @@ def steps_per_epoch(settings: Settings, rows: int) -> int:
 def run_steps(
     settings: Settings, prepared: Prepared, start: Start, record: dict[str, Any], request: StopRequest
 ) -> bool:
-    """Trains from `start` to the last step, which leaves a checkpoint. Returns whether it was stopped before."""
+    """Trains from `start` to the last step and its checkpoint. Returns True if a signal stopped it earlier."""
     args = prepared.args
     if start.folder is not None:
-        args.eval_on_start = False  # measured before the first step of all
+        args.eval_on_start = False  # it was measured before step 1
         logger.info("the run goes on from %s", start.folder)
     if start.loaded != start.folder:
         args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
@@ -73,19 +73,19 @@ def run_steps(
 
 
 def forget_later_steps(output: Path, start: Start) -> None:
-    """Removes what the run will write again: checkpoints after `start`, torn or passed over, and lines of the logs."""
+    """Removes incomplete and skipped checkpoints after `start`, and log lines of the steps that run again."""
     for folder in checkpoint.checkpoints(output):
         if checkpoint.step_of(folder) > start.step:
             checkpoint.remove(folder)
     for name in (METRICS_FILE, SAMPLES_FILE):
-        if start.folder is None:  # of a run that was killed before its first checkpoint
+        if start.folder is None:  # left by a run that was killed before its first checkpoint
             (output / name).unlink(missing_ok=True)
         else:
-            forget_after(output / name, start.step, start.folder.parent / name)
+            drop_entries_after(output / name, start.step, start.folder.parent / name)
 
 
 def build_trainer(settings: Settings, prepared: Prepared, request: StopRequest) -> CompletionTrainer:
-    """Loads the model and puts the Trainer around it, without transformers' own log."""
+    """Loads the model and builds the Trainer, without transformers' own log output."""
     args, options, pad = prepared.args, settings.options, prepared.tokenizer.pad_token_id
     if settings.checkpointing:
         args.activation_checkpointing, args.activation_checkpointing_kwargs = True, {"use_reentrant": False}
@@ -93,8 +93,8 @@ def build_trainer(settings: Settings, prepared: Prepared, request: StopRequest) 
     batching = choose_batching(model, options.batching)
     if batching != "packed" and options.max_tokens_per_device != "auto":
         raise OptionsError(
-            f"--max-tokens-per-device {options.max_tokens_per_device} splits packed rows, and this model cannot "
-            "pack. Lower --per-device-train-batch-size and raise --gradient-accumulation-steps instead"
+            f"--max-tokens-per-device {options.max_tokens_per_device} splits packed rows, but this model cannot "
+            "pack rows. Lower --per-device-train-batch-size and raise --gradient-accumulation-steps instead"
         )
     collator = DataCollatorForPackedRows if batching == "packed" else DataCollatorForCompletionOnlyLM
     trainer = CompletionTrainer(
@@ -144,12 +144,12 @@ def _load(settings: Settings, prepared: Prepared) -> PreTrainedModel:
     except ModelError as error:
         cause = error.__cause__
         if isinstance(cause, RuntimeError | MemoryError) and (out_of_memory(cause) or lost_peer(cause)):
-            raise cause from None  # no fault of the model's: a rank that was lost, or too little memory
+            raise cause from None  # not the model's fault: a lost rank or too little memory
         raise
 
 
 def _samples(trainer: CompletionTrainer, settings: Settings) -> list[Samples]:
-    """The callback that asks the prompts of --sample-prompts, where there are any."""
+    """The callback that answers the prompts of --sample-prompts, if there are any."""
     options = settings.options
     if not options.sample_prompts:
         return []
@@ -157,6 +157,6 @@ def _samples(trainer: CompletionTrainer, settings: Settings) -> list[Samples]:
     every = steps_between_samples(options, steps_per_epoch(settings, len(trainer.train_dataset)))
     try:
         return [Samples(trainer, prompts, every, settings.output / SAMPLES_FILE)]
-    except ValueError as error:  # not even an empty prompt fits beside an answer
-        few = f"the model's {max_positions(trainer.model.config)} positions hold no prompt beside an answer"
-        raise OptionsError(f"--sample-prompts {options.sample_prompts}: {few}. Leave it out") from error
+    except ValueError as error:  # even an empty prompt leaves no positions for an answer
+        reason = f"the model has {max_positions(trainer.model.config)} positions, too few for a prompt and an answer"
+        raise OptionsError(f"--sample-prompts {options.sample_prompts}: {reason}. Leave it out") from error

@@ -1,1 +1,1 @@
-"""Files of a run: its record, metrics, checkpoints, the published copy."""
+"""Files that a run writes: record, metrics, checkpoints, and the published copy of the model."""

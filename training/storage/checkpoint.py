@@ -1,12 +1,12 @@
-"""Checkpoints: complete or not there. The manifest is written last and has the size and checksum of every file.
+"""Checkpoint folders and their manifest. The manifest is written last, with the size and checksum of every file.
 
 checkpoint-200/
   manifest.json          {"step": 200, "eval_loss": 1.23, "model": [name, ...],
-                          "files": {name: {"size": bytes, "sha256": hex}, ...}, "sha256": that of all this}
-  model*.safetensors     the model as stock transformers loads it, with its tokenizer
+                          "files": {name: {"size": bytes, "sha256": hex}, ...}, "sha256": of the entries above}
+  model*.safetensors     the model and tokenizer, loadable with stock transformers
   global_step200/        DeepSpeed's shards of weights and optimizer; optimizer.pt without DeepSpeed
-  trainer_state.json     every figure logged so far
-  progress.json          loss summed since the last line of the log
+  trainer_state.json     all metrics logged so far
+  progress.json          loss summed since the last log line
   rng_state*.pth, scheduler.pt"""
 
 from __future__ import annotations
@@ -32,30 +32,30 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The folders `checkpoint-<step>` of a run, complete or torn, by step."""
+    """The folders `checkpoint-<step>` of a run, complete or not, sorted by step."""
     found = [f for f in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name) and f.is_dir()]
     return sorted(found, key=step_of)
 
 
 def files_of(folder: Path) -> list[str]:
-    """Sorted paths of all files in a checkpoint, without the manifest."""
+    """Sorted relative paths of all files in a checkpoint, without the manifest."""
     files = (file for file in folder.rglob("*") if file.is_file())
     names = (file.relative_to(folder).as_posix() for file in files)
     return sorted(name for name in names if name.removesuffix(PARTIAL) != MANIFEST_FILE)
 
 
-def digests(folder: Path, names: Iterable[str], written_now: bool = False) -> dict[str, dict[str, Any]]:
-    """{name: {"size": bytes, "sha256": hex}} of files, read anew; forced to the disk first if `written_now`."""
+def digests(folder: Path, names: Iterable[str], flush: bool = False) -> dict[str, dict[str, Any]]:
+    """{name: {"size": bytes, "sha256": hex}} of files. With `flush`, fsyncs them first."""
     names = list(names)
-    with ThreadPoolExecutor(max_workers=4) as pool:  # hashing a large buffer frees the interpreter
-        found = pool.map(lambda name: file_digest(folder / name, flush=written_now), names)
+    with ThreadPoolExecutor(max_workers=4) as pool:  # hashlib releases the GIL
+        found = pool.map(lambda name: file_digest(folder / name, flush=flush), names)
         return dict(zip(names, found, strict=True))
 
 
 def write_manifest(
     folder: Path, eval_loss: float | None, model: list[str], files: dict[str, dict[str, Any]]
 ) -> None:
-    """Makes a checkpoint complete. `model` names the files that a finished model consists of; `files` as of `digests`."""
+    """Completes a checkpoint. `model` names the files of the finished model; `files` comes from `digests`."""
     manifest = {"step": step_of(folder), "eval_loss": eval_loss, "model": model, "files": files}
     write_json(folder / MANIFEST_FILE, manifest | {"sha256": _checksum(manifest)})
 
@@ -65,7 +65,7 @@ def _checksum(manifest: dict[str, Any]) -> str:
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """The manifest; None where it is missing or damaged: the checkpoint is not complete."""
+    """The manifest; None if it is missing or damaged, which means that the checkpoint is incomplete."""
     try:
         manifest = json.loads((folder / MANIFEST_FILE).read_text())
     except (OSError, ValueError):
@@ -75,25 +75,25 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def problems_of(folder: Path, model_only: bool = False) -> list[str]:
-    """Why a checkpoint, or the model in it, must not be used, file by file; empty if every byte is as written."""
+    """Problems of a checkpoint, or of the model in it, one per file; [] if every byte is as written."""
     manifest = read_manifest(folder)
     if manifest is None:
         return ["it was not written to the end"]
     written, existing = manifest["files"], set(files_of(folder))
-    missing, resized, whole = [], [], []
+    missing, resized, same_size = [], [], []
     for name in manifest["model"] if model_only else written:
         if name not in existing:
             missing.append(f"{name} is missing")
         elif (size := (folder / name).stat().st_size) != written[name]["size"]:
             resized.append(f"{name} has {size:,} bytes instead of {written[name]['size']:,}")
         else:
-            whole.append(name)
-    changed = [name for name, found in digests(folder, whole).items() if found != written[name]]
+            same_size.append(name)
+    changed = [name for name, found in digests(folder, same_size).items() if found != written[name]]
     return missing + resized + [f"{name} has changed since it was written" for name in changed]
 
 
 def best(output: Path) -> Path | None:
-    """The complete checkpoint with the least held-out loss, the newest of equals; None where none has one."""
+    """The complete checkpoint with the lowest held-out loss, the newest if equal; None if none has a finite loss."""
     losses: dict[Path, float] = {}
     for folder in checkpoints(output):
         loss = (read_manifest(folder) or {}).get("eval_loss")
@@ -103,19 +103,22 @@ def best(output: Path) -> Path | None:
 
 
 def rotate(output: Path, limit: int) -> None:
-    """Removes the oldest checkpoints beyond `limit`, and torn ones; never the newest complete one, nor the best."""
+    """Removes the oldest checkpoints beyond `limit` and incomplete ones before the newest complete one.
+
+    Never removes the newest complete checkpoint or the best.
+    """
     found = checkpoints(output)
     complete = [folder for folder in found if read_manifest(folder) is not None]
     if not complete:
         return
-    torn = [folder for folder in found[: found.index(complete[-1])] if folder not in complete]
+    incomplete = [folder for folder in found[: found.index(complete[-1])] if folder not in complete]
     keep = {complete[-1], best(output) or complete[-1]}
     surplus = max(0, len(complete) - max(limit, len(keep)))
-    for folder in torn + [folder for folder in complete if folder not in keep][:surplus]:
+    for folder in incomplete + [folder for folder in complete if folder not in keep][:surplus]:
         remove(folder)
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint, its manifest first: a half removed one must not look complete."""
+    """Removes a checkpoint, the manifest first, so that a half-removed checkpoint never looks complete."""
     (folder / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

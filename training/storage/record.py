@@ -1,4 +1,4 @@
-"""run.json, the record of a run: its options, and what has become of it."""
+"""run.json, the record of a run: its options, status and results."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from training.files import write_json
 
 
 def write_run_record(folder: Path, record: dict[str, Any]) -> None:
-    """Replaces the record in one rename, so that a reader never sees half of one."""
+    """Replaces the record atomically, so that a reader never sees half of it."""
     write_json(folder / RUN_FILE, record)
 
 
 def read_run_record(folder: Path) -> dict[str, Any] | None:
-    """The record of a run in any state, or None where there is none that can be read."""
+    """The record of a run in any state; None if it is missing or unreadable."""
     with suppress(OSError, ValueError):
         record = json.loads((folder / RUN_FILE).read_text())
         if isinstance(record, dict) and isinstance(record.get("options"), dict) and "status" in record:
@@ -27,7 +27,7 @@ def read_run_record(folder: Path) -> dict[str, Any] | None:
 
 
 def finished_run(folder: Path) -> dict[str, Any]:
-    """The record of a finished run. Raises UnfinishedRunError where the folder holds none."""
+    """The record of a finished run. Raises UnfinishedRunError if the folder holds no finished run."""
     try:
         record = json.loads((folder / RUN_FILE).read_text())
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -41,6 +41,6 @@ def finished_run(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(record, dict) or record.get("status") != "finished":
         raise UnfinishedRunError(
-            f"{folder}: its training did not finish. Go on with its command and --resume auto"
+            f"{folder}: its training did not finish. Type its training command again, with --resume auto"
         )
     return record

@@ -1,4 +1,4 @@
-"""The place that a finished model is published to: a folder on DBFS, a Volume, S3 or a local disk."""
+"""The target of a published model: a folder on DBFS, a Volume, S3 or a local disk."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from training.files import digest, local_path, mounted_store, writable
 from training.storage.record import finished_run
 
 MARKER_FILE = "publishing.json"
-BUCKETS = ("s3", "s3a")  # protocols of stores without folders
+BUCKETS = ("s3", "s3a")  # protocols of object stores, which have no folders
 NEW_FOLDER = "Name a new folder"
 
 
 @dataclass(frozen=True)
 class Target:
-    """A folder of some file system; `name` is what the user typed."""
+    """A folder in a file system. `name` is the target as the user typed it."""
 
     fs: fsspec.AbstractFileSystem
     path: str
@@ -37,15 +37,15 @@ class Target:
 
 
 def finished_record_bytes(folder: Path) -> bytes:
-    """run.json of a finished run. Raises UnfinishedRunError where the folder holds none."""
+    """Content of run.json of a finished run. Raises UnfinishedRunError if the folder holds no finished run."""
     finished_run(folder)
     return (folder / RUN_FILE).read_bytes()
 
 
 def target_problems(target: str, folder: Path | None = None) -> list[str]:
-    """Why a model could not be published to `target`, as far as can be said without writing a file; else [].
+    """Reasons why a model cannot be published to `target`, found without writing a file; [] if there are none.
 
-    A target that holds something is a problem, unless it is a copy, complete or not, of the finished run in `folder`.
+    The target must be empty or a copy, complete or not, of the finished run in `folder`.
     """
     record = None
     if folder is not None:
@@ -53,31 +53,31 @@ def target_problems(target: str, folder: Path | None = None) -> list[str]:
             record = finished_record_bytes(folder)
     try:
         opened = open_target(target, folder)
-        refuse_others(opened, listing(opened), record)
+        check_target_contents(opened, list_files(opened), record)
     except PublishError as error:
         return [str(error)]
     return []
 
 
 def open_target(target: str, folder: Path | None) -> Target:
-    """The target of a model that lies in `folder`. Raises PublishError where nothing could be published to."""
+    """Opens the target for the model in `folder`. Raises PublishError if it cannot be used."""
     if target.startswith("dbfs:"):
-        raise PublishError(f"{target}: a path is needed. Type {local_path(target)}")
+        raise PublishError(f"{target}: is a URL, but a path is needed. Type {local_path(target)}")
     if "://" in target:
         return _open_url(target)
     path = local_path(target).absolute()
     mount = mounted_store(path)
     if mount and not mount.is_dir():
-        # It would be made on this machine's own disk, and be lost with the machine.
+        # Without the mount, the folder would land on the local disk and be lost with the machine.
         raise PublishError(f"{target}: there is no {mount} on this machine. Name another folder")
     try:
         if folder is not None and path.resolve() == folder.resolve():
             raise PublishError(f"{target}: is the local output itself. Name another folder")
         if path.exists() and not path.is_dir():
-            raise PublishError(f"{target}: already holds something, being a file. {NEW_FOLDER}")
+            raise PublishError(f"{target}: already holds something: it is a file. {NEW_FOLDER}")
         if not writable(path):
             raise PublishError(f"{target}: cannot be written. Name a folder of your own")
-    except OSError as error:  # a folder above it may not be entered, or the name is too long
+    except OSError as error:  # a parent folder without permission, or a name that is too long
         raise PublishError(
             f"{target}: cannot be written ({error.strerror}). Name a folder of your own"
         ) from error
@@ -87,10 +87,10 @@ def open_target(target: str, folder: Path | None) -> Target:
 def _open_url(target: str) -> Target:
     protocol = target.split("://")[0]
     if "@" in target:
-        # It would stand in run.json and on the model's card.
+        # The password would end up in run.json and in the model card.
         raise PublishError(
-            f"{re.sub('//.*@', '//***@', target)}: holds a password, or another '@'. Leave it out, and give the password "
-            "where the file system looks for it (for S3 in the environment, or in ~/.aws/credentials)"
+            f"{re.sub('//.*@', '//***@', target)}: holds a password, or another '@'. Leave it out, and put it "
+            "where the file system looks for it (for S3: environment variables or ~/.aws/credentials)"
         )
     try:
         fsspec.get_filesystem_class(protocol)
@@ -111,7 +111,7 @@ def _open_url(target: str) -> Target:
 
 @contextmanager
 def as_publish_error(problem: str) -> Iterator[None]:
-    """Turns whatever a file system raises into a PublishError; each has exceptions of its own."""
+    """Turns any exception of a file system into PublishError: each file system has its own types."""
     try:
         yield
     except PublishError:
@@ -123,19 +123,19 @@ def as_publish_error(problem: str) -> Iterator[None]:
         raise PublishError(f"{problem}: {reason}") from error
 
 
-def listing(target: Target) -> dict[str, int | None]:
-    """{name: bytes} of the files in the target, with None for a folder; {} where the target does not exist."""
+def list_files(target: Target) -> dict[str, int | None]:
+    """{name: bytes} of the files in the target; None for a folder. {} if the target does not exist."""
     with as_publish_error(f"{target.name}: cannot be listed"):
         target.fs.invalidate_cache()
         try:
             entries = target.fs.ls(target.path, detail=True)
         except FileNotFoundError as error:
-            # With a cause it is S3's own answer. Without one s3fs reports a missing folder.
+            # With a cause, S3 itself reported a missing bucket. Without one, s3fs reports a missing folder.
             if target.in_bucket and error.__cause__:
                 bucket = target.path.split("/")[0]
                 raise PublishError(f"{target.name}: there is no bucket '{bucket}'. Make it first") from error
             return {}
-    # S3's console marks a folder by an empty object of its own name.
+    # The S3 console marks a folder with an empty object of the same name.
     entries = [entry for entry in entries if entry["name"].rstrip("/") != target.path]
     return {
         entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] if entry["type"] == "file" else None
@@ -144,16 +144,16 @@ def listing(target: Target) -> dict[str, int | None]:
 
 
 def marker_of(record: bytes) -> bytes:
-    """The content of the marker file in a copy of the run with this run.json."""
+    """Content of the marker file in a copy of the run with this run.json."""
     return json.dumps({f"sha256 of {RUN_FILE}": digest([record])["sha256"]}).encode() + b"\n"
 
 
-def refuse_others(target: Target, existing: dict[str, int | None], record: bytes | None) -> None:
+def check_target_contents(target: Target, existing: dict[str, int | None], record: bytes | None) -> None:
     """Raises PublishError unless the target is empty, or a copy, complete or not, of the run with this run.json.
 
-    `existing` is the target's `listing`.
+    `existing` comes from `list_files`.
     """
-    if set(existing) <= {MARKER_FILE}:  # a copy that broke off at its first write has nothing to lose
+    if set(existing) <= {MARKER_FILE}:  # interrupted at its first write: nothing can be lost
         return
     reason = "already holds something"
     if record is not None:
