@@ -28,7 +28,7 @@ from training.launch.exits import run_and_exit
 from training.options.command_line import GroupedCommand, click_options, value_problems
 from training.options.trainer_options import TrainingOptions
 from training.run import preflight
-from training.run.ending import StopRequest, in_words
+from training.run.ending import StopRequest, exit_with_message
 
 logger = logging.getLogger("training")
 
@@ -49,15 +49,15 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
         begin, record = start.find(settings, prepared, last)  # step 0, or a complete checkpoint
         if begin.finished:
             return finish.deliver_again(settings, record)
-        settings = preflight.check_plan(settings, prepared, begin.decided)
-        record["decided"] = settings.decided
+        settings = preflight.check_plan(settings, prepared, begin.earlier_choices)
+        record["decided"] = settings.plan_choices
         begin = start.write(settings, prepared, begin, record, last)
         if begin.step < last and steps.run_steps(settings, prepared, begin, record, request):
             return start.stopped(settings, record)
         ranks.leave()
         if not ranks.is_main_process():
             return record
-        if request.asked:  # after the last step
+        if request.received:  # after the last step
             raise Interrupted
         return finish.finish(settings, prepared.ledger, record, begin.last_checkpoint(settings.output, last))
 
@@ -73,7 +73,7 @@ def main(ctx: click.Context, **values: Any) -> None:
     )
     if main_process:  # what others log below a warning is not for users: setuptools logs its gcc commands
         logger.setLevel(logging.INFO)
-    with in_words(values["local_output_dir"], values["rank_timeout"]):
+    with exit_with_message(values["local_output_dir"], values["rank_timeout"]):
         request = StopRequest()
         request.listen()
         options = TrainingOptions(**values)

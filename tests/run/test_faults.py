@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import the_gpu
+from conftest import fake_gpus
 
 from tests.conftest import problems_of
 from training.errors import OptionsError
@@ -22,7 +22,7 @@ from training.options.trainer_options import TrainingOptions
 BF16_JSON = "config/ds_z3_bf16_config.json"
 FP16_JSON = "config/ds_z3_fp16_offload_config.json"
 
-pytestmark = pytest.mark.usefixtures("at_the_root")
+pytestmark = pytest.mark.usefixtures("in_repository_root")
 
 
 launched = pytest.mark.usefixtures("one_rank")
@@ -50,7 +50,7 @@ def test_two_different_deepspeed_files_are_refused_and_one_given_twice_is_not(tm
     assert problems_of(twice) == []
     other = written(tmp_path / "other.json", json.loads(Path(BF16_JSON).read_text()))
     [fault] = problems_of(options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=other))
-    assert fault.endswith("give one")
+    assert fault.endswith("Give only one")
 
 
 @launched
@@ -111,7 +111,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a key that DeepSpeed dropped, or a value it cannot take": (
         {"zero_optimization": {"stage": 3, "reduce_bucket_size": "much"} | GATHER},
-        "DeepSpeed refuses it (ValidationError: ",
+        "DeepSpeed rejects it (ValidationError: ",
     ),
     "no gather": ({"zero_optimization": {"stage": 3}}, "would save an empty model: set zero_optimization"),
     "both precisions": (
@@ -162,11 +162,11 @@ def test_a_deepspeed_file_that_says_the_same_as_the_options_is_taken(tmp_path: P
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (None, "Is a folder, a pipe or a device, no file"),
+        (None, "Is not a regular file"),
         ("{", "broken JSON"),
         ("[1]", "expected a JSON object, found a list"),
         ("\xff", "broken JSON"),
-        ('{"bf16": {"enabled": true, "enabled": false}}', "'enabled' stands twice"),
+        ('{"bf16": {"enabled": true, "enabled": false}}', "'enabled' appears twice"),
         ("[" * 100_000, "recursion"),
     ],
     ids=["a pipe", "broken", "a list", "Latin-1", "a key twice", "deep"],
@@ -201,14 +201,14 @@ def test_a_precision_against_the_deepspeed_file_is_told(
 def test_a_precision_that_the_device_has_not_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [fault] = problems_of(options(tmp_path, fp16=True))
     assert fault.startswith("fp16 needs a CUDA GPU")
-    the_gpu(monkeypatch, bf16=False)
+    fake_gpus(monkeypatch, bf16=False)
     [fault] = problems_of(options(tmp_path, bf16=True))
     assert "Tesla V100-SXM2-32GB cannot compute in bf16. Use --deepspeed config/ds_z3_fp16" in fault
     assert problems_of(options(tmp_path, fp16=True)) == []
 
 
 def test_several_gpus_and_one_rank_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    the_gpu(monkeypatch, bf16=True, count=8)
+    fake_gpus(monkeypatch, bf16=True, count=8)
     [fault] = problems_of(options(tmp_path))
     assert "8 GPUs are visible, but one rank was started. Type deepspeed --num_gpus 8 --module" in fault
     monkeypatch.setenv("RANK", "0")
@@ -221,7 +221,10 @@ def test_several_gpus_and_one_rank_are_told(tmp_path: Path, monkeypatch: pytest.
 )
 def test_dbfs_and_volumes_are_refused_as_the_local_output(folder: str) -> None:
     problems = problems_of(TrainingOptions(local_output_dir=folder))
-    assert any("DBFS and Volumes refuse" in fault and "/local_disk0/" in fault for fault in problems)
+    assert any(
+        "DBFS and Volumes do not support random writes" in fault and "/local_disk0/" in fault
+        for fault in problems
+    )
 
 
 def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:

@@ -51,7 +51,7 @@ def test_a_process_that_hangs_while_it_compiles_is_not_waited_for_without_an_end
         FileLock(folder / "one-rank-at-a-time.lock"),
         pytest.raises(OptionsError, match=r"for 1 s \(--rank-timeout\), and hangs. Find it \(fuser '?/"),
     ):
-        compile_operators({}, patience=1)
+        compile_operators({}, timeout=1)
 
 
 @pytest.mark.parametrize("reason", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])

@@ -72,11 +72,11 @@ def test_what_is_no_record_is_none(tmp_path: Path, content: str | None) -> None:
         ({"bf16": None, "fp16": True}, ["the precision was bf16, and is fp16"]),
         ({"rows": "other"}, ["the rows differ: another --training-dataset, --test-size, --max-length or "
                              "--keep-truncated, another prompt (training/data/prompt.py), or the file has changed (it was tatsu-lab/alpaca)"]),
-        ({"world_size": 4}, ["a step was of 64 rows, and is of 32. Type --gradient-accumulation-steps 2"]),
-        ({"world_size": 3}, ["a step was of 64 rows, and is of 24: --per-device-train-batch-size x "
+        ({"world_size": 4}, ["the global batch was 64 rows, and is 32. Type --gradient-accumulation-steps 2"]),
+        ({"world_size": 3}, ["the global batch was 64 rows, and is 24: --per-device-train-batch-size x "
                              "--gradient-accumulation-steps x devices must stay the same"]),
         ({"gradient_accumulation_steps": 2},
-         ["a step was of 64 rows, and is of 128. Type --gradient-accumulation-steps 1"]),
+         ["the global batch was 64 rows, and is 128. Type --gradient-accumulation-steps 1"]),
     ],
 )  # fmt: skip
 def test_each_option_that_changes_the_result_is_told_with_both_values(

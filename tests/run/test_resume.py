@@ -30,7 +30,7 @@ from training.run import prepare, resume, steps
 from training.run.completion_trainer import CompletionTrainer
 from training.run.ending import StopRequest
 from training.run.identity import new_record
-from training.run.resume import own_steps, reshard, take_rates
+from training.run.resume import apply_rates, reshard, separate_step_counts
 from training.run.start import Start, find_start
 from training.run.step_guard import StepGuard
 from training.run.steps import planned_steps
@@ -95,7 +95,7 @@ def test_a_run_whose_record_cannot_be_read_is_refused_and_nothing_of_it_is_lost(
     file = tmp_path / "out" / "run.json"
     file.unlink() if record is None else file.write_text(record)
     before = contents(tmp_path)
-    assert "run.json cannot be read, so nobody can tell which run this is" in refusal(tmp_path / "out")
+    assert "run.json cannot be read, so the run is unknown" in refusal(tmp_path / "out")
     assert contents(tmp_path) == before
 
 
@@ -124,10 +124,8 @@ def test_torn_and_damaged_ones_are_named_and_passed_over(
     (output / "checkpoint-9" / "optimizer.pt").write_bytes(b"momentS")
     before = contents(output)
     assert found(output).folder == output / "checkpoint-6"
-    assert f"{output}/checkpoint-12 is passed over: it was not written to the end" in caplog.text
-    assert (
-        f"{output}/checkpoint-9 is passed over: optimizer.pt has changed since it was written" in caplog.text
-    )
+    assert f"{output}/checkpoint-12 is skipped: it was not written to the end" in caplog.text
+    assert f"{output}/checkpoint-9 is skipped: optimizer.pt has changed since it was written" in caplog.text
     assert contents(output) == before, "to look changes nothing"
 
 
@@ -141,7 +139,7 @@ def test_where_all_are_damaged_nothing_is_begun_anew_over_them(tmp_path: Path) -
     for step, name in ((6, "optimizer.pt"), (9, "progress.json")):
         os.truncate(tmp_path / "out" / f"checkpoint-{step}" / name, 2)
     told = refusal(tmp_path / "out")
-    assert re.search(r"no checkpoint in .* is whole \(checkpoint-9: progress.json has 2", told)
+    assert re.search(r"every checkpoint in .* is damaged \(checkpoint-9: progress.json has 2", told)
     assert "checkpoint-6: optimizer.pt has 2 bytes instead of 7" in told
 
 
@@ -152,9 +150,9 @@ def test_other_options_are_refused_with_the_list_and_forced_with_a_warning(
     told = refusal(tmp_path / "out", seed=1, lr=1.0)
     assert "--seed was 42, and is 1" in told
     assert "--lr was 1e-05, and is 1.0" in told
-    assert "--force continues all the same" in told
+    assert "--force continues with the new values" in told
     assert found(tmp_path / "out", seed=1, force=True).step == 3
-    assert "continued by --force, though --seed was 42, and is 1" in caplog.text
+    assert "--force: continuing although --seed was 42, and is 1" in caplog.text
 
 
 def test_a_finished_run_is_finished_without_its_checkpoints_but_goes_on_only_from_one(tmp_path: Path) -> None:
@@ -167,7 +165,7 @@ def test_a_finished_run_is_finished_without_its_checkpoints_but_goes_on_only_fro
     assert found(tmp_path / "out").finished
     for changed in ({"steps": 20}, {"final_model": "best"}):
         told = refusal(tmp_path / "out", **changed)
-        assert "a finished model of 12 steps, and no checkpoint to go on from" in told
+        assert "a finished model of 12 steps, but no checkpoint to continue from" in told
 
 
 def test_a_run_cannot_end_before_where_it_is_nor_without_a_held_out_loss(tmp_path: Path) -> None:
@@ -201,12 +199,12 @@ def test_a_named_checkpoint_is_taken_into_a_new_folder_or_as_the_newest_of_its_o
 @pytest.mark.parametrize(
     ("resume", "output", "words"),
     [
-        ("out/checkpoint-3", "out", "has newer checkpoints (checkpoint-6), which the run would run into"),
-        ("out/checkpoint-6", "other", "holds a run of its own. Type --resume auto to go on with that"),
-        ("out", "out", "it is no checkpoint. Type --resume auto"),
-        ("out/runs", "out", "it is no checkpoint. Type --resume auto"),
+        ("out/checkpoint-3", "out", "has newer checkpoints (checkpoint-6), which the run would overwrite"),
+        ("out/checkpoint-6", "other", "already holds another run. Type --resume auto to continue that one"),
+        ("out", "out", "it is not a checkpoint. Type --resume auto"),
+        ("out/runs", "out", "it is not a checkpoint. Type --resume auto"),
         ("out/checkpoint-7", "out", "it was not written to the end"),
-        ("checkpoint-2", "new", "there is no run.json beside it"),
+        ("checkpoint-2", "new", "no run.json lies beside it"),
     ],
 )
 def test_a_name_that_cannot_be_meant_is_refused_with_what_to_type(
@@ -234,11 +232,13 @@ def test_a_run_begun_from_another_s_goes_on_from_there_until_it_has_its_own(tmp_
         start = found(tmp_path / "new", resume=chosen, lr=1.0, force=True)
         assert (start.folder, start.step) == (source, 6)
     other = str(tmp_path / "out" / "checkpoint-3")
-    assert "holds a run of its own" in refusal(tmp_path / "new", resume=other)
+    assert "already holds another run" in refusal(tmp_path / "new", resume=other)
     assert "--lr was 1.0, and is 1e-05" in refusal(tmp_path / "new"), "what was begun here by --force"
     shutil.rmtree(source)
     told = refusal(tmp_path / "new", lr=1.0)
-    assert re.search(r"was begun from .*checkpoint-6, and has no checkpoint of its own yet", told)
+    assert re.search(
+        r"has no checkpoint of its own yet, and the one it started from, .*checkpoint-6, cannot be used", told
+    )
     a_run(tmp_path / "new", 8, begun_from=str(source))
     assert found(tmp_path / "new").step == 8
 
@@ -282,7 +282,7 @@ def test_each_group_of_parameters_counts_its_own_steps() -> None:
         each.grad = torch.ones(2)
         moments = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
         optimizer.state[each] = {"step": shared, **moments}
-    own_steps(optimizer)
+    separate_step_counts(optimizer)
     optimizer.step()
     assert [float(optimizer.state[each]["step"]) for each in parameters] == [7.0, 7.0, 7.0]
 
@@ -291,7 +291,7 @@ def test_the_second_group_of_parameters_keeps_no_decay() -> None:
     """DeepSpeed's universal load gives the first group's settings to all."""
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": 0.1} for _ in range(2)]
     optimizer = torch.optim.AdamW(groups)
-    take_rates(LambdaLR(optimizer, lambda step: 1.0), lr=1e-3, weight_decay=0.1)
+    apply_rates(LambdaLR(optimizer, lambda step: 1.0), lr=1e-3, weight_decay=0.1)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
@@ -306,7 +306,7 @@ def run(
 
     class SpiedTrainer(CompletionTrainer):
         def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-            request.asked |= self.state.global_step + 1 == stop_at
+            request.received |= self.state.global_step + 1 == stop_at
             seen.append((self.state.global_step, inputs["input_ids"].tolist()))
             return super().training_step(model, inputs, *args, **kwargs)
 
@@ -409,7 +409,7 @@ def test_a_data_file_that_has_changed_under_its_name_is_told_and_changes_nothing
         record, seen = go(output, **changed, force=True)
     assert seen[0][0] == 3
     assert record["status"] == "finished"
-    assert "continued by --force, though the rows differ" in caplog.text
+    assert "--force: continuing although the rows differ" in caplog.text
 
 
 def test_a_model_that_was_damaged_in_its_checkpoint_is_not_made_the_runs(go: Go, copied: Path) -> None:
@@ -442,7 +442,7 @@ def test_a_stop_after_the_last_step_leaves_the_end_to_the_next_command(
     rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = StopRequest()
-    monkeypatch.setattr(steps, "run_steps", lambda *args: setattr(request, "asked", True))
+    monkeypatch.setattr(steps, "run_steps", lambda *args: setattr(request, "received", True))
     options = options_of(tmp_path / "out", training_dataset=rows, test_size=10, input_model=dropping)
     with pytest.raises(Interrupted):
         train(options, request)
@@ -491,7 +491,7 @@ def test_a_folder_into_which_another_run_has_come_while_this_one_waited_is_left_
         return {name: content for name, content in contents(folder).items() if ".writer" not in name}
 
     monkeypatch.setattr(prepare, "prepare", slowly)
-    with pytest.raises(OptionsError, match="is not empty, and nothing in it shall be lost"):
+    with pytest.raises(OptionsError, match="is not empty, and training overwrites no files"):
         go(output, resume="never")
     assert but_for_the_writer(output) == but_for_the_writer(undisturbed[0])
 

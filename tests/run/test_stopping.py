@@ -27,11 +27,11 @@ from tests.run.test_trainer import BF16, deepspeed, record, run
 from training import files, trainer
 from training.data.tokens import prepare_dataset, split_held_out
 from training.errors import Interrupted, TrainingError
-from training.launch.exits import ENDED
+from training.launch.exits import CANNOT_CONTINUE
 from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions
 from training.run import completion_trainer, finish, saving, steps
-from training.run.ending import StopRequest, lost_peer, mortal, timed_out
+from training.run.ending import StopRequest, default_sigterm, lost_peer, timed_out
 from training.run.step_guard import OVERFLOWS_IN_A_ROW, StepGuard
 from training.storage import checkpoint
 from training.trainer import train
@@ -55,7 +55,7 @@ def request_(monkeypatch: pytest.MonkeyPatch) -> StopRequest:
 
 def test_a_rank_that_waits_for_others_dies_of_sigterm_at_once(request_: StopRequest) -> None:
     """Where it waits in C++, Python's handler would be called when the wait is over: never."""
-    with mortal():
+    with default_sigterm():
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None)
 
@@ -67,20 +67,20 @@ def test_where_no_step_is_computed_a_signal_ends_at_once_and_its_repetition_does
     with pytest.raises(Interrupted):
         os.kill(os.getpid(), number)
     os.kill(os.getpid(), signal.SIGTERM)
-    assert request_.asked
+    assert request_.received
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_step_is_computed_to_its_end(request_: StopRequest, number: signal.Signals) -> None:
     request_.computing = True
     os.kill(os.getpid(), number)
-    assert request_.asked
+    assert request_.received
 
 
 def guard_of(*ranks: tuple[int, int], skipped: bool = False, asked: bool = False) -> StepGuard:
     """A guard that sees these (asked, bad micro-step) of the other ranks."""
     request = StopRequest()
-    request.asked = asked
+    request.received = asked
     accelerator = SimpleNamespace(
         gather=lambda mine: torch.cat([mine, torch.tensor(ranks, dtype=mine.dtype).reshape(-1, 2)]),
         optimizer_step_was_skipped=skipped,
@@ -95,7 +95,7 @@ def step(
     guard: StepGuard, *losses: float, step: int = 7, max_steps: int = 10, **control: bool
 ) -> TrainerControl:
     for loss in losses:
-        guard.see(torch.tensor(loss))
+        guard.note_loss(torch.tensor(loss))
     control = TrainerControl(**control)
     guard.on_step_end(None, TrainerState(global_step=step, max_steps=max_steps), control)
     return control
@@ -291,7 +291,7 @@ def test_on_two_zero3_ranks_one_tells_the_step_the_rank_and_the_rows(
 ) -> None:
     options |= {"input_model": poisoned(RARE), "save_steps": 100}
     result = run(deepspeed(2), *option_words(options), "--deepspeed", BF16, timeout=300)
-    assert result.returncode == ENDED, result.stdout
+    assert result.returncode == CANNOT_CONTINUE, result.stdout
     assert len(re.findall(r"Training ended at step \d+: the loss of rank [01] is NaN", result.stdout)) == 1
     assert "Traceback" not in result.stdout
     named_rows(result.stdout, rows[1])
@@ -375,27 +375,27 @@ def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_agai
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "/disk/out/ledger.json"),
-            ENDED,
+            CANNOT_CONTINUE,
             "Training ended: /disk/out/ledger.json could not be written (No space left on device). Make room",
         ),
         (
             OSError(errno.EROFS, "Read-only file system"),
-            ENDED,
+            CANNOT_CONTINUE,
             "Training ended: OUT could not be written (Read-only file system)",
         ),
         (
             torch.OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity"
             ),
-            ENDED,
+            CANNOT_CONTINUE,
             "Rank 0 ran out of GPU memory (CUDA out of memory. Tried to allocate 2.00 GiB). Type --gradient-",
         ),
         (
             RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory"),
-            ENDED,
+            CANNOT_CONTINUE,
             "Rank 0 ran out of host memory. Start fewer ranks",
         ),
-        (MemoryError(), ENDED, "Rank 0 ran out of host memory. Start fewer ranks"),
+        (MemoryError(), CANNOT_CONTINUE, "Rank 0 ran out of host memory. Start fewer ranks"),
         (FileNotFoundError(errno.ENOENT, "No such file", "x"), 1, ""),  # a fault of ours keeps its traceback
         (RuntimeError("shape mismatch"), 1, ""),
     ],

@@ -225,7 +225,7 @@ def test_a_taken_port_is_told_with_what_to_type(tmp_path):
         command = [sys.executable, "-m", "training.trainer", *words]
         result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
-    assert f"port {port}, by which the ranks meet, is taken" in result.stderr
+    assert f"port {port} (MASTER_PORT) is in use" in result.stderr
     assert "Traceback" not in result.stderr
 
 
@@ -286,7 +286,7 @@ def test_a_run_that_does_not_fit_is_refused_before_a_weight_is_loaded_unless_for
     with caplog.at_level("WARNING", logger="training"):
         record = train_demo(tmp_path / "out", max_steps=1, force=True)
     assert record["status"] == "finished"
-    assert "trained by --force, though the plan says host memory" in caplog.text
+    assert "--force: training although the plan says host memory" in caplog.text
 
 
 def test_ranks_that_share_a_host_share_its_memory_also_where_each_has_a_launcher_of_its_own(

@@ -102,7 +102,7 @@ def test_of_many_processes_one_gets_the_folder(tmp_path: Path) -> None:
 def test_a_writer_that_has_not_said_who_it_is_still_refuses(tmp_path: Path, info: str) -> None:
     with one_writer(tmp_path):
         (tmp_path / WRITER_INFO).write_text(info)
-        with pytest.raises(FolderBusyError, match="it has not said which"), one_writer(tmp_path):
+        with pytest.raises(FolderBusyError, match="unknown process"), one_writer(tmp_path):
             pytest.fail("two writers")
 
 

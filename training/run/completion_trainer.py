@@ -1,4 +1,4 @@
-"""transformers' Trainer with our batches, a loss per held-out token, the figures of a step, and whole checkpoints."""
+"""transformers' Trainer with our batches, held-out loss per token, speed figures and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from training.run.step_guard import StepGuard
 
 
 class CompletionTrainer(Trainer):
-    """transformers' Trainer with our batches, a loss per held-out token, and the figures of a step.
+    """transformers' Trainer with our batches, held-out loss per token and speed figures.
 
     Args:
         batching: "packed", "padded", or "length" (padded, rows of a global batch dealt by length).
-        max_tokens: tokens a device computes at once; a larger packed batch is split. None: never.
+        max_tokens: limit of tokens a device computes at once; larger packed batches are split. None: no limit.
         peak_flops: floating point operations a second of one device, for the MFU.
         max_shard_size: largest weight file of a checkpoint's model, as in "5GB".
-        keep_checkpoints: how many; the newest, and the best by held-out loss, are always kept.
-        checkpoint_bytes: a checkpoint's size for each parameter, until one has been saved.
-        request: tells that the process is asked to end.
+        keep_checkpoints: number to keep; the newest and the best by held-out loss are always kept.
+        checkpoint_bytes: estimated bytes of a checkpoint per parameter, used until one has been saved.
+        request: whether SIGTERM or Ctrl-C was received.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class CompletionTrainer(Trainer):
             rows,
             batch_sampler=[ranks[self.args.process_index] for ranks in steps],
             collate_fn=self.data_collator,
-            generator=torch.Generator(),  # else it draws from the one that dropout draws from
+            generator=torch.Generator(),  # the default one is dropout's, and its draws must not change
         )
 
     def evaluation_loop(
@@ -97,7 +97,7 @@ class CompletionTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Mean loss of the held-out response tokens, in nats.
 
-        transformers averages the means of batches, which moves with how the rows are batched.
+        transformers averages the means of batches, so its figure depends on how the rows are batched.
         """
         model = self._wrap_model(self.model, training=False)
         model.eval()
@@ -116,18 +116,19 @@ class CompletionTrainer(Trainer):
         loss = (summed[0] / summed[1]).item()
         if not math.isfinite(loss):
             raise TrainingError(
-                f"step {self.state.global_step}: the held-out loss is NaN or infinite. Look at the held-out rows and at "
-                f"the base model; if they are sound, lower --lr. Nothing of this step is saved. {saving.older_checkpoint(self.args.output_dir)}"
+                f"step {self.state.global_step}: the held-out loss is NaN or infinite. Look at the held-out rows "
+                "and at the base model; if they are sound, lower --lr. Nothing of this step is saved. "
+                f"{saving.older_checkpoint(self.args.output_dir)}"
             )
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(self.eval_dataset))
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
-        """One forward and backward; or several, where the packed rows are more than `max_tokens`.
+        """Forward and backward of a micro-batch, in several parts if its packed rows exceed `max_tokens`.
 
-        The parts add up to the same gradient. Ranks agree on their number, as ZeRO-3 needs all of them in every
-        forward, and only the last part ends the accumulation.
+        The parts add up to the same gradient. All ranks use the same number of parts, because ZeRO-3 needs every rank
+        in every forward. Only the last part ends the accumulation.
         """
         self.counter.add(inputs)
         parts = self._parts(inputs)
@@ -136,7 +137,7 @@ class CompletionTrainer(Trainer):
         for number, part in enumerate(parts, start=1):
             self.accelerator.gradient_state._set_sync_gradients(last_of_batch and number == len(parts))
             loss = loss + super().training_step(model, part, num_items_in_batch)
-        self.guard.see(loss)
+        self.guard.note_loss(loss)
         return loss
 
     def _parts(self, inputs: Any) -> list[Any]:
@@ -151,7 +152,7 @@ class CompletionTrainer(Trainer):
         return split_packed_batch(inputs, int(needed)) if needed > 1 else [inputs]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds speed and use of the devices to what transformers logs of training. All ranks call it."""
+        """Adds speed, MFU and memory to the Trainer's training log. All ranks call it."""
         if "loss" in logs:
             sums, seconds = self.counter.take()
             real, computed, labels, squares = self.accelerator.reduce(sums.to(self.args.device)).tolist()
@@ -168,7 +169,7 @@ class CompletionTrainer(Trainer):
         super().log(logs, start_time)
 
     def seconds(self) -> float:
-        """Of training so far, those before a resume included."""
+        """Seconds of training so far, including those before a resume."""
         return self.seconds_before + time.monotonic() - self.begin
 
     def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -177,20 +178,20 @@ class CompletionTrainer(Trainer):
         self.counter.skip(time.perf_counter() - begin)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """The checkpoint's model, as complete as the finished one. All ranks call it."""
+        """Writes the checkpoint's model with tokenizer and generation config. All ranks call it."""
         self.model_files = saving.save_weights(self, Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         saving.save_checkpoint(self, lambda: super(CompletionTrainer, self)._save_checkpoint(model, trial))
 
     def describe_bad_loss(self, rank: int, micro_step: int) -> str:
-        """Which rows made a loss that is no number: those of a rank's micro-step of the step just computed."""
+        """Message that names the rows of the micro-step whose loss is NaN or infinite."""
         done = self.state.global_step - 1
         sampler = self._get_train_sampler()
         per_epoch = -(-len(self.train_dataset) // sampler.effective_batch_size)
         sampler.set_epoch(done // per_epoch)
         batch = list(sampler.global_batches())[done % per_epoch]
-        # A rank with a token budget computes a share in several parts; which of them it was is not told.
+        # With a token budget a share is computed in parts; all rows of the share are named.
         share = sampler.micro_batches(batch)[min(micro_step, self.args.gradient_accumulation_steps - 1)][rank]
         rows = sorted(self.train_dataset["row"][row] for row in share)
         return (
@@ -201,7 +202,7 @@ class CompletionTrainer(Trainer):
 
 
 class StepCounter:
-    """What this rank computed since the last line of the log, kept on the device so that no step waits for it."""
+    """Counts what this rank computed since the last log line, on the device so that no step waits for it."""
 
     def __init__(self) -> None:
         self.sums: torch.Tensor | None = None
@@ -211,7 +212,7 @@ class StepCounter:
     def add(self, batch: dict[str, torch.Tensor]) -> None:
         """Counts a batch: real tokens, computed tokens, labels, and the squared lengths of its rows.
 
-        The first one starts the clock: before it the run was loading, measuring and answering.
+        The first batch starts the clock, so loading, the first evaluation and sample answers do not count.
         """
         if not self.started:
             self.started, self.begin = True, time.perf_counter()
@@ -228,7 +229,7 @@ class StepCounter:
         self.sums = counts if self.sums is None else self.sums + counts
 
     def skip(self, seconds: float) -> None:
-        """Leaves time out of the speed: that of an evaluation or a save."""
+        """Excludes the seconds of an evaluation or a save from the speed."""
         self.begin += seconds
 
     def take(self) -> tuple[torch.Tensor, float]:

@@ -1,6 +1,6 @@
-"""What ends a run before its time, in words: a signal, a lost peer, too little memory, a full disk.
+"""Ends a run with a message and an exit code: on a signal, a lost rank, too little memory, a full disk.
 
-Imports no torch at its top.
+It does not import torch at module level.
 """
 
 from __future__ import annotations
@@ -27,37 +27,39 @@ from training.errors import (
     PublishError,
     TrainingError,
 )
-from training.launch.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED
+from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, LOST_PEER, REFUSED
 
-# What a disk says that is no mistake of ours.
+# Errors of a full or broken disk, which are no bugs of this code.
 FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-# Seconds that launchers need to end the ranks of a run that another rank has refused; Spark about 6.
+# Seconds for the launcher to end the other ranks after one refused the run. Spark needs about 6.
 REFUSAL_GRACE = 12
-PEER_GRACE = 3  # seconds that a launcher, which looks every second, has to see which rank ended first
+PEER_GRACE = 3  # seconds for the launcher, which polls every second, to see which rank ended first
 
 
 class StopRequest:
-    """Whether SIGTERM or Ctrl-C has asked this process to end. While steps are computed it waits for the step's end."""
+    """Records SIGTERM or Ctrl-C. During training the current step is completed; otherwise Interrupted is raised."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.received = False
         self.computing = False
 
     def listen(self) -> None:
-        """Takes the two signals over, for good."""
+        """Installs the handler of both signals."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._ask)
+            signal.signal(number, self._handle)
 
-    def _ask(self, number: int, frame: FrameType | None) -> None:
-        first, self.asked = not self.asked, True
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        first, self.received = not self.received, True
         if first and not self.computing:
             raise Interrupted
 
 
 @contextmanager
-def mortal() -> Iterator[None]:
-    """SIGTERM ends this process at once: while the ranks meet, libraries wait in C++, where no handler of Python's is
-    called, and there is nothing to save. A rank whose rank 0 was refused would else hang until it is killed."""
+def default_sigterm() -> Iterator[None]:
+    """SIGTERM ends this process at once, as no Python handler runs while libraries wait in C++ for the other ranks.
+
+    There is nothing to save yet. Without it, a rank would hang if rank 0 refused the run.
+    """
     former = signal.signal(signal.SIGTERM, signal.SIG_DFL)
     try:
         yield
@@ -65,43 +67,45 @@ def mortal() -> Iterator[None]:
         signal.signal(signal.SIGTERM, former)
 
 
-# --- what an error means -----------------------------------------------------------------------------
+# --- kinds of error ------------------------------------------------------------------------------------
 
 
 def lost_peer(error: Exception) -> bool:
-    """Whether gloo or NCCL says that another rank went away, or did not come within its time."""
+    """Whether gloo or NCCL reports that another rank ended or did not answer in time."""
     import torch
 
     if isinstance(error, torch.distributed.DistError):
         return True
-    # gloo's last sign is of a wait that is begun, or only looked at, once another one has timed out.
+    # gloo reports the last one for a wait that starts or is polled after another wait has timed out.
     signs = (
-        "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting", "caused pair closure",
+        "gloo", "NCCL", "Connection closed by peer", "Connection reset by peer", "Timed out waiting",
+        "caused pair closure",
     )  # fmt: skip
     found = isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
     return found and torch.distributed.is_initialized()
 
 
 def timed_out(error: Exception) -> bool:
-    """Whether a lost peer is one that was waited for in vain, as far as the error tells."""
+    """Whether the error of a lost peer is a timeout."""
     return any(sign in str(error) for sign in ("imed out", "timeout", "Timeout"))
 
 
 def out_of_memory(error: Exception) -> str | None:
-    """What a rank that got no more memory says, of its GPU or of the host; None for any other error."""
+    """The message if the error means that GPU or host memory ran out; None for any other error."""
     import torch
 
     words = str(error)
     if isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in words:
         return (
-            f"ran out of GPU memory ({words.splitlines()[0].split('. GPU')[0]}). Type --gradient-checkpointing on; if it is, "
-            "--max-tokens-per-device 2048, or half the --per-device-train-batch-size with twice the "
-            "--gradient-accumulation-steps; and --resume auto goes on from the last checkpoint"
+            f"ran out of GPU memory ({words.splitlines()[0].split('. GPU')[0]}). Type "
+            "--gradient-checkpointing on. If it is on, type --max-tokens-per-device 2048, or half the "
+            "--per-device-train-batch-size with twice the --gradient-accumulation-steps. "
+            "--resume auto continues from the last checkpoint"
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in words:
         return (
-            "ran out of host memory. Start fewer ranks, use a machine with more, or a config without an offloaded "
-            "optimizer; --resume auto goes on from the last checkpoint"
+            "ran out of host memory. Start fewer ranks, use a machine with more memory, or a config without an "
+            "offloaded optimizer. --resume auto continues from the last checkpoint"
         )
     return None
 
@@ -110,8 +114,8 @@ def out_of_memory(error: Exception) -> str | None:
 
 
 @contextmanager
-def in_words(output: str | None, rank_timeout: int) -> Iterator[None]:
-    """Turns every end of a run in the `with` that is no success into words and an exit code (launch/exits.py).
+def exit_with_message(output: str | None, rank_timeout: int) -> Iterator[None]:
+    """Turns each error that ends the run into a message and an exit code (launch/exits.py).
 
     Args:
         output: the run's --local-output-dir, as it was typed.
@@ -122,18 +126,18 @@ def in_words(output: str | None, rank_timeout: int) -> Iterator[None]:
     except PublishError as error:
         _end(f"Cannot publish:\n{error}", 1)
     except (OptionsError, DataError, ModelError, FolderBusyError) as error:
-        # Most problems are found by every rank. One reports them, and the launcher ends the others while they wait; what
-        # is wrong on one node alone its own ranks must report.
+        # Usually every rank finds the same problems: rank 0 reports them, and the launcher ends the waiting others. If
+        # the problems are on one node only, its ranks outlive the wait and report them.
         if not ranks.is_main_process():
             signal.signal(signal.SIGTERM, lambda *_: os._exit(REFUSED))
             time.sleep(REFUSAL_GRACE)
         _end(f"Cannot train:\n{error}", REFUSED)
     except TrainingError as error:
-        _end(f"Training ended at {error}" if error.alone or ranks.is_main_process() else "", ENDED)
+        _end(f"Training ended at {error}" if error.alone or ranks.is_main_process() else "", CANNOT_CONTINUE)
     except Interrupted:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may repeat it while Python shuts down
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may send it again during shutdown
         started = (Path(os.path.expanduser(output or "")) / RUN_FILE).exists()
-        again = "with --resume auto" if started else "again"  # which may name another run's checkpoint
+        again = "with --resume auto" if started else "again"  # the command may hold --resume FOLDER
         _end(
             f"Stopped. To go on, type the same command {again}" if ranks.is_main_process() else "",
             INTERRUPTED,
@@ -143,8 +147,8 @@ def in_words(output: str | None, rank_timeout: int) -> Iterator[None]:
             raise
         _end(
             f"Training ended: {error.filename2 or error.filename or output} could not be written ({error.strerror}). "
-            "Make room, or mend the disk, and type the same command with --resume auto",
-            ENDED,
+            "Make room or repair the disk, then type the same command with --resume auto",
+            CANNOT_CONTINUE,
         )
     except (RuntimeError, MemoryError) as error:
         _end_of_libraries(error, rank_timeout)
@@ -153,29 +157,31 @@ def in_words(output: str | None, rank_timeout: int) -> Iterator[None]:
 
 
 def _end_of_libraries(error: RuntimeError | MemoryError, rank_timeout: int) -> NoReturn:
-    """Ends for what torch, gloo or NCCL raise; raises what none of them would."""
-    if lack := out_of_memory(error):
-        _end(f"Rank {ranks.rank()} {lack}", ENDED)
+    """Ends the process for known errors of torch, gloo and NCCL; raises any other error again."""
+    if message := out_of_memory(error):
+        _end(f"Rank {ranks.rank()} {message}", CANNOT_CONTINUE)
     if "EADDRINUSE" in str(error):
         port = os.environ.get("MASTER_PORT")
         _end(
-            f"Cannot train:\n  - port {port}, by which the ranks meet, is taken, most likely by another run. "
+            f"Cannot train:\n  - port {port} (MASTER_PORT) is in use, most likely by another run. "
             "Type deepspeed --master_port 29501 ... (torchrun: --master-port)",
             REFUSED,
         )
     if not lost_peer(error):
         raise error
     waited = f"waited {rank_timeout} s (--rank-timeout) for" if timed_out(error) else "lost"
-    _say(f"Rank {ranks.rank()} {waited} another rank: one that ended says why, one that hangs says nothing")
+    _print(
+        f"Rank {ranks.rank()} {waited} another rank. Look for its last message; a rank that hangs prints none"
+    )
     time.sleep(PEER_GRACE)
     os._exit(LOST_PEER)
 
 
-def _end(words: str, code: int) -> NoReturn:
-    if words:
-        _say(words)
+def _end(message: str, code: int) -> NoReturn:
+    if message:
+        _print(message)
     sys.exit(code)
 
 
-def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
+def _print(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Makes a checkpoint's model the run's: placed, verified, described, published."""
+"""Finishes a run: copies a checkpoint's model to the output folder, verifies, describes and publishes it."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ ENGLISH = ("tatsu-lab/alpaca", "databricks/databricks-dolly-15k", DEMO)  # data 
 
 
 def place_model(checkpoint: Path, output: Path) -> None:
-    """Makes a checkpoint's model that of the output folder: the weights as links, which cost no disk, where they can be made."""
+    """Puts a checkpoint's model into the output folder. Weights are hard links if possible, which cost no disk."""
     manifest = read_manifest(checkpoint)
     assert manifest is not None, f"{checkpoint} is not complete"
-    for old in output.glob(f"*{WEIGHTS}*"):  # of an earlier end of this run, perhaps in more shards
+    for old in output.glob(f"*{WEIGHTS}*"):  # of a shorter run, maybe with more shards
         old.unlink()
     for name in manifest["model"]:
         (output / name).unlink(missing_ok=True)
         try:
-            if not name.endswith(WEIGHTS):  # what a person may edit is a file of its own
+            if not name.endswith(WEIGHTS):  # a file that a user may edit must not be a link
                 raise OSError
             os.link(checkpoint / name, output / name)
         except OSError:
@@ -111,17 +111,17 @@ It answers one instruction at a time, stops at `{END_KEY}`, and like its base it
 
 
 def finish(settings: Settings, ledger: Ledger, record: dict[str, Any], last: Path) -> dict[str, Any]:
-    """Makes the last or the best checkpoint's model the run's, verifies, describes and publishes it. Rank 0 alone.
+    """Copies the last or best checkpoint's model to the output folder, verifies, describes and publishes it.
 
-    It reads files only, so it can be done again by a later command if this one is killed.
+    Only rank 0 calls it. It depends on files only, so a later command can repeat it if this one is killed.
     """
     options, output = settings.options, settings.output
     chosen = (checkpoint.best(output) or last) if options.final_model == "best" else last
     problems = checkpoint.problems_of(chosen, model_only=True)
     if problems:
         raise TrainingError(
-            f"its last step: the model in {chosen} cannot be used, because {problems[0]}. Remove that folder, and type the "
-            "same command with --resume auto"
+            f"its last step: the model in {chosen} cannot be used, because {problems[0]}. Remove that folder, and "
+            "type the same command with --resume auto"
         )
     record |= _outcome(chosen, last)
     try:
@@ -149,7 +149,7 @@ def finish(settings: Settings, ledger: Ledger, record: dict[str, Any], last: Pat
 
 
 def deliver_again(settings: Settings, record: dict[str, Any]) -> dict[str, Any]:
-    """Publishes and logs what an earlier command has finished, and returns its record."""
+    """Publishes and logs a run that an earlier command finished. Returns its record."""
     logger.info("%s is finished already", settings.output)
     if is_main_process():
         _deliver(settings)
@@ -165,7 +165,7 @@ def _deliver(settings: Settings) -> None:
 
 
 def _outcome(chosen: Path, last: Path) -> dict[str, Any]:
-    """What run.json says of a finished run, from its last checkpoint and from that whose model it takes."""
+    """The entries of run.json for a finished run, from its last and its chosen checkpoint."""
     manifest = checkpoint.read_manifest(chosen)
     assert manifest is not None
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
@@ -181,8 +181,8 @@ def _outcome(chosen: Path, last: Path) -> dict[str, Any]:
         "seconds": {"training": progress["seconds"]},
         "batching": progress["batching"],
         "weights": {
-            name: told
-            for name, told in manifest["files"].items()
+            name: file
+            for name, file in manifest["files"].items()
             if name in manifest["model"] and name.endswith(WEIGHTS)
         },
     }

@@ -1,4 +1,4 @@
-"""What a run is, and whether another command would continue it or change it."""
+"""The record of a run (run.json), and the differences that would make a resume another run."""
 
 from __future__ import annotations
 
@@ -20,15 +20,23 @@ from training.options.trainer_options import SCHEDULES, flag_of
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
-# Options that decide what a step computes. How rows are spread over devices (their global batch apart), memory and
-# places do not; nor does how long to go on, unless the rate depends on it.
-DECISIVE = ("input_model", "seed", "lr", "lr_scheduler_type", "warmup_steps", "weight_decay", "batching")
+# Options that change what a step computes. Devices, memory and folders do not, except through the global batch. The
+# number of steps does only if the learning rate depends on it.
+COMPARED_OPTIONS = (
+    "input_model",
+    "seed",
+    "lr",
+    "lr_scheduler_type",
+    "warmup_steps",
+    "weight_decay",
+    "batching",
+)
 
 
 def new_record(settings: Settings, rows: str | None = None) -> dict[str, Any]:
-    """What is known of a run before its first step; `rows` is `rows_digest` of its rows.
+    """The record of a run before its first step; `rows` is the `rows_digest` of its rows.
 
-    `status` is "running", then "stopped" (by SIGTERM or Ctrl-C), or "finished" once the model is there and verified.
+    `status` is "running", then "stopped" (by SIGTERM or Ctrl-C) or "finished" (the model is written and verified).
     """
     versions = {}
     for package in RECORDED_PACKAGES:
@@ -38,7 +46,7 @@ def new_record(settings: Settings, rows: str | None = None) -> dict[str, Any]:
             continue
     return {
         "status": "running",
-        "id": uuid.uuid4().hex,  # of the run, by whatever commands it is continued
+        "id": uuid.uuid4().hex,  # stays the same when the run is resumed
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "options": asdict(settings.options),
         "world_size": settings.ranks,
@@ -52,7 +60,7 @@ def new_record(settings: Settings, rows: str | None = None) -> dict[str, Any]:
 
 
 def rows_digest(*parts: datasets.Dataset) -> str:
-    """A checksum of the rows to train on, and of those held out, in their order.
+    """A checksum of the training rows and the held-out rows, in their order.
 
     It changes with data, tokenizer, length, split and seed.
     """
@@ -67,34 +75,34 @@ def rows_digest(*parts: datasets.Dataset) -> str:
 
 
 def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What two records differ in that would change the result of training, each with both values."""
-    asked, wanted = former["options"], now["options"]
-    names = list(DECISIVE)
-    if SCHEDULES[wanted["lr_scheduler_type"]].decays:
+    """Differences between two records that would change the result of training, each with both values."""
+    before, after = former["options"], now["options"]
+    names = list(COMPARED_OPTIONS)
+    if SCHEDULES[after["lr_scheduler_type"]].decays:
         names += ["epochs", "max_steps"]
     found = [
-        f"{flag_of(name)} was {asked.get(name)}, and is {wanted.get(name)}"
+        f"{flag_of(name)} was {before.get(name)}, and is {after.get(name)}"
         for name in names
-        if asked.get(name) != wanted.get(name)
+        if before.get(name) != after.get(name)
     ]
     if former.get("precision") != now["precision"]:
         found.append(f"the precision was {former.get('precision')}, and is {now['precision']}")
     if former.get("global_batch") != now["global_batch"]:
         found.append(
-            f"a step was of {former.get('global_batch')} rows, and is of {now['global_batch']}"
-            f"{_same_batch(former.get('global_batch'), wanted, now['world_size'])}"
+            f"the global batch was {former.get('global_batch')} rows, and is {now['global_batch']}"
+            f"{_same_batch(former.get('global_batch'), after, now['world_size'])}"
         )
     if former.get("rows") and now.get("rows") and former["rows"] != now["rows"]:
         found.append(
             "the rows differ: another --training-dataset, --test-size, --max-length or --keep-truncated, another "
-            f"prompt (training/data/prompt.py), or the file has changed (it was {asked.get('training_dataset')})"
+            f"prompt (training/data/prompt.py), or the file has changed (it was {before.get('training_dataset')})"
         )
     return found
 
 
-def _same_batch(rows: Any, wanted: dict[str, Any], world_size: int) -> str:
-    """What to type for steps of as many rows as before, where that can be."""
-    at_once = wanted["per_device_train_batch_size"] * world_size
+def _same_batch(rows: Any, options: dict[str, Any], world_size: int) -> str:
+    """What to type for a global batch of `rows` again, if that is possible."""
+    at_once = options["per_device_train_batch_size"] * world_size
     if not isinstance(rows, int) or rows % at_once:
         return ": --per-device-train-batch-size x --gradient-accumulation-steps x devices must stay the same"
     return f". Type --gradient-accumulation-steps {rows // at_once}"

@@ -1,4 +1,4 @@
-"""One writer per folder, by a lock that the system takes back from a dead process."""
+"""One writer per folder, by a file lock that the system releases when the process dies."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from training.files import WRITER_FILES, WRITER_INFO, WRITER_LOCK
 
 logger = logging.getLogger(__name__)
 
-# How file systems say that they have no locks: NFS without its lock daemon, Lustre mounted without flock.
+# Errors of file systems without locks, such as NFS without its lock daemon or Lustre mounted without flock.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL)
 
 
-def system_lock(file: Path, patience: float = -1) -> AbstractContextManager[Any] | None:
-    """Takes a lock that the system takes back from a dead process, however it died; leaving the context releases it.
+def system_lock(file: Path, timeout: float = -1) -> AbstractContextManager[Any] | None:
+    """Takes a file lock; leaving the context releases it. The system releases it when the process dies.
 
-    None where the file system has no locks. Raises filelock.Timeout where another process holds it for `patience`
-    seconds; -1: waits for ever.
+    Returns None if the file system has no locks. Raises filelock.Timeout if another process still holds the lock
+    after `timeout` seconds; -1 waits for ever.
     """
     from filelock import FileLock
 
     try:
-        # Without locks of the system filelock would fall back to a file that outlives a killed process.
-        return FileLock(file, fallback_to_soft=False).acquire(timeout=patience)
+        # filelock's fallback without system locks is a file that a killed process leaves behind.
+        return FileLock(file, fallback_to_soft=False).acquire(timeout=timeout)
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
@@ -42,15 +42,15 @@ def system_lock(file: Path, patience: float = -1) -> AbstractContextManager[Any]
 
 @contextlib.contextmanager
 def one_writer(folder: Path) -> Iterator[None]:
-    """Holds `folder` (made if need be) as its only writer; one rank of a run does. Raises FolderBusyError.
+    """Makes this process the only writer of `folder`, and creates it if needed. One rank of a run calls it.
 
-    Nothing is left to clean up by hand, however the process ends.
+    A process that dies leaves no lock behind. Raises FolderBusyError if another process is the writer.
     """
     from filelock import Timeout
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        held = system_lock(folder / WRITER_LOCK, patience=0)
+        held = system_lock(folder / WRITER_LOCK, timeout=0)
     except Timeout as error:
         raise FolderBusyError(_who_writes(folder)) from error
     if held is None:
@@ -64,11 +64,11 @@ def one_writer(folder: Path) -> Iterator[None]:
         try:
             since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
             info = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}
-            with contextlib.suppress(OSError):  # it only tells others who we are
+            with contextlib.suppress(OSError):  # only for the message of a refused run
                 (folder / WRITER_INFO).write_text(json.dumps(info))
             yield
         finally:
-            # Both go while the lock is held; filelock never takes a lock on a file that has lost its name.
+            # Removed while the lock is held: filelock never locks a file that was unlinked.
             for name in WRITER_FILES[::-1]:
                 with contextlib.suppress(OSError):
                     (folder / name).unlink()
@@ -80,7 +80,7 @@ def _who_writes(folder: Path) -> str:
         who = f"process {info['pid']} on {info['host']}, since {info['since']}"
         stop = f"stop it (kill {info['pid']} on {info['host']})"
     except (OSError, ValueError, KeyError, TypeError):
-        who, stop = "it has not said which", "stop it"
+        who, stop = "unknown process", "stop it"
     return (
         f"{folder}: another run is writing into it ({who}). "
         f"Wait until it has ended, {stop}, or name another --local-output-dir"

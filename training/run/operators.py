@@ -1,4 +1,4 @@
-"""DeepSpeed's operators: what their compilation lacks, and compiling them by one rank after the other."""
+"""Compiles DeepSpeed's operators, one rank at a time, and checks beforehand that this machine can."""
 
 from __future__ import annotations
 
@@ -23,30 +23,29 @@ from training.run.lock import system_lock
 logger = logging.getLogger(__name__)
 
 
-def compile_operators(config: dict[str, Any], patience: float = -1) -> None:
-    """Compiles, or loads, what DeepSpeed would compile later, when the model is loaded already.
+def compile_operators(config: dict[str, Any], timeout: float = -1) -> None:
+    """Compiles or loads the operators that DeepSpeed would otherwise compile after the model is loaded.
 
-    torch marks a compilation by a file, and waits for it to go without an end: a rank that is killed while it
-    compiles leaves the file, and every later run hangs. The system takes our own lock from a dead process, so
-    whoever holds it knows that a mark still there is a dead rank's. Where the file system has no locks nobody knows,
-    and the mark stays.
+    torch marks a running compilation by a file `lock` and waits for its removal without a limit. A rank that is
+    killed while it compiles leaves that file, and every later run hangs. Our own lock is released by the system, so
+    the process that holds it can safely remove torch's. Without file locks torch's file stays.
 
     Args:
         config: the DeepSpeed configuration.
-        patience: seconds to wait for another process that compiles; -1: for ever.
+        timeout: seconds to wait for another process that compiles; -1: for ever.
 
-    Raises OptionsError where the compilation fails, or another process holds it up.
+    Raises OptionsError if the compilation fails, or if another process blocks it for `timeout` seconds.
     """
     warned = False
     for builder in _builders(config):
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
         file = folder / "one-rank-at-a-time.lock"
         try:
-            held = system_lock(file, patience)
+            held = system_lock(file, timeout)
         except Timeout as error:
             raise OptionsError(
-                f"another process has been compiling DeepSpeed's operator {builder.name} for {patience:.0f} s "
-                f"(--rank-timeout), and hangs. Find it (fuser {shlex.quote(str(file))}), stop it, and start again"
+                f"another process has been compiling DeepSpeed's operator {builder.name} for {timeout:.0f} s "
+                f"(--rank-timeout) and hangs. Find it (fuser {shlex.quote(str(file))}), stop it, and start again"
             ) from error
         if held is None and not warned:
             logger.warning(
@@ -72,7 +71,7 @@ def compile_operators(config: dict[str, Any], patience: float = -1) -> None:
 
 @contextmanager
 def _torch_libraries_quoted() -> Iterator[None]:
-    """torch quotes each path for the compiler but that of its own libraries, and the linker takes one with a space for two."""
+    """Quotes the path of torch's libraries for the linker. torch does not, and a space would split it."""
     plain = cpp_extension.TORCH_LIB_PATH
     cpp_extension.TORCH_LIB_PATH = shlex.quote(plain)
     try:
@@ -82,7 +81,7 @@ def _torch_libraries_quoted() -> Iterator[None]:
 
 
 def compiler_problems(config: dict[str, Any]) -> list[str]:
-    """What the compilation of the operators lacks on this machine; nothing where they are compiled already.
+    """Missing tools for compiling the operators on this machine; none if they are compiled already.
 
     Args:
         config: the DeepSpeed configuration.
@@ -107,7 +106,7 @@ def compiler_problems(config: dict[str, Any]) -> list[str]:
         problems += cuda_toolkit_problems(Path(home) if home else None, torch.version.cuda)
     if problems and all(_is_compiled(builder) for builder in builders):
         try:
-            compile_operators(config)  # nothing of it is needed to load what an earlier run compiled
+            compile_operators(config)  # loading compiled operators needs no tools
         except OptionsError:
             return problems
         return []
@@ -115,10 +114,10 @@ def compiler_problems(config: dict[str, Any]) -> list[str]:
 
 
 def _builders(config: dict[str, Any]) -> list[Any]:
-    """The builders of what DeepSpeed will ask for: CPU collectives, and an Adam of its own.
+    """Builders of the operators that DeepSpeed will load: CPU collectives, and its own Adam.
 
-    It takes its own Adam if the optimizer is offloaded, in plain C++, or if the JSON names one, in CUDA on a GPU.
-    Otherwise the optimizer is torch's.
+    DeepSpeed uses its C++ Adam if the optimizer is offloaded, and its CUDA Adam if the JSON names an Adam. Otherwise
+    the optimizer is torch's.
     """
     from deepspeed.accelerator import get_accelerator
 
@@ -128,12 +127,12 @@ def _builders(config: dict[str, Any]) -> list[Any]:
     elif _names_an_adam(config.get("optimizer")):
         names.append("FusedAdamBuilder")
     builders = [get_accelerator().create_op_builder(name) for name in names]
-    # DeepSpeed does without the others, or says why it cannot.
+    # DeepSpeed works without incompatible ones, or reports why it cannot.
     return [builder for builder in builders if builder is not None and builder.is_compatible(verbose=False)]
 
 
 def _names_an_adam(optimizer: Any) -> bool:
-    """Whether the JSON's optimizer is an Adam of DeepSpeed's own."""
+    """Whether the JSON's optimizer is DeepSpeed's own Adam."""
     if not isinstance(optimizer, dict) or str(optimizer.get("type")).lower() not in ("adam", "adamw"):
         return False
     parameters = optimizer.get("params")

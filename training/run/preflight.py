@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settings:
     """The run's settings. Raises OptionsError with every problem of options and machine.
 
-    `typing_errors` are values that the command line could not take. With them torch is not imported, and what needs
-    it is not checked: whoever mistyped has the answer at once.
+    `typing_errors` are values that the command line could not parse. If there are any, checks that need torch are
+    skipped, so that the answer to a typing error does not wait for its import.
     """
     problems, config = [*typing_errors, *checks.option_problems(options)], None
     settings: Settings | None = None
@@ -47,7 +47,7 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
     problems += checks.deepspeed_problems(options, config)
     contradictions = checks.precision_problems(options, config or {})
     problems += contradictions
-    problems += prompt_problems(options) + place_problems(options) + version_problems()
+    problems += prompt_problems(options) + destination_problems(options) + version_problems()
     if not typing_errors:
         problems += _machine_problems(config)
         readable = config is not None or not options.deepspeed_json
@@ -62,7 +62,7 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
 
 
 def _machine_problems(config: dict[str, Any] | None) -> list[str]:
-    """What this machine lacks, as torch and DeepSpeed see it: kernels of its GPUs, a compiler, a rank for each GPU."""
+    """What this machine lacks: kernels for its GPUs, a compiler, one rank for each GPU."""
     problems = kernels.kernel_problems()
     if config is not None and not problems and not version_problems():
         from training.run.operators import compiler_problems
@@ -71,15 +71,15 @@ def _machine_problems(config: dict[str, Any] | None) -> list[str]:
     return problems + kernels.device_problems()
 
 
-def place_problems(options: TrainingOptions) -> list[str]:
-    """Why the run's results could not be written where they shall go: output, published copy, MLflow.
+def destination_problems(options: TrainingOptions) -> list[str]:
+    """Why the results cannot be written to the output folder, the published copy or MLflow.
 
-    It does not depend on the ranks: notebook and flow ask it before they start any.
+    It does not depend on the ranks, so notebook and flow call it before they start any.
     """
     problems = []
     if options.logs_to_mlflow:
         problems += tracking_problems("--mlflow-model-name", options.mlflow_model_name or None)
-    if not is_main_process():  # the other ranks may see what rank 0 has already begun to write
+    if not is_main_process():  # the others may already see files of rank 0
         return problems
     for flag, folder, find in (
         ("--local-output-dir", options.local_output_dir, checks.output_problems),
@@ -91,7 +91,7 @@ def place_problems(options: TrainingOptions) -> list[str]:
         try:
             problems += find(options)
         except (OSError, RuntimeError, ValueError) as error:
-            # a folder above it may not be entered, too long a name, ~nobody, links in a circle, a null byte
+            # a parent that cannot be entered, a name that is too long, ~nobody, circular links, a null byte
             reason = error.strerror if isinstance(error, OSError) else error
             problems.append(f"{flag} {folder}: cannot be written ({reason}). Name a folder of your own")
     return problems
@@ -100,14 +100,14 @@ def place_problems(options: TrainingOptions) -> list[str]:
 def _publishing_problems(options: TrainingOptions) -> list[str]:
     target, output = str(options.dbfs_output_dir), None
     if "://" not in target:
-        local_path(target).resolve()  # raises where links go in a circle
-    with suppress(OSError, RuntimeError, ValueError):  # reported of the local output
+        local_path(target).resolve()  # raises for circular links
+    with suppress(OSError, RuntimeError, ValueError):  # reported for --local-output-dir
         output = local_path(options.local_output_dir or "").resolve()
     return [f"--dbfs-output-dir {problem}" for problem in target_problems(target, output)]
 
 
 def prompt_problems(options: TrainingOptions) -> list[str]:
-    """What is wrong with the file of --sample-prompts. Rank 0 reads it for all."""
+    """Problems of the file of --sample-prompts. Only rank 0 reads it."""
     if not is_main_process() or not (options.sample_prompts or "").strip():
         return []
     try:
@@ -120,43 +120,44 @@ def prompt_problems(options: TrainingOptions) -> list[str]:
 # --- the plan -----------------------------------------------------------------------------------------
 
 
-def check_plan(settings: Settings, prepared: Prepared, decided: dict[str, Any] | None) -> Settings:
-    """Decides what is "auto" by the plan of rank 0's machine. Raises OptionsError where the run does not fit.
+def check_plan(settings: Settings, prepared: Prepared, earlier: dict[str, Any] | None) -> Settings:
+    """Replaces "auto" by the plan for rank 0's machine. Raises OptionsError if the run does not fit.
 
-    A resumed run keeps what was `decided` for it where "auto" is typed, or its numbers would change in their last
-    digits. What a person types instead, because memory was short, is done.
-
+    A resumed run takes the `earlier` choices for "auto", because other ones would change the last digits of its
+    losses. A typed value replaces them.
     """
     here = on_this_host()
-    return settings.decide(**on_rank_0(lambda: _decide(settings, prepared, here, decided or {})))
+    return settings.with_plan_choices(
+        **on_rank_0(lambda: _plan_choices(settings, prepared, here, earlier or {}))
+    )
 
 
-def _decide(
-    settings: Settings, prepared: Prepared, ranks_here: int, decided: dict[str, Any]
+def _plan_choices(
+    settings: Settings, prepared: Prepared, ranks_here: int, earlier: dict[str, Any]
 ) -> dict[str, Any]:
-    """What the plan decides, on a machine with `ranks_here` of the ranks, also where each sees its own GPU alone."""
+    """The plan's choices for a machine with `ranks_here` ranks, also if each rank sees only its own GPU."""
     from training.machine.local import this_machine
-    from training.plan.epoch import lengths_of
+    from training.plan.epoch import row_lengths
     from training.plan.fit import plan_run
     from training.plan.lookup import model_shape
 
-    if decided and settings.checkpointing == "auto":
-        settings = replace(settings, checkpointing=decided["gradient_checkpointing"])
-    if decided and settings.max_tokens == "auto":
-        settings = replace(settings, max_tokens=decided["max_tokens_per_device"])
+    if earlier and settings.checkpointing == "auto":
+        settings = replace(settings, checkpointing=earlier["gradient_checkpointing"])
+    if earlier and settings.max_tokens == "auto":
+        settings = replace(settings, max_tokens=earlier["max_tokens_per_device"])
     options = settings.options
-    # Each disk is checked for itself below.
+    # _disk_problems checks each disk on its own.
     machine = replace(this_machine(settings.output), count=ranks_here, disk_gib=math.inf)
-    lengths = lengths_of(
+    lengths = row_lengths(
         options.training_dataset,
         *(prepared.train_rows[c][:] + prepared.held_out_rows[c][:] for c in ("length", "response_start")),
     )
     plan = plan_run(settings, lengths, model_shape(options.input_model), machine)
     problems = plan.problems + _disk_problems(options, plan)
     if problems and not options.force:
-        raise OptionsError(*problems, "--force trains all the same: the plan may err by a tenth or more")
+        raise OptionsError(*problems, "or type --force to train anyway: the plan may be off by 10% or more")
     for problem in problems:
-        logger.warning("trained by --force, though the plan says %s", problem)
+        logger.warning("--force: training although the plan says %s", problem)
     logger.info(
         "the plan: %.2f GiB a device, checkpointing %s; an epoch in %s to %s, the run in %s to %s",
         sum(plan.gpu_memory_gib.values()),
@@ -167,11 +168,11 @@ def _decide(
             for bound in ("low", "high")
         ),
     )
-    return plan.settings.decided
+    return plan.settings.plan_choices
 
 
 def _disk_problems(options: TrainingOptions, plan: Plan) -> list[str]:
-    """Which disks have too little free for what the plan says will be written on each; the rows are there already."""
+    """Disks with too little free space for the base model, the checkpoints, the model and its copy."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HOME
 

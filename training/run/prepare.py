@@ -1,4 +1,4 @@
-"""Ranks, tokenizer and rows: everything but the model, so that bad data costs no loading."""
+"""Prepares ranks, tokenizer and rows before the model is loaded, so that bad data is reported early."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from training.model.loading import load_config, max_positions
 from training.model.tokenizer import load_tokenizer
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
-from training.run.ending import mortal
+from training.run.ending import default_sigterm
 from training.run.operators import compile_operators
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training starts from, alike on all ranks."""
+    """Tokenizer, rows and Trainer arguments of a run, the same on all ranks."""
 
     args: TrainingArguments
     tokenizer: PreTrainedTokenizerBase
@@ -41,10 +41,10 @@ class Prepared:
 
 
 def prepare(settings: Settings) -> Prepared:
-    """Brings the ranks together, and tokenises the rows once for all of them."""
+    """Forms the process group and tokenises the rows once for all ranks."""
     options = settings.options
     _quiet_libraries()
-    args = _meet(settings)
+    args = _form_process_group(settings)
     with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
         tokenizer, rows, ledger = tokenised_rows(options)
         train_rows, held_out_rows = split_held_out(rows, options.test_size, options.seed)
@@ -53,30 +53,30 @@ def prepare(settings: Settings) -> Prepared:
     row = train_rows[0]
     sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
     logger.info("%s", ledger)
-    logger.info("a row as the model sees it, the supervised tokens between « and »:\n%s", sample)
+    logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
     return Prepared(args, tokenizer, train_rows, held_out_rows, ledger)
 
 
-def _meet(settings: Settings) -> TrainingArguments:
+def _form_process_group(settings: Settings) -> TrainingArguments:
     """Compiles DeepSpeed's operators, forms the process group, and returns the Trainer's arguments."""
-    patience = settings.options.rank_timeout
+    timeout = settings.options.rank_timeout
     if settings.deepspeed is not None:
-        compile_operators(settings.deepspeed, patience)
-    with mortal():
+        compile_operators(settings.deepspeed, timeout)
+    with default_sigterm():
         if settings.deepspeed is not None and not torch.cuda.is_available():
             import deepspeed
 
-            with redirect_stdout(io.StringIO()):  # it prints which operators it has loaded, once a rank
+            with redirect_stdout(io.StringIO()):  # each rank would print the loaded operators
                 deepspeed.init_distributed(
-                    dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=patience)
+                    dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=timeout)
                 )
-            torch.distributed.barrier()  # every rank has the others' buffers open, and needs their names no more
-            remove_shared_buffer()  # now, as a run that is killed with its supervisors removes nothing later
+            torch.distributed.barrier()  # now every rank has opened the shared buffers by name
+            remove_shared_buffer()  # now, because a killed run could not
         return training_arguments(settings)
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
-    """The Trainer's arguments. While they live, `from_pretrained` loads in shards under ZeRO-3."""
+    """The Trainer's arguments. Under ZeRO-3 they must stay alive while `from_pretrained` loads in shards."""
     options = settings.options
     gpu = torch.cuda.is_available() or (settings.ranks == 1 and torch.backends.mps.is_available())
     return TrainingArguments(
@@ -93,10 +93,10 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
-        deepspeed=copy.deepcopy(settings.deepspeed),  # transformers fills in what is "auto"
+        deepspeed=copy.deepcopy(settings.deepspeed),  # transformers replaces each "auto"
         use_cpu=not gpu,
         logging_steps=options.logging_steps,
-        logging_nan_inf_filter=False,  # the default replaces a NaN loss in the log by an older one
+        logging_nan_inf_filter=False,  # the default hides a NaN loss in the log
         eval_strategy="steps",
         eval_steps=options.eval_steps,
         eval_on_start=True,
@@ -117,7 +117,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
 def tokenised_rows(
     options: TrainingOptions,
 ) -> tuple[PreTrainedTokenizerBase, datasets.Dataset, Ledger]:
-    """(tokenizer, rows, ledger) of a run, the rows as long as its model and options allow; see `prepare_dataset`."""
+    """(tokenizer, rows, ledger) of a run; model and --max-length limit the rows (see `prepare_dataset`)."""
     positions = max_positions(load_config(options.input_model, options.trust_remote_code))
     tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
     rows, ledger = prepare_dataset(
@@ -131,11 +131,11 @@ def tokenised_rows(
 
 
 def _quiet_libraries() -> None:
-    """Rank 0 reports in its own words; libraries speak up only when something is wrong."""
+    """Turns off the progress bars and notices of libraries; warnings about problems remain."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # That DeepSpeed accumulates and accelerate does not, which is as the Trainer wants it.
+    # It warns that DeepSpeed accumulates gradients, which is intended.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

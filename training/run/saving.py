@@ -127,8 +127,8 @@ def _lack_of_space(trainer: Any, output: Path) -> str | None:
     if free is None or free >= need:
         return None
     return (
-        f"step {trainer.state.global_step}: a checkpoint needs {size_in_words(need)}, and {size_in_words(free)} are free in {output}. "
-        f"Make room. {older_checkpoint(output)}"
+        f"step {trainer.state.global_step}: a checkpoint needs {size_in_words(need)}, and "
+        f"{size_in_words(free)} are free in {output}. Make room. {older_checkpoint(output)}"
     )
 
 
@@ -143,7 +143,8 @@ def _reported(folder: Path, step: int) -> Iterator[None]:
         why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(
             f"step {step}: {folder} could not be written ({why}); "
-            f"{size_in_words(free_bytes(folder.parent) or 0)} are free there. Make room. {older_checkpoint(folder.parent)}",
+            f"{size_in_words(free_bytes(folder.parent) or 0)} are free there. Make room. "
+            f"{older_checkpoint(folder.parent)}",
             alone=True,
         ) from error
 

@@ -1,4 +1,4 @@
-"""Chooses the starting point of a run, step 0 or a complete checkpoint, and writes down what was chosen."""
+"""Chooses the starting point of a run, step 0 or a complete checkpoint, and records it in run.json."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Start:
-    """Where a run begins.
+    """The starting point of a run.
 
     Attributes:
         folder: the checkpoint; None for step 0.
         former: record of the run that is resumed.
-        saved_ranks: ranks that wrote the checkpoint.
-        finished: nothing is left to do.
-        loaded: what is loaded in place of `folder`, cut for another number of ranks.
+        saved_ranks: number of ranks that wrote the checkpoint.
+        finished: the run is complete, so nothing is trained.
+        loaded: the folder to load: `folder`, or its copy converted for another number of ranks.
     """
 
     folder: Path | None = None
@@ -53,18 +53,18 @@ class Start:
         return 0 if self.folder is None else checkpoint.step_of(self.folder)
 
     def last_checkpoint(self, output: Path, steps: int) -> Path:
-        """The checkpoint of the run's last step, once that is done."""
+        """The checkpoint of the run's last step."""
         return self.folder if self.folder and self.step == steps else output / f"checkpoint-{steps}"
 
     @property
-    def decided(self) -> dict[str, Any] | None:
-        """What the plan decided for the run that is resumed."""
+    def earlier_choices(self) -> dict[str, Any] | None:
+        """The plan's choices for the run that is resumed."""
         return self.former.get("decided") if self.former else None
 
 
 @contextmanager
 def as_only_writer(output: Path) -> Iterator[None]:
-    """Holds the output folder, on rank 0 for all. Raises FolderBusyError where another run holds it."""
+    """Rank 0 locks the output folder. Raises FolderBusyError if another run holds it."""
     if not is_main_process():
         yield
         return
@@ -73,18 +73,18 @@ def as_only_writer(output: Path) -> Iterator[None]:
 
 
 def find(settings: Settings, prepared: Prepared, steps: int) -> tuple[Start, dict[str, Any]]:
-    """(start, record) of a run of `steps` steps. Raises OptionsError on every rank for what is wrong on rank 0."""
+    """(start, record) of a run of `steps` steps. Raises OptionsError on every rank if rank 0 finds a problem."""
     options, output = settings.options, settings.output
 
     def on_disk() -> tuple[Start, dict[str, Any]]:
         record = new_record(settings, rows_digest(prepared.train_rows, prepared.held_out_rows))
-        if problems := output_problems(options):  # another run may have come to its end while this one waited
+        if problems := output_problems(options):  # another run may have ended in the meantime
             raise OptionsError(*problems)
         start = find_start(output, options, record, steps)
         if start.finished:
             assert start.former is not None
             return start, start.former
-        # The copy of the finished run that this one goes on from is another model's.
+        # A published copy of the shorter run is another model, and must not be replaced.
         if options.dbfs_output_dir and (problems := target_problems(options.dbfs_output_dir)):
             raise OptionsError(*(f"--dbfs-output-dir {problem}" for problem in problems))
         if start.former is not None:
@@ -97,16 +97,16 @@ def find(settings: Settings, prepared: Prepared, steps: int) -> tuple[Start, dic
 
 
 def write(settings: Settings, prepared: Prepared, start: Start, record: dict[str, Any], steps: int) -> Start:
-    """Writes run.json and the ledger. Returns the start, its checkpoint cut anew where the number of ranks has changed."""
+    """Writes run.json and the ledger. Converts the checkpoint if the number of ranks has changed; returns the start."""
     output = settings.output
 
     def on_disk() -> Start:
-        shutil.rmtree(output / RESHARDED, ignore_errors=True)  # a start that was killed may have left it
+        shutil.rmtree(output / RESHARDED, ignore_errors=True)  # left by a start that was killed
         loaded = start.folder
         changed = settings.deepspeed is not None and start.saved_ranks != settings.ranks
         if loaded and changed and start.step < steps:
             loaded = reshard(loaded, output)
-        # The first file of all: a folder that has others and not this one is refused.
+        # run.json comes first: a folder with other files but without it is refused.
         write_run_record(output, record)
         prepared.ledger.save(output / LEDGER_FILE)
         return replace(start, loaded=loaded)
@@ -115,7 +115,7 @@ def write(settings: Settings, prepared: Prepared, start: Start, record: dict[str
 
 
 def stopped(settings: Settings, record: dict[str, Any]) -> dict[str, Any]:
-    """The record of a run that a signal has ended, written down."""
+    """Records in run.json that a signal stopped the run."""
     record["status"] = "stopped"
     if is_main_process():
         write_run_record(settings.output, record)
@@ -123,103 +123,107 @@ def stopped(settings: Settings, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], steps: int) -> Start:
-    """The checkpoint that `--resume` means. Reads every byte of it, and changes nothing.
+    """The checkpoint that `--resume` selects. Reads every byte of it and changes nothing.
 
     Args:
-        now: the record of the run to come.
-        steps: how many that run will have done in the end.
+        now: the record of the new run.
+        steps: total steps of that run.
 
-    Raises OptionsError where there is none, or where the options would make another run of it.
+    Raises OptionsError if there is no such checkpoint, or if the options would change the run's result.
     """
     if options.resume == "never":
         return Start()
-    named = None if options.resume == "auto" else _named(options.resume, output)
+    named = None if options.resume == "auto" else _named_checkpoint(options.resume, output)
     former = read_run_record(named.parent if named else output)
     if former is None:
-        return _without_record(output, options, named)
+        return _start_without_record(output, options, named)
     finished = former["status"] == "finished" and named is None
-    if not named and not finished and not has_complete(output):
-        _newest_whole(output)
+    if not named and not finished and not has_complete_checkpoint(output):
+        _newest_intact(output)
         if "begun_from" not in former:
-            logger.info("%s has no checkpoint yet: the run begins anew", output)
+            logger.info("%s has no checkpoint yet: the run starts at step 0", output)
             return Start()
         named = Path(former["begun_from"])
         if problems := checkpoint.problems_of(named):
             raise OptionsError(
-                f"--resume: the run in {output} was begun from {named}, and has no checkpoint of its own yet; of that "
-                f"one {problems[0]}. Restore it, or name a new --local-output-dir"
+                f"--resume: the run in {output} has no checkpoint of its own yet, and the one it started from, "
+                f"{named}, cannot be used: {problems[0]}. Restore it, or name a new --local-output-dir"
             )
     different = differences(former, now)
     if different and not options.force:
         raise OptionsError(
-            "--resume would not give the run that was begun:\n    "
+            "--resume with these options would not continue the same run:\n    "
             + "\n    ".join(different)
-            + "\n    Type the former options, or another --local-output-dir; --force continues all the same"
+            + "\n    Type the options of that run, or a new --local-output-dir; --force continues with the new values"
         )
     for difference in different:
-        logger.warning("continued by --force, though %s", difference)
+        logger.warning("--force: continuing although %s", difference)
     if finished and former["steps"] == steps and former["options"].get("final_model") == options.final_model:
         return Start(former=former, finished=True)
-    folder = named or _newest_whole(output)
+    folder = named or _newest_intact(output)
     if folder is None:
         raise OptionsError(
-            f"--resume: {output} holds a finished model of {former['steps']} steps, and no checkpoint to go on from. "
-            "Name a new --local-output-dir"
+            f"--resume: {output} holds a finished model of {former['steps']} steps, but no checkpoint to continue "
+            "from. Name a new --local-output-dir"
         )
-    _check_fit(folder, options, steps)
+    _check_resumable(folder, options, steps)
     progress = json.loads((folder / checkpoint.PROGRESS_FILE).read_text())
     return Start(folder, former, len(progress["loss_sums"]))
 
 
-def _without_record(output: Path, options: TrainingOptions, named: Path | None) -> Start:
-    """Step 0, where there is nothing to resume. Raises OptionsError where there is, but no record says what."""
+def _start_without_record(output: Path, options: TrainingOptions, named: Path | None) -> Start:
+    """Step 0 if the folder holds no run. Raises OptionsError if it holds one without a readable record."""
     if named:
-        raise OptionsError(f"--resume {options.resume}: there is no {RUN_FILE} beside it, so it is of no run")
+        raise OptionsError(
+            f"--resume {options.resume}: no {RUN_FILE} lies beside it. Name a checkpoint in the folder of its run"
+        )
     if (output / RUN_FILE).exists() or checkpoint.checkpoints(output):
         raise OptionsError(
-            f"--resume: {output / RUN_FILE} cannot be read, so nobody can tell which run this is, and nothing of "
-            "it shall be lost. Name a new --local-output-dir"
+            f"--resume: {output / RUN_FILE} cannot be read, so the run is unknown and its files are kept. "
+            "Name a new --local-output-dir"
         )
     return Start()
 
 
-def _named(resume: str, output: Path) -> Path:
-    """The checkpoint that --resume names, whole and with none after it that the run would run into."""
-    given, output = Path(resume).expanduser().resolve(), output.resolve()
-    problems = ["it is no checkpoint"]
-    if given in checkpoint.checkpoints(given.parent):
-        problems = checkpoint.problems_of(given)
+def _named_checkpoint(resume: str, output: Path) -> Path:
+    """The checkpoint that --resume names. Raises OptionsError if it is damaged or newer ones would be lost."""
+    named, output = Path(resume).expanduser().resolve(), output.resolve()
+    problems = ["it is not a checkpoint"]
+    if named in checkpoint.checkpoints(named.parent):
+        problems = checkpoint.problems_of(named)
     if problems:
         raise OptionsError(
-            f"--resume {resume}: {problems[0]}. Type --resume auto for the newest that is whole"
+            f"--resume {resume}: {problems[0]}. Type --resume auto for the newest complete checkpoint"
         )
-    others = [each for each in checkpoint.checkpoints(output) if each != given]
-    there = read_run_record(output)
-    begun = there is not None and there.get("begun_from") == str(given) and not has_complete(output)
-    if given.parent != output and (others or there) and not begun:
+    others = [folder for folder in checkpoint.checkpoints(output) if folder != named]
+    record = read_run_record(output)
+    same_run = (
+        record is not None and record.get("begun_from") == str(named) and not has_complete_checkpoint(output)
+    )
+    if named.parent != output and (others or record) and not same_run:
         raise OptionsError(
-            f"--resume {resume}: {output} holds a run of its own. Type --resume auto to go on with that, "
+            f"--resume {resume}: {output} already holds another run. Type --resume auto to continue that one, "
             "or name a new --local-output-dir"
         )
-    # A torn one is in nobody's way: it is written anew.
-    written = [each for each in others if (each / checkpoint.MANIFEST_FILE).exists()]
-    newer = [each.name for each in written if checkpoint.step_of(each) > checkpoint.step_of(given)]
+    # An incomplete one is not protected: the run writes it again.
+    complete = [folder for folder in others if (folder / checkpoint.MANIFEST_FILE).exists()]
+    newer = [folder.name for folder in complete if checkpoint.step_of(folder) > checkpoint.step_of(named)]
     if newer:
         raise OptionsError(
-            f"--resume {resume}: {output} has newer checkpoints ({', '.join(newer)}), which the run would run into. "
+            f"--resume {resume}: {output} has newer checkpoints ({', '.join(newer)}), which the run would overwrite. "
             "Name a new --local-output-dir, or remove them"
         )
-    return given
+    return named
 
 
-def has_complete(output: Path) -> bool:
+def has_complete_checkpoint(output: Path) -> bool:
     return any(map(checkpoint.read_manifest, checkpoint.checkpoints(output)))
 
 
-def _newest_whole(output: Path) -> Path | None:
-    """The newest checkpoint whose every byte is right; those passed over are named in the log.
+def _newest_intact(output: Path) -> Path | None:
+    """The newest checkpoint that matches its manifest byte for byte. The log names those it skips.
 
-    Raises OptionsError where there are complete ones, and all of them have been damaged since.
+    Raises OptionsError if there are complete checkpoints and all of them are damaged.
     """
     damaged = []
     for folder in reversed(checkpoint.checkpoints(output)):
@@ -231,17 +235,17 @@ def _newest_whole(output: Path) -> Path | None:
                 problems = [f"{checkpoint.MANIFEST_FILE} has changed since it was written"]
             damaged.append(f"{folder.name}: {problems[0]}")
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
-        logger.warning("%s is passed over: %s%s", folder, problems[0], more)
+        logger.warning("%s is skipped: %s%s", folder, problems[0], more)
     if damaged:
         raise OptionsError(
-            f"--resume: no checkpoint in {output} is whole ({'; '.join(damaged)}). "
-            "Restore the file, or name a new --local-output-dir to begin anew"
+            f"--resume: every checkpoint in {output} is damaged ({'; '.join(damaged)}). "
+            "Restore the files, or name a new --local-output-dir to start at step 0"
         )
     return None
 
 
-def _check_fit(folder: Path, options: TrainingOptions, steps: int) -> None:
-    """Raises OptionsError if a run with these options cannot go on, or end, at this checkpoint."""
+def _check_resumable(folder: Path, options: TrainingOptions, steps: int) -> None:
+    """Raises OptionsError if a run with these options cannot continue, or end, at this checkpoint."""
     step, manifest = checkpoint.step_of(folder), checkpoint.read_manifest(folder)
     assert manifest is not None
     measured = manifest["eval_loss"] is not None

@@ -1,4 +1,4 @@
-"""Ends a run on all ranks at the same step: a signal, a loss that is NaN, gradients that overflow."""
+"""Ends a run on all ranks at the same step: after a signal, a NaN loss or repeated fp16 overflows."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from training.errors import TrainingError
 from training.run.ending import StopRequest
 
-# fp16 steps in a row that were skipped because a gradient overflowed. The loss scale of 2^16 is halved each time
-# (DeepSpeed: but for the first), so it is about 1, and what overflows then is no matter of scale.
+# Limit of consecutive fp16 steps that are skipped for an overflow. Each halves the loss scale of 2^16 (with DeepSpeed
+# not the first), so the scale is about 1 by then and cannot be the cause.
 OVERFLOWS_IN_A_ROW = 16
 
-# A scale that was small before is at its minimum earlier, and DeepSpeed raises a bare Exception with these words
+# DeepSpeed raises a bare Exception with these words if a small scale reaches its minimum earlier
 # (DynamicLossScaler.update_scale).
 AT_MINIMUM = "loss scale already at minimum"
 
 
 class StepGuard(TrainerCallback):
-    """At the end of each step the ranks agree whether to go on.
+    """Lets the ranks agree at the end of each step whether to continue.
 
-    One small gather a step, of two numbers a rank: asked to stop, and the micro-step with a loss that is no number.
+    Each step gathers two numbers a rank: whether a stop was requested, and the micro-step with a NaN or infinite loss.
     """
 
     def __init__(self, trainer: Trainer, request: StopRequest) -> None:
@@ -33,13 +33,13 @@ class StepGuard(TrainerCallback):
         self.overflows = self.overflows_in_a_row = 0
         self.stopped = False
 
-    def see(self, loss: torch.Tensor) -> None:
-        """Notes the loss of a micro-step on its device, without waiting for it."""
-        place = torch.where(torch.isfinite(loss.detach()), -1, self.micro_step)
+    def note_loss(self, loss: torch.Tensor) -> None:
+        """Records on the device whether the loss of a micro-step is finite, without waiting for it."""
+        bad = torch.where(torch.isfinite(loss.detach()), -1, self.micro_step)
         self.bad_micro_step = (
-            place
+            bad
             if self.bad_micro_step is None
-            else torch.where(self.bad_micro_step >= 0, self.bad_micro_step, place)
+            else torch.where(self.bad_micro_step >= 0, self.bad_micro_step, bad)
         )
         self.micro_step += 1
 
@@ -53,7 +53,7 @@ class StepGuard(TrainerCallback):
     ) -> None:
         if self.bad_micro_step is None:
             return
-        mine = torch.stack([self.bad_micro_step.new_tensor(int(self.request.asked)), self.bad_micro_step])
+        mine = torch.stack([self.bad_micro_step.new_tensor(int(self.request.received)), self.bad_micro_step])
         ranks = self.trainer.accelerator.gather(mine[None]).tolist()
         self.bad_micro_step, self.micro_step = None, 0
         bad = [(rank, micro_step) for rank, (_, micro_step) in enumerate(ranks) if micro_step >= 0]
@@ -61,11 +61,11 @@ class StepGuard(TrainerCallback):
             raise TrainingError(self.trainer.describe_bad_loss(*bad[0]))
         self._count_overflow(state)
         if control.should_save:
-            control.should_evaluate = True  # so that the best checkpoint can be told
-        if any(asked for asked, _ in ranks):
+            control.should_evaluate = True  # the best checkpoint is chosen by this loss
+        if any(stop for stop, _ in ranks):
             self.stopped = True
             control.should_training_stop = control.should_save = True
-            # What the signal leaves is little time. A held-out loss that was due is measured when the run goes on.
+            # Little time is left after a signal. A held-out loss that is due is measured at the resume.
             control.should_evaluate = state.global_step >= state.max_steps
 
     def _count_overflow(self, state: TrainerState) -> None:
