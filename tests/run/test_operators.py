@@ -49,7 +49,7 @@ def test_a_process_that_hangs_while_it_compiles_is_not_waited_for_without_an_end
     folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
     with (
         FileLock(folder / "one-rank-at-a-time.lock"),
-        pytest.raises(OptionsError, match=r"for 1 s \(--rank-timeout\), and hangs. Find it \(fuser '?/"),
+        pytest.raises(OptionsError, match=r"for 1 s \(--rank-timeout\) and hangs. Find it \(fuser '?/"),
     ):
         compile_operators({}, timeout=1)
 
