@@ -148,7 +148,7 @@ options["sample_prompts"] = cells.write_prompts(chosen, prompts)
 # COMMAND ----------
 
 from training.errors import OptionsError, RunRefusedError, TrainingFailedError
-from training.launch.local import deepspeed_command, launch, typed
+from training.launch.local import deepspeed_command, launch, shell_command
 
 try:
     if chosen.num_nodes > 1:
@@ -157,7 +157,7 @@ try:
         launch_on_spark(options | recipe, chosen.num_nodes, num_gpus, use_gpu=not machine.is_cpu)
     else:
         command = deepspeed_command(options | recipe, num_gpus)
-        print(typed(command), flush=True)
+        print(shell_command(command), flush=True)
         launch(command, cpu_ranks=num_gpus if machine.is_cpu else 0)
 except OptionsError as error:  # of a cluster that cannot train
     raise RunRefusedError(f"Cannot train:\n{error}") from error

@@ -16,7 +16,7 @@ from training.consts import DEFAULT_SEED, DEMO, GREEDY, METRICS_FILE, ROOT
 from training.data.demo_rows import demo_rows
 from training.data.tokens import prepare_dataset, split_held_out
 from training.files import duration
-from training.launch.local import deepspeed_command, launch_environment, typed
+from training.launch.local import deepspeed_command, launch_environment, shell_command
 from training.model.generation import generate_responses, load_model_tokenizer_for_generate, printable
 from training.model.loading import max_positions
 from training.pictures import PictureFile, draw_demo
@@ -111,7 +111,7 @@ def main(
         Path.home() / "dolly_training" / time.strftime("demo__%Y-%m-%dT%H-%M-%S")
     )
     command = demo_command(output, ranks, trainer_options)
-    print(f"Running, as you would for the large model:\n  {typed(command)}", flush=True)
+    print(f"Running, as you would for the large model:\n  {shell_command(command)}", flush=True)
     # Its output is inherited, for the bar that moves on a terminal.
     code = subprocess.run(command, env=launch_environment(0 if gpus else ranks), cwd=ROOT).returncode
     if code:

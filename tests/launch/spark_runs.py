@@ -1,9 +1,9 @@
-"""A driver of a real Spark with two workers on this machine, which trains by `launch_on_spark`; for test_spark.py.
+"""A Spark driver with two workers on this machine that trains with `launch_on_spark`; used by test_spark.py.
 
     python -m tests.launch.spark_runs runs.json outcomes.json
 
-Each of the runs is {"options": {...}, "ranks": 2, "installed": true, "kill": false, "use_gpu": false}; each outcome has the error, if
-any, and the processes that were left behind.
+Each run is {"options": {...}, "ranks": 2, "installed": true, "kill": false, "use_gpu": false}. Each outcome has the
+error, if any, and the processes that still run.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from training.errors import TrainingFailedError
 from training.launch.spark import launch_on_spark
 
 ROOT = Path(__file__).parents[2]
-FOR_RANKS = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
+RANK_ENVIRONMENT = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "GLOO_SOCKET_IFNAME": "lo"}
 
 
 def session(installed: bool) -> SparkSession:
-    """Two worker JVMs with one task each; with our package on their path, or without."""
+    """A session with two worker JVMs of one task each, with our package on their path or without."""
     settings = {
         "spark.driver.host": "127.0.0.1",
         "spark.driver.bindAddress": "127.0.0.1",
         "spark.executor.memory": "512m",
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
-        **{f"spark.executorEnv.{name}": value for name, value in FOR_RANKS.items()},
+        **{f"spark.executorEnv.{name}": value for name, value in RANK_ENVIRONMENT.items()},
         "spark.executorEnv.PYTHONPATH": str(ROOT if installed else Path.home()),
     }
     builder = SparkSession.builder.master("local-cluster[2,1,2048]")
@@ -47,40 +47,40 @@ def session(installed: bool) -> SparkSession:
     return spark
 
 
-def of_run(folder: str) -> list[psutil.Process]:
+def processes_of(folder: str) -> list[psutil.Process]:
     """Launchers, supervisors and ranks of the run that writes into a folder."""
-    own = {"training.trainer", folder}
-    found = psutil.process_iter(["cmdline"])
-    return [each for each in found if each.pid != os.getpid() and own <= set(each.info["cmdline"] or [])]
+    words = {"training.trainer", folder}
+    running = psutil.process_iter(["cmdline"])
+    return [p for p in running if p.pid != os.getpid() and words <= set(p.info["cmdline"] or [])]
 
 
-def left_of(folder: str) -> list[str]:
-    """What is still there when all should have ended."""
+def remaining_processes(folder: str) -> list[str]:
+    """The run's processes that have not ended after 40 s."""
     end = time.monotonic() + 40
-    while (there := of_run(folder)) and time.monotonic() < end:
+    while (remaining := processes_of(folder)) and time.monotonic() < end:
         time.sleep(0.2)
-    return [str(process) for process in there]
+    return [str(process) for process in remaining]
 
 
 def kill_rank_1(folder: str) -> None:
-    """SIGKILL, as of a system without memory, once the run has begun."""
+    """Sends SIGKILL to rank 1, as the system does without memory, once the run has started."""
     while not (Path(folder) / "run.json").exists():
         time.sleep(0.1)
-    for process in of_run(folder):
+    for process in processes_of(folder):
         environment = process.environ()
         if environment.get("RANK") == "1" and "DOLLY_SUPERVISED" in environment:
             process.send_signal(signal.SIGKILL)
 
 
 def addresses() -> list[str]:
-    """Where Spark listens: the driver, its JVM, and those of the workers."""
-    found = set()
+    """Addresses on which Spark listens: the driver, its JVM, and those of the workers."""
+    listening = set()
     for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
-        with contextlib.suppress(psutil.NoSuchProcess):  # a rank of the run before, at its end
+        with contextlib.suppress(psutil.NoSuchProcess):  # a rank of the previous run that is ending
             for connection in process.net_connections(kind="inet"):
                 if connection.status == psutil.CONN_LISTEN:
-                    found.add(connection.laddr.ip.removeprefix("::ffff:"))
-    return sorted(found)
+                    listening.add(connection.laddr.ip.removeprefix("::ffff:"))
+    return sorted(listening)
 
 
 def main(runs: list[dict[str, Any]], outcomes_file: Path) -> None:
@@ -104,7 +104,7 @@ def main(runs: list[dict[str, Any]], outcomes_file: Path) -> None:
                 "kind": type(error).__name__,
                 "code": getattr(error, "code", None),
             }
-        outcomes.append(outcome | {"seconds": time.monotonic() - begin, "left": left_of(folder)})
+        outcomes.append(outcome | {"seconds": time.monotonic() - begin, "left": remaining_processes(folder)})
         outcomes_file.write_text(json.dumps(outcomes, indent=1))
 
 

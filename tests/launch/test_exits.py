@@ -1,4 +1,4 @@
-"""Every way a process ends has words, and a kill for want of memory has evidence."""
+"""Exit codes have a meaning in words, and out-of-memory kills are counted."""
 
 from __future__ import annotations
 
@@ -15,13 +15,10 @@ from training.launch.exits import INTERRUPTED, REFUSED, exit_meaning, oom_kills
 
 
 @pytest.mark.parametrize(
-    ("codes", "words"),  # a signal's: by Python, by a shell, and by DeepSpeed's launcher
+    ("codes", "words"),  # of a signal: from Python, a shell, DeepSpeed's launcher
     [
         ([0], "finished"),
-        (
-            [1, 3, 255, -33],
-            "failed: its error stands above",
-        ),  # 255: sys.exit(-1), or ssh; no signal has the number 33
+        ([1, 3, 255, -33], "failed: see the error"),  # 255: sys.exit(-1) or ssh; -33: no such signal
         ([2], "refused before training"),
         ([75], "stopped by SIGTERM or Ctrl-C, with a checkpoint. Continue with --resume auto"),
         ([127], "a program could not be started"),
@@ -29,10 +26,10 @@ from training.launch.exits import INTERRUPTED, REFUSED, exit_meaning, oom_kills
         ([-11, 139, 245], "segmentation fault"),
         ([-6, 134], "NCCL or gloo"),
         ([-7, 135], "--shm-size"),
-        ([-15, 143], "told to stop (SIGTERM)"),
+        ([-15, 143], "terminated (SIGTERM)"),
         ([-2, 130], "interrupted by Ctrl-C before it could save"),
         ([-1], "terminal or connection was closed"),
-        ([-4], "instruction that this CPU lacks"),
+        ([-4], "compiled for another CPU"),
         ([-10], "ended by the signal SIGUSR1"),
     ],
 )
@@ -40,13 +37,13 @@ def test_an_exit_code_has_a_meaning(codes: list[int], words: str) -> None:
     assert [code for code in codes if words not in exit_meaning(code)] == []
 
 
-def test_a_kill_says_what_is_known_of_the_memory() -> None:
-    certain = exit_meaning(-9, out_of_memory=True)
-    assert certain.startswith("killed by the system, because host memory ran out")
+def test_a_kill_is_explained_by_the_memory_evidence() -> None:
+    meaning = exit_meaning(-9, out_of_memory=True)
+    assert meaning.startswith("killed by the system because host memory ran out")
     assert "no lack of memory" in exit_meaning(-9, out_of_memory=False)
 
 
-def test_a_killed_process_has_the_same_meaning_through_python_a_shell_and_the_launcher() -> None:
+def test_a_kill_has_the_same_meaning_from_python_a_shell_and_the_launcher() -> None:
     process = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     process.send_signal(signal.SIGKILL)
     direct = process.wait()
@@ -57,7 +54,7 @@ def test_a_killed_process_has_the_same_meaning_through_python_a_shell_and_the_la
     assert exit_meaning(direct) == exit_meaning(shell) == exit_meaning(launcher)
 
 
-def test_our_own_codes_are_those_of_the_system_and_of_click() -> None:
+def test_our_exit_codes_match_sysexits_and_click() -> None:
     assert os.EX_TEMPFAIL == INTERRUPTED
     assert click.UsageError.exit_code == REFUSED
 
@@ -85,7 +82,7 @@ def test_our_own_codes_are_those_of_the_system_and_of_click() -> None:
         ({}, None),  # a Mac
     ],
 )
-def test_kills_for_want_of_memory_are_counted_where_the_system_tells(
+def test_out_of_memory_kills_are_counted_if_the_system_reports_them(
     tmp_path: Path, files: dict[str, str], count: int | None
 ) -> None:
     for name, text in files.items():
@@ -95,7 +92,7 @@ def test_kills_for_want_of_memory_are_counted_where_the_system_tells(
 
 
 @pytest.mark.parametrize(
-    ("command", "code", "said"),
+    ("command", "code", "expected"),
     [
         ("print('done', end='')", 0, "done"),
         ("sys.exit(75)", 75, ""),
@@ -105,8 +102,8 @@ def test_kills_for_want_of_memory_are_counted_where_the_system_tells(
         ("sys.exit('no such thing')", 1, "no such thing"),
     ],
 )
-def test_a_command_keeps_its_exit_code_and_its_words_without_pythons_shutdown(
-    command: str, code: int, said: str
+def test_a_command_keeps_its_exit_code_and_output_without_pythons_shutdown(
+    command: str, code: int, expected: str
 ) -> None:
     words = (
         "import atexit, os, sys\nfrom training.launch.exits import run_and_exit\natexit.register(os.abort)\n"
@@ -115,5 +112,5 @@ def test_a_command_keeps_its_exit_code_and_its_words_without_pythons_shutdown(
     command_line = [sys.executable, "-c", words]
     result = subprocess.run(command_line, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert result.returncode == code
-    assert said in result.stdout + result.stderr
+    assert expected in result.stdout + result.stderr
     assert bool(result.stderr) == (code == 1)

@@ -1,4 +1,4 @@
-"""The process beside each rank: hands on what it says, tells how it ended, and leaves nothing behind."""
+"""The supervisor of a rank: it copies the output, reports the end, forwards signals and leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from training.launch.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED
+from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, LOST_PEER, REFUSED
 from training.launch.supervisor import remove_shared_buffer
 
 ROOT = Path(__file__).parents[2]
-# Stands for the training proper in a package of the same name, as `supervise` starts `python -m training.trainer`.
+# A stand-in for training/trainer.py, because `supervise` starts `python -m training.trainer`.
 STAND_IN = """
 from training.launch.supervisor import supervise
 supervise()
@@ -25,7 +25,7 @@ import os, signal, sys, time
 """
 LISTEN = "signal.signal(signal.SIGTERM, lambda *_: (print('stopping', flush=True), os._exit(75)))"
 READY = "print('ready', flush=True); time.sleep(60)"
-STOPPED = "Stopped before it had begun. To go on, type the same command again\n"
+STOPPED = "Stopped before training started. To train, type the same command again\n"
 LAUNCH = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'training.trainer'])"
 
 
@@ -37,23 +37,23 @@ def starts(command: list[str], *words: str) -> list[str]:
     return python(f"import subprocess; subprocess.run({command!r})", *words)
 
 
-# Spark's worker, forked from `python -m pyspark.daemon`, starts torchrun; DeepSpeed's command, launch.py.
+# Spark's worker, forked from `python -m pyspark.daemon`, starts torchrun; the deepspeed command starts launch.py.
 SPARK = starts(python(LAUNCH, "torch.distributed.run"), "-m", "pyspark.daemon")
 DEEPSPEED = starts(python(LAUNCH, "deepspeed.launcher.launch"))
 
 
 class Supervised:
-    def __init__(self, place: Path, rank_does: str, **how: object) -> None:
-        package = place / "training"
+    def __init__(self, folder: Path, rank_code: str, **how: object) -> None:
+        package = folder / "training"
         package.mkdir()
         for name in ("__init__.py", "consts.py", "launch"):
             (package / name).symlink_to(ROOT / "training" / name)
-        (package / "trainer.py").write_text(str(how.pop("first", "")) + STAND_IN + textwrap.dedent(rank_does))
+        (package / "trainer.py").write_text(str(how.pop("first", "")) + STAND_IN + textwrap.dedent(rank_code))
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "DOLLY_SUPERVISED")}
         environment |= how.pop("environment", {})
         command = how.pop("command", [sys.executable, "-m", "training.trainer", "--lr", "1"])
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
-        self.process = subprocess.Popen(command, cwd=place, env=environment, text=True, **pipes)
+        self.process = subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
 
     def end(self) -> tuple[int, str, str]:
         out, err = self.process.communicate(timeout=30)
@@ -65,21 +65,21 @@ Start = Callable[..., Supervised]
 
 @pytest.fixture
 def supervised(tmp_path: Path) -> Iterator[Start]:
-    """Starts a supervised rank, and waits `until` it has said something."""
+    """Starts a supervised rank, and waits until it has printed the line `until`."""
     started = []
 
-    def start(rank_does: str, until: str = "", **how: object) -> Supervised:
-        started.append(Supervised(tmp_path, rank_does, **how))
+    def start(rank_code: str, until: str = "", **how: object) -> Supervised:
+        started.append(Supervised(tmp_path, rank_code, **how))
         assert not until or started[-1].process.stdout.readline() == f"{until}\n"
         return started[-1]
 
     yield start
-    for each in started:
-        each.process.kill()
-        each.process.wait()
+    for rank in started:
+        rank.process.kill()
+        rank.process.wait()
 
 
-def gone(pid: int) -> bool:
+def has_ended(pid: int) -> bool:
     end = time.monotonic() + 10
     while time.monotonic() < end:
         try:
@@ -91,7 +91,7 @@ def gone(pid: int) -> bool:
     return False
 
 
-def test_what_a_rank_prints_arrives_as_it_is_on_both_streams(supervised: Start) -> None:
+def test_the_output_of_a_rank_is_copied_unchanged_on_both_streams(supervised: Start) -> None:
     code, out, err = supervised("""
         print(sys.argv[1:], flush=True)
         sys.stdout.buffer.write(b"\\xe2\\x82\\xac no line end")
@@ -100,13 +100,13 @@ def test_what_a_rank_prints_arrives_as_it_is_on_both_streams(supervised: Start) 
     assert (code, out, err) == (0, "['--lr', '1']\n€ no line end", "bar 1\nbar 2\n")
 
 
-@pytest.mark.parametrize("code", [0, REFUSED, ENDED, INTERRUPTED, LOST_PEER])
-def test_of_an_end_that_the_rank_told_itself_nothing_is_repeated(supervised: Start, code: int) -> None:
+@pytest.mark.parametrize("code", [0, REFUSED, CANNOT_CONTINUE, INTERRUPTED, LOST_PEER])
+def test_an_expected_exit_code_is_not_reported_again(supervised: Start, code: int) -> None:
     assert supervised(f"print('why', file=sys.stderr); sys.exit({code})").end() == (code, "", "why\n")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_rank_that_is_killed_is_told_in_words_with_its_last_lines(supervised: Start) -> None:
+def test_a_killed_rank_is_reported_in_words_with_its_last_lines(supervised: Start) -> None:
     code, _, err = supervised(
         "for n in range(40): print('line', n, flush=True)\nos.kill(os.getpid(), signal.SIGKILL)",
         environment={"RANK": "3"},
@@ -118,15 +118,15 @@ def test_a_rank_that_is_killed_is_told_in_words_with_its_last_lines(supervised: 
     assert err.rstrip().endswith("line 39")
 
 
-def test_a_rank_that_crashes_is_told_with_its_traceback(supervised: Start) -> None:
+def test_a_crashed_rank_is_reported_with_its_traceback(supervised: Start) -> None:
     code, _, err = supervised("1 / 0").end()
     assert code == 1
-    assert err.count("ZeroDivisionError") == 2, "as it came, and in the last lines"
+    assert err.count("ZeroDivisionError") == 2, "once as it was printed, once in the last lines"
     assert "Rank 0 ended: failed" in err
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_reaches_the_rank_which_ends_in_its_own_way(
+def test_a_signal_is_forwarded_to_the_rank_which_then_stops(
     supervised: Start, number: signal.Signals
 ) -> None:
     run = supervised(f"{LISTEN}; {READY}", until="ready")
@@ -134,14 +134,14 @@ def test_a_signal_reaches_the_rank_which_ends_in_its_own_way(
     assert run.end() == (INTERRUPTED, "stopping\n", "")
 
 
-def test_a_signal_before_the_rank_can_listen_is_a_stop_as_well(supervised: Start) -> None:
+def test_a_signal_before_the_rank_has_a_handler_stops_it_too(supervised: Start) -> None:
     run = supervised("print('importing', flush=True); time.sleep(60)", until="importing")
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == (INTERRUPTED, "", STOPPED)
 
 
 @pytest.mark.parametrize(("pause", "code"), [(0.1, INTERRUPTED), (1.5, 137)])
-def test_a_second_ctrl_c_ends_at_once_but_not_the_echo_of_the_first(
+def test_a_second_ctrl_c_kills_unless_it_repeats_the_first_within_a_second(
     supervised: Start, pause: float, code: int
 ) -> None:
     rank = "signal.signal(signal.SIGTERM, lambda *_: None); print('ready', flush=True); time.sleep(4); sys.exit(75)"
@@ -152,15 +152,15 @@ def test_a_second_ctrl_c_ends_at_once_but_not_the_echo_of_the_first(
     assert run.end()[0] == code
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a child with its parent")
-def test_no_rank_outlives_a_killed_supervisor(supervised: Start) -> None:
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals the death of a parent")
+def test_a_rank_ends_with_its_killed_supervisor(supervised: Start) -> None:
     run = supervised(f"{LISTEN}; print(os.getpid(), flush=True); time.sleep(60)")
     rank = int(run.process.stdout.readline())
     run.process.kill()
-    assert gone(rank)
+    assert has_ended(rank)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends a child with its parent")
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux signals the death of a parent")
 @pytest.mark.parametrize(
     ("command", "environment", "number"),
     [
@@ -170,52 +170,52 @@ def test_no_rank_outlives_a_killed_supervisor(supervised: Start) -> None:
     ],
     ids=[
         "a launcher",
-        "DeepSpeed's command, which hands no signal on",
-        "the worker of a cancelled task of Spark",
+        "the deepspeed command, which forwards no signal",
+        "Spark's worker of a cancelled task",
     ],
 )
-def test_the_end_of_whatever_launched_a_rank_is_taken_for_a_sigterm(
+def test_a_rank_stops_as_after_sigterm_when_its_launcher_ends(
     supervised: Start, command: list[str], environment: dict[str, str], number: signal.Signals
 ) -> None:
     run = supervised(f"{LISTEN}; {READY}", until="ready", command=command, environment=environment)
     run.process.send_signal(number)
-    assert run.process.stdout.read() == "stopping\n", "and then nobody holds the pipe any more"
+    assert run.process.stdout.read() == "stopping\n", "and the pipe is closed"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_shell_that_is_left_takes_no_run_along(supervised: Start) -> None:
+def test_a_run_continues_when_the_shell_that_started_it_ends(supervised: Start) -> None:
     run = supervised(f"{LISTEN}; print(os.getppid(), flush=True); time.sleep(60)", command=python(LAUNCH))
     supervisor = int(run.process.stdout.readline())
     run.process.kill()
     time.sleep(1)
-    os.kill(supervisor, signal.SIGTERM)  # it was there
-    assert gone(supervisor)
+    os.kill(supervisor, signal.SIGTERM)  # fails if it has ended
+    assert has_ended(supervisor)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_launcher_that_is_killed_while_its_supervisor_starts_leaves_nobody(supervised: Start) -> None:
-    """Before the supervisor can ask the system to be told of its launcher's end."""
+def test_a_launcher_killed_while_the_supervisor_starts_leaves_no_process(supervised: Start) -> None:
+    """The launcher ends before the supervisor has called prctl."""
     first = "import os, time\nprint(os.getpid(), flush=True)\ntime.sleep(1)"
     how = {"command": python(LAUNCH), "environment": {"RANK": "0"}, "start_new_session": True}
     run = supervised("time.sleep(60)", first=first, **how)
     supervisor = int(run.process.stdout.readline())
     run.process.kill()
-    assert gone(supervisor)
+    assert has_ended(supervisor)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_deepspeed_command_may_end_before_a_supervisor_is_there(supervised: Start) -> None:
-    """launch.py, which outlives it, takes seconds to start the ranks."""
+def test_the_deepspeed_command_may_end_before_the_supervisor_starts(supervised: Start) -> None:
+    """launch.py keeps running and takes seconds to start the ranks."""
     late = starts(python(f"import time; time.sleep(1); {LAUNCH}", "deepspeed.launcher.launch"))
     run = supervised(f"{LISTEN}; {READY}", command=late, start_new_session=True)
     time.sleep(0.3)
     run.process.kill()
-    said = run.process.stdout.read()  # until nobody holds the pipe any more
-    assert said in ("ready\nstopping\n", ""), "told to stop, perhaps before it could listen"
+    output = run.process.stdout.read()  # until the pipe is closed
+    assert output in ("ready\nstopping\n", ""), "stopped, perhaps before it had a handler"
 
 
-def test_a_reader_that_goes_away_does_not_stop_the_rank(supervised: Start, tmp_path: Path) -> None:
-    """As in `deepspeed ... | head -1`, or where a terminal is closed: more than a pipe holds, and nobody reads."""
+def test_a_closed_output_pipe_does_not_stop_the_rank(supervised: Start, tmp_path: Path) -> None:
+    """As in `deepspeed ... | head -1`, or after a terminal is closed; prints more than a pipe holds."""
     done = tmp_path / "done"
     run = supervised(f"""
         for n in range(20000): print('line of some length', n, flush=True)
@@ -227,26 +227,25 @@ def test_a_reader_that_goes_away_does_not_stop_the_rank(supervised: Start, tmp_p
     assert done.exists()
 
 
-@pytest.mark.parametrize(("patience", "told"), [(1, True), (25, False)])
-def test_a_rank_that_hangs_is_told_before_the_launcher_kills_it(
-    supervised: Start, patience: int, told: bool
+@pytest.mark.parametrize(("seconds", "reported"), [(1, True), (25, False)])
+def test_a_rank_that_hangs_is_reported_before_the_launcher_kills_it(
+    supervised: Start, seconds: int, reported: bool
 ) -> None:
     rank = "signal.signal(signal.SIGTERM, lambda *_: None); print('step 7', flush=True); time.sleep(3); sys.exit(75)"
-    first = f"import training.launch.supervisor; training.launch.supervisor.PATIENCE = {patience}"
+    first = f"import training.launch.supervisor; training.launch.supervisor.REPORT_HANG_AFTER = {seconds}"
     run = supervised(rank, until="step 7", first=first, environment={"RANK": "1"})
     run.process.send_signal(signal.SIGTERM)
-    words = f"\nRank 1 is still busy {patience} s after it was told to stop\nIts last lines:\n  step 7\n"
-    assert run.end() == (INTERRUPTED, "", words if told else "")
+    report = f"\nRank 1 is still running {seconds} s after SIGTERM\nIts last lines:\n  step 7\n"
+    assert run.end() == (INTERRUPTED, "", report if reported else "")
 
 
-def test_the_supervisor_is_small() -> None:
-    """It lives beside every rank: no torch, no transformers."""
+def test_the_supervisor_imports_no_torch_transformers_or_numpy() -> None:
     words = "import sys, training.launch.supervisor; print(sorted({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", words], cwd=ROOT, capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stderr
 
 
-def test_the_shared_memory_of_this_rank_alone_is_given_back(tmp_path, monkeypatch):
+def test_only_the_shared_memory_of_this_rank_is_removed(tmp_path, monkeypatch):
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "RANK": "1"}.items():
         monkeypatch.setenv(name, value)
     ends = ("29500_0", "29500_1", "29501_1")
@@ -255,10 +254,10 @@ def test_the_shared_memory_of_this_rank_alone_is_given_back(tmp_path, monkeypatc
         (tmp_path / name).touch()
     remove_shared_buffer(tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == [names[0], names[2]]
-    remove_shared_buffer(tmp_path)  # nothing there is no fault
+    remove_shared_buffer(tmp_path)  # a missing file is no error
 
 
-def test_a_signal_that_comes_before_there_is_a_rank_is_not_lost(supervised: Start) -> None:
+def test_a_signal_before_the_rank_is_started_is_not_lost(supervised: Start) -> None:
     first = """
 import os, signal, subprocess
 real = subprocess.Popen
@@ -272,10 +271,10 @@ if "DOLLY_SUPERVISED" not in os.environ: subprocess.Popen = slow
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_a_rank_that_hangs_does_not_outlive_the_worker_of_spark_for_long(supervised: Start) -> None:
-    first = "import training.launch.supervisor; training.launch.supervisor.KILLED_AFTER = 1"
-    deaf = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {READY}"
-    run = supervised(deaf, until="ready", first=first, command=SPARK)
+def test_a_rank_that_hangs_is_killed_soon_after_sparks_worker_ends(supervised: Start) -> None:
+    first = "import training.launch.supervisor; training.launch.supervisor.KILL_AFTER = 1"
+    hanging = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {READY}"
+    run = supervised(hanging, until="ready", first=first, command=SPARK)
     run.process.kill()
     begin = time.monotonic()
     assert run.process.stdout.read() == ""

@@ -280,7 +280,9 @@ def test_what_could_not_be_written_is_told_beside_the_plan(monkeypatch: pytest.M
     wrong = dolly(local_output_dir="/dbfs/x/dolly__a", mlflow_model_name="a/b")
     with pytest.raises(errors.RunRefusedError) as refused:
         cell_functions.check_plan(wrong, preset_options("a100", 8), 8, find_machine("8xA100-40GB"), "a100")
-    assert "--local-output-dir /dbfs/x/dolly__a: DBFS and Volumes do not support random writes" in str(refused.value)
+    assert "--local-output-dir /dbfs/x/dolly__a: DBFS and Volumes do not support random writes" in str(
+        refused.value
+    )
     assert "--mlflow-model-name 'a/b': expected one word" in str(refused.value)
 
 
@@ -309,7 +311,11 @@ def test_the_trainer_takes_what_the_notebook_chooses_also_a_name_for_mlflow(
         trainer.main(option_words(known["options"] | known["recipe"]))
     assert ended.value.code == 0
     assert taken[0].per_device_train_batch_size * taken[0].gradient_accumulation_steps * 4 == 64
-    assert (taken[0].lr, taken[0].epochs, taken[0].resume) == (DEMO_RECIPE["lr"], DEMO_RECIPE["epochs"], "never")
+    assert (taken[0].lr, taken[0].epochs, taken[0].resume) == (
+        DEMO_RECIPE["lr"],
+        DEMO_RECIPE["epochs"],
+        "never",
+    )
     assert taken[0].mlflow_model_name == (named or None)
 
 
@@ -403,7 +409,7 @@ def test_a_failed_cell_stops_the_notebook_with_its_message_alone(tmp_path: Path)
     assert result.returncode == 1, result.stderr
     assert result.stdout.splitlines() == ["begun", "a rank says why"]
     assert result.stderr.splitlines() == [
-        "Training ended with exit code 70: training could not go on: the reason, and what to do, stand above. "
+        "Training ended with exit code 70: training could not continue: see the reason above. "
         "Continue with --resume auto",
         "Its last lines:",
         "a rank says why",

@@ -324,7 +324,7 @@ def test_a_broken_shard_is_refused_in_words_and_nothing_changes(start, undisturb
     assert contents(folder) == before
 
 
-# --- told to stop ------------------------------------------------------------------------------------
+# --- stopped by a signal -----------------------------------------------------------------------------
 
 
 # DeepSpeed's launcher ends with 1 when it is told to stop, and its runner of Ctrl-C: that is not ours to change.
@@ -424,7 +424,7 @@ def test_a_rank_that_hangs_or_dies_ends_the_run_wherever_it_is_and_its_last_line
             assert "ended: killed, most likely because host memory ran out" in run.said, run.said
         else:
             assert f"waited {patience} s (--rank-timeout) for another rank" in run.said, run.said
-            assert "is still busy 25 s after it was told to stop\nIts last lines:" in run.said, run.said
+            assert "is still running 25 s after SIGTERM\nIts last lines:" in run.said, run.said
         assert "Its last lines:" in run.said
 
 

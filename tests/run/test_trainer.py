@@ -169,7 +169,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(finish
     result = run(deepspeed(2), *DEMO, "--deepspeed", BF16, "--max-steps", 1, "--local-output-dir", finished)
     assert result.returncode != 0
     assert result.stdout.count("is not empty") == 1
-    for words in ("Traceback (most recent call last)", "still busy", "TCPStore"):
+    for words in ("Traceback (most recent call last)", "still running", "TCPStore"):
         assert words not in result.stdout
     assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
 

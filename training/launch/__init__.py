@@ -1,1 +1,1 @@
-"""Starts the trainer on one machine or on a Spark cluster, and says how it ended."""
+"""Starts the trainer on one machine or on a Spark cluster, and explains its exit code."""

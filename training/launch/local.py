@@ -1,6 +1,6 @@
-"""Starts the trainer's command for notebook, flow and demo, shows its output, and raises with the reason if it fails.
+"""Starts the trainer on this machine for notebook, flow and demo; shows its output and raises if it fails.
 
-Imports neither torch nor transformers, so that a driver stays small beside the ranks that it starts."""
+Imports neither torch nor transformers, so that the driver needs little memory beside the ranks."""
 
 from __future__ import annotations
 
@@ -22,56 +22,55 @@ from training.launch.exits import exit_meaning, oom_kills
 from training.options.command_line import option_words
 
 LAST_LINES = 20
-LAST_WIDTH = 400  # characters of a line that are repeated: DeepSpeed's own has the whole command in it
+LAST_WIDTH = 400  # longest repeated line, in characters: one line of DeepSpeed's contains the whole command
 TRAINER = "training.trainer"
 
-# The `deepspeed` command as a module. Its script names its Python in its first line, where the system takes a path
-# with a space for two words.
+# The `deepspeed` command as a module: the first line of its script names Python by path, which cannot have a space.
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
 
-# Becomes the command, which gets a SIGTERM, and saves, when the notebook's kernel or the flow's step is killed. It is
-# no preexec_fn, which may hang in a process with threads.
+# Executes the command so that it gets SIGTERM, and saves, when the notebook's kernel or the flow's step is killed. A
+# preexec_fn could hang in a process with threads.
 _STARTER = """
 import os, signal, sys
-from training.launch.supervisor import at_death_of_parent
-at_death_of_parent(signal.SIGTERM)
+from training.launch.supervisor import signal_on_parent_death
+signal_on_parent_death(signal.SIGTERM)
 os.execvp(sys.argv[1], sys.argv[1:])
 """
 
 
 def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
-    """The words that a user would type for these options, by the names of TrainingOptions, on one node.
+    """The `deepspeed` command for these options (names of TrainingOptions) on one node.
 
-    Raises ModuleNotFoundError where this Python has no DeepSpeed.
+    Raises ModuleNotFoundError if DeepSpeed is not installed.
     """
     if importlib.util.find_spec("deepspeed") is None:
         raise ModuleNotFoundError(
             "DeepSpeed is not installed. Type python -m pip install -r requirements.txt"
         )
-    with socket.socket() as probe:  # DeepSpeed's default port is the same for every run; two would collide
+    with socket.socket() as probe:  # DeepSpeed's default port would collide with that of another run
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    # --quiet: the launcher itself prints errors alone.
+    # --quiet: the launcher prints only errors.
     words = ["--num_gpus", str(num_gpus), "--master_port", port, "--quiet", "--module", TRAINER]
     return [*DEEPSPEED, *words, *option_words(options)]
 
 
-def typed(command: Sequence[str]) -> str:
-    """What `deepspeed_command` returns as a person would type it: without a port of its own and without --quiet."""
+def shell_command(command: Sequence[str]) -> str:
+    """The command of `deepspeed_command` as a person would type it: without the port and --quiet."""
     words = ["deepspeed", *command[len(DEEPSPEED) :]]
     if "--master_port" in words:
-        at = words.index("--master_port")
-        del words[at : at + 3]
+        start = words.index("--master_port")
+        del words[start : start + 3]
     return shlex.join(words)
 
 
 def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
-    """Runs the command and shows each line as it comes. Raises TrainingFailedError if it exits with another code than 0.
+    """Runs the command and shows each line as it is printed. Raises TrainingFailedError if its exit code is not 0.
 
-    The command runs in the repository's folder: relative paths of data and outputs must have been made absolute.
-    Ctrl-C, and a notebook's Interrupt, let it finish the step and save; a second one kills it.
+    The command runs in the repository's folder, so paths of data and outputs must be absolute. After Ctrl-C, or a
+    notebook's Interrupt, it finishes its step and saves; a second one kills it.
 
-    `cpu_ranks` is how many ranks share this machine's cores; 0 where they have GPUs.
+    `cpu_ranks` is the number of ranks that share this machine's cores; 0 if they use GPUs.
     """
     kills_before = oom_kills()
     last: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
@@ -83,13 +82,13 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,  # a terminal's Ctrl-C comes through this function, once
+        start_new_session=True,  # so that only this function forwards a terminal's Ctrl-C
     )
     interrupted = False
     while True:
         try:
-            for line in process.stdout or ():  # ends with the last rank, which may outlive the launcher
-                print(line, end="", flush=True)  # no inherited stdout: a notebook shows this in the cell
+            for line in process.stdout or ():  # ends when the last rank ends, maybe after the launcher
+                print(line, end="", flush=True)  # a notebook's cell would not show an inherited stdout
                 last.append(line if len(line) <= LAST_WIDTH else f"{line[:LAST_WIDTH]} ...\n")
             code = process.wait()
             break
@@ -110,7 +109,7 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
 
 
 def launch_environment(cpu_ranks: int = 0) -> dict[str, str]:
-    """The command's environment: PATH, and the cores shared among CPU ranks, as each would start a thread a core."""
+    """Environment of the command. Shares the cores among CPU ranks, which would each start a thread per core."""
     environment = os.environ | {"PATH": _path(), "PYTHONUNBUFFERED": "1"}
     if cpu_ranks:
         environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or cpu_ranks) // cpu_ranks)))
@@ -118,5 +117,5 @@ def launch_environment(cpu_ranks: int = 0) -> dict[str, str]:
 
 
 def _path() -> str:
-    """PATH with this Python's own programs first: ninja, also where nobody activated the environment."""
+    """PATH with this Python's programs first, so that ninja is found even if the environment is not activated."""
     return f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"

@@ -1,7 +1,7 @@
-"""Starts the trainer on several nodes of a Spark cluster, through Spark's own DeepSpeed distributor.
+"""Starts the trainer on several nodes of a Spark cluster with Spark's DeepspeedTorchDistributor.
 
 Each rank is a Spark task with one GPU, which starts `torchrun --nproc_per_node=1 -m training.trainer ...` on its node.
-pyspark is imported where it is used: Databricks Runtime ML brings it, elsewhere it is the extra `spark`."""
+pyspark is imported inside functions: Databricks Runtime ML includes it, elsewhere it is the extra `spark`."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from training.options.command_line import option_words
 from training.options.deepspeed import read_json
 from training.options.trainer_options import flag_of
 
-FIRST_WORKER = 120.0  # seconds to wait for the first worker of a cluster that has just been started
-SETTLED = 15.0  # seconds to wait for the next worker
+FIRST_WORKER_WAIT = 120.0  # seconds to wait for the first worker of a new cluster
+NEXT_WORKER_WAIT = 15.0  # seconds to wait for each further worker
 GPUS_PER_TASK = "spark.task.resource.gpu.amount"
 IGNORE_TLS = "deepspeed.spark.distributor.ignoreSsl"
 
@@ -35,17 +35,17 @@ IGNORE_TLS = "deepspeed.spark.distributor.ignoreSsl"
 def launch_on_spark(
     options: Mapping[str, Any], num_nodes: int, gpus_per_node: int, use_gpu: bool = True
 ) -> None:
-    """Trains with `options`, by the names of TrainingOptions, on `num_nodes` x `gpus_per_node` ranks of the cluster.
+    """Trains with `options` (names of TrainingOptions) on `num_nodes` x `gpus_per_node` ranks of the cluster.
 
-    Shows what the ranks print, as it comes. An interruption, as of a notebook's cell, cancels the Spark job; the ranks
+    Shows the output of the ranks as it is printed. An interrupt, such as a notebook's, cancels the Spark job; the ranks
     finish their step and save within 30 seconds.
 
     Args:
-        use_gpu: False trains on `gpus_per_node` CPU ranks a node, as the demo does.
+        use_gpu: False trains on `gpus_per_node` CPU ranks per node, as for the demo.
 
     Raises:
-        OptionsError: with every problem of options and cluster, before anything is started.
-        TrainingFailedError: a rank failed; with its exit code in words, and its last lines.
+        OptionsError: before training starts, with every problem of options and cluster.
+        TrainingFailedError: a rank failed; with the meaning of its exit code and its last lines.
     """
     problems = spark_problems(options, num_nodes, gpus_per_node, use_gpu)
     if problems:
@@ -56,7 +56,7 @@ def launch_on_spark(
     session = SparkSession.getActiveSession()
     output, ranks = Path(options["local_output_dir"]), num_nodes * gpus_per_node
     try:
-        nodes = look_at_nodes(session, ranks, output)
+        nodes = probe_nodes(session, ranks, output)
         problems = node_problems(nodes, output)
         if problems:
             raise OptionsError(*problems)
@@ -75,19 +75,17 @@ def launch_on_spark(
         _run_in_thread(session, partial(distributor.run, "-m", TRAINER, *words))
     except OptionsError:
         raise
-    except (
-        Exception
-    ) as error:  # of Py4J, PySpark or Spark Connect: pages of Java, and the rank's words within
-        raise failure(str(error)) from None
+    except Exception as error:  # from Py4J, PySpark or Spark Connect: the rank's output inside pages of Java
+        raise training_failure(str(error)) from None
 
 
 def _run_in_thread(session: Any, job: Callable[[], Any]) -> None:
-    """Runs a Spark job in a thread of its own. In the main thread an interruption would break the connection to Spark
-    in the middle of an answer, and the job could not be cancelled by it any more."""
+    """Runs a Spark job in its own thread. In the main thread an interrupt could break the connection to Spark in the
+    middle of a reply, and the job could no longer be cancelled."""
     group = f"dolly-{uuid.uuid4().hex}"
 
     def run() -> None:
-        with suppress(Exception):  # Spark Connect has none
+        with suppress(Exception):  # Spark Connect has no sparkContext
             session.sparkContext.setJobGroup(group, "training")
         job()
 
@@ -97,7 +95,7 @@ def _run_in_thread(session: Any, job: Callable[[], Any]) -> None:
             running.result()
         except KeyboardInterrupt:
             print(
-                "Interrupted. The ranks finish their step and save, for which they have 30 seconds; go on with resume auto",
+                "Interrupted. The ranks have 30 seconds to finish their step and save. Continue with resume auto",
                 flush=True,
             )
             with suppress(Exception):
@@ -108,33 +106,35 @@ def _run_in_thread(session: Any, job: Callable[[], Any]) -> None:
 def spark_problems(
     options: Mapping[str, Any], num_nodes: int, gpus_per_node: int, use_gpu: bool = True
 ) -> list[str]:
-    """Every problem of the options and of the cluster's settings, with what to do instead."""
+    """Every problem of the options and of the cluster's settings, with its fix."""
     problems = []
     if num_nodes < 2:
-        problems.append(f"{num_nodes} nodes: Spark starts 2 or more. On one, use training.launch.local")
+        problems.append(f"{num_nodes} nodes: expected 2 or more. On one node use training.launch.local")
     if gpus_per_node < 1:
-        problems.append(f"{gpus_per_node} ranks a node: at least one is needed to train")
+        problems.append(f"{gpus_per_node} ranks per node: expected 1 or more")
     try:
         _deepspeed_config(options)
     except OptionsError as error:
         problems += error.problems
     if not options.get("local_output_dir"):
-        problems.append("--local-output-dir is missing. Name a folder on storage that all nodes share")
+        problems.append("--local-output-dir is missing. Name a folder on storage shared by all nodes")
     for name in ("local_output_dir", "dbfs_output_dir", "training_dataset", "input_model", "resume"):
         value = str(options.get(name) or "")
         is_path = name.endswith("_dir") or value.startswith((".", "~")) or os.path.exists(value)
         if value and is_path and "://" not in value and not Path(value).is_absolute():
             full = Path(value).expanduser().absolute()
-            problems.append(f"{flag_of(name)} {value}: the nodes work in other folders. Type {full}")
+            problems.append(
+                f"{flag_of(name)} {value}: is a relative path, and the nodes have other working folders. Type {full}"
+            )
     return problems + _cluster_problems(num_nodes * gpus_per_node, use_gpu)
 
 
 def _deepspeed_config(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of the DeepSpeed file, which Spark's distributor writes anew on each node."""
+    """The content of the DeepSpeed file, which Spark's distributor writes on each node."""
     file = options.get("deepspeed")
     if not file:
         raise OptionsError(
-            "--deepspeed is missing, and Spark's distributor needs it. Name config/ds_z3_bf16_config.json"
+            "--deepspeed is missing. Spark's distributor needs a file such as config/ds_z3_bf16_config.json"
         )
     return read_json(str(ROOT / file))
 
@@ -144,64 +144,67 @@ def _cluster_problems(ranks: int, use_gpu: bool) -> list[str]:
         from pyspark.sql import SparkSession
     except ImportError:
         return [
-            "pyspark is not installed. Choose a Databricks Runtime ML of version 14 or newer, or type "
+            "pyspark is not installed. Use Databricks Runtime ML 14 or newer, or type "
             "python -m pip install '.[spark]'"
         ]
     session = SparkSession.getActiveSession()
     if session is None:
         return [
-            "there is no active Spark session. Attach the notebook to a cluster, or make one with SparkSession.builder"
+            "there is no active Spark session. Attach the notebook to a cluster, or create one with SparkSession.builder"
         ]
     problems = []
     per_task = session.conf.get(GPUS_PER_TASK, None)
     if use_gpu and per_task != "1":
-        # More than one would have each task wait for ranks that nobody starts.
+        # With more than one GPU each task would wait for ranks that are never started.
         problems.append(
-            f"{GPUS_PER_TASK} is {per_task or 'not set'}, and each rank needs a task with one GPU. "
+            f"{GPUS_PER_TASK} is {per_task or 'not set'}, expected 1: each rank is a task with one GPU. "
             f"Write '{GPUS_PER_TASK} 1' into the cluster's Spark configuration"
         )
     elif (slots := _task_slots(session, ranks)) is not None and slots < ranks:
         problems.append(
-            f"the cluster runs {slots} tasks at once, and {ranks} ranks need one each. Start more workers, or train on fewer"
+            f"the cluster runs {slots} tasks at once, but {ranks} ranks need {ranks}. Start more workers, or fewer ranks"
         )
     if (
         session.conf.get("spark.ssl.enabled", "false") == "true"
         and session.conf.get(IGNORE_TLS, "false") != "true"
     ):
         problems.append(
-            "the cluster encrypts its traffic, and ranks exchange weights and gradients in the clear. If that may be, "
+            "the cluster encrypts its traffic, but ranks exchange weights and gradients unencrypted. To allow that, "
             f"write '{IGNORE_TLS} true' into its Spark configuration"
         )
     return problems
 
 
-def _task_slots(session: Any, wanted: int) -> int | None:
-    """Tasks that the cluster can run at once: `wanted`, or all that come up; None where Spark cannot say (Spark Connect).
+def _task_slots(session: Any, needed: int) -> int | None:
+    """Number of tasks that the cluster can run at once. Waits until it is `needed`, or no further worker starts.
 
-    Spark's scheduler counts them in this way for a barrier job, but reports a lack only after ten minutes.
+    None on Spark Connect, which does not report it. Spark's scheduler makes the same check for a barrier job, but
+    reports missing slots only after ten minutes.
     """
-    slots, since = -1, time.monotonic()
+    slots, changed = -1, time.monotonic()
     with suppress(Exception):
         scala = session.sparkContext._jsc.sc()
         profile = scala.resourceProfileManager().defaultResourceProfile()
-        while slots < wanted and time.monotonic() - since < (SETTLED if slots > 0 else FIRST_WORKER):
-            now = int(scala.maxNumConcurrentTasks(profile))
-            if now != slots:
-                slots, since = now, time.monotonic()
+        while slots < needed and time.monotonic() - changed < (
+            NEXT_WORKER_WAIT if slots > 0 else FIRST_WORKER_WAIT
+        ):
+            current = int(scala.maxNumConcurrentTasks(profile))
+            if current != slots:
+                slots, changed = current, time.monotonic()
             time.sleep(0.2)
     return slots if slots >= 0 else None
 
 
-def look_at_nodes(session: Any, ranks: int, output: Path) -> list[dict[str, Any]]:
-    """What `ranks` tasks that run at once, as the ranks will, find on their nodes.
+def probe_nodes(session: Any, ranks: int, output: Path) -> list[dict[str, Any]]:
+    """Runs `ranks` tasks at once, as training will, and returns what each finds on its node.
 
-    Returns of each {"host": name, "installed": whether `training` is, "shared": whether it can write to our `output`}.
+    Each result is {"host": name, "installed": is `training` installed, "shared": can it write to our `output`}.
     """
-    trace = nearest_existing(output) / f"{SCRATCH}{uuid.uuid4().hex}"
-    path = str(trace)
+    marker = nearest_existing(output) / f"{SCRATCH}{uuid.uuid4().hex}"
+    path = str(marker)
 
-    # Runs on the nodes: Spark sends the function with the values that it names, but no module.
-    def look(batches: Iterator[Any]) -> Iterator[Any]:
+    # Runs on the nodes: Spark sends the function and the variables it uses, but no modules.
+    def probe(batches: Iterator[Any]) -> Iterator[Any]:
         import os
         import socket
         import subprocess
@@ -217,16 +220,16 @@ def look_at_nodes(session: Any, ranks: int, output: Path) -> list[dict[str, Any]
 
     schema = "host string, installed boolean, shared boolean"
     try:
-        with suppress(OSError):  # a folder that we cannot write is reported as not shared
-            trace.touch()
+        with suppress(OSError):  # the folder is then reported as not shared
+            marker.touch()
         tasks = session.range(0, ranks, 1, ranks)
-        return [row.asDict() for row in tasks.mapInArrow(look, schema, barrier=True).collect()]
+        return [row.asDict() for row in tasks.mapInArrow(probe, schema, barrier=True).collect()]
     finally:
-        trace.unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
 
 
 def node_problems(nodes: list[dict[str, Any]], output: Path) -> list[str]:
-    """Which nodes lack the package or the shared folder, by what `look_at_nodes` found."""
+    """Nodes without the package or without the shared folder, from the results of `probe_nodes`."""
     problems = []
     if without := sorted({node["host"] for node in nodes if not node["installed"]}):
         problems.append(
@@ -235,30 +238,28 @@ def node_problems(nodes: list[dict[str, Any]], output: Path) -> list[str]:
         )
     if without := sorted({node["host"] for node in nodes if not node["shared"]}):
         problems.append(
-            f"--local-output-dir {output}: {', '.join(without)} cannot write there, or not what this machine sees. Each "
-            "rank saves a shard, and a resume needs all of them. Name a folder on storage that is mounted on every "
-            "node at the same place (NFS, EFS, FSx, Azure Files)"
+            f"--local-output-dir {output}: {', '.join(without)} cannot write to this folder of the driver. Each rank saves "
+            "a shard, and a resume needs all of them. Name a folder on storage that is mounted at the same path on "
+            "every node (NFS, EFS, FSx, Azure Files)"
         )
     return problems
 
 
 _JAVA = re.compile(r"\n\s+(?:SQLSTATE: |at [\w.$]+\()|\nDriver stacktrace:")
 
-# torch stands with its path from the working folder, which may hold the environment.
+# The path of torch is relative to the working folder, which may contain the environment.
 _TORCHRUN = re.compile(r"^E\d{4} [\d:.]+ +\d+ \S*torch/distributed/elastic", re.MULTILINE)
 
 
-def failure(text: str) -> TrainingFailedError:
-    """The error that a person can act on, from Spark's text about a failed job: the rank's own last lines.
+def training_failure(text: str) -> TrainingFailedError:
+    """Extracts the last lines of the failed rank from Spark's text about a failed job.
 
-    They stand between a Python traceback of pyspark and what torchrun and Java add, a page each.
+    They follow a traceback of pyspark, and are followed by pages of torchrun and Java.
     """
-    _, found, output = text.partition("included below: ")
-    if not found:  # no rank failed by itself: a node was lost, or the job was cancelled
+    _, separator, output = text.partition("included below: ")
+    if not separator:  # no rank failed: a node was lost, or the job was cancelled
         reason = " ".join(_JAVA.split(text)[0].split())
-        return TrainingFailedError(
-            f"Spark ended the training: {reason}\nType the same with resume auto to go on"
-        )
+        return TrainingFailedError(f"Spark ended the training: {reason}\nContinue with resume auto")
     output = _JAVA.split(output)[0]
     code = int(match[1]) if (match := re.search(r"^\s*exitcode\s*: (-?\d+)", output, re.MULTILINE)) else 1
     last = "\n".join(_TORCHRUN.split(output)[0].rstrip().splitlines()[-LAST_LINES:])

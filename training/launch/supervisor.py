@@ -1,8 +1,8 @@
-"""A small process beside each rank, which says in plain words how the rank ended.
+"""A small parent process of each rank, which reports how the rank ended.
 
-A rank that the system kills cannot say so itself, and the launchers only print `exits with return code = -9`. So
-`python -m training.trainer` starts itself once more, copies what that process prints, and when it dies unexpectedly
-repeats its last lines with the meaning of its exit code. It imports neither torch nor transformers."""
+A rank that the system kills cannot report it, and the launchers only print `exits with return code = -9`. So
+`python -m training.trainer` starts itself again as a child and copies its output. If the child dies unexpectedly, it
+repeats the last lines with the meaning of the exit code. It imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -21,32 +21,32 @@ from types import FrameType
 from typing import IO
 
 from training.consts import SUPERVISED
-from training.launch.exits import ENDED, INTERRUPTED, LOST_PEER, REFUSED, exit_meaning
+from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, LOST_PEER, REFUSED, exit_meaning
 
 LAST_LINES = 15
-ECHO = 1.0  # seconds in which a Ctrl-C may come twice: from the terminal, and once more from torchrun
-KILLED_AFTER = 30  # seconds that the launchers wait after SIGTERM
-PATIENCE = 25  # seconds after SIGTERM until a rank that hangs is reported, before it is killed
-EXPECTED_EXITS = (0, REFUSED, ENDED, INTERRUPTED, LOST_PEER)  # the rank itself has said why
+REPEATED_CTRL_C = 1.0  # seconds in which a second SIGINT is the same Ctrl-C, forwarded by torchrun
+KILL_AFTER = 30  # seconds that the launchers wait between SIGTERM and SIGKILL
+REPORT_HANG_AFTER = 25  # seconds after SIGTERM until a rank that hangs is reported, before it is killed
+EXPECTED_EXITS = (0, REFUSED, CANNOT_CONTINUE, INTERRUPTED, LOST_PEER)  # the rank has reported the reason
 
 
 def supervise() -> None:
-    """Returns in the rank itself. In the process that a launcher or a user starts it waits for the rank, and exits."""
+    """In the process that a launcher or a user starts: runs the rank as a child and exits. In the rank: returns."""
     if SUPERVISED in os.environ:
         return
     rank = os.environ.get("RANK", "0")
     environment = os.environ | {SUPERVISED: "terminal" if sys.stderr.isatty() else "log"}
     command = [sys.executable, "-u", "-m", "training.trainer", *sys.argv[1:]]
-    if "RANK" in os.environ:  # a launcher that is killed leaves nobody to end its ranks
-        at_death_of_parent(signal.SIGTERM)
-        if _orphaned(Path("/proc/self")):  # the launcher was killed before that
+    if "RANK" in os.environ:  # a killed launcher cannot end its ranks
+        signal_on_parent_death(signal.SIGTERM)
+        if _orphaned(Path("/proc/self")):  # the launcher was killed before the line above
             sys.exit(INTERRUPTED)
     last: collections.deque[bytes] = collections.deque(maxlen=LAST_LINES)
-    still_busy = f"Rank {rank} is still busy {PATIENCE} s after it was told to stop"
-    hanging = threading.Timer(PATIENCE, _report, (still_busy, last))
-    hanging.daemon = True
+    event = f"Rank {rank} is still running {REPORT_HANG_AFTER} s after SIGTERM"
+    hang_timer = threading.Timer(REPORT_HANG_AFTER, _report, (event, last))
+    hang_timer.daemon = True
     children: list[subprocess.Popen[bytes]] = []
-    stops = _forward_signals(children, hanging)  # before there is a rank, or an early signal would be lost
+    stops = _forward_signals(children, hang_timer)  # before the rank starts, or an early signal would be lost
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_prepare_rank
     )
@@ -62,23 +62,23 @@ def supervise() -> None:
     code = child.wait()
     for reader in readers:
         reader.join(timeout=5)  # a grandchild may hold the pipe open
-    hanging.cancel()
-    remove_shared_buffer()  # of a rank that ended before it could
-    if code == -signal.SIGTERM and stops:  # before it could listen
+    hang_timer.cancel()
+    remove_shared_buffer()  # a killed rank has not done it
+    if code == -signal.SIGTERM and stops:  # before the rank installed its handler
         code = INTERRUPTED
         if rank == "0":
-            _write("Stopped before it had begun. To go on, type the same command again\n")
+            _write("Stopped before training started. To train, type the same command again\n")
     if code not in EXPECTED_EXITS:
         _report(f"Rank {rank} ended: {exit_meaning(code)}", last)
-    # Shells and launchers expect 128 + n of a process that a signal has ended.
+    # Shells and launchers expect 128 + n for signal n.
     os._exit(128 - code if code < 0 else code)
 
 
 def _stop_with_starter(rank: subprocess.Popen[bytes]) -> None:
-    """Takes the end of the process that started the launcher for a SIGTERM, where nobody forwards one.
+    """Stops the rank when the process that started the launcher ends, because neither of these sends a SIGTERM.
 
-    The `deepspeed` command, when it is stopped, leaves launch.py and the ranks behind. Spark kills the worker of a task
-    that is cancelled, or when another rank has failed, and leaves its torchrun; nobody kills what still lives then.
+    If the `deepspeed` command is stopped, launch.py and the ranks keep running. If a task is cancelled, or another rank
+    fails, Spark kills the task's worker but not its torchrun and ranks.
     """
     launcher = Path(f"/proc/{os.getppid()}")
     with contextlib.suppress(OSError):
@@ -90,14 +90,14 @@ def _stop_with_starter(rank: subprocess.Popen[bytes]) -> None:
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
         if of_spark:
-            time.sleep(KILLED_AFTER)
+            time.sleep(KILL_AFTER)
             rank.kill()
 
 
 def _orphaned(process: Path) -> bool:
-    """Whether a process has lost its parent: its parent is process 1, though its group is another process's.
+    """Whether a process has lost its parent: its parent is process 1, but its group leader is another process.
 
-    What process 1 starts itself (systemd, a container) leads a group of its own or belongs to that of process 1.
+    Processes started by process 1 (systemd, a container) lead their own group or belong to the group of process 1.
     """
     try:
         _, parent, group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
@@ -111,9 +111,9 @@ def _parent_of(process: Path) -> int:
 
 
 def remove_shared_buffer(folder: Path = Path("/dev/shm")) -> None:
-    """Removes what DeepSpeed's CPU collectives leave in shared memory for good: 66 MiB a rank and run.
+    """Removes the shared memory that DeepSpeed's CPU collectives never free: 66 MiB per rank and run.
 
-    The name is that of shm_comm (csrc/cpu/comm/shm.cpp): user, address and port of the meeting place, rank.
+    Its name is set by shm_comm (csrc/cpu/comm/shm.cpp): user, master address and port, rank.
     """
     words = [os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "RANK")]
     if all(words):
@@ -129,16 +129,16 @@ def _report(event: str, last: collections.deque[bytes]) -> None:
 
 
 def _write(text: str) -> None:
-    with contextlib.suppress(OSError):  # nobody reads any more
+    with contextlib.suppress(OSError):  # the reader has closed the pipe
         sys.stderr.write(text)
         sys.stderr.flush()
 
 
 def _copy_output(pipe: IO[bytes], target: IO[bytes], last: collections.deque[bytes]) -> None:
-    """Copies what the rank prints as it comes, also a progress bar that ends no line, and keeps the last lines."""
+    """Copies the rank's output at once, including unfinished lines of progress bars, and keeps the last lines."""
     unfinished = b""
     while chunk := os.read(pipe.fileno(), 65536):
-        with contextlib.suppress(OSError):  # a reader that is slow or gone must not stop the rank
+        with contextlib.suppress(OSError):  # a closed pipe must not stop the rank
             target.write(chunk)
             target.flush()
         *lines, unfinished = (unfinished + chunk).split(b"\n")
@@ -147,21 +147,21 @@ def _copy_output(pipe: IO[bytes], target: IO[bytes], last: collections.deque[byt
         last.append(unfinished)
 
 
-def _forward_signals(children: list[subprocess.Popen[bytes]], hanging: threading.Timer) -> list[float]:
+def _forward_signals(children: list[subprocess.Popen[bytes]], hang_timer: threading.Timer) -> list[float]:
     """Forwards SIGTERM and Ctrl-C to the rank, which finishes its step and saves; a second Ctrl-C kills it.
 
-    Returns the times of the signals, a list that grows: the next signal may interrupt the handler.
+    Returns the list to which the handler appends the time of each signal.
     """
     stops: list[float] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
         stops.append(time.monotonic())
         if len(stops) == 1 and "RANK" in os.environ:
-            hanging.start()
-        again = number == signal.SIGINT and stops[-1] - stops[0] > ECHO
+            hang_timer.start()
+        kill = number == signal.SIGINT and stops[-1] - stops[0] > REPEATED_CTRL_C
         for child in children:
             if child.poll() is None:
-                child.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+                child.send_signal(signal.SIGKILL if kill else signal.SIGTERM)
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
@@ -169,17 +169,17 @@ def _forward_signals(children: list[subprocess.Popen[bytes]], hanging: threading
 
 
 def _prepare_rank() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C comes through the supervisor
-    die_with_parent()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the supervisor forwards a terminal's Ctrl-C
+    kill_on_parent_death()
 
 
-def die_with_parent() -> None:
-    """For `preexec_fn`: kills the started process when its parent ends, so that none is left behind."""
-    at_death_of_parent(signal.SIGKILL)
+def kill_on_parent_death() -> None:
+    """For `preexec_fn`: the started process is killed when its parent ends."""
+    signal_on_parent_death(signal.SIGKILL)
 
 
-def at_death_of_parent(number: int) -> None:
-    """Sends this process the signal when its parent ends. Linux alone can promise it (prctl(2))."""
+def signal_on_parent_death(number: int) -> None:
+    """Sends this process the signal when its parent ends. Works only on Linux (prctl(2))."""
     if sys.platform.startswith("linux"):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
