@@ -1,4 +1,4 @@
-"""What a person sees: counts of a batch, and the lines of the log."""
+"""Token counts of a batch, and the progress lines on the console."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ROWS = [
         (DataCollatorForPackedRows, [8, 8, 3, 25 + 9]),
         (DataCollatorForCompletionOnlyLM, [8, 16, 3, 25 + 9]),
     ],
-    ids=["packed", "padded, and padding counts as computed"],
+    ids=["packed", "padded, padding counts as computed"],
 )
-def test_what_a_batch_holds_is_counted_and_added_up(collator, sums):
+def test_token_counts_of_batches_are_summed_until_they_are_taken(collator, sums):
     batch, counter = collator(pad_token_id=0)(ROWS), StepCounter()
     counter.add(batch)
     counted, seconds = counter.take()
@@ -31,19 +31,19 @@ def test_what_a_batch_holds_is_counted_and_added_up(collator, sums):
     assert seconds > 0
     counter.add(batch)
     counter.add(batch)
-    assert counter.take()[0].tolist() == [2 * each for each in sums]
+    assert counter.take()[0].tolist() == [2 * count for count in sums]
     assert counter.take()[0].tolist() == [0, 0, 0, 0]
 
 
-def test_time_of_an_evaluation_is_no_part_of_the_speed():
+def test_evaluation_time_is_not_counted_in_the_speed():
     counter = StepCounter()
     counter.skip(100.0)
     assert counter.take()[1] < 0
 
 
-def test_what_came_before_the_first_batch_is_no_part_of_the_speed():
+def test_time_before_the_first_batch_is_not_counted_in_the_speed():
     counter = StepCounter()
-    counter.begin -= 1000  # of loading, measuring and answering
+    counter.begin -= 1000  # spent on loading, evaluation and samples
     counter.add(DataCollatorForPackedRows(pad_token_id=0)(ROWS))
     assert counter.take()[1] < 100
     counter.begin -= 1000
@@ -54,7 +54,7 @@ def test_what_came_before_the_first_batch_is_no_part_of_the_speed():
 @pytest.mark.parametrize(
     ("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (3599, "59:59"), (3600, "1:00:00")]
 )
-def test_durations_read_as_a_clock(seconds, text):
+def test_durations_are_formatted_as_hours_minutes_and_seconds(seconds, text):
     assert duration(seconds) == text
 
 
@@ -68,7 +68,7 @@ def lines(tmp_path, capsys, logs, **state):
     return capsys.readouterr().out
 
 
-def test_a_step_is_one_line_with_units_and_the_time_left(tmp_path, capsys):
+def test_a_logged_step_is_one_line_with_units_and_the_time_left(tmp_path, capsys):
     logs = {"loss": 1.25, "learning_rate": 1e-5, "grad_norm": 0.5}
     speed = {"tokens_per_second": 12345.6, "real_token_share": 0.34, "mfu": 0.5, "peak_memory_gib": 31.26}
     printed = lines(tmp_path, capsys, logs | speed, global_step=10)
@@ -80,6 +80,6 @@ def test_a_step_is_one_line_with_units_and_the_time_left(tmp_path, capsys):
     assert printed.count("\n") == 1
 
 
-def test_the_held_out_loss_has_its_line(tmp_path, capsys):
+def test_the_held_out_loss_is_printed_on_a_line_of_its_own(tmp_path, capsys):
     printed = lines(tmp_path, capsys, {"eval_loss": 2.5}, global_step=100)
     assert printed == "step 100/100  held-out loss 2.5000\n"

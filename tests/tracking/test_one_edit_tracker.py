@@ -1,4 +1,4 @@
-"""A new tracker is one edit in one file."""
+"""Adding a tracker takes one edit in one file."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ NEW = """class Lines(TrainerCallback):
             file.write(f"{state.global_step} {sorted(logs)}\\n")
 
 
-class Curves("""
+class TensorBoardLog("""
 DEMO = ["--input-model", "demo", "--training-dataset", "demo", "--max-steps", "2", "--test-size", "100"]
 
 
-def test_a_new_tracker_gets_every_figure_of_a_run(tmp_path: Path) -> None:
+def test_a_new_tracker_receives_every_log_entry_of_a_run(tmp_path: Path) -> None:
     tree = edited_copy(
         tmp_path / "tree",
         "training/tracking/callbacks.py",
-        ("class Curves(", NEW),
+        ("class TensorBoardLog(", NEW),
         ("callbacks = [ProgressLog(), ", 'callbacks = [Lines(output / "lines.txt"), ProgressLog(), '),
     )
     output = tmp_path / "out"

@@ -1,4 +1,4 @@
-"""Answers over time: given at every stage, once, by the model of that step; and training does not feel them."""
+"""Sample answers during training: generated once per due step by that step's model, without changing training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from training.storage.copy import model_files
 from training.tracking import callbacks, samples
 from training.tracking.samples import Samples
 
-ASKED = [("Say 3.", ""), ("Say 4 please.", ""), ("Count the words.", "red blue\ngreen")]
+PROMPTS = [("Say 3.", ""), ("Say 4 please.", ""), ("Count the words.", "red blue\ngreen")]
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    lines = [{"instruction": instruction, "input": context} for instruction, context in ASKED]
+    lines = [{"instruction": instruction, "input": context} for instruction, context in PROMPTS]
     return jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", lines)
 
 
@@ -53,7 +53,7 @@ def go(rows: str, dropping: str, monkeypatch: pytest.MonkeyPatch) -> Go:
     return partial(run, rows, monkeypatch=monkeypatch, input_model=dropping)
 
 
-# --- what is asked -----------------------------------------------------------------------------------
+# --- prompts -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def go(rows: str, dropping: str, monkeypatch: pytest.MonkeyPatch) -> Go:
         ("a.jsonl", '{"instruction": "a", "context": null, "output": 7}\n', [("a", "")]),
     ],
 )  # fmt: skip
-def test_prompts_are_lines_or_objects_each_once(
+def test_prompts_are_read_from_lines_or_objects_without_duplicates(
     tmp_path: Path, name: str, content: str, expected: list[tuple[str, str]]
 ) -> None:
     assert read_prompts(write(tmp_path / name, content)) == expected
@@ -87,29 +87,32 @@ def test_prompts_are_lines_or_objects_each_once(
         ("a.jsonl", b'{"instruction": " ", "input": "b"}', "row 1: the instruction is empty"),
     ],
 )  # fmt: skip
-def test_prompts_that_cannot_be_asked_are_told_with_file_and_row(
+def test_prompts_that_cannot_be_used_are_reported_with_file_and_row(
     tmp_path: Path, name: str, content: bytes | None, words: str
 ) -> None:
     file = tmp_path / name
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(DataError) as told:
+    with pytest.raises(DataError) as error:
         read_prompts(str(file))
-    assert words in str(told.value)
-    assert str(file) in str(told.value)
+    assert words in str(error.value)
+    assert str(file) in str(error.value)
 
 
-def test_a_folder_or_a_name_that_is_none_is_no_file_of_prompts(tmp_path: Path) -> None:
+def test_a_folder_or_an_invalid_name_is_refused_as_a_prompt_file(tmp_path: Path) -> None:
     for name in (str(tmp_path), "~nobody-of-this-name/a.txt", "a\0b.txt"):
         with pytest.raises(DataError):
             read_prompts(name)
 
 
-def test_all_faults_of_the_two_options_are_told_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_all_problems_of_the_sample_options_are_reported_before_loading_anything(tmp_path: Path) -> None:
     words = [*DEMO, "--local-output-dir", str(tmp_path / "out")]
-    for more, told in (
+    for more, messages in (
         (["--sample-prompts", str(tmp_path / "none.txt")], ["--sample-prompts", "no such file"]),
-        (["--sample-every", "5"], ["--sample-every 5: has no effect without --sample-prompts. Add --sample-prompts FILE"]),
+        (
+            ["--sample-every", "5"],
+            ["--sample-every 5: has no effect without --sample-prompts. Add --sample-prompts FILE"],
+        ),
         (
             ["--sample-every", "often", "--sample-prompts", ""],
             ["--sample-every often: expected steps, such as 100, or epochs", "--sample-prompts is empty"],
@@ -117,11 +120,11 @@ def test_all_faults_of_the_two_options_are_told_before_anything_is_loaded(tmp_pa
     ):
         result = CliRunner().invoke(trainer.main, [*words, *more])
         assert result.exit_code == 2
-        assert all(text in result.stderr for text in told), result.stderr
+        assert all(text in result.stderr for text in messages), result.stderr
         assert not (tmp_path / "out").exists()
 
 
-# --- when ----------------------------------------------------------------------------------------------
+# --- when samples are due ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -133,10 +136,10 @@ def test_all_faults_of_the_two_options_are_told_before_anything_is_loaded(tmp_pa
         ("2 epochs", 4, [0, 8]),
         ("0.5epochs", 3, [0, 2, 3, 5, 6, 8, 9]),
         ("0.1epochs", 30, [0, 3, 6, 9]),  # 0.1 x 30 is more than 3 in floating point
-        (".1epoch", 5, list(range(10))),  # twice a step: once
+        (".1epoch", 5, list(range(10))),  # due twice within a step: sampled once
     ],
 )
-def test_a_stage_is_due_at_the_first_step_at_or_after_its_time(
+def test_samples_are_due_at_the_first_step_at_or_after_their_time(
     every: str | None, steps: int, due: list[int]
 ) -> None:
     samples = Samples.__new__(Samples)
@@ -147,16 +150,16 @@ def test_a_stage_is_due_at_the_first_step_at_or_after_its_time(
 @pytest.mark.parametrize(
     "every", ["0", "0epochs", "-1", "1.5", "nan", "1e3", "1epochs2", "epoch", "inf epochs", " 5 ", "٣"]
 )
-def test_what_is_neither_steps_nor_epochs_is_refused(every: str) -> None:
+def test_a_sample_interval_that_is_neither_steps_nor_epochs_is_refused(every: str) -> None:
     with pytest.raises(OptionsError, match="expected steps, such as 100, or epochs"):
         steps_between_samples(TrainingOptions(local_output_dir="x", sample_every=every), 10)
 
 
-# --- training does not feel it -----------------------------------------------------------------------
+# --- training is unchanged ---------------------------------------------------------------------------
 
 
-def figures(output: Path) -> list[dict[str, float]]:
-    """All that was logged, but for what depends on the clock."""
+def logged_values(output: Path) -> list[dict[str, float]]:
+    """All logged values except those that depend on the clock."""
     clock = ("second", "runtime", "mfu", "memory", "flos")
     entries = json.loads((output / "trainer_state.json").read_text())["log_history"]
     return [{k: v for k, v in entry.items() if not any(word in k for word in clock)} for entry in entries]
@@ -171,7 +174,7 @@ def figures(output: Path) -> list[dict[str, float]]:
     ],
     ids=["dropout", "packed, checkpointing", "padded"],
 )
-def test_losses_and_weights_are_the_same_with_and_without_answers(
+def test_losses_and_weights_are_the_same_with_and_without_samples(
     go: Go, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     dropout: bool, changed: dict[str, Any],
 ) -> None:  # fmt: skip
@@ -179,26 +182,26 @@ def test_losses_and_weights_are_the_same_with_and_without_answers(
     changed = changed | {"max_steps": 6} | ({} if dropout else {"input_model": "demo"})
     go(tmp_path / "without", **changed)
     go(tmp_path / "with", sample_prompts=prompts, sample_every="1", **changed)
-    asked = [entry["step"] for entry in metrics.read(tmp_path / "with" / "samples.jsonl")]
-    assert asked == [step for step in range(7) for _ in ASKED]
-    assert figures(tmp_path / "with") == figures(tmp_path / "without")
+    steps = [entry["step"] for entry in metrics.read(tmp_path / "with" / "samples.jsonl")]
+    assert steps == [step for step in range(7) for _ in PROMPTS]
+    assert logged_values(tmp_path / "with") == logged_values(tmp_path / "without")
     ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without"))
     assert ours == theirs
 
 
 @pytest.fixture
-def stand_in(answering_model: Any, tokenizer: Any, tmp_path: Path) -> Callable[..., Samples]:
-    """Samples of a model that no Trainer trains."""
-    owner = SimpleNamespace(
+def samples_of(answering_model: Any, tokenizer: Any, tmp_path: Path) -> Callable[..., Samples]:
+    """Makes a Samples callback without a Trainer."""
+    trainer = SimpleNamespace(
         model=answering_model, processing_class=tokenizer, args=SimpleNamespace(device=torch.device("cpu"))
     )
-    return lambda asked: Samples(owner, asked, Fraction(1), tmp_path / "samples.jsonl")
+    return lambda prompts: Samples(trainer, prompts, Fraction(1), tmp_path / "samples.jsonl")
 
 
-def test_the_model_and_all_that_is_random_are_as_before(
-    answering_model: Any, stand_in: Callable[..., Samples]
+def test_sampling_restores_the_model_and_all_random_states(
+    answering_model: Any, samples_of: Callable[..., Samples]
 ) -> None:
-    """Whatever the model draws: here it draws, in eval mode, from every source that there is."""
+    """The model here draws from every source of random numbers."""
     drawn = []
 
     def draw(*_: Any) -> None:
@@ -209,7 +212,7 @@ def test_the_model_and_all_that_is_random_are_as_before(
     config, hook = answering_model.config.to_dict(), answering_model.register_forward_hook(draw)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     try:
-        assert stand_in(ASKED)._answers() == ["AB"] * 3
+        assert samples_of(PROMPTS)._generate_answers() == ["AB"] * 3
         assert answering_model.training
         assert answering_model.config.to_dict() == config
     finally:
@@ -223,11 +226,13 @@ def test_the_model_and_all_that_is_random_are_as_before(
     assert random.getstate() == before[2]
 
 
-def test_a_prompt_longer_than_the_model_is_cut_and_answered(stand_in: Callable[..., Samples]) -> None:
-    assert stand_in([("word " * 2000, ""), ("a", "")])._answers() == ["AB", "AB"]
+def test_a_prompt_longer_than_the_models_context_is_truncated_and_answered(
+    samples_of: Callable[..., Samples],
+) -> None:
+    assert samples_of([("word " * 2000, ""), ("a", "")])._generate_answers() == ["AB", "AB"]
 
 
-def test_a_model_too_small_for_an_answer_is_refused_in_words(
+def test_a_model_with_too_few_positions_for_an_answer_is_refused(
     go: Go, prompts: str, dropping: str, tmp_path: Path
 ) -> None:
     AutoTokenizer.from_pretrained(dropping).save_pretrained(tmp_path / "base")
@@ -235,103 +240,109 @@ def test_a_model_too_small_for_an_answer_is_refused_in_words(
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
     small = {"input_model": str(tmp_path / "base"), "max_dropped_fraction": 1.0}
     with pytest.raises(
-        OptionsError, match=r"the model's 56 positions hold no prompt beside an answer\. Leave it out"
+        OptionsError, match=r"the model has 56 positions, too few for a prompt and an answer\. Leave it out"
     ):
         go(tmp_path / "out", sample_prompts=prompts, **small)
 
 
-# --- what is told, and where ---------------------------------------------------------------------------
+# --- file, console and TensorBoard ---------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def asking(prompts: str) -> dict[str, Any]:
+def sample_options(prompts: str) -> dict[str, Any]:
     return {"sample_prompts": prompts, "sample_every": "4", "max_steps": 14, "lr": 1e-2}
 
 
 @pytest.fixture(scope="module")
-def told(rows: str, asking: dict[str, Any], dropping: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of an epoch that answers every four steps, beside what it printed; all checkpoints are kept."""
-    output = tmp_path_factory.mktemp("told") / "out"
+def sampled(
+    rows: str, sample_options: dict[str, Any], dropping: str, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """Output of one epoch with samples every four steps and all checkpoints; printed.txt beside it."""
+    output = tmp_path_factory.mktemp("sampled") / "out"
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.tracking.progress.tqdm.write", lambda text, file: lines.append(text))
-        run(rows, output, patch, input_model=dropping, save_total_limit=50, **asking)
+        run(rows, output, patch, input_model=dropping, save_total_limit=50, **sample_options)
     output.with_name("printed.txt").write_text("\n".join(lines))
     return output
 
 
 @pytest.fixture
 def again(
-    rows: str, asking: dict[str, Any], dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: str, sample_options: dict[str, Any], dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Go:
-    """The same run in another folder, begun or gone on with."""
-    return partial(run, rows, tmp_path / "out", monkeypatch, input_model=dropping, **asking)
+    """Starts or resumes the same run in another folder."""
+    return partial(run, rows, tmp_path / "out", monkeypatch, input_model=dropping, **sample_options)
 
 
 STAGES = [0, 4, 8, 12, 14]
 
 
-def test_the_file_has_every_prompt_of_every_stage_in_order(told: Path) -> None:
-    entries = metrics.read(told / "samples.jsonl")
-    asked = [(e["step"], e["instruction"], e["input"]) for e in entries]
-    assert asked == [(n, *p) for n in STAGES for p in ASKED]
+def test_the_samples_file_has_every_prompt_of_every_due_step_in_order(sampled: Path) -> None:
+    entries = metrics.read(sampled / "samples.jsonl")
+    written = [(e["step"], e["instruction"], e["input"]) for e in entries]
+    assert written == [(n, *p) for n in STAGES for p in PROMPTS]
     assert all(set(e) == {"step", "epoch", "instruction", "input", "response"} for e in entries)
-    log = json.loads((told / "trainer_state.json").read_text())["log_history"]
+    log = json.loads((sampled / "trainer_state.json").read_text())["log_history"]
     epochs = {e["step"]: e["epoch"] for e in log}
     assert all(e["epoch"] == epochs[e["step"]] for e in entries)
-    assert len({tuple(e["response"] for e in entries if e["step"] == n) for n in STAGES}) > 1, "it learns"
+    assert len({tuple(e["response"] for e in entries if e["step"] == n) for n in STAGES}) > 1, (
+        "the answers change as the model learns"
+    )
 
 
 def greedy(folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
-    """What the model of a folder answers."""
+    """Greedy answers of the model in a folder."""
     model, tokenizer = load_model_tokenizer_for_generate(str(folder), dtype=dtype, device="cpu")
-    how = {"model": model, "tokenizer": tokenizer, "max_new_tokens": SAMPLE_TOKENS}
-    return generate_responses(*zip(*ASKED, strict=True), **how, **GREEDY)
+    options = {"model": model, "tokenizer": tokenizer, "max_new_tokens": SAMPLE_TOKENS}
+    return generate_responses(*zip(*PROMPTS, strict=True), **options, **GREEDY)
 
 
-def test_an_answer_is_the_greedy_one_of_the_model_of_its_step(told: Path) -> None:
-    entries = metrics.read(told / "samples.jsonl")
-    for step, folder in ((12, told / "checkpoint-12"), (14, told)):
+def test_samples_are_the_greedy_answers_of_the_model_of_their_step(sampled: Path) -> None:
+    entries = metrics.read(sampled / "samples.jsonl")
+    for step, folder in ((12, sampled / "checkpoint-12"), (14, sampled)):
         assert [e["response"] for e in entries if e["step"] == step] == greedy(folder)
 
 
-def test_the_console_has_a_block_a_stage(told: Path) -> None:
-    printed = told.with_name("printed.txt").read_text()
+def test_the_console_shows_one_block_of_samples_for_each_due_step(sampled: Path) -> None:
+    printed = sampled.with_name("printed.txt").read_text()
     heads = [line.split(",")[0] for line in printed.splitlines() if "answers of the model" in line]
     assert heads == [f"step {n}/14  epoch {n / 14:.2f}  answers of the model" for n in STAGES]
-    last = metrics.read(told / "samples.jsonl")[-3:]
+    last = metrics.read(sampled / "samples.jsonl")[-3:]
     block = printed.rpartition("answers of the model")[2].splitlines()[1:]
     assert block[0] == "  Say 3."
     assert block[1].strip() == (last[0]["response"].splitlines() or ["(nothing)"])[0].strip()
     assert "  Count the words.\n  red blue\n  green\n" in printed
 
 
-def test_tensorboard_has_each_prompt_with_its_answers(told: Path) -> None:
-    events = EventAccumulator(str(told / "runs"))
+def test_tensorboard_shows_each_prompt_with_its_answers(sampled: Path) -> None:
+    events = EventAccumulator(str(sampled / "runs"))
     events.Reload()
-    for number, (instruction, _) in enumerate(ASKED):
+    for number, (instruction, _) in enumerate(PROMPTS):
         texts = events.Tensors(f"answers/{number:03}/text_summary")
         assert [text.step for text in texts] == STAGES
         assert instruction in texts[0].tensor_proto.string_val[0].decode()
 
 
-def test_both_files_are_published_with_the_model(told: Path) -> None:
-    assert {"metrics.jsonl", "samples.jsonl"} <= {file.name for file in model_files(told)}
+def test_metrics_and_samples_are_published_with_the_model(sampled: Path) -> None:
+    assert {"metrics.jsonl", "samples.jsonl"} <= {file.name for file in model_files(sampled)}
 
 
-def test_nothing_that_a_terminal_obeys_is_printed_and_long_lists_are_cut(
-    stand_in: Callable[..., Samples], tmp_path: Path
+def test_control_characters_are_not_printed_and_long_lists_are_cut(
+    samples_of: Callable[..., Samples], tmp_path: Path
 ) -> None:
-    samples = stand_in([(f"Say {n}.", "") for n in range(12)])
-    shown = samples._shown(TrainerState(global_step=3, max_steps=9), ["\x1b[2Jclear\r", "", *["x"] * 10], 1.0)
-    assert "�[2Jclear�" in shown
-    assert "\n  Say 1.\n      (nothing)\n" in shown
-    assert "Say 9." in shown
-    assert "Say 10." not in shown
-    assert f"and 2 more in {tmp_path / 'samples.jsonl'}" in shown
+    samples = samples_of([(f"Say {n}.", "") for n in range(12)])
+    text = samples._format_answers(
+        TrainerState(global_step=3, max_steps=9), ["\x1b[2Jclear\r", "", *["x"] * 10], 1.0
+    )
+    assert "�[2Jclear�" in text
+    assert "\n  Say 1.\n      (nothing)\n" in text
+    assert "Say 9." in text
+    assert "Say 10." not in text
+    assert f"and 2 more in {tmp_path / 'samples.jsonl'}" in text
 
 
-# --- a run that goes on --------------------------------------------------------------------------------
+# --- resumed runs --------------------------------------------------------------------------------------
 
 
 def without_clock(output: Path) -> list[dict[str, Any]]:
@@ -339,94 +350,96 @@ def without_clock(output: Path) -> list[dict[str, Any]]:
     return [{k: e[k] for k in names if k in e} for e in metrics.read(output / "metrics.jsonl")]
 
 
-def assert_every_stage_once(output: Path, whole: Path) -> None:
-    assert (output / "samples.jsonl").read_bytes() == (whole / "samples.jsonl").read_bytes()
-    assert without_clock(output) == without_clock(whole)
+def assert_same_samples_and_metrics(output: Path, uninterrupted: Path) -> None:
+    assert (output / "samples.jsonl").read_bytes() == (uninterrupted / "samples.jsonl").read_bytes()
+    assert without_clock(output) == without_clock(uninterrupted)
 
 
 @pytest.mark.parametrize(
     ("stop_at", "newest"),
     [pytest.param(3, 0, marks=pytest.mark.slow), (8, 4), pytest.param(14, 14, marks=pytest.mark.slow)],
-    ids=["between stages", "at a stage", "at the end"],
+    ids=["between due steps", "at a due step", "at the end"],
 )
-def test_a_stopped_run_gives_every_stage_once(
-    again: Go, told: Path, tmp_path: Path, stop_at: int, newest: int
+def test_a_stopped_and_resumed_run_writes_every_sample_once(
+    again: Go, sampled: Path, tmp_path: Path, stop_at: int, newest: int
 ) -> None:
     again(stop_at=stop_at)
     steps = [entry["step"] for entry in metrics.read(tmp_path / "out" / "samples.jsonl")]
-    assert max(steps) == newest, "a signal leaves no time for what can wait"
+    assert max(steps) == newest, "a signal leaves no time for samples"
     again()
-    assert_every_stage_once(tmp_path / "out", told)
+    assert_same_samples_and_metrics(tmp_path / "out", sampled)
 
 
-def torn(output: Path, whole: Path) -> None:
-    """As by a kill in step 13, with the stage of the checkpoint's own step, 12, torn: one whole, one not."""
-    lines = (whole / "samples.jsonl").read_bytes().splitlines(keepends=True)
+def truncate_files(output: Path, uninterrupted: Path) -> None:
+    """Leaves the files as a kill in step 13 does: of step 12 one complete sample and one cut off."""
+    lines = (uninterrupted / "samples.jsonl").read_bytes().splitlines(keepends=True)
     (output / "samples.jsonl").write_bytes(b"".join(lines[:10]) + lines[10][:20])
-    (output / "metrics.jsonl").write_bytes((whole / "metrics.jsonl").read_bytes() + b'{"step": 13, "lo')
+    (output / "metrics.jsonl").write_bytes(
+        (uninterrupted / "metrics.jsonl").read_bytes() + b'{"step": 13, "lo'
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stop_at", "killed"),
-    [(12, torn), (3, lambda output, whole: (output / "checkpoint-3" / "manifest.json").unlink())],
+    ("stop_at", "damage"),
+    [(12, truncate_files), (3, lambda output, _: (output / "checkpoint-3" / "manifest.json").unlink())],
     ids=["after a checkpoint", "before its first checkpoint"],
 )
-def test_a_killed_run_gives_every_stage_once(
-    again: Go, told: Path, tmp_path: Path, stop_at: int, killed: Callable[[Path, Path], None]
+def test_a_killed_and_resumed_run_writes_every_sample_once(
+    again: Go, sampled: Path, tmp_path: Path, stop_at: int, damage: Callable[[Path, Path], None]
 ) -> None:
     again(stop_at=stop_at)
-    killed(tmp_path / "out", told)
+    damage(tmp_path / "out", sampled)
     again()
-    assert_every_stage_once(tmp_path / "out", told)
+    assert_same_samples_and_metrics(tmp_path / "out", sampled)
     assert all(entry["seconds"] for entry in metrics.read(tmp_path / "out" / "metrics.jsonl"))
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_in_another_folder_takes_its_past_along(
-    again: Go, told: Path, tmp_path: Path
+def test_a_run_resumed_in_another_folder_has_the_earlier_samples_and_metrics(
+    again: Go, sampled: Path, tmp_path: Path
 ) -> None:
-    before = (told / "samples.jsonl").read_bytes()
-    again(resume=str(told / "checkpoint-9"))
-    assert_every_stage_once(tmp_path / "out", told)
-    assert (told / "samples.jsonl").read_bytes() == before
+    before = (sampled / "samples.jsonl").read_bytes()
+    again(resume=str(sampled / "checkpoint-9"))
+    assert_same_samples_and_metrics(tmp_path / "out", sampled)
+    assert (sampled / "samples.jsonl").read_bytes() == before
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-def test_two_zero3_ranks_in_bf16_train_the_same_and_answer_once_however_often_they_are_killed(
+def test_two_zero3_ranks_in_bf16_train_and_sample_the_same_when_killed_three_times(
     rows: str, prompts: str, tmp_path: Path
 ) -> None:
-    begun: list[Run] = []
+    runs: list[Run] = []
 
     def start(name: str, *more: object) -> Run:
-        begun.append(Run(rows, tmp_path / name, 2, "--save-total-limit", 100, *more))
-        return begun[-1]
+        runs.append(Run(rows, tmp_path / name, 2, "--save-total-limit", 100, *more))
+        return runs[-1]
 
-    asking = ["--sample-prompts", prompts, "--sample-every", "2"]
+    sample_words = ["--sample-prompts", prompts, "--sample-every", "2"]
     try:
         start("without").ended()
-        said = start("with", *asking).ended()
-        assert said.count("answers of the model") == 10, "one rank speaks"
+        printed = start("with", *sample_words).ended()
+        assert printed.count("answers of the model") == 10, "only rank 0 prints"
         assert_the_same_run(tmp_path / "with", tmp_path / "without")
         samples = tmp_path / "killed" / "samples.jsonl"
-        for step in (6, 8, 14):  # 6: a checkpoint is due as well
-            killed = start("killed", "--resume", "auto", *asking)
+        for step in (6, 8, 14):  # a checkpoint is also due at step 6
+            killed = start("killed", "--resume", "auto", *sample_words)
             assert killed.wait_until(lambda at=step: any(e["step"] >= at for e in metrics.read(samples)))
             killed.kill()
             killed.wait(60)
-        start("killed", "--resume", "auto", *asking).ended()
+        start("killed", "--resume", "auto", *sample_words).ended()
         assert_the_same_run(tmp_path / "killed", tmp_path / "without")
         assert samples.read_bytes() == (tmp_path / "with" / "samples.jsonl").read_bytes()
     finally:
-        for each in begun:
-            each.kill()
+        for started in runs:
+            started.kill()
     answers = [e["response"] for e in metrics.read(samples)[-3:]]
     assert answers == greedy(tmp_path / "with", torch.bfloat16)
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full_ends_no_run(
+def test_a_full_disk_does_not_end_a_run(
     again: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     files = [tmp_path / "out" / name for name in ("metrics.jsonl", "samples.jsonl")]
@@ -436,9 +449,9 @@ def test_a_disk_that_is_full_ends_no_run(
             file.symlink_to("/dev/full")
 
     monkeypatch.setattr(callbacks.MetricsLog, "on_train_begin", no_room)
-    monkeypatch.setattr(Samples, "_answered", lambda *args: set())  # /dev/full can be read without an end
+    monkeypatch.setattr(Samples, "_existing_answers", lambda *args: set())  # reading /dev/full never ends
     record, _ = again(max_steps=2)
     assert record["status"] == "finished"
     for file in files:
-        told = f"{file} could not be written (No space left on device); the run goes on without it"
-        assert told in caplog.text
+        message = f"{file} could not be written (No space left on device); the run goes on without it"
+        assert message in caplog.text

@@ -1,4 +1,4 @@
-"""MLflow: what is told of a run, a server that dies or never answers, and the logged model, loaded back elsewhere."""
+"""MLflow: parameters and tags of a run, servers that die or never answer, and loading the logged model elsewhere."""
 
 from __future__ import annotations
 
@@ -46,39 +46,39 @@ def record_of(**options: Any) -> dict[str, Any]:
     return new_record(resolved(TrainingOptions(local_output_dir="out", **options), 2))
 
 
-# --- what is told ------------------------------------------------------------------------------------
+# --- parameters, tags and secrets --------------------------------------------------------------------
 
 
-def test_parameters_are_the_options_and_what_was_decided():
-    told = parameters(record_of(lr=2e-5) | {"decided": {"gradient_checkpointing": True}})
-    assert (told["lr"], told["world_size"], told["decided_gradient_checkpointing"]) == (2e-5, 2, True)
-    assert set(vars(TrainingOptions(local_output_dir="out"))) <= set(told)
+def test_parameters_are_the_options_and_the_plans_choices():
+    logged = parameters(record_of(lr=2e-5) | {"decided": {"gradient_checkpointing": True}})
+    assert (logged["lr"], logged["world_size"], logged["decided_gradient_checkpointing"]) == (2e-5, 2, True)
+    assert set(vars(TrainingOptions(local_output_dir="out"))) <= set(logged)
 
 
-def test_tags_tell_commit_versions_base_and_data():
+def test_tags_hold_commit_versions_base_model_and_dataset():
     record = record_of(input_model="demo") | {"git_commit": "abc"}
-    told = tags(record)
-    assert (told["git_commit"], told["base_model"], told["dolly_run"]) == ("abc", "demo", record["id"])
-    assert told["version_torch"] == record["versions"]["torch"]
+    logged = tags(record)
+    assert (logged["git_commit"], logged["base_model"], logged["dolly_run"]) == ("abc", "demo", record["id"])
+    assert logged["version_torch"] == record["versions"]["torch"]
 
 
-def test_no_password_and_no_token_is_shown_also_where_a_library_repeats_an_address(monkeypatch):
+def test_passwords_and_tokens_are_removed_from_messages_of_libraries(monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", TOKEN)
     text = without_secrets(
         f"GET http://me:{PASSWORD}@host/api failed\n Bearer {TOKEN}, postgresql://u:{PASSWORD}@db/x"
     )
     assert text == "GET http://***@host/api failed Bearer ***, postgresql://***@db/x"
-    told = without_secrets(
+    text = without_secrets(
         f"HTTPConnectionPool: Max retries exceeded with url: /api/2.0/x?token={PASSWORD} (refused)"
     )
-    assert told == "HTTPConnectionPool: Max retries exceeded with url: /api/2.0/x?*** (refused)"
+    assert text == "HTTPConnectionPool: Max retries exceeded with url: /api/2.0/x?*** (refused)"
 
 
 # --- problems of the options ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("uri", "name", "fault"),
+    ("uri", "name", "problem"),
     [
         ("http://127.0.0.1:5000", "main.models.dolly", None),
         ("http://127.0.0.1:5000", "dolly", None),
@@ -93,21 +93,21 @@ def test_no_password_and_no_token_is_shown_also_where_a_library_repeats_an_addre
         ("http://127.0.0.1:5000", "a/b", "expected one word"),
         ("http://127.0.0.1:5000", "dolly\n", "expected one word"),
         ("databricks", "dolly", "'dolly': Databricks expects catalog.schema.model"),
-        ("http://[::1", None, "http://[::1: is no address; expected http(s)://HOST:PORT"),
+        ("http://[::1", None, "http://[::1: is not a valid address; expected http(s)://HOST:PORT"),
         ("http://host:port", None, "expected http(s)://HOST:PORT"),
-        ("http://", None, "names no host"),
+        ("http://", None, "has no host"),
         ("localhost:5000", None, "localhost:5000: MLflow has no store of that kind; expected http(s)://HOST:PORT"),
         (None, None, "MLFLOW_TRACKING_URI is not set"),
     ],
 )  # fmt: skip
-def test_a_name_or_uri_that_cannot_work_is_told_with_what_to_type(monkeypatch, uri, name, fault):
+def test_an_invalid_name_or_uri_is_refused_with_what_was_expected(monkeypatch, uri, name, problem):
     monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     if uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     problems = tracking_problems("--mlflow-model-name", name)
-    assert len(problems) == (fault is not None), problems
-    assert fault is None or fault in problems[0]
+    assert len(problems) == (problem is not None), problems
+    assert problem is None or problem in problems[0]
 
 
 @pytest.mark.parametrize(
@@ -133,23 +133,23 @@ def test_a_password_in_the_uri_is_refused_and_not_repeated(monkeypatch, uri):
     assert PASSWORD not in "".join(problems)
 
 
-def test_on_databricks_its_own_tracking_needs_no_uri(monkeypatch):
+def test_databricks_needs_no_tracking_uri(monkeypatch):
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     monkeypatch.setenv("DATABRICKS_RUNTIME_VERSION", "16.4")
     assert tracking_problems("--mlflow-model-name", NAME) == []
 
 
-def test_faults_of_mlflow_are_told_with_the_others(tmp_path, monkeypatch):
+def test_mlflow_problems_are_reported_together_with_problems_of_other_options(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://")
     options = TrainingOptions(
         local_output_dir=str(tmp_path / "out"), mlflow_model_name="a.b", max_shard_size="6GB", lr=float("nan")
     )
-    told = str(OptionsError(*problems_of(options)))
+    message = str(OptionsError(*problems_of(options)))
     for part in ("--lr nan", "--mlflow-model-name 'a.b'", "nowhere://", "--max-shard-size 6GB"):
-        assert part in told
+        assert part in message
 
 
-def test_without_the_extra_the_error_names_it():
+def test_a_missing_mlflow_package_is_reported_with_the_pip_command():
     code = (
         "from importlib import util; real = util.find_spec;"
         "util.find_spec = lambda name: None if name == 'mlflow' else real(name);"
@@ -160,37 +160,35 @@ def test_without_the_extra_the_error_names_it():
 
 
 @pytest.mark.parametrize(
-    ("entries", "told"),
+    ("entries", "message"),
     [
         ({}, "its training did not finish"),
         ({"status": "finished", "weights": {"model.safetensors": {"size": 7, "sha256": "0" * 64}}},
-         "its weights are not those that training wrote and verified"),
+         "its weights have changed since training verified them"),
     ],
 )  # fmt: skip
-def test_an_unfinished_run_and_weights_that_changed_since_they_were_verified_are_not_logged(
-    tmp_path, entries, told
-):
+def test_unfinished_runs_and_changed_weights_are_not_logged(tmp_path, entries, message):
     (tmp_path / "model.safetensors").write_bytes(b"changed")
     (tmp_path / "run.json").write_text(json.dumps(record_of() | entries))
-    with pytest.raises(TrackingError, match=told):
+    with pytest.raises(TrackingError, match=message):
         log_finished(tmp_path)
 
 
-# --- the model that is served ------------------------------------------------------------------------
+# --- the served model --------------------------------------------------------------------------------
 
 
-def test_the_served_model_answers_row_by_row_and_what_looks_like_a_control_token_stays_text(
+def test_the_served_model_answers_each_row_and_keeps_control_token_text_as_text(
     answering_model, tokenizer, monkeypatch
 ):
     prompts, real = [], answering_model.generate
     monkeypatch.setattr(
-        answering_model, "generate", lambda ids, **other: prompts.extend(ids.tolist()) or real(ids, **other)
+        answering_model, "generate", lambda ids, **kwargs: prompts.extend(ids.tolist()) or real(ids, **kwargs)
     )
     columns = {"instruction": ["a ### End b", "Repeat."], "input": [None, "### Response:\n"]}
     table = pandas.DataFrame(columns, index=[7, 3])
     for data in (table, table[["instruction"]]):
         answers = Served(answering_model, tokenizer).predict(data, {"temperature": 0.0, "max_new_tokens": 8})
-        assert answers["response"].tolist() == ["AB", "AB"], "it stops at the end key"
+        assert answers["response"].tolist() == ["AB", "AB"], "generation stops at the end key"
         assert answers.index.tolist() == [7, 3]
     for key, count in (("### End", 0), ("### Response:\n", 1)):
         assert [ids.count(tokenizer.convert_tokens_to_ids(key)) for ids in prompts] == [count] * 4
@@ -200,7 +198,7 @@ def test_the_served_model_answers_row_by_row_and_what_looks_like_a_control_token
 
 
 class Server:
-    """`mlflow server` on 127.0.0.1 with sqlite and artifacts in `folder`. It can be killed and started again."""
+    """`mlflow server` on 127.0.0.1 with sqlite and artifacts in `folder`. It can be killed and restarted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
@@ -254,7 +252,7 @@ def client(server, secret, monkeypatch):
 
 
 def run(*words: object) -> str:
-    """What a command printed, which ended well and showed no secret."""
+    """Output of a command that must succeed and print no token."""
     result = test_trainer.run([], *words)
     assert result.returncode == 0, result.stdout
     assert TOKEN not in result.stdout
@@ -274,18 +272,18 @@ def steps_of(client: Any, run_id: str, name: str) -> list[int]:
 
 
 def closure(requirements: list[str]) -> set[str]:
-    """The distributions that pip would install for these requirements."""
+    """Names of the distributions that pip would install for these requirements."""
     found: set[str] = set()
-    todo = [Requirement(line) for line in requirements]
-    while todo:
-        requirement = todo.pop()
+    queue = [Requirement(line) for line in requirements]
+    while queue:
+        requirement = queue.pop()
         name = canonicalize_name(requirement.name)
         if name in found or (requirement.marker and not requirement.marker.evaluate({"extra": ""})):
             continue
         found.add(name)
         try:
-            todo += [Requirement(line) for line in requires(name) or []]
-        except ModuleNotFoundError:  # of a GPU, say
+            queue += [Requirement(line) for line in requires(name) or []]
+        except ModuleNotFoundError:  # such as GPU-only packages
             continue
     return found
 
@@ -294,7 +292,7 @@ LOAD = """
 import json, sys
 from importlib.machinery import PathFinder
 
-class OnlyRequired(PathFinder):  # nothing is installed but what the model's requirements bring
+class OnlyRequired(PathFinder):  # hides all packages outside the model's requirements
     absent = set(json.loads(sys.argv[3]))
 
     @classmethod
@@ -317,7 +315,7 @@ print(json.dumps({
 
 
 @pytest.mark.slow
-def test_two_ranks_make_one_run_and_its_model_answers_where_this_repository_is_not(server, client, tmp_path):
+def test_two_ranks_log_one_run_and_its_model_answers_without_this_repository(server, client, tmp_path):
     out = tmp_path / "out"
     words = [
         *DEMO, "--logging-steps", 1, "--deepspeed", BF16, "--max-steps", 4, "--eval-steps", 2,
@@ -340,7 +338,7 @@ def test_two_ranks_make_one_run_and_its_model_answers_where_this_repository_is_n
 
     again = run(sys.executable, "-m", "training.tracking", "--model", out, "--name", NAME)
     assert f"logged to MLflow: models:/{NAME}/{version.version}" in again
-    assert len(client.search_model_versions(f"name='{NAME}'")) == 1, "what is there is not logged again"
+    assert len(client.search_model_versions(f"name='{NAME}'")) == 1, "a logged model is not logged again"
 
     (artifacts,) = server.folder.glob("artifacts/**/MLmodel")
     assert not list(artifacts.parent.rglob("*.pkl"))
@@ -354,31 +352,33 @@ def test_two_ranks_make_one_run_and_its_model_answers_where_this_repository_is_n
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     instructions = ["Classify the word drum.", "What do 2 and 1 make together?"]
-    there = os.environ | {"OMP_NUM_THREADS": "1"}
-    there.pop("PYTHONPATH", None)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONPATH", None)
     result = subprocess.run(
         [
             sys.executable, "-P", "-c", LOAD,
             f"models:/{NAME}/{version.version}", json.dumps(instructions), json.dumps(absent),
         ],
-        cwd=elsewhere, env=there, capture_output=True, text=True, timeout=300,
+        cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    told = json.loads(result.stdout.splitlines()[-1])
-    assert not Path(told["package"]).is_relative_to(ROOT)
+    answer = json.loads(result.stdout.splitlines()[-1])
+    assert not Path(answer["package"]).is_relative_to(ROOT)
     model, tokenizer = load_model_tokenizer_for_generate(str(out))
     for key, text in (("answers", None), ("with_input", "drum")):
-        assert told[key] == [
-            generate_response(each, text, model=model, tokenizer=tokenizer, max_new_tokens=12, **GREEDY)
-            for each in instructions
+        assert answer[key] == [
+            generate_response(
+                instruction, text, model=model, tokenizer=tokenizer, max_new_tokens=12, **GREEDY
+            )
+            for instruction in instructions
         ]
-    inputs = {each["name"]: each["required"] for each in json.loads(told["signature"]["inputs"])}
+    inputs = {column["name"]: column["required"] for column in json.loads(answer["signature"]["inputs"])}
     assert inputs == {"instruction": True, "input": False}
-    assert [each["name"] for each in json.loads(told["signature"]["outputs"])] == ["response"]
+    assert [column["name"] for column in json.loads(answer["signature"]["outputs"])] == ["response"]
 
 
 @pytest.mark.slow
-def test_a_server_that_dies_in_mid_run_harms_nothing_and_misses_nothing_in_the_end(server, client, tmp_path):
+def test_a_server_killed_during_training_harms_no_run_and_gets_all_metrics_later(server, client, tmp_path):
     out = tmp_path / "out"
     training = subprocess.Popen(
         [*map(str, TRAIN), "--max-steps", "30", "--local-output-dir", str(out), "--mlflow"],
@@ -397,17 +397,15 @@ def test_a_server_that_dies_in_mid_run_harms_nothing_and_misses_nothing_in_the_e
     assert text.count("MLflow does not answer") == 1, text
     (line,) = [line for line in text.splitlines() if "could not be logged" in line]
     assert TOKEN not in text
-    typed = re.search(r"Type python (-m training\.tracking .*)$", line).group(1)
-    assert "logged to MLflow: models:/m-" in run(sys.executable, *typed.split())
+    retry = re.search(r"Type python (-m training\.tracking .*)$", line).group(1)
+    assert "logged to MLflow: models:/m-" in run(sys.executable, *retry.split())
     (logged,) = mlflow_runs(client, out)
     assert sorted(steps_of(client, logged.info.run_id, "loss")) == list(range(1, 31)), "each step once"
     assert logged.info.status == "FINISHED"
 
 
 @pytest.mark.slow
-def test_a_run_that_is_resumed_goes_on_in_the_same_mlflow_run_and_logs_its_new_model(
-    server, client, tmp_path
-):
+def test_a_resumed_run_continues_its_mlflow_run_and_logs_its_new_model(server, client, tmp_path):
     out = tmp_path / "out"
     words = [*TRAIN, "--local-output-dir", out, "--mlflow-model-name", "resumed", "--resume", "auto"]
     for steps in (2, 4, 4):
@@ -415,18 +413,18 @@ def test_a_run_that_is_resumed_goes_on_in_the_same_mlflow_run_and_logs_its_new_m
     (logged,) = mlflow_runs(client, out)
     assert sorted(steps_of(client, logged.info.run_id, "loss")) == [1, 2, 3, 4]
     versions = client.search_model_versions("name='resumed'")
-    assert {each.run_id for each in versions} == {logged.info.run_id}
-    assert len({each.source for each in versions}) == len(versions) == 2, (
-        "each end of the run has its own model, logged once"
+    assert {version.run_id for version in versions} == {logged.info.run_id}
+    assert len({version.source for version in versions}) == len(versions) == 2, (
+        "one model for each end of the run"
     )
 
 
 @pytest.mark.slow
-def test_a_server_that_never_answers_costs_no_step_and_is_told_once(secret, tmp_path, monkeypatch):
-    with socket.create_server(("127.0.0.1", 0)) as silent:  # takes connections and says nothing
+def test_a_server_that_never_answers_delays_no_step_and_is_reported_once(secret, tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts connections and never answers
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         out = tmp_path / "out"
-        # MLflow's own patience, eight times two minutes for each request, would take longer than `run` allows.
+        # With MLflow's own timeouts, eight times two minutes per request, `run` would time out.
         printed = run(*TRAIN, "--max-steps", 4, "--local-output-dir", out, "--mlflow")
     assert printed.count("MLflow does not answer") == 1, printed
     assert printed.count("could not be logged") == 1

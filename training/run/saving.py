@@ -24,7 +24,7 @@ from training.model.verify import not_finite
 from training.ranks import gather, raise_together
 from training.run.ending import lost_peer
 from training.storage import checkpoint
-from training.tracking.progress import write
+from training.tracking.progress import print_line
 
 
 def save_checkpoint(trainer: Any, write_files: Callable[[], None]) -> None:
@@ -45,7 +45,7 @@ def save_checkpoint(trainer: Any, write_files: Callable[[], None]) -> None:
         _write_checkpoint(trainer, folder, write_files)
     if main:
         seconds = time.monotonic() - begin
-        write(f"{folder} saved: {size_in_words(trainer.saved_bytes)} in {seconds:.1f} s")
+        print_line(f"{folder} saved: {size_in_words(trainer.saved_bytes)} in {seconds:.1f} s")
         checkpoint.rotate(output, trainer.keep_checkpoints)
     trainer.accelerator.wait_for_everyone()
 

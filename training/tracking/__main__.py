@@ -1,4 +1,4 @@
-"""Logs a finished model to MLflow.
+"""Logs a finished run and its model to MLflow.
 
 python -m training.tracking --model /local_disk0/dolly --name main.models.dolly"""
 
@@ -22,13 +22,13 @@ from training.tracking.mlflow_server import tracking_problems
     required=True,
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="A finished run's --local-output-dir, or a whole copy of it.",
+    help="The --local-output-dir of a finished run, or a complete copy of it.",
 )
 @click.option(
-    "--name", default=None, help="Register it under this name, catalog.schema.model for Unity Catalog."
+    "--name", default=None, help="Register the model under this name; catalog.schema.model for Unity Catalog."
 )
 def main(folder: Path, name: str | None) -> None:
-    """Log a finished model to the active MLflow tracking URI, or go on with what broke off. Trains nothing."""
+    """Log a finished model to the active MLflow tracking URI, or complete an interrupted attempt. Does not train."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     problems = tracking_problems("--name", name)
     try:

@@ -1,4 +1,4 @@
-"""The trackers of a run: console, TensorBoard, metrics.jsonl and MLflow. A new tracker is one edit of this file."""
+"""The trackers of a run: console, TensorBoard, metrics.jsonl and MLflow. Add a new tracker here."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from training.consts import METRICS_FILE
 from training.options.settings import Settings
 from training.ranks import is_main_process
 from training.storage import metrics
-from training.tracking.mlflow import mlflow_log
+from training.tracking.mlflow import mlflow_logging
 from training.tracking.progress import ProgressLog
 
 logger = logging.getLogger(__name__)
@@ -25,32 +25,36 @@ logger = logging.getLogger(__name__)
 def trackers(
     settings: Settings, record: dict[str, Any], seconds: Callable[[], float]
 ) -> Iterator[list[TrainerCallback]]:
-    """The callbacks that write the figures of the training in the `with`; rank 0 alone has any.
+    """Yields the callbacks that write metrics during training. Only rank 0 has any.
 
-    A new tracker is one more callback of transformers in the list, such as its WandbCallback. One that must be closed,
-    also where the training fails, is entered as MLflow's is.
+    To add a tracker, add a transformers callback such as WandbCallback to the list. If it must be closed even when
+    training fails, enter it as a context manager, as is done for MLflow.
 
     Args:
-        record: the run's record (run.json), with what the plan has decided.
-        seconds: of training so far, those before a resume included.
+        record: the run's record (run.json), including the choices of the plan.
+        seconds: returns the seconds of training so far, including those before a resume.
     """
     if not is_main_process():
         yield []
         return
     output = settings.output
     with ExitStack() as stack:
-        callbacks = [ProgressLog(), Curves(output / "runs"), MetricsLog(output / METRICS_FILE, seconds)]
+        callbacks = [
+            ProgressLog(),
+            TensorBoardLog(output / "runs"),
+            MetricsLog(output / METRICS_FILE, seconds),
+        ]
         if settings.options.logs_to_mlflow:
-            callbacks.append(stack.enter_context(mlflow_log(record, output.name)))
+            callbacks.append(stack.enter_context(mlflow_logging(record, output.name)))
         yield callbacks
 
 
-class Curves(TensorBoardCallback):
-    """TensorBoard's figures and texts. A disk that does not take them ends the curves, and not the training."""
+class TensorBoardLog(TensorBoardCallback):
+    """Writes metrics and texts for TensorBoard. If writing fails, it stops writing and training continues."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        self.logging_dir, self.given_up = str(folder), False
+        self.logging_dir, self.disabled = str(folder), False
 
     def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         self._try(super().on_train_begin, *args, **kwargs)
@@ -65,21 +69,21 @@ class Curves(TensorBoardCallback):
         self._try(lambda: self.tb_writer.add_text(tag, text, step))
 
     def _try(self, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:
-        if self.given_up:
+        if self.disabled:
             return
         try:
             write(*args, **kwargs)
         except OSError as error:
-            self.given_up = True
-            where = self.logging_dir
-            logger.warning("%s: no more curves for TensorBoard (%s); training goes on", where, error)
+            self.disabled = True
+            folder = self.logging_dir
+            logger.warning("%s: no more TensorBoard logs (%s); training continues", folder, error)
 
 
 class MetricsLog(TrainerCallback):
-    """Writes what is logged into metrics.jsonl.
+    """Appends the Trainer's logs to metrics.jsonl.
 
     Args:
-        seconds: of training so far, those before a resume included.
+        seconds: returns the seconds of training so far, including those before a resume.
     """
 
     def __init__(self, file: Path, seconds: Callable[[], float]) -> None:
@@ -88,7 +92,7 @@ class MetricsLog(TrainerCallback):
         self.written: set[tuple[int, bool]] = set()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        # A held-out loss that was measured at a resume is in no checkpoint, and is measured at the next resume again.
+        # A held-out loss measured at a resume is in no checkpoint, so the next resume measures it again.
         self.written = {(entry["step"], "eval_loss" in entry) for entry in metrics.read(self.file)}
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
@@ -97,6 +101,6 @@ class MetricsLog(TrainerCallback):
         if event in self.written or not (held_out or "loss" in logs):
             return
         self.written.add(event)
-        figures = {"eval_loss": logs["eval_loss"]} if held_out else logs
-        place = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
-        metrics.append(self.file, place | {"seconds": self.seconds()} | figures)
+        values = {"eval_loss": logs["eval_loss"]} if held_out else logs
+        position = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
+        metrics.append(self.file, position | {"seconds": self.seconds()} | values)

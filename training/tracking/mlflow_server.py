@@ -1,4 +1,4 @@
-"""The MLflow server: its address, the run on it, and what is sent there."""
+"""The MLflow server: checks its address, finds or starts the MLflow run, and sends metrics to it."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
 
 RUN_TAG = "dolly_run"  # holds the id of run.json
-METRICS_AT_ONCE = 500  # MLflow takes 1,000
-SHORT_TIMEOUTS = {  # seconds, and attempts; MLflow's own are 120 s, seven times over
+METRICS_AT_ONCE = 500  # MLflow's limit is 1,000
+SHORT_TIMEOUTS = {  # seconds and retries; MLflow's defaults are 120 s and 7
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DATABRICKS_ENDPOINT_HTTP_RETRY_TIMEOUT": "10",
@@ -35,7 +35,7 @@ SECRETS = (
 
 @contextmanager
 def short_timeouts() -> Iterator[None]:
-    """Makes MLflow give up soon on a server that does not answer, except where the user has set the timeouts."""
+    """Shortens MLflow's timeouts for a server that does not answer, unless the user has set them."""
     added = {name: value for name, value in SHORT_TIMEOUTS.items() if name not in os.environ}
     os.environ |= added
     try:
@@ -46,14 +46,14 @@ def short_timeouts() -> Iterator[None]:
 
 
 def parameters(record: dict[str, Any]) -> dict[str, Any]:
-    """The options of a run, and what was decided for it."""
-    decided = {f"decided_{name}": value for name, value in (record.get("decided") or {}).items()}
+    """MLflow parameters of a run: its options and the choices of the plan."""
+    plan_choices = {f"decided_{name}": value for name, value in (record.get("decided") or {}).items()}
     size = {name: record.get(name) for name in ("world_size", "global_batch", "precision")}
-    return record["options"] | size | decided
+    return record["options"] | size | plan_choices
 
 
 def tags(record: dict[str, Any]) -> dict[str, str]:
-    """Commit, versions, base model and dataset of a run, and the id by which it is found again."""
+    """MLflow tags of a run: its id for later look-ups, commit, package versions, base model and dataset."""
     commit = record["git_commit"]
     return {
         RUN_TAG: record["id"],
@@ -65,19 +65,19 @@ def tags(record: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def as_metrics(step: int, figures: dict[str, Any], milliseconds: int) -> list[Metric]:
-    """The finite numbers among the figures of a step, logged at a time since the epoch."""
+def as_metrics(step: int, values: dict[str, Any], milliseconds: int) -> list[Metric]:
+    """MLflow metrics of the finite numbers in `values`; `milliseconds` is Unix time."""
     from mlflow.entities import Metric
 
     return [
         Metric(name, float(value), milliseconds, step)
-        for name, value in figures.items()
+        for name, value in values.items()
         if name != "step" and isinstance(value, int | float) and math.isfinite(value)
     ]
 
 
 def without_secrets(text: object) -> str:
-    """One line of a text for logs, at most 300 characters, without passwords and tokens."""
+    """A text as one log line of at most 300 characters, without passwords and tokens."""
     line = " ".join(str(text).split())
     for name in SECRETS:
         if secret := os.environ.get(name):
@@ -87,12 +87,12 @@ def without_secrets(text: object) -> str:
     return line if len(line) <= 300 else line[:299] + "…"
 
 
-class Server:
-    """The MLflow run of a training run, at the active tracking URI. Raises whatever MLflow raises.
+class MlflowRun:
+    """The MLflow run of a training run, at the active tracking URI. Raises what MLflow raises.
 
     Attributes:
-        attached: whether the MLflow run is found or started, and `logged` is what it has.
-        logged: (name, step) of the figures that the MLflow run has.
+        attached: whether the MLflow run was found or started and `logged` is up to date.
+        logged: (name, step) of the metrics that the MLflow run has.
     """
 
     client: MlflowClient
@@ -102,10 +102,10 @@ class Server:
         self.attached, self.run_id, self.logged = False, "", set[tuple[str, int]]()
 
     def attach(self) -> None:
-        """Finds the run by its id, or starts it; makes it this thread's; logs parameters and tags."""
+        """Finds the run by its id or starts it, makes it this thread's active run, and logs parameters and tags."""
         import mlflow
 
-        # Their warnings would report every attempt, and show URLs with passwords.
+        # Their warnings repeat for every attempt and show URLs with passwords.
         for library in ("mlflow", "urllib3", "databricks", "alembic"):
             logging.getLogger(library).setLevel(logging.CRITICAL)
         os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
@@ -113,24 +113,24 @@ class Server:
         self.client = mlflow.MlflowClient()
         run = mlflow.active_run()
         if run is None:
-            mine = f"tags.{RUN_TAG} = '{self.record['id']}'"
-            found = mlflow.search_runs(filter_string=mine, max_results=1, output_format="list")
+            own_id = f"tags.{RUN_TAG} = '{self.record['id']}'"
+            found = mlflow.search_runs(filter_string=own_id, max_results=1, output_format="list")
             run_id = found[0].info.run_id if found else None
             run = mlflow.start_run(run_id, run_name=None if found else self.name, tags=tags(self.record))
         self.run_id = run.info.run_id
-        known = self.client.get_run(self.run_id).data
-        # A parameter cannot be changed once it is logged; what a resume has changed stands in run.json.
-        new = {name: value for name, value in parameters(self.record).items() if name not in known.params}
+        existing = self.client.get_run(self.run_id).data
+        # MLflow does not allow a logged parameter to change; run.json has the options of a resume.
+        new = {name: value for name, value in parameters(self.record).items() if name not in existing.params}
         mlflow.log_params(new)
         self.logged = {
             (name, metric.step)
-            for name in known.metrics
+            for name in existing.metrics
             for metric in self.client.get_metric_history(self.run_id, name)
         }
         self.attached = True
 
     def send(self, metrics: Iterable[Metric]) -> None:
-        """Logs those metrics that the run does not have yet."""
+        """Logs the metrics that the run does not have yet."""
         missing = list({(m.key, m.step): m for m in metrics if (m.key, m.step) not in self.logged}.values())
         for begin in range(0, len(missing), METRICS_AT_ONCE):
             part = missing[begin : begin + METRICS_AT_ONCE]
@@ -138,7 +138,7 @@ class Server:
             self.logged |= {(metric.key, metric.step) for metric in part}
 
     def end(self, status: str) -> None:
-        """Ends this thread's MLflow run, if it has one, as FINISHED, KILLED or FAILED."""
+        """Ends this thread's active MLflow run, if any, with status FINISHED, KILLED or FAILED."""
         import mlflow
 
         if mlflow.active_run() is not None:
@@ -146,18 +146,18 @@ class Server:
 
 
 def now() -> int:
-    """Milliseconds since the epoch."""
+    """Unix time in milliseconds."""
     return time.time_ns() // 1_000_000
 
 
 def tracking_uri() -> str | None:
-    """Where MLflow logs to: MLFLOW_TRACKING_URI, or Databricks' own; None where neither is set."""
+    """MLFLOW_TRACKING_URI, or "databricks" on Databricks, else None."""
     on_databricks = "databricks" if os.environ.get("DATABRICKS_RUNTIME_VERSION") else None
     return os.environ.get("MLFLOW_TRACKING_URI") or on_databricks
 
 
 def tracking_problems(flag: str, name: str | None) -> list[str]:
-    """Why nothing could be logged to MLflow, or registered under `name`, the value of `flag`. Asks no server."""
+    """Problems that prevent logging to MLflow or registering under `name`, the value of `flag`. Contacts no server."""
     if find_spec("mlflow") is None:
         return ["MLflow is not installed. Type pip install '.[mlflow]', or leave --mlflow out"]
     problems, uri = [], tracking_uri()
@@ -167,12 +167,12 @@ def tracking_problems(flag: str, name: str | None) -> list[str]:
     elif name and uri and uri.startswith("databricks") and name.count(".") != 2:
         problems.append(f"{flag} {name!r}: Databricks expects catalog.schema.model")
     if uri is not None:
-        # What is more than an address may hold a password, in whatever place a slip of the hand has put it.
+        # Anything beyond a plain address may contain a mistyped password.
         hidden = uri if re.fullmatch(r"[\w.+:/~\[\]-]*", uri) else f"{uri.partition(':')[0][:5]}..."
         return problems + [f"MLFLOW_TRACKING_URI {hidden}: {problem}" for problem in _uri_problems(uri)]
     return [
         *problems,
-        "MLFLOW_TRACKING_URI is not set, so there is nowhere to log to. Type export MLFLOW_TRACKING_URI=http://HOST:PORT",
+        "MLFLOW_TRACKING_URI is not set. Type export MLFLOW_TRACKING_URI=http://HOST:PORT",
     ]
 
 
@@ -180,9 +180,9 @@ def _uri_problems(uri: str) -> list[str]:
     expected = "expected http(s)://HOST:PORT, databricks or sqlite:////FILE"
     try:
         parts = urlsplit(uri)
-        parts.port  # noqa: B018  (raises for a port that is none)
-    except ValueError:  # its words repeat a part of the value
-        return [f"is no address; {expected}"]
+        parts.port  # noqa: B018  (raises for an invalid port)
+    except ValueError:  # its message repeats part of the value
+        return [f"is not a valid address; {expected}"]
     if parts.scheme not in ("http", "https"):
         known = {"", "file", "databricks", "sqlite", "postgresql", "mysql", "mssql"}
         plugins = {plugin.name for plugin in entry_points(group="mlflow.tracking_store")}
@@ -190,13 +190,11 @@ def _uri_problems(uri: str) -> list[str]:
         return [] if is_store else [f"MLflow has no store of that kind; {expected}"]
     problems = []
     if not parts.hostname:
-        problems.append(f"names no host; {expected}")
+        problems.append(f"has no host; {expected}")
     if parts.password is not None:
         problems.append(
-            "holds a password. Leave it out, and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            "contains a password. Remove it, and export MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
         )
     if parts.query or parts.fragment:
-        problems.append(
-            "has something behind its address. Leave it out; a token is given by MLFLOW_TRACKING_TOKEN"
-        )
+        problems.append("has a query or fragment. Remove it; export a token as MLFLOW_TRACKING_TOKEN")
     return problems

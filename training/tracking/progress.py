@@ -1,4 +1,4 @@
-"""Progress of a run on the console: one line an event, and a bar on a terminal."""
+"""Shows progress on the console: one line per event, and a progress bar on a terminal."""
 
 from __future__ import annotations
 
@@ -15,32 +15,31 @@ from training.files import duration
 
 
 class ProgressLog(TrainerCallback):
-    """Prints loss, rate, speed and time left.
+    """Prints loss, learning rate, speed and time left, with a progress bar on a terminal.
 
-    On a terminal a bar moves below the lines; in a file or a notebook's log there are only the lines,
-    because a bar redrawn there is noise.
+    Files and notebook logs get only the lines, because a redrawn bar would fill them.
     """
 
     bar: tqdm
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self.begin, self.first_step = 0.0, state.global_step
+        self.start, self.first_step = 0.0, state.global_step
         terminal = sys.stderr.isatty() or os.environ.get(SUPERVISED) == "terminal"
         size = {"total": state.max_steps, "initial": state.global_step}
         self.bar = tqdm(**size, unit="step", dynamic_ncols=True, disable=not terminal)
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self.begin = self.begin or time.monotonic()  # what came before the first step is no part of its time
+        self.start = self.start or time.monotonic()  # time before the first step is not counted
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "eval_loss" in logs:
-            write(f"{place(state)}  held-out loss {logs['eval_loss']:.4f}")
+            print_line(f"{step_label(state)}  held-out loss {logs['eval_loss']:.4f}")
         elif "loss" in logs:
-            write(
-                f"{place(state)}  loss {logs['loss']:.4f}  rate {logs['learning_rate']:.2e}"
+            print_line(
+                f"{step_label(state)}  loss {logs['loss']:.4f}  rate {logs['learning_rate']:.2e}"
                 f"  gradient norm {float(logs.get('grad_norm') or 0.0):.2f}"
                 f"  {logs['tokens_per_second']:,.0f} tokens/s, {logs['real_token_share']:.0%} of those computed"
                 f"  MFU {logs['mfu']:.0%}  {logs['peak_memory_gib']:.1f} GiB{self._speed(state)}"
@@ -51,17 +50,17 @@ class ProgressLog(TrainerCallback):
 
     def _speed(self, state: TrainerState) -> str:
         steps = state.global_step - self.first_step
-        if not steps or not self.begin:
+        if not steps or not self.start:
             return ""
-        seconds = (time.monotonic() - self.begin) / steps
+        seconds = (time.monotonic() - self.start) / steps
         return f"  {seconds:.2f} s/step  {duration(seconds * (state.max_steps - state.global_step))} left"
 
 
-def place(state: TrainerState) -> str:
+def step_label(state: TrainerState) -> str:
     return f"step {state.global_step:,}/{state.max_steps:,}"
 
 
-def write(text: str) -> None:
-    """Prints above the bar, if there is one."""
+def print_line(text: str) -> None:
+    """Prints above the progress bar, if any."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()

@@ -1,8 +1,8 @@
-"""Answers over time: the model answers the same instructions at every stage, and training does not feel it.
+"""Sample answers during training: the model answers the same prompts at regular steps.
 
-A stage is due before the first step, every `--sample-every`, and at the last step, always before the checkpoint of its
-step is complete. So a run that goes on from a checkpoint finds its answers in samples.jsonl, or, where a signal left no
-time for them, gives them first."""
+Samples are due before the first step, every `--sample-every`, and at the last step, before the checkpoint of that step
+is complete. A run that resumes from a checkpoint therefore finds them in samples.jsonl; if a signal left no time for
+them, it writes them first. Sampling does not change the training."""
 
 from __future__ import annotations
 
@@ -24,23 +24,23 @@ from training.model.generation import answer_batch, printable, prompt_ids
 from training.model.loading import max_positions
 from training.ranks import broadcast
 from training.storage import metrics
-from training.tracking.callbacks import Curves
-from training.tracking.progress import place, write
+from training.tracking.callbacks import TensorBoardLog
+from training.tracking.progress import print_line, step_label
 
-# Tokens of a batch, answers included: under 1 GiB of keys and values in GPT-J-6B, less than a step's activations.
+# Tokens per batch including answers: under 1 GiB of keys and values in GPT-J-6B, less than a step's activations.
 TOKENS_AT_ONCE = 2048
-SHOWN = 10  # answers of a stage on the console; all are in the file
+MAX_PRINTED = 10  # answers on the console; the file has all
 
 
 class Samples(TrainerCallback):
-    """Asks the model at every stage. All ranks give the same answers, as ZeRO-3 needs all of them in every forward.
+    """Generates sample answers. All ranks generate the same answers: ZeRO-3 needs every rank in each forward pass.
 
     Args:
-        prompts: (instruction, input) of each, no two alike; the same on all ranks.
-        every: steps between two stages; need not be whole.
-        file: samples.jsonl. Rank 0 writes it.
+        prompts: (instruction, input) pairs without duplicates; the same on all ranks.
+        every: steps between two samplings; may be a fraction.
+        file: samples.jsonl, written by rank 0.
 
-    Raises ValueError where the model's positions hold no prompt beside an answer.
+    Raises ValueError if the model's positions are too few for a prompt and an answer.
     """
 
     def __init__(self, trainer: Any, prompts: list[tuple[str, str]], every: Fraction, file: Path) -> None:
@@ -54,55 +54,57 @@ class Samples(TrainerCallback):
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if not self._due(state):
             return
-        answered = broadcast(self._answered(state) if state.is_world_process_zero else None)
-        if len(answered) < len(self.prompts):
-            self._stage(state, answered)
+        existing = broadcast(self._existing_answers(state) if state.is_world_process_zero else None)
+        if len(existing) < len(self.prompts):
+            self._sample(state, existing)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        # A signal leaves little time: a due stage waits until the run goes on, which it does not after the last step.
+        # After a signal there is little time: due samples wait for the resume, except after the last step.
         if state.global_step >= state.max_steps or (self._due(state) and not self.trainer.guard.stopped):
-            begin = time.perf_counter()
-            self._stage(state)
-            self.trainer.counter.skip(time.perf_counter() - begin)
+            start = time.perf_counter()
+            self._sample(state)
+            self.trainer.counter.skip(time.perf_counter() - start)
 
     def _due(self, state: TrainerState) -> bool:
-        """Whether a multiple of `every` lies in the step that was just done, or none has been done."""
+        """Whether the last step reached a multiple of `every`; true before the first step."""
         return state.global_step // self.every > (state.global_step - 1) // self.every
 
-    def _answered(self, state: TrainerState) -> set[tuple[str, str]]:
-        """The prompts that have an answer of this step; not all, where a kill tore the last line."""
+    def _existing_answers(self, state: TrainerState) -> set[tuple[str, str]]:
+        """Prompts whose answer of this step is in the file. A killed run may have written only some."""
         entries = [entry for entry in metrics.read(self.file) if entry["step"] == state.global_step]
         return set(self.prompts) & {(entry.get("instruction"), entry.get("input")) for entry in entries}
 
-    def _stage(self, state: TrainerState, answered: Collection[tuple[str, str]] = ()) -> None:
-        """Shows the answers, and keeps those that are not `answered` yet. All ranks call it."""
-        begin = time.monotonic()
-        answers = self._answers()
+    def _sample(self, state: TrainerState, existing: Collection[tuple[str, str]] = ()) -> None:
+        """Prints all answers and writes those that are not `existing` yet. All ranks call it."""
+        start = time.monotonic()
+        answers = self._generate_answers()
         if not state.is_world_process_zero:
             return
-        write(self._shown(state, answers, time.monotonic() - begin))
-        at = {"step": state.global_step, "epoch": state.epoch or 0.0}
+        print_line(self._format_answers(state, answers, time.monotonic() - start))
+        position = {"step": state.global_step, "epoch": state.epoch or 0.0}
         entries = [
-            at | {"instruction": instruction, "input": context, "response": answer}
+            position | {"instruction": instruction, "input": context, "response": answer}
             for (instruction, context), answer in zip(self.prompts, answers, strict=True)
-            if (instruction, context) not in answered
+            if (instruction, context) not in existing
         ]
         metrics.append(self.file, *entries)
-        for curves in (each for each in self.trainer.callback_handler.callbacks if isinstance(each, Curves)):
+        for log in (
+            each for each in self.trainer.callback_handler.callbacks if isinstance(each, TensorBoardLog)
+        ):
             for number, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):
-                # Indented: Markdown leaves code as it is.
-                texts = _question(prompt, 2), answer
+                # Indented text is code in Markdown, which is shown unchanged.
+                texts = _prompt_text(prompt, 2), answer
                 blocks = (textwrap.indent(text or "(nothing)", "    ") for text in texts)
-                text = "\n\nis answered by\n\n".join(blocks)
-                curves.add_text(f"answers/{number:03}", text, state.global_step)
+                text = "\n\nanswer:\n\n".join(blocks)
+                log.add_text(f"answers/{number:03}", text, state.global_step)
 
-    def _answers(self) -> list[str]:
-        """The greedy answer to each prompt. Rows of like length share a batch of at most TOKENS_AT_ONCE."""
+    def _generate_answers(self) -> list[str]:
+        """The greedy answer to each prompt, in batches of similar length and at most TOKENS_AT_ONCE tokens."""
         trainer = self.trainer
         answers = [""] * len(self.ids)
         order = sorted(range(len(self.ids)), key=lambda i: len(self.ids[i]), reverse=True)
         generation = GREEDY | {"max_new_tokens": self.new_tokens}
-        with _untouched(trainer.model):
+        with _preserve_state(trainer.model):
             while order:
                 rows = max(1, TOKENS_AT_ONCE // (len(self.ids[order[0]]) + self.new_tokens))
                 batch, order = order[:rows], order[rows:]
@@ -112,23 +114,23 @@ class Samples(TrainerCallback):
                     answers[i] = text
         return answers
 
-    def _shown(self, state: TrainerState, answers: list[str], seconds: float) -> str:
-        lines = [f"{place(state)}  epoch {state.epoch or 0:.2f}  answers of the model, {seconds:.1f} s"]
-        for prompt, answer in list(zip(self.prompts, answers, strict=True))[:SHOWN]:
-            lines.append(textwrap.indent(printable(_question(prompt)), "  "))
+    def _format_answers(self, state: TrainerState, answers: list[str], seconds: float) -> str:
+        lines = [f"{step_label(state)}  epoch {state.epoch or 0:.2f}  answers of the model, {seconds:.1f} s"]
+        for prompt, answer in list(zip(self.prompts, answers, strict=True))[:MAX_PRINTED]:
+            lines.append(textwrap.indent(printable(_prompt_text(prompt)), "  "))
             lines.append(textwrap.indent(printable(answer) or "(nothing)", "      "))
-        if len(answers) > SHOWN:
-            lines.append(f"  and {len(answers) - SHOWN} more in {self.file}")
+        if len(answers) > MAX_PRINTED:
+            lines.append(f"  and {len(answers) - MAX_PRINTED} more in {self.file}")
         return "\n".join(lines)
 
 
-def _question(prompt: tuple[str, str], newlines: int = 1) -> str:
+def _prompt_text(prompt: tuple[str, str], newlines: int = 1) -> str:
     return ("\n" * newlines).join(prompt).strip()
 
 
 @contextmanager
-def _untouched(model: PreTrainedModel) -> Iterator[None]:
-    """Leaves the model as it was, and every random number that training would have drawn still to be drawn."""
+def _preserve_state(model: PreTrainedModel) -> Iterator[None]:
+    """Switches to eval mode, and restores the model's mode and all random states on exit."""
     training, cached = model.training, model.config.use_cache
     states = random.getstate(), np.random.get_state()
     gpu = [torch.cuda.current_device()] if torch.cuda.is_available() else []

@@ -1,6 +1,6 @@
-"""The model as MLflow serves it: a table of instructions and inputs to a table of responses.
+"""The MLflow pyfunc model: maps a table of instructions and inputs to a table of responses.
 
-MLflow imports this module from the copy of the package that lies beside the logged model, and calls `_load_pyfunc`."""
+MLflow imports this module from the package copy that is logged with the model, and calls `_load_pyfunc`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class Served:
-    """A trained model behind MLflow's `predict`."""
+    """A trained model with MLflow's `predict` interface."""
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
 
     def predict(self, data: DataFrame, params: dict[str, Any] | None = None) -> DataFrame:
-        """Column `response` for the columns `instruction` and, where there is one, `input`; row by row."""
+        """Returns column `response` for the columns `instruction` and, optionally, `input`."""
         import pandas
 
         inputs = data["input"] if "input" in data else [None] * len(data)
@@ -33,7 +33,7 @@ class Served:
             generation |= GREEDY | {"temperature": None}
         responses = generate_responses(
             list(data["instruction"]),
-            [text if isinstance(text, str) else None for text in inputs],  # pandas has NaN for a missing text
+            [text if isinstance(text, str) else None for text in inputs],  # pandas uses NaN for missing text
             model=self.model,
             tokenizer=self.tokenizer,
             **generation,
