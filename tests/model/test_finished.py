@@ -1,4 +1,4 @@
-"""The finished folder: weights bit for bit, verified from its files alone, a card that can be read."""
+"""The finished folder: exact weights, verification from the files alone, and the model card."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from training.run.saving import save_model
 from training.storage import checkpoint
 
 
-def a_record(tmp_path: Path, **options: Any) -> dict[str, Any]:
+def make_record(tmp_path: Path, **options: Any) -> dict[str, Any]:
     record = new_record(resolved(TrainingOptions(local_output_dir=str(tmp_path), bf16=True, **options), 8))
     return record | {"status": "finished", "steps": 797, "held_out_loss": {"before": 2.34567, "after": 1.2}}
 
@@ -49,7 +49,7 @@ def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Pat
 
 
 @pytest.mark.parametrize(("shard", "several"), [("5GB", False), ("50KB", True)])
-def test_a_saved_folder_is_whole_with_the_weights_bit_for_bit_and_who_may_read_the_config_may_read_them(
+def test_a_saved_folder_has_the_exact_weights_and_equal_file_permissions(
     answering_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
@@ -73,13 +73,13 @@ def test_a_saved_folder_is_whole_with_the_weights_bit_for_bit_and_who_may_read_t
             verify_model(tmp_path)
 
 
-def test_a_folder_saved_in_mid_training_says_how_to_stop_pad_and_sample_and_leaves_the_model_as_it_is(
+def test_saving_during_training_writes_the_generation_config_and_leaves_the_model_unchanged(
     answering_model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    # With it packed documents would read each other.
+    # Training turns the cache off: with it, packed rows would attend to each other.
     monkeypatch.setattr(answering_model.config, "use_cache", False)
     before = answering_model.generation_config
     save(answering_model, tokenizer, tmp_path, "5GB")
@@ -108,11 +108,11 @@ def test_a_folder_saved_in_mid_training_says_how_to_stop_pad_and_sample_and_leav
 # --- the card ----------------------------------------------------------------------------------------
 
 
-def test_the_card_names_base_data_licences_losses_options_and_ledger_and_its_example_is_python(
+def test_the_card_has_base_data_licences_losses_options_ledger_and_a_valid_example(
     tmp_path: Path,
 ) -> None:
     ledger = Ledger("tatsu-lab/alpaca", 2048, 10, 8, {"empty response": 2}, {"empty response": [3, 7]})
-    write_model_card(tmp_path, a_record(tmp_path), ledger)
+    write_model_card(tmp_path, make_record(tmp_path), ledger)
     card = ModelCard.load(tmp_path / "README.md")
     assert (card.data.base_model, card.data.datasets) == ("EleutherAI/gpt-j-6B", ["tatsu-lab/alpaca"])
     assert (card.data.pipeline_tag, card.data.license, card.data.language) == (
@@ -133,14 +133,14 @@ def test_the_card_names_base_data_licences_losses_options_and_ledger_and_its_exa
         assert words in card.text
 
 
-def test_the_card_of_a_local_model_and_data_points_to_no_page_of_the_hub(tmp_path: Path) -> None:
+def test_the_card_of_local_model_and_data_links_to_nothing_on_the_hub(tmp_path: Path) -> None:
     model, rows = tmp_path / "own", tmp_path / "own.jsonl"
     model.mkdir()
     rows.touch()
-    record = a_record(tmp_path, input_model=str(model), training_dataset=str(rows))
+    record = make_record(tmp_path, input_model=str(model), training_dataset=str(rows))
     write_model_card(tmp_path, record, Ledger("x", 8))
     card = ModelCard.load(tmp_path / "README.md")
-    assert card.data.base_model is card.data.datasets is card.data.language is None, "nobody knows"
+    assert card.data.base_model is card.data.datasets is card.data.language is None
     assert "licence: unknown" in card.text
 
 
@@ -151,7 +151,7 @@ def test_the_card_of_a_local_model_and_data_points_to_no_page_of_the_hub(tmp_pat
 def model_folder(
     answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> Path:
-    """A whole model, in a folder that a test may break."""
+    """A complete model in a folder that a test may damage."""
     save(answering_model, tokenizer, tmp_path / "model", "5GB")
     return tmp_path / "model"
 
@@ -178,8 +178,8 @@ def poison(value: float) -> Callable[[Path], None]:
     return change
 
 
-def forget_shard(folder: Path) -> None:
-    """The index of two shards that names tensors of one of them only."""
+def omit_shard_from_index(folder: Path) -> None:
+    """Splits the weights into two shards, but lists only the first one in the index."""
     weights = load_file(folder / "model.safetensors")
     names = sorted(weights)
     (folder / "model.safetensors").unlink()
@@ -190,11 +190,11 @@ def forget_shard(folder: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
-def forget_control_token(folder: Path) -> None:
-    def forget(content: dict[str, Any]) -> None:
+def remove_control_token(folder: Path) -> None:
+    def remove(content: dict[str, Any]) -> None:
         content["added_tokens"] = [t for t in content["added_tokens"] if t["content"] != "### Response:\n"]
 
-    change_json(folder, "tokenizer.json", forget)
+    change_json(folder, "tokenizer.json", remove)
     change_json(folder, "tokenizer_config.json", lambda content: content.update(extra_special_tokens=[]))
 
 
@@ -205,7 +205,7 @@ def enlarge_tokenizer(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         (lambda f: change_weights(f, lambda w: w.pop(HEAD)), f"{HEAD} is missing"),
         (lambda f: change_weights(f, lambda w: w.update(x=torch.ones(2))), "x is not of this architecture"),
@@ -221,9 +221,9 @@ def enlarge_tokenizer(folder: Path) -> None:
         (lambda f: (f / "model.safetensors").unlink(), "its files hold 0 numbers"),
         (lambda f: (f / "config.json").unlink(), "config"),
         (lambda f: change_json(f, "config.json", lambda c: c.update(n_layer=3)), "h.2.attn.k_proj.weight is missing"),
-        (forget_shard, " is missing"),
-        (enlarge_tokenizer, "and the embedding"),
-        (forget_control_token, "does not keep '### Response:\\n' as one token"),
+        (omit_shard_from_index, " is missing"),
+        (enlarge_tokenizer, "but the embedding only"),
+        (remove_control_token, "does not keep '### Response:\\n' as one token"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "Error"),
         (
             lambda f: change_json(f, "generation_config.json", lambda c: c.update(eos_token_id=0)),
@@ -232,14 +232,14 @@ def enlarge_tokenizer(folder: Path) -> None:
         (lambda f: (f / "chat_template.jinja").unlink(), "chat"),
     ],
 )  # fmt: skip
-def test_a_model_that_is_not_whole_is_told_from_its_files(
-    model_folder: Path, damage: Callable[[Path], Any], words: str
+def test_a_damaged_model_is_refused_with_the_problem(
+    model_folder: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
     verify_model(model_folder)
     damage(model_folder)
-    with pytest.raises(ModelError, match="is not a model that can be used") as told:
+    with pytest.raises(ModelError, match="is not a usable model") as error:
         verify_model(model_folder)
-    assert words in str(told.value)
+    assert message in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_model_that_is_not_whole_is_told_from_its_files(
     ],
     ids=["tied embeddings", "gpt-neox"],
 )
-def test_other_architectures_are_whole_as_stock_transformers_saves_them(
+def test_other_architectures_pass_verification_and_fail_when_damaged(
     config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     config.vocab_size = len(tokenizer)
@@ -261,11 +261,11 @@ def test_other_architectures_are_whole_as_stock_transformers_saves_them(
         verify_model(tmp_path)
 
 
-# --- a checkpoint's model becomes the run's ----------------------------------------------------------
+# --- placing a checkpoint's model --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("links", [True, False])
-def test_a_placed_model_is_that_of_the_checkpoint_and_nothing_of_an_earlier_end_stays(
+def test_the_placed_model_is_the_checkpoints_and_replaces_an_earlier_one(
     model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool
 ) -> None:
     source = tmp_path / "checkpoint-7"
@@ -277,7 +277,7 @@ def test_a_placed_model_is_that_of_the_checkpoint_and_nothing_of_an_earlier_end_
     output.mkdir()
     earlier = "model-00001-of-00002.safetensors model.safetensors.index.json config.json run.json"
     for name in earlier.split():
-        (output / name).write_bytes(b"of an earlier end")
+        (output / name).write_bytes(b"of an earlier model")
 
     def refuse(*args: Any) -> None:
         raise OSError(1, "Operation not permitted")

@@ -1,4 +1,4 @@
-"""Answers: the same one by one and in batches, stopped at the end key, with harmless prompts, from the terminal."""
+"""Generation: batches, stopping at the end key, prompts as in training, loading, and the command line."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def random_model(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> PreTr
 
 @pytest.fixture
 def answers_as_ids(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Answers are the ids as text: two different byte sequences of a random model may read alike."""
+    """Returns ids as text: different byte sequences of a random model may decode to the same text."""
 
     def ids(batch: torch.Tensor, skip_special_tokens: bool) -> list[str]:
         assert skip_special_tokens
@@ -62,18 +62,18 @@ def answers_as_ids(tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.Monke
 
 @pytest.mark.usefixtures("answers_as_ids")
 @pytest.mark.parametrize("batch_size", [2, 5])
-def test_a_batch_gives_the_answers_that_the_prompts_get_one_by_one(
+def test_a_batch_gives_the_same_answers_as_single_prompts(
     random_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, batch_size: int
 ) -> None:
     ask = {"model": random_model, "tokenizer": tokenizer, "max_new_tokens": 12, **GREEDY}
     single = [generate_response(a, b, **ask) for a, b in zip(INSTRUCTIONS, INPUTS, strict=True)]
-    assert len(set(single)) == len(single)  # all different, so that the order is told as well
+    assert len(set(single)) == len(single)  # all different, so the order is tested too
     assert all(len(answer.split()) > 3 for answer in single)
     assert generate_responses(INSTRUCTIONS, INPUTS, batch_size=batch_size, **ask) == single
 
 
 @pytest.mark.usefixtures("answers_as_ids")
-def test_a_greedy_answer_is_the_argmax_of_the_plain_forward(
+def test_a_greedy_answer_is_the_argmax_of_a_plain_forward_pass(
     random_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     [ids] = prompt_ids(tokenizer, ["Greet."], [None], 100)
@@ -87,7 +87,7 @@ def test_a_greedy_answer_is_the_argmax_of_the_plain_forward(
 
 
 @pytest.mark.usefixtures("answers_as_ids")
-def test_sampling_is_dollys_and_follows_the_seed(
+def test_sampling_uses_dollys_settings_and_the_seed(
     random_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def sample(seed: int) -> str:
@@ -96,18 +96,18 @@ def test_sampling_is_dollys_and_follows_the_seed(
 
     assert sample(1) == sample(1)
     assert sample(1) != sample(2)
-    asked = {}
-    monkeypatch.setattr(random_model, "generate", lambda ids, **kwargs: asked.update(kwargs) or ids)
+    arguments = {}
+    monkeypatch.setattr(random_model, "generate", lambda ids, **kwargs: arguments.update(kwargs) or ids)
     sample(1)
-    config = asked["generation_config"]
+    config = arguments["generation_config"]
     assert (config.do_sample, config.top_p, config.top_k, config.max_new_tokens) == (True, 0.92, 0, 256)
-    assert asked["attention_mask"].all()
+    assert arguments["attention_mask"].all()
 
 
 # --- where an answer ends ----------------------------------------------------------------------------
 
 
-def test_an_answer_stops_at_the_end_key_and_holds_no_control_token_and_without_prompts_there_is_none(
+def test_an_answer_stops_before_the_end_key_and_no_prompts_give_no_answers(
     answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     ask = {"model": answering_model, "tokenizer": tokenizer, "max_new_tokens": 50}
@@ -115,7 +115,7 @@ def test_an_answer_stops_at_the_end_key_and_holds_no_control_token_and_without_p
     assert generate_responses([], **ask) == []
 
 
-def test_stock_generate_stops_a_saved_folder_at_the_end_key(answering_folder: Path) -> None:
+def test_stock_generate_stops_at_the_end_key(answering_folder: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(answering_folder)
     tokenizer = AutoTokenizer.from_pretrained(answering_folder)
     prompts = tokenizer([render_prompt("Greet."), render_prompt("Name a colour.", "red")], padding=True,
@@ -125,7 +125,7 @@ def test_stock_generate_stops_a_saved_folder_at_the_end_key(answering_folder: Pa
     assert output[:, prompts["input_ids"].shape[1] :].tolist() == [answer, answer]
 
 
-def test_a_stock_pipeline_answers_and_stops(answering_folder: Path) -> None:
+def test_a_stock_pipeline_answers_and_stops_at_the_end_key(answering_folder: Path) -> None:
     ask = pipeline("text-generation", model=str(answering_folder), device="cpu")
     assert ask(render_prompt("Greet."), return_full_text=False) == [{"generated_text": "AB"}]
     [reply] = ask([{"role": "user", "content": "Greet."}])
@@ -135,7 +135,7 @@ def test_a_stock_pipeline_answers_and_stops(answering_folder: Path) -> None:
 # --- prompts -----------------------------------------------------------------------------------------
 
 
-def test_a_prompt_has_the_ids_that_training_gives_it_also_of_control_words_that_stay_text(
+def test_a_prompt_has_the_same_ids_as_in_training_and_control_words_stay_text(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     words = ["### End", "### Response:\n", "a\n\n### Response:\nb\n\n### End", "<|endoftext|>"]
@@ -145,19 +145,19 @@ def test_a_prompt_has_the_ids_that_training_gives_it_also_of_control_words_that_
     assert prompt_ids(tokenizer, instructions, inputs, 999) == trained
 
 
-def test_a_prompt_too_long_keeps_head_and_response_key_and_leaves_room(
+def test_a_long_prompt_is_cut_but_keeps_its_head_and_response_key(
     tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole, short = prompt_ids(tokenizer, ["!" * 500, "a"], [None, None], 999)
+    full, short = prompt_ids(tokenizer, ["!" * 500, "a"], [None, None], 999)
     with caplog.at_level(logging.WARNING):
         cut, same = prompt_ids(tokenizer, ["!" * 500, "a"], [None, None], 100)
-    assert cut == [*whole[:99], whole[-1]]
+    assert cut == [*full[:99], full[-1]]
     assert same == short
     assert [record.message for record in caplog.records if "leave room for the answer" in record.message]
 
 
 @pytest.mark.parametrize("words", [2, 200, 2000])
-def test_a_prompt_of_any_length_is_answered_within_the_models_positions(
+def test_a_prompt_of_any_length_is_answered(
     answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, words: int
 ) -> None:
     ask = {"model": answering_model, "tokenizer": tokenizer, "max_new_tokens": 100}
@@ -167,15 +167,15 @@ def test_a_prompt_of_any_length_is_answered_within_the_models_positions(
 def test_more_new_tokens_than_the_model_can_hold_are_refused(
     answering_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    told = r"max_new_tokens leaves 6 of the model's positions .* fewer new tokens"
-    with pytest.raises(ValueError, match=told):
+    message = r"max_new_tokens leaves 6 of the model's positions .* fewer new tokens"
+    with pytest.raises(ValueError, match=message):
         generate_response("a", model=answering_model, tokenizer=tokenizer, max_new_tokens=250)
 
 
 # --- loading -----------------------------------------------------------------------------------------
 
 
-def test_a_folder_is_loaded_in_float32_on_a_cpu_and_ready_to_answer(answering_folder: Path) -> None:
+def test_a_folder_is_loaded_in_float32_on_a_cpu(answering_folder: Path) -> None:
     model, tokenizer = load_model_tokenizer_for_generate(str(answering_folder), device="cpu")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     assert not model.training
@@ -183,7 +183,7 @@ def test_a_folder_is_loaded_in_float32_on_a_cpu_and_ready_to_answer(answering_fo
     assert generate_response("a", model=model, tokenizer=tokenizer, max_new_tokens=9) == "AB"
 
 
-def test_a_run_that_did_not_finish_is_refused_and_a_finished_one_is_not(
+def test_an_unfinished_run_is_refused_and_a_finished_run_is_loaded(
     answering_folder: Path, tmp_path: Path
 ) -> None:
     for file in answering_folder.iterdir():
@@ -223,7 +223,7 @@ def test_the_command_prints_the_answer_and_nothing_else(
     assert (code, out) == (0, "AB\n")
 
 
-def test_the_command_tells_in_one_line_why_it_cannot_answer(
+def test_the_command_reports_in_one_line_why_it_cannot_answer(
     ask: Callable[..., tuple[int, str, str]], answering_folder: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"status": "running"}))
@@ -240,25 +240,25 @@ def test_the_command_tells_in_one_line_why_it_cannot_answer(
         assert err.count("\n") == 1
 
 
-def test_the_module_runs_from_the_shell(answering_folder: Path) -> None:
+def test_the_command_runs_from_the_shell(answering_folder: Path) -> None:
     result = python(
         "-m", "training.generate", "--model", answering_folder, "--max-new-tokens", "20", "Greet."
     )
     assert (result.returncode, result.stdout) == (0, "AB\n"), result.stderr
 
 
-def test_what_a_terminal_would_obey_is_not_shown() -> None:
+def test_control_characters_are_replaced_in_printed_text() -> None:
     assert generation.printable("Bel\x1b[2J\x07l\nÄé") == "Bel\ufffd[2J\ufffdl\nÄé"
 
 
 @pytest.mark.parametrize(
-    ("words", "told"),
+    ("options", "message"),
     [
         (["--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
         (["--input", "\udcff"], "--input '\\udcff': is not UTF-8"),
     ],
 )
-def test_what_cannot_be_answered_is_told_before_a_model_is_loaded(words: list[str], told: str) -> None:
-    result = CliRunner().invoke(generate.main, ["--model", "no/such/model", *words, "Say."])
+def test_invalid_options_are_refused_before_a_model_is_loaded(options: list[str], message: str) -> None:
+    result = CliRunner().invoke(generate.main, ["--model", "no/such/model", *options, "Say."])
     assert result.exit_code == 2
-    assert told in result.output
+    assert message in result.output

@@ -1,4 +1,4 @@
-"""Tokenizer and model: control tokens in order, an embedding that only grows, and files that are what they say."""
+"""Loading tokenizer and model: control tokens, the growing embedding, and refusal of broken or unsafe files."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def gpt2_tied(rows: int) -> PreTrainedModel:
     return GPT2LMHeadModel(GPT2Config(vocab_size=rows, n_positions=64, n_embd=16, n_layer=1, n_head=2))
 
 
-def saved(model: PreTrainedModel, bpe_folder: Path, folder: Path) -> str:
+def save(model: PreTrainedModel, bpe_folder: Path, folder: Path) -> str:
     model.save_pretrained(folder)
     GPT2TokenizerFast.from_pretrained(str(bpe_folder)).save_pretrained(folder)
     return str(folder)
 
 
-def edited(base_folder: Path, folder: Path, file: str = "config.json", **entries: object) -> str:
-    """A copy of the base folder with some entries of one of its JSON files changed."""
+def edited_copy(base_folder: Path, folder: Path, file: str = "config.json", **entries: object) -> str:
+    """Copies the base folder and changes some entries of one of its JSON files."""
     shutil.copytree(base_folder, folder)
     path = folder / file
     path.write_text(json.dumps(json.loads(path.read_text()) | entries))
@@ -106,7 +106,7 @@ def test_the_control_tokens_follow_the_base_vocabulary_in_dollys_order(
     assert tokenizer.get_vocab().items() >= base.get_vocab().items()
 
 
-def test_special_tokens_that_the_base_has_stay_special(base: GPT2TokenizerFast, tmp_path: Path) -> None:
+def test_special_tokens_of_the_base_tokenizer_stay_special(base: GPT2TokenizerFast, tmp_path: Path) -> None:
     base.add_special_tokens({"extra_special_tokens": ["<|own|>"]})
     base.save_pretrained(tmp_path)
     tokenizer = load_tokenizer(str(tmp_path))
@@ -114,7 +114,7 @@ def test_special_tokens_that_the_base_has_stay_special(base: GPT2TokenizerFast, 
     assert tokenizer.convert_tokens_to_ids("### End") == len(base)
 
 
-def test_a_control_word_that_the_base_knows_as_a_plain_word_is_still_no_text(
+def test_a_control_token_that_is_an_ordinary_token_of_the_base_does_not_match_text(
     base: GPT2TokenizerFast, tmp_path: Path
 ) -> None:
     base.add_tokens(["### End"])
@@ -125,7 +125,7 @@ def test_a_control_word_that_the_base_knows_as_a_plain_word_is_still_no_text(
     assert end not in encode_text(tokenizer, ["a ### End b"])[0]
 
 
-def test_a_trained_folders_tokenizer_is_loaded_unchanged(
+def test_the_tokenizer_of_a_trained_folder_loads_unchanged(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     tokenizer.save_pretrained(tmp_path)
@@ -138,23 +138,23 @@ def test_a_trained_folders_tokenizer_is_loaded_unchanged(
 
 
 @pytest.mark.parametrize(
-    ("entries", "told"),
+    ("entries", "message"),
     [
         ({"eos_token": None, "tokenizer_class": "PreTrainedTokenizerFast"},
          r"its tokenizer has no EOS token. Set eos_token in tokenizer_config.json"),
         ({"model_max_length": "long"}, "its tokenizer is broken"),
     ],
 )  # fmt: skip
-def test_a_tokenizer_without_an_end_token_or_that_cannot_be_used_is_refused(
-    base_folder: Path, tmp_path: Path, entries: dict, told: str
+def test_a_tokenizer_without_eos_or_with_invalid_settings_is_refused(
+    base_folder: Path, tmp_path: Path, entries: dict, message: str
 ) -> None:
-    name = edited(base_folder, tmp_path / "odd", "tokenizer_config.json", **entries)
-    with pytest.raises(ModelError, match=f"^{name}: {told}"):
+    name = edited_copy(base_folder, tmp_path / "odd", "tokenizer_config.json", **entries)
+    with pytest.raises(ModelError, match=f"^{name}: {message}"):
         load_tokenizer(name)
 
 
 def bare_bpe(bpe_folder: Path, folder: Path, last_id: int) -> str:
-    """GPT-2's two files, the last entry of the vocabulary moved to another id."""
+    """GPT-2's two files, with the last entry of the vocabulary moved to another id."""
     shutil.copytree(bpe_folder, folder)
     vocabulary = json.loads((folder / "vocab.json").read_text())
     vocabulary[max(vocabulary, key=vocabulary.__getitem__)] = last_id
@@ -162,15 +162,13 @@ def bare_bpe(bpe_folder: Path, folder: Path, last_id: int) -> str:
     return str(folder)
 
 
-def test_a_vocabulary_in_which_a_control_token_would_be_a_word_is_refused(
-    bpe_folder: Path, tmp_path: Path
-) -> None:
+def test_a_vocabulary_with_a_duplicate_id_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
     size = len(json.loads((bpe_folder / "vocab.json").read_text()))
-    with pytest.raises(ModelError, match=r"gives two words the same id"):
+    with pytest.raises(ModelError, match=r"gives two tokens the same id"):
         load_tokenizer(bare_bpe(bpe_folder, tmp_path / "gap", size))  # the next free id by count is taken
 
 
-def test_the_embedding_holds_the_largest_id_though_the_ids_have_gaps(
+def test_the_embedding_has_room_for_the_largest_id_when_ids_have_gaps(
     bpe_folder: Path, base_folder: Path, tmp_path: Path
 ) -> None:
     tokenizer = load_tokenizer(bare_bpe(bpe_folder, tmp_path / "gaps", 700))
@@ -179,13 +177,13 @@ def test_the_embedding_holds_the_largest_id_though_the_ids_have_gaps(
     assert len(model.get_input_embeddings().weight) == 701
 
 
-def test_a_tokenizer_that_finds_its_end_token_in_text_is_refused(tmp_path: Path) -> None:
+def test_a_tokenizer_that_matches_its_eos_token_in_text_is_refused(tmp_path: Path) -> None:
     pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "ab/<>s#EndIrtucioRp: \n")]
     unigram = Tokenizer(Unigram(pieces, 0))
     PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="</s>", unk_token="<unk>").save_pretrained(
         tmp_path
     )
-    with pytest.raises(ModelError, match="takes '</s>' for a control token wherever it stands in a text"):
+    with pytest.raises(ModelError, match="reads '</s>' inside a text as a control token"):
         load_tokenizer(str(tmp_path))
 
 
@@ -194,7 +192,7 @@ def test_a_tokenizer_that_finds_its_end_token_in_text_is_refused(tmp_path: Path)
 
 @pytest.mark.parametrize("architecture", [gptj, gpt_neox, gpt2_tied])
 @pytest.mark.parametrize("spare", [-3, 0, 5])
-def test_the_embedding_grows_to_the_tokenizer_keeps_its_rows_and_is_never_shrunk(
+def test_the_embedding_grows_to_fit_the_tokenizer_keeps_its_rows_and_never_shrinks(
     architecture: Callable[[int], PreTrainedModel],
     spare: int,
     bpe_folder: Path,
@@ -203,7 +201,7 @@ def test_the_embedding_grows_to_the_tokenizer_keeps_its_rows_and_is_never_shrunk
     tmp_path: Path,
 ) -> None:
     rows, grown = len(tokenizer) + spare, max(len(tokenizer), len(tokenizer) + spare)
-    name = saved(architecture(rows), bpe_folder, tmp_path / "base")
+    name = save(architecture(rows), bpe_folder, tmp_path / "base")
     old = AutoModelForCausalLM.from_pretrained(name).state_dict()
     model = load(name)
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
@@ -220,14 +218,14 @@ def test_the_embedding_grows_to_the_tokenizer_keeps_its_rows_and_is_never_shrunk
     if architecture is gpt2_tied:
         assert head.weight is embedding
     assert max_positions(model.config) == 64
-    # What is saved loads with stock transformers, and computes the same.
+    # The saved model loads with stock transformers and computes the same.
     model.save_pretrained(tmp_path / "grown")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "grown")
     ids = torch.tensor([[1, len(tokenizer) - 3, len(tokenizer) - 1]])
     assert torch.equal(model.eval()(ids).logits, again(ids).logits)
 
 
-def test_the_new_rows_are_the_seeds_alone(base_folder: Path, load: Load) -> None:
+def test_the_new_embedding_rows_depend_only_on_the_seed(base_folder: Path, load: Load) -> None:
     def new_rows(seed: int) -> torch.Tensor:
         torch.rand(seed)  # whatever was drawn before must not matter
         model = load(base_folder, seed=seed)
@@ -238,11 +236,11 @@ def test_the_new_rows_are_the_seeds_alone(base_folder: Path, load: Load) -> None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_model_has_the_precision_asked_for(base_folder: Path, load: Load, dtype: torch.dtype) -> None:
+def test_the_model_has_the_requested_precision(base_folder: Path, load: Load, dtype: torch.dtype) -> None:
     assert {parameter.dtype for parameter in load(base_folder, dtype).parameters()} == {dtype}
 
 
-# --- what is refused ---------------------------------------------------------------------------------
+# --- refusals ----------------------------------------------------------------------------------------
 
 
 def cut_short(keep: int) -> Callable[[Path], None]:
@@ -265,7 +263,7 @@ def of_another_vocabulary(weights: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "entries", "told"),
+    ("damage", "entries", "message"),
     [
         (without_two_tensors, {}, r"2 tensors are missing .*: lm_head.bias, transformer.h.1.mlp.fc_in"),
         (Path.exists, {"n_layer": 3}, r"are missing from the weight files, the first: transformer\.h\.2\."),
@@ -273,47 +271,47 @@ def of_another_vocabulary(weights: Path) -> None:
         (Path.exists, {"n_embd": 64},
          r"24 tensors of the weight files .*: lm_head.weight \[\d+, 32\], expected \[\d+, 64\]"),
         (Path.unlink, {}, "Error no file named model.safetensors"),
-        (of_another_vocabulary, {}, "words of its tokenizer, as .* lie beyond the 300 rows of its embedding"),
+        (of_another_vocabulary, {}, "tokens of its tokenizer, such as .* have ids beyond the 300 rows"),
         *((Path.exists, {name: value}, "") for name, value in
           [("n_positions", "many"), ("n_positions", [64]), ("architectures", 5), ("n_head", 0), ("n_layer", "2")]),
     ],
 )  # fmt: skip
-def test_weights_or_a_config_of_which_no_model_can_be_made_are_told(
-    base_folder: Path, load: Load, tmp_path: Path, damage: Callable[[Path], None], entries: dict, told: str
+def test_broken_weights_or_a_broken_config_are_refused(
+    base_folder: Path, load: Load, tmp_path: Path, damage: Callable[[Path], None], entries: dict, message: str
 ) -> None:
-    name = edited(base_folder, tmp_path / "odd", **entries)
+    name = edited_copy(base_folder, tmp_path / "odd", **entries)
     damage(tmp_path / "odd" / "model.safetensors")
 
-    def use() -> None:
+    def load_all() -> None:
         max_positions(load_config(name))
         load(name)
 
-    with pytest.raises(ModelError, match=f"^{name}: .*{told}"):
-        use()
+    with pytest.raises(ModelError, match=f"^{name}: .*{message}"):
+        load_all()
 
 
 class Bomb:
-    """What a pickle runs when it is loaded the unsafe way: it leaves a file."""
+    """A pickle that creates a file when it is loaded unsafely."""
 
-    def __init__(self, trace: Path):
-        self.trace = trace
+    def __init__(self, file: Path):
+        self.file = file
 
     def __reduce__(self) -> object:
-        return Path.touch, (self.trace,)
+        return Path.touch, (self.file,)
 
 
 def test_a_pickle_is_not_run(base_folder: Path, load: Load, tmp_path: Path) -> None:
-    name = edited(base_folder, tmp_path / "pickle")
+    name = edited_copy(base_folder, tmp_path / "pickle")
     (tmp_path / "pickle" / "model.safetensors").unlink()
     torch.save({"lm_head.bias": Bomb(tmp_path / "was_here")}, tmp_path / "pickle" / "pytorch_model.bin")
     with pytest.raises(ModelError, match="the weights could not be loaded"):
         load(name)
     assert not (tmp_path / "was_here").exists()
     torch.load(tmp_path / "pickle" / "pytorch_model.bin", weights_only=False)
-    assert (tmp_path / "was_here").exists()  # so it would have told
+    assert (tmp_path / "was_here").exists()  # the unsafe way does run it
 
 
-def test_a_folder_without_a_model_is_told(tmp_path: Path, bpe_folder: Path) -> None:
+def test_a_folder_without_a_model_is_refused(tmp_path: Path, bpe_folder: Path) -> None:
     for name in (str(tmp_path), str(tmp_path / "none"), "nobody/nothing"):
         with pytest.raises(
             ModelError, match=r"no model could be found .* Expected a folder with config.json"
@@ -326,40 +324,40 @@ def test_a_folder_without_a_model_is_told(tmp_path: Path, bpe_folder: Path) -> N
         load_config(str(tmp_path))
 
 
-def test_models_that_see_the_following_tokens_are_refused(tmp_path: Path) -> None:
+def test_models_that_attend_to_later_tokens_are_refused(tmp_path: Path) -> None:
     small = {"vocab_size": 8, "num_layers": 1, "num_heads": 2, "d_model": 8, "d_kv": 4, "d_ff": 8}
     T5ForConditionalGeneration(T5Config(**small)).save_pretrained(tmp_path / "t5")
     bert = BertConfig(
         vocab_size=8, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
     )
     BertForMaskedLM(bert).save_pretrained(tmp_path / "bert")
-    with pytest.raises(ModelError, match="a t5 model is no causal language model"):
+    with pytest.raises(ModelError, match="a t5 model is not a causal language model"):
         load_config(str(tmp_path / "t5"))
-    with pytest.raises(ModelError, match="a BertForMaskedLM is an encoder, no causal language model"):
+    with pytest.raises(ModelError, match="a BertForMaskedLM is an encoder, not a causal language model"):
         load_config(str(tmp_path / "bert"))
 
 
-def test_code_in_a_models_folder_is_not_run_unless_asked(base_folder: Path, tmp_path: Path) -> None:
+def test_code_in_a_model_folder_runs_only_with_trust_remote_code(base_folder: Path, tmp_path: Path) -> None:
     auto_map = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnModel"}
-    name = edited(base_folder, tmp_path / "own", auto_map=auto_map, model_type="own")
-    trace = tmp_path / "was_here"
+    name = edited_copy(base_folder, tmp_path / "own", auto_map=auto_map, model_type="own")
+    executed = tmp_path / "was_here"
     (tmp_path / "own" / "own.py").write_text(
-        f"open({str(trace)!r}, 'w').close()\n"
+        f"open({str(executed)!r}, 'w').close()\n"
         "from transformers import GPTJConfig\n"
         "class OwnConfig(GPTJConfig):\n    model_type = 'own'\n"
     )
     with pytest.raises(ModelError):
         load_config(name)
     load_tokenizer(name)  # needs none of the code
-    assert not trace.exists()
+    assert not executed.exists()
     assert load_config(name, trust_remote_code=True).model_type == "own"
-    assert trace.exists()
+    assert executed.exists()
 
 
-# --- the embedded model ------------------------------------------------------------------------------
+# --- the demo model ----------------------------------------------------------------------------------
 
 
-def test_the_embedded_model_is_written_once_and_whole(
+def test_the_demo_model_is_written_completely_and_only_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base_folder: Path
 ) -> None:
 
@@ -370,7 +368,7 @@ def test_the_embedded_model_is_written_once_and_whole(
         shutil.copytree(base_folder, folder, dirs_exist_ok=True)
         if len(written) == 1:
             (folder / "model.safetensors").unlink()
-            raise KeyboardInterrupt  # killed half-way
+            raise KeyboardInterrupt  # killed halfway
 
     monkeypatch.setattr(demo_model, "HF_HOME", str(tmp_path))
     monkeypatch.setattr(demo_model, "save_demo_model", write)
@@ -383,7 +381,7 @@ def test_the_embedded_model_is_written_once_and_whole(
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("(os error 28)")])
-def test_an_embedded_model_without_a_place_is_told_with_its_cure_and_leaves_nothing(
+def test_a_demo_model_that_cannot_be_written_is_refused_with_the_fix_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
 
@@ -402,5 +400,5 @@ def test_an_embedded_model_without_a_place_is_told_with_its_cure_and_leaves_noth
         model_folder("demo")
 
 
-def test_any_other_name_is_left_as_it_is() -> None:
+def test_other_model_names_are_returned_unchanged() -> None:
     assert model_folder("EleutherAI/gpt-j-6B") == "EleutherAI/gpt-j-6B"

@@ -292,7 +292,7 @@ def test_people_are_told_what_fails_and_what_to_type_until_it_fits_with_a_pictur
         (["--machine", "8xH100", "--model", "demo", "--training-dataset", "one.jsonl"],
          "1 row, but at least 2 are needed: one to train on and one to hold out"),
         (["--machine", "8xH100", "--input-model", "/no/such/model"], "no model could be found"),
-        (["--machine", "8xH100", "--input-model", "./t5"], "t5 model is no causal language model"),
+        (["--machine", "8xH100", "--input-model", "./t5"], "t5 model is not a causal language model"),
         (["--machine", "8xH100", "--batching", "padded", "--max-tokens-per-device", 9], "splits packed rows"),
         (["--machine", "8xV100-32GB", "--deepspeed", BF16], "a V100 cannot compute in bf16"),
         (["--machine", "8xH100", "--test-size", 60000], "--test-size 60,000 of 52,002 rows leaves none"),

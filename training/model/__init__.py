@@ -1,1 +1,1 @@
-"""Tokenizer, model, packed attention, loss, answers."""
+"""Tokenizer, model, packed attention, loss, and generation."""

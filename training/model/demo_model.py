@@ -1,4 +1,4 @@
-"""The embedded model: a small random-start GPT-J and its tokenizer, made in process, no network."""
+"""The demo model: a small, randomly initialised GPT-J and its tokenizer, created locally without a network."""
 
 from __future__ import annotations
 
@@ -17,23 +17,22 @@ from training.data.prompt import prompt_pieces, response_piece
 from training.errors import ModelError, first_line
 from training.files import fingerprint, write_folder
 
-# What decides the model's files: an edit of these makes it anew.
+# The model's files depend on these sources: an edit creates a new model.
 SOURCES = [Path(__file__), *(ROOT / "training" / "data" / name for name in ("demo_rows.py", "prompt.py"))]
 
-VOCAB_SIZE = 1024  # nearly every word of the rows becomes one token
+VOCAB_SIZE = 1024  # enough to make nearly every word of the rows one token
 
-# The smallest GPT-J found that learns the rows in minutes on two cores. As in GPT-J, only a part of each head
-# turns with the position.
+# The smallest GPT-J found that learns the rows in minutes on two cores. As in GPT-J, rotary embeddings cover only a
+# part of each head.
 SHAPE = {"n_positions": 512, "n_embd": 128, "n_layer": 3, "n_head": 4, "rotary_dim": 16}
 
 
 def save_demo_model(folder: str | Path) -> None:
-    """Write a random-start GPT-J and its tokenizer into `folder`, as `from_pretrained` reads them.
+    """Writes a randomly initialised GPT-J and its tokenizer to `folder`, in the format of `from_pretrained`.
 
-    The same bytes at every call. The tokenizer knows no control tokens: like GPT-J's own, it gets them
-    at fine-tuning.
+    Every call writes the same bytes. Like GPT-J's own, the tokenizer has no control tokens; fine-tuning adds them.
     """
-    # Here, because the plan reads the sizes above and needs no torch.
+    # Imported here because the plan needs only SHAPE, and not torch.
     import torch
     from transformers import GPT2TokenizerFast, GPTJConfig, GPTJForCausalLM
 
@@ -48,14 +47,14 @@ def save_demo_model(folder: str | Path) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(DEMO_SEED)
         model = GPTJForCausalLM(config)
-    # save_pretrained writes nothing on another rank than 0, and on another node there is none.
+    # save_pretrained writes only on rank 0, but other nodes need the model on their own disk.
     model.should_save_on_this_rank = lambda is_main_process: True
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
 def _train_bpe(rows: list[Row]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return vocabulary and merges of a byte-level BPE learnt on the rows as the prompt shows them."""
+    """Trains a byte-level BPE on the rows in the prompt layout. Returns (vocabulary, merges)."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
@@ -66,7 +65,7 @@ def _train_bpe(rows: list[Row]) -> tuple[dict[str, int], list[tuple[str, str]]]:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    # The text between control tokens, which cut it before BPE sees it; by paragraph, each with its blank line.
+    # BPE sees only the text between control tokens. Split it by paragraph, each with its blank line.
     pieces = [
         (*prompt_pieces(row["instruction"], row["input"]), response_piece(row["output"])) for row in rows
     ]
@@ -76,7 +75,7 @@ def _train_bpe(rows: list[Row]) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def model_folder(name: str) -> str:
-    """`name` as `from_pretrained` takes it; for "demo" a folder, made at its first use. Raises ModelError."""
+    """Returns `name`, or for "demo" the folder of the demo model, created on first use. Raises ModelError."""
     if name != DEMO:
         return name
     target = Path(HF_HOME) / "dolly" / f"demo-{fingerprint(*SOURCES, transformers_version)}"
@@ -84,9 +83,9 @@ def model_folder(name: str) -> str:
         try:
             with write_folder(target) as folder:
                 save_demo_model(folder)
-        except (OSError, SafetensorError) as error:  # the second is safetensors' own for a full disk
+        except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
             raise ModelError(
-                f"the embedded model cannot be written into {HF_HOME} ({first_line(error)}). Make room there, or type "
-                "export HF_HOME=/a/folder/of/yours"
+                f"the demo model cannot be written into {HF_HOME} ({first_line(error)}). "
+                "Make room there, or type export HF_HOME=/a/folder/of/yours"
             ) from error
     return str(target)

@@ -1,4 +1,4 @@
-"""Answers prompts: Dolly's sampling, batches of prompts, the text between the keys."""
+"""Generates answers to prompts in batches, with Dolly's sampling settings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from training.storage.record import finished_run
 
 logger = logging.getLogger(__name__)
 
-# What a caller may set, with MLflow's names of the types. A temperature of 0: the likeliest answer, always the same.
+# (name, MLflow type, default) of the parameters that a served model accepts. A temperature of 0 means greedy decoding.
 PARAMETERS: tuple[tuple[str, str, Any], ...] = (
     ("max_new_tokens", "long", MAX_NEW_TOKENS),
     ("temperature", "double", 1.0),
@@ -32,12 +32,12 @@ PARAMETERS: tuple[tuple[str, str, Any], ...] = (
 def load_model_tokenizer_for_generate(
     path: str, dtype: torch.dtype | None = None, device: str | None = None, trust_remote_code: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Model and tokenizer of a trained folder, or of a base model to compare with, ready to answer.
+    """Loads model and tokenizer for generation, from a trained folder or a base model.
 
-    By default on the GPU in half precision if there is one, else on the CPU in float32. Raises ModelError where
-    either cannot be loaded, or for a folder whose training did not finish.
+    Defaults: half precision on a GPU, float32 on a CPU. Raises ModelError if one of them cannot be loaded, or if the
+    training in this folder is not finished.
     """
-    if os.path.isfile(Path(path) / RUN_FILE):  # False, not an error, for a path that cannot be looked at
+    if os.path.isfile(Path(path) / RUN_FILE):  # os.path.isfile returns False where Path.is_file could raise
         finished_run(Path(path))
     device = device or best_device()
     if dtype is None:
@@ -48,7 +48,7 @@ def load_model_tokenizer_for_generate(
     model = load_model(path, tokenizer, dtype, DEFAULT_SEED, trust_remote_code)
     model.config.use_cache = True
     if model.config.model_type == "gptj":
-        use_packed_attention(model)  # the fused kernel gives the same answers
+        use_packed_attention(model)  # a fused kernel with the same results
     return model.eval().to(device), tokenizer
 
 
@@ -66,7 +66,7 @@ def generate_response(
     tokenizer: PreTrainedTokenizerBase,
     **generation: Any,
 ) -> str:
-    """The model's answer to one instruction. See `generate_responses`."""
+    """Answers one instruction. See `generate_responses`."""
     return generate_responses([instruction], [input], model=model, tokenizer=tokenizer, **generation)[0]
 
 
@@ -80,19 +80,19 @@ def generate_responses(
     batch_size: int = 8,
     **generation: Any,
 ) -> list[str]:
-    """The text between response key and end key for every instruction, in their order.
+    """Answers every instruction. Returns the text between response key and end key, in order.
 
-    `generation` overrides Dolly's sampling (`max_new_tokens=256, do_sample=True, top_p=0.92, top_k=0`) by any
-    argument of `model.generate`. Prompts are padded on the left and batched by length. Where a prompt leaves
+    `generation` takes any argument of `model.generate` and overrides Dolly's sampling (`max_new_tokens=256,
+    do_sample=True, top_p=0.92, top_k=0`). Prompts are batched by length and padded on the left. If a prompt leaves
     no room for `max_new_tokens`, the end of the user's text is cut, never the response key.
     """
     inputs = inputs if inputs is not None else [None] * len(instructions)
-    room = max_positions(model.config) - int(generation.get("max_new_tokens", MAX_NEW_TOKENS))
-    prompts = prompt_ids(tokenizer, instructions, inputs, room)
+    max_prompt_tokens = max_positions(model.config) - int(generation.get("max_new_tokens", MAX_NEW_TOKENS))
+    prompts = prompt_ids(tokenizer, instructions, inputs, max_prompt_tokens)
     answers = [""] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for begin in range(0, len(order), batch_size):
-        batch = order[begin : begin + batch_size]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
         texts = answer_batch([prompts[i] for i in batch], model, tokenizer, model.device, **generation)
         for i, text in zip(batch, texts, strict=True):
             answers[i] = text
@@ -106,7 +106,7 @@ def answer_batch(
     device: torch.device,
     **generation: Any,
 ) -> list[str]:
-    """The answers to a batch of prompts as ids. Under ZeRO-3 all ranks call it, with the same number of batches."""
+    """Answers one batch of prompts given as token ids. Under ZeRO-3, all ranks must call this equally often."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
@@ -122,7 +122,7 @@ def answer_batch(
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which a terminal would obey: an untrained model may write any."""
+    """Replaces control characters, which could change the terminal: an untrained model may generate any."""
     return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
@@ -130,21 +130,21 @@ def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     instructions: Sequence[str],
     inputs: Sequence[str | None],
-    longest: int,
+    max_tokens: int,
 ) -> list[list[int]]:
-    """Ids of each prompt, at most `longest` tokens. Raises ValueError where not even an empty one would fit."""
+    """Token ids of each prompt, cut to `max_tokens`. Raises ValueError if not even an empty prompt fits."""
     response_key = tokenizer.convert_tokens_to_ids(RESPONSE_KEY)
     prompts = []
     for head, body in zip(*encode_prompts(tokenizer, instructions, inputs), strict=True):
-        room = longest - len(head) - 1
+        room = max_tokens - len(head) - 1
         if room < 1:
             raise ValueError(
-                f"max_new_tokens leaves {max(0, longest)} of the model's positions for the prompt, "
-                f"which needs {len(head) + 2} at least. Ask for fewer new tokens"
+                f"max_new_tokens leaves {max(0, max_tokens)} of the model's positions for the prompt, "
+                f"which needs at least {len(head) + 2}. Ask for fewer new tokens"
             )
         if len(body) > room:
             logger.warning(
-                "a prompt of %d tokens is cut to %d, to leave room for the answer", len(body), room
+                "a prompt of %d tokens was cut to %d, to leave room for the answer", len(body), room
             )
         prompts.append([*head, *body[:room], response_key])
     return prompts

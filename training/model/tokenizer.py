@@ -1,4 +1,4 @@
-"""The base model's tokenizer with Dolly's control tokens."""
+"""Loads the base model's tokenizer and adds Dolly's control tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from training.model.demo_model import model_folder
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer with Dolly's three control tokens, EOS as its pad token, and the chat template."""
+    """Loads the tokenizer, adds control tokens and chat template, and sets EOS as the pad token. Raises ModelError."""
     name = model_folder(name)
     try:
         if _is_bare_bpe(name):
@@ -37,13 +37,13 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         _check_control_tokens(tokenizer, name)
     except ModelError:
         raise
-    except Exception as error:  # files that can be loaded, but not used
+    except Exception as error:  # the files load, but cannot be used
         raise ModelError(f"{name}: its tokenizer is broken ({first_line(error)})") from error
     return tokenizer
 
 
 def _is_bare_bpe(name: str) -> bool:
-    """A folder with GPT-2's two files only, from which AutoTokenizer cannot tell the class."""
+    """Whether the folder has only vocab.json and merges.txt, from which AutoTokenizer cannot infer the class."""
     folder = Path(name)
     return (folder / "vocab.json").is_file() and not any(
         (folder / file).is_file() for file in ("tokenizer.json", "tokenizer_config.json", "config.json")
@@ -51,11 +51,11 @@ def _is_bare_bpe(name: str) -> bool:
 
 
 def _check_control_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Each control token must be one id, and must not eat the text beside it."""
-    ids_of_words = tokenizer.get_vocab()
-    if len(set(ids_of_words.values())) < len(ids_of_words):
+    """Raises ModelError unless each control token has one id of its own and stays text in `encode_text`."""
+    vocabulary = tokenizer.get_vocab()
+    if len(set(vocabulary.values())) < len(vocabulary):
         raise ModelError(
-            f"{name}: its tokenizer gives two words the same id. Use the tokenizer of the base model"
+            f"{name}: its tokenizer gives two tokens the same id. Use the tokenizer of the base model"
         )
     for key in CONTROL_TOKENS:
         ids = tokenizer(f"a{key}b", add_special_tokens=False)["input_ids"]
@@ -64,13 +64,13 @@ def _check_control_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None
     for key in (*CONTROL_TOKENS, tokenizer.eos_token):
         if tokenizer.convert_tokens_to_ids(key) in encode_text(tokenizer, [key])[0]:
             raise ModelError(
-                f"{name}: its tokenizer takes {key!r} for a control token wherever it stands in a text, "
-                "so rows could not be told from their ends. Use a model with another tokenizer"
+                f"{name}: its tokenizer reads {key!r} inside a text as a control token, which would end a row early. "
+                "Use a model with another tokenizer"
             )
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
-    """Stops at the end key or EOS and pads with EOS, in whatever program loads the folder."""
+    """Generation settings saved with the model: sample like Dolly, stop at the end key or EOS, pad with EOS."""
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=[tokenizer.convert_tokens_to_ids(END_KEY), tokenizer.eos_token_id],

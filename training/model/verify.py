@@ -1,4 +1,4 @@
-"""Proves from the files alone that a folder holds a whole model that answers."""
+"""Checks that a saved folder holds a complete model that can answer."""
 
 from __future__ import annotations
 
@@ -14,39 +14,41 @@ from training.errors import ModelError, first_line
 
 
 def not_finite(state_dict: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinite numbers."""
+    """Names of the tensors with NaN or infinite values."""
     return [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
 
 
 def verify_model(folder: Path, trust_remote_code: bool = False) -> None:
-    """Proves from the files alone that a folder holds a whole model that answers.
+    """Checks, from the files alone, that a folder holds a complete model that can answer.
 
-    Names, shapes and number of the weights are those of the config; nothing is empty, NaN or infinite; embedding,
-    tokenizer and generation config agree; and a greedy answer of a few tokens comes out. Holds the model once in
-    host memory, in the precision of its files. Raises ModelError with everything that is wrong.
+    Weights must match the config in name, shape and number, and none may be empty, NaN or infinite. Embedding,
+    tokenizer and generation config must agree, and greedy decoding must yield a few tokens. Holds one copy of the
+    model in host memory, in the precision of its files. Raises ModelError with all problems.
     """
     problems: list[str] = []
     try:
         problems += _weight_problems(folder, trust_remote_code)
         problems += _answer_problems(folder, trust_remote_code)
-    except Exception as error:  # whatever reads a broken file raises: tokenizers has a bare Exception
+    except Exception as error:  # tokenizers raises a bare Exception for a broken file
         problems.append(first_line(error))
     if problems:
         more = [f"and {len(problems) - 8} more"] if len(problems) > 8 else []
         raise ModelError(
-            f"{folder} is not a model that can be used:\n"
+            f"{folder} is not a usable model:\n"
             + "\n".join(f"  - {problem}" for problem in problems[:8] + more)
         )
 
 
 def _weight_problems(folder: Path, trust_remote_code: bool) -> list[str]:
-    """Problems of the tensors in the files, whatever their names: transformers renames some when it saves and loads."""
+    """Problems of the tensors in the files. Ignores names: transformers renames some when it saves and loads."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = [tensor for name, tensor in model.state_dict().items() if name not in parameters]
-    expected = sum(tensor.numel() for tensor in [*model.parameters(), *buffers])  # a tied weight counts once
+    expected = sum(
+        tensor.numel() for tensor in [*model.parameters(), *buffers]
+    )  # parameters() lists a tied weight once
     found, problems = 0, []
     for file in sorted(folder.glob(f"*{WEIGHTS}")):
         with safe_open(file, framework="pt") as weights:
@@ -58,36 +60,40 @@ def _weight_problems(folder: Path, trust_remote_code: bool) -> list[str]:
                 elif not torch.isfinite(tensor).all():
                     problems.append(f"{name} holds NaN or infinite numbers")
     if found != expected:
-        problems.append(f"its files hold {found:,} numbers, and the model of its config {expected:,}")
+        problems.append(f"its files hold {found:,} numbers, but its config describes {expected:,}")
     return problems
 
 
 @torch.inference_mode()
 def _answer_problems(folder: Path, trust_remote_code: bool) -> list[str]:
-    """Problems of the model as transformers loads it; it would draw at random what it does not find."""
+    """Problems of the loaded model. Missing weights are reported, as transformers would initialise them at random."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    model, loaded = AutoModelForCausalLM.from_pretrained(
+    model, loading_info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto",
         trust_remote_code=trust_remote_code,
         output_loading_info=True,
-        ignore_mismatched_sizes=True,  # reported below, with the others
+        ignore_mismatched_sizes=True,  # reported below
     )
     model.eval()
-    problems = [f"{name} is missing" for name in sorted(loaded["missing_keys"])]
-    problems += [f"{name} is not of this architecture" for name in sorted(loaded["unexpected_keys"])]
+    problems = [f"{name} is missing" for name in sorted(loading_info["missing_keys"])]
+    problems += [f"{name} is not of this architecture" for name in sorted(loading_info["unexpected_keys"])]
     problems += [
-        f"{name} has the shape {list(found)}, and {list(expected)} is that of the config"
-        for name, found, expected in sorted(loaded["mismatched_keys"])
+        f"{name} has the shape {list(found)}, but the config describes {list(expected)}"
+        for name, found, expected in sorted(loading_info["mismatched_keys"])
     ]
     if problems:
         return problems
-    rows, stops = model.get_input_embeddings().num_embeddings, model.generation_config.eos_token_id
+    rows, stop_ids = model.get_input_embeddings().num_embeddings, model.generation_config.eos_token_id
     if len(tokenizer) > rows:
-        problems.append(f"the tokenizer has {len(tokenizer):,} entries, and the embedding {rows:,} rows")
-    lost = [key for key in CONTROL_TOKENS if len(tokenizer(key, add_special_tokens=False)["input_ids"]) != 1]
-    problems += [f"the tokenizer does not keep {key!r} as one token" for key in lost]
-    if tokenizer.convert_tokens_to_ids(END_KEY) not in (stops if isinstance(stops, list) else [stops]):
+        problems.append(f"the tokenizer has {len(tokenizer):,} tokens, but the embedding only {rows:,} rows")
+    split_keys = [
+        key for key in CONTROL_TOKENS if len(tokenizer(key, add_special_tokens=False)["input_ids"]) != 1
+    ]
+    problems += [f"the tokenizer does not keep {key!r} as one token" for key in split_keys]
+    if tokenizer.convert_tokens_to_ids(END_KEY) not in (
+        stop_ids if isinstance(stop_ids, list) else [stop_ids]
+    ):
         problems.append(f"generation_config.json does not stop at {END_KEY!r}")
     if problems:
         return problems
