@@ -1,4 +1,4 @@
-"""The benchmark compares like with like: the same rows, the same weights, the same gradients."""
+"""The benchmark compares recipes on the same rows and weights, and their gradients agree."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from training.bench.shares import (
 ALPACA_LENGTHS = json.loads((Path(__file__).parents[1] / "alpaca_lengths.json").read_text())
 
 
-def test_padding_is_counted_to_the_next_multiple_of_eight():
+def test_padded_rows_are_counted_up_to_the_next_multiple_of_eight():
     assert computed_tokens([3, 9, 4], packed=False) == 3 * 16
     assert computed_tokens([3, 9, 4], packed=True) == 16
 
@@ -34,7 +34,7 @@ def test_a_step_waits_for_the_share_with_the_most_computed_tokens():
 
 
 @pytest.mark.parametrize("world_size", [1, 8])
-def test_every_recipe_has_the_same_rows_in_every_step(world_size):
+def test_every_recipe_computes_the_same_rows_in_every_step(world_size):
     steps = {
         recipe: [sorted(row for share in shares for row in share) for shares in
                  global_shares(recipe, ALPACA_LENGTHS, 8, world_size)]
@@ -44,7 +44,7 @@ def test_every_recipe_has_the_same_rows_in_every_step(world_size):
     assert len(steps["dolly"]) == len(ALPACA_LENGTHS) // (8 * world_size)
 
 
-def test_a_few_steps_stand_for_the_epoch():
+def test_a_few_typical_steps_cost_as_much_padding_as_the_epoch():
     shares = global_shares("dolly", ALPACA_LENGTHS, 8, 8)
 
     def cost(steps):
@@ -60,37 +60,37 @@ def test_a_few_steps_stand_for_the_epoch():
     assert sorted(typical_steps(shares, ALPACA_LENGTHS, 1000)) == list(range(len(shares)))
 
 
-def test_on_alpaca_a_third_of_dollys_computation_is_real_and_nearly_all_of_ours():
+def test_a_third_of_dollys_computed_tokens_on_alpaca_are_real_and_over_98_percent_of_ours():
     shares = {recipe: fmean(real_token_shares(recipe, ALPACA_LENGTHS, 8, 8)) for recipe in RECIPES}
     assert 0.30 < shares["dolly"] < 0.38
     assert shares["packed"] > 0.98
     assert shares["dolly"] < shares["stock"] < shares["packed"]
 
 
-def test_the_command_compares_and_draws(tmp_path):
+def test_the_command_compares_all_recipes_and_draws_a_picture(tmp_path):
     picture = tmp_path / "shares.png"
     result = CliRunner().invoke(
         main,
         f"--width 32 --layers 2 --heads 2 --batch 4 --world-size 2 --steps 1 --json --device cpu --plot {picture}".split(),
     )
     assert result.exit_code == 0, result.output
-    figures = json.loads(result.stdout[result.stdout.index("{") :])
-    assert figures["max_relative_gradient_difference"] < 1e-5
+    result_json = json.loads(result.stdout[result.stdout.index("{") :])
+    assert result_json["max_relative_gradient_difference"] < 1e-5
     for recipe in RECIPES:
-        assert figures[recipe]["loss"] == pytest.approx(figures["dolly"]["loss"], rel=1e-5)
-        assert figures["one_rank"]["tokens_per_second"][recipe] > 0
-    for place in ("one_rank", "slowest_rank"):
-        assert {"ratio", "ratio_to_stock", "ratio_like_for_like"} <= figures[place].keys()
+        assert result_json[recipe]["loss"] == pytest.approx(result_json["dolly"]["loss"], rel=1e-5)
+        assert result_json["one_rank"]["tokens_per_second"][recipe] > 0
+    for mode in ("one_rank", "slowest_rank"):
+        assert {"ratio", "ratio_to_stock", "ratio_like_for_like"} <= result_json[mode].keys()
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "messages"),
     [
         (
             "--width 30 --heads 4 --device tube --vocab 5 --world-size 1000",
             [
-                "--width 30 is not --heads 4 times an even head size",
+                "--width 30: expected --heads 4 times an even head size",
                 "--device tube: cannot be used here in fp32",
                 "--vocab 5 is less than the tokenizer's",
                 "rows are fewer than one global batch of 8 x 1000",
@@ -104,8 +104,8 @@ def test_the_command_compares_and_draws(tmp_path):
         ("--plot /no/such/folder/a.png", ["in a folder that exists and can be written"]),
     ],
 )
-def test_all_that_cannot_be_compared_is_told_at_once(options, told):
+def test_all_problems_of_the_options_are_reported_at_once(options, messages):
     result = CliRunner().invoke(main, options.split())
     assert result.exit_code == 2
-    for message in told:
+    for message in messages:
         assert message in result.output

@@ -1,1 +1,1 @@
-"""Padded against packed training, measured."""
+"""Benchmark of padded against packed training."""

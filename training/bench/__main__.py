@@ -1,4 +1,4 @@
-"""Padded against packed training on your own hardware: the same rows and weights, side by side.
+"""Benchmarks padded against packed training on this machine, with the same rows and weights.
 
 python -m training.bench --training-dataset rows.jsonl --width 2048 --layers 3 --heads 16"""
 
@@ -29,35 +29,35 @@ from training.plan.model_shape import gptj_shape
 
 
 def report(result: dict[str, Any]) -> str:
-    """The result as a table for people."""
+    """The result as a text table."""
     recipes = [recipe for recipe in ALL_RECIPES if recipe in result]
     lines = [f"{'':40}" + "".join(f"{recipe:>20}" for recipe in recipes)]
 
-    def line(title: str, values: Sequence[str]) -> None:
-        lines.append(f"{title:40}" + "".join(f"{value:>20}" for value in values))
+    def line(title: str, cells: Sequence[str]) -> None:
+        lines.append(f"{title:40}" + "".join(f"{cell:>20}" for cell in cells))
 
-    def figures(title: str, key: str, shown: Callable[[Any], str]) -> None:
-        line(title, [shown(result[recipe][key]) for recipe in recipes])
+    def values(title: str, key: str, text: Callable[[Any], str]) -> None:
+        line(title, [text(result[recipe][key]) for recipe in recipes])
 
     n = result["world_size"]
-    for place, title in (("one_rank", "1 rank"), ("slowest_rank", f"slowest of {n} ranks")):
-        speeds = result[place]["tokens_per_second"]
+    for mode, title in (("one_rank", "1 rank"), ("slowest_rank", f"slowest of {n} ranks")):
+        speeds = result[mode]["tokens_per_second"]
         line(f"real tokens/s, {title}", [f"{speeds[recipe]:,.0f}" for recipe in recipes])
         line("  times dolly", [f"{speeds[recipe] / speeds['dolly']:.2f}" for recipe in recipes])
-    figures("MFU, 1 rank", "mfu", "{:.2f}".format)
-    figures("peak memory, GiB", "peak_memory_gib", lambda gib: "-" if gib is None else f"{gib:.2f}")
-    figures("loss", "loss", "{:.6f}".format)
-    figures("largest gradient difference to dolly", "relative_gradient_difference", "{:.1e}".format)
-    figures(f"real tokens of those computed, {n} ranks", "real_token_share", "{:.0%}".format)
+    values("MFU, 1 rank", "mfu", "{:.2f}".format)
+    values("peak memory, GiB", "peak_memory_gib", lambda gib: "-" if gib is None else f"{gib:.2f}")
+    values("loss", "loss", "{:.6f}".format)
+    values("largest gradient difference from dolly", "relative_gradient_difference", "{:.1e}".format)
+    values(f"real share of computed tokens, {n} ranks", "real_token_share", "{:.0%}".format)
     lines.append(
-        f"MFU is of the measured matrix-product rate, {result['matmul_gflops']:,.0f} GFLOP/s; memory is beyond "
-        "weights and gradients; a gradient's difference is relative to its norm"
+        f"MFU is relative to the measured matrix-product rate, {result['matmul_gflops']:,.0f} GFLOP/s; memory excludes "
+        "weights and gradients; gradient differences are relative to the gradient's norm"
     )
     return "\n".join(lines)
 
 
 def plot(shares: dict[str, list[float]], world_size: int, path: Path) -> None:
-    """Share of real tokens at every step of an epoch, before and after."""
+    """Draws the share of real tokens at every step of an epoch, by recipe, into an image file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 4.5), layout="constrained")
@@ -69,7 +69,7 @@ def plot(shares: dict[str, list[float]], world_size: int, path: Path) -> None:
         axes.plot(range(1, len(values) + 1), values, marker=".", linewidth=1, label=label)
     axes.set(
         xlabel="step",
-        ylabel="real tokens, of what the devices could compute",
+        ylabel="real tokens, share of what the devices could compute",
         ylim=(0, 1.05),
         title=f"Every step waits for the slowest of {world_size} ranks",
     )
@@ -80,9 +80,9 @@ def plot(shares: dict[str, list[float]], world_size: int, path: Path) -> None:
 
 
 def _prepare(choices: Choices, dataset: str, name: str) -> tuple[Choices, Any, Any]:
-    """(the choices with the vocabulary's size, the tokenizer, the tokenised rows).
+    """(choices with the vocabulary size filled in, tokenizer, tokenised rows).
 
-    Raises click.UsageError with everything that cannot be compared.
+    Raises click.UsageError with every problem.
     """
     problems = _problems(choices)
     tokenizer: Any = None
@@ -94,9 +94,15 @@ def _prepare(choices: Choices, dataset: str, name: str) -> tuple[Choices, Any, A
         problems.append(str(error))
     batch, ranks, vocabulary = choices.batch, choices.world_size, choices.vocabulary
     if rows and len(rows) < batch * ranks:
-        problems.append(f"{len(rows):,} rows are fewer than one global batch of {batch} x {ranks}")
+        problems.append(
+            f"{len(rows):,} rows are fewer than one global batch of {batch} x {ranks}. "
+            "Type a smaller --batch or --world-size"
+        )
     if tokenizer and vocabulary and vocabulary < len(tokenizer):
-        problems.append(f"--vocab {vocabulary} is less than the tokenizer's {len(tokenizer):,} entries")
+        problems.append(
+            f"--vocab {vocabulary} is less than the tokenizer's {len(tokenizer):,} entries. "
+            f"Type --vocab {len(tokenizer)}"
+        )
     if not problems:
         choices = replace(choices, vocabulary=vocabulary or len(tokenizer))
         problems = _memory_problems(choices)
@@ -106,7 +112,7 @@ def _prepare(choices: Choices, dataset: str, name: str) -> tuple[Choices, Any, A
 
 
 def _problems(choices: Choices) -> list[str]:
-    """Whether the model cannot be built, or the device cannot compute, which is tried."""
+    """Problems of the model's shape, the device and the precision. Tries a computation on the device."""
     problems, device, precision = [], choices.device, choices.precision
     try:
         if torch.device(device).type == "cpu" and precision == "fp16":
@@ -121,12 +127,12 @@ def _problems(choices: Choices) -> list[str]:
             f"--device {device}: cannot be used here in {precision} ({reason}). Type --device cpu"
         )
     if choices.width % choices.heads or (choices.width // choices.heads) % 2:
-        problems.append(f"--width {choices.width} is not --heads {choices.heads} times an even head size")
+        problems.append(f"--width {choices.width}: expected --heads {choices.heads} times an even head size")
     return problems
 
 
 def _memory_problems(choices: Choices) -> list[str]:
-    """Whether the padded and the packed model and their gradients exceed what is free."""
+    """A problem if the padded and the packed model and their gradients exceed the free memory."""
     shape = gptj_shape("benchmark", choices.layers, choices.width, choices.heads, choices.vocabulary or 0)
     needed = 2 * 2 * shape.parameters * DTYPES[choices.precision].itemsize / GIB
     on_gpu = torch.device(choices.device).type == "cuda"
@@ -135,31 +141,37 @@ def _memory_problems(choices: Choices) -> list[str]:
         return []
     return [
         f"--width {choices.width}, --layers {choices.layers} and {choices.vocabulary:,} entries need {needed:,.0f} GiB "
-        f"for two models and their gradients, and {free:,.0f} are free. Make one of them smaller"
+        f"for two models and their gradients, but only {free:,.0f} are free. Type a smaller value for one of them"
     ]
 
 
 @click.command()
-@click.option("--training-dataset", default=DEMO, show_default=True, help="As the trainer's.")
-@click.option("--tokenizer", "name", default=DEMO, show_default=True, help="A model's name or folder.")
-@click.option("--width", type=click.IntRange(8), default=512, show_default=True, help="Of the model.")
-@click.option("--layers", type=click.IntRange(1), default=4, show_default=True)
-@click.option("--heads", type=click.IntRange(1), default=8, show_default=True)
+@click.option("--training-dataset", default=DEMO, show_default=True, help="Dataset, as for the trainer.")
+@click.option(
+    "--tokenizer", "name", default=DEMO, show_default=True, help="Name or folder of the tokenizer's model."
+)
+@click.option("--width", type=click.IntRange(8), default=512, show_default=True, help="Width of the model.")
+@click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Layers of the model.")
+@click.option("--heads", type=click.IntRange(1), default=8, show_default=True, help="Attention heads.")
 @click.option(
     "--vocab", "vocabulary", type=click.IntRange(1), help="Embedding rows.  [default: the tokenizer's]"
 )
-@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Rows a rank and step.")
-@click.option("--world-size", type=click.IntRange(1), default=8, show_default=True, help="Ranks to simulate.")
-@click.option("--steps", type=click.IntRange(1), default=4, show_default=True, help="To time of each kind.")
+@click.option("--batch", type=click.IntRange(1), default=8, show_default=True, help="Rows per rank and step.")
+@click.option(
+    "--world-size", type=click.IntRange(1), default=8, show_default=True, help="Number of ranks to simulate."
+)
+@click.option(
+    "--steps", type=click.IntRange(1), default=4, show_default=True, help="Steps to time per recipe."
+)
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
-@click.option("--device", help="[default: the GPU if there is one]")
-@click.option("--json", "as_json", is_flag=True, help="JSON instead of the table.")
+@click.option("--device", help="Device to use.  [default: the GPU if there is one]")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @click.option(
     "--plot",
     "picture",
     type=PictureFile(),
     metavar="FILE.png",
-    help="Draw the share of real tokens, step by step.",
+    help="Draw the share of real tokens at every step.",
 )
 def main(
     training_dataset: str,

@@ -1,8 +1,8 @@
-"""Runs the recipes of the benchmark in turn on the same rows and weights, and measures them.
+"""Measures speed, memory, loss and gradients of the benchmark's recipes on the same rows and weights.
 
-On one rank every recipe computes the same batches. A step of N ranks waits for its slowest rank, so of each global
-batch only the share with the most computed tokens is timed. The timed steps are spread evenly from the one that
-padding costs least to the costliest, because a few random ones would be too few."""
+On one rank every recipe computes the same batches. A step of N ranks waits for its slowest rank, so only the share with
+the most computed tokens is timed for each global batch. The timed steps are spread evenly over all steps sorted by the
+cost of their padding, because a few random steps would not be representative."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ from training.model.attention import use_packed_attention
 from training.model.loading import DTYPES
 from training.model.loss import use_response_loss
 
-PASSES = 3  # of each timed step
+PASSES = 3  # runs of each timed step
 POSITIONS = 2048
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What is compared, as it was typed: the model's shape, the batches, the device.
+    """The options of the benchmark: model shape, batches and device.
 
-    `vocabulary` are the rows of the embedding; None until the tokenizer is loaded.
+    `vocabulary` is the number of embedding rows, None until the tokenizer is loaded.
     """
 
     width: int
@@ -76,7 +76,7 @@ class Choices:
 
 @dataclass
 class Timing:
-    """What one recipe took for some shares of rows, and the operations that these need."""
+    """Time of one recipe over its timed shares, and the FLOPs that they need."""
 
     seconds: float = 0.0
     flops: float = 0.0
@@ -85,7 +85,7 @@ class Timing:
 def compare(
     choices: Choices, tokenizer: PreTrainedTokenizerBase, rows: datasets.Dataset
 ) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """(the figures, by recipe the share of real tokens at each step of an epoch)."""
+    """(the results, and for each recipe the share of real tokens at every step of an epoch)."""
     lengths, pad, ranks = rows["length"][:], tokenizer.pad_token_id, choices.world_size
     first = [rows[row] for row in global_shares("dolly", lengths, choices.batch, 1)[0][0]]
     peaks = peak_memories(choices, first, pad)
@@ -105,7 +105,7 @@ def compare(
         "max_relative_gradient_difference": differences["packed"],
     }
     timings = {}
-    for place, count, title in (
+    for mode, count, title in (
         ("one_rank", 1, "one rank"),
         ("slowest_rank", ranks, f"slowest of {ranks} ranks"),
     ):
@@ -115,12 +115,12 @@ def compare(
             {name: slowest_share(shares[name][i], lengths, ALL_RECIPES[name].real_only) for name in trainees}
             for i in steps
         ]
-        timings[place] = measure(trainees, rows, slowest, pad, title)
-        # A step takes as long as its slowest share, whatever rows the recipe put there.
+        timings[mode] = measure(trainees, rows, slowest, pad, title)
+        # The step takes as long as its slowest share, so it counts all tokens of the global batch.
         tokens = sum(lengths[row] for i in steps for share in shares["dolly"][i] for row in share)
-        speeds = {name: tokens / timing.seconds for name, timing in timings[place].items()}
-        result["steps"][place] = len(steps)
-        result[place] = {
+        speeds = {name: tokens / timing.seconds for name, timing in timings[mode].items()}
+        result["steps"][mode] = len(steps)
+        result[mode] = {
             "tokens_per_second": speeds,
             "ratio": speeds["packed"] / speeds["dolly"],
             "ratio_to_stock": speeds["packed"] / speeds["stock"],
@@ -149,7 +149,7 @@ def _matmul_rate(choices: Choices) -> float:
 
 
 def build_model(choices: Choices, packed: bool) -> PreTrainedModel:
-    """A GPT-J with seeded random weights: transformers' own, or the same with our attention and loss."""
+    """A GPT-J with seeded random weights: transformers' model, or the same with our attention and loss if `packed`."""
     config = GPTJConfig(
         vocab_size=choices.vocabulary,
         n_embd=choices.width,
@@ -175,7 +175,7 @@ def build_model(choices: Choices, packed: bool) -> PreTrainedModel:
 
 
 def sft_trainer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> Any:
-    """TRL's trainer around `model`, padding-free, with the loss on the response alone."""
+    """TRL's SFTTrainer for `model`: padding-free, with completion-only loss."""
     from trl import SFTConfig, SFTTrainer
 
     row = {"input_ids": [0, 0], "labels": [IGNORE_INDEX, 0]}
@@ -199,9 +199,9 @@ def sft_trainer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows
 def step(
     trainee: Any, rows: Sequence[dict[str, Any]], name: str, pad_token_id: int
 ) -> tuple[float, float, int]:
-    """Forward and backward of one share. Returns (seconds, loss, labels); the gradients stay in the model.
+    """Runs forward and backward of one share. Returns (seconds, loss, labels); the gradients stay in the model.
 
-    `trainee` is the model, or TRL's trainer around it.
+    `trainee` is the model, or TRL's trainer for it.
     """
     model = trainee.model if name == TRL else trainee
     if ALL_RECIPES[name].checkpointed:
@@ -210,7 +210,7 @@ def step(
         model.activation_checkpointing_disable()
     model.zero_grad()  # to None, as the Trainer does
     wait_for(model.device)
-    begin = time.perf_counter()
+    start = time.perf_counter()
     if name == TRL:
         batch = trainee.data_collator(
             [{"input_ids": row["input_ids"], "labels": completion_labels(row)} for row in rows]
@@ -227,7 +227,7 @@ def step(
         loss = model(**batch, num_items_in_batch=labels).loss
     loss.backward()
     wait_for(model.device)
-    return time.perf_counter() - begin, loss.item(), int(labels)
+    return time.perf_counter() - start, loss.item(), int(labels)
 
 
 # --- measurements -------------------------------------------------------------------------------------
@@ -240,26 +240,26 @@ def measure(
     pad_token_id: int,
     description: str,
 ) -> dict[str, Timing]:
-    """Runs the recipes in turn over `steps`, which has the rows of every recipe for every step.
+    """Times the recipes alternately on `steps`: for each step, the rows of every recipe.
 
-    Taking turns, they share whatever drifts in the machine's speed. Every step runs PASSES times and its fastest
-    counts, because what else the machine does can only make a step slower.
+    Alternating spreads drifts of the machine's speed over all recipes. Every step runs PASSES times and the fastest
+    counts, because other load on the machine can only slow a step down.
     """
     timings = {name: Timing() for name in trainees}
     parameters = model_parameters(trainees["packed"])
     width, depth = trainees["packed"].config.n_embd, trainees["packed"].config.n_layer
     with tqdm(total=PASSES * len(steps), desc=description, file=sys.stderr, disable=None) as progress:
         for shares in steps:
-            chosen = {name: [rows[row] for row in share] for name, share in shares.items()}
+            step_rows = {name: [rows[row] for row in share] for name, share in shares.items()}
             fastest = dict.fromkeys(shares, math.inf)
             labels = {}
             for _ in range(PASSES):
                 for name in shares:
-                    seconds, _, labels[name] = step(trainees[name], chosen[name], name, pad_token_id)
+                    seconds, _, labels[name] = step(trainees[name], step_rows[name], name, pad_token_id)
                     fastest[name] = min(fastest[name], seconds)
                 progress.update()
             for name, timing in timings.items():
-                lengths = [len(row["input_ids"]) for row in chosen[name]]
+                lengths = [len(row["input_ids"]) for row in step_rows[name]]
                 tokens = layer_tokens(sum(lengths), labels[name], depth)
                 scores = sum(n * n for n in lengths) / 2
                 timing.seconds += fastest[name]
@@ -270,9 +270,9 @@ def measure(
 def gradient_difference(
     trainees: dict[str, Any], rows: Sequence[dict[str, Any]], pad_token_id: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """By recipe, on the same rows: the loss, and the largest difference of any parameter's gradient to Dolly's.
+    """By recipe, on the same rows: the loss, and the largest difference of a parameter's gradient from Dolly's.
 
-    The difference is relative to the norm of that parameter's gradient.
+    The difference is relative to the norm of Dolly's gradient of that parameter.
     """
     losses, differences = {}, {}
     reference: dict[str, torch.Tensor] = {}
@@ -288,7 +288,7 @@ def gradient_difference(
 
 
 def peak_memories(choices: Choices, rows: list[dict[str, Any]], pad_token_id: int) -> dict[str, float]:
-    """Peak memory in GiB of one step by recipe, beyond weights and gradients, each in a fresh process."""
+    """Peak memory of one step in GiB, without weights and gradients, by recipe. Each runs in a fresh process."""
     context = multiprocessing.get_context("spawn")
     peaks = {}
     for name in tqdm(RECIPES, desc="peak memory", file=sys.stderr, disable=None):
@@ -307,14 +307,14 @@ def peak_memories(choices: Choices, rows: list[dict[str, Any]], pad_token_id: in
 def _peak_memory(
     choices: Choices, rows: list[dict[str, Any]], name: str, pad_token_id: int, results: Any
 ) -> None:
-    """In a process of its own: the memory that a step takes beyond weights and gradients, in GiB."""
+    """Puts the peak memory of a step, without weights and gradients, into `results`. Runs in its own process."""
     model = build_model(choices, RECIPES[name].packed)
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    elif sys.platform.startswith("linux"):  # a Mac cannot forget a peak
+    elif sys.platform.startswith("linux"):  # macOS cannot reset the peak
         Path("/proc/self/clear_refs").write_text("5")  # proc(5)
     before = peak_memory_gib(on_gpu)
     step(model, rows, name, pad_token_id)

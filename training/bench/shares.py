@@ -1,4 +1,4 @@
-"""The recipes of the benchmark, and how each of them deals the rows of an epoch to the ranks."""
+"""The recipes of the benchmark, and how each splits global batches into one share of rows per rank."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from training.plan.epoch import padded_length
 
 @dataclass(frozen=True)
 class Recipe:
-    """One way to train.
+    """A training method to compare.
 
     Attributes:
-        deal: how a global batch becomes the shares of the ranks (data/batching.py).
-        packed: our attention, loss and collator.
-        checkpointed: every layer is computed again in the backward pass.
-        real_only: no padding is computed.
+        deal: how a global batch is split into the ranks' shares (data/batching.py).
+        packed: uses our attention, loss and collator.
+        checkpointed: uses gradient checkpointing.
+        real_only: computes no padding.
     """
 
     deal: Literal["packed", "padded", "length"]
@@ -31,27 +31,27 @@ class Recipe:
 RECIPES = {
     # padded to the longest row of a random batch
     "dolly": Recipe("padded", checkpointed=True),
-    # the best of transformers' own Trainer: padded, dealt by `batch_rebalance`
+    # the best that transformers' Trainer offers: padded, split by `batch_rebalance`
     "stock": Recipe("length"),
     "packed": Recipe("packed", packed=True, real_only=True),
-    # to compare like with like
+    # packed, with checkpointing as in dolly
     "packed_checkpointed": Recipe("packed", packed=True, checkpointed=True, real_only=True),
 }
-# The SFTTrainer of the `trl` package where it is installed: padding-free on eager attention, the fastest of its
-# settings that keeps GPT-J's documents apart.
+# SFTTrainer of the `trl` package, if installed: padding-free with eager attention, its fastest setting that keeps
+# GPT-J's documents apart.
 TRL = "trl"
 ALL_RECIPES = RECIPES | {TRL: Recipe("padded", real_only=True)}
 
 
 def computed_tokens(lengths: Sequence[int], packed: bool) -> int:
-    """Tokens that a share costs: its own if packed, else every row padded to the longest."""
+    """Tokens computed for a share: its own if packed, otherwise with every row padded to the longest."""
     if packed or not lengths:
         return sum(lengths)
     return len(lengths) * padded_length(max(lengths))
 
 
 def global_shares(name: str, lengths: Sequence[int], rows: int, world_size: int) -> list[list[list[int]]]:
-    """The full global batches of an epoch, `[step][rank]`, as the recipe deals them. All have the same batches."""
+    """Row indices `[step][rank]` of an epoch's full global batches, as the recipe splits them; same batches for all."""
     sampler = GlobalBatchSampler(
         lengths,
         rows * world_size,
@@ -69,12 +69,12 @@ def global_shares(name: str, lengths: Sequence[int], rows: int, world_size: int)
 
 
 def slowest_share(shares: Sequence[Sequence[int]], lengths: Sequence[int], packed: bool) -> Sequence[int]:
-    """The share that its step waits for."""
+    """The share with the most computed tokens, which its step waits for."""
     return max(shares, key=lambda share: computed_tokens([lengths[row] for row in share], packed))
 
 
 def typical_steps(shares: list[list[list[int]]], lengths: Sequence[int], steps: int) -> list[int]:
-    """Steps that stand for the epoch: spread evenly from the one that padding costs least to the costliest."""
+    """Representative steps of the epoch, spread evenly over all steps sorted by the cost of padding."""
     order = sorted(
         range(len(shares)), key=lambda i: real_share(shares[i], lengths, packed=False), reverse=True
     )
@@ -83,7 +83,7 @@ def typical_steps(shares: list[list[list[int]]], lengths: Sequence[int], steps: 
 
 
 def real_share(shares: Sequence[Sequence[int]], lengths: Sequence[int], packed: bool) -> float:
-    """The real tokens of a step, as a share of what its ranks could compute while they wait for the slowest."""
+    """Real tokens of a step, as a share of the tokens that all ranks could compute in the time of the slowest."""
     costs = [computed_tokens([lengths[row] for row in share], packed) for share in shares]
     return sum(lengths[row] for share in shares for row in share) / (max(costs) * len(shares))
 
