@@ -1,18 +1,18 @@
-"""@gpu_profile: a live Metaflow card of a step: its GPUs, its host, and the progress of its training.
+"""@gpu_profile: a live Metaflow card of a step with its GPUs, its host and the progress of its training.
 
-Lay this file beside any flow; it needs Metaflow, and nvidia-ml-py and psutil where the step runs:
+Put this file beside any flow. It needs Metaflow, and nvidia-ml-py and psutil where the step runs:
 
     from gpu_profile import gpu_profile
 
-    @gpu_profile(interval=1.0, run_folder="output")    # self.output names a run's folder; without it: devices alone
+    @gpu_profile(interval=1.0, run_folder="output")    # self.output: a run's folder. Default: devices only
     @step
     def train(self): ...
 
-A failure of the profile is reported in the card and never reaches the step. `python gpu_profile.py flow.py` serves the
-cards of a flow live, to this machine alone.
+An error of the profile is shown in the card and never reaches the step. `python gpu_profile.py flow.py` serves the
+cards of a flow live, on this machine only.
 
-One file on purpose, in chapters: figures over time, devices, the run's files, charts and words, the profiler, the
-decorator, live cards.
+It is one file so that it can be copied. Its parts: figures over time, devices, the run's files, charts and text, the
+profiler, the decorator, live cards.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ except ImportError as error:
 
 CARD = "gpu_profile"
 GIB = 2**30
-# Points of a curve at most. With eight GPUs a card's data is then some 150 kB however long the step.
+# Most points of a curve. With eight GPUs the data of a card stays below 150 kB, however long the step is.
 POINTS = 200
 REFRESH_SECONDS = 10.0  # each refresh starts a Python process
 STAGES_SHOWN = 6
 PROMPTS = 10
 ANSWER_CHARACTERS = 600
 ERROR_LINES = 40
-# nvidia-smi's words for what two GPUs have in common, by nvmlGpuTopologyLevel_t.
+# nvidia-smi's names for the connection of two GPUs, by nvmlGpuTopologyLevel_t.
 ANCESTORS = {0: "PSB", 10: "PIX", 20: "PXB", 30: "PHB", 40: "NODE", 50: "SYS"}
 LEGEND = (
     "NV#: # NVLinks; PSB: one board; PIX: one PCIe switch; PXB: several PCIe switches; PHB: a PCIe host bridge; "
-    "NODE: host bridges of one NUMA node; SYS: the link between NUMA nodes; ?: the driver does not tell"
+    "NODE: host bridges of one NUMA node; SYS: the link between NUMA nodes; ?: not reported by the driver"
 )
 
 Rows = list[dict[str, float]]  # {"x": 12.5, "GPU 0": 87.0, "max GPU 0": 100.0}
@@ -66,8 +66,8 @@ Rows = list[dict[str, float]]  # {"x": 12.5, "GPU 0": 87.0, "max GPU 0": 100.0}
 class Series:
     """Figures over x (seconds or steps), in at most `points` buckets of equal width.
 
-    A bucket keeps the count, sum and maximum of each figure. When there are too many buckets, each two become one,
-    twice as wide: a peak is never lost, and ten hours take the room of ten minutes.
+    A bucket keeps the count, sum and maximum of each figure. If there are too many buckets, pairs of them are merged
+    into buckets of twice the width. So no peak is lost, and ten hours need no more memory than ten minutes.
     """
 
     def __init__(self, width: float, points: int = POINTS):
@@ -82,11 +82,11 @@ class Series:
         self._merge(int(x // self.width), {"x": (1, x, x), **added})
         while len(self.buckets) > self.points:
             halved, self.buckets, self.width = self.buckets, {}, 2 * self.width
-            for place, bucket in halved.items():
-                self._merge(place // 2, bucket)
+            for index, bucket in halved.items():
+                self._merge(index // 2, bucket)
 
-    def _merge(self, place: int, bucket: Mapping[str, tuple[int, float, float]]) -> None:
-        into = self.buckets.setdefault(place, {})
+    def _merge(self, index: int, bucket: Mapping[str, tuple[int, float, float]]) -> None:
+        into = self.buckets.setdefault(index, {})
         for name, (count, total, most) in bucket.items():
             before = into.get(name, (0, 0.0, -math.inf))
             into[name] = (before[0] + count, before[1] + total, max(before[2], most))
@@ -95,7 +95,7 @@ class Series:
         return list(dict.fromkeys(name for bucket in self.buckets.values() for name in bucket if name != "x"))
 
     def rows(self, scale: float = 1.0) -> Rows:
-        """One object a bucket: mean x divided by `scale`, each figure's mean by its name, "max NAME" where it is more."""
+        """One object a bucket: mean x / `scale`, the mean of each figure, and "max NAME" if the maximum is larger."""
         rows = []
         for _, bucket in sorted(self.buckets.items()):
             means = {name: total / count for name, (count, total, _) in bucket.items()}
@@ -132,9 +132,9 @@ def _short(value: float) -> float:
 
 
 class Gpus:
-    """The NVIDIA GPUs of this machine, by NVML. Raises ImportError, NVMLError or RuntimeError where there are none.
+    """The NVIDIA GPUs of this machine, read by NVML. Raises ImportError, NVMLError or RuntimeError if there are none.
 
-    What a driver does not report (MIG, virtual GPUs, old boards) is None; the rest is read all the same.
+    A value that the driver does not report (MIG, virtual GPUs, old boards) is None.
     """
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ class Gpus:
         boards = _known({f"GPU {n}": self.ask(pynvml.nvmlDeviceGetHandleByIndex, n) for n in numbers})
         if not boards:
             raise RuntimeError("NVML finds no GPU")
-        instances = {  # the parts of boards that MIG has divided; NVML counts none on another
+        instances = {  # MIG devices; NVML counts none on a GPU without MIG
             f"{name} MIG {slot}": self.ask(pynvml.nvmlDeviceGetMigDeviceHandleByIndex, board, slot)
             for name, board in boards.items()
             for slot in range(self.ask(pynvml.nvmlDeviceGetMaxMigDeviceCount, board) or 0)
@@ -167,7 +167,7 @@ class Gpus:
         self.topology = self._topology(boards)
 
     def ask(self, query: Callable[..., Any], *arguments: Any, part: str = "") -> Any:
-        """The answer of a query, or a part of it; None if the driver has none."""
+        """The result of a query, or one attribute of it; None if the driver does not support it."""
         try:
             answer = query(*arguments)
         except self.nvml.NVMLError:
@@ -181,16 +181,16 @@ class Gpus:
             use[name] = self.ask(self.nvml.nvmlDeviceGetUtilizationRates, handle, part="gpu")
             memory[name] = self._gib(handle, "used")
         if not (_known(use) or _known(memory)):
-            self.nvml.nvmlDeviceGetMemoryInfo(next(iter(self.handles.values())))  # says why
+            self.nvml.nvmlDeviceGetMemoryInfo(next(iter(self.handles.values())))  # raises the reason
         return use, memory
 
     def _gib(self, handle: Any, part: str) -> float | None:
-        """Memory of a device, "total" or "used"."""
+        """Memory of a device in GiB, "total" or "used"."""
         size = self.ask(self.nvml.nvmlDeviceGetMemoryInfo, handle, part=part)
         return None if size is None else size / GIB
 
     def _topology(self, boards: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-        """Between each two GPUs the word that `nvidia-smi topo -m` prints."""
+        """The connection of each two GPUs, as `nvidia-smi topo -m` prints it."""
         links = {name: self._links(board) for name, board in boards.items()}
         buses = {device["device"]: device["bus"] for device in self.devices}
 
@@ -198,7 +198,7 @@ class Gpus:
             if one == other:
                 return "X"
             straight = links[one].count(buses[other]) if buses[other] else 0
-            # All links of a GPU on an NVSwitch lead to the switch, and by it to every other GPU.
+            # On an NVSwitch all links of a GPU end at the switch, which connects it to every other GPU.
             count = straight or min(links[one].count("switch"), links[other].count("switch"))
             if count:
                 return f"NV{count}"
@@ -208,7 +208,7 @@ class Gpus:
         return {one: {other: word(one, other) for other in boards} for one in boards}
 
     def _links(self, board: Any) -> list[str | None]:
-        """Where the board's active NVLinks end: the other GPU's bus, or "switch"."""
+        """The other end of each active NVLink of the board: a GPU's bus, or "switch"."""
         ends = []
         for link in range(self.nvml.NVML_NVLINK_MAX_LINKS):
             if self.ask(self.nvml.nvmlDeviceGetNvLinkState, board, link):
@@ -223,17 +223,17 @@ def _known(answers: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class Host:
-    """This machine's processors, memory and one disk, by psutil; in a container its own limit of memory."""
+    """This machine's processors, memory and one disk, read by psutil. In a container memory is its own limit."""
 
     def __init__(self) -> None:
         import psutil
 
         self.psutil = psutil
         self.cores = psutil.cpu_count()
-        psutil.cpu_percent()  # the first answer of a thread is 0
+        psutil.cpu_percent()  # the first call in a thread returns 0
 
     def read(self, folder: Path) -> dict[str, float]:
-        """Percent of processors, memory and the disk of `folder`; the last two in GiB as well, used and total."""
+        """Use of processors, memory and the disk of `folder` in percent; the last two also in GiB, used and total."""
         memory = self.psutil.virtual_memory()
         disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
         figures = {"CPU": self.psutil.cpu_percent()}
@@ -246,7 +246,7 @@ class Host:
 
 
 def container_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] | None:
-    """Bytes that this container uses, and may use, cached files left out; None where nothing limits it."""
+    """(used, limit) memory of this container in bytes, without cached files; None if there is no limit."""
     for folder, limit_file, used_file, cache in (  # cgroups version 2, then 1
         (cgroups, "memory.max", "memory.current", "inactive_file"),
         (cgroups / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
@@ -265,35 +265,35 @@ def container_memory(cgroups: Path = Path("/sys/fs/cgroup")) -> tuple[int, int] 
 
 
 class Lines:
-    """The lines of a growing file of JSON objects, each read once, whatever the file's size."""
+    """Reads each line of a growing file of JSON objects once."""
 
     def __init__(self, file: Path):
-        self.file, self.place, self.inode = file, 0, 0
+        self.file, self.offset, self.inode = file, 0, 0
 
     def new(self) -> tuple[bool, list[dict[str, Any]]]:
-        """(whether the file was started anew, the objects since last time). A last line without its end waits for it."""
+        """(whether the file was replaced, the new objects). An incomplete last line is read by a later call."""
         if not self.file.exists():
             return False, []
         with open(self.file, "rb") as stream:
             status = os.fstat(stream.fileno())
-            # A run that is resumed writes a shorter file and puts it in the place of the former.
-            anew = status.st_ino != self.inode or status.st_size < self.place
-            self.inode, self.place = status.st_ino, 0 if anew else self.place
-            stream.seek(self.place)
-            whole = stream.read()
-        whole = whole[: whole.rfind(b"\n") + 1]
-        self.place += len(whole)
+            # A resumed run replaces the file by a shorter one.
+            replaced = status.st_ino != self.inode or status.st_size < self.offset
+            self.inode, self.offset = status.st_ino, 0 if replaced else self.offset
+            stream.seek(self.offset)
+            content = stream.read()
+        content = content[: content.rfind(b"\n") + 1]
+        self.offset += len(content)
         entries = []
-        for line in whole.splitlines():
+        for line in content.splitlines():
             with contextlib.suppress(ValueError):
                 entry = json.loads(line)
                 if isinstance(entry, dict) and number(entry.get("step")) is not None:
                     entries.append(entry)
-        return anew, entries
+        return replaced, entries
 
 
 class Run:
-    """What a run has written so far into its folder: metrics.jsonl and samples.jsonl, one JSON object a line.
+    """The metrics.jsonl and samples.jsonl of a run so far, one JSON object a line.
 
     {"step": 10, "max_steps": 797, "epoch": 0.01, "seconds": 12.3, "loss": 1.9, "tokens_per_second": 9000.0, ...}
     {"step": 100, "max_steps": 797, "epoch": 0.13, "seconds": 80.1, "eval_loss": 1.5}
@@ -309,13 +309,13 @@ class Run:
 
     def _forget_metrics(self) -> None:
         self.loss, self.speed = Series(1), Series(1)
-        self.last: dict[str, float] = {}  # the latest of each figure
+        self.last: dict[str, float] = {}  # the latest value of each figure
         self.pace: deque[tuple[float, float]] = deque(maxlen=20)  # (step, seconds) of the latest lines
 
     def read(self) -> None:
-        """Takes in what is new. Raises OSError if a file exists and cannot be read."""
-        anew, entries = self.metrics.new()
-        if anew:
+        """Reads new lines. Raises OSError if a file exists and cannot be read."""
+        replaced, entries = self.metrics.new()
+        if replaced:
             self._forget_metrics()
         for entry in entries:
             step = float(entry["step"])
@@ -325,8 +325,8 @@ class Run:
             self.last |= figures
             if "seconds" in figures and (not self.pace or step > self.pace[-1][0]):
                 self.pace.append((step, figures["seconds"]))
-        anew, entries = self.samples.new()
-        if anew:
+        replaced, entries = self.samples.new()
+        if replaced:
             self.answers, self.epochs = {}, {}
         for entry in entries:
             self._take_answer(entry)
@@ -340,7 +340,7 @@ class Run:
             stage[prompt] = _cut(str(entry.get("response", "")))
 
     def progress(self) -> tuple[int, str, str]:
-        """(percent, latest figures, time that is left at the latest pace), in words."""
+        """(percent, text of the latest figures, text of the time left at the latest pace)."""
         step, steps = self.last.get("step", 0.0), self.last.get("max_steps", 0.0)
         words = f"step {step:,.0f} of {steps:,.0f}" if steps else f"step {step:,.0f}"
         forms = {
@@ -350,7 +350,7 @@ class Run:
             "tokens_per_second": ", {:,.0f} tokens/s",
         }
         words += "".join(form.format(self.last[name]) for name, form in forms.items() if name in self.last)
-        left = "at its end" if steps and step >= steps else "time left not known yet"
+        left = "finished" if steps and step >= steps else "time left not known yet"
         if self.pace and steps > step:
             (first, begin), (latest, now) = self.pace[0] if len(self.pace) > 1 else (0.0, 0.0), self.pace[-1]
             if latest > first:
@@ -358,15 +358,15 @@ class Run:
         return (int(min(100, 100 * step / steps)) if steps else 0), words, left
 
     def stages(self) -> list[float]:
-        """The steps whose answers are shown: the first, the last, and evenly between."""
+        """The steps whose answers are shown: the first, the last, and some evenly between."""
         steps = sorted(self.answers)
         last, gaps = len(steps) - 1, min(len(steps), STAGES_SHOWN) - 1
         return [steps[round(n * last / max(1, gaps))] for n in range(gaps + 1)]
 
     def answer_table(self) -> tuple[list[str], list[Any]]:
-        """(headers, rows): a row an instruction, a column a stage."""
+        """(headers, rows): one row per instruction, one column per stage."""
         stages = self.stages()
-        # A header is not broken into lines: the shorter word for a stage, where it tells all of them apart.
+        # Headers do not wrap, so epochs are preferred if they distinguish all stages.
         epochs = [f"epoch {epoch:.2f}" for epoch in map(self.epochs.get, stages) if epoch is not None]
         names = epochs if len(set(epochs)) == len(stages) else [f"step {step:,.0f}" for step in stages]
         shown = [self.answers[step] for step in stages]
@@ -374,13 +374,13 @@ class Run:
         return ["instruction", *names], [[p, *(stage.get(p, "") for stage in shown)] for p in prompts]
 
 
-# --- charts and words ---------------------------------------------------------------------------------
+# --- charts and text ----------------------------------------------------------------------------------
 
 
 def chart_spec(
     title: str, rows: Rows, names: list[str], x: str, y: str, top: float | None = None, zero: bool = False
 ) -> dict[str, Any]:
-    """A Vega-Lite chart of a line a name, over the mean; a pale line shows the maximum of a bucket where it is above."""
+    """A Vega-Lite chart with a line for the mean of each name, and a pale line for maxima above the mean."""
     scale = {"zero": zero} if top is None else {"domain": [0, top]}
     legend = {"symbolType": "stroke", "symbolOpacity": 1, "symbolStrokeWidth": 3}
     encoding = {
@@ -408,7 +408,7 @@ def chart_spec(
 
 
 def duration(seconds: float) -> str:
-    """Seconds in words: "12 s", "5 min", "3 h 20 min"."""
+    """Formats seconds as "12 s", "5 min" or "3 h 20 min"."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     hours, minutes = divmod(round(seconds / 60), 60)
@@ -416,7 +416,7 @@ def duration(seconds: float) -> str:
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """(title, seconds) of the unit in which a step this long is drawn."""
+    """(axis title, seconds per unit) for a step of this length."""
     unit, scale = ("minutes", 60.0) if seconds < 3 * 3600 else ("hours", 3600.0)
     if seconds < 300:
         unit, scale = "seconds", 1.0
@@ -424,7 +424,7 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 
 def error_text(error: BaseException | str | None) -> str:
-    """The error and where it came from; of a long one the last lines, which say what it was."""
+    """The error with its traceback; of a long one only the last lines."""
     text = "".join(traceback.format_exception(error)) if isinstance(error, BaseException) else str(error)
     lines = text.rstrip().splitlines()
     return "\n".join(["..."] * (len(lines) > ERROR_LINES) + [line[:500] for line in lines[-ERROR_LINES:]])
@@ -442,13 +442,13 @@ def _cut(text: str) -> str:
 
 
 class Profiler:
-    """Samples in one thread and draws in another, so that a slow card leaves no gap in the curves.
+    """Samples in one thread and draws in another, so that a slow card makes no gap in the curves.
 
     Args:
         card: `current.card[ID]`.
         title: Markdown of the first line.
         interval: seconds between two samples.
-        folder: returns the folder of the run, None as long as it has none.
+        folder: returns the folder of the run, or None while it is not set.
     """
 
     def __init__(self, card: Any, title: str, interval: float, folder: Callable[[], Path | None]):
@@ -456,13 +456,13 @@ class Profiler:
         self.began = time.monotonic()
         self.ended: float | None = None
         self.error: BaseException | str | None = None
-        self.faults: dict[str, str] = {}  # the latest of each part
+        self.errors: dict[str, str] = {}  # the latest error of each part
         self.gpus: Gpus | None = None
         self.host: Host | None = None
         self.run: Run | None = None
         self.use, self.memory, self.machine = Series(interval), Series(interval), Series(interval)
         self.count = 0
-        self.parts: dict[str, tuple[object, Any]] = {}  # place in the card -> state and component
+        self.parts: dict[str, tuple[object, Any]] = {}  # key in the card -> state and component
         self.shown: list[Any] = []
         self.lock, self.halt = threading.Lock(), threading.Event()
         self.sampler = threading.Thread(target=self._sample, daemon=True, name="gpu_profile samples")
@@ -473,61 +473,61 @@ class Profiler:
         self.painter.start()
 
     def stop(self, error: BaseException | str | None) -> dict[str, Any]:
-        """Ends both threads, draws the last figures, and returns them as plain objects. `error`: why the step failed."""
+        """Ends both threads, draws the last figures and returns the profile. `error`: why the step failed."""
         if self.ended is None:
             self.ended, self.error = time.monotonic(), error
             self.halt.set()
-            self.sampler.join(timeout=10)  # a driver that hangs does not hold the step up
+            self.sampler.join(timeout=10)  # a hanging driver must not block the step
             self.painter.join(timeout=60)
             if self.painter.is_alive():
-                self.faults["card"] = "the last refresh did not end within 60 s"
+                self.errors["card"] = "the last refresh did not end within 60 s"
             else:
-                with self.harmless("card"):
+                with self.record_errors("card"):
                     self.draw()
-                    # Metaflow itself draws the card once more only for a step that succeeds. The second refresh waits
-                    # for a process that the first finds at work.
+                    # Metaflow draws the card a last time only if the step succeeds. The second refresh waits for the
+                    # process of an earlier one.
                     for _ in range(0 if error is None else 2):
                         self.card.refresh(force=True)
         with self.lock:
             return self._record()
 
     def seconds(self) -> float:
-        """Since the step began, until it ended."""
+        """Seconds since the step began, until its end."""
         return (self.ended or time.monotonic()) - self.began
 
     @contextlib.contextmanager
-    def harmless(self, part: str) -> Iterator[None]:
-        """Keeps a failure of the profile from the step; the card shows the latest of each part."""
+    def record_errors(self, part: str) -> Iterator[None]:
+        """Catches errors of the profile. The card shows the latest one of each part."""
         try:
             yield
-        except Exception as fault:
-            self.faults[part] = _cut(f"{type(fault).__name__}: {fault}")
+        except Exception as error:
+            self.errors[part] = _cut(f"{type(error).__name__}: {error}")
 
     # --- the profiler: samples ---
 
     def _sample(self) -> None:
-        with self.harmless("GPUs"):
+        with self.record_errors("GPUs"):
             self.gpus = Gpus()
-        with self.harmless("host"):
+        with self.record_errors("host"):
             self.host = Host()
         due = time.monotonic()
         while not self.halt.wait(max(0.0, due - time.monotonic())):
-            due = max(due + self.interval, time.monotonic())  # missed samples are not made up for
+            due = max(due + self.interval, time.monotonic())  # missed samples are skipped
             self.sample(self.seconds())
 
     def sample(self, seconds: float) -> None:
         """Reads every device once."""
         if self.gpus:
-            with self.harmless("GPUs"):
+            with self.record_errors("GPUs"):
                 use, memory = self.gpus.read()
                 with self.lock:
                     self.use.add(seconds, use)
                     self.memory.add(seconds, memory)
         if self.host:
-            folder = Path.cwd()  # whose disk is watched
-            with self.harmless("run folder"):
+            folder = Path.cwd()  # its disk is measured
+            with self.record_errors("run folder"):
                 folder = self.folder() or folder
-            with self.harmless("host"):
+            with self.record_errors("host"):
                 figures = self.host.read(folder)
                 with self.lock:
                     self.machine.add(seconds, figures)
@@ -546,7 +546,7 @@ class Profiler:
             "topology": self.gpus.topology if self.gpus else {},
             **{name: series.rows() for name, series in curves.items()},
             "peaks": {name: series.peaks() for name, series in curves.items()},
-            "faults": dict(self.faults),
+            "faults": dict(self.errors),
         }
 
     # --- the profiler: its card ---
@@ -555,28 +555,28 @@ class Profiler:
         drawn, wait = 0.0, 1.0
         while not self.halt.wait(wait):
             since = self.seconds()
-            wait = min(REFRESH_SECONDS, max(3.0, since / 4))  # shorter at first: somebody is waiting
-            with self.harmless("card"):
+            wait = min(REFRESH_SECONDS, max(3.0, since / 4))  # shorter at first, for a user who waits
+            with self.record_errors("card"):
                 if _card_process_runs(self.card):
-                    continue  # a machine this busy gets no more work
+                    continue  # do not add load to a busy machine
                 changed = self.draw()
-                # A plain refresh only gives its figures to a browser that shows the card. What `card view` and
-                # `card get` show is drawn whole, which takes two processes: seldom.
-                whole = changed or since - drawn > min(300.0, max(30.0, since / 10))
-                drawn = since if whole else drawn
-                self.card.refresh(force=whole)
+                # A plain refresh only updates a browser that shows the card. `card view` and `card get` need a complete
+                # drawing, which starts two processes, so it is rare.
+                complete = changed or since - drawn > min(300.0, max(30.0, since / 10))
+                drawn = since if complete else drawn
+                self.card.refresh(force=complete)
 
     def draw(self) -> bool:
-        """Brings the card's components up to date. Returns whether they are others than before."""
-        with self.harmless("run"):
+        """Updates the card's components. Returns whether components were added or replaced."""
+        with self.record_errors("run"):
             folder = self.folder()
             if folder is not None and (self.run is None or self.run.folder != folder):
                 self.run = Run(folder)
-            if self.run is not None:  # after sys.exit the flow has lost its attributes
+            if self.run is not None:  # after sys.exit the flow has no attributes
                 self.run.read()
         layout: list[Any] = []
         for section in (self._status, self._training, self._devices):
-            with self.lock, self.harmless("card"):
+            with self.lock, self.record_errors("card"):
                 layout += section()
         if [id(part) for part in layout] == [id(part) for part in self.shown]:
             return False
@@ -592,10 +592,10 @@ class Profiler:
         if self.error is not None:
             yield self.markdown("## The step failed")
             yield self.part("error", lambda: PythonCode(code_string=error_text(self.error)))
-        faults = [[part, text] for part, text in dict(self.faults).items() if part != "GPUs" or self.gpus]
-        if faults:
-            yield self.markdown("**What the profile could not do** (the step goes on)")
-            yield self.table("faults", ["part", "fault"], faults)
+        errors = [[part, text] for part, text in dict(self.errors).items() if part != "GPUs" or self.gpus]
+        if errors:
+            yield self.markdown("**Errors of the profile** (they do not affect the step)")
+            yield self.table("errors", ["part", "error"], errors)
 
     def _training(self) -> Iterator[Any]:
         if self.run is None:
@@ -610,13 +610,13 @@ class Profiler:
             yield from self.chart("loss", self.run.loss, ("step", 1.0), "loss")
             yield from self.chart("speed", self.run.speed, ("step", 1.0), "tokens/s", zero=True)
         else:
-            yield self.markdown("Nothing told yet: metrics.jsonl is not there, or is empty.", "run state")
+            yield self.markdown("No metrics yet: metrics.jsonl is missing or empty.", "run state")
         headers, rows = self.run.answer_table()
         if rows:
             shown, stages = len(self.run.stages()), len(self.run.answers)
-            note = f", of {stages} stages {shown}" if shown < stages else ""
+            note = f": {shown} of {stages} stages" if shown < stages else ""
             yield self.markdown(f"## Answers{note}", "answers head")
-            # Cells that are strings are shown as they are; Markdown would take a model's answer for HTML.
+            # String cells are shown literally; Markdown would render HTML in a model's answer.
             yield self.table("answers", headers, rows)
 
     def _devices(self) -> Iterator[Any]:
@@ -625,10 +625,10 @@ class Profiler:
         if gpus:
             cuda = f"CUDA {gpus.cuda or '?'} (the newest that this driver runs)"
             yield self.markdown(f"Driver {gpus.driver or '?'}, {cuda}", "driver")
-        elif "GPUs" in self.faults:
-            what, why = "No NVIDIA GPU", self.faults["GPUs"]
-            if "host" in self.faults and not self.host:
-                what, why = "**No device can be read**", f"{why}; {self.faults['host']}"
+        elif "GPUs" in self.errors:
+            what, why = "No NVIDIA GPU", self.errors["GPUs"]
+            if "host" in self.errors and not self.host:
+                what, why = "**No device can be read**", f"{why}; {self.errors['host']}"
             yield self.markdown(f"{what}: `{' '.join(why.replace('`', chr(39)).split())}`", "no gpu")
         yield from self._device_table()
         since = time_unit(self.seconds())
@@ -643,7 +643,7 @@ class Profiler:
             yield self.markdown(LEGEND)
 
     def _device_table(self) -> Iterator[Any]:
-        """Each device with its mean and highest figures. Metaflow updates a table's Markdown cells alone."""
+        """A row per device with mean and peak use. Metaflow updates only Markdown cells of a table."""
         rows: list[tuple[str, str, Series, float | None, float | None]] = []
         for device in self.gpus.devices if self.gpus else ():
             name, kind = device["device"], f"{device['type'] or '?'}, {device['bus'] or '?'}"
@@ -661,8 +661,8 @@ class Profiler:
             yield self.table("devices", ["device", "type", "mean use", "peak use", "peak memory"], cells)
 
     def chart(self, title: str, series: Series, x: tuple[str, float], y: str, **axis: Any) -> Iterator[Any]:
-        """A chart over x, of which (title, scale) are known; none before the first figure."""
-        # The host's sizes in GiB are in the table alone.
+        """A chart over x = (title, scale); none before the first figure."""
+        # The host's sizes in GiB are only in the table.
         names = [name for name in series.names() if "GiB" not in name]
         if names:
             title_of_x, scale = x
@@ -671,25 +671,25 @@ class Profiler:
             part.update(spec)
             yield part
 
-    def table(self, place: str, headers: list[str], rows: list[Any]) -> Any:
-        return self.part(place, lambda: Table(rows, headers=headers), (headers, rows))
+    def table(self, key: str, headers: list[str], rows: list[Any]) -> Any:
+        return self.part(key, lambda: Table(rows, headers=headers), (headers, rows))
 
-    def markdown(self, text: str, place: str = "") -> Any:
-        """The text at a place; a text that never changes is its own place."""
-        part = self.part(place or text, lambda: Markdown(text))
+    def markdown(self, text: str, key: str = "") -> Any:
+        """A Markdown component; without `key` the constant text is the key."""
+        part = self.part(key or text, lambda: Markdown(text))
         part.update(text)
         return part
 
-    def part(self, place: str, make: Callable[[], Any], state: object = None) -> Any:
-        """The component at a place of the card, made once, and again where its state is another."""
-        if place not in self.parts or self.parts[place][0] != state:
-            self.parts[place] = (state, make())
-        return self.parts[place][1]
+    def part(self, key: str, make: Callable[[], Any], state: object = None) -> Any:
+        """The card component of that key. It is made once, and again if `state` has changed."""
+        if key not in self.parts or self.parts[key][0] != state:
+            self.parts[key] = (state, make())
+        return self.parts[key][1]
 
 
 def _card_process_runs(card: Any) -> bool:
-    """Whether the process of the last refresh is still at work. Metaflow then drops the next one, and its files."""
-    with contextlib.suppress(Exception):  # Metaflow's own affairs, which another version may order otherwise
+    """Whether the process of the last refresh still runs. Metaflow would then drop the next refresh."""
+    with contextlib.suppress(Exception):  # internals of Metaflow, which may change
         from metaflow.plugins.cards.card_creator import CardProcessManager
 
         process, _ = CardProcessManager._get_card_process(card._card_creator_args["card_uuid"])
@@ -714,7 +714,7 @@ def _profiled(step_name: str, flow: Any, inputs: Any, attributes: Mapping[str, A
 
 
 def _begin(flow: Any, attributes: Mapping[str, Any]) -> Profiler | None:
-    """A profiler at work, None if it cannot be."""
+    """Starts a profiler. Returns None if that fails."""
     name = attributes.get("run_folder")
 
     def folder() -> Path | None:
@@ -725,10 +725,10 @@ def _begin(flow: Any, attributes: Mapping[str, Any]) -> Profiler | None:
         card, title = current.card[CARD], f"# `{current.pathspec}`"
         profiler = Profiler(card, title, float(attributes["interval"]), folder)
         profiler.start()
-        # A step that leaves by sys.exit passes every decorator by.
-        atexit.register(profiler.stop, "The step left before its end, by sys.exit or an interruption.")
-    except Exception as fault:
-        print(f"@gpu_profile: this step goes without its profile: {fault!r}", file=sys.stderr)
+        # sys.exit in a step skips every decorator.
+        atexit.register(profiler.stop, "The step ended early, by sys.exit or an interruption.")
+    except Exception as error:
+        print(f"@gpu_profile: this step runs without its profile: {error!r}", file=sys.stderr)
         return None
     return profiler
 
@@ -737,35 +737,37 @@ def _end(profiler: Profiler, flow: Any, step_name: str, error: BaseException | N
     try:
         record = profiler.stop(error)
         atexit.unregister(profiler.stop)
-        # A name of its own for every task, or a join of profiled steps could not merge their artifacts.
-        places = [str(frame[0]) for frame in flow.foreach_stack() or ()]
-        setattr(flow, "_".join(["gpu_profile", step_name, *places]), record)
-    except Exception as fault:
-        print(f"@gpu_profile: the profile of this step is lost: {fault!r}", file=sys.stderr)
+        # Each task needs its own name, or a join could not merge the artifacts.
+        indices = [str(frame[0]) for frame in flow.foreach_stack() or ()]
+        setattr(flow, "_".join(["gpu_profile", step_name, *indices]), record)
+    except Exception as failure:
+        print(f"@gpu_profile: the profile of this step is lost: {failure!r}", file=sys.stderr)
 
 
 class gpu_profile(StepMutator):  # noqa: N801 - named as decorators are
-    """Adds the card and what fills it to a step.
+    """Adds the card and its profiler to a step.
 
     Args:
         interval: seconds between two samples, 0.1 or more.
-        run_folder: name of the flow's attribute that holds the folder of a run, whose curves and answers are drawn.
+        run_folder: name of the flow's attribute that holds the folder of a run. Its curves and answers are drawn.
 
-    The profile is an artifact as well: gpu_profile_STEP, and gpu_profile_STEP_N in the N-th task of a foreach.
+    The profile is also an artifact: gpu_profile_STEP, and gpu_profile_STEP_N in task N of a foreach.
     """
 
     def init(self, interval: float = 1.0, run_folder: str | None = None) -> None:
         if number(interval) is None or interval < 0.1:
-            raise MetaflowException(f"@gpu_profile: interval is {interval!r}; give seconds, 0.1 or more")
+            raise MetaflowException(
+                f"@gpu_profile: interval is {interval!r}; expected seconds, 0.1 or more. Type interval=1.0"
+            )
         if run_folder is not None and not str(run_folder).isidentifier():
             raise MetaflowException(
-                f"@gpu_profile: run_folder is {str(run_folder)!r}; give the name of the attribute that holds the "
-                'folder: run_folder="output" for self.output'
+                f"@gpu_profile: run_folder is {str(run_folder)!r}; expected the name of the attribute that holds "
+                'the folder. Type run_folder="output" for self.output'
             )
         self.attributes = {"interval": float(interval)} | ({"run_folder": run_folder} if run_folder else {})
 
     def mutate(self, mutable_step: Any) -> None:
-        # refresh_interval=0: the profiler keeps its own time, and Metaflow's would drop a failed step's last word.
+        # refresh_interval=0: the profiler has its own, and Metaflow's drops the last refresh of a failed step.
         mutable_step.add_decorator("card", deco_kwargs={"type": "blank", "id": CARD, "refresh_interval": 0})
         mutable_step.add_decorator(_profiled, deco_kwargs=self.attributes)
 
@@ -774,8 +776,11 @@ class gpu_profile(StepMutator):  # noqa: N801 - named as decorators are
 
 
 def main() -> None:
-    """Serves the cards of a flow live at http://127.0.0.1:8324: Metaflow's own card server, which listens on every
-    network of the machine, bound to this machine alone. Arguments: the flow's file, and options of `card server`."""
+    """Serves the cards of a flow live at http://127.0.0.1:8324, for this machine only.
+
+    It is Metaflow's card server, which by itself listens on all networks. Arguments: the flow's file, and options of
+    `card server`.
+    """
     from metaflow.plugins.cards import card_server
 
     if len(sys.argv) < 2 or not Path(sys.argv[1]).is_file():

@@ -1,9 +1,9 @@
-"""The finished model of a run on S3: pushed under the run by the flow, fetched by the run's id.
+"""Pushes the finished model of a flow's run to S3, and fetches it by the run's id.
 
     python flows/model_on_s3.py 1764229912 --to dolly       then: python -m training.generate --model dolly "..."
 
-It lies under METAFLOW_DATATOOLS_S3ROOT/TrainDollyFlow/<run id>/. Like everywhere else, run.json comes last, so that
-training.generate refuses a copy that is not whole. The artifact `model` of the run has each file's size and SHA-256.
+The model lies under METAFLOW_DATATOOLS_S3ROOT/TrainDollyFlow/<run id>/. run.json is copied last, so training.generate
+refuses an incomplete copy. The artifact `model` of the run holds each file's size and SHA-256.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from training.consts import RUN_FILE
 from training.files import file_digest
 
 FLOW = "TrainDollyFlow"
-LEFTOVER = "metaflow.s3." + 8 * "[a-z0-9_]"  # S3(tmproot=...) makes its folder of copies by mkdtemp
+LEFTOVER = "metaflow.s3." + 8 * "[a-z0-9_]"  # S3(tmproot=...) copies into a mkdtemp folder
 NO_METAFLOW = "Metaflow is not installed. Type pip install '.[metaflow]'"
 
 
 class StoreError(RuntimeError):
-    """The model could not be pushed or fetched; the message says why and what to type."""
+    """The model could not be pushed or fetched. The message says why and what to type."""
 
 
 def root_problems() -> list[str]:
-    """Why nothing could be pushed to the configured root; [] too where none is configured."""
+    """Why the configured root cannot be reached; [] if it can, or if none is configured."""
     from metaflow.metaflow_config import DATATOOLS_CLIENT_PARAMS, DATATOOLS_S3ROOT
     from metaflow.plugins.datatools.s3.s3util import get_s3_client
 
@@ -42,18 +42,18 @@ def root_problems() -> list[str]:
     from botocore.config import Config
 
     bucket = DATATOOLS_S3ROOT.removeprefix("s3://").split("/")[0]
-    # The user's own settings, a dict until Metaflow has made its first client of them.
+    # The user's settings are a dict until Metaflow has created its first client.
     config = DATATOOLS_CLIENT_PARAMS.get("config") or {}
     config = config if isinstance(config, Config) else Config(**config)
-    # Metaflow's many tries are for the hours of a run; here a person waits.
+    # Metaflow's default retries take too long while a user waits.
     quick = config.merge(Config(connect_timeout=10, read_timeout=10, retries={"total_max_attempts": 3}))
     client, _ = get_s3_client(s3_client_params={**DATATOOLS_CLIENT_PARAMS, "config": quick})
     try:
         client.head_bucket(Bucket=bucket)
-    except Exception as error:  # boto3's own: no bucket, no right, no connection
+    except Exception as error:  # of boto3: no bucket, no permission, no connection
         return [
             f"METAFLOW_DATATOOLS_S3ROOT {DATATOOLS_S3ROOT}: the bucket {bucket!r} cannot be reached ({error}). "
-            "Make it, or give the right to write there"
+            "Create it, or grant write access to it"
         ]
     return []
 
@@ -70,10 +70,10 @@ def _as_store_errors(place: str, advice: str = "") -> Iterator[None]:
 
 
 def push(folder: Path, files: dict[str, dict[str, Any]], run: Any) -> str | None:
-    """Copies a finished model's `files` ({name: {"size", "sha256"}}, of `copy.model_digests`) under the run.
+    """Copies a finished model's `files` ({name: {"size", "sha256"}} from `copy.model_digests`) to S3 under the run.
 
-    What an earlier attempt of the same run has left there is kept where it is right. Returns the URL of the folder, or
-    None where no root is configured. Raises StoreError; the local model is untouched then.
+    Correct files of an earlier attempt are kept. Returns the URL of the folder, or None if no root is configured.
+    Raises StoreError; the local model is never changed.
     """
     from metaflow import S3, current
     from metaflow.metaflow_config import DATATOOLS_S3ROOT
@@ -81,10 +81,10 @@ def push(folder: Path, files: dict[str, dict[str, Any]], run: Any) -> str | None
 
     if not DATATOOLS_S3ROOT:
         return None
-    # The folder of S3(run=run), for people.
+    # The URL that S3(run=run) uses, for messages.
     root = f"{DATATOOLS_S3ROOT.rstrip('/')}/{current.flow_name}/{current.run_id}"
     with _as_store_errors(root), S3(run=run) as s3:
-        arrived = _right(s3, files)
+        arrived = _uploaded(s3, files)
         for names in (files.keys() - {RUN_FILE}, {RUN_FILE}):
             missing = sorted(names - arrived)
             objects = [
@@ -92,16 +92,16 @@ def push(folder: Path, files: dict[str, dict[str, Any]], run: Any) -> str | None
                 for name in missing
             ]
             urls = s3.put_files(objects) if objects else []
-            if len(urls) != len(missing):  # of a missing bucket it returns [], and says nothing
+            if len(urls) != len(missing):  # for a missing bucket it returns [] without an error
                 raise StoreError(f"{root}: {len(urls)} of {len(missing)} files arrived")
-        wrong = sorted(files.keys() - _right(s3, files))
+        wrong = sorted(files.keys() - _uploaded(s3, files))
         if wrong:
-            raise StoreError(f"{root}: not there, or of another size than here: {', '.join(wrong)}")
+            raise StoreError(f"{root}: files are missing or differ from the local ones: {', '.join(wrong)}")
     return root
 
 
-def _right(s3: Any, files: dict[str, dict[str, Any]]) -> set[str]:
-    """Which of the files lie there with their size, pushed from the same content."""
+def _uploaded(s3: Any, files: dict[str, dict[str, Any]]) -> set[str]:
+    """Names of the files that are on S3 with the same size and SHA-256."""
     return {
         found.key
         for found in s3.info_many(list(files), return_missing=True)
@@ -111,24 +111,24 @@ def _right(s3: Any, files: dict[str, dict[str, Any]]) -> set[str]:
 
 
 def fetch(run_id: str, folder: Path) -> Path:
-    """Copies the model of a run to `folder`, each file compared with its SHA-256. What is there and right is kept.
+    """Copies the model of a run to `folder` and checks each file's SHA-256. Correct existing files are kept.
 
-    Returns the folder that holds the model. Raises StoreError.
+    Returns the folder. Raises StoreError.
     """
     from metaflow import S3
 
-    model = _model_of(run_id)
+    model = _model_artifact(run_id)
     files = model["files"]
-    _prepare(folder, files)
-    missing = [name for name in files if name != RUN_FILE and _figures(folder / name) != files[name]]
-    if missing or _figures(folder / RUN_FILE) != files[RUN_FILE]:
-        (folder / RUN_FILE).unlink(missing_ok=True)  # nobody shall take for whole what is being mended
+    _prepare_folder(folder, files)
+    missing = [name for name in files if name != RUN_FILE and _digest(folder / name) != files[name]]
+    if missing or _digest(folder / RUN_FILE) != files[RUN_FILE]:
+        (folder / RUN_FILE).unlink(missing_ok=True)  # so that the folder counts as incomplete meanwhile
         missing.append(RUN_FILE)
     with S3(s3root=model["s3"], tmproot=str(folder)) as s3:
         for name in missing:
-            with _as_store_errors(f"{model['s3']}/{name}", ". The same command goes on"):
+            with _as_store_errors(f"{model['s3']}/{name}", ". Type the same command to continue"):
                 copy = Path(s3.get(name).path)
-            if _figures(copy) != files[name]:
+            if _digest(copy) != files[name]:
                 raise StoreError(
                     f"{model['s3']}/{name}: is not the file that was pushed. Fetch another run's model"
                 )
@@ -136,28 +136,28 @@ def fetch(run_id: str, folder: Path) -> Path:
     return folder
 
 
-def _model_of(run_id: str) -> dict[str, Any]:
-    """The artifact `model` of a run. Raises StoreError where it was not pushed."""
+def _model_artifact(run_id: str) -> dict[str, Any]:
+    """The artifact `model` of a run. Raises StoreError if it was not pushed."""
     from metaflow import Run, namespace
     from metaflow.exception import MetaflowException
 
-    namespace(None)  # anybody's runs
+    namespace(None)  # runs of all users
     try:
         model = Run(f"{FLOW}/{run_id}")["train"].task.data.model
     except (MetaflowException, KeyError, AttributeError) as error:
         raise StoreError(
-            f"run {run_id}: there is no model of it ({error}). Type python flows/train_dolly_flow.py logs {run_id}/train"
+            f"run {run_id}: has no model ({error}). Type python flows/train_dolly_flow.py logs {run_id}/train"
         ) from error
     if not model.get("s3"):
         raise StoreError(
-            f"run {run_id}: was not pushed to S3, as no METAFLOW_DATATOOLS_S3ROOT was configured. It lies in {model['folder']} "
-            f"on {model['host']}"
+            f"run {run_id}: its model is not on S3, because METAFLOW_DATATOOLS_S3ROOT was not configured. "
+            f"Copy it from {model['folder']} on {model['host']}"
         )
     return model
 
 
-def _prepare(folder: Path, files: Mapping[str, Any]) -> None:
-    """Makes the folder, or clears a killed fetch's leftovers from it. Raises StoreError where it holds anything else."""
+def _prepare_folder(folder: Path, files: Mapping[str, Any]) -> None:
+    """Makes the folder, and removes leftovers of a killed fetch. Raises StoreError if it holds anything else."""
     if folder.exists() and not folder.is_dir():
         raise StoreError(f"{folder}: is a file. Name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
@@ -165,14 +165,14 @@ def _prepare(folder: Path, files: Mapping[str, Any]) -> None:
     foreign = sorted({path.name for path in folder.iterdir() if path not in left} - files.keys())
     if foreign:
         raise StoreError(
-            f"{folder}: holds what is not of this model ({', '.join(foreign[:3])}). Name a new folder"
+            f"{folder}: holds files of something else ({', '.join(foreign[:3])}). Name a new folder"
         )
     for path in left:
         shutil.rmtree(path)
 
 
-def _figures(file: Path) -> dict[str, Any] | None:
-    """{"size", "sha256"} of a file, None where there is none."""
+def _digest(file: Path) -> dict[str, Any] | None:
+    """{"size", "sha256"} of a file, None if it does not exist."""
     return file_digest(file) if file.is_file() else None
 
 
@@ -182,7 +182,7 @@ def _figures(file: Path) -> dict[str, Any] | None:
     "--to", "folder", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="A new folder."
 )
 def main(run_id: str, folder: Path) -> None:
-    """Fetch the model of a flow's run, by its RUN_ID, to FOLDER, or go on with a copy that broke off."""
+    """Fetch the model of the flow's run RUN_ID to FOLDER. The same command continues an interrupted copy."""
     try:
         fetch(run_id, folder.expanduser())
     except ImportError:

@@ -1,7 +1,7 @@
-"""Resources of the pod that trains on a machine: CPUs, GPUs, memory, disk and shared memory, from the plan.
+"""Resources of the training pod: CPUs, GPUs, memory, disk and shared memory, taken from the plan.
 
-Metaflow must know them before a run has parameters, so they are counted for Dolly's run (on "cpu" for the demo's). A run
-that needs more is refused in its first step, with the number to type. Imports no torch.
+Metaflow needs them before a run has parameters, so they are those of Dolly's run (on "cpu" of the demo). A run that
+needs more is refused in its first step, with the numbers to type. It does not import torch.
 """
 
 from __future__ import annotations
@@ -25,31 +25,31 @@ from training.plan.lookup import model_shape
 from training.plan.presets import demo_options, preset_options
 
 CPU_RANKS = 2
-# A container has 64 MiB of /dev/shm, and NCCL keeps its buffers between the GPUs of a node there: 2 GiB a rank make
-# the 16 GiB of eight that training.launch.exits names as well. What is used of it counts as the pod's memory.
+# NCCL keeps buffers between the GPUs of a node in /dev/shm, for which a container's default of 64 MiB is too small.
+# 2 GiB a rank make 16 GiB for eight, as in training.launch.exits. Used shared memory counts as memory of the pod.
 SHARED_GIB = 2.0
-# For each rank, with its supervisor and the threads of the offloaded Adam. Clouds give no fewer with a GPU, and a pod
-# that requests more than a node has waits for ever.
+# For each rank, its supervisor and the threads of the offloaded Adam. Cloud machines have at least as many per GPU. A
+# pod that requests more than its node has would wait for ever.
 CPUS_A_GPU = 4
-DRIVER_GIB = 2.0  # the flow's own process and card, DeepSpeed's launcher, Metaflow's sidecars
+DRIVER_GIB = 2.0  # the flow's process and card, DeepSpeed's launcher, Metaflow's sidecars
 MARGIN = 1.1  # the plan's own accuracy
-SHARE_OF_NODE = 0.95  # of a machine's memory, what a node has left for pods. An assumption
-KEYS = ("cpu", "gpu", "memory", "disk", "shared_memory")  # of Metaflow's @resources
+SHARE_OF_NODE = 0.95  # share of a machine's memory that pods can request. An assumption
+KEYS = ("cpu", "gpu", "memory", "disk", "shared_memory")  # keys of Metaflow's @resources
 
 
 class PodError(MetaflowException):
-    """A pod that no machine can be; Metaflow shows the message without a traceback."""
+    """No machine can provide this pod. Metaflow shows the message without a traceback."""
 
     headline = "No such pod"
 
 
 def parse_machine(name: str) -> str:
-    """The config "machine", checked. Raises PodError with the known names."""
+    """Parses the config "machine". Raises PodError with the known names."""
     return machine_of(name.strip()).name
 
 
 def parse_resources(text: str) -> dict[str, int]:
-    """The config "resources", checked: a JSON object of positive whole numbers. Raises PodError."""
+    """Parses the config "resources", a JSON object of positive whole numbers. Raises PodError."""
     expected = 'a JSON object such as {"memory": 128000}, in MB; its keys may be ' + ", ".join(KEYS)
     try:
         requested = json.loads(text)
@@ -63,7 +63,7 @@ def parse_resources(text: str) -> dict[str, int]:
 
 
 def machine_of(name: str, gpus: int | None = None) -> Machine:
-    """The machine of that name, or `gpus` of its GPUs; "cpu" is any without one. Raises PodError."""
+    """The machine of that name, with all or `gpus` of its GPUs; "cpu" has none. Raises PodError."""
     if name == "cpu":
         return Machine("cpu", "cpu", "CPU", CPU_RANKS, 0.0, 0.0, "none", math.inf, math.inf)
     try:
@@ -76,26 +76,28 @@ def machine_of(name: str, gpus: int | None = None) -> Machine:
 
 
 def plan_for(machine: Machine) -> Plan:
-    """The plan of Dolly's run there, whether it fits or not; on "cpu" of the demo's, with rows as long as Alpaca's."""
+    """The plan of Dolly's run on the machine, whether it fits or not; on "cpu" of the demo with Alpaca's lengths."""
     chosen = preset_options(machine.family, machine.count)
     if machine.is_cpu:
         chosen |= demo_options(machine.count)
     options = TrainingOptions(local_output_dir="OUTPUT", **chosen)
     settings = resolve(options, machine.count, find_family(machine.family).precision)
-    machine = replace(machine, flops=machine.flops or 1e9)  # nobody reads times here, so no CPU is measured
+    machine = replace(
+        machine, flops=machine.flops or 1e9
+    )  # times are not used here, so no CPU needs measuring
     return plan_run(settings, alpaca_lengths(), model_shape(options.input_model), machine)
 
 
 def resources(name: str, requested: Mapping[str, int]) -> dict[str, Any]:
-    """Metaflow's @resources for the step that trains on a machine; `requested` stands in place of what the plan says.
+    """Metaflow's @resources for the train step; `requested` replaces the plan's values.
 
-    {"cpu": 32, "gpu": 8, "memory": MB, "disk": MB, "shared_memory": MiB}; "gpu" is None without one.
+    {"cpu": 32, "gpu": 8, "memory": MB, "disk": MB, "shared_memory": MiB}; "gpu" is None without GPUs.
     """
     machine = machine_of(name, requested.get("gpu"))
     return {
         "cpu": machine.count * (1 if machine.is_cpu else CPUS_A_GPU),
         "gpu": None if machine.is_cpu else machine.count,
-        # No node could give more, and the pod would wait for ever.
+        # With more, the pod would wait for ever, because no node has it.
         **_needs(plan_for(machine), at_most=SHARE_OF_NODE * machine.host_gib),
         "shared_memory": round(1024 * SHARED_GIB * machine.count),
         **requested,
@@ -103,32 +105,32 @@ def resources(name: str, requested: Mapping[str, int]) -> dict[str, Any]:
 
 
 def pod_machine(name: str, requested: Mapping[str, int]) -> Machine:
-    """The machine that training finds in such a pod: its GPUs, with the pod's memory and disk."""
+    """The pod as a machine: its GPUs, memory and disk."""
     machine, granted = machine_of(name, requested.get("gpu")), resources(name, requested)
     memory, disk = (granted[key] * 1e6 / GIB for key in ("memory", "disk"))
     return replace(machine, name="this pod", host_gib=memory - _overhead(machine), disk_gib=disk)
 
 
 def advice(plan: Plan, requested: Mapping[str, int]) -> str:
-    """What to type so that a pod gets what this run's plan lacks; "" where no pod of the machine has it."""
+    """What to type to request the missing memory or disk; "" if GPU memory is short."""
     needs, keys = _needs(plan), {"host memory": "memory", "disk": "disk"}
-    if not plan.shortages.keys() <= keys.keys():  # GPU memory
+    if not plan.shortages.keys() <= keys.keys():
         return ""
     more = {**requested, **{keys[kind]: needs[keys[kind]] for kind in plan.shortages}}
-    return f"To ask for it, type --config-value resources '{json.dumps(more)}' before run"
+    return f"To request it, type --config-value resources '{json.dumps(more)}' before run"
 
 
 def _needs(plan: Plan, at_most: float = math.inf) -> dict[str, int]:
-    """MB of memory (of no more GiB than `at_most`) and of disk for a pod in which the plan fits."""
+    """Memory (at most `at_most` GiB) and disk in MB for a pod in which the plan fits."""
     memory = min(at_most, _overhead(plan.machine) + MARGIN * max(plan.host_memory_gib.values()))
     return {"memory": _megabytes(memory), "disk": _megabytes(MARGIN * sum(plan.disk_gib.values()))}
 
 
 def _overhead(machine: Machine) -> float:
-    """GiB of a pod's memory that training does not get."""
+    """GiB of the pod's memory that are not left for training."""
     return DRIVER_GIB + SHARED_GIB * machine.count
 
 
 def _megabytes(gib: float) -> int:
-    """Metaflow's unit for memory and disk, 10**6 bytes (Kubernetes' M), rounded up to the next 1000."""
+    """MB for Metaflow (10**6 bytes, Kubernetes' M), rounded up to the next 1000."""
     return 1000 * math.ceil(gib * GIB / 1e9)

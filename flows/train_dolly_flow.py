@@ -1,11 +1,11 @@
-"""Dolly as a Metaflow flow: start -> train -> end. It chooses options and runs the one command; see docs/metaflow.md.
+"""Dolly as a Metaflow flow: start -> train -> end. It runs the training command; see docs/metaflow.md.
 
     python flows/train_dolly_flow.py run                                      Dolly's run on this machine's GPUs
     python flows/train_dolly_flow.py run --gpu-family cpu                     the demo
     python flows/train_dolly_flow.py --datastore s3 --config-value machine 8xV100-32GB run --with kubernetes
-    python flows/train_dolly_flow.py resume                                   goes on from the last checkpoint
+    python flows/train_dolly_flow.py resume                                   continues from the last checkpoint
 
-Imports no torch at its top: every task and every refresh of a card starts this file anew.
+It does not import torch at module level, because every task and every refresh of a card runs this file again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
-# Metaflow's package has everything in one folder.
+# In Metaflow's package all files lie in one folder.
 ROOT = HERE if (HERE / "training").is_dir() else HERE.parent
 sys.path.insert(0, str(ROOT))
 
@@ -59,15 +59,15 @@ from training.storage import metrics
 from training.storage.copy import model_digests
 from training.storage.record import finished_run
 
-# What a task on another machine needs beside this folder. training.machine.environment reads requirements.txt.
+# Packaged for tasks on other machines. training.machine.environment reads requirements.txt.
 SOURCES = [ROOT / "training", ROOT / "config", ROOT / "requirements.txt"]
 SUFFIXES = [".py", ".json", ".txt"]
-# The trainer's options that are parameters of the flow; the others come by --trainer-options.
+# The trainer's options that are parameters of the flow. All others go into --trainer-options.
 OPTIONS = ("input_model", "training_dataset", "epochs", "max_steps", "lr", "seed", "sample_every")
 
 
 class RunRefusedError(MetaflowException):
-    """The run cannot start; the message has every reason and what to type."""
+    """The run cannot start. The message lists every problem and what to type."""
 
     headline = "Cannot train"
 
@@ -76,20 +76,20 @@ class RunRefusedError(MetaflowException):
 
 
 class StepFailedError(MetaflowException):
-    """Training, or the push of its model, has failed; the message says why, and how to go on."""
+    """Training or the push of its model failed. The message says why, and how to resume."""
 
-    headline = "The run can go on"
+    headline = "The run can be resumed"
 
     def __init__(self, error: Exception):
-        cure = f"When the cause is mended, type python flows/train_dolly_flow.py resume --origin-run-id {current.run_id}"
-        super().__init__(f"{error}\n{cure}")
+        command = f"python flows/train_dolly_flow.py resume --origin-run-id {current.run_id}"
+        super().__init__(f"{error}\nWhen the cause is fixed, type {command}")
 
 
 def option(name: str, default: str = "", parameter: Any = Parameter, **settings: Any) -> Any:
-    """A parameter of the flow for an option of the trainer, with its help. `default`: in words, where it is the flow's own."""
+    """A flow parameter for an option of the trainer, with its help. `default`: shown if the flow's default differs."""
     known = TrainingOptions.__dataclass_fields__[name]
     kinds: dict[str, Any] = {"int": {"type": int}, "float": {"type": float}}
-    kind = kinds.get(known.type.split()[0], {})  # of "int | None" the first
+    kind = kinds.get(known.type.split()[0], {})  # the first of "int | None"
     shown = default or known.default
     note = "" if shown is None else f"  [default: {shown}]"
     return parameter(flag_of(name)[2:], help=known.metadata["help"] + note, **kind, **settings)
@@ -111,7 +111,7 @@ class TrainDollyFlow(FlowSpec):
         default_value="{}",
         parser=pod.parse_resources,
         plain=True,
-        help='What to ask for in place of what the plan says, as {"memory": 128000, "disk": 300000}, in MB.',
+        help='Resources to request instead of the plan\'s, such as {"memory": 128000, "disk": 300000}, in MB.',
     )
 
     gpu_family = Parameter(
@@ -123,7 +123,7 @@ class TrainDollyFlow(FlowSpec):
     training_dataset = option("training_dataset")
     training_file = IncludeFile(
         "training-file",
-        help="Rows of your own instead, .json, .jsonl, .csv or .parquet. Metaflow keeps a copy with the run.",
+        help="A file with your own rows: .json, .jsonl, .csv or .parquet. Metaflow keeps a copy with the run.",
         is_text=False,
     )
     epochs = option("epochs", "1")
@@ -134,22 +134,20 @@ class TrainDollyFlow(FlowSpec):
     sample_every = option("sample_every")
     local_training_root = Parameter(
         "local-training-root",
-        help="Where the run's folder is made. On a cluster: storage that all pods share, or a resume begins anew."
+        help="Folder for the run's folder. On a cluster use storage that all pods share, or a resume starts at step 0."
         "  [default: ~/dolly_training]",
     )
-    dbfs_output_root = Parameter(
-        "dbfs-output-root", help="Where the finished model is copied as well: a folder or URL."
-    )
+    dbfs_output_root = Parameter("dbfs-output-root", help="A folder or URL for a copy of the finished model.")
     trainer_options = Parameter(
         "trainer-options",
-        help="Any other options of training.trainer, in one string: '--save-steps 50 --batching padded'.",
+        help="Other options of training.trainer, in one string: '--save-steps 50 --batching padded'.",
         default="",
     )
 
     @resources(memory=8000)  # it tokenises the rows
     @step
     def start(self) -> None:
-        """Refuses whatever can be refused before a GPU is paid for."""
+        """Checks options, rows and plan before a GPU is paid for."""
         remote = _is_remote()
         problems = root_problems()
         if remote and not (DATATOOLS_S3ROOT or self.dbfs_output_root or self.local_training_root):
@@ -160,7 +158,9 @@ class TrainDollyFlow(FlowSpec):
         try:
             root = _runs_folder(self.local_training_root)
             self.folder = f"{root}/dolly__{current.run_id}"
-            self.output = f"{self.folder}/model"  # in resumed runs too, as this step is not run again
+            self.output = (
+                f"{self.folder}/model"  # a resumed run keeps it, because this step does not run again
+            )
             machine = (
                 pod.pod_machine(self.machine, self.requested) if remote else this_machine(root, self.num_gpus)
             )
@@ -186,8 +186,8 @@ class TrainDollyFlow(FlowSpec):
     @resources(**{key: config_expr(f"pod.resources(machine, resources)['{key}']") for key in pod.KEYS})
     @step
     def train(self) -> None:
-        """Runs the command, and brings the model to safety."""
-        # A kill ends the training with a checkpoint, as Ctrl-C does.
+        """Runs the training command and pushes the model to S3."""
+        # SIGTERM ends the training with a checkpoint, as Ctrl-C does.
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         self.host = socket.gethostname()
         self._write_files()
@@ -207,7 +207,7 @@ class TrainDollyFlow(FlowSpec):
 
     @step
     def end(self) -> None:
-        """Prints the result, and how to use it."""
+        """Prints the result and how to use the model."""
         losses, folder = self.record["held_out_loss"], self.output
         print(
             f"held-out loss {losses['before']:.4f} before, {losses['after']:.4f} after {self.record['steps']:,} steps\n"
@@ -218,10 +218,10 @@ class TrainDollyFlow(FlowSpec):
             print(f"fetch it:  python flows/model_on_s3.py {current.run_id} --to {folder}")
         print(f'ask it:    python -m training.generate --model {folder} "{SAMPLE_INSTRUCTIONS[0]}"')
 
-    # --- what the steps do ---------------------------------------------------------------------------
+    # --- helpers of the steps ---------------------------------------------------------------------------
 
     def _options(self, machine: Machine, remote: bool) -> TrainingOptions:
-        """The trainer's options: the family's recipe, then Dolly's or the demo's, then what was typed.
+        """The trainer's options: the family's recipe, then Dolly's or the demo's, then the typed parameters.
 
         Raises OptionsError with every problem, or MachineError.
         """
@@ -229,25 +229,25 @@ class TrainDollyFlow(FlowSpec):
         problems = self._machine_problems(machine, family, remote)
         demo = family == "cpu" and {self.input_model, self.training_dataset} <= {None, DEMO}
         chosen = preset_options(family, self.ranks)
-        # The demo saves no checkpoints, and here it shall be able to go on.
+        # The demo saves no checkpoints, but the flow must be able to resume it.
         chosen |= demo_options(self.ranks) | {"save_steps": 100} if demo else {"epochs": 1.0}
         chosen |= {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
-        self.prompts = self.sample_prompts or _dollys_prompts(demo)
+        self.prompts = self.sample_prompts or _default_prompts(demo)
         chosen["sample_prompts"] = f"{self.folder}/prompts{_suffix(self.prompts, '.txt')}"
         if self.training_file is not None:
             chosen["training_dataset"] = f"{self.folder}/rows{_suffix(self.training_file, '.csv')}"
         target = self.dbfs_output_root  # an empty one is reported below
         chosen["dbfs_output_dir"] = target and f"{target.rstrip('/')}/{Path(self.folder).name}"
         words = option_words(chosen | {"local_output_dir": self.output, "resume": "auto"})
-        options = _parsed(words, self.trainer_options, problems)
+        options = _parse_options(words, self.trainer_options, problems)
         if options.local_output_dir != self.output:
             problems.append(
-                "--local-output-dir is the flow's own. Name where its folder is made: --local-training-root"
+                "--local-output-dir is set by the flow. Type --local-training-root to choose where its folder is made"
             )
         problems += option_problems(options)
         if not remote:  # a pod has a disk of its own
             own = "--dbfs-output-root" if target else "--dbfs-output-dir"
-            for problem in destination_problems(options):  # named as the flow's parameters are
+            for problem in destination_problems(options):  # renamed to the flow's parameters
                 problem = problem.replace("--local-output-dir", "--local-training-root")
                 problems.append(problem.replace("--dbfs-output-dir", own))
         if problems:
@@ -255,7 +255,7 @@ class TrainDollyFlow(FlowSpec):
         return options
 
     def _machine_problems(self, machine: Machine, family: str, remote: bool) -> list[str]:
-        """Why these parameters do not suit the machine, or each other."""
+        """Conflicts of the parameters with the machine or with each other."""
         problems = []
         if machine.is_cpu and family != "cpu":
             problems.append(
@@ -267,8 +267,8 @@ class TrainDollyFlow(FlowSpec):
             )
         elif remote and family != machine.family:
             problems.append(
-                f"--gpu-family {family}: the pod was asked for as for {self.machine}. Leave it out, and name the machine: "
-                "--config-value machine 8xV100-32GB before run"
+                f"--gpu-family {family}: the pod was requested for {self.machine}. Leave it out and name the "
+                "machine instead: --config-value machine 8xV100-32GB before run"
             )
         if self.ranks > machine.count:
             problems.append(f"--num-gpus {self.ranks}: {machine.name} has {machine.count}")
@@ -277,9 +277,9 @@ class TrainDollyFlow(FlowSpec):
         return problems
 
     def _plan(self, options: TrainingOptions, machine: Machine) -> Plan:
-        """Tokenises the rows, and weighs the run: artifacts `ledger` and `plan`.
+        """Tokenises the rows and plans the run. Stores the artifacts `ledger` and `plan`.
 
-        Raises DataError, ModelError or OptionsError where model or rows cannot be used.
+        Raises DataError, ModelError or OptionsError if the model or the rows cannot be used.
         """
         import datasets
         import transformers
@@ -290,7 +290,7 @@ class TrainDollyFlow(FlowSpec):
         from training.plan.report import as_json, as_table
         from training.run.prepare import tokenised_rows
 
-        datasets.disable_progress_bars()  # a moving bar is many lines of a task's log
+        datasets.disable_progress_bars()  # a bar fills a task's log with lines
         transformers.utils.logging.disable_progress_bar()
         _, rows, ledger = tokenised_rows(options)
         split_held_out(rows, options.test_size, options.seed)
@@ -302,37 +302,39 @@ class TrainDollyFlow(FlowSpec):
         return plan
 
     def _write_files(self) -> None:
-        """The user's rows and prompts, where the command finds them: a pod has a disk of its own."""
+        """Writes the user's rows and prompts into the run's folder: each pod has its own disk."""
         for name, content in (("sample_prompts", self.prompts), ("training_dataset", self.training_file)):
             file = Path(self.options[name])
-            if content is not None and file.parent == Path(self.folder):  # not one of --trainer-options
+            if content is not None and file.parent == Path(
+                self.folder
+            ):  # not a file named in --trainer-options
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_file(file, content)
 
     def _keep_model(self) -> None:
-        """The model on S3, where a root is configured, and the artifacts `model`, `record` and `versions`."""
+        """Pushes the model to S3 if a root is configured. Stores the artifacts `model`, `record` and `versions`."""
         folder = Path(self.output)
         self.model = {"folder": self.output, "host": self.host, "files": model_digests(folder), "s3": None}
         try:
             self.model["s3"] = push(folder, self.model["files"], self)
         except StoreError as error:
-            where = f"The model in {self.output} on {self.host} is whole"
+            where = f"The model in {self.output} on {self.host} is complete"
             if _is_remote():
-                where += ", for as long as that folder is: a pod's own disk goes with the pod"
+                where += ", but it is lost with the pod if that folder is on the pod's own disk"
             raise StepFailedError(StoreError(f"{error}. {where}")) from error
         self.record = finished_run(folder)
-        # Metaflow comes with the package of the flow, and has no metadata there.
+        # Metaflow in the flow's package has no metadata that importlib could read.
         own = {"metaflow": metaflow.__version__, "python": platform.python_version()}
         self.versions = self.record["versions"] | own
 
 
 def _is_remote() -> bool:
-    """Whether this task runs in a pod, of Kubernetes or Batch."""
+    """Whether this task runs on Kubernetes or Batch."""
     return "METAFLOW_KUBERNETES_WORKLOAD" in os.environ or "AWS_BATCH_JOB_ID" in os.environ
 
 
 def _runs_folder(root: str | None) -> Path:
-    """The absolute folder of the runs. Raises OptionsError for the home of a user who does not exist."""
+    """The absolute folder of the runs. Raises OptionsError if its ~user does not exist."""
     try:
         return Path(root or "~/dolly_training").expanduser().absolute()
     except RuntimeError as error:
@@ -340,14 +342,14 @@ def _runs_folder(root: str | None) -> Path:
 
 
 def _suffix(content: bytes, otherwise: str) -> str:
-    """The ending by which the trainer reads a file, from its first bytes: Metaflow does not keep a file's name."""
+    """The file suffix that the first bytes imply, because Metaflow does not keep a file's name."""
     kinds = {b"PAR1": ".parquet", b"[": ".json", b"{": ".jsonl"}
     content = content.lstrip(b"\xef\xbb\xbf \t\r\n")
     return next((suffix for start, suffix in kinds.items() if content.startswith(start)), otherwise)
 
 
-def _dollys_prompts(demo: bool) -> bytes:
-    """The default prompts of the answers while the model trains: Dolly's five, or some of the demo's rows."""
+def _default_prompts(demo: bool) -> bytes:
+    """The default sample prompts: Dolly's five, or some of the demo's rows."""
     prompts = [{"instruction": instruction} for instruction in SAMPLE_INSTRUCTIONS]
     if demo:
         rows = demo_rows()
@@ -355,16 +357,16 @@ def _dollys_prompts(demo: bool) -> bytes:
     return json.dumps(prompts).encode()
 
 
-def _parsed(words: list[str], more: str, problems: list[str]) -> TrainingOptions:
-    """The trainer's options from words of its command line, the last of which counts. Adds to the problems.
+def _parse_options(words: list[str], more: str, problems: list[str]) -> TrainingOptions:
+    """Parses the trainer's options from a command line, in which the last value counts. Appends to `problems`.
 
-    Existing paths are made absolute: the command does not run in the caller's folder. Raises OptionsError with the
-    problems where the words are no command line.
+    Existing paths become absolute, because the command runs in another folder. Raises OptionsError with all problems
+    if the command line cannot be parsed.
     """
     command = click.command(cls=GroupedCommand)(click_options(lambda **values: None))
     try:
         context = command.make_context("training.trainer", words + shlex.split(more))
-    except (click.UsageError, ValueError) as error:  # an unknown option, a quote without an end
+    except (click.UsageError, ValueError) as error:  # an unknown option, an unclosed quote
         reason = error.format_message() if isinstance(error, click.UsageError) else error
         raise OptionsError(*problems, f"--trainer-options {more!r}: {reason}") from error
     problems += value_problems(context)
@@ -375,7 +377,7 @@ def _parsed(words: list[str], more: str, problems: list[str]) -> TrainingOptions
             values[name] = str(Path(path).absolute())
     target = values["dbfs_output_dir"]
     if target and "://" not in target:
-        with suppress(RuntimeError):  # ~nobody: reported with the other places
+        with suppress(RuntimeError):  # ~nobody: reported by destination_problems
             values["dbfs_output_dir"] = str(local_path(target).absolute())
     return TrainingOptions(**values)
 

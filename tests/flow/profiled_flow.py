@@ -1,9 +1,9 @@
-"""Anybody's flow with @gpu_profile on its steps, for test_gpu_profile.py. What it does is told by the environment.
+"""A flow with @gpu_profile on its steps, for test_gpu_profile_runs.py. Environment variables control it.
 
 PROFILED_RUN     the folder that the first step's run writes into, line by line
-PROFILED_LINES   how many lines of metrics it writes, one in 0.25 s
+PROFILED_LINES   number of lines of metrics it writes, one every 0.25 s
 PROFILED_END     how the first step ends: "well" (then comes a foreach with a join), "raise" or "exit"
-PROFILED_BREAK   1: whatever the profile uses is broken while the step runs
+PROFILED_BREAK   1: everything the profile uses breaks while the step runs
 """
 
 import os
@@ -23,7 +23,7 @@ RESPONSE = '# <img src=x onerror="document.title=1"> the {} answer'
 
 
 def break_everything(folder: Path) -> None:
-    """What the system, the driver's neighbours and Metaflow could do to a profile, all at once, from now on."""
+    """Makes psutil, the run's files and Metaflow's cards fail from now on."""
     import psutil
     from metaflow.plugins.cards.component_serializer import CardComponentManager
 
@@ -31,7 +31,7 @@ def break_everything(folder: Path) -> None:
         raise RuntimeError("planted")
 
     CardComponentManager.refresh = broken
-    time.sleep(2)  # so that there is something to lose
+    time.sleep(2)  # some samples are taken first
     psutil.cpu_percent = psutil.virtual_memory = broken
     (folder / SAMPLES_FILE).mkdir()
 

@@ -1,12 +1,12 @@
-/* A stand-in for NVIDIA's libnvidia-ml.so.1 with GPUs that are not there, for the real nvidia-ml-py to load.
+/* A stand-in for NVIDIA's libnvidia-ml.so.1 with simulated GPUs, loaded by the real nvidia-ml-py.
  *
- *   NVML_SCENE=nvswitch    eight A100 of 40 GiB whose twelve NVLinks each lead to a switch
- *   NVML_SCENE=bridges     four V100: NVLinks straight to some of the others, to the rest PCIe or the other socket
- *   NVML_SCENE=mig         one A100 cut in two by MIG: the board tells neither utilisation nor memory
- *   NVML_SCENE=old         two boards of a driver that has none of the newer calls (MIG, NVLink)
- *   NVML_SCENE=none        a driver, and no GPU
- *   NVML_LOST=N            GPU N has fallen off the bus before anybody asked
- *   NVML_DIES=N            after N questions for utilisation every call fails: the GPU is lost
+ *   NVML_SCENE=nvswitch    eight A100 of 40 GiB, each with twelve NVLinks to a switch
+ *   NVML_SCENE=bridges     four V100: some pairs share NVLinks, the others PCIe or the link between sockets
+ *   NVML_SCENE=mig         one A100 with two MIG devices; the board reports neither utilisation nor memory
+ *   NVML_SCENE=old         two boards with a driver without the newer calls (MIG, NVLink)
+ *   NVML_SCENE=none        a driver without GPUs
+ *   NVML_LOST=N            GPU N is lost from the start
+ *   NVML_DIES=N            after N queries of utilisation every call fails: the GPU is lost
  *
  * Utilisation of GPU n is 10 n + 5 percent, its used memory n + 1 GiB.
  *   g++ -x c -shared -fPIC -o libnvidia-ml.so.1 standin_nvml.c
@@ -17,7 +17,7 @@
 
 enum { OK = 0, INVALID_ARGUMENT = 2, NOT_SUPPORTED = 3, NO_PERMISSION = 4, NOT_FOUND = 6, FUNCTION_NOT_FOUND = 13, LOST = 15 };
 #define GIB (1ull << 30)
-#define MIG_PART 100 /* handles from here on are parts of a board */
+#define MIG_PART 100 /* handles from here on are MIG devices of a board */
 
 typedef struct { unsigned long long total, free, used; } Memory;
 typedef struct { unsigned gpu, memory; } Utilisation;
@@ -27,7 +27,7 @@ typedef struct {
     char bus_id[32];
 } Pci;
 
-static int asked;
+static int queries;
 
 static int scene(const char *name) {
     const char *is = getenv("NVML_SCENE");
@@ -39,7 +39,7 @@ static int setting(const char *name) {
     return value ? atoi(value) : -1;
 }
 
-static int dead(void) { return setting("NVML_DIES") >= 0 && asked >= setting("NVML_DIES"); }
+static int dead(void) { return setting("NVML_DIES") >= 0 && queries >= setting("NVML_DIES"); }
 
 static long number(void *handle) { return (long)handle - 1; }
 
@@ -87,10 +87,10 @@ int nvmlDeviceGetMemoryInfo(void *handle, Memory *memory) {
 
 int nvmlDeviceGetUtilizationRates(void *handle, Utilisation *rates) {
     if (dead()) return LOST;
-    asked++;
+    queries++;
     if (scene("mig")) return NOT_SUPPORTED;
     rates->gpu = 10 * number(handle) + 5;
-    rates->memory = 99; /* of the memory's time, not what is asked for */
+    rates->memory = 99; /* memory bandwidth, which the profile does not use */
     return OK;
 }
 

@@ -1,4 +1,4 @@
-"""The Metaflow flow: refused early, resumed where it was, packed whole, its pod and its model on S3."""
+"""The Metaflow flow: early refusal, resume, package, resources of its pod, and its model on S3."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ SHORT = "--save-steps 3 --test-size 64 --logging-steps 2"
 
 @dataclass
 class Metaflow:
-    """A Metaflow that knows nothing of its user's, with metadata and S3 of its own."""
+    """Metaflow with its own metadata and S3, isolated from the user's configuration."""
 
     folder: Path
     endpoint: str
@@ -67,12 +67,12 @@ class Metaflow:
         }
 
     def python(self, *words: object, **more: str) -> subprocess.CompletedProcess[str]:
-        """Python where the modules of the flow and of the repository are found, in a folder that is neither's."""
+        """Runs Python outside the repository, with the modules of flow and repository on its path."""
         path = f"{FLOW.parent}:{ROOT}"
         return python(*words, cwd=self.folder, env=self.environment(PYTHONPATH=path, **more))
 
     def start(self, *words: object, file: Path = FLOW, **more: str) -> subprocess.Popen[str]:
-        """Begins a command of the flow, in a folder that is not the repository's."""
+        """Starts a command of the flow outside the repository."""
         return subprocess.Popen(
             [sys.executable, str(file), *map(str, words)],
             cwd=self.folder,
@@ -84,11 +84,11 @@ class Metaflow:
 
     def run(self, *words: object, file: Path = FLOW, **more: str) -> tuple[int, str]:
         process = self.start(*words, file=file, **more)
-        told, _ = process.communicate(timeout=800)
-        return process.returncode, told
+        output, _ = process.communicate(timeout=800)
+        return process.returncode, output
 
     def artifacts(self, *names: str) -> dict[str, Any]:
-        """Of the train step of the latest run."""
+        """Artifacts of the train step of the latest run."""
         code = (
             "import json, sys; from metaflow import Flow, namespace; namespace(None)\n"
             "run = Flow('TrainDollyFlow').latest_run; data = run['train'].task.data\n"
@@ -103,7 +103,7 @@ class Metaflow:
         return boto3.client(service, endpoint_url=self.endpoint, region_name="us-east-1", **keys)
 
     def bucket(self, name: str) -> Any:
-        """A client of S3, in which there is this bucket."""
+        """A client of S3, with this bucket created."""
         client = self.client("s3")
         client.create_bucket(Bucket=name)
         return client
@@ -114,25 +114,23 @@ def metaflow(s3_server: str, tmp_path: Path) -> Metaflow:
     return Metaflow(tmp_path, s3_server)
 
 
-# --- what a pod is asked for -------------------------------------------------------------------------
+# --- resources of a pod -----------------------------------------------------------------------------
 
 
-def test_a_pod_for_eight_v100s_has_the_host_memory_of_the_offloaded_optimizer_and_one_without_gpus_little() -> (
-    None
-):
+def test_an_eight_v100_pod_has_host_memory_for_the_offloaded_optimizer_and_a_cpu_pod_little() -> None:
     little = pod.resources("cpu", {})
     assert (little["gpu"], little["cpu"], little["memory"] < 16_000) == (None, 2, True)
-    asked = pod.resources("8xV100-32GB", {})
+    requested = pod.resources("8xV100-32GB", {})
     plan = pod.plan_for(pod.machine_of("8xV100-32GB"))
     needed = max(plan.host_memory_gib.values())
-    assert (asked["gpu"], asked["cpu"], asked["shared_memory"]) == (8, 32, 16 * 1024)
-    assert asked["memory"] * 1e6 / GIB > needed + 16, "what lies in /dev/shm counts as memory"
-    assert 128_000 < asked["memory"] < 768 * GIB / 1e6, "128 GB, once asked, are too few for eight ranks"
-    assert asked["disk"] * 1e6 / GIB > sum(plan.disk_gib.values())
+    assert (requested["gpu"], requested["cpu"], requested["shared_memory"]) == (8, 32, 16 * 1024)
+    assert requested["memory"] * 1e6 / GIB > needed + 16, "used /dev/shm counts as memory"
+    assert 128_000 < requested["memory"] < 768 * GIB / 1e6, "128 GB are too few for eight ranks"
+    assert requested["disk"] * 1e6 / GIB > sum(plan.disk_gib.values())
 
 
 @pytest.mark.parametrize("name", [*MACHINES, "cpu"])
-def test_a_run_that_leaves_a_node_some_memory_fits_the_pod_that_is_asked_for(name: str) -> None:
+def test_a_run_that_fits_a_machine_with_some_memory_left_fits_its_pod(name: str) -> None:
     machine, granted = pod.machine_of(name), pod.pod_machine(name, {})
     plan = pod.plan_for(machine)
     assert pod.resources(name, {})["memory"] * 1e6 / GIB < max(0.97 * machine.host_gib, 16), "no node has it"
@@ -140,17 +138,19 @@ def test_a_run_that_leaves_a_node_some_memory_fits_the_pod_that_is_asked_for(nam
     if plan.fits and max(plan.host_memory_gib.values()) < most:
         assert pod.plan_for(granted).fits
     if max(plan.host_memory_gib.values()) > most:
-        assert "host memory" in pod.plan_for(granted).shortages, "it would begin, and be killed"
+        assert "host memory" in pod.plan_for(granted).shortages, "it would be killed during training"
 
 
-def test_what_is_asked_for_by_name_stands_in_place_of_the_plan() -> None:
-    asked = pod.resources("8xA100-80GB", {"gpu": 4, "memory": 300_000})
-    assert (asked["memory"], asked["gpu"], asked["cpu"]) == (300_000, 4, 16), "the cores of four GPUs"
+def test_requested_resources_replace_those_of_the_plan() -> None:
+    requested = pod.resources("8xA100-80GB", {"gpu": 4, "memory": 300_000})
+    assert (requested["memory"], requested["gpu"], requested["cpu"]) == (300_000, 4, 16), (
+        "the cores of four GPUs"
+    )
     with pytest.raises(pod.PodError, match=r"4xA10 has 4"):
         pod.resources("4xA10", {"gpu": 5})
 
 
-def test_unknown_resources_and_an_unknown_machine_are_refused_with_those_that_there_are() -> None:
+def test_unknown_resources_and_machines_are_refused_and_known_ones_are_listed() -> None:
     for text in ("[]", "{", '{"mem": 1}', '{"memory": "1"}', '{"memory": 0}', '{"cpu": true}'):
         with pytest.raises(pod.PodError, match="cpu, gpu, memory, disk, shared_memory"):
             pod.parse_resources(text)
@@ -158,58 +158,62 @@ def test_unknown_resources_and_an_unknown_machine_are_refused_with_those_that_th
         pod.parse_machine("8xV100")
 
 
-def test_a_model_that_needs_more_is_told_what_to_ask_for_and_fits_then() -> None:
+def test_a_larger_model_is_refused_with_the_resources_to_request_and_then_fits() -> None:
     name, model = "8xA100-80GB", model_shape("EleutherAI/pythia-12b")
     options = TrainingOptions(local_output_dir="OUTPUT", input_model=model.name, **preset_options("a100", 8))
 
-    def plan(asked: dict[str, int]) -> Any:
-        return plan_run(resolved(options, 8, "a100"), alpaca_lengths(), model, pod.pod_machine(name, asked))
+    def plan(requested: dict[str, int]) -> Any:
+        return plan_run(
+            resolved(options, 8, "a100"), alpaca_lengths(), model, pod.pod_machine(name, requested)
+        )
 
     refused = plan({})
     assert "disk" in refused.shortages
-    told = pod.advice(refused, {})
-    assert plan(pod.parse_resources(told.split("'")[1])).fits
+    advice = pod.advice(refused, {})
+    assert plan(pod.parse_resources(advice.split("'")[1])).fits
 
 
 # --- the flow as a program ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", [FLOW, FETCH], ids=lambda file: file.stem)
-def test_without_metaflow_the_extra_is_named(file: Path, metaflow: Metaflow) -> None:
+def test_without_metaflow_the_pip_command_is_printed(file: Path, metaflow: Metaflow) -> None:
     code = f"import sys, runpy; sys.modules['metaflow'] = None; runpy.run_path({str(file)!r}, run_name='__main__')"
     result = metaflow.python("-c", code, "1", "--to", "y")
     assert result.returncode == 1
     assert result.stderr.strip() == "Metaflow is not installed. Type pip install '.[metaflow]'"
 
 
-def test_the_flow_imports_no_torch_and_its_paths_are_those_of_the_caller_though_the_command_runs_elsewhere(
+def test_the_flow_imports_no_torch_and_relative_paths_become_absolute(
     metaflow: Metaflow, tmp_path: Path
 ) -> None:
-    for name in ("own.csv", "asked.txt"):
+    for name in ("own.csv", "prompts.txt"):
         (tmp_path / name).write_text("")
     (tmp_path / "demo").mkdir()
-    words = "--training-dataset own.csv --sample-prompts asked.txt --input-model demo --dbfs-output-dir kept"
+    words = (
+        "--training-dataset own.csv --sample-prompts prompts.txt --input-model demo --dbfs-output-dir kept"
+    )
     code = (
         "import sys; import train_dolly_flow as flow; torch = 'torch' in sys.modules\n"
-        f"o = flow._parsed(['--local-output-dir', '/out'], {words!r}, [])\n"
+        f"o = flow._parse_options(['--local-output-dir', '/out'], {words!r}, [])\n"
         "print(torch, o.training_dataset, o.sample_prompts, o.input_model, o.dbfs_output_dir)"
     )
     result = metaflow.python("-c", code)
-    paths = f"{tmp_path}/own.csv {tmp_path}/asked.txt demo {tmp_path}/kept"
+    paths = f"{tmp_path}/own.csv {tmp_path}/prompts.txt demo {tmp_path}/kept"
     assert result.stdout == f"False {paths}\n", result.stderr
 
 
 @pytest.mark.slow
-def test_all_faults_are_told_at_once_before_anything_is_trained(metaflow: Metaflow, tmp_path: Path) -> None:
+def test_all_problems_are_reported_together_before_training(metaflow: Metaflow, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("")
     words = (
         "--gpu-family a10 --num-gpus 3 --training-dataset demo --epochs nan --local-training-root /proc/runs"
     )
     more = ["--training-file", rows, "--trainer-options", "--warmup-steps 5"]
-    code, told = metaflow.run("run", *words.split(), *more, METAFLOW_DATATOOLS_S3ROOT="s3://nobodys/data")
+    code, output = metaflow.run("run", *words.split(), *more, METAFLOW_DATATOOLS_S3ROOT="s3://nobodys/data")
     assert code == 1
-    for fault in (
+    for problem in (
         "the bucket 'nobodys' cannot be reached",
         "--gpu-family a10: this machine has no GPU. Type --gpu-family cpu",
         "--training-file and --training-dataset: give one of them",
@@ -217,12 +221,12 @@ def test_all_faults_are_told_at_once_before_anything_is_trained(metaflow: Metafl
         "--warmup-steps 5 would be ignored",
         "--local-training-root /proc/runs/",
     ):
-        assert fault in told, told
-    assert "Traceback" not in told
+        assert problem in output, output
+    assert "Traceback" not in output
     assert not (tmp_path / "dolly_training").exists()
 
 
-def test_a_store_that_does_not_answer_is_told_after_three_tries(metaflow: Metaflow) -> None:
+def test_a_store_that_does_not_answer_is_reported_after_three_tries(metaflow: Metaflow) -> None:
     tries = []
     with socket.create_server(("127.0.0.1", 0)) as server:
 
@@ -239,31 +243,31 @@ def test_a_store_that_does_not_answer_is_told_after_three_tries(metaflow: Metafl
     assert len(tries) == 3
 
 
-def test_the_pod_of_the_train_step_alone_has_the_gpus(metaflow: Metaflow) -> None:
+def test_only_the_pod_of_the_train_step_has_gpus(metaflow: Metaflow) -> None:
     metaflow.bucket("pods")
-    code, told = metaflow.run(
+    code, output = metaflow.run(
         *"--quiet --datastore s3 --config-value machine 8xV100-32GB".split(),
         *"--with kubernetes:image=registry.example/dolly:1 argo-workflows create --only-json".split(),
         METAFLOW_DATASTORE_SYSROOT_S3="s3://pods/metaflow",
     )
-    assert code == 0, told
-    spec, _ = json.JSONDecoder().raw_decode(told[told.index("{") :])
-    pods = {each["name"]: each for each in spec["spec"]["templates"]}
+    assert code == 0, output
+    spec, _ = json.JSONDecoder().raw_decode(output[output.index("{") :])
+    pods = {entry["name"]: entry for entry in spec["spec"]["templates"]}
     expected = pod.resources("8xV100-32GB", {})
     container = pods["train"]["container"]
     assert container["image"] == "registry.example/dolly:1"
     assert container["resources"]["limits"] == {"nvidia.com/gpu": "8"}
     for key, name in (("cpu", "cpu"), ("memory", "memory"), ("ephemeral-storage", "disk")):
         assert float(container["resources"]["requests"][key].removesuffix("M")) == expected[name]
-    shared = next(each for each in pods["train"]["volumes"] if each["name"] == "dhsm")
+    shared = next(entry for entry in pods["train"]["volumes"] if entry["name"] == "dhsm")
     assert shared["emptyDir"] == {"medium": "Memory", "sizeLimit": f"{expected['shared_memory']}Mi"}
-    assert {"/dev/shm"} <= {each["mountPath"] for each in container["volumeMounts"]}
+    assert {"/dev/shm"} <= {entry["mountPath"] for entry in container["volumeMounts"]}
     for name in ("start", "end"):
         assert not pods[name]["container"]["resources"]["limits"], f"{name} has GPUs"
 
 
 @pytest.mark.slow
-def test_a_batch_job_asks_for_the_same(metaflow: Metaflow) -> None:
+def test_a_batch_job_requests_the_same_resources(metaflow: Metaflow) -> None:
     metaflow.bucket("jobs")
     client = metaflow.client
     role = client("iam").create_role(RoleName="batch", AssumeRolePolicyDocument="{}")["Role"]["Arn"]
@@ -288,7 +292,7 @@ def test_a_batch_job_asks_for_the_same(metaflow: Metaflow) -> None:
         priority=1,
         computeEnvironmentOrder=[{"order": 1, "computeEnvironment": environment}],
     )
-    code, told = metaflow.run(
+    code, output = metaflow.run(
         *"--quiet --datastore s3 --config-value machine p3dn.24xlarge".split(),
         *"--with batch:image=registry.example/dolly:1 step-functions create --only-json".split(),
         METAFLOW_DATASTORE_SYSROOT_S3="s3://jobs/metaflow",
@@ -296,25 +300,27 @@ def test_a_batch_job_asks_for_the_same(metaflow: Metaflow) -> None:
         METAFLOW_ECS_S3_ACCESS_IAM_ROLE=role,
         METAFLOW_SFN_IAM_ROLE=role,
     )
-    assert code == 0, told
-    states = json.JSONDecoder().raw_decode(told[told.index("{") :])[0]["States"]
+    assert code == 0, output
+    states = json.JSONDecoder().raw_decode(output[output.index("{") :])[0]["States"]
     expected = pod.resources("p3dn.24xlarge", {})
     job = states["train"]["Parameters"]
-    asked = {each["Type"]: float(each["Value"]) for each in job["ContainerOverrides"]["ResourceRequirements"]}
-    assert asked == {"GPU": 8, "VCPU": expected["cpu"], "MEMORY": expected["memory"]}
+    requested = {
+        entry["Type"]: float(entry["Value"]) for entry in job["ContainerOverrides"]["ResourceRequirements"]
+    }
+    assert requested == {"GPU": 8, "VCPU": expected["cpu"], "MEMORY": expected["memory"]}
     definitions = client("batch").describe_job_definitions()["jobDefinitions"]
-    containers = {each["jobDefinitionArn"]: each["containerProperties"] for each in definitions}
+    containers = {entry["jobDefinitionArn"]: entry["containerProperties"] for entry in definitions}
     container = containers[job["JobDefinition"]]
     assert container["image"] == "registry.example/dolly:1"
     assert container["linuxParameters"]["sharedMemorySize"] == expected["shared_memory"]
     for name in ("start", "end"):
-        others = states[name]["Parameters"]["ContainerOverrides"]["ResourceRequirements"]
-        assert "GPU" not in {each["Type"] for each in others}, f"{name} has GPUs"
+        requirements = states[name]["Parameters"]["ContainerOverrides"]["ResourceRequirements"]
+        assert "GPU" not in {entry["Type"] for entry in requirements}, f"{name} has GPUs"
 
 
 def test_the_package_holds_every_file_that_training_needs(metaflow: Metaflow, tmp_path: Path) -> None:
-    code, told = metaflow.run("--quiet", "package", "save", tmp_path / "package.tgz")
-    assert code == 0, told
+    code, output = metaflow.run("--quiet", "package", "save", tmp_path / "package.tgz")
+    assert code == 0, output
     with tarfile.open(tmp_path / "package.tgz") as package:
         packed = set(package.getnames())
     files = [file for folder in ("training", "config") for file in (ROOT / folder).rglob("*.*")]
@@ -323,7 +329,7 @@ def test_the_package_holds_every_file_that_training_needs(metaflow: Metaflow, tm
     assert packed >= needed | {"requirements.txt", "train_dolly_flow.py", "pod.py", "gpu_profile.py"}
 
 
-def test_every_config_of_the_flow_has_a_help_and_every_parameter_one_too() -> None:
+def test_every_config_and_parameter_of_the_flow_has_help() -> None:
     for node in ast.walk(ast.parse(FLOW.read_text())):
         kinds = ("Config", "Parameter", "IncludeFile")
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") in kinds:
@@ -335,15 +341,15 @@ def test_every_config_of_the_flow_has_a_help_and_every_parameter_one_too() -> No
 
 @pytest.fixture(scope="module")
 def in_a_pod(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Metaflow, str]:
-    """A run of the package, unpacked elsewhere, as a pod without GPUs would: (Metaflow, what it told)."""
+    """(Metaflow, output) of a run from the unpacked package, as in a pod without GPUs."""
     metaflow = Metaflow(tmp_path_factory.mktemp("pod"), s3_server)
     metaflow.bucket("models")
-    code, told = metaflow.run("--quiet", "package", "save", metaflow.folder / "package.tgz")
-    assert code == 0, told
+    code, output = metaflow.run("--quiet", "package", "save", metaflow.folder / "package.tgz")
+    assert code == 0, output
     unpacked = metaflow.folder / "unpacked"
     with tarfile.open(metaflow.folder / "package.tgz") as package:
         package.extractall(unpacked, filter="data")
-    code, told = metaflow.run(
+    code, output = metaflow.run(
         *"--config-value machine cpu run --max-steps 8 --trainer-options".split(),
         SHORT,
         file=unpacked / "train_dolly_flow.py",
@@ -352,31 +358,29 @@ def in_a_pod(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[
         METAFLOW_KUBERNETES_WORKLOAD="1",
         METAFLOW_DATATOOLS_S3ROOT="s3://models/data",
     )
-    assert code == 0, told
-    return metaflow, told
+    assert code == 0, output
+    return metaflow, output
 
 
 @pytest.mark.slow
-def test_rows_of_ones_own_are_refused_or_taken_by_name_and_by_content(
-    metaflow: Metaflow, tmp_path: Path
-) -> None:
-    """Told by the plan of `start`, which a test size that leaves nothing to train on ends."""
+def test_own_rows_are_read_by_file_name_and_by_content(metaflow: Metaflow, tmp_path: Path) -> None:
+    """A --test-size that leaves no rows to train on ends the run in `start` and shows that the rows were read."""
     (tmp_path / "own.csv").write_text("instruction,output\n" + "Say a.,a\n" * 30)
     words = ["run", "--gpu-family", "cpu", "--input-model", "demo", "--trainer-options", "--test-size 40"]
-    for given in (["--training-dataset", "own.csv"], ["--training-file", "own.csv"]):
-        code, told = metaflow.run(*words, *given)
+    for source in (["--training-dataset", "own.csv"], ["--training-file", "own.csv"]):
+        code, output = metaflow.run(*words, *source)
         assert code == 1
-        assert "--test-size 40 of 30 rows leaves" in told, told
+        assert "--test-size 40 of 30 rows leaves" in output, output
     kept = next((tmp_path / "dolly_training").glob("*/rows.csv"))
     assert kept.read_bytes() == (tmp_path / "own.csv").read_bytes()
     assert json.loads(next((tmp_path / "dolly_training").glob("*/prompts.json")).read_text())
 
 
 @pytest.mark.slow
-def test_a_run_from_its_package_keeps_what_a_person_asks_for_later(in_a_pod: tuple[Metaflow, str]) -> None:
-    metaflow, told = in_a_pod
-    assert "on this pod: 2 x CPU rank, bf16" in told
-    assert "step 8/8" in told, "the output is live"
+def test_a_run_from_its_package_stores_plan_ledger_model_and_versions(in_a_pod: tuple[Metaflow, str]) -> None:
+    metaflow, output = in_a_pod
+    assert "on this pod: 2 x CPU rank, bf16" in output
+    assert "step 8/8" in output, "the training output is shown"
     kept = metaflow.artifacts("ledger", "plan", "model", "versions", "record", "metrics", "samples", "ranks")
     assert kept["ledger"]["rows_kept"] == 6104
     assert kept["plan"]["fits"]
@@ -386,24 +390,24 @@ def test_a_run_from_its_package_keeps_what_a_person_asks_for_later(in_a_pod: tup
     folder = Path(kept["model"]["folder"])
     assert folder.is_relative_to(metaflow.folder / "dolly_training"), "in the home of the pod's user"
     assert list(kept["model"]["files"])[-1] == "run.json"
-    for name, told_of in kept["model"]["files"].items():
-        assert (folder / name).stat().st_size == told_of["size"]
+    for name, entry in kept["model"]["files"].items():
+        assert (folder / name).stat().st_size == entry["size"]
     assert kept["model"]["files"]["model.safetensors"] == kept["record"]["weights"]["model.safetensors"]
 
 
 @pytest.mark.slow
-def test_the_pushed_model_is_fetched_by_the_runs_id_and_answers(
+def test_the_pushed_model_is_fetched_by_run_id_and_answers(
     in_a_pod: tuple[Metaflow, str], tmp_path: Path
 ) -> None:
-    metaflow, told = in_a_pod
+    metaflow, output = in_a_pod
     kept = metaflow.artifacts("model")
     assert kept["model"]["s3"] == f"s3://models/data/TrainDollyFlow/{kept['run']}"
-    assert f"python flows/model_on_s3.py {kept['run']} --to" in told
+    assert f"python flows/model_on_s3.py {kept['run']} --to" in output
     folder = tmp_path / "fetched"
     assert metaflow.run(kept["run"], "--to", folder, file=FETCH)[0] == 0
     assert {file.name for file in folder.iterdir()} == kept["model"]["files"].keys()
     ask = ["-m", "training.generate", "--greedy", "Name the month after May.", "--model"]
-    fetched, local = (metaflow.python(*ask, each) for each in (folder, kept["model"]["folder"]))
+    fetched, local = (metaflow.python(*ask, model) for model in (folder, kept["model"]["folder"]))
     assert fetched.returncode == 0, fetched.stderr
     assert fetched.stdout == local.stdout
 
@@ -416,18 +420,18 @@ def test_the_pushed_model_is_fetched_by_the_runs_id_and_answers(
     metaflow.bucket("models").put_object(
         Bucket="models", Key=f"data/TrainDollyFlow/{kept['run']}/model.safetensors", Body=b"another"
     )
-    code, told = metaflow.run(kept["run"], "--to", tmp_path / "other", file=FETCH)
+    code, output = metaflow.run(kept["run"], "--to", tmp_path / "other", file=FETCH)
     assert code == 1
-    assert "model.safetensors: is not the file that was pushed" in told
+    assert "model.safetensors: is not the file that was pushed" in output
     assert not (tmp_path / "other" / "run.json").exists()
-    code, told = metaflow.run("123", "--to", tmp_path / "none", file=FETCH)
+    code, output = metaflow.run("123", "--to", tmp_path / "none", file=FETCH)
     assert code == 1
-    assert "run 123: there is no model of it" in told
-    assert "Traceback" not in told
+    assert "run 123: has no model" in output
+    assert "Traceback" not in output
 
 
 def ranks_of(folder: Path) -> list[psutil.Process]:
-    """The ranks that train into a folder, without the small process beside each."""
+    """The ranks that train into a folder, without their supervisors."""
     found = []
     for process in psutil.process_iter():
         with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
@@ -439,39 +443,39 @@ def ranks_of(folder: Path) -> list[psutil.Process]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_is_resumed_to_the_same_weights_and_pushed_once_there_is_a_bucket(
+def test_a_killed_run_is_resumed_to_the_same_weights_and_pushed_once_a_bucket_exists(
     in_a_pod: tuple[Metaflow, str], metaflow: Metaflow, tmp_path: Path
 ) -> None:
     client, root = metaflow.bucket("soon-gone"), {"METAFLOW_DATATOOLS_S3ROOT": "s3://soon-gone/data"}
     process = metaflow.start("run", *TRIAL, "--trainer-options", SHORT, **root)
     assert process.stdout is not None
-    told = ""
-    for line in process.stdout:  # its lines come while it runs
-        told += line
+    output = ""
+    for line in process.stdout:  # lines arrive while it runs
+        output += line
         if "step 4/8" in line:  # after the first checkpoint, of step 3
             ranks_of(tmp_path)[-1].kill()
             break
-    told += process.communicate(timeout=300)[0]
+    output += process.communicate(timeout=300)[0]
     assert process.returncode == 1
-    assert "Training ended with exit code" in told
-    assert "resume --origin-run-id" in told
+    assert "Training ended with exit code" in output
+    assert "resume --origin-run-id" in output
     model = next((tmp_path / "dolly_training").glob("*/model"))
     assert (model / "checkpoint-3" / "manifest.json").exists()
     assert not (model / "model.safetensors").exists()
 
     client.delete_bucket(Bucket="soon-gone")
-    code, told = metaflow.run("resume", **root)
+    code, output = metaflow.run("resume", **root)
     assert code == 1
-    assert "the run goes on from" in told
-    assert "step 2/8" not in told, "it began anew"
-    assert "files arrived" in told
-    assert f"The model in {model}" in told, "nobody is told where the model is"
+    assert "the run goes on from" in output
+    assert "step 2/8" not in output, "it started at step 0"
+    assert "files arrived" in output
+    assert f"The model in {model}" in output, "the message names the local model"
     written = (model / "model.safetensors").stat().st_mtime_ns
 
     metaflow.bucket("soon-gone")
-    code, told = metaflow.run("resume", **root)
-    assert code == 0, told
-    assert "is finished already" in told
+    code, output = metaflow.run("resume", **root)
+    assert code == 0, output
+    assert "is finished already" in output
     assert (model / "model.safetensors").stat().st_mtime_ns == written, "it trained again"
     kept, undisturbed = metaflow.artifacts("model"), in_a_pod[0].artifacts("model")
     assert kept["model"]["s3"] == f"s3://soon-gone/data/TrainDollyFlow/{kept['run']}"
@@ -481,7 +485,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights_and_pushed_once_there_is_a_
 
 
 @pytest.mark.slow
-def test_a_push_that_broke_off_goes_on_with_what_is_missing(metaflow: Metaflow, tmp_path: Path) -> None:
+def test_an_interrupted_push_continues_with_the_missing_files(metaflow: Metaflow, tmp_path: Path) -> None:
     client = metaflow.bucket("half")
     files = {"a.bin": b"a" * 1000, "b.bin": b"b" * 2000, "run.json": b"{}"}
     (tmp_path / "model").mkdir()
@@ -509,7 +513,7 @@ print(model_on_s3.push(folder, files, Run()))
 
     def times() -> dict[str, Any]:
         listed = client.list_objects_v2(Bucket="half").get("Contents", [])
-        return {each["Key"].rsplit("/", 1)[-1]: each["LastModified"] for each in listed}
+        return {entry["Key"].rsplit("/", 1)[-1]: entry["LastModified"] for entry in listed}
 
     assert push().strip() == "s3://half/data/TrainDollyFlow/7"
     first = times()
@@ -517,13 +521,11 @@ print(model_on_s3.push(folder, files, Run()))
     client.delete_object(Bucket="half", Key="data/TrainDollyFlow/7/b.bin")
     time.sleep(1.1)  # S3's clock has seconds
     push()
-    assert times()["a.bin"] == first["a.bin"], "it was there already"
+    assert times()["a.bin"] == first["a.bin"], "it was not copied again"
     assert times()["b.bin"] > first["b.bin"]
 
 
-def test_a_fetch_that_was_killed_goes_on_and_what_is_a_users_own_is_kept(
-    metaflow: Metaflow, tmp_path: Path
-) -> None:
+def test_a_killed_fetch_continues_and_files_of_the_user_are_kept(metaflow: Metaflow, tmp_path: Path) -> None:
     files = {"model.safetensors": b"a" * 1000, "run.json": b"{}"}
     client = metaflow.bucket("whole")
     for name, content in files.items():
@@ -552,12 +554,12 @@ except model_on_s3.StoreError as error:
 
     assert fetch("killed")[0] == -signal.SIGKILL
     [left] = (tmp_path / "model").iterdir()
-    assert left.name.startswith("metaflow.s3."), "Metaflow names it, in the folder that is fetched to"
+    assert left.name.startswith("metaflow.s3."), "Metaflow's temporary folder"
     for own in ("notes", "metaflow.s3.notes", "metaflow.s3.a_file_s"):
         (tmp_path / "model" / own).touch()
-        code_of_it, told = fetch()
-        assert (code_of_it, left.exists()) == (1, True), told
-        assert f"holds what is not of this model ({own})" in told
+        exit_code, output = fetch()
+        assert (exit_code, left.exists()) == (1, True), output
+        assert f"holds files of something else ({own})" in output
         (tmp_path / "model" / own).unlink()
     assert fetch() == (0, "")
     assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == files

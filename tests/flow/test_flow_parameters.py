@@ -1,4 +1,4 @@
-"""The flow's parameters that are the trainer's options: named, typed and described as the trainer's."""
+"""The flow's parameters for the trainer's options have the same name, type and help."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def flow(monkeypatch: pytest.MonkeyPatch) -> Any:
     return train_dolly_flow
 
 
-def parsed(flow: Any, more: str, problems: list[str]) -> TrainingOptions:
-    return flow._parsed(["--local-output-dir", "/out", "--resume", "auto"], more, problems)
+def parse(flow: Any, more: str, problems: list[str]) -> TrainingOptions:
+    return flow._parse_options(["--local-output-dir", "/out", "--resume", "auto"], more, problems)
 
 
 @pytest.mark.parametrize(
@@ -44,30 +44,30 @@ def test_a_parameter_has_the_type_and_the_help_of_its_option(
     assert parameter.name == name.replace("_", "-")
     assert parameter.kwargs["type"] is kind
     assert parameter.kwargs["help"] == TrainingOptions.__dataclass_fields__[name].metadata["help"] + default
-    assert parameter.kwargs.get("default") is None, "a value that nobody typed must not win over a recipe"
+    assert parameter.kwargs.get("default") is None, "a default must not override a recipe"
 
 
-def test_values_that_are_none_are_all_reported_beside_the_problems_so_far(flow: Any) -> None:
+def test_invalid_values_are_reported_together_with_earlier_problems(flow: Any) -> None:
     problems = ["one more"]
-    parsed(flow, "--epochs many --seed -1", problems)
+    parse(flow, "--epochs many --seed -1", problems)
     assert [problem.split()[0] for problem in problems] == ["one", "Invalid", "Invalid"]
     with pytest.raises(OptionsError, match=r"one more\n.*No such option '--epoch'"):
-        parsed(flow, "--epoch 3", ["one more"])
+        parse(flow, "--epoch 3", ["one more"])
 
 
-def test_a_checkpoint_of_the_callers_folder_is_found_and_auto_is_no_folder(
+def test_a_checkpoint_in_the_callers_folder_becomes_absolute_and_auto_stays(
     flow: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.chdir(tmp_path)
     for folder in ("auto", "checkpoint-3"):
         (tmp_path / folder).mkdir()
-    assert parsed(flow, "", []).resume == "auto"
-    assert parsed(flow, "--resume checkpoint-3", []).resume == str(tmp_path / "checkpoint-3")
+    assert parse(flow, "", []).resume == "auto"
+    assert parse(flow, "--resume checkpoint-3", []).resume == str(tmp_path / "checkpoint-3")
 
 
 @pytest.mark.parametrize(
     ("content", "suffix"),
     [(b"PAR1\x15", ".parquet"), (b"\xef\xbb\xbf\n [{}]", ".json"), (b'{"a": 1}', ".jsonl"), (b"a,b", ".csv")],
 )
-def test_the_kind_of_a_file_is_seen_from_its_content(flow: Any, content: bytes, suffix: str) -> None:
+def test_the_suffix_of_a_file_is_detected_from_its_content(flow: Any, content: bytes, suffix: str) -> None:
     assert flow._suffix(content, ".csv") == suffix

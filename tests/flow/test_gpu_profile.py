@@ -1,6 +1,6 @@
-"""@gpu_profile: what its card shows, that it stays small, and that none of its faults reaches the step.
+"""@gpu_profile: its card is correct and stays small, and its errors never reach the step.
 
-NVIDIA's library is stood in for by standin_nvml.c; nvidia-ml-py, psutil, Metaflow and Chromium are the real ones.
+standin_nvml.c replaces NVIDIA's library; nvidia-ml-py, psutil, Metaflow and Chromium are real.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MIB = 2**20
 
 
 class Card:
-    """A card that keeps what it is given, and draws it as Metaflow does."""
+    """A stand-in for Metaflow's card that keeps its components and renders them."""
 
     def __init__(self, fails: bool = False):
         self.parts: list[Any] = []
@@ -62,13 +62,13 @@ def profiler(card: Card, folder: Path | None = None, interval: float = 0.05) -> 
     return Profiler(card, "# a step", interval, lambda: folder)
 
 
-def stand_in_gpus(read: Callable[[], Any], close: Callable[[], None], devices: Any, topology: Any) -> Any:
+def fake_gpus(read: Callable[[], Any], close: Callable[[], None], devices: Any, topology: Any) -> Any:
     more = {"devices": devices, "topology": topology, "driver": "550.54.15", "cuda": "12.4"}
     return SimpleNamespace(read=read, close=close, **more)
 
 
 def tables(drawn: list[dict[str, Any]], first: str) -> list[dict[str, Any]]:
-    """Those whose first header is `first`."""
+    """The tables whose first header is `first`."""
     return [part for part in drawn if part["type"] == "table" and part["columns"][:1] == [first]]
 
 
@@ -85,7 +85,7 @@ def charts(drawn: list[dict[str, Any]]) -> dict[str, list[dict[str, float]]]:
 # --- curves that stay small ---
 
 
-def test_merging_keeps_the_mean_and_the_peak_and_what_is_no_finite_number_is_left_out() -> None:
+def test_merging_keeps_mean_and_peak_and_non_finite_values_are_ignored() -> None:
     series = Series(width=1, points=3)
     for x, value in enumerate([1, 1, 9, 1, 5]):
         series.add(x, {"GPU 0": value})
@@ -103,7 +103,7 @@ def test_merging_keeps_the_mean_and_the_peak_and_what_is_no_finite_number_is_lef
     assert series.peak("a") is series.mean("a") is None
 
 
-def test_ten_hours_of_eight_gpus_stay_small_and_lose_no_peak(tmp_path: Path) -> None:
+def test_ten_hours_of_eight_gpus_stay_small_and_keep_every_peak(tmp_path: Path) -> None:
     names = [f"GPU {n}" for n in range(8)]
     now = 0
 
@@ -114,7 +114,7 @@ def test_ten_hours_of_eight_gpus_stay_small_and_lose_no_peak(tmp_path: Path) -> 
     topology = {one: dict.fromkeys(names, "NV12") for one in names}
     card = Card()
     profile = profiler(card, tmp_path, interval=1.0)
-    profile.gpus = stand_in_gpus(read, lambda: None, list(map(a_device, names)), topology)
+    profile.gpus = fake_gpus(read, lambda: None, list(map(device_named, names)), topology)
     profile.host = SimpleNamespace(
         cores=96, read=lambda folder: dict.fromkeys(["CPU", "memory", "disk", "memory GiB"], 33.3 + now % 7)
     )
@@ -136,7 +136,7 @@ def test_ten_hours_of_eight_gpus_stay_small_and_lose_no_peak(tmp_path: Path) -> 
     assert profile.use.rows(scale)[-1]["x"] == pytest.approx(10, abs=0.1)
 
 
-def test_a_chart_draws_the_maxima_where_there_are_any() -> None:
+def test_a_chart_draws_maxima_only_if_there_are_any() -> None:
     row = {"x": 1, "GPU 0": 5, "GPU 1": 7, "another": 3}
     spec = gpu_profile.chart_spec("use", [row], ["GPU 0", "GPU 1"], "seconds", "%", top=100)
     assert [layer["transform"][0]["fold"] for layer in spec["layer"]] == [["GPU 0", "GPU 1"]]
@@ -153,7 +153,7 @@ def test_a_chart_draws_the_maxima_where_there_are_any() -> None:
 READ_ALL = """
 import json, os, sys
 from flows.gpu_profile import Gpus
-told = {}
+readings = {}
 for name in sys.argv[1:]:
     scene, _, lost = name.partition("-")
     os.environ["NVML_SCENE"] = scene
@@ -161,53 +161,53 @@ for name in sys.argv[1:]:
     try:
         gpus = Gpus()
         use, memory = gpus.read()
-        told[name] = vars(gpus) | {"use": use, "memory": memory}
+        readings[name] = vars(gpus) | {"use": use, "memory": memory}
         for inner in ("nvml", "handles"):
-            del told[name][inner]
+            del readings[name][inner]
         gpus.nvml.nvmlShutdown()
     except Exception as error:
-        told[name] = repr(error)
-print(json.dumps(told))
+        readings[name] = repr(error)
+print(json.dumps(readings))
 """
 
 
 @pytest.fixture(scope="session")
-def told(nvml_folder: Path) -> dict[str, Any]:
-    """What Gpus says of each scene of the stand-in, and of one with a GPU that is lost."""
+def readings(nvml_folder: Path) -> dict[str, Any]:
+    """What Gpus reads in each scene of the stand-in, and in one with a lost GPU."""
     scenes = ["nvswitch", "bridges", "mig", "old", "none", "bridges-1"]
     environment = os.environ | {"LD_LIBRARY_PATH": str(nvml_folder)}
     result = python("-c", READ_ALL, *scenes, env=environment, check=True)
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_every_call_to_nvml_is_one_that_nvidias_package_has() -> None:
+def test_every_nvml_call_exists_in_nvidias_package() -> None:
     source = (ROOT / "flows" / "gpu_profile.py").read_text()
     names = set(re.findall(r"\b(?:pynvml|nvml)\.(\w+)", source))
     assert len(names) > 15
     assert [name for name in sorted(names) if not hasattr(pynvml, name)] == []
 
 
-def a_device(
+def device_named(
     name: str, bus: str | None = "00000000:10:00.0", kind: str = "", gib: float = 40.0
 ) -> dict[str, Any]:
     return {"device": name, "type": f"NVIDIA A100-SXM4-40GB{kind}", "memory_gib": gib, "bus": bus}
 
 
-def test_driver_and_devices_are_told_with_type_memory_and_bus(told: dict[str, Any]) -> None:
-    assert (told["nvswitch"]["driver"], told["nvswitch"]["cuda"]) == ("550.54.15", "12.4")
-    assert len(told["nvswitch"]["devices"]) == 8
-    assert told["nvswitch"]["devices"][7] == a_device("GPU 7", "00000000:17:00.0")
-    assert told["nvswitch"]["use"] == {f"GPU {n}": 10.0 * n + 5 for n in range(8)}
-    assert told["nvswitch"]["memory"] == {f"GPU {n}": n + 1.0 for n in range(8)}
+def test_driver_and_devices_are_reported_with_type_memory_and_bus(readings: dict[str, Any]) -> None:
+    assert (readings["nvswitch"]["driver"], readings["nvswitch"]["cuda"]) == ("550.54.15", "12.4")
+    assert len(readings["nvswitch"]["devices"]) == 8
+    assert readings["nvswitch"]["devices"][7] == device_named("GPU 7", "00000000:17:00.0")
+    assert readings["nvswitch"]["use"] == {f"GPU {n}": 10.0 * n + 5 for n in range(8)}
+    assert readings["nvswitch"]["memory"] == {f"GPU {n}": n + 1.0 for n in range(8)}
 
 
-def test_gpus_on_an_nvswitch_are_all_connected_and_bridges_connect_those_they_lead_to(
-    told: dict[str, Any],
+def test_topology_shows_nvswitch_between_all_gpus_and_bridges_between_pairs(
+    readings: dict[str, Any],
 ) -> None:
-    topology = told["nvswitch"]["topology"]
+    topology = readings["nvswitch"]["topology"]
     assert list(topology["GPU 0"].values()) == ["X", *["NV12"] * 7]
     assert list(topology["GPU 7"].values()) == [*["NV12"] * 7, "X"]
-    assert [list(row.values()) for row in told["bridges"]["topology"].values()] == [
+    assert [list(row.values()) for row in readings["bridges"]["topology"].values()] == [
         ["X", "NV2", "NV1", "SYS"],
         ["NV2", "X", "SYS", "SYS"],
         ["NV1", "SYS", "X", "PIX"],
@@ -215,28 +215,28 @@ def test_gpus_on_an_nvswitch_are_all_connected_and_bridges_connect_those_they_le
     ]
 
 
-def test_a_board_that_is_lost_or_what_an_old_driver_cannot_tell_costs_nothing_else(
-    told: dict[str, Any],
+def test_a_lost_gpu_or_an_old_driver_leaves_all_other_values_readable(
+    readings: dict[str, Any],
 ) -> None:
-    lost = told["bridges-1"]
+    lost = readings["bridges-1"]
     assert [device["device"] for device in lost["devices"]] == ["GPU 0", "GPU 2", "GPU 3"]
     assert lost["topology"]["GPU 0"] == {"GPU 0": "X", "GPU 2": "NV1", "GPU 3": "SYS"}
     zero, one = {"GPU 0": "X", "GPU 1": "PIX"}, {"GPU 0": "PIX", "GPU 1": "X"}
-    assert told["old"]["topology"] == {"GPU 0": zero, "GPU 1": one}
-    assert told["old"]["use"] == {"GPU 0": 5, "GPU 1": 15}
+    assert readings["old"]["topology"] == {"GPU 0": zero, "GPU 1": one}
+    assert readings["old"]["use"] == {"GPU 0": 5, "GPU 1": 15}
 
 
-def test_of_a_divided_board_the_parts_are_told_and_of_no_board_that_there_is_none(
-    told: dict[str, Any],
+def test_mig_devices_are_reported_and_a_driver_without_gpus_raises(
+    readings: dict[str, Any],
 ) -> None:
-    assert told["mig"]["use"] == {"GPU 0": None, "GPU 0 MIG 0": None, "GPU 0 MIG 1": None}
-    assert told["mig"]["memory"] == {"GPU 0": None, "GPU 0 MIG 0": 1, "GPU 0 MIG 1": 2}
-    assert told["mig"]["devices"][2] == a_device("GPU 0 MIG 1", None, " MIG 3g.20gb", 20.0)
+    assert readings["mig"]["use"] == {"GPU 0": None, "GPU 0 MIG 0": None, "GPU 0 MIG 1": None}
+    assert readings["mig"]["memory"] == {"GPU 0": None, "GPU 0 MIG 0": 1, "GPU 0 MIG 1": 2}
+    assert readings["mig"]["devices"][2] == device_named("GPU 0 MIG 1", None, " MIG 3g.20gb", 20.0)
 
-    assert "NVML finds no GPU" in told["none"]
+    assert "NVML finds no GPU" in readings["none"]
 
 
-@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="there may be a GPU")
+@pytest.mark.skipif(shutil.which("nvidia-smi") is not None, reason="this machine may have a GPU")
 def test_without_a_gpu_the_card_says_why_and_shows_the_host(tmp_path: Path) -> None:
     card = Card()
     profile = profiler(card, tmp_path)
@@ -270,8 +270,8 @@ def test_without_any_device_the_card_says_so(monkeypatch: pytest.MonkeyPatch, tm
     assert charts(card.drawn()) == {}
 
 
-def test_in_a_container_its_own_limit_counts(tmp_path: Path) -> None:
-    def told(root: str, used: str, limit: str, stat: str, free: int, unlimited: object) -> list[Any]:
+def test_in_a_container_its_own_memory_limit_is_used(tmp_path: Path) -> None:
+    def measure(root: str, used: str, limit: str, stat: str, free: int, unlimited: object) -> list[Any]:
         folder = (tmp_path / root / used).parent
         folder.mkdir(parents=True)
         (tmp_path / root / used).write_text(f"{900 * MIB}\n")
@@ -282,29 +282,29 @@ def test_in_a_container_its_own_limit_counts(tmp_path: Path) -> None:
             memory.append(gpu_profile.container_memory(tmp_path / root))
         return memory
 
-    second = told("v2", "memory.current", "memory.max", f"anon {1}\ninactive_file", 200, "max")
-    assert second == [None, (700 * MIB, 1000 * MIB)]
+    version_2 = measure("v2", "memory.current", "memory.max", f"anon {1}\ninactive_file", 200, "max")
+    assert version_2 == [None, (700 * MIB, 1000 * MIB)]
     used, limit = "memory/memory.usage_in_bytes", "memory.limit_in_bytes"
-    first = told("v1", used, limit, "total_inactive_file", 100, 9223372036854771712)
-    assert first == [None, (800 * MIB, 1000 * MIB)]
+    version_1 = measure("v1", used, limit, "total_inactive_file", 100, 9223372036854771712)
+    assert version_1 == [None, (800 * MIB, 1000 * MIB)]
     assert gpu_profile.container_memory(tmp_path / "nowhere") is None
 
 
-# --- what a run tells ---
+# --- the run's files ---
 
 
 def line(step: int, **more: Any) -> dict[str, Any]:
     return {"step": step, "max_steps": 200, "epoch": step / 100, "seconds": 10.0 + 0.5 * step} | more
 
 
-def the_run(folder: Path) -> Run:
-    """What is known of a run once its files are read."""
+def read_run(folder: Path) -> Run:
+    """A run whose files have been read."""
     run = Run(folder)
     run.read()
     return run
 
 
-def test_lines_are_read_once_and_a_torn_one_when_it_is_whole(tmp_path: Path) -> None:
+def test_lines_are_read_once_and_an_incomplete_one_when_it_is_complete(tmp_path: Path) -> None:
     file = tmp_path / METRICS_FILE
     lines = Lines(file)
     assert lines.new() == (False, [])
@@ -318,11 +318,11 @@ def test_lines_are_read_once_and_a_torn_one_when_it_is_whole(tmp_path: Path) -> 
     assert lines.new() == (False, [{"step": 2, "loss": 3}])
 
 
-def test_a_resumed_run_is_drawn_without_what_it_forgot(tmp_path: Path) -> None:
+def test_a_resumed_run_is_drawn_without_the_dropped_entries(tmp_path: Path) -> None:
     for step in (10, 20, 30):
         append(tmp_path / METRICS_FILE, line(step, loss=float(step)))
         append(tmp_path / SAMPLES_FILE, {"step": step, "instruction": "Why?", "response": f"{step}"})
-    run = the_run(tmp_path)
+    run = read_run(tmp_path)
     assert [row["x"] for row in run.loss.rows()] == [10, 20, 30]
     for name in (METRICS_FILE, SAMPLES_FILE):
         drop_entries_after(tmp_path / name, 10)
@@ -332,7 +332,7 @@ def test_a_resumed_run_is_drawn_without_what_it_forgot(tmp_path: Path) -> None:
     assert run.stages() == [10]
 
 
-def test_progress_and_the_time_that_is_left(tmp_path: Path) -> None:
+def test_progress_shows_figures_and_the_time_left(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert run.progress() == (0, "step 0", "time left not known yet")
     append(tmp_path / METRICS_FILE, line(40, loss=1.234, tokens_per_second=9012.3))
@@ -345,21 +345,21 @@ def test_progress_and_the_time_that_is_left(tmp_path: Path) -> None:
     assert run.progress() == (50, words, "50 s left")
     append(tmp_path / METRICS_FILE, line(200, loss=1.0))
     run.read()
-    assert (run.progress()[0], run.progress()[2]) == (100, "at its end")
+    assert (run.progress()[0], run.progress()[2]) == (100, "finished")
 
 
-def test_durations_are_told_in_words() -> None:
+def test_durations_are_formatted_in_seconds_minutes_and_hours() -> None:
     assert [gpu_profile.duration(s) for s in (0, 59.6, 100, 3599, 12_000)] == [
         "0 s", "60 s", "2 min", "1 h 0 min", "3 h 20 min",
     ]  # fmt: skip
 
 
-def test_the_answers_stand_one_column_a_stage(tmp_path: Path) -> None:
+def test_answers_have_one_column_per_stage(tmp_path: Path) -> None:
     for step in (0, 100):
         for question, context in (("Name a river.", ""), ("Shorten.", "Long text")):
             entry = {"step": step, "epoch": step / 80, "instruction": question, "input": context}
             append(tmp_path / SAMPLES_FILE, entry | {"response": f"{question} {step}"})
-    assert the_run(tmp_path).answer_table() == (
+    assert read_run(tmp_path).answer_table() == (
         ["instruction", "epoch 0.00", "epoch 1.25"],
         [
             ["Name a river.", "Name a river. 0", "Name a river. 100"],
@@ -368,12 +368,12 @@ def test_the_answers_stand_one_column_a_stage(tmp_path: Path) -> None:
     )
 
 
-def test_of_many_stages_the_first_the_last_and_some_between_are_shown(tmp_path: Path) -> None:
+def test_of_many_stages_first_last_and_some_between_are_shown(tmp_path: Path) -> None:
     for step in range(0, 5000, 10):
         for prompt in range(30):
             entry = {"step": step, "instruction": f"Say {prompt}.", "response": f"{step} " * 10_000}
             append(tmp_path / SAMPLES_FILE, entry) if step < 100 or prompt == 0 else None
-    run = the_run(tmp_path)
+    run = read_run(tmp_path)
     headers, rows = run.answer_table()
     assert (headers[1], headers[-1], len(headers)) == ("step 0", "step 4,990", 1 + gpu_profile.STAGES_SHOWN)
     assert len(rows) == gpu_profile.PROMPTS
@@ -381,17 +381,17 @@ def test_of_many_stages_the_first_the_last_and_some_between_are_shown(tmp_path: 
     assert len(json.dumps([headers, rows])) < 60_000
 
 
-def test_the_card_follows_the_run(tmp_path: Path) -> None:
+def test_the_card_is_updated_with_the_runs_files(tmp_path: Path) -> None:
     card = Card()
     profile = profiler(card, tmp_path)
     profile.draw()
-    assert "Nothing told yet" in card.text()
+    assert "No metrics yet" in card.text()
     append(tmp_path / METRICS_FILE, line(10, loss=2.0, tokens_per_second=9000.0))
     assert profile.draw()
     before = charts(card.drawn())
     assert before == {"loss": [{"x": 10, "loss": 2.0}], "speed": [{"x": 10, "tokens/s": 9000.0}]}
     append(tmp_path / METRICS_FILE, line(20, eval_loss=1.75))
-    assert not profile.draw(), "the same components, so that no whole card is drawn"
+    assert not profile.draw(), "the same components, so no complete drawing is needed"
     assert charts(card.drawn())["loss"] == [{"x": 10, "loss": 2.0}, {"x": 20, "held-out loss": 1.75}]
     append(tmp_path / SAMPLES_FILE, {"step": 20, "instruction": "Why?", "response": "So."})
     assert profile.draw()
@@ -399,7 +399,7 @@ def test_the_card_follows_the_run(tmp_path: Path) -> None:
     assert [part["value"] for part in card.drawn() if part["type"] == "progressBar"] == [10]
 
 
-# --- faults ---
+# --- errors of the profile ---
 
 
 def wait_until(done: Callable[[], Any]) -> None:
@@ -415,7 +415,7 @@ def raising(*arguments: Any, **options: Any) -> Any:
 
 def plant(part: str, profile: Profiler, folder: Path) -> None:
     if part == "GPUs":
-        profile.gpus = stand_in_gpus(raising, raising, [a_device("GPU 0")], {})
+        profile.gpus = fake_gpus(raising, raising, [device_named("GPU 0")], {})
     elif part == "host":
         profile.host.psutil = SimpleNamespace(cpu_percent=raising, virtual_memory=raising)
     elif part == "run":
@@ -428,26 +428,26 @@ def plant(part: str, profile: Profiler, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["GPUs", "host", "run", "run folder", "card"])
-def test_a_fault_is_told_and_costs_nothing_else(part: str, tmp_path: Path) -> None:
+def test_an_error_of_the_profile_is_shown_and_the_rest_still_works(part: str, tmp_path: Path) -> None:
     append(tmp_path / METRICS_FILE, line(10, loss=2.0))
     card = Card()
     profile = profiler(card, tmp_path)
     profile.start()
     wait_until(lambda: card.refreshed)
     plant(part, profile, tmp_path)
-    wait_until(lambda: part in profile.faults)
+    wait_until(lambda: part in profile.errors)
     before = profile.count
     wait_until(lambda: profile.count > before)
     record = profile.stop(ValueError("the step's own"))
     assert "planted" in record["faults"][part] or part in ("run", "card")
-    told = [words(row) for row in tables(card.drawn(), "part")[0]["data"]]
-    assert part in {name for name, _ in told}
+    errors = [words(row) for row in tables(card.drawn(), "part")[0]["data"]]
+    assert part in {name for name, _ in errors}
     assert "ValueError: the step's own" in card.text()
-    assert charts(card.drawn())["loss"] == [{"x": 10, "loss": 2.0}], "what was read before stays"
+    assert charts(card.drawn())["loss"] == [{"x": 10, "loss": 2.0}], "figures read earlier stay"
     assert "host" in charts(card.drawn())
 
 
-def test_a_section_that_cannot_be_drawn_costs_none_of_the_others(tmp_path: Path) -> None:
+def test_a_section_that_fails_to_draw_leaves_the_others(tmp_path: Path) -> None:
     append(tmp_path / METRICS_FILE, line(10, loss=2.0))
     card = Card()
     profile = profiler(card, tmp_path)
@@ -462,14 +462,14 @@ def test_a_section_that_cannot_be_drawn_costs_none_of_the_others(tmp_path: Path)
     assert tables(card.drawn(), "part")[0]["data"] == [["card", "RuntimeError: planted"]]
 
 
-def test_options_that_cannot_be_meant_are_refused() -> None:
-    with pytest.raises(MetaflowException, match=r"interval is 0; give seconds, 0\.1 or more"):
+def test_invalid_arguments_are_refused_with_what_to_type() -> None:
+    with pytest.raises(MetaflowException, match=r"interval is 0; expected seconds, 0\.1 or more"):
         gpu_profile.gpu_profile(interval=0).external_init()
     with pytest.raises(MetaflowException, match=r"run_folder is '/tmp/x'.*for self\.output"):
         gpu_profile.gpu_profile(run_folder="/tmp/x").external_init()
 
 
-def test_nothing_of_the_project_and_no_torch_comes_with_the_file(tmp_path: Path) -> None:
+def test_the_file_alone_imports_neither_torch_nor_the_project(tmp_path: Path) -> None:
     shutil.copy(ROOT / "flows" / "gpu_profile.py", tmp_path)
     code = "import sys, gpu_profile; print([m for m in ('torch', 'training', 'psutil', 'pynvml') if m in sys.modules])"
     assert python("-c", code, cwd=tmp_path, check=True).stdout.strip() == "[]"

@@ -1,4 +1,4 @@
-"""@gpu_profile on real runs: the card that a person is given, while it runs, after a failure, and in a browser."""
+"""@gpu_profile on real runs: the card during a step, after a failure, and in a browser."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 
 
 class FlowRun:
-    """One run of profiled_flow.py in a process of its own, with metadata of its own."""
+    """One run of profiled_flow.py in its own process, with its own metadata."""
 
     def __init__(self, folder: Path, **settings: str):
         self.folder = folder
@@ -55,7 +55,7 @@ class FlowRun:
         return (self.folder / "log").read_text()
 
     def card(self, step: str = "start") -> tuple[str, list[dict[str, Any]]]:
-        """(HTML, components), as `card get` gives it to a person; ("", []) as long as there is none."""
+        """(HTML, components) of `card get`; ("", []) if there is no card yet."""
         html = self.folder / f"{step}.html"
         if self.python(FLOW, "card", "get", step, html).returncode or not html.exists():
             return "", []
@@ -68,14 +68,14 @@ class FlowRun:
         return text, parts
 
     def data(self) -> dict[str, Any]:
-        """The newest figures that a refresh gave to those who look on."""
+        """The newest figures that a refresh wrote for browsers."""
         files = list((self.folder / ".metaflow" / "mf.cards").rglob("steps/start/**/*.data.json"))
         return json.loads(files[0].read_text()) if files else {}
 
 
 @pytest.fixture(scope="module")
 def flow_runs(tmp_path_factory: pytest.TempPathFactory, nvml_folder: Path) -> Iterator[dict[str, Any]]:
-    """A run that ends well and is looked at while it runs; two that fail; and one whose profile breaks."""
+    """A run that succeeds and is watched while it runs, two that fail, and one whose profile breaks."""
     gpus = {"LD_LIBRARY_PATH": str(nvml_folder), "NVML_SCENE": "bridges"}
     runs: dict[str, Any] = {}
 
@@ -103,7 +103,7 @@ def flow_runs(tmp_path_factory: pytest.TempPathFactory, nvml_folder: Path) -> It
     return runs
 
 
-def test_a_run_is_drawn_whole(flow_runs: dict[str, Any]) -> None:
+def test_a_finished_run_is_drawn_completely(flow_runs: dict[str, Any]) -> None:
     run = flow_runs["well"]
     assert run.process.returncode == 0, run.output()
     _, parts = run.card()
@@ -128,14 +128,14 @@ def test_a_run_is_drawn_whole(flow_runs: dict[str, Any]) -> None:
     text = json.dumps(parts)
     assert "Driver 550.54.15, CUDA 12.4" in text
     assert "The step has ended" in text
-    assert "could not do" not in text
+    assert "Errors of the profile" not in text
 
 
 def test_the_card_changes_while_the_step_runs(flow_runs: dict[str, Any]) -> None:
     looks, figures = flow_runs["looks"], flow_runs["figures"]
-    assert len(looks) >= 2, "what `card get` shows"
+    assert len(looks) >= 2, "`card get` shows new figures"
     assert len(looks[0]) < len(looks[1]) < 120
-    assert len(figures) >= 2, "what a browser is given between"
+    assert len(figures) >= 2, "a browser gets new figures in between"
 
 
 def test_the_profile_is_an_artifact_that_a_join_can_merge(flow_runs: dict[str, Any]) -> None:
@@ -146,19 +146,21 @@ def test_the_profile_is_an_artifact_that_a_join_can_merge(flow_runs: dict[str, A
         "print(json.dumps({n: getattr(data, n) for n in ('gpu_profile_start', 'gpu_profile_part_0', "
         "'gpu_profile_part_1')}))"
     )
-    told = json.loads(run.python("-c", code).stdout)
-    profile = told["gpu_profile_start"]
+    profiles = json.loads(run.python("-c", code).stdout)
+    profile = profiles["gpu_profile_start"]
     assert profile["peaks"]["gpu_utilisation_percent"] == {f"GPU {n}": 10 * n + 5 for n in range(4)}
     assert profile["samples"] > 20
     assert profile["faults"] == {}
-    assert told["gpu_profile_part_0"]["devices"] == profile["devices"]
+    assert profiles["gpu_profile_part_0"]["devices"] == profile["devices"]
 
 
 @pytest.mark.parametrize(
     ("name", "why"),
-    [("raise", "ValueError: rank 3 was <b>killed</b>"), ("exit", "The step left before its end")],
+    [("raise", "ValueError: rank 3 was <b>killed</b>"), ("exit", "The step ended early")],
 )
-def test_a_failed_step_has_its_last_figures_and_why(flow_runs: dict[str, Any], name: str, why: str) -> None:
+def test_a_failed_step_shows_its_last_figures_and_the_error(
+    flow_runs: dict[str, Any], name: str, why: str
+) -> None:
     run = flow_runs[name]
     assert run.process.returncode == 1, run.output()
     _, parts = run.card()
@@ -167,16 +169,16 @@ def test_a_failed_step_has_its_last_figures_and_why(flow_runs: dict[str, Any], n
     assert error.rstrip().splitlines()[-1].startswith(why)
     assert [row["x"] for row in charts(parts)["loss"]] == [10 * n for n in range(1, 13)], "to the last line"
     if name == "raise":
-        assert "ValueError: rank 3 was" in run.output(), "as without the profile"
+        assert "ValueError: rank 3 was" in run.output(), "the step's own error is still printed"
 
 
-def test_a_step_whose_profile_breaks_goes_on(flow_runs: dict[str, Any]) -> None:
+def test_a_step_continues_if_its_profile_breaks(flow_runs: dict[str, Any]) -> None:
     run = flow_runs["broken"]
     assert run.process.returncode == 0, run.output()
     _, parts = run.card()
-    told = dict(map(words, tables(parts, "part")[0]["data"]))
-    assert set(told) == {"GPUs", "host", "run", "card"}
-    assert "GPU is lost" in told["GPUs"]
+    errors = dict(map(words, tables(parts, "part")[0]["data"]))
+    assert set(errors) == {"GPUs", "host", "run", "card"}
+    assert "GPU is lost" in errors["GPUs"]
     assert len(charts(parts)["loss"]) == 12
     assert len(charts(parts)["GPU utilisation"]) == 2, "two samples before the driver died"
 
@@ -202,7 +204,7 @@ def test_a_browser_draws_the_card_without_a_network(
     assert all(f">{name}<" in drawn[2] for name in ("GPU 0", "GPU 3"))
     assert ">held-out loss<" in drawn[0]
     assert "the 1 answer" in dom
-    assert "&lt;img src=x" in dom, "an answer is text"
+    assert "&lt;img src=x" in dom, "an answer is shown as text"
     assert "<img src=x" not in re.sub(r"<script.*?</script>", "", dom, flags=re.DOTALL)
     assert "<title>1</title>" not in dom
     assert "Tesla V100" in dom
@@ -210,7 +212,7 @@ def test_a_browser_draws_the_card_without_a_network(
         assert "killed" in dom
 
 
-def test_the_live_cards_are_served_to_this_machine_alone(flow_runs: dict[str, Any]) -> None:
+def test_live_cards_are_served_on_this_machine_only(flow_runs: dict[str, Any]) -> None:
     run = flow_runs["well"]
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
