@@ -1,4 +1,4 @@
-"""Global batches are the same for everyone; shares of them cover every row once and weigh alike."""
+"""Global batches do not depend on the ranks, and their shares cover every row once and are balanced."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def sampler(lengths: list[int], rank: int = 0, **changes) -> GlobalBatchSampler:
     return GlobalBatchSampler(lengths, rank=rank, **(defaults | changes))
 
 
-def test_rows_are_dealt_by_tokens_in_order_and_to_be_held_out_as_in_the_docstrings() -> None:
+def test_the_examples_in_the_docstrings_are_correct() -> None:
     assert deal_by_tokens([90, 20, 60, 50, 40], 2) == [[0, 4], [2, 3, 1]]
     assert deal_by_tokens([10], 3) == [[0], [], []]
     assert deal_in_order(7, 3) == [[0, 1, 2], [3, 4], [5, 6]]
@@ -47,25 +47,25 @@ def test_rows_are_dealt_by_tokens_in_order_and_to_be_held_out_as_in_the_docstrin
     assert held_out_batches([10, 80, 20, 70, 30, 60], rows=2, world_size=2) == [[[1, 4], [3, 5]], [[2], [0]]]
 
 
-def test_dolly_deals_a_global_batch_to_accumulation_steps_and_ranks_in_order() -> None:
+def test_padded_batches_are_dealt_in_order_to_accumulation_steps_and_ranks() -> None:
     plain = sampler([1] * 8, global_batch_size=8, world_size=2, accumulation=2, deal="padded")
     order = torch.randperm(8, generator=torch.Generator().manual_seed(42)).tolist()
     assert plain.micro_batches(order) == [[order[0:2], order[2:4]], [order[4:6], order[6:8]]]
 
 
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # a busy machine is slow
 @given(lengths_of_rows, st.integers(0, 2), deals)
-def test_global_batches_hold_every_row_once_and_are_the_same_for_1_2_3_and_8_ranks(
+def test_global_batches_have_every_row_once_and_are_the_same_for_1_2_3_and_8_ranks(
     lengths: list[int], epoch: int, deal: str
 ) -> None:
     def global_batches(world_size: int, accumulation: int) -> list[list[int]]:
-        """Each optimizer step's rows, gathered from what the ranks really yield."""
+        """The rows of each optimizer step, gathered from all ranks."""
         steps: list[list[int]] = [[] for _ in range(-(-len(lengths) // 24))]
         for rank in range(world_size):
             mine = sampler(lengths, rank, world_size=world_size, accumulation=accumulation, deal=deal)
             mine.set_epoch(epoch)
             shares = list(mine)
-            assert len(shares) == len(mine) == accumulation * len(steps)  # alike on all ranks
+            assert len(shares) == len(mine) == accumulation * len(steps)  # the same on all ranks
             for i, share in enumerate(shares):
                 steps[i // accumulation] += share
         return [sorted(step) for step in steps]
@@ -77,7 +77,7 @@ def test_global_batches_hold_every_row_once_and_are_the_same_for_1_2_3_and_8_ran
         assert global_batches(world_size, accumulation) == expected
 
 
-def test_dealt_by_length_padding_is_less_than_half_of_dollys(alpaca_lengths: list[int]) -> None:
+def test_dealing_by_length_at_least_halves_dollys_padding(alpaca_lengths: list[int]) -> None:
     def padding(deal: str) -> int:
         mine = sampler(alpaca_lengths, global_batch_size=64, world_size=8, deal=deal)
         shares = [share for batch in mine.global_batches() for share in mine.micro_batches(batch)[0]]
@@ -88,7 +88,7 @@ def test_dealt_by_length_padding_is_less_than_half_of_dollys(alpaca_lengths: lis
     assert padding("length") < padding("padded") / 2
 
 
-def test_epochs_and_seeds_shuffle_differently_and_repeatably() -> None:
+def test_epochs_and_seeds_give_different_but_repeatable_orders() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
         mine = sampler([5] * 100, seed=seed)
         mine.set_epoch(epoch)
@@ -99,9 +99,9 @@ def test_epochs_and_seeds_shuffle_differently_and_repeatably() -> None:
     assert order(42, 0) != order(7, 0)
 
 
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # a busy machine is slow
 @given(lengths_of_rows, st.integers(1, 16))
-def test_shares_by_tokens_hold_every_row_and_differ_by_at_most_one_row(
+def test_shares_by_tokens_have_every_row_and_differ_by_at_most_one_row(
     lengths: list[int], shares: int
 ) -> None:
     dealt = deal_by_tokens(lengths, shares)
@@ -124,13 +124,13 @@ def test_on_real_rows_the_largest_of_8_shares_is_within_1_percent_of_the_mean(
     assert sum(ratios) / len(ratios) <= 1.01
 
 
-def test_planning_500_000_rows_takes_less_than_3_seconds_and_200_mb(alpaca_lengths: list[int]) -> None:
+def test_dealing_500_000_rows_takes_less_than_3_seconds_and_200_mb(alpaca_lengths: list[int]) -> None:
     lengths = (alpaca_lengths * 400)[:500_000]
-    begin = time.process_time()
+    start = time.process_time()
     shares = list(sampler(lengths, global_batch_size=64, world_size=8))
-    assert time.process_time() - begin < 3
+    assert time.process_time() - start < 3
     assert len(shares) == 7813
-    tracemalloc.start()  # slow, so on its own, and for the first shares: the rest reuse the same memory
+    tracemalloc.start()  # tracing is slow, so only for the first shares; the rest reuse the same memory
     for _ in islice(sampler(lengths, global_batch_size=64, world_size=8), 100):
         pass
     peak = tracemalloc.get_traced_memory()[1]
@@ -138,9 +138,9 @@ def test_planning_500_000_rows_takes_less_than_3_seconds_and_200_mb(alpaca_lengt
     assert peak < 200e6
 
 
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # a busy machine is slow
 @given(lengths_of_rows, st.integers(1, 8), world_sizes)
-def test_held_out_rows_are_evaluated_once_in_as_many_steps_on_every_rank(
+def test_held_out_rows_are_evaluated_once_with_the_same_number_of_steps_on_every_rank(
     lengths: list[int], rows: int, world_size: int
 ) -> None:
     steps = held_out_batches(lengths, rows, world_size)
@@ -152,7 +152,7 @@ def test_held_out_rows_are_evaluated_once_in_as_many_steps_on_every_rank(
         assert max(map(len, batches)) - min(map(len, batches)) <= 1
 
 
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # a busy machine is slow
 @given(st.lists(st.integers(1, 100), max_size=30), st.integers(100, 400))
 def test_micro_steps_keep_to_the_token_budget(lengths: list[int], max_tokens: int) -> None:
     needed = micro_steps_needed(lengths, max_tokens)
@@ -163,7 +163,7 @@ def test_micro_steps_keep_to_the_token_budget(lengths: list[int], max_tokens: in
         assert max(sum(lengths[i] for i in part) for part in parts) <= max_tokens
 
 
-def test_a_row_longer_than_the_token_budget_is_an_error_that_says_what_to_type() -> None:
+def test_a_row_longer_than_the_token_budget_is_refused_with_what_to_type() -> None:
     message = (
         r"--max-tokens-per-device 500 is less than the length of 2 of 4 rows \(612, 600 tokens\), "
         r"and a row cannot be split\. Type --max-tokens-per-device 612 or more\."
@@ -175,7 +175,7 @@ def test_a_row_longer_than_the_token_budget_is_an_error_that_says_what_to_type()
     check_token_budget([100, 600, 612, 500], 612)
 
 
-def test_the_trainer_takes_the_sampler_and_tells_it_the_epoch(tmp_path: Path, base_folder: Path) -> None:
+def test_the_trainer_accepts_the_sampler_and_sets_its_epoch(tmp_path: Path, base_folder: Path) -> None:
     lengths = [3 + i % 7 for i in range(21)]
     rows = Dataset.from_list([{"input_ids": [i] * n, "response_start": 1} for i, n in enumerate(lengths)])
     batches: list[list[int]] = []
@@ -208,15 +208,15 @@ def alpaca_lengths() -> list[int]:
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])
 @pytest.mark.parametrize("done", [1, 4, 8, 9])  # global batches; an epoch has 4
-def test_a_resume_on_any_number_of_ranks_goes_on_in_the_order_of_its_epoch(
+def test_a_resume_on_any_number_of_ranks_continues_in_the_order_of_its_epoch(
     tmp_path: Path, world_size: int, done: int
 ) -> None:
-    """In the loaders that accelerate really makes, and with the Trainer's own two attempts at telling the epoch."""
+    """With the loaders that accelerate builds, and both places where the Trainer sets the epoch."""
     lengths, accumulation = [3 + i % 7 for i in range(61)], 2
-    how = {"global_batch_size": 16, "world_size": world_size, "accumulation": accumulation}
+    options = {"global_batch_size": 16, "world_size": world_size, "accumulation": accumulation}
     epoch, within = divmod(done, 4)
     for rank in range(world_size):
-        mine, undisturbed = sampler(lengths, rank, **how), sampler(lengths, rank, **how)
+        mine, undisturbed = sampler(lengths, rank, **options), sampler(lengths, rank, **options)
         loader = prepare_data_loader(
             DataLoader(range(len(lengths)), batch_sampler=mine, collate_fn=list),
             num_processes=world_size, process_index=rank, put_on_device=False,

@@ -1,4 +1,4 @@
-"""The collators, on tensors a reader can check by eye."""
+"""The collators, on literal tensors that can be checked by eye."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ row_lists = st.lists(
 )
 
 
-def test_padded_batch_is_the_one_in_the_docstring() -> None:
+def test_the_padded_batch_is_the_one_in_the_docstring() -> None:
     batch = padded(THREE_ROWS)
     assert batch["input_ids"].tolist() == [
         [11, 12, 13, 14, 15, 0, 0, 0],
@@ -57,7 +57,7 @@ def test_padded_batch_is_the_one_in_the_docstring() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_packed_batch_is_the_one_in_the_docstring() -> None:
+def test_the_packed_batch_is_the_one_in_the_docstring() -> None:
     batch = packed(THREE_ROWS)
     assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 15, 21, 22, 23, 31, 32, 33, 34]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]
@@ -67,7 +67,7 @@ def test_packed_batch_is_the_one_in_the_docstring() -> None:
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
 
-def test_a_pad_token_inside_the_text_is_attended_to_and_learned_and_a_row_of_eight_is_not_padded() -> None:
+def test_a_pad_token_inside_the_text_is_attended_to_and_has_a_label() -> None:
     row = {"input_ids": [PAD, 12, PAD, 14, PAD], "response_start": 2}
     batch = padded([row])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]]
@@ -95,7 +95,7 @@ def test_an_empty_share_becomes_one_token_without_a_loss() -> None:
     assert batch["shift_labels"].shape == (1, 0)
 
 
-def test_a_packed_batch_splits_into_batches_of_whole_rows_or_of_one_token_without_a_loss() -> None:
+def test_a_packed_batch_is_split_by_rows_and_an_empty_part_has_no_loss() -> None:
     first, second = split_packed_batch(packed(THREE_ROWS), 2)
     assert first["input_ids"].tolist() == [[31, 32, 33, 34, 21, 22, 23]]
     assert first["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
@@ -109,13 +109,13 @@ def test_a_packed_batch_splits_into_batches_of_whole_rows_or_of_one_token_withou
     assert empty["logits_to_keep"].shape == (0,)
 
 
-@settings(deadline=None)  # a busy machine is no fault
+@settings(deadline=None)  # a busy machine is slow
 @given(row_lists)
 def test_both_collators_give_the_same_labels_to_the_same_tokens(rows: list[dict]) -> None:
     wide, flat = padded(rows), packed(rows)
     real = wide["attention_mask"].bool()
     assert wide["input_ids"][real].tolist() == flat["input_ids"][0].tolist()
     assert wide["labels"][real].tolist() == flat["labels"][0].tolist()
-    # What transformers.Trainer divides the loss by: `shift_labels` where given, otherwise `labels[..., 1:]`.
+    # transformers.Trainer divides the loss by the number of `shift_labels` if present, else of `labels[..., 1:]`.
     assert (wide["labels"][:, 1:] != IGNORE_INDEX).sum() == (flat["shift_labels"] != IGNORE_INDEX).sum()
     assert (flat["labels"][0, flat["logits_to_keep"] + 1] == flat["shift_labels"][0]).all()

@@ -1,4 +1,4 @@
-"""Rows to token ids: Dolly's own ids, user text that stays text, readers that tell what is wrong, the ledger."""
+"""Rows to token ids: the same ids as Dolly, control words in user text, the ledger, the cache and the split."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ CONTROL_WORDS = [*KEYS, EOS, *MIXED]
 
 
 def dollys_tokenizer(folder: Path, fillers: int = 0) -> PreTrainedTokenizerBase:
-    """The BPE with Dolly's tokens, added without any of our code."""
+    """The BPE with Dolly's control tokens, added without code of this project."""
     tokenizer = GPT2TokenizerFast.from_pretrained(str(folder))
     tokenizer.add_tokens([f"<|extratoken_{n}|>" for n in range(1, fillers + 1)])
     tokenizer.add_special_tokens({"extra_special_tokens": KEYS})
@@ -63,7 +63,7 @@ def test_the_prompt_is_alpacas_word_for_word() -> None:
     assert render_prompt("Name a colour.", "red, blue") == WITH_INPUT
 
 
-def test_control_tokens_stand_in_dollys_order(bpe_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_control_tokens_have_dollys_order(bpe_folder: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     base = len(GPT2TokenizerFast.from_pretrained(str(bpe_folder)))
     assert tokenizer.convert_tokens_to_ids(KEYS) == [base, base + 1, base + 2]
 
@@ -74,20 +74,20 @@ def test_ids_are_dollys_on_literal_rows(
     bpe_folder: Path, tokenizer: PreTrainedTokenizerBase, input: str, output: str
 ) -> None:
     prompt = WITH_INPUT.replace("red, blue", input) if input else PLAIN
-    whole = dollys_tokenizer(bpe_folder)(prompt + output + "\n\n### End")["input_ids"]
+    expected = dollys_tokenizer(bpe_folder)(prompt + output + "\n\n### End")["input_ids"]
     if not output.strip():
         assert encoded(tokenizer, [("Name a colour.", input, output)]) == []
         return
     [(number, ids, start)] = encoded(tokenizer, [("Name a colour.", input, output)])
     assert number == 1
-    assert ids == whole
+    assert ids == expected
     assert tokenizer.decode(ids[:start]) == prompt
     assert tokenizer.decode(ids[start:]) == output + "\n\n### End"
 
 
 def test_ids_are_dollys_on_1500_rows_of_alpaca_with_gpt_js_vocabulary(tmp_path: Path) -> None:
     if not SHARED.exists():
-        pytest.skip("../shared is not here")
+        pytest.skip("../shared does not exist")
     dolly = dollys_tokenizer(SHARED / "gpt2-bpe", fillers=143)
     fillers = GPT2TokenizerFast.from_pretrained(str(SHARED / "gpt2-bpe"))
     fillers.add_tokens([f"<|extratoken_{n}|>" for n in range(1, 144)])
@@ -100,8 +100,8 @@ def test_ids_are_dollys_on_1500_rows_of_alpaca_with_gpt_js_vocabulary(tmp_path: 
     kept = list(encode_rows(ours, read_columns(str(source)), Ledger("alpaca", 2048)))
     dropped = {n for n, text in enumerate(texts, start=1) if not text.split("### Response:\n", 1)[1].strip()}
     assert {number for number, _, _ in kept} == set(range(1, 1501)) - dropped
-    wholes = dolly([f"{texts[number - 1]}\n\n### End" for number, _, _ in kept])["input_ids"]
-    assert [ids for _, ids, _ in kept] == wholes
+    expected = dolly([f"{texts[number - 1]}\n\n### End" for number, _, _ in kept])["input_ids"]
+    assert [ids for _, ids, _ in kept] == expected
     assert all(ids[start - 1] == 50402 and ids[-1] == 50400 for _, ids, start in kept)
 
 
@@ -117,7 +117,7 @@ def test_control_words_in_a_row_stay_text(tokenizer: PreTrainedTokenizerBase, fi
     assert tokenizer.decode(ids[:start]) == render_prompt(row["instruction"], row["input"])
 
 
-def test_encoding_rows_leaves_the_tokenizer_as_it_was(
+def test_encoding_rows_does_not_change_the_tokenizer(
     tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     encoded(tokenizer, [("a", "", "b")])
@@ -128,7 +128,7 @@ def test_encoding_rows_leaves_the_tokenizer_as_it_was(
     assert load_tokenizer(str(tmp_path))("a ### End")["input_ids"][-1] == end
 
 
-def test_a_bos_that_the_tokenizer_prepends_stands_once_in_front(
+def test_a_bos_of_the_tokenizer_is_prepended_once(
     tokenizer: PreTrainedTokenizerBase, bos_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     [(_, plain, plain_start)] = encoded(tokenizer, [("Name a colour.", "", "Red.")])
@@ -139,7 +139,7 @@ def test_a_bos_that_the_tokenizer_prepends_stands_once_in_front(
 
 @pytest.fixture(scope="module")
 def bos_tokenizer(bpe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerBase:
-    """The small BPE with a post-processor that puts a BOS in front of every text, as Llama's does."""
+    """The small BPE with a post-processor that prepends BOS to every text, as Llama's does."""
     folder = tmp_path_factory.mktemp("bos")
     tokenizer = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -162,33 +162,33 @@ def templated(tokenizer: PreTrainedTokenizerBase, *turns: tuple[str, str], promp
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
 
-def test_the_chat_template_renders_the_prompt_turn_after_turn_and_refuses_a_role_that_dolly_does_not_know(
+def test_the_chat_template_renders_all_turns_and_refuses_unknown_roles(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    asked = ("user", "Name a colour.")
-    assert templated(tokenizer, asked) == PLAIN
+    question = ("user", "Name a colour.")
+    assert templated(tokenizer, question) == PLAIN
     assert templated(tokenizer, ("user", "Name a colour.\n\n### Input:\nred, blue")) == WITH_INPUT
-    assert templated(tokenizer, asked, ("assistant", "Red."), asked) == f"{PLAIN}Red.\n\n### End{PLAIN}"
+    assert templated(tokenizer, question, ("assistant", "Red."), question) == f"{PLAIN}Red.\n\n### End{PLAIN}"
     with pytest.raises(Exception, match="roles user and assistant, not system"):
         templated(tokenizer, ("system", "Be kind."))
 
 
-def test_the_chat_template_gives_the_ids_of_training(
+def test_the_chat_template_gives_the_same_ids_as_training(
     tokenizer: PreTrainedTokenizerBase, bos_tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    for each in (tokenizer, bos_tokenizer):
-        [(_, ids, start)] = encoded(each, [("Name a colour.", "", "Red.")])
+    for tested in (tokenizer, bos_tokenizer):
+        [(_, ids, start)] = encoded(tested, [("Name a colour.", "", "Red.")])
         messages = [{"role": "user", "content": "Name a colour."}]
-        prompt = each.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        prompt = tested.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert prompt == ids[:start]
         messages.append({"role": "assistant", "content": "Red."})
-        assert each.apply_chat_template(messages)["input_ids"] == ids
+        assert tested.apply_chat_template(messages)["input_ids"] == ids
 
 
 @given(st.lists(st.sampled_from([*CONTROL_WORDS, "#", " ", "\n", "End", "word"]), max_size=6).map("".join))
 @example("### End")
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_control_words_in_a_message_become_no_control_token(
+def test_control_words_in_a_message_do_not_become_control_tokens(
     tokenizer: PreTrainedTokenizerBase, content: str
 ) -> None:
     messages = [{"role": "user", "content": content}]
@@ -200,25 +200,25 @@ def test_control_words_in_a_message_become_no_control_token(
 # --- the ledger --------------------------------------------------------------------------------------
 
 
-# Two are good, two have no answer, one has too long a prompt, one too long an answer.
-LITERAL = [("a", "b"), ("a", ""), ("a", " \n\t"), ("!" * 300, "b"), ("a", "!" * 300), ("ab", "cd")]
+# Two good rows, two with an empty answer, one with a long prompt, one with a long answer.
+ROWS = [("a", "b"), ("a", ""), ("a", " \n\t"), ("!" * 300, "b"), ("a", "!" * 300), ("ab", "cd")]
 
 
 @pytest.fixture
 def lengths(tokenizer: PreTrainedTokenizerBase) -> tuple[int, int]:
-    """(tokens of the prompt whose instruction is one letter, `max_length` that just holds the last row)."""
+    """(tokens of a prompt with a one-letter instruction, the `max_length` that exactly fits the last row)."""
     [(_, short, start), (_, long, _)] = encoded(tokenizer, [("a", "", "b"), ("ab", "", "cd")])
-    assert len(long) == len(short) + 2  # the letters are single tokens, and so is each "!"
+    assert len(long) == len(short) + 2  # each letter and each "!" is one token
     return start, len(long)
 
 
-def test_the_ledger_tells_every_rows_fate_and_a_cut_response_is_kept_on_demand_and_counted(
+def test_the_ledger_counts_kept_dropped_and_truncated_rows(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, lengths: tuple[int, int]
 ) -> None:
     prompt, max_length = lengths
-    path = jsonl(tmp_path / "rows.jsonl", [{"instruction": a, "output": b} for a, b in LITERAL])
+    path = jsonl(tmp_path / "rows.jsonl", [{"instruction": a, "output": b} for a, b in ROWS])
     rows, ledger = prepare_dataset(path, tokenizer, max_length, False, 0.7, tmp_path / "cache")
-    empty, filled, cut = (
+    empty, full, cut = (
         "empty response",
         "prompt alone fills max_length",
         "response would be cut at max_length",
@@ -228,8 +228,8 @@ def test_the_ledger_tells_every_rows_fate_and_a_cut_response_is_kept_on_demand_a
         max_length=max_length,
         rows_read=6,
         rows_kept=2,
-        dropped={empty: 2, filled: 1, cut: 1},
-        first_dropped_rows={empty: [2, 3], filled: [4], cut: [5]},
+        dropped={empty: 2, full: 1, cut: 1},
+        first_dropped_rows={empty: [2, 3], full: [4], cut: [5]},
         rows_truncated=0,
         tokens=2 * max_length - 2,
         response_tokens=2 * max_length - 2 - prompt - (prompt + 1),
@@ -249,20 +249,20 @@ def test_the_ledger_tells_every_rows_fate_and_a_cut_response_is_kept_on_demand_a
     assert tokenizer.convert_tokens_to_ids("### End") not in rows[1]["input_ids"]
 
 
-def test_a_row_of_exactly_max_length_is_whole_and_one_token_of_response_is_room_enough(
+def test_a_row_of_exactly_max_length_is_kept_and_a_cut_row_needs_one_response_token(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     columns = Columns(["a"], [""], ["b"])
     [(_, ids, start)] = encode_rows(tokenizer, columns, Ledger("", 999))
-    whole, cut, none = Ledger("", len(ids)), Ledger("", start + 1), Ledger("", start)
-    assert list(encode_rows(tokenizer, columns, whole)) == [(1, ids, start)]
+    complete, cut, none = Ledger("", len(ids)), Ledger("", start + 1), Ledger("", start)
+    assert list(encode_rows(tokenizer, columns, complete)) == [(1, ids, start)]
     assert list(encode_rows(tokenizer, columns, cut, keep_truncated=True)) == [(1, ids[: start + 1], start)]
     assert list(encode_rows(tokenizer, columns, none, keep_truncated=True)) == []
-    assert (whole.rows_truncated, cut.rows_truncated) == (0, 1)
+    assert (complete.rows_truncated, cut.rows_truncated) == (0, 1)
     assert none.dropped == {"prompt alone fills max_length": 1}
 
 
-def test_the_ledger_names_the_first_ten_dropped_rows(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_the_ledger_lists_the_first_ten_dropped_rows(tokenizer: PreTrainedTokenizerBase) -> None:
     ledger = Ledger("", 999)
     list(encode_rows(tokenizer, Columns(["a"] * 5000, [""] * 5000, [""] * 4999 + ["b"]), ledger))
     assert ledger.first_dropped_rows == {"empty response": list(range(1, 11))}
@@ -275,7 +275,7 @@ def test_the_histogram_counts_each_row_once() -> None:
     assert ledger.length_histogram(sizes[:0]) == {}
 
 
-def test_more_than_a_tenth_dropped_stops_with_the_reason_and_all_of_them_whatever_the_limit(
+def test_too_many_dropped_rows_are_refused_with_the_reason(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     def kept(empty: int, **limit: float) -> int:
@@ -298,14 +298,14 @@ def test_more_than_a_tenth_dropped_stops_with_the_reason_and_all_of_them_whateve
 
 @pytest.fixture
 def encodings(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """One entry for every time that rows are tokenised: whether Python searches for cycles meanwhile."""
+    """One entry per call that tokenises rows: whether the garbage collector was enabled."""
     calls: list[bool] = []
     real = tokens.encode_rows
     monkeypatch.setattr(tokens, "encode_rows", lambda *args: calls.append(gc.isenabled()) or real(*args))
     return calls
 
 
-def test_rows_are_tokenised_once_and_read_again_from_the_cache(
+def test_rows_are_tokenised_once_and_then_read_from_the_cache(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encodings: list[bool]
 ) -> None:
     path = jsonl(tmp_path / "rows.jsonl", rows_of(20))
@@ -319,7 +319,7 @@ def test_rows_are_tokenised_once_and_read_again_from_the_cache(
     )
 
 
-def test_the_search_for_cycles_rests_while_rows_are_tokenised_and_goes_on_after(
+def test_garbage_collection_is_paused_while_rows_are_tokenised(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, encodings: list[bool]
 ) -> None:
     file = jsonl(tmp_path / "rows.jsonl", rows_of(3))
@@ -333,7 +333,7 @@ def test_the_search_for_cycles_rests_while_rows_are_tokenised_and_goes_on_after(
     assert gc.isenabled()
 
 
-def test_what_changes_the_ids_changes_the_cache(
+def test_everything_that_changes_the_ids_changes_the_cache_key(
     tmp_path: Path,
     tokenizer: PreTrainedTokenizerBase,
     bos_tokenizer: PreTrainedTokenizerBase,
@@ -353,7 +353,7 @@ def test_what_changes_the_ids_changes_the_cache(
     assert len(encodings) == 6
 
 
-def test_what_leaves_the_ids_alone_leaves_the_cache(
+def test_a_renamed_file_and_tokenizer_truncation_do_not_change_the_cache_key(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, encodings: list[bool]
 ) -> None:
     first = jsonl(tmp_path / "rows.jsonl", rows_of(20))
@@ -365,7 +365,7 @@ def test_what_leaves_the_ids_alone_leaves_the_cache(
     assert ledger.source == second
 
 
-def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_cache(
+def test_a_cache_left_by_a_killed_writer_is_not_used(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = jsonl(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "cache"
@@ -385,35 +385,37 @@ def test_a_killed_writer_leaves_nothing_that_is_taken_for_a_cache(
 
 
 CACHED = ["ledger.json", "state.json", "dataset_info.json", "data-00000-of-00001.arrow"]
-NO_LEDGERS = ["7", "[]", '{"rows_kept": 20}', '{"source": 1, "max_length": 2}']
+INVALID_LEDGERS = ["7", "[]", '{"rows_kept": 20}', '{"source": 1, "max_length": 2}']
 
 
 @pytest.mark.parametrize(
-    ("lost", "left"),
+    ("file", "remaining"),
     [
-        *((file, cut) for file in CACHED for cut in (None, 0, 100)),
-        *(("ledger.json", text) for text in NO_LEDGERS),
+        *((name, cut) for name in CACHED for cut in (None, 0, 100)),
+        *(("ledger.json", text) for text in INVALID_LEDGERS),
     ],
 )
-def test_half_a_cache_or_one_whose_ledger_is_none_is_made_anew(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, lost: str, left: int | str | None
+def test_a_damaged_cache_is_written_again(
+    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, file: str, remaining: int | str | None
 ) -> None:
     path, cache = jsonl(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "cache"
     first, ledger = prepare_dataset(path, tokenizer, 256, cache_root=cache)
     rows = first[:]
     [folder] = cache.iterdir()
-    whole = (folder / lost).read_bytes()
-    assert len(whole) > 100
-    (folder / lost).unlink()
-    if left is not None:
-        (folder / lost).write_bytes(left.encode() if isinstance(left, str) else whole[:left])
+    original = (folder / file).read_bytes()
+    assert len(original) > 100
+    (folder / file).unlink()
+    if remaining is not None:
+        (folder / file).write_bytes(
+            remaining.encode() if isinstance(remaining, str) else original[:remaining]
+        )
     again, ledger_again = prepare_dataset(path, tokenizer, 256, cache_root=cache)
     assert again[:] == rows
     assert ledger_again == ledger
     assert list(cache.iterdir()) == [folder]
 
 
-def test_a_cache_that_cannot_be_written_is_told_with_its_cure(
+def test_a_cache_that_cannot_be_written_is_reported_with_the_fix(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = jsonl(tmp_path / "rows.jsonl", rows_of(20))
@@ -430,7 +432,7 @@ def test_a_cache_that_cannot_be_written_is_told_with_its_cure(
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_a_file_named_demo_is_not_taken_for_the_embedded_rows(
+def test_a_file_named_demo_does_not_replace_the_demo_rows(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -444,7 +446,7 @@ def test_a_file_named_demo_is_not_taken_for_the_embedded_rows(
     assert keys[0] == keys[1]
 
 
-def test_two_writers_of_one_cache_do_not_disturb_each_other(
+def test_two_concurrent_writers_of_one_cache_do_not_corrupt_it(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, cache = jsonl(tmp_path / "rows.jsonl", rows_of(20)), tmp_path / "cache"
@@ -461,7 +463,7 @@ def test_two_writers_of_one_cache_do_not_disturb_each_other(
     assert len(list(cache.iterdir())) == 1
 
 
-def test_the_split_is_the_one_that_dolly_made() -> None:
+def test_the_split_is_the_same_as_dollys() -> None:
     rows = datasets.Dataset.from_dict({"row": list(range(1, 101))})
     train, held_out = tokens.split_held_out(rows, 10, seed=42)
     dollys = rows.shuffle(seed=42).train_test_split(test_size=10, seed=42)
@@ -475,14 +477,14 @@ TOO_FEW = ", but at least 2 are needed: one to train on and one to hold out"
 
 
 @pytest.mark.parametrize(
-    ("count", "test_size", "told"),
+    ("count", "test_size", "message"),
     [
         *((20, size, "Try --test-size 2") for size in (0, -1, 20, 21)),
         (0, 1000, "no rows" + TOO_FEW),
         (1, 1000, "1 row" + TOO_FEW),
     ],
 )
-def test_a_split_that_leaves_one_side_empty_is_refused(count: int, test_size: int, told: str) -> None:
+def test_a_split_that_leaves_one_side_empty_is_refused(count: int, test_size: int, message: str) -> None:
     rows = datasets.Dataset.from_dict({"row": list(range(count))})
-    with pytest.raises(DataError, match=told):
+    with pytest.raises(DataError, match=message):
         tokens.split_held_out(rows, test_size, seed=42)

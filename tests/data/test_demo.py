@@ -1,4 +1,4 @@
-"""The embedded default keeps its promises: true, unique, repeatable rows; a model folder like any other."""
+"""The demo rows are true, unique and repeatable, and the demo model is an ordinary model folder."""
 
 import os
 import random
@@ -36,14 +36,14 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_thousands_of_rows_in_alpacas_form_and_no_question_comes_twice(rows):
+def test_there_are_thousands_of_rows_in_alpacas_format_without_duplicates(rows):
     assert 5_000 <= len(rows) <= 7_000
     assert all(set(row) == {"instruction", "input", "output"} for row in rows)
     assert 0.3 < sum(not row["input"] for row in rows) / len(rows) < 0.7
     assert len({(row["instruction"], row["input"]) for row in rows}) == len(rows)
 
 
-def test_rows_are_the_same_in_every_process_and_leave_the_random_state_alone(rows):
+def test_rows_are_the_same_in_every_process_and_the_random_state_is_untouched(rows):
     state = random.getstate()
     assert demo_rows() == rows
     assert random.getstate() == state
@@ -53,7 +53,7 @@ def test_rows_are_the_same_in_every_process_and_leave_the_random_state_alone(row
     assert len({python("-c", code, env=environment, check=True).stdout for environment in seeds}) == 1
 
 
-def test_no_output_is_empty_and_no_text_holds_a_control_word_or_stray_blanks(rows):
+def test_no_output_is_empty_and_no_text_has_control_words_or_stray_spaces(rows):
     for row in rows:
         assert row["instruction"]
         assert row["output"]
@@ -82,12 +82,12 @@ def test_no_output_is_empty_and_no_text_holds_a_control_word_or_stray_blanks(row
         ("Say boat three times.", "boat boat boat"),
     ],
 )
-def test_known_facts_are_told_truly(rows, instruction, answer):
-    asked = [row for row in rows if (row["instruction"], row["input"]) == (instruction, "")]
-    assert [row["output"] for row in asked] == [answer]
+def test_known_facts_are_correct(rows, instruction, answer):
+    matching = [row for row in rows if (row["instruction"], row["input"]) == (instruction, "")]
+    assert [row["output"] for row in matching] == [answer]
 
 
-def test_exercises_have_the_answers_a_reader_would_give(rows):
+def test_exercises_have_correct_answers(rows):
     for row in rows:
         instruction, words = row["instruction"], row["input"].split("\n")
         if instruction == "Count the words.":
@@ -101,34 +101,33 @@ def test_exercises_have_the_answers_a_reader_would_give(rows):
 
 
 @pytest.mark.parametrize("table", [tasks.OPPOSITES, tasks.CAPITALS, tasks.PLURALS, tasks.PAST_TENSES])
-def test_no_question_about_a_fact_has_two_answers(table):
+def test_every_fact_has_only_one_answer(table):
     keys = [key for key, _ in tasks.pairs(table)]
     if table is tasks.OPPOSITES:  # asked in both directions
-        keys += [other for _, other in tasks.pairs(table)]
+        keys += [opposite for _, opposite in tasks.pairs(table)]
     assert len(keys) == len(set(keys))
 
 
-def test_every_described_thing_has_a_kind_and_no_word_has_two():
+def test_every_described_thing_has_exactly_one_kind():
     assert set(tasks.DESCRIPTIONS) <= set(tasks.THINGS)
     assert sum(len(words.split()) for words in tasks.KINDS.values()) == len(tasks.KIND_OF)
 
 
-def test_model_folder_has_the_same_bytes_every_time_and_leaves_the_random_state_alone(folder, tmp_path):
-    """Also of a rank that is not the first: the first one of another node has its own cache, and under Spark each
-    rank may be the first to write it."""
+def test_the_model_folder_has_the_same_bytes_every_time_and_the_random_state_is_untouched(folder, tmp_path):
+    """Also on ranks other than 0: every node has its own cache, and under Spark any rank may write it first."""
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    save_demo_model(tmp_path / "alone")
+    save_demo_model(tmp_path / "one_process")
     assert torch.equal(torch.get_rng_state(), state)
     torch.distributed.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
     try:
-        save_demo_model(tmp_path / "second")
+        save_demo_model(tmp_path / "rank_1")
     finally:
         torch.distributed.destroy_process_group()
-    assert contents(tmp_path / "second") == contents(tmp_path / "alone") == contents(folder)
+    assert contents(tmp_path / "rank_1") == contents(tmp_path / "one_process") == contents(folder)
 
 
-def test_model_reloads_as_a_small_gptj_whose_embedding_fits_the_tokenizer(folder, tokenizer):
+def test_the_model_loads_as_a_small_gptj_whose_embedding_fits_the_tokenizer(folder, tokenizer):
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.config.model_type == "gptj"
     assert model.get_input_embeddings().num_embeddings == len(tokenizer)
@@ -137,21 +136,21 @@ def test_model_reloads_as_a_small_gptj_whose_embedding_fits_the_tokenizer(folder
     assert torch.isfinite(logits).all()
 
 
-def test_tokenizer_is_gpt2s_kind_and_knows_no_control_tokens(tokenizer):
+def test_the_tokenizer_is_like_gpt2s_and_has_no_control_tokens(tokenizer):
     assert tokenizer.eos_token == "<|endoftext|>"
     assert tokenizer.convert_ids_to_tokens(tokenizer.eos_token_id) == "<|endoftext|>"
     for token in CONTROL_TOKENS:
         assert len(tokenizer(token)["input_ids"]) > 1
 
 
-def test_tokenizer_gives_any_text_back(tokenizer):
+def test_the_tokenizer_round_trips_any_text(tokenizer):
     odd = [" two  spaces\n\n and\ta tab ", "naïve café 日本 🙂", f"{INPUT_KEY}\nx"]
     for text in ("What is the capital of France?", INTRO, *odd):
         assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
 
 
-def test_prompt_is_short_in_tokens(tokenizer, rows):
-    # the two introductions stand in every row, so a long one would cost more than the rows themselves
+def test_the_prompt_has_few_tokens(tokenizer, rows):
+    # every row has an introduction, so a long one would cost more than the rows themselves
     assert len(tokenizer(INTRO)["input_ids"]) == 18
     assert len(tokenizer(INTRO_WITH_INPUT)["input_ids"]) == 27
     texts = [" ".join(row.values()) for row in rows]

@@ -1,7 +1,7 @@
-"""Whatever rows a person brings: the ids and masks that they must give, or an error that says what is wrong.
+"""Fuzzed data files give the right ids and masks, or an error that says what is wrong.
 
-A correct run is checked against this file's own reading of the data, its own words of the prompt, and a
-byte-pair encoder that has never heard of control tokens; nothing of `training` is asked what is right.
+Results are checked against this file's own parser, its own copy of the prompt and a plain byte-pair encoder without
+control tokens. The expected values never come from `training`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from training.data.rows import read_columns
 from training.data.tokens import prepare_dataset
 from training.errors import DataError
 
-pytestmark = pytest.mark.timeout(600)  # a hang is a fault as well
+pytestmark = pytest.mark.timeout(600)  # a hang is a failure too
 
 Row = tuple[str, str, str]  # instruction, input, output
 
@@ -42,34 +42,34 @@ Row = tuple[str, str, str]  # instruction, input, output
 
 
 def prompt_pieces(instruction: str, input: str) -> tuple[str, str, str, str]:
-    """Text, control text, text, control text: together the prompt."""
+    """The parts of the prompt: text, instruction key, text, response key."""
     paired = ", paired with an input that provides further context" if input else ""
-    told = "Write a response that appropriately completes the request."
-    head = f"Below is an instruction that describes a task{paired}. {told}\n\n"
+    request = "Write a response that appropriately completes the request."
+    head = f"Below is an instruction that describes a task{paired}. {request}\n\n"
     body = f"\n{instruction}\n\n### Input:\n{input}\n\n" if input else f"\n{instruction}\n\n"
     return head, "### Instruction:", body, "### Response:\n"
 
 
 @dataclass
 class Oracle:
-    """What must become of rows, by a plain byte-pair encoder and the ids of the three control tokens."""
+    """Expected ids and masks of rows, from a plain byte-pair encoder and the ids of the three control tokens."""
 
     bpe: ByteLevelBPETokenizer
     control: dict[str, int]
     eos: int
-    known: dict[Row, tuple[list[int], int]] = field(default_factory=dict)
+    cache: dict[Row, tuple[list[int], int]] = field(default_factory=dict)
 
     def encode(self, text: str) -> list[int]:
         return self.bpe.encode(text).ids if text else []
 
     def expected(self, row: Row) -> tuple[list[int], int]:
-        """(ids, where the response begins) of a row, however long."""
-        if row not in self.known:
+        """(ids, index of the first response token) of a row, without truncation."""
+        if row not in self.cache:
             head, key, body, response = prompt_pieces(row[0], row[1])
             prompt = [*self.encode(head), self.control[key], *self.encode(body), self.control[response]]
             ids = [*prompt, *self.encode(f"{row[2]}\n\n"), self.control["### End"]]
-            self.known[row] = ids, len(prompt)
-        return self.known[row]
+            self.cache[row] = ids, len(prompt)
+        return self.cache[row]
 
     def text(self, ids: list[int]) -> str:
         words = {number: word for word, number in self.control.items()}
@@ -110,27 +110,27 @@ class Oracle:
             assert feature["input_ids"] == ids
             assert (feature["response_start"], feature["length"]) == (start, len(ids))
             row = rows[number - 1]
-            self.check_row(row, ids, start, whole=len(self.expected(row)[0]) <= longest)
+            self.check_row(row, ids, start, complete=len(self.expected(row)[0]) <= longest)
         self.check_labels(features)
 
-    def check_row(self, row: Row, ids: list[int], start: int, whole: bool) -> None:
+    def check_row(self, row: Row, ids: list[int], start: int, complete: bool) -> None:
         end, instruction, response = (self.control[word] for word in CONTROL)
         special = {end, instruction, response, self.eos}
         assert self.text(ids[:start]) == "".join(prompt_pieces(row[0], row[1]))
         assert ids[start - 1] == response
         assert [i for i in ids[:start] if i in special] == [instruction, response]
-        if whole:
+        if complete:
             assert self.text(ids[start:]) == f"{row[2]}\n\n### End"
             assert [i for i in ids[start:] if i in special] == ids[-1:] == [end]
 
     def check_labels(self, features: list[dict[str, Any]]) -> None:
         starts = [(row["input_ids"], row["response_start"]) for row in features]
-        wanted = [[-100] * start + ids[start:] for ids, start in starts]
+        expected = [[-100] * start + ids[start:] for ids, start in starts]
         packed = DataCollatorForPackedRows(self.eos)(features)
-        assert packed["labels"][0].tolist() == [i for row in wanted for i in row]
-        assert packed["shift_labels"][0].tolist() == [i for row in wanted for i in row if i != -100]
+        assert packed["labels"][0].tolist() == [i for row in expected for i in row]
+        assert packed["shift_labels"][0].tolist() == [i for row in expected for i in row if i != -100]
         padded = DataCollatorForCompletionOnlyLM(self.eos)(features)["labels"].tolist()
-        for labels, row in zip(padded, wanted, strict=True):
+        for labels, row in zip(padded, expected, strict=True):
             assert labels[: len(row)] == row
             assert set(labels[len(row) :]) <= {-100}
 
@@ -148,16 +148,16 @@ def oracle(bpe_folder: Path) -> Oracle:
 
 @dataclass
 class File:
-    """A generated file: its name, bytes, and what is known of it.
+    """A generated file: name, bytes and the expected result.
 
-    `rows` are those it must give; `place` is what an error must name behind the path. With neither it may be
-    anything: then it is read again here, and either reading may refuse it, but not give other rows.
+    `rows` are the expected rows. `location` is what an error must name after the path. A file with neither is also
+    parsed here: one of the two parsers may refuse it, but they must not give different rows.
     """
 
     name: str
     content: bytes
     rows: list[Row] | None = None
-    place: str | None = None
+    location: str | None = None
 
 
 SCRAPS = (
@@ -182,13 +182,13 @@ COMPRESSIONS = ("snappy", "zstd", "none")
 
 
 def as_objects(draw: Any, rows: list[Row], columns: tuple[str, str, str], nulls: bool = True) -> list[dict]:
-    """Rows as JSON or Parquet has them: with columns that are not read, an empty input null or left out."""
+    """Rows as JSON or Parquet objects: with extra columns, and an empty input possibly null or left out."""
     objects = []
     for row in rows:
-        each = dict(zip(columns, row, strict=True)) | {"text": 7, "n": [None]}
+        fields = dict(zip(columns, row, strict=True)) | {"text": 7, "n": [None]}
         if nulls and not row[1]:
-            each |= draw(st.sampled_from([{}, {columns[1]: None}]))
-        objects.append(each)
+            fields |= draw(st.sampled_from([{}, {columns[1]: None}]))
+        objects.append(fields)
     return objects
 
 
@@ -218,7 +218,7 @@ def good_files(draw: Any) -> File:
         content = bom + json.dumps(objects, ensure_ascii=ascii_only, indent=indent).encode()
     elif kind == "jsonl":
         between = draw(st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"]))
-        lines = [json.dumps(each, ensure_ascii=ascii_only) for each in as_objects(draw, rows, columns)]
+        lines = [json.dumps(item, ensure_ascii=ascii_only) for item in as_objects(draw, rows, columns)]
         content = bom + (between.join(lines) + draw(st.sampled_from(["", between]))).encode()
     elif kind == "csv":
         order = draw(st.permutations(range(4)))
@@ -228,45 +228,47 @@ def good_files(draw: Any) -> File:
         fields = as_objects(draw, rows, columns)
         kinds_of_text = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
         strings, compression = draw(st.sampled_from(kinds_of_text)), draw(st.sampled_from(COMPRESSIONS))
-        values = {name: pa.array([each[name] for each in fields], strings) for name in columns}
+        values = {name: pa.array([item[name] for item in fields], strings) for name in columns}
         content = parquet_bytes(pa.table(values), compression=compression)
     return File(f"{draw(stems)}.{suffix}", content, rows=rows)
 
 
 @st.composite
-def spoilt_files(draw: Any) -> File:
-    """A good table with one fault in one row: the error must name that row, or its line."""
+def faulty_files(draw: Any) -> File:
+    """A good table with one fault in one row. The error must name that row, or its line."""
     rows = draw(st.lists(st.tuples(st.just("a"), st.just(""), st.just("b")), min_size=2, max_size=6))
     columns = draw(names)
     at = draw(st.integers(0, len(rows) - 1))
     column = draw(st.sampled_from([columns[0], columns[2]]))
     objects = [dict(zip(columns, row, strict=True)) for row in rows]
     stem = draw(stems)
-    no_text = [4, 1.5, True, float("nan"), float("inf"), None, [], ["a"], {}, {"a": {"b": [1]}}]
-    value = draw(st.sampled_from(no_text))
+    not_text = [4, 1.5, True, float("nan"), float("inf"), None, [], ["a"], {}, {"a": {"b": [1]}}]
+    value = draw(st.sampled_from(not_text))
     fault = draw(st.sampled_from(["value", "input", "surrogate", "left out", "twice", "no object", "broken", "parquet",
                                   "ragged", "quote", "nested", "number", "latin", "bad text"]))  # fmt: skip
     if fault == "parquet":
-        others = [("int64", 1), ("binary", b"b"), ("null", None), ("date32", 2**31 - 1)]
-        kind, array = draw(st.sampled_from(others))
-        values = {name: [each[name] for each in objects] for name in columns if name != column}
+        types = [("int64", 1), ("binary", b"b"), ("null", None), ("date32", 2**31 - 1)]
+        kind, array = draw(st.sampled_from(types))
+        values = {name: [item[name] for item in objects] for name in columns if name != column}
         array = pa.array([array] * len(rows), pa.type_for_alias(kind))
-        return File(f"{stem}.parquet", parquet_bytes(pa.table(values | {column: array})), place=", row 1: ")
+        return File(
+            f"{stem}.parquet", parquet_bytes(pa.table(values | {column: array})), location=", row 1: "
+        )
     if fault == "bad text":  # the row's text is not UTF-8
         blob = b"b" * at + b"\xff" + b"b" * (len(rows) - 1 - at)
         offsets = np.arange(len(rows) + 1, dtype=np.int32).tobytes()
         bad = pa.Array.from_buffers(pa.string(), len(rows), [None, pa.py_buffer(offsets), pa.py_buffer(blob)])
-        values = {name: pa.array([each[name] for each in objects]) for name in columns}
+        values = {name: pa.array([item[name] for item in objects]) for name in columns}
         content = parquet_bytes(pa.table(values | {column: bad}))
-        return File(f"{stem}.parquet", content, place=f", row {at + 1}: ")
+        return File(f"{stem}.parquet", content, location=f", row {at + 1}: ")
     if fault in ("ragged", "quote", "latin"):
         lines = [list(columns), *map(list, rows)]
         if fault == "ragged":
             lines[at + 1] = lines[at + 1] + ["x"] if draw(st.booleans()) else lines[at + 1][:-1]
-            return File(f"{stem}.csv", csv_bytes(lines), place=f", line {at + 2}: ")
+            return File(f"{stem}.csv", csv_bytes(lines), location=f", line {at + 2}: ")
         content = csv_bytes(lines).split(b"\n")
         content[at + 1] += b'"x' if fault == "quote" else b"\xe9"
-        return File(f"{stem}.csv", b"\n".join(content), place=f", line {at + 2}: ")
+        return File(f"{stem}.csv", b"\n".join(content), location=f", line {at + 2}: ")
     listed = fault in ("value", "input", "surrogate", "left out", "no object") and draw(st.booleans())
     if fault == "value":
         objects[at][column] = value
@@ -278,20 +280,20 @@ def spoilt_files(draw: Any) -> File:
         del objects[at][column]
     elif fault == "no object":
         objects[at] = draw(st.sampled_from([[], ["a"], 7, "a", None, True]))
-    lines = [json.dumps(each) for each in objects]
+    lines = [json.dumps(item) for item in objects]
     broken = {
         "twice": lines[at][:-1] + f', "{column}": "c"}}',
         "broken": lines[at][: draw(st.integers(1, 20))],
         "nested": '{"a":' * 100_000,
         "number": f'{{"{column}": {"1" * 5000}}}',
     }
-    # A list in the first line makes it a JSON list, with the other lines behind it.
+    # A list in the first line would turn the file into a JSON list followed by other lines.
     if listed or (fault == "no object" and isinstance(objects[0], list)):
-        return File(f"{stem}.json", json.dumps(objects).encode(), place=f", row {at + 1}: ")
+        return File(f"{stem}.json", json.dumps(objects).encode(), location=f", row {at + 1}: ")
     if fault in broken:
         lines[at] = broken[fault]
-        return File(f"{stem}.jsonl", "\n".join(lines).encode(), place=f", line {at + 1}: ")
-    return File(f"{stem}.jsonl", "\n".join(lines).encode(), place=f", row {at + 1}: ")
+        return File(f"{stem}.jsonl", "\n".join(lines).encode(), location=f", line {at + 1}: ")
+    return File(f"{stem}.jsonl", "\n".join(lines).encode(), location=f", row {at + 1}: ")
 
 
 json_values = st.recursive(
@@ -310,23 +312,23 @@ PIECES = b'[ ] { } " , : \n \r \0 \xff \xef\xbb\xbf \xe2\x80\xa8 1e999 instructi
 
 @st.composite
 def damaged_files(draw: Any) -> File:
-    """A good file cut, changed, doubled or saved in another encoding; or JSON, or bytes, of any kind."""
+    """A good file after damage: cut, changed, doubled, re-encoded, or replaced by arbitrary JSON or bytes."""
     source = draw(good_files())
     content = bytearray(source.content)
-    place = draw(st.integers(0, max(0, len(content) - 1)))
+    position = draw(st.integers(0, max(0, len(content) - 1)))
     change = draw(
         st.sampled_from("cut byte insert swap encoding double json lines bytes pieces gzip suffix".split())
     )
     name = source.name
     if change == "cut":
-        del content[place:]
+        del content[position:]
     elif change == "byte":
-        content[place : place + 1] = bytes([draw(st.integers(0, 255))])
+        content[position : position + 1] = bytes([draw(st.integers(0, 255))])
     elif change == "insert":
-        content[place:place] = draw(st.sampled_from(b'\0 \xff " , \n \r \xed\xa0\x80 { ]'.split(b" ")))
+        content[position:position] = draw(st.sampled_from(b'\0 \xff " , \n \r \xed\xa0\x80 { ]'.split(b" ")))
     elif change == "swap":
-        end = draw(st.integers(place, len(content)))
-        content[place:end] = content[place:end][::-1]
+        end = draw(st.integers(position, len(content)))
+        content[position:end] = content[position:end][::-1]
     elif change == "encoding":
         text = bytes(content).decode(errors="replace")
         to = draw(st.sampled_from(["utf-16", "utf-16-le", "utf-32", "latin-1", "cp1252", "cp037", "utf-7"]))
@@ -349,8 +351,8 @@ def damaged_files(draw: Any) -> File:
     return File(name, bytes(content))
 
 
-def read_again(path: Path) -> list[Row] | None:
-    """The rows of a file by other means than `training.rows`; None where it has none that could be used."""
+def parse_independently(path: Path) -> list[Row] | None:
+    """Parses a file without `training.data.rows`. Returns None if it has no usable rows."""
     with suppress(Exception):
         if path.suffix.lower() == ".parquet":
             objects = pq.read_table(path).to_pylist()
@@ -363,10 +365,10 @@ def read_again(path: Path) -> list[Row] | None:
             listed = text.lstrip().startswith("[")
             objects = json.loads(text) if listed else [json.loads(x) for x in text.split("\n") if x.strip()]
         rows = []
-        for each in objects:
-            [output] = [each[name] for name in ("output", "response") if name in each]
-            inputs = [each[name] for name in ("input", "context") if name in each]
-            rows.append((each["instruction"], (inputs[0] if inputs else "") or "", output))
+        for item in objects:
+            [output] = [item[name] for name in ("output", "response") if name in item]
+            inputs = [item[name] for name in ("input", "context") if name in item]
+            rows.append((item["instruction"], (inputs[0] if inputs else "") or "", output))
         if all(isinstance(text, str) for row in rows for text in row):
             return rows
     return None
@@ -388,22 +390,24 @@ def check_file(
     except DataError as error:
         message = str(error)
         assert len(message) < 5000, "too long to read"
-        if file.place is not None:
-            assert message.startswith(f"{path}{file.place}"), message
+        if file.location is not None:
+            assert message.startswith(f"{path}{file.location}"), message
         elif "would be dropped" in message:
-            rows = file.rows if file.rows is not None else read_again(path)
+            rows = file.rows if file.rows is not None else parse_independently(path)
             assert rows is not None
-            wanted = [oracle.expected(row) if row[2].strip() else None for row in rows]
-            dropped = sum(not row or (row[1] >= longest if keep else len(row[0]) > longest) for row in wanted)
+            expected = [oracle.expected(row) if row[2].strip() else None for row in rows]
+            dropped = sum(
+                not row or (row[1] >= longest if keep else len(row[0]) > longest) for row in expected
+            )
             assert dropped == len(rows) or dropped > limit * len(rows)
             assert f"{dropped} of {len(rows)} rows" in message
         else:
             assert file.rows is None, message
             assert message.startswith(str(path)), message
         return
-    assert file.place is None, "a file with a fault was taken"
-    rows = file.rows if file.rows is not None else read_again(path)
-    assert rows is not None, "a file was taken that cannot be read"
+    assert file.location is None, "a faulty file was accepted"
+    rows = file.rows if file.rows is not None else parse_independently(path)
+    assert rows is not None, "an unreadable file was accepted"
     oracle.check(rows, prepared, ledger, longest, keep)
 
 
@@ -412,7 +416,7 @@ limits = st.sampled_from([0.0, 0.1, 0.5, 1.0])
 
 
 @cases(quick=150, slow=1200)
-def test_a_good_file_gives_the_rows_and_masks_that_it_must(
+def test_a_good_file_gives_the_expected_rows_and_masks(
     count: int, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
 ) -> None:
     @fuzz(count, file=good_files(), longest=lengths, keep=st.booleans(), limit=limits)
@@ -421,16 +425,16 @@ def test_a_good_file_gives_the_rows_and_masks_that_it_must(
 
 
 @cases(quick=100, slow=600)
-def test_a_fault_in_one_row_is_told_with_its_row_or_line(
+def test_a_fault_in_one_row_is_reported_with_its_row_or_line(
     count: int, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
 ) -> None:
-    @fuzz(count, file=spoilt_files())
+    @fuzz(count, file=faulty_files())
     def check(file: File) -> None:
         check_file(file, next(folders), tokenizer, oracle, 2048, False, 1.0)
 
 
 @cases(quick=600, slow=1200)
-def test_a_damaged_file_is_refused_by_name_or_read_as_others_read_it(
+def test_a_damaged_file_is_refused_by_name_or_parsed_like_an_independent_parser(
     count: int, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
 ) -> None:
     @fuzz(count, file=damaged_files(), keep=st.booleans())
@@ -440,7 +444,7 @@ def test_a_damaged_file_is_refused_by_name_or_read_as_others_read_it(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["json", "jsonl", "csv", "parquet"])
-def test_rows_of_a_megabyte_are_kept_or_dropped_like_others(
+def test_rows_of_a_megabyte_are_kept_or_dropped_like_short_ones(
     kind: str, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
 ) -> None:
     long, longer, longest = "x" * 1_000_000, "word " * 200_000, "### End\0" * 125_000
@@ -470,11 +474,11 @@ sources = st.one_of(
 
 @cases(quick=30, slow=200)
 @pytest.mark.usefixtures("hub")
-def test_a_name_that_is_no_file_is_refused_by_that_name(
+def test_a_source_that_is_not_a_file_is_refused_by_name(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "rows.csv").write_text("instruction,output\na,b\n")  # which "csv" must not find
+    (tmp_path / "rows.csv").write_text("instruction,output\na,b\n")  # the source "csv" must not find it
 
     @fuzz(count, source=sources.filter(lambda source: source != "demo"))
     @example(source="csv")
@@ -482,14 +486,14 @@ def test_a_name_that_is_no_file_is_refused_by_that_name(
         with pytest.raises(DataError) as error:
             read_columns(source)
         names = {source, str(Path(source))}
-        with suppress(RuntimeError, ValueError):  # no such home, a null byte
+        with suppress(RuntimeError, ValueError):  # an unknown ~user, a null byte
             names.add(str(Path(source).expanduser()))
         assert any(name in str(error.value) for name in names)
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without the network that is off anyway, each name costs retries."""
+    """Fails at once for names on the Hub: without a network, each name would cost retries."""
     real = datasets.load_dataset
 
     def offline(name: str, split: str) -> Any:

@@ -1,4 +1,4 @@
-"""Prompts and files of text are read without the libraries that only Parquet and the Hub need."""
+"""Prompts and text files are read without the libraries that only Parquet and the Hub need."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_prompts_and_text_files_import_neither_datasets_nor_pyarrow_nor_torch(tmp_path: Path) -> None:
+def test_prompts_and_text_files_import_no_datasets_pyarrow_or_torch(tmp_path: Path) -> None:
     prompts, rows = tmp_path / "prompts.txt", tmp_path / "rows.csv"
     prompts.write_text("Name a river.\n")
     rows.write_text("instruction,output\nSay 1.,1\n")

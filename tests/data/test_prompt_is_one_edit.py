@@ -1,4 +1,4 @@
-"""Whoever changes the prompt edits training/data/prompt.py, and nothing else: rows, model and templates follow."""
+"""An edit of training/data/prompt.py is enough to change the prompt: rows, demo model and templates follow."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ BEFORE, AFTER = "Write a response that appropriately completes", "Write a reply 
 
 
 def run(tree: Path, home: Path, *arguments: object) -> subprocess.CompletedProcess[str]:
-    """Runs Python in a copy of the code, all copies with the same caches."""
+    """Runs Python in a copy of the code. All copies share their caches."""
     environment = os.environ | {"HF_HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
@@ -42,7 +42,7 @@ def edit_a_word(tree: Path) -> None:
     file.write_text(text.replace(BEFORE, AFTER))
 
 
-def test_each_file_that_decides_ids_is_in_the_key_of_the_cached_rows(
+def test_the_cache_key_covers_every_source_file_that_affects_ids(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies = [Path(shutil.copy(file, tmp_path)) for file in tokens.SOURCES]
@@ -58,13 +58,13 @@ def test_each_file_that_decides_ids_is_in_the_key_of_the_cached_rows(
 
 
 @pytest.mark.slow
-def test_a_word_of_the_prompt_changes_the_rows_and_the_resume_is_refused(
+def test_a_changed_word_of_the_prompt_changes_the_rows_and_refuses_a_resume(
     tmp_path: Path, base_folder: Path
 ) -> None:
     tree, home, output = tmp_path / "tree", tmp_path / "home", tmp_path / "out"
     for folder in ("training", "config"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    # The model does not follow from the prompt, as the demo's own would: its vocabulary stays.
+    # A model that does not depend on the prompt, unlike the demo model, so that its vocabulary stays the same.
     train = ("-m", "training.trainer", "--input-model", base_folder, "--training-dataset", "demo",
              "--test-size", 8, "--max-steps", 2, "--local-output-dir", output)  # fmt: skip
     tokenizer = ("-c", "from training.model.tokenizer import load_tokenizer as load; t = load('demo'); "
@@ -86,5 +86,5 @@ def test_a_word_of_the_prompt_changes_the_rows_and_the_resume_is_refused(
     assert old[0] != new[0]
 
     assert AFTER in run(tree, home, *tokenizer).stdout
-    assert len(list((home / "dolly").glob("demo-*"))) == 2, "the demo's words follow"
+    assert len(list((home / "dolly").glob("demo-*"))) == 2, "the demo model follows"
     assert json.loads((output / "run.json").read_text())["status"] == "finished"

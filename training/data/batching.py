@@ -1,9 +1,9 @@
-"""Chooses the rows of a global batch, deals them to ranks, and splits a share that is too large for a device.
+"""Chooses the rows of each global batch, deals them to ranks, and splits shares that are too large for a device.
 
-A global batch depends on the seed, the epoch, its size and the number of rows, and on nothing else: neither on
-the number of ranks or accumulation steps, nor on whether rows are packed or padded. What differs is only how a
-global batch is dealt into shares, one per rank and accumulation step, and that does not change the gradient,
-because the Trainer divides the summed loss by the labels of the whole global batch."""
+A global batch depends only on the seed, the epoch, its size and the number of rows. It does not depend on the number
+of ranks or accumulation steps, nor on packing or padding. These decide only how it is dealt into shares, one per rank
+and accumulation step. That does not change the gradient, because the Trainer divides the summed loss by the number of
+labels in the whole global batch."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Share = list[int]  # indices of rows
 
 
 def deal_by_tokens(lengths: Sequence[int], shares: int) -> list[Share]:
-    """Deals rows into shares of nearly equal token count, the largest first: for packed rows.
+    """Deals rows for packing into shares of nearly equal token count, largest share first.
 
-    The largest share decides how long a step takes. For 64 rows of Alpaca in 8 shares it has 1.003 of the mean.
-    Shares are empty where rows are few.
+    The largest share decides the duration of a step. For 64 rows of Alpaca in 8 shares it has 1.003 times the mean.
+    With fewer rows than shares, some shares are empty.
 
         lengths [90, 20, 60, 50, 40], 2 shares  ->  [[0, 4], [2, 3, 1]], both of 130 tokens
     """
@@ -36,7 +36,7 @@ def deal_by_tokens(lengths: Sequence[int], shares: int) -> list[Share]:
 
 
 def _deal_longest_first(lengths: Sequence[int], shares: int) -> list[Share]:
-    """Longest row first, each to the share with the fewest tokens (LPT; Graham 1969). 1.025 of the mean."""
+    """Deals longest rows first, each to the share with the fewest tokens (LPT; Graham 1969). 1.025 times the mean."""
     heap = [(0, share) for share in range(shares)]
     dealt: list[Share] = [[] for _ in range(shares)]
     for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
@@ -47,12 +47,12 @@ def _deal_longest_first(lengths: Sequence[int], shares: int) -> list[Share]:
 
 
 def _swap_until_even(lengths: Sequence[int], dealt: list[Share], tokens: list[int]) -> None:
-    """Swaps rows between the largest and the smallest share, in place, until a swap no longer brings them closer.
+    """Swaps rows between the largest and the smallest share, in place, until no swap narrows the gap.
 
-    LARGEST_SHARE is near enough: going on would gain 0.2% of a step and double the planning.
+    Stops early at LARGEST_SHARE: going on would gain 0.2% of a step and double the planning time.
     """
-    enough = LARGEST_SHARE * sum(tokens) / len(tokens)
-    while max(tokens) > enough:
+    target = LARGEST_SHARE * sum(tokens) / len(tokens)
+    while max(tokens) > target:
         large, small = tokens.index(max(tokens)), tokens.index(min(tokens))
         gap = tokens[large] - tokens[small]
         swaps = [(abs(gap - 2 * (lengths[a] - lengths[b])), a, b) for a in dealt[large] for b in dealt[small]]
@@ -66,7 +66,7 @@ def _swap_until_even(lengths: Sequence[int], dealt: list[Share], tokens: list[in
 
 
 def deal_in_order(rows: int, shares: int) -> list[Share]:
-    """Deals rows as they come, in runs whose sizes differ by at most one: Dolly's way.
+    """Deals rows in order, as Dolly did. The sizes of the shares differ by at most one row.
 
     7 rows, 3 shares  ->  [[0, 1, 2], [3, 4], [5, 6]]
     """
@@ -76,7 +76,7 @@ def deal_in_order(rows: int, shares: int) -> list[Share]:
 
 
 def document_lengths(position_ids: torch.Tensor) -> list[int]:
-    """Tokens of each row in a packed row: one begins wherever `position_ids (1, tokens)` is 0.
+    """Token counts of the rows in a packed row. A row starts wherever `position_ids (1, tokens)` is 0.
 
     [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]  ->  [5, 3, 4]
     """
@@ -86,23 +86,23 @@ def document_lengths(position_ids: torch.Tensor) -> list[int]:
 
 
 class GlobalBatchSampler(BatchRebalanceSampler):
-    """Yields this rank's share of every micro batch; every row exactly once an epoch.
+    """Yields this rank's share of every micro batch. Every row occurs exactly once per epoch.
 
-    The Trainer knows its parent as a rank-aware batch sampler: it seeds each epoch by `set_epoch`, shards
-    nothing further, and on resume skips the micro batches already done.
+    The Trainer treats the parent class as a rank-aware batch sampler: it calls `set_epoch`, does not shard further, and
+    skips the micro batches already done on resume.
 
-    The last global batch has the rows that are left. Where these are fewer than the shares, some shares are
-    empty, and the collators turn an empty share into one token without a loss: no row is dropped or repeated,
-    and no rank misses a step that ZeRO-3 needs it for.
+    The last global batch has the remaining rows. If there are fewer rows than shares, some shares are empty, and the
+    collators turn an empty share into one token without a loss. No row is dropped or repeated, and every rank runs
+    every step, as ZeRO-3 requires.
 
     Args:
         lengths: tokens of every row.
         global_batch_size: rows of one optimizer step, over all ranks and accumulation steps.
         world_size, rank, accumulation: shares of a global batch are world_size x accumulation.
-        seed: the order of epoch e is that of `seed + e`.
-        deal: how a global batch becomes shares. "packed" by tokens; "padded" in order, as Dolly; "length" puts
-            rows of like length together so that padding costs the ranks little and equally much, as
-            transformers' own `batch_rebalance` does.
+        seed: epoch e is shuffled with `seed + e`.
+        deal: how a global batch is dealt into shares. "packed": by tokens. "padded": in order, as in Dolly.
+            "length": rows of similar length together, which keeps padding small and equal between ranks, as in
+            transformers' `batch_rebalance`.
     """
 
     def __init__(
@@ -122,17 +122,19 @@ class GlobalBatchSampler(BatchRebalanceSampler):
         self.deal = deal
 
     def global_batches(self) -> Iterator[Share]:
-        """The global batches of the epoch, each the indices of its rows in the order of the shuffle."""
+        """Yields the global batches of the epoch as row indices, in shuffled order."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         for start in range(0, len(order), self.effective_batch_size):
             yield order[start : start + self.effective_batch_size]
 
     def micro_batches(self, global_batch: Share) -> list[list[Share]]:
-        """The shares of one global batch, `[accumulation step][rank]`; ranks of a step are alike in tokens."""
+        """The shares of one global batch, `[accumulation step][rank]`. Ranks of a step have similar token counts."""
         shares = self.dp_size * self.grad_accum
         lengths = [self.lengths[row] for row in global_batch]
-        if self.deal == "length" and len(global_batch) >= shares:  # the parent's deal leaves no share empty
+        if (
+            self.deal == "length" and len(global_batch) >= shares
+        ):  # the parent's method cannot leave shares empty
             by_rank = self._assign(global_batch, lengths)
             return [list(ranks) for ranks in zip(*by_rank, strict=True)]
         dealt = (
@@ -148,11 +150,10 @@ class GlobalBatchSampler(BatchRebalanceSampler):
 
 
 def held_out_batches(lengths: Sequence[int], rows: int, world_size: int) -> list[list[Share]]:
-    """Batches of held-out rows, `[step][rank]`, each of at most `rows` rows of about the same length.
+    """Batches of held-out rows, `[step][rank]`, each with at most `rows` rows of similar length.
 
-    Longest first, so that memory that does not suffice is known at once. The rows of a step are dealt to the
-    ranks there and back, which gives all ranks of a step nearly the same work; every rank has the same number of
-    steps, the last with empty batches where rows are few.
+    Longest rows come first, so that a lack of memory shows at once. The rows of a step go to the ranks in serpentine
+    order, which balances their work. Every rank has the same number of steps; in the last one, batches may be empty.
 
         lengths [10, 80, 20, 70, 30, 60], 2 rows, 2 ranks  ->  [[[1, 4], [3, 5]], [[2], [0]]]
     """
@@ -168,25 +169,25 @@ def held_out_batches(lengths: Sequence[int], rows: int, world_size: int) -> list
 
 
 def check_token_budget(lengths: Sequence[int], max_tokens: int) -> None:
-    """Raises OptionsError if a row alone has more tokens than `--max-tokens-per-device` allows."""
+    """Raises OptionsError if a single row has more tokens than `--max-tokens-per-device` allows."""
     too_long = sorted((length for length in lengths if length > max_tokens), reverse=True)
     if too_long:
-        named = ", ".join(map(str, too_long[:5])) + (", ..." if len(too_long) > 5 else "")
+        longest = ", ".join(map(str, too_long[:5])) + (", ..." if len(too_long) > 5 else "")
         raise OptionsError(
             f"--max-tokens-per-device {max_tokens} is less than the length of {len(too_long)} of {len(lengths)} "
-            f"rows ({named} tokens), and a row cannot be split. "
+            f"rows ({longest} tokens), and a row cannot be split. "
             f"Type --max-tokens-per-device {too_long[0]} or more."
         )
 
 
 def micro_steps_needed(lengths: Sequence[int], max_tokens: int) -> int:
-    """In how many micro-steps a device can compute rows of these lengths within `max_tokens` each.
+    """Number of micro-steps in which a device can compute rows of these lengths with at most `max_tokens` each.
 
-    `deal_by_tokens` into this number of parts, or any larger one that another rank needs, keeps to the budget.
+    `deal_by_tokens` into this many parts, or into more if another rank needs more, keeps to the budget.
     """
     check_token_budget(lengths, max_tokens)
     steps = max(1, -(-sum(lengths) // max_tokens))
-    # Of the deal without swaps: there, and only there, more parts never make the largest part larger.
+    # Checked without swaps: only then can more parts never make the largest part larger.
     while any(sum(lengths[row] for row in part) > max_tokens for part in _deal_longest_first(lengths, steps)):
         steps += 1
     return steps

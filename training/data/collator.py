@@ -1,8 +1,8 @@
-"""Rows become one batch: padded to the longest (Dolly's way), or packed into one row without padding.
+"""Collates rows into a batch: padded to the longest row (as in Dolly), or packed into one row without padding.
 
-A row is `{"input_ids": list[int], "response_start": int}`; the loss is on `input_ids[response_start:]`, the
-end key included, and nowhere else. Both collators give the same labels to the same tokens, so transformers'
-Trainer, which divides by the number of labels over all ranks and accumulation steps, normalises both alike."""
+A row is `{"input_ids": list[int], "response_start": int}`. The loss covers `input_ids[response_start:]`, including the
+end key, and nothing else. Both collators give the same labels to the same tokens. The Trainer divides by the number of
+labels over all ranks and accumulation steps, so it normalises both alike."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ Batch = dict[str, torch.Tensor]
 
 
 def completion_labels(row: Row) -> list[int]:
-    """The row's token ids with everything before the response ignored.
+    """The row's token ids as labels, with everything before the response set to IGNORE_INDEX.
 
-    The first token is always ignored: nothing in its own row predicts it, and in a packed row the token
-    before it belongs to another row.
+    The first token is always ignored: no token of its own row predicts it, and in a packed row the token before it
+    belongs to another row.
     """
     start = max(row["response_start"], 1)
     return [IGNORE_INDEX] * start + row["input_ids"][start:]
 
 
-def _stand_in(pad_token_id: int) -> list[Row]:
+def _placeholder_rows(pad_token_id: int) -> list[Row]:
     """One token without a loss, for a rank whose share is empty.
 
-    Every rank must run every forward and backward under ZeRO-3, or the others wait for it for ever.
+    Under ZeRO-3 every rank must run every forward and backward pass, or the other ranks hang.
     """
     return [{"input_ids": [pad_token_id], "response_start": 1}]
 
@@ -41,8 +41,8 @@ def _stand_in(pad_token_id: int) -> list[Row]:
 class DataCollatorForCompletionOnlyLM:
     """Pads a share of rows on the right to its longest row, rounded up to a multiple of 8.
 
-    The attention mask, not the pad token's id, marks padding: GPT-J pads with its end-of-text token, which a text
-    may contain.
+    Padding is marked by the attention mask, not by the pad token's id: GPT-J pads with its end-of-text token, which a
+    text may contain.
 
     With pad token 0, these three rows:
 
@@ -66,7 +66,7 @@ class DataCollatorForCompletionOnlyLM:
     pad_token_id: int
 
     def __call__(self, rows: list[Row]) -> Batch:
-        rows = rows or _stand_in(self.pad_token_id)
+        rows = rows or _placeholder_rows(self.pad_token_id)
         longest = max(len(row["input_ids"]) for row in rows)
         width = -(-longest // PAD_TO_MULTIPLE_OF) * PAD_TO_MULTIPLE_OF
 
@@ -83,11 +83,11 @@ class DataCollatorForCompletionOnlyLM:
 
 @dataclass
 class DataCollatorForPackedRows:
-    """Concatenates a share of rows into one row of real tokens, and says where logits are needed.
+    """Concatenates a share of rows into one row without padding, and marks where logits are needed.
 
-    There is no attention mask: a row begins where `position_ids` restarts at 0, and the attention must keep
-    to it (`training/attention.py`). `logits_to_keep` are the positions whose next token has a label, and
-    `shift_labels` those labels: transformers' own names, so that any causal LM takes the batch as it is.
+    There is no attention mask: a row starts where `position_ids` restarts at 0, and the attention must respect that
+    (`training/model/attention.py`). `logits_to_keep` are the positions whose next token has a label, and `shift_labels`
+    are these labels. The names are those of transformers, so that any causal LM accepts the batch.
 
     These three rows:
 
@@ -104,10 +104,10 @@ class DataCollatorForPackedRows:
         shift_labels  (1, labels)              14   15             23        32   33   34
     """
 
-    pad_token_id: int  # only for a rank without rows
+    pad_token_id: int  # used only if the share is empty
 
     def __call__(self, rows: list[Row]) -> Batch:
-        rows = rows or _stand_in(self.pad_token_id)
+        rows = rows or _placeholder_rows(self.pad_token_id)
         flatten = DataCollatorWithFlattening()
         return _with_loss_positions(
             flatten([{"input_ids": row["input_ids"], "labels": completion_labels(row)} for row in rows])
@@ -123,8 +123,8 @@ def _with_loss_positions(batch: Batch) -> Batch:
 def split_packed_batch(batch: Batch, micro_steps: int) -> list[Batch]:
     """Splits a packed batch by rows into `micro_steps` packed batches of nearly equal token count.
 
-    Every label is in exactly one part, so the parts' summed losses, and gradients, are the batch's. A part
-    without rows is the batch's first token, which has no loss.
+    Every label is in exactly one part, so losses and gradients of the parts sum to those of the batch. A part without
+    rows is the batch's first token, which has no loss.
     """
     lengths = document_lengths(batch["position_ids"])
     rows = torch.arange(sum(lengths), device=batch["input_ids"].device).split(lengths)
@@ -137,6 +137,6 @@ def split_packed_batch(batch: Batch, micro_steps: int) -> list[Batch]:
 
 
 def count_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Response tokens that a batch has a loss on, an int64 scalar."""
+    """Number of tokens with a loss in a batch, an int64 scalar."""
     labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
     return (labels != IGNORE_INDEX).sum()

@@ -1,8 +1,8 @@
 """The demo's instruction rows: true facts, and exercises on short lists, numbers and sentences.
 
-Each task function returns its rows. A fact is asked in several phrasings, so that a held-out row asks in new words for a
-fact of a training row. The exercises are drawn at random from far more than are used, so that a held-out one has to be
-worked out."""
+Each task function returns rows. Every fact has several phrasings, so that a held-out row asks for a known fact in new
+words. Exercises are sampled from far more possibilities than are used, so that a held-out exercise must be worked out,
+not remembered."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Row = dict[str, str]
 
 
 def pairs(table: str) -> list[list[str]]:
-    """[word, what belongs to it] of every entry of a table."""
+    """Splits a table into [word, rest] pairs, one per entry."""
     return [pair.split(maxsplit=1) for pair in table.split(",")]
 
 
@@ -31,7 +31,7 @@ COLOURS = KINDS["colour"].split()
 WORDS = list(KIND_OF)
 THINGS = [word for word, kind in KIND_OF.items() if kind != "colour"]
 
-# thing -> how "A thing is a kind that ..." goes on
+# thing -> the end of the sentence "A thing is a kind that ..."
 DESCRIPTIONS = dict(
     pairs("""ant lives in a colony, bear sleeps in winter, bee makes honey, camel lives in the desert,
 cat catches mice, cow gives milk, dog guards the house, duck swims on ponds, frog jumps and swims,
@@ -68,7 +68,7 @@ sing sang, sit sat, sleep slept, speak spoke, stand stood, steal stole, swim swa
 think thought, throw threw, walk walked, wear wore, win won, write wrote"""
 NAMES = "Adam Anna Ben Clara Emma Ivan Kate Leo Maria Omar Rosa Tom".split()
 
-# Base form, third person, past tense. Each makes sense with anything one can see and own.
+# Base form, third person, past tense. Each verb makes sense with every object that one can see and own.
 VERBS = """buy buys bought, draw draws drew, find finds found, have has had, lose loses lost, see sees saw,
 sell sells sold, want wants wanted"""
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
@@ -88,7 +88,7 @@ def word_lists(rng: random.Random, n: int, longest: int) -> list[list[str]]:
 
 
 def facts(questions: list[str], answers: dict[str, str]) -> list[Row]:
-    """Every question about every key: `{}` in a question stands for the key."""
+    """One row per question and key. `{}` in a question stands for the key."""
     return [row(question.format(key), answer) for key, answer in answers.items() for question in questions]
 
 
@@ -167,8 +167,8 @@ def past_tense(rng: random.Random) -> list[Row]:
 def what_comes_next(rng: random.Random) -> list[Row]:
     numbers = [str(n) for n in range(1, 22)]
     rows = []
-    # the week and the year start again, the numbers do not
-    for kind, these in (("day", DAYS + DAYS[:1]), ("month", MONTHS + MONTHS[:1]), ("number", numbers)):
+    # days and months wrap around, numbers do not
+    for kind, sequence in (("day", DAYS + DAYS[:1]), ("month", MONTHS + MONTHS[:1]), ("number", numbers)):
         questions = [
             f"Which {kind} comes after {{}}?",
             f"Name the {kind} that follows {{}}.",
@@ -176,7 +176,7 @@ def what_comes_next(rng: random.Random) -> list[Row]:
             f"What is the next {kind} after {{}}?",
             f"Tell me the {kind} after {{}}.",
         ]
-        rows += facts(questions, dict(itertools.pairwise(these)))
+        rows += facts(questions, dict(itertools.pairwise(sequence)))
     return rows
 
 
@@ -304,8 +304,8 @@ TASKS = (
 
 
 def demo_rows() -> list[Row]:
-    """The rows in Alpaca's form, `{instruction, input, output}`; the same ones at every call."""
+    """All rows in Alpaca's format, `{instruction, input, output}`. Every call returns the same rows."""
     rng = random.Random(DEMO_SEED)
     rows = [row for task in TASKS for row in task(rng)]
-    # two draws may give the same exercise; a repeated one could be held out and trained on
+    # drop duplicate exercises: one copy could be held out while the other is trained on
     return list({(row["instruction"], row["input"]): row for row in rows}.values())

@@ -1,4 +1,4 @@
-"""Counts what became of every row: kept, dropped or truncated, with reasons."""
+"""Counts how many rows were kept, dropped or truncated, with reasons."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ HISTOGRAM_EDGES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 @dataclass
 class Ledger:
-    """What became of every row. Row numbers count from 1 in the order of the source."""
+    """Counts of kept, dropped and truncated rows. Row numbers count from 1 in the order of the source."""
 
     source: str
     max_length: int
@@ -55,18 +55,18 @@ class Ledger:
 
 
 def length_histogram(sizes: np.ndarray) -> dict[str, int]:
-    """Rows by length: {"<=32": rows of up to 32 tokens, ...}, without empty classes."""
+    """Counts rows by length: {"<=32": rows of at most 32 tokens, ...}, without empty bins."""
     counts = np.bincount(np.searchsorted(HISTOGRAM_EDGES, sizes), minlength=len(HISTOGRAM_EDGES) + 1)
     names = [f"<={edge}" for edge in HISTOGRAM_EDGES] + [f">{HISTOGRAM_EDGES[-1]}"]
     return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
 
 
 def check_dropped(ledger: Ledger, limit: float) -> None:
-    """Raises DataError where no row is kept, or more than the share `limit` of all rows is dropped."""
+    """Raises DataError if no row is kept, or if more than the fraction `limit` of the rows is dropped."""
     dropped = sum(ledger.dropped.values())
     if ledger.rows_kept == 0 or dropped > limit * ledger.rows_read:
         raise DataError(
             f"{dropped:,} of {ledger.rows_read:,} rows would be dropped, more than "
             f"{limit:.0%} (--max-dropped-fraction {limit:g}).\n{ledger}\n"
-            "Mend the rows, raise --max-length, or raise the limit with --max-dropped-fraction"
+            "Correct the rows, raise --max-length, or raise --max-dropped-fraction"
         )

@@ -1,11 +1,10 @@
-"""The prompt: its words, its layout, and both as text, as pieces of token ids and as a chat template.
+"""The prompt: its words and layout, rendered as text, as token ids and as a chat template.
 
-Everything else follows: edit the words or the layout here and nowhere else. The wording is Stanford Alpaca's, byte for
-byte: a model trained on other words would be another model.
+This file is the only place to edit the prompt. The wording is Stanford Alpaca's, byte for byte.
 
-A prompt is tokenised in pieces. The control tokens are put between the pieces by id and never looked for in text, so a
-user's "### End" stays ordinary text, and where the response starts is known, not searched. The pieces give the same
-ids as tokenising the whole prompt at once, because added tokens split the text before the byte-pair merges run."""
+A prompt is tokenised in pieces, and the control tokens are inserted between them by id. A user's "### End" therefore
+stays ordinary text, and the start of the response is known without a search. The ids are the same as for the whole
+prompt at once, because added tokens split the text before the byte-pair merges run."""
 
 from __future__ import annotations
 
@@ -25,17 +24,17 @@ INTRO_WITH_INPUT = (
 )
 INSTRUCTION_KEY = "### Instruction:"
 INPUT_KEY = "### Input:"  # ordinary text, as in Dolly
-RESPONSE_KEY = "### Response:\n"  # the newline belongs to the token
+RESPONSE_KEY = "### Response:\n"  # the newline is part of the token
 END_KEY = "### End"
 
-# Added to the tokenizer in this order, so that GPT-J gives them the ids 50400, 50401 and 50402.
+# Added to the tokenizer in this order. In GPT-J they get the ids 50400, 50401 and 50402.
 CONTROL_TOKENS = (END_KEY, INSTRUCTION_KEY, RESPONSE_KEY)
 
-# The layout of a row. The question is the instruction alone, or QUESTION_WITH_INPUT where the row has an input.
+# The layout of a row. The question is the instruction, or QUESTION_WITH_INPUT if the row has an input.
 LAYOUT = f"{{intro}}\n\n{INSTRUCTION_KEY}\n{{question}}\n\n{RESPONSE_KEY}{{response}}\n\n{END_KEY}"
 QUESTION_WITH_INPUT = f"{{instruction}}\n\n{INPUT_KEY}\n{{input}}"
 
-# What the control tokens leave of the layout: "{intro}\n\n", "\n{question}\n\n" and "{response}\n\n".
+# The text between the control tokens: "{intro}\n\n", "\n{question}\n\n" and "{response}\n\n".
 HEAD, BODY, RESPONSE, _ = re.split("|".join(map(re.escape, CONTROL_TOKENS)), LAYOUT)
 
 
@@ -56,7 +55,7 @@ def response_piece(response: str) -> str:
     return RESPONSE.format(response=response)
 
 
-# The words in capitals are filled in by `chat_template`, from the layout.
+# `chat_template` replaces the words in capitals.
 _CHAT_TEMPLATE = """
 {%- for message in messages -%}
 {%- set content = message['content'] PLAIN -%}
@@ -73,10 +72,10 @@ _CHAT_TEMPLATE = """
 
 
 def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A Jinja template for `apply_chat_template` that renders Dolly's prompt, for one turn or more.
+    """A Jinja template for `apply_chat_template` that renders Dolly's prompt for one or more turns.
 
-    What a template renders is tokenised at once, so a control token inside a message would become one:
-    there, and only there, it gets a space more, as in "###  End".
+    A rendered template is tokenised at once, so the text of a control token inside a message would become that token.
+    The template therefore inserts a space into it, as in "###  End".
     """
     plain = ""
     for token in tokenizer.all_special_tokens:
@@ -98,10 +97,10 @@ def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of texts in which nothing is a control token, whatever it looks like.
+    """Token ids of ordinary text: a control token in it is encoded as plain characters.
 
-    Straight to the Rust tokenizer: half of the time of `tokenizer(texts)` goes into offsets and masks that
-    nobody reads here. `tokenizer(...)` sets these three again for itself at its next call.
+    Calls the Rust tokenizer directly, because `tokenizer(texts)` spends half of its time on offsets and masks that are
+    not needed here. The three settings below are safe: `tokenizer(...)` sets them again on every call.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
@@ -113,10 +112,10 @@ def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> lis
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str], inputs: Sequence[str | None]
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """Ids of (heads, bodies): a prompt is its head with the instruction key, its body, and the response key."""
+    """Token ids (heads, bodies). A prompt is head + body + response key; the head ends with the instruction key."""
     key = tokenizer.convert_tokens_to_ids(INSTRUCTION_KEY)
     pieces = [prompt_pieces(*row) for row in zip(instructions, inputs, strict=True)]
-    heads = list({head for head, _ in pieces})  # two at most, so each is tokenised once
+    heads = list({head for head, _ in pieces})  # at most two different heads, each tokenised once
     ids = {
         head: leading_ids(tokenizer) + ids + [key]
         for head, ids in zip(heads, encode_text(tokenizer, heads), strict=True)
@@ -125,6 +124,6 @@ def encode_prompts(
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """What the tokenizer itself puts before a text: nothing for GPT-J, a BOS for Llama."""
+    """Token ids that the tokenizer puts before every text: none for GPT-J, BOS for Llama."""
     ids = tokenizer("a")["input_ids"]
     return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []

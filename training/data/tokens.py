@@ -1,4 +1,4 @@
-"""Turns rows into token ids: tokenised once, cached, memory-mapped."""
+"""Tokenises rows once, and reads them memory-mapped from a cache afterwards."""
 
 from __future__ import annotations
 
@@ -37,26 +37,26 @@ from training.errors import DataError
 from training.files import fingerprint, write_folder
 
 ROWS_PER_TOKENIZER_CALL = 2000
-COLUMNS = ["row", "input_ids", "response_start", "length"]  # of the tokenised rows
-# What decides rows and ids, beside data and tokenizer: an edit of these files makes the cached rows anew.
+COLUMNS = ["row", "input_ids", "response_start", "length"]  # of the tokenised dataset
+# The cached rows depend on this code as well: an edit of one of these files invalidates the cache.
 SOURCES = [Path(__file__).with_name(name) for name in ("rows.py", "prompt.py", "tokens.py", "ledger.py")]
 
 
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, columns: Columns, ledger: Ledger, keep_truncated: bool = False
 ) -> Iterator[tuple[int, list[int], int]]:
-    """Yields (row number, input_ids, response_start) of every row kept; counts every row in `ledger`.
+    """Yields (row number, input_ids, response_start) of every row kept, and counts every row in `ledger`.
 
-    `input_ids[response_start]` is the first token of the response; the last token is the end key, unless
-    the row was cut at `ledger.max_length` and `keep_truncated` allowed it.
+    `input_ids[response_start]` is the first token of the response. The last token is the end key, except in rows that
+    `keep_truncated` allows to be cut at `ledger.max_length`.
     """
     response_key, end_key = (tokenizer.convert_tokens_to_ids(key) for key in (RESPONSE_KEY, END_KEY))
-    for begin in range(0, len(columns), ROWS_PER_TOKENIZER_CALL):
-        part = slice(begin, begin + ROWS_PER_TOKENIZER_CALL)
+    for start in range(0, len(columns), ROWS_PER_TOKENIZER_CALL):
+        part = slice(start, start + ROWS_PER_TOKENIZER_CALL)
         heads, bodies = encode_prompts(tokenizer, columns.instruction[part], columns.input[part])
         responses = encode_text(tokenizer, map(response_piece, columns.output[part]))
         for offset, (head, body, response) in enumerate(zip(heads, bodies, responses, strict=True)):
-            row = begin + offset
+            row = start + offset
             ledger.rows_read += 1
             if not columns.output[row].strip():
                 ledger.drop(EMPTY_RESPONSE, row + 1)
@@ -84,20 +84,25 @@ def prepare_dataset(
     max_dropped_fraction: float = 0.1,
     cache_root: Path | None = None,
 ) -> tuple[datasets.Dataset, Ledger]:
-    """The tokenised rows, memory-mapped: `{row: int64, input_ids: list[int32], response_start: int32, length: int32}`.
+    """Tokenises the rows of `source`, or reads them from the cache.
 
-    They are in the order of the source, in which `row` counts from 1; `length` is that of `input_ids`.
+    The first call writes the cache; later calls and other ranks read it. Its key covers data, prompt, tokenizer,
+    `max_length` and `keep_truncated`.
 
-    The rows are tokenised once and cached; a second call, or another rank, reads the cache. Another prompt, tokenizer,
-    length or other data gives another cache. Raises DataError when more than `max_dropped_fraction` of the rows had
-    to be dropped.
+    Returns:
+        (rows, ledger). The rows are memory-mapped, in the order of the source:
+        `{row: int64, input_ids: list[int32], response_start: int32, length: int32}`, where `row` counts from 1.
+
+    Raises:
+        DataError: the source cannot be read, more than `max_dropped_fraction` of its rows had to be dropped, or the
+            cache cannot be written.
     """
     root = cache_root or Path(datasets.config.HF_DATASETS_CACHE) / "dolly"
     columns = None if source != DEMO and os.path.isfile(source) else read_columns(source)
     target = root / _fingerprint(source, columns, tokenizer, max_length, keep_truncated)
     cached = _read_cache(target)
     if cached is None:
-        with _no_search_for_cycles():
+        with _garbage_collection_paused():
             columns = columns or read_columns(source)
             try:
                 _write_cache(target, columns, tokenizer, Ledger(source, max_length), keep_truncated)
@@ -108,16 +113,16 @@ def prepare_dataset(
                 ) from error
         cached = _read_cache(target)
         if cached is None:
-            raise DataError(f"{target}: what was written there cannot be read again. Check the disk")
+            raise DataError(f"{target}: the tokenised rows were written but cannot be read. Check the disk")
     rows, ledger = cached
-    ledger.source = source  # the same rows may have been cached under another path
+    ledger.source = source  # the cached rows may come from another path with the same content
     check_dropped(ledger, max_dropped_fraction)
     return rows, ledger
 
 
 @contextmanager
-def _no_search_for_cycles() -> Iterator[None]:
-    """Pauses Python's search for cycles. Rows have none, and the search would take a sixth of their time."""
+def _garbage_collection_paused() -> Iterator[None]:
+    """Pauses the garbage collector. It would take a sixth of the tokenising time, and rows have no reference cycles."""
     was_enabled = gc.isenabled()
     gc.disable()
     try:
@@ -128,15 +133,15 @@ def _no_search_for_cycles() -> Iterator[None]:
 
 
 def _read_cache(target: Path) -> tuple[datasets.Dataset, Ledger] | None:
-    """The rows and ledger in a cache folder; None where there are none, or a file is missing or damaged."""
+    """Rows and ledger from a cache folder; None if a file is missing or damaged."""
     try:
         ledger = Ledger(**json.loads((target / LEDGER_FILE).read_text()))
         if ledger.rows_kept + sum(ledger.dropped.values()) != ledger.rows_read or not ledger.rows_read:
             return None
-        if not ledger.rows_kept:  # no file was written for them
+        if not ledger.rows_kept:  # datasets writes no file for zero rows
             return datasets.Dataset.from_dict({name: [] for name in COLUMNS}), ledger
         rows = datasets.load_from_disk(str(target))
-    except Exception:  # a dozen unrelated types; what cannot be read is made anew
+    except Exception:  # many unrelated types; an unreadable cache is written again
         return None
     return (rows, ledger) if len(rows) == ledger.rows_kept and rows.column_names == COLUMNS else None
 
@@ -148,9 +153,9 @@ def _fingerprint(
     max_length: int,
     keep_truncated: bool,
 ) -> str:
-    """The key of the tokenised rows: it changes with whatever decides them.
+    """Cache key of the tokenised rows. It changes with everything that affects them.
 
-    A local file is known by its bytes, so that ranks that only read the cache need not parse it.
+    A local file enters with its bytes, so that ranks which only read the cache need not parse it.
     """
     data: list[Path | str] = (
         [Path(source).suffix.lower(), Path(source)] if columns is None else [repr(columns)]
@@ -163,7 +168,7 @@ def _fingerprint(
 
 
 def _vocabulary(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Everything in a tokenizer that decides ids. Its padding and truncation settings of the moment do not."""
+    """The parts of a tokenizer that determine ids. Its current padding and truncation settings do not."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     return json.dumps({key: state[key] for key in ("added_tokens", "normalizer", "pre_tokenizer", "model")})
 
@@ -200,9 +205,9 @@ def _write_cache(
 def split_held_out(
     rows: datasets.Dataset, test_size: int, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """(training rows, held-out rows), shuffled and split by the two calls that Dolly made."""
+    """Shuffles and splits into (training rows, held-out rows), with the same two calls as Dolly."""
     if len(rows) < 2:
-        raise DataError(f"--training-dataset: {too_few_rows(len(rows))}. Name one with more")
+        raise DataError(f"--training-dataset: {too_few_rows(len(rows))}. Name a larger dataset")
     if not 0 < test_size < len(rows):
         raise DataError(
             f"--test-size {test_size:,} of {len(rows):,} rows leaves "
@@ -213,6 +218,6 @@ def split_held_out(
 
 
 def marked_sample(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], response_start: int) -> str:
-    """One row as the model sees it, the supervised tokens between « and »."""
+    """Decodes one row, with the supervised tokens between « and »."""
     prompt, response = input_ids[:response_start], input_ids[response_start:]
     return f"{tokenizer.decode(prompt)}«{tokenizer.decode(response)}»"

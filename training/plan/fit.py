@@ -101,7 +101,7 @@ def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan
     lengths = dataset_lengths(options.training_dataset, model)
     count = len(lengths.tokens)
     if count < 2:
-        raise OptionsError(f"--training-dataset: {too_few_rows(count)}. Name one with more")
+        raise OptionsError(f"--training-dataset: {too_few_rows(count)}. Name a larger dataset")
     if options.test_size >= count:
         raise OptionsError(f"--test-size {options.test_size:,} of {count:,} rows leaves none to train on")
     return plan_run(settings, lengths, model, machine)
