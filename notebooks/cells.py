@@ -1,4 +1,4 @@
-"""The functions that the cells of train_dolly call: widgets, plan, answers, tables."""
+"""Functions called by the cells of train_dolly.py: read the widgets, check the plan, generate and show answers."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ class Choices:
     """The values of the widgets, with defaults for empty ones.
 
     Attributes:
-        num_gpus: of each node; None for all of them.
-        name: of the run, which is the last part of both folders.
-        published: where the finished model is copied; None for nowhere.
-        resume: whether `name` is that of an earlier run.
+        num_gpus: GPUs per node; None for all.
+        name: name of the run, the last part of `output` and `published`.
+        output: folder that the run trains in.
+        published: folder or URL that the finished model is copied to; None to not copy it.
+        resume: whether `name` is an earlier run.
     """
 
     num_gpus: int | None
@@ -54,17 +55,17 @@ class Choices:
 
 
 def default_training_root() -> str:
-    """Databricks' local disk where there is one."""
+    """A folder on Databricks' local disk, elsewhere in the home folder."""
     return "/local_disk0/dolly_training" if Path("/local_disk0").is_dir() else "~/dolly_training"
 
 
 def default_output_root() -> str:
-    """DBFS where it is mounted; elsewhere a folder beside that of the runs."""
+    """A folder on DBFS if it is mounted, elsewhere in the home folder."""
     return f"{DBFS}/dolly_training" if Path(DBFS).is_dir() else "~/dolly_published"
 
 
 def read_widgets(widgets: Any) -> Choices:
-    """What was chosen. Raises RunRefusedError with every problem of it."""
+    """Reads and checks the widgets. Raises RunRefusedError with every problem."""
     problems: list[str] = []
     values = {name: value.strip() for name, value in widgets.getAll().items()}
 
@@ -79,19 +80,19 @@ def read_widgets(widgets: Any) -> Choices:
         return default
 
     demo = values["gpu_family"] == "cpu"
-    model = _name(values["input_model"]) or (DEMO if demo else DEFAULT_INPUT_MODEL)
-    dataset = _name(values["training_dataset"]) or (DEMO if demo else DEFAULT_TRAINING_DATASET)
+    model = _absolute_path(values["input_model"]) or (DEMO if demo else DEFAULT_INPUT_MODEL)
+    dataset = _absolute_path(values["training_dataset"]) or (DEMO if demo else DEFAULT_TRAINING_DATASET)
     root, resumed = local_path(values["local_training_root"]).absolute(), values["resume"]
     if not values["local_training_root"]:
         problems.append(f"local_training_root is empty. Name a folder, such as {default_training_root()}")
     elif resumed and not (root / resumed / RUN_FILE).is_file():
         runs = ", ".join(sorted(file.parent.name for file in root.glob(f"*/{RUN_FILE}")))
-        known = f"There are: {runs}" if runs else "There is none"
-        problems.append(f"resume {resumed}: no such run in {root}. {known}. Leave it empty for a new run")
+        existing = f"Existing runs: {runs}" if runs else "It has no runs"
+        problems.append(f"resume {resumed}: no such run in {root}. {existing}. Leave it empty for a new run")
     nodes = number("num_nodes", int, 1)
     if nodes > 1 and root.is_relative_to("/local_disk0"):
         problems.append(
-            f"local_training_root {root}: is each node's own. Name a folder that all {nodes} nodes share"
+            f"local_training_root {root} is local to each node. Name a folder that all {nodes} nodes share"
         )
     name = resumed or time.strftime("dolly__%Y-%m-%dT%H-%M-%S")
     published = values["dbfs_output_root"].rstrip("/")
@@ -117,14 +118,14 @@ def read_widgets(widgets: Any) -> Choices:
     return choices
 
 
-def _name(value: str) -> str:
-    """A model or dataset. A file or folder gets its full path, as the command runs in another folder."""
+def _absolute_path(value: str) -> str:
+    """The name of a model or dataset. Paths become absolute, because training runs in another folder."""
     path = Path(value).expanduser()
     return str(path.resolve()) if value not in ("", DEMO) and path.exists() else value
 
 
 def find_machine(choices: Choices) -> Machine:
-    """This machine; the other nodes are assumed to be like it. Raises RunRefusedError where the run cannot use it."""
+    """This machine; other nodes are assumed to be equal. Raises RunRefusedError if the run cannot use it."""
     from training.machine.environment import version_problems
     from training.machine.kernels import kernel_problems
     from training.machine.local import this_machine
@@ -138,10 +139,10 @@ def find_machine(choices: Choices) -> Machine:
         raise RunRefusedError(f"num_gpus {choices.num_gpus}: {error}. Leave it empty for all") from error
     if machine.is_cpu and choices.gpu_family != "cpu":
         raise RunRefusedError(
-            f"gpu_family {choices.gpu_family}: there is no GPU here. Attach the notebook to a machine with GPUs (of a "
-            "cluster the driver needs them as well), or choose cpu, which trains the demo"
+            f"gpu_family {choices.gpu_family}: this machine has no GPU. Attach the notebook to a machine with GPUs "
+            "(in a cluster the driver needs GPUs too), or choose cpu, which trains the demo"
         )
-    if machine.is_cpu:  # or DeepSpeed warns in every process that it found no other accelerator
+    if machine.is_cpu:  # otherwise DeepSpeed warns in every process that it found no accelerator
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     return machine
 
@@ -149,46 +150,45 @@ def find_machine(choices: Choices) -> Machine:
 def check_plan(
     options: Mapping[str, Any], recipe: Mapping[str, Any], ranks: int, machine: Machine, family: str
 ) -> str:
-    """The plan of a run as a table, by its options and the recipe of its GPU family.
+    """The plan of a run as a table, from its options and the recipe of its GPU family.
 
-    Raises RunRefusedError where the run does not fit, with the numbers and what to choose.
+    Raises RunRefusedError with the numbers and what to choose if the run does not fit.
     """
     from training.errors import DataError, ModelError
     from training.plan.fit import plan_options
     from training.plan.report import as_table
 
     def plan_of(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
-        """The table of the plan, and all problems of the run."""
+        """(table of the plan, problems of the run)."""
         planned = TrainingOptions(**options, **recipe)
         problems = destination_problems(planned)
         try:
             plan = plan_options(planned, ranks, machine)
         except OptionsError as error:
             return "", problems + error.problems
-        table = as_table(plan, None).removesuffix(
-            f"\n  {plan.command}"
-        )  # the training cell shows the command
+        # The training cell prints the command.
+        table = as_table(plan, None).removesuffix(f"\n  {plan.command}")
         return table, problems + plan.problems
 
     try:
         table, problems = plan_of(recipe)
         if not problems:
             return table
-        others = [] if machine.is_cpu else [name for name in FAMILIES if name not in (family, "cpu")]
-        for name in others:
+        families = [] if machine.is_cpu else [name for name in FAMILIES if name not in (family, "cpu")]
+        for name in families:
             if not plan_of(preset_options(name, ranks))[1]:
-                problems.append(f"In this notebook: choose gpu_family {name}, with which it fits")
+                problems.append(f"In this notebook: choose gpu_family {name}, which fits")
                 break
     except (DataError, ModelError) as error:
         raise RunRefusedError(str(error)) from error
     raise RunRefusedError("\n".join([table, "", *problems]).strip())
 
 
-def how_to_go_on(choices: Choices) -> str:
-    """What to type after a run that ended before its time."""
+def resume_advice(choices: Choices) -> str:
+    """What to do after a run that ended early."""
     if (choices.output / RUN_FILE).is_file():
-        return f"To go on with this run, type {choices.name} into the widget resume, and run all cells again."
-    return "Nothing was trained. When the cause is mended, run all cells again."
+        return f"To continue this run, type {choices.name} into the widget resume, and run all cells again."
+    return "Nothing was trained. Correct the problem, then run all cells again."
 
 
 def finished_record(choices: Choices) -> dict[str, Any]:
@@ -198,11 +198,13 @@ def finished_record(choices: Choices) -> dict[str, Any]:
     try:
         return finished_run(choices.output)
     except UnfinishedRunError as error:
-        raise RunRefusedError(f"{choices.name} has not finished training. {how_to_go_on(choices)}") from error
+        raise RunRefusedError(
+            f"{choices.name} has not finished training. {resume_advice(choices)}"
+        ) from error
 
 
 def held_out_rows(dataset: str, rows: datasets.Dataset, test_size: int, count: int) -> list[dict[str, str]]:
-    """The first `count` rows that the run holds out, as {instruction, input, output}; `rows` are `prepare_dataset`'s."""
+    """The first `count` held-out rows as {instruction, input, output}. `rows` come from `prepare_dataset`."""
     from training.data.rows import read_columns
     from training.data.tokens import split_held_out
 
@@ -215,9 +217,9 @@ def held_out_rows(dataset: str, rows: datasets.Dataset, test_size: int, count: i
 
 
 def write_prompts(choices: Choices, rows: Sequence[Mapping[str, str]]) -> str:
-    """Writes the rows as a file for --sample-prompts, and returns its name.
+    """Writes the rows to a file for --sample-prompts and returns its name.
 
-    It lies beside the run's folder, which must be empty when training starts.
+    The file is beside the run's folder, which must be empty when training starts.
     """
     file = choices.output.with_name(f"{choices.name}.prompts.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -226,8 +228,8 @@ def write_prompts(choices: Choices, rows: Sequence[Mapping[str, str]]) -> str:
     return str(file)
 
 
-def answers(model: str, rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """A model's answers to rows with `instruction` and perhaps `input`. Loads the model, and frees its memory again."""
+def generate_answers(model: str, rows: Sequence[Mapping[str, str]]) -> list[str]:
+    """A model's answers to rows with `instruction` and optional `input`. Loads the model and frees its memory."""
     import torch
     import transformers
 
@@ -247,7 +249,7 @@ def answers(model: str, rows: Sequence[Mapping[str, str]]) -> list[str]:
 
 @dataclass(frozen=True)
 class Table:
-    """Texts side by side: as HTML in a notebook, below each other on a console."""
+    """A table of texts: HTML in a notebook, lines on a console."""
 
     headings: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -263,19 +265,19 @@ class Table:
     def __repr__(self) -> str:
         width = max(map(len, self.headings[1:]), default=0)
         lines = []
-        for first, *others in self.rows:
+        for first, *cells in self.rows:
             lines.append(first)
-            for heading, text in zip(self.headings[1:], others, strict=True):
+            for heading, text in zip(self.headings[1:], cells, strict=True):
                 lines.append(f"  {heading:<{width}}  {' '.join(text.split())}")
         return "\n".join(lines)
 
 
-def answer_stages(samples: Sequence[Mapping[str, Any]]) -> Table:
-    """The entries of samples.jsonl: a row for each instruction, a column for each stage."""
+def answers_by_step(samples: Sequence[Mapping[str, Any]]) -> Table:
+    """Table of samples.jsonl: one row per prompt, one column per step."""
     steps = sorted({entry["step"] for entry in samples})
     responses: dict[str, dict[int, str]] = {}
     for entry in samples:
-        question = f"{entry['instruction']}\n{entry['input']}".strip()
-        responses.setdefault(question, {})[entry["step"]] = entry["response"]
-    rows = [[question, *(stages.get(step, "") for step in steps)] for question, stages in responses.items()]
+        prompt = f"{entry['instruction']}\n{entry['input']}".strip()
+        responses.setdefault(prompt, {})[entry["step"]] = entry["response"]
+    rows = [[prompt, *(answers.get(step, "") for step in steps)] for prompt, answers in responses.items()]
     return Table(["instruction", *(f"step {step:,}" for step in steps)], rows)

@@ -1,9 +1,9 @@
 # Databricks notebook source
 # MAGIC %md
 # MAGIC # Train Dolly
-# MAGIC GPT-J-6B learns to follow instructions from Stanford Alpaca, under DeepSpeed ZeRO-3. Choose the family of your GPUs
-# MAGIC above, press **Run All**, and come back to a model and its answers. With `cpu` a small model learns the embedded
-# MAGIC demo, on any machine, in a few minutes.
+# MAGIC Fine-tunes GPT-J-6B on Stanford Alpaca with DeepSpeed ZeRO-3, so that it follows instructions. Choose your GPU
+# MAGIC family above and press **Run All**. At the end you have a model and its answers. With `cpu` a small model learns
+# MAGIC the built-in demo in a few minutes, on any machine.
 # MAGIC
 # MAGIC For research only: Stanford Alpaca is CC BY-NC 4.0.
 
@@ -11,7 +11,7 @@
 
 # MAGIC %md
 # MAGIC ## Install
-# MAGIC Installs the tested versions, except those that the environment already has.
+# MAGIC Installs the tested versions of packages that the environment does not have.
 
 # COMMAND ----------
 
@@ -19,7 +19,7 @@
 
 # COMMAND ----------
 
-# Databricks has imported other versions of some of them; a Jupyter kernel that has just started has not.
+# Databricks has already imported other versions of some packages. A new Jupyter kernel has not.
 if "dbutils" in globals():
     dbutils.library.restartPython()
 
@@ -27,8 +27,8 @@ if "dbutils" in globals():
 
 # MAGIC %md
 # MAGIC ## What to train
-# MAGIC The defaults are Dolly's run; an empty field means what stands in brackets. On Databricks these are fields at the
-# MAGIC top of the page. Elsewhere `--set` gives them, or change the defaults here.
+# MAGIC The defaults are Dolly's run. An empty field means the value in brackets. On Databricks these are fields at the
+# MAGIC top of the page. Elsewhere use `--set`, or change the defaults here.
 
 # COMMAND ----------
 
@@ -45,7 +45,7 @@ from training.machine.catalogue import FAMILIES
 from training.plan.presets import preset_options
 
 if "dbutils" not in globals():
-    dbutils = notebook.StandIn()
+    dbutils = notebook.DbutilsStandIn()
 
 dbutils.widgets.dropdown("gpu_family", "a100", list(FAMILIES), "GPU family (cpu: the demo)")
 dbutils.widgets.text("num_gpus", "", "GPUs of each node (all)")
@@ -59,57 +59,57 @@ dbutils.widgets.text(
 dbutils.widgets.text(
     "dbfs_output_root", cells.default_output_root(), "Folder of the models: DBFS, a Volume, s3://"
 )
-dbutils.widgets.text("resume", "", "Go on with the run named (a new run)")
+dbutils.widgets.text("resume", "", "Run to continue (a new run)")
 dbutils.widgets.text("mlflow_model_name", "", "Register in MLflow as (no MLflow)")
 
 # COMMAND ----------
 
 # MAGIC %md
-# MAGIC ## The run and its place
-# MAGIC A run is trained on a local disk, where files can be changed, and copied when it has finished. Its name is that of
-# MAGIC both folders, and what to type into `resume` should it be stopped.
+# MAGIC ## The run and its folders
+# MAGIC A run trains on a local disk, where files can be changed, and is copied when it has finished. Both folders have
+# MAGIC the name of the run. If the run stops, type this name into `resume`.
 
 # COMMAND ----------
 
-chosen = cells.read_widgets(dbutils.widgets)
-tensorboard_logs = str(chosen.output / "runs")
-print(f"{chosen.name}\n  trained in       {chosen.output}\n  published to     {chosen.published}")
+choices = cells.read_widgets(dbutils.widgets)
+tensorboard_logs = str(choices.output / "runs")
+print(f"{choices.name}\n  trained in       {choices.output}\n  published to     {choices.published}")
 
 # COMMAND ----------
 
 # MAGIC %md
 # MAGIC ## Does it fit?
-# MAGIC The options follow from the GPU family, and a step has 64 rows on any number of devices. The plan says whether that
-# MAGIC fits in memory and on disk, and how long it takes, before anything is paid for.
+# MAGIC The GPU family sets the options. A step has 64 rows on any number of devices. The plan says whether the run fits
+# MAGIC in memory and on disk, and how long it takes, before you pay for it.
 
 # COMMAND ----------
 
 from training.plan.presets import DEMO_RECIPE
 
-machine = cells.find_machine(chosen)
+machine = cells.find_machine(choices)
 num_gpus = machine.count
-ranks = num_gpus * chosen.num_nodes
-recipe = preset_options(chosen.gpu_family, ranks)
+ranks = num_gpus * choices.num_nodes
+recipe = preset_options(choices.gpu_family, ranks)
 options = {
-    "input_model": chosen.input_model,
-    "training_dataset": chosen.training_dataset,
-    **(DEMO_RECIPE if chosen.is_demo else {}),
-    "epochs": chosen.epochs,
-    "local_output_dir": str(chosen.output),
-    "dbfs_output_dir": chosen.published,
-    "resume": "auto" if chosen.resume else "never",
+    "input_model": choices.input_model,
+    "training_dataset": choices.training_dataset,
+    **(DEMO_RECIPE if choices.is_demo else {}),
+    "epochs": choices.epochs,
+    "local_output_dir": str(choices.output),
+    "dbfs_output_dir": choices.published,
+    "resume": "auto" if choices.resume else "never",
 }
-if chosen.mlflow_model_name:
-    options["mlflow_model_name"] = chosen.mlflow_model_name
-print(cells.check_plan(options, recipe, ranks, machine, chosen.gpu_family))
+if choices.mlflow_model_name:
+    options["mlflow_model_name"] = choices.mlflow_model_name
+print(cells.check_plan(options, recipe, ranks, machine, choices.gpu_family))
 
 # COMMAND ----------
 
 # MAGIC %md
 # MAGIC ## Data and tokenizer
-# MAGIC One process prepares them, so that the ranks find them in the cache and none waits for another. The ledger says what
-# MAGIC became of every row. While it trains, and again below, the model answers Dolly's five instructions and three of the
-# MAGIC rows that it does not train on.
+# MAGIC This process prepares the data, and the ranks load it from the cache. The ledger shows the number of rows used, and
+# MAGIC why others are dropped. During training and again below, the model answers Dolly's five instructions and three
+# MAGIC held-out rows.
 
 # COMMAND ----------
 
@@ -118,20 +118,20 @@ from training.data.tokens import prepare_dataset
 from training.model.loading import load_config, max_positions
 from training.model.tokenizer import load_tokenizer
 
-longest = max_positions(load_config(chosen.input_model))
-rows, ledger = prepare_dataset(chosen.training_dataset, load_tokenizer(chosen.input_model), longest)
+longest = max_positions(load_config(choices.input_model))
+rows, ledger = prepare_dataset(choices.training_dataset, load_tokenizer(choices.input_model), longest)
 print(ledger)
 
-prompts = [{"instruction": each, "input": "", "output": ""} for each in SAMPLE_INSTRUCTIONS]
+prompts = [{"instruction": text, "input": "", "output": ""} for text in SAMPLE_INSTRUCTIONS]
 test_size = options.get("test_size", DEFAULT_TEST_SIZE)
-prompts += cells.held_out_rows(chosen.training_dataset, rows, test_size, 3)
-options["sample_prompts"] = cells.write_prompts(chosen, prompts)
+prompts += cells.held_out_rows(choices.training_dataset, rows, test_size, 3)
+options["sample_prompts"] = cells.write_prompts(choices, prompts)
 
 # COMMAND ----------
 
 # MAGIC %md
 # MAGIC ## Watch
-# MAGIC TensorBoard follows the run once it has started; press its reload button.
+# MAGIC TensorBoard shows the run once it has started. Press its reload button.
 
 # COMMAND ----------
 
@@ -142,8 +142,8 @@ options["sample_prompts"] = cells.write_prompts(chosen, prompts)
 
 # MAGIC %md
 # MAGIC ## Train
-# MAGIC The same command as on a terminal, in processes of its own. If it fails this cell fails, with the reason and the last
-# MAGIC lines, and no cell below runs. Interrupting the cell saves a checkpoint first.
+# MAGIC Runs the same command as on a terminal, in separate processes. If training fails, the cell fails with the reason
+# MAGIC and the last lines, and no later cell runs. If you interrupt the cell, training saves a checkpoint first.
 
 # COMMAND ----------
 
@@ -151,25 +151,25 @@ from training.errors import OptionsError, RunRefusedError, TrainingFailedError
 from training.launch.local import deepspeed_command, launch, shell_command
 
 try:
-    if chosen.num_nodes > 1:
+    if choices.num_nodes > 1:
         from training.launch.spark import launch_on_spark
 
-        launch_on_spark(options | recipe, chosen.num_nodes, num_gpus, use_gpu=not machine.is_cpu)
+        launch_on_spark(options | recipe, choices.num_nodes, num_gpus, use_gpu=not machine.is_cpu)
     else:
         command = deepspeed_command(options | recipe, num_gpus)
         print(shell_command(command), flush=True)
         launch(command, cpu_ranks=num_gpus if machine.is_cpu else 0)
-except OptionsError as error:  # of a cluster that cannot train
+except OptionsError as error:  # the cluster cannot train
     raise RunRefusedError(f"Cannot train:\n{error}") from error
 except TrainingFailedError as error:
-    error.add_note(cells.how_to_go_on(chosen))
+    error.add_note(cells.resume_advice(choices))
     raise
 
 # COMMAND ----------
 
 # MAGIC %md
 # MAGIC ## How it went
-# MAGIC The held-out rows are those that it was never trained on: while their loss falls, it learns.
+# MAGIC The model is not trained on the held-out rows. It learns as long as their loss falls.
 
 # COMMAND ----------
 
@@ -181,10 +181,10 @@ from training.consts import METRICS_FILE, SAMPLES_FILE
 from training.pictures import draw_run
 from training.storage.metrics import read
 
-record = cells.finished_record(chosen)
+record = cells.finished_record(choices)
 picture = io.BytesIO()
-title = f"{chosen.name}: {chosen.input_model} on {chosen.training_dataset}"
-draw_run(read(chosen.output / METRICS_FILE), title, picture)
+title = f"{choices.name}: {choices.input_model} on {choices.training_dataset}"
+draw_run(read(choices.output / METRICS_FILE), title, picture)
 display(Image(picture.getvalue()))
 print("held-out loss {before:.3f} before, {after:.3f} after".format(**record["held_out_loss"]))
 
@@ -192,40 +192,40 @@ print("held-out loss {before:.3f} before, {after:.3f} after".format(**record["he
 
 # MAGIC %md
 # MAGIC ## What it answers
-# MAGIC The base model and the trained one, sampled as Dolly was, beside the answer that the dataset has.
+# MAGIC Answers of the base model and the trained model, with Dolly's sampling, beside the answer in the dataset.
 
 # COMMAND ----------
 
-cells.finished_record(chosen)
-questions = [f"{row['instruction']}\n{row['input']}".strip() for row in prompts]
-before = cells.answers(chosen.input_model, prompts)
-after = cells.answers(str(chosen.output), prompts)
-columns = zip(questions, before, after, [row["output"] for row in prompts], strict=True)
+cells.finished_record(choices)
+texts = [f"{row['instruction']}\n{row['input']}".strip() for row in prompts]
+before = cells.generate_answers(choices.input_model, prompts)
+after = cells.generate_answers(str(choices.output), prompts)
+columns = zip(texts, before, after, [row["output"] for row in prompts], strict=True)
 cells.Table(["instruction", "base model", "trained", "in the dataset"], list(columns))
 
 # COMMAND ----------
 
 # MAGIC %md
 # MAGIC ## How the answers changed
-# MAGIC The likeliest answer to the same instructions, before training and after each epoch.
+# MAGIC Greedy answers to the same prompts, before training and after each epoch.
 
 # COMMAND ----------
 
-cells.finished_record(chosen)
-cells.answer_stages(read(chosen.output / SAMPLES_FILE))
+cells.finished_record(choices)
+cells.answers_by_step(read(choices.output / SAMPLES_FILE))
 
 # COMMAND ----------
 
 # MAGIC %md
 # MAGIC ## Where it is
-# MAGIC In the published folder `manifest.json` has the size and checksum of each file.
+# MAGIC `manifest.json` in the published folder lists the size and checksum of each file.
 
 # COMMAND ----------
 
-cells.finished_record(chosen)
-published = chosen.published or "nowhere, as dbfs_output_root is empty"
-folder = chosen.output if "://" in published or not chosen.published else chosen.published
-print(f"""The model is in     {chosen.output}
+cells.finished_record(choices)
+published = choices.published or "nowhere, as dbfs_output_root is empty"
+folder = choices.output if "://" in published or not choices.published else choices.published
+print(f"""The model is in     {choices.output}
 and published to    {published}
 
 from training.generate import generate_response, load_model_tokenizer_for_generate

@@ -1,4 +1,4 @@
-"""The notebook runs anywhere, cell by cell, stops where a cell fails, and chooses nothing but options."""
+"""The notebook runs without Databricks, stops at a cell that fails, and only sets the trainer's options."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "train_dolly.py"
 HEAD = "# Databricks notebook source\n"
 NEXT = "\n# COMMAND ----------\n\n"
-PATIENCE = 900  # seconds for what takes a minute or two, on a busy machine
+TIMEOUT = 900  # seconds; runs take a minute or two, longer on a busy machine
 
 
 def source(*cells: str) -> str:
@@ -52,12 +52,12 @@ def invoke(file: object, out: object, *options: object) -> Result:
 
 
 def outputs(cell: nbformat.NotebookNode) -> str:
-    """What a code cell printed."""
+    """The printed text of a code cell."""
     return "".join(output.get("text", "") for output in cell.outputs)
 
 
 def displayed(cell: nbformat.NotebookNode) -> list[dict[str, str]]:
-    """What a code cell displayed, each by its kinds."""
+    """The displayed objects of a code cell, each as a mapping of MIME types."""
     return [output.data for output in cell.outputs if "data" in output]
 
 
@@ -72,38 +72,38 @@ def cell_with(cells: list[nbformat.NotebookNode], text: str) -> int:
     return number
 
 
-def widgets(**chosen: str) -> notebook.Widgets:
-    """The stand-in with all widgets of the notebook at their defaults, but for those chosen."""
+def widgets(**values: str) -> notebook.Widgets:
+    """The notebook's widgets with their default values, except for `values`."""
     filled = notebook.Widgets()
     for name in notebook.widget_names(notebook.read_source(NOTEBOOK.read_text())):
         filled.text(
             name, {"gpu_family": "a100", "local_training_root": "/local", "num_nodes": "1"}.get(name, "")
         )
-    for name, value in chosen.items():
+    for name, value in values.items():
         filled.text(name, value)
     return filled
 
 
-def run_cell(text: str, **known: Any) -> dict[str, Any]:
-    """The names after the notebook's cell with this text."""
+def run_cell(text: str, **names: Any) -> dict[str, Any]:
+    """Runs the notebook's cell that contains `text`, and returns its variables."""
     cells = notebook.read_source(NOTEBOOK.read_text()).cells
-    known |= {"cells": cell_functions, "preset_options": preset_options}
-    exec(cells[cell_with(cells, text)].source, known)
-    return known
+    names |= {"cells": cell_functions, "preset_options": preset_options}
+    exec(cells[cell_with(cells, text)].source, names)
+    return names
 
 
-def with_a_stopped_run(root: Path) -> str:
+def folder_with_stopped_run(root: Path) -> str:
     (root / "dolly__a").mkdir()
     (root / "dolly__a" / "run.json").write_text("{}")
     return str(root)
 
 
-def that_launches(folder: Path, rank: str) -> Path:
-    """A notebook whose second cell launches Python code as a rank."""
+def launching_notebook(folder: Path, rank: str) -> Path:
+    """A notebook whose second cell launches the Python code `rank`."""
     file = folder / "n.py"
     file.write_text(
         source(
-            f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nprint('begun', flush=True)",
+            f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nprint('started', flush=True)",
             f"from training.launch.local import launch\n\nlaunch([sys.executable, '-c', {rank!r}])",
             "print('never')",
         )
@@ -114,7 +114,7 @@ def that_launches(folder: Path, rank: str) -> Path:
 # --- Databricks source to Jupyter ---------------------------------------------------------------------
 
 
-def test_each_kind_of_cell_becomes_its_jupyter_cell() -> None:
+def test_each_kind_of_databricks_cell_is_converted_to_a_jupyter_cell() -> None:
     read = notebook.read_source(
         source(
             "# MAGIC %md\n# MAGIC # Title\n# MAGIC\n# MAGIC words",
@@ -134,26 +134,25 @@ def test_each_kind_of_cell_becomes_its_jupyter_cell() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("x = 1\n", "whose first line is '# Databricks notebook source'"),
-        (source("x = 1", "# MAGIC %md\ny = 1"), "cell 2: '# MAGIC' stands beside plain lines"),
+        (source("x = 1", "# MAGIC %md\ny = 1"), "cell 2: has lines with and without '# MAGIC'"),
         (source("# MAGIC %sh ls"), "cell 1: '%sh' cannot run outside Databricks"),
         (source("# MAGIC !ls"), "cell 1: '!ls' cannot run outside Databricks"),
     ],
 )
-def test_what_cannot_run_elsewhere_is_named_with_its_cell(text: str, told: str) -> None:
-    with pytest.raises(errors.NotebookSourceError, match=re.escape(told)):
+def test_cells_that_need_databricks_are_refused_with_their_number(text: str, message: str) -> None:
+    with pytest.raises(errors.NotebookSourceError, match=re.escape(message)):
         notebook.read_source(text)
 
 
-def test_the_notebook_is_valid_python_short_enough_to_read_and_holds_no_training_logic() -> None:
+def test_the_notebook_is_valid_python_under_250_lines_without_training_logic() -> None:
     text = NOTEBOOK.read_text()
     parsed = ast.parse(text)
     cells = notebook.read_source(text).cells
     assert text.count("\n") < 250
     kinds = [cell.cell_type for cell in cells]
-    # Each step has words before its code.
     assert kinds.count("markdown") >= 9
     assert kinds[0] == "markdown"
     assert kinds[-1] == "code"
@@ -172,7 +171,7 @@ def test_the_notebook_is_valid_python_short_enough_to_read_and_holds_no_training
     assert "training.trainer" not in imported
 
 
-def test_its_widgets_are_those_that_the_docs_name() -> None:
+def test_the_docs_list_exactly_the_widgets_of_the_notebook() -> None:
     section = (ROOT / "docs" / "databricks.md").read_text().split("\n## Widgets\n")[1].split("\n## ")[0]
     named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     assert named == notebook.widget_names(notebook.read_source(NOTEBOOK.read_text()))
@@ -180,12 +179,12 @@ def test_its_widgets_are_those_that_the_docs_name() -> None:
                           *"dbfs_output_root num_nodes resume mlflow_model_name".split()}  # fmt: skip
 
 
-# --- what stands in for dbutils -----------------------------------------------------------------------
+# --- the replacement of dbutils -----------------------------------------------------------------------
 
 
-def test_the_stand_in_gives_defaults_and_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(notebook.CHOSEN, json.dumps({"family": "cpu", "count": "3"}))
-    dbutils = notebook.StandIn()
+def test_the_replacement_of_dbutils_returns_defaults_and_set_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(notebook.WIDGET_VALUES, json.dumps({"family": "cpu", "count": "3"}))
+    dbutils = notebook.DbutilsStandIn()
     dbutils.widgets.text("count", "1", "How many")
     dbutils.widgets.text("name", "x")
     dbutils.widgets.dropdown("family", "a100", ["a100", "cpu"], "Family")
@@ -196,10 +195,10 @@ def test_the_stand_in_gives_defaults_and_what_was_chosen(monkeypatch: pytest.Mon
         dbutils.widgets.dropdown("family", "a", ["a", "b"])
 
 
-# --- what the cells ask -------------------------------------------------------------------------------
+# --- functions of the cells ---------------------------------------------------------------------------
 
 
-def test_untouched_widgets_are_dollys_run_and_cpu_alone_is_the_demo(tmp_path: Path) -> None:
+def test_default_widgets_are_dollys_run_and_gpu_family_cpu_is_the_demo(tmp_path: Path) -> None:
     dolly = cell_functions.read_widgets(widgets())
     assert (dolly.input_model, dolly.training_dataset) == ("EleutherAI/gpt-j-6B", "tatsu-lab/alpaca")
     assert (dolly.epochs, dolly.num_gpus, dolly.num_nodes, dolly.published) == (1.0, None, 1, None)
@@ -213,9 +212,7 @@ def test_untouched_widgets_are_dollys_run_and_cpu_alone_is_the_demo(tmp_path: Pa
     )
 
 
-def test_files_beside_the_notebook_are_found_by_the_command_too(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_relative_paths_of_datasets_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "rows.jsonl", rows_of(3))
     assert cell_functions.read_widgets(widgets(training_dataset="rows.jsonl")).training_dataset == str(
@@ -223,39 +220,39 @@ def test_files_beside_the_notebook_are_found_by_the_command_too(
     )
 
 
-def test_all_that_is_wrong_with_the_widgets_is_told_at_once(tmp_path: Path) -> None:
+def test_all_problems_of_the_widgets_are_reported_at_once(tmp_path: Path) -> None:
     wrong = {"num_gpus": "many", "epochs": "nan", "num_nodes": "0", "resume": "b"}
     with pytest.raises(errors.RunRefusedError) as refused:
-        cell_functions.read_widgets(widgets(local_training_root=with_a_stopped_run(tmp_path), **wrong))
+        cell_functions.read_widgets(widgets(local_training_root=folder_with_stopped_run(tmp_path), **wrong))
     assert str(refused.value).splitlines() == [
-        f"resume b: no such run in {tmp_path}. There are: dolly__a. Leave it empty for a new run",
+        f"resume b: no such run in {tmp_path}. Existing runs: dolly__a. Leave it empty for a new run",
         "num_nodes 0: expected a whole number above 0",
         "num_gpus many: expected a whole number above 0",
         "epochs nan: expected a number above 0",
     ]
 
 
-def test_several_nodes_need_a_folder_that_they_share() -> None:
-    with pytest.raises(errors.RunRefusedError, match="/local_disk0/runs: is each node's own"):
+def test_several_nodes_need_a_shared_training_folder() -> None:
+    with pytest.raises(errors.RunRefusedError, match="/local_disk0/runs is local to each node"):
         cell_functions.read_widgets(widgets(num_nodes="2", local_training_root="/local_disk0/runs"))
     assert cell_functions.read_widgets(widgets(num_nodes="2", local_training_root="/mnt/efs")).num_nodes == 2
 
 
-def test_a_stopped_run_is_named_to_go_on_with_it(tmp_path: Path) -> None:
-    root = with_a_stopped_run(tmp_path)
-    chosen = cell_functions.read_widgets(widgets(resume="dolly__a", local_training_root=root))
-    assert chosen.resume
-    assert chosen.output == tmp_path / "dolly__a"
+def test_a_stopped_run_is_resumed_by_its_name(tmp_path: Path) -> None:
+    root = folder_with_stopped_run(tmp_path)
+    choices = cell_functions.read_widgets(widgets(resume="dolly__a", local_training_root=root))
+    assert choices.resume
+    assert choices.output == tmp_path / "dolly__a"
     with pytest.raises(errors.RunRefusedError, match=r"has not finished training.* type dolly__a into"):
-        cell_functions.finished_record(chosen)
+        cell_functions.finished_record(choices)
 
 
-def dolly(**other: Any) -> dict[str, Any]:
+def dolly(**options: Any) -> dict[str, Any]:
     return {"input_model": "EleutherAI/gpt-j-6B", "training_dataset": "tatsu-lab/alpaca", "epochs": 1.0,
-            "local_output_dir": "OUT", "dbfs_output_dir": None, "resume": "never"} | other  # fmt: skip
+            "local_output_dir": "OUT", "dbfs_output_dir": None, "resume": "never"} | options  # fmt: skip
 
 
-def test_the_plan_of_dollys_run_fits_on_its_machine() -> None:
+def test_dollys_run_fits_on_eight_a100s() -> None:
     table = cell_functions.check_plan(
         dolly(), preset_options("a100", 8), 8, find_machine("8xA100-40GB"), "a100"
     )
@@ -263,19 +260,21 @@ def test_the_plan_of_dollys_run_fits_on_its_machine() -> None:
     assert table.splitlines()[-1].startswith("FITS, with")
 
 
-def test_a_family_that_does_not_fit_is_refused_with_the_numbers_and_one_that_does() -> None:
+def test_a_gpu_family_that_does_not_fit_is_refused_with_numbers_and_one_that_fits() -> None:
     with pytest.raises(errors.RunRefusedError) as refused:
         cell_functions.check_plan(dolly(), preset_options("a100", 4), 4, find_machine("4xA10"), "a100")
     last = str(refused.value).splitlines()[-2:]
     assert re.search(r"GPU memory: [\d.]+ GiB are needed on each A10G, [\d.]+ more than its 22\.0", last[0])
-    assert last[1] == "In this notebook: choose gpu_family a10, with which it fits"
+    assert last[1] == "In this notebook: choose gpu_family a10, which fits"
     with pytest.raises(errors.RunRefusedError, match=r"cannot compute in bf16.*\n.*choose gpu_family v100"):
         cell_functions.check_plan(
             dolly(), preset_options("a100", 8), 8, find_machine("p3dn.24xlarge"), "a100"
         )
 
 
-def test_what_could_not_be_written_is_told_beside_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_problems_of_output_folder_and_mlflow_are_reported_with_the_plan(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     wrong = dolly(local_output_dir="/dbfs/x/dolly__a", mlflow_model_name="a/b")
     with pytest.raises(errors.RunRefusedError) as refused:
@@ -286,81 +285,81 @@ def test_what_could_not_be_written_is_told_beside_the_plan(monkeypatch: pytest.M
     assert "--mlflow-model-name 'a/b': expected one word" in str(refused.value)
 
 
-def test_a_gpu_family_without_a_gpu_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(errors.RunRefusedError, match="gpu_family h100: there is no GPU here"):
+def test_a_gpu_family_is_refused_on_a_machine_without_gpus(tmp_path: Path) -> None:
+    with pytest.raises(errors.RunRefusedError, match="gpu_family h100: this machine has no GPU"):
         cell_functions.find_machine(cell_functions.read_widgets(widgets(gpu_family="h100")))
     machine = cell_functions.find_machine(cell_functions.read_widgets(widgets(gpu_family="cpu")))
     assert (machine.family, machine.count) == ("cpu", 2)
 
 
-@pytest.mark.parametrize("named", ["", "main.models.dolly"])
-def test_the_trainer_takes_what_the_notebook_chooses_also_a_name_for_mlflow(
-    tmp_path: Path, named: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("model_name", ["", "main.models.dolly"])
+def test_the_trainer_accepts_the_notebooks_options_with_and_without_an_mlflow_name(
+    tmp_path: Path, model_name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """All options of the cell "Does it fit?", by the trainer's own command line."""
+    """Passes the options of the cell "Does it fit?" to the trainer's command line."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
-    taken = []
+    parsed = []
     monkeypatch.setattr(
-        trainer, "train", lambda options, request: taken.append(options) or {"status": "finished"}
+        trainer, "train", lambda options, request: parsed.append(options) or {"status": "finished"}
     )
-    chosen = {"gpu_family": "cpu", "local_training_root": str(tmp_path), "num_gpus": "4"}
-    known = run_cell(
-        "find_machine", chosen=cell_functions.read_widgets(widgets(mlflow_model_name=named, **chosen))
+    values = {"gpu_family": "cpu", "local_training_root": str(tmp_path), "num_gpus": "4"}
+    names = run_cell(
+        "find_machine", choices=cell_functions.read_widgets(widgets(mlflow_model_name=model_name, **values))
     )
     with pytest.raises(SystemExit) as ended:
-        trainer.main(option_words(known["options"] | known["recipe"]))
+        trainer.main(option_words(names["options"] | names["recipe"]))
     assert ended.value.code == 0
-    assert taken[0].per_device_train_batch_size * taken[0].gradient_accumulation_steps * 4 == 64
-    assert (taken[0].lr, taken[0].epochs, taken[0].resume) == (
+    assert parsed[0].per_device_train_batch_size * parsed[0].gradient_accumulation_steps * 4 == 64
+    assert (parsed[0].lr, parsed[0].epochs, parsed[0].resume) == (
         DEMO_RECIPE["lr"],
         DEMO_RECIPE["epochs"],
         "never",
     )
-    assert taken[0].mlflow_model_name == (named or None)
+    assert parsed[0].mlflow_model_name == (model_name or None)
 
 
-def test_several_nodes_go_through_spark_and_a_cluster_that_cannot_train_is_refused_shortly(
+def test_several_nodes_use_spark_and_a_cluster_that_cannot_train_is_refused(
     tmp_path: Path,
 ) -> None:
-    chosen = cell_functions.read_widgets(
+    choices = cell_functions.read_widgets(
         widgets(gpu_family="cpu", num_nodes="2", local_training_root=str(tmp_path))
     )
-    known = {"chosen": chosen, "machine": cell_functions.find_machine(chosen), "num_gpus": 2,
-             "options": {"local_output_dir": str(chosen.output)}, "recipe": preset_options("cpu", 4)}  # fmt: skip
+    names = {"choices": choices, "machine": cell_functions.find_machine(choices), "num_gpus": 2,
+             "options": {"local_output_dir": str(choices.output)}, "recipe": preset_options("cpu", 4)}  # fmt: skip
     with pytest.raises(errors.RunRefusedError, match=r"Cannot train:\n  - .*[Ss]park"):
-        run_cell("launch(command", **known)
+        run_cell("launch(command", **names)
 
 
-def test_two_runs_on_one_machine_meet_at_ports_of_their_own() -> None:
+def test_two_runs_on_one_machine_use_different_ports() -> None:
     ports = {
         words[words.index("--master_port") + 1] for words in (deepspeed_command({}, 2) for _ in range(2))
     }
     assert len(ports) == 2
 
 
-def test_a_table_shows_texts_as_they_are() -> None:
-    table = cell_functions.Table(["asked", "told"], [["a <b>?", "x\ny & z"]])
+def test_a_table_escapes_html_and_keeps_line_breaks() -> None:
+    table = cell_functions.Table(["prompt", "answer"], [["a <b>?", "x\ny & z"]])
     assert "a &lt;b&gt;?" in table._repr_html_()
     assert "x\ny &amp; z" in table._repr_html_()
-    assert repr(table) == "a <b>?\n  told  x y & z"
+    assert repr(table) == "a <b>?\n  answer  x y & z"
 
 
-def test_answers_over_time_stand_side_by_side() -> None:
+def test_answers_of_different_steps_are_columns_of_a_table() -> None:
     samples = [
-        {"step": step, "epoch": 0.0, "instruction": asked, "input": "", "response": f"{asked} {step}"}
+        {"step": step, "epoch": 0.0, "instruction": text, "input": "", "response": f"{text} {step}"}
         for step in (0, 1000)
-        for asked in ("A?", "B?")
+        for text in ("A?", "B?")
     ]
-    table = cell_functions.answer_stages(samples)
+    table = cell_functions.answers_by_step(samples)
     assert table.headings == ["instruction", "step 0", "step 1,000"]
     assert table.rows == [["A?", "A? 0", "A? 1000"], ["B?", "B? 0", "B? 1000"]]
 
 
-# --- running it ---------------------------------------------------------------------------------------
+# --- python -m training.notebook ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("file", "options", "told"),
+    ("file", "options", "message"),
     [
         (
             NOTEBOOK,
@@ -370,11 +369,11 @@ def test_answers_over_time_stand_side_by_side() -> None:
         (NOTEBOOK, ["--set", "gpu_family"], "--set gpu_family: expected WIDGET=VALUE"),
         (NOTEBOOK, ["--out", "/proc/no/such.ipynb"], "--out /proc/no/such.ipynb: cannot be written"),
         (NOTEBOOK, ["--out", NOTEBOOK], "expected a name that ends with .ipynb"),
-        ("broken.py", ["--no-run"], "line 2 of a cell is no Python"),
+        ("broken.py", ["--no-run"], "line 2 of a cell is not Python"),
     ],
 )
-def test_what_cannot_be_run_is_told_before_any_cell_runs(
-    tmp_path: Path, file: object, options: list[object], told: str, monkeypatch: pytest.MonkeyPatch
+def test_wrong_options_and_broken_notebooks_are_refused_before_any_cell_runs(
+    tmp_path: Path, file: object, options: list[object], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "broken.py").write_text(source("print(1)\nfor in\n"))
@@ -382,18 +381,20 @@ def test_what_cannot_be_run_is_told_before_any_cell_runs(
     result = invoke(file, "out.ipynb", *options)
     assert result.exit_code == 2
     assert NOTEBOOK.read_bytes() == before
-    assert told in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
     assert not (tmp_path / "out.ipynb").exists()
 
 
-def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_reported_with_the_pip_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "nbclient", None)
     result = invoke(NOTEBOOK, tmp_path / "out.ipynb")
     assert result.exit_code == 1
     assert "nbclient is not installed. Type pip install '.[notebook]'" in result.output
 
 
-def test_a_notebook_for_jupyter_says_itself_what_was_chosen(tmp_path: Path) -> None:
+def test_an_unexecuted_notebook_contains_the_values_of_set(tmp_path: Path) -> None:
     out = tmp_path / "new" / "out.ipynb"
     result = invoke(NOTEBOOK, out, "--no-run", "--set", "gpu_family=cpu")
     assert result.exit_code == 0, result.output
@@ -402,18 +403,18 @@ def test_a_notebook_for_jupyter_says_itself_what_was_chosen(tmp_path: Path) -> N
     assert all(cell.execution_count is None and not cell.outputs for cell in cells)
 
 
-def test_a_failed_cell_stops_the_notebook_with_its_message_alone(tmp_path: Path) -> None:
-    file = that_launches(tmp_path, "print('a rank says why'); raise SystemExit(70)")
+def test_a_failed_cell_stops_the_notebook_and_prints_only_its_message(tmp_path: Path) -> None:
+    file = launching_notebook(tmp_path, "print('a rank says why'); raise SystemExit(70)")
     out = tmp_path / "out.ipynb"
-    result = subprocess.run(command(file, out), cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE)
+    result = subprocess.run(command(file, out), cwd=ROOT, capture_output=True, text=True, timeout=TIMEOUT)
     assert result.returncode == 1, result.stderr
-    assert result.stdout.splitlines() == ["begun", "a rank says why"]
+    assert result.stdout.splitlines() == ["started", "a rank says why"]
     assert result.stderr.splitlines() == [
         "Training ended with exit code 70: training could not continue: see the reason above. "
         "Continue with --resume auto",
         "Its last lines:",
         "a rank says why",
-        f"{file}: a cell failed, and those after it did not run. What they gave is in {out}",
+        f"{file}: a cell failed, and the cells after it did not run. The outputs are in {out}",
     ]
     cells = code_cells(out)
     assert [cell.execution_count for cell in cells] == [1, 2, None]
@@ -421,7 +422,9 @@ def test_a_failed_cell_stops_the_notebook_with_its_message_alone(tmp_path: Path)
 
 
 @pytest.mark.parametrize("signal_sent", [signal.SIGINT, signal.SIGTERM])
-def test_an_interrupted_notebook_lets_training_save(tmp_path: Path, signal_sent: signal.Signals) -> None:
+def test_an_interrupted_notebook_lets_training_save_a_checkpoint(
+    tmp_path: Path, signal_sent: signal.Signals
+) -> None:
     out = tmp_path / "out.ipynb"
     rank = (
         "import signal, sys, time\n"
@@ -431,19 +434,19 @@ def test_an_interrupted_notebook_lets_training_save(tmp_path: Path, signal_sent:
         "time.sleep(600)\n"
     )
     process = subprocess.Popen(
-        command(that_launches(tmp_path, rank), out),
+        command(launching_notebook(tmp_path, rank), out),
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert [process.stdout.readline() for _ in range(2)] == ["begun\n", "training\n"]
+    assert [process.stdout.readline() for _ in range(2)] == ["started\n", "training\n"]
     process.send_signal(signal_sent)
-    said, failed = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 1, failed
-    assert said == "saved\n"
-    assert "exit code 75: interrupted" in failed
+    stdout, stderr = process.communicate(timeout=TIMEOUT)
+    assert process.returncode == 1, stderr
+    assert stdout == "saved\n"
+    assert "exit code 75: interrupted" in stderr
     assert [cell.execution_count for cell in code_cells(out)] == [1, 2, None]
 
 
-def test_a_line_without_end_does_not_drown_the_reason(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_very_long_output_line_is_cut_in_the_error(capsys: pytest.CaptureFixture[str]) -> None:
     wide = "import sys; print('x' * 5000); sys.exit('why')"
     with pytest.raises(TrainingFailedError) as failed:
         launch([sys.executable, "-c", wide])
@@ -452,84 +455,84 @@ def test_a_line_without_end_does_not_drown_the_reason(capsys: pytest.CaptureFixt
     assert str(failed.value).endswith(" ...\nwhy")
 
 
-# --- the whole notebook, really run -------------------------------------------------------------------
+# --- the complete notebook, with training -------------------------------------------------------------
 
 
 class Run:
     """`python -m training.notebook notebooks/train_dolly.py` on the demo, as a user starts it."""
 
-    def __init__(self, folder: Path, **chosen: str) -> None:
+    def __init__(self, folder: Path, **values: str) -> None:
         self.out, self.log = folder / "executed.ipynb", folder / f"{time.monotonic_ns()}.log"
         self.root, self.models = folder / "runs", folder / "models"
-        chosen = {"gpu_family": "cpu", "local_training_root": str(self.root)} | chosen
-        given = [word for name, value in chosen.items() for word in ("--set", f"{name}={value}")]
-        given += ["--set", f"dbfs_output_root={self.models}"]
+        values = {"gpu_family": "cpu", "local_training_root": str(self.root)} | values
+        options = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
+        options += ["--set", f"dbfs_output_root={self.models}"]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(
-                command(NOTEBOOK, self.out, *given), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
+                command(NOTEBOOK, self.out, *options), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
             )
 
     @property
-    def said(self) -> str:
+    def printed(self) -> str:
         return self.log.read_text(errors="replace")
 
     @property
     def name(self) -> str:
-        (folder,) = [each for each in self.root.iterdir() if each.is_dir()]
+        (folder,) = [path for path in self.root.iterdir() if path.is_dir()]
         return folder.name
 
-    def wait_for(self, words: str) -> None:
-        end = time.monotonic() + PATIENCE
-        while words not in self.said:
-            assert self.process.poll() is None, self.said
-            assert time.monotonic() < end, self.said
+    def wait_for(self, text: str) -> None:
+        end = time.monotonic() + TIMEOUT
+        while text not in self.printed:
+            assert self.process.poll() is None, self.printed
+            assert time.monotonic() < end, self.printed
             time.sleep(0.05)
 
     def end(self) -> int:
-        return self.process.wait(PATIENCE)
+        return self.process.wait(TIMEOUT)
 
     def processes(self) -> list[psutil.Process]:
-        """Those that name the folder of this run, but for the notebook's own."""
-        there = [each for each in psutil.process_iter(["cmdline"]) if each.pid != self.process.pid]
-        return [each for each in there if str(self.root) in " ".join(each.info["cmdline"] or [])]
+        """Processes with this run's folder in their command line, except the notebook's own."""
+        running = [process for process in psutil.process_iter(["cmdline"]) if process.pid != self.process.pid]
+        return [process for process in running if str(self.root) in " ".join(process.info["cmdline"] or [])]
 
 
-def whole(run: Run) -> list[nbformat.NotebookNode]:
-    """The code cells of a run that went through, which are checked: nothing failed, and nothing is noise."""
-    assert run.end() == 0, run.said
+def finished_cells(run: Run) -> list[nbformat.NotebookNode]:
+    """The code cells of a successful run. Checks that no cell failed or wrote to stderr and no process is left."""
+    assert run.end() == 0, run.printed
     cells = code_cells(run.out)
     assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
     for cell in cells:
         assert not [o for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"], cell
-    assert not run.processes(), "something is left of it"
+    assert not run.processes(), "a process is left"
     return cells
 
 
-def real(test: Callable[[Path], None]) -> Callable[[Path], None]:
+def trains(test: Callable[[Path], None]) -> Callable[[Path], None]:
     """Marks a test that trains."""
     marks = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
     return pytest.mark.slow(pytest.mark.timeout(1800)(marks(test)))
 
 
-@real
-def test_every_cell_runs_on_the_demo_and_leaves_a_published_model_that_answers(tmp_path: Path) -> None:
+@trains
+def test_every_cell_runs_on_the_demo_and_publishes_a_model_that_answers(tmp_path: Path) -> None:
     run = Run(tmp_path, epochs="0.3")
-    cells = whole(run)
+    cells = finished_cells(run)
     trained = outputs(cells[cell_with(cells, "launch(command")])
     assert "on 2 CPUs in bf16, DeepSpeed ZeRO-3" in trained
-    assert trained in run.said  # shown as it came
+    assert trained in run.printed  # printed during training
     assert len(trained.splitlines()) < 100, trained
-    drawn = displayed(cells[cell_with(cells, "draw_run")])
-    (picture,) = [data["image/png"] for data in drawn if "image/png" in data]
+    objects = displayed(cells[cell_with(cells, "draw_run")])
+    (picture,) = [data["image/png"] for data in objects if "image/png" in data]
     assert base64.b64decode(picture).startswith(b"\x89PNG")
-    table, *_ = displayed(cells[cell_with(cells, "cells.answers")])
+    table, *_ = displayed(cells[cell_with(cells, "cells.generate_answers")])
     for instruction in SAMPLE_INSTRUCTIONS:
         assert instruction in table["text/plain"]
     rows = re.findall(r"<tr>(.*?)</tr>", table["text/html"], re.DOTALL)[1:]
     answers = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)[1:3] for row in rows]
     assert len(answers) == len(SAMPLE_INSTRUCTIONS) + 3
     assert all(before != after for before, after in answers)
-    (stages,) = displayed(cells[cell_with(cells, "answer_stages")])
+    (stages,) = displayed(cells[cell_with(cells, "answers_by_step")])
     assert re.findall(r"<th[^>]*>(.*?)</th>", stages["text/html"]) == ["instruction", "step 0", "step 27"]
     published = run.models / run.name
     assert read_run_record(published)["status"] == "finished"
@@ -540,13 +543,15 @@ def test_every_cell_runs_on_the_demo_and_leaves_a_published_model_that_answers(t
                              top_k=None, max_new_tokens=8) is not None  # fmt: skip
 
 
-@real
-def test_a_rank_that_is_killed_stops_run_all_at_the_training_cell_with_the_reason(tmp_path: Path) -> None:
+@trains
+def test_a_killed_rank_stops_the_notebook_at_the_training_cell_with_the_reason(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.wait_for("step 20/")
-    ranks = {each: each.environ() for each in run.processes()}
+    ranks = {process: process.environ() for process in run.processes()}
     (rank,) = [
-        each for each, given in ranks.items() if given.get("RANK") == "1" and "DOLLY_SUPERVISED" in given
+        process
+        for process, variables in ranks.items()
+        if variables.get("RANK") == "1" and "DOLLY_SUPERVISED" in variables
     ]
     rank.kill()
     assert run.end() == 1
@@ -554,36 +559,36 @@ def test_a_rank_that_is_killed_stops_run_all_at_the_training_cell_with_the_reaso
     training = cell_with(cells, "launch(command")
     error = cells[training].outputs[-1]
     assert error.ename == "TrainingFailedError"
-    told = "\n".join(error.traceback)
-    assert re.match(r"Training ended with exit code \d+: \w", told)
-    assert "Rank 1 ended: killed" in told
-    assert told.endswith(
-        f"To go on with this run, type {run.name} into the widget resume, and run all cells again."
+    message = "\n".join(error.traceback)
+    assert re.match(r"Training ended with exit code \d+: \w", message)
+    assert "Rank 1 ended: killed" in message
+    assert message.endswith(
+        f"To continue this run, type {run.name} into the widget resume, and run all cells again."
     )
-    assert len(told.splitlines()) < 30
-    assert "Traceback" not in told
-    assert told in run.said
+    assert len(message.splitlines()) < 30
+    assert "Traceback" not in message
+    assert message in run.printed
     later = cells[training + 1 :]
     assert later
     assert all(cell.execution_count is None and not cell.outputs for cell in later)
     assert not run.models.exists()
-    assert not run.processes(), "something is left of it"
+    assert not run.processes(), "a process is left"
 
 
-@real
-def test_a_stopped_run_goes_on_by_its_name(tmp_path: Path) -> None:
+@trains
+def test_a_stopped_notebook_run_continues_by_its_name(tmp_path: Path) -> None:
     run = Run(tmp_path, epochs="0.4")
     run.wait_for("step 20/36")
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 1
-    assert "Stopped. To go on" in run.said
-    assert f"type {run.name} into the widget resume" in run.said
+    assert "Stopped. To go on" in run.printed
+    assert f"type {run.name} into the widget resume" in run.printed
     (stopped,) = (run.root / run.name).glob("checkpoint-*")
     assert 20 <= int(stopped.name.split("-")[1]) < 36
     name = run.name
     again = Run(tmp_path, epochs="0.4", resume=name)
-    whole(again)
-    assert f"the run goes on from {stopped}" in again.said
+    finished_cells(again)
+    assert f"the run goes on from {stopped}" in again.printed
     assert again.name == name
     assert read_run_record(again.models / name)["status"] == "finished"
     steps = [entry["step"] for entry in read(again.root / name / METRICS_FILE) if "loss" in entry]
