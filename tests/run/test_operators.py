@@ -167,7 +167,7 @@ def test_on_a_gpu_only_an_optimizer_named_in_the_json_needs_the_cuda_toolkit(gpu
     assert _builders({}) == []
     assert compiler_problems({}) == []
     (fault,) = compiler_problems(FUSED)
-    assert "there is no nvcc (CUDA_HOME is not set)" in fault
+    assert "nvcc was not found (CUDA_HOME is not set)" in fault
     assert "leave the 'optimizer' out of the DeepSpeed JSON" in fault
 
 

@@ -297,9 +297,9 @@ def test_ranks_that_share_a_host_share_its_memory_also_where_each_has_a_launcher
         input_model="demo", training_dataset="demo", test_size=50, local_output_dir=str(tmp_path / "out")
     )
     prepared, run = prepare.prepare(resolve(options, 1, "fp32")), resolve(options, 8, "fp32")
-    monkeypatch.setattr(preflight, "on_this_host", lambda: 2)
+    monkeypatch.setattr(preflight, "ranks_on_this_host", lambda: 2)
     assert preflight.check_plan(run, prepared, None)
-    monkeypatch.setattr(preflight, "on_this_host", lambda: 8)
+    monkeypatch.setattr(preflight, "ranks_on_this_host", lambda: 8)
     with pytest.raises(OptionsError, match=r"host memory: .* more than the 4\.0 of this machine"):
         preflight.check_plan(run, prepared, None)
 

@@ -1,4 +1,4 @@
-"""One fault of the options after the other: each is told before anything is loaded, with what to type instead."""
+"""Each problem of the options is reported before anything is loaded, with what to type instead."""
 
 from __future__ import annotations
 
@@ -37,36 +37,36 @@ def written(path: Path, config: Any) -> str:
     return str(path)
 
 
-def test_deepspeed_without_a_launcher_or_without_a_file_is_told(tmp_path: Path) -> None:
-    [fault] = problems_of(options(tmp_path, deepspeed=BF16_JSON))
-    assert "needs a launcher. Type deepspeed --num_gpus N --module training.trainer" in fault
-    [fault] = problems_of(options(tmp_path, deepspeed=""))
-    assert fault == f"--deepspeed names no file. Type --deepspeed {BF16_JSON}"
+def test_deepspeed_without_a_launcher_or_a_file_is_refused(tmp_path: Path) -> None:
+    [problem] = problems_of(options(tmp_path, deepspeed=BF16_JSON))
+    assert "needs a launcher. Type deepspeed --num_gpus N --module training.trainer" in problem
+    [problem] = problems_of(options(tmp_path, deepspeed=""))
+    assert problem == f"--deepspeed names no file. Type --deepspeed {BF16_JSON}"
 
 
 @launched
-def test_two_different_deepspeed_files_are_refused_and_one_given_twice_is_not(tmp_path: Path) -> None:
+def test_two_different_deepspeed_files_are_refused_but_not_the_same_one_twice(tmp_path: Path) -> None:
     twice = options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=BF16_JSON)
     assert problems_of(twice) == []
     other = written(tmp_path / "other.json", json.loads(Path(BF16_JSON).read_text()))
-    [fault] = problems_of(options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=other))
-    assert fault.endswith("Give only one")
+    [problem] = problems_of(options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=other))
+    assert problem.endswith("Give only one")
 
 
 @launched
-def test_the_environment_that_switches_deepspeed_off_is_told(
+def test_an_environment_variable_that_disables_deepspeed_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    [fault] = problems_of(options(tmp_path, deepspeed=BF16_JSON))
-    assert "Type unset ACCELERATE_USE_CPU" in fault
+    [problem] = problems_of(options(tmp_path, deepspeed=BF16_JSON))
+    assert "Type unset ACCELERATE_USE_CPU" in problem
     assert problems_of(options(tmp_path)) == []
 
 
 GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
 BATCH = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
 GOOD_CONFIG: dict[str, Any] = BATCH | {"zero_optimization": {"stage": 3} | GATHER}
-# What is changed in the good file, and what is said of it.
+# Changes to the good file, and the message for each.
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a scheduler": ({"scheduler": {"type": "WarmupLR"}}, "would override --lr-scheduler-type constant"),
     "another rate": (
@@ -77,7 +77,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "weight_decay": 0.1}}},
         "but --weight-decay is 0.0",
     ),
-    "an optimizer that has a rate of its own": (
+    "an optimizer with its own rate": (
         {"optimizer": {"type": "AdamW"}},  # DeepSpeed's default is 1e-3
         'leaves out lr, but --lr is 1e-05. Write "auto"',
     ),
@@ -120,14 +120,14 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fp16 on a CPU": (
         {"fp16": {"enabled": True}},
-        "fp16 needs a CUDA GPU, and there is none here. Use config/",
+        "fp16 needs a CUDA GPU, and this machine has none. Use config/",
     ),
-    # None is what the file leaves out: DeepSpeed would stop when the model is loaded, ...
+    # None removes the key. DeepSpeed would fail only after the model is loaded, ...
     "no batch": (
         {"train_micro_batch_size_per_gpu": None},
         "leaves out train_micro_batch_size_per_gpu, but --per-device",
     ),
-    # ... and here go on with one batch a step.
+    # ... and here it would train without accumulation.
     "no accumulation": ({"gradient_accumulation_steps": None}, 'steps is 4. Write "auto"'),
     "no stage": ({"zero_optimization": None}, "sets zero_optimization.stage None, expected 3"),
 }
@@ -135,18 +135,18 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
 
 @launched
 @pytest.mark.parametrize(("config", "message"), BAD_CONFIGS.values(), ids=BAD_CONFIGS)
-def test_a_deepspeed_file_that_contradicts_the_options_or_leaves_out_what_they_say_is_refused(
+def test_a_deepspeed_file_that_contradicts_or_omits_the_options_is_refused(
     tmp_path: Path, config: dict[str, Any], message: str
 ) -> None:
-    whole = {name: value for name, value in (GOOD_CONFIG | config).items() if value is not None}
+    content = {name: value for name, value in (GOOD_CONFIG | config).items() if value is not None}
     accumulation = 4 if config == {"gradient_accumulation_steps": None} else 1
-    paths = {"deepspeed": written(tmp_path / "ds.json", whole)}
-    [fault] = problems_of(options(tmp_path, gradient_accumulation_steps=accumulation, **paths))
-    assert message in fault
+    paths = {"deepspeed": written(tmp_path / "ds.json", content)}
+    [problem] = problems_of(options(tmp_path, gradient_accumulation_steps=accumulation, **paths))
+    assert message in problem
 
 
 @launched
-def test_a_deepspeed_file_that_says_the_same_as_the_options_is_taken(tmp_path: Path) -> None:
+def test_a_deepspeed_file_that_agrees_with_the_options_is_accepted(tmp_path: Path) -> None:
     config = {
         "bf16": {"enabled": "auto"},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": "auto"}},
@@ -171,14 +171,14 @@ def test_a_deepspeed_file_that_says_the_same_as_the_options_is_taken(tmp_path: P
     ],
     ids=["a pipe", "broken", "a list", "Latin-1", "a key twice", "deep"],
 )
-def test_a_deepspeed_file_that_is_no_json_object_is_told(
+def test_a_deepspeed_file_that_is_not_a_json_object_is_refused(
     tmp_path: Path, content: str | None, message: str
 ) -> None:
     path = tmp_path / "ds.json"
     os.mkfifo(path) if content is None else path.write_bytes(content.encode("latin-1"))
     with pytest.raises(OptionsError, match=message):
         read_json(str(path))
-    assert any(message in fault for fault in problems_of(options(tmp_path, deepspeed=str(path))))
+    assert any(message in problem for problem in problems_of(options(tmp_path, deepspeed=str(path))))
 
 
 @launched
@@ -191,26 +191,28 @@ def test_a_deepspeed_file_that_is_no_json_object_is_told(
         (FP16_JSON, {"fp16": False}, "--no-fp16, but config/ds_z3_fp16_offload_config.json has fp16.enabled"),
     ],
 )
-def test_a_precision_against_the_deepspeed_file_is_told(
+def test_a_precision_that_contradicts_the_deepspeed_file_is_refused(
     tmp_path: Path, file: str, precision: dict[str, bool], message: str
 ) -> None:
-    [fault] = problems_of(options(tmp_path, deepspeed=file, **precision))
-    assert fault.startswith(message)
+    [problem] = problems_of(options(tmp_path, deepspeed=file, **precision))
+    assert problem.startswith(message)
 
 
-def test_a_precision_that_the_device_has_not_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    [fault] = problems_of(options(tmp_path, fp16=True))
-    assert fault.startswith("fp16 needs a CUDA GPU")
+def test_a_precision_that_the_device_lacks_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [problem] = problems_of(options(tmp_path, fp16=True))
+    assert problem.startswith("fp16 needs a CUDA GPU")
     fake_gpus(monkeypatch, bf16=False)
-    [fault] = problems_of(options(tmp_path, bf16=True))
-    assert "Tesla V100-SXM2-32GB cannot compute in bf16. Use --deepspeed config/ds_z3_fp16" in fault
+    [problem] = problems_of(options(tmp_path, bf16=True))
+    assert "Tesla V100-SXM2-32GB cannot compute in bf16. Use --deepspeed config/ds_z3_fp16" in problem
     assert problems_of(options(tmp_path, fp16=True)) == []
 
 
-def test_several_gpus_and_one_rank_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_gpus_with_one_rank_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_gpus(monkeypatch, bf16=True, count=8)
-    [fault] = problems_of(options(tmp_path))
-    assert "8 GPUs are visible, but one rank was started. Type deepspeed --num_gpus 8 --module" in fault
+    [problem] = problems_of(options(tmp_path))
+    assert "8 GPUs are visible, but one rank was started. Type deepspeed --num_gpus 8 --module" in problem
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "8")
     assert problems_of(options(tmp_path, deepspeed=BF16_JSON)) == []
@@ -222,27 +224,27 @@ def test_several_gpus_and_one_rank_are_told(tmp_path: Path, monkeypatch: pytest.
 def test_dbfs_and_volumes_are_refused_as_the_local_output(folder: str) -> None:
     problems = problems_of(TrainingOptions(local_output_dir=folder))
     assert any(
-        "DBFS and Volumes do not support random writes" in fault and "/local_disk0/" in fault
-        for fault in problems
+        "DBFS and Volumes do not support random writes" in problem and "/local_disk0/" in problem
+        for problem in problems
     )
 
 
-def test_an_output_that_holds_something_is_refused(tmp_path: Path) -> None:
+def test_an_output_folder_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     assert problems_of(options(tmp_path)) == []
     (tmp_path / "out" / "model.safetensors").touch()
-    [fault] = problems_of(options(tmp_path))
-    assert "is not empty" in fault
-    assert "Name a new folder" in fault
+    [problem] = problems_of(options(tmp_path))
+    assert "is not empty" in problem
+    assert "Name a new folder" in problem
     for folder, message in {
         "model.safetensors": "is a file",
         "model.safetensors/x": "cannot be written",
     }.items():
-        [fault] = problems_of(options(tmp_path, local_output_dir=str(tmp_path / "out" / folder)))
-        assert message in fault
+        [problem] = problems_of(options(tmp_path, local_output_dir=str(tmp_path / "out" / folder)))
+        assert message in problem
 
 
-def test_a_publishing_folder_that_holds_something_or_is_the_output_is_refused(tmp_path: Path) -> None:
+def test_a_publishing_folder_that_is_not_empty_or_is_the_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "old").mkdir()
     (tmp_path / "old" / "config.json").touch()
     for folder, message in {
@@ -253,10 +255,10 @@ def test_a_publishing_folder_that_holds_something_or_is_the_output_is_refused(tm
         "zz9://x": "there is no file system",
         "dbfs:/dolly": "a path is needed. Type /dbfs/dolly",
     }.items():
-        place = folder if ":/" in folder else str(tmp_path / folder)
-        [fault] = problems_of(options(tmp_path, dbfs_output_dir=place))
-        assert fault.startswith(f"--dbfs-output-dir {place}: ")
-        assert message in fault
+        target = folder if ":/" in folder else str(tmp_path / folder)
+        [problem] = problems_of(options(tmp_path, dbfs_output_dir=target))
+        assert problem.startswith(f"--dbfs-output-dir {target}: ")
+        assert message in problem
     assert problems_of(options(tmp_path, dbfs_output_dir=str(tmp_path / "new"))) == []
 
 
@@ -264,34 +266,36 @@ def test_a_publishing_folder_that_holds_something_or_is_the_output_is_refused(tm
     "folder", ["~nobody-here/x", "a\0b", "loop/x", "x" * 300], ids=["no home", "null byte", "loop", "long"]
 )
 @pytest.mark.parametrize("option", ["local_output_dir", "dbfs_output_dir"])
-def test_a_folder_that_cannot_be_is_told(
+def test_a_folder_that_cannot_exist_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, folder: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
-    [fault] = problems_of(options(tmp_path, **{option: folder}))
-    assert folder in fault
-    assert "Name a folder of your own" in fault
+    [problem] = problems_of(options(tmp_path, **{option: folder}))
+    assert folder in problem
+    assert "Name a folder of your own" in problem
 
 
 @pytest.mark.parametrize("option", ["input_model", "training_dataset", "local_output_dir", "dbfs_output_dir"])
-def test_an_empty_value_and_a_name_that_utf8_cannot_hold_are_told(tmp_path: Path, option: str) -> None:
+def test_empty_values_and_names_that_are_not_utf8_are_refused(tmp_path: Path, option: str) -> None:
     flag = "--" + option.replace("_", "-")
-    [fault] = problems_of(options(tmp_path, **{option: ""}))
-    assert fault == f"{flag} is empty. Give a value, or leave the option out"
-    [fault] = problems_of(options(tmp_path, **{option: f"{tmp_path}/zeile\udce4"}))  # Latin-1 on a Linux disk
-    assert fault.startswith(f"{flag} '{tmp_path}/zeile\\udce4': is not UTF-8")
+    [problem] = problems_of(options(tmp_path, **{option: ""}))
+    assert problem == f"{flag} is empty. Give a value, or leave the option out"
+    [problem] = problems_of(
+        options(tmp_path, **{option: f"{tmp_path}/zeile\udce4"})
+    )  # Latin-1 on a Linux disk
+    assert problem.startswith(f"{flag} '{tmp_path}/zeile\\udce4': is not UTF-8")
     assert problems_of(options(tmp_path, **{option: f"{tmp_path}/Zeile-ä"})) == []
 
 
 @pytest.fixture
 def bound_by_modes() -> Iterator[None]:
-    """Root may write anywhere. It stays root, who alone may enter the folders of this checkout, without that right."""
+    """Removes root's right to write anywhere (CAP_DAC_OVERRIDE); the process stays root to read this checkout."""
     if os.getuid() != 0:
         yield
         return
     if sys.platform != "linux":
-        pytest.skip("Linux alone lets root give up a right")
+        pytest.skip("only Linux lets root give up a capability")
     libc, version_3_of_this_thread = ctypes.CDLL(None), (ctypes.c_uint32 * 2)(0x20080522, 0)
     rights = (ctypes.c_uint32 * 6)()  # capset(2): effective, permitted, inheritable, twice
     assert libc.capget(version_3_of_this_thread, rights) == 0
@@ -306,38 +310,38 @@ def bound_by_modes() -> Iterator[None]:
 
 @pytest.mark.usefixtures("bound_by_modes")
 @pytest.mark.parametrize("below", ["", "a", "a/b"])
-def test_an_output_that_may_not_be_written_is_told(tmp_path: Path, below: str) -> None:
+def test_an_output_folder_without_write_permission_is_refused(tmp_path: Path, below: str) -> None:
     locked = tmp_path / "locked"
     locked.mkdir(mode=0o500)
-    [fault] = problems_of(options(tmp_path, local_output_dir=str(locked / below)))
-    assert fault.startswith(f"--local-output-dir {locked / below}: cannot be written")
+    [problem] = problems_of(options(tmp_path, local_output_dir=str(locked / below)))
+    assert problem.startswith(f"--local-output-dir {locked / below}: cannot be written")
 
 
-def test_a_link_to_nowhere_is_refused_as_an_output_and_where_even_root_can_make_nothing(
+def test_a_dangling_link_and_a_folder_below_proc_are_refused_as_output(
     tmp_path: Path,
 ) -> None:
     (tmp_path / "link").symlink_to(tmp_path / "nowhere" / "out")
     nowhere = [Path("/proc/dolly")] if Path("/proc/self").exists() else []
     for folder in (tmp_path / "link", tmp_path / "link" / "below", *nowhere):
-        [fault] = problems_of(TrainingOptions(local_output_dir=str(folder)))
-        assert fault == f"--local-output-dir {folder}: cannot be written. Name a folder of your own"
+        [problem] = problems_of(TrainingOptions(local_output_dir=str(folder)))
+        assert problem == f"--local-output-dir {folder}: cannot be written. Name a folder of your own"
 
 
-def test_good_options_have_no_faults_and_asking_whether_an_output_can_be_written_leaves_nothing_behind(
+def test_valid_options_have_no_problems_and_the_write_check_leaves_no_files(
     tmp_path: Path,
 ) -> None:
     assert problems_of(options(tmp_path)) == []
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_start_left_that_was_killed_does_not_make_an_output_another_s(tmp_path: Path) -> None:
-    for name in ("trial", "0123456789abcdef", "resharded"):  # the second of Spark's look at the nodes
+def test_leftovers_of_a_killed_start_do_not_count_as_content_of_the_output(tmp_path: Path) -> None:
+    for name in ("trial", "0123456789abcdef", "resharded"):  # the second: Spark's probe of the nodes
         (tmp_path / "out" / f"{SCRATCH}{name}").mkdir(parents=True)
     (tmp_path / "out" / "run.json.partial").touch()
     assert problems_of(options(tmp_path)) == []
 
 
-def test_the_other_ranks_do_not_mind_what_rank_0_has_begun_to_write(
+def test_other_ranks_ignore_files_that_rank_0_has_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "out").mkdir()
