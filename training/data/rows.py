@@ -1,6 +1,6 @@
 """Reads rows (instruction, input, output) from a JSON, JSONL, CSV or Parquet file, from the Hub, or from the demo.
 
-Errors name the file and the row. pyarrow and datasets are imported only where needed: loading them takes seconds."""
+Errors name the file and the row. pyarrow and datasets are slow to import, so only the readers that need them do so."""
 
 from __future__ import annotations
 

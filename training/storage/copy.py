@@ -56,7 +56,7 @@ MANIFEST_FILE = "manifest.json"
 
 def model_files(folder: Path) -> list[Path]:
     """Files of a finished run to publish, run.json last: no folders (checkpoints, TensorBoard), no temporary files."""
-    separate = (RUN_FILE, MANIFEST_FILE, MARKER_FILE)  # `publish` writes these itself
+    separate = (RUN_FILE, MANIFEST_FILE, MARKER_FILE)  # appended below, or written by `publish`
     temporary = (".lock", PARTIAL)
     files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in separate]
     plain = [file for file in files if not file.name.startswith(".") and not file.name.endswith(temporary)]
