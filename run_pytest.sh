@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The tests, with coverage of training/. Makes the environment .venv first if none is active.
+# Runs the tests with coverage of training/. Creates the environment .venv first if none is active.
 #   ./run_pytest.sh                        the quick ones
 #   ./run_pytest.sh -m "slow or not slow"  all of them
 set -euo pipefail

@@ -1,4 +1,4 @@
-"""What this machine lacks is told before anything expensive; what it has is not complained about."""
+"""Checks of packages, compiler, CUDA toolkit, GPUs and disk report what is missing, and only that."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def executable(path: Path, script: str = "#!/bin/sh\n") -> Path:
 
 @pytest.fixture
 def installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Plants packages, by their metadata alone, in front of those of the environment."""
+    """Makes packages appear installed, by their metadata, before those of the environment."""
     site = tmp_path / "site"
     site.mkdir()
     monkeypatch.syspath_prepend(str(site))
 
-    def plant(name: str, version: str, *requires: str) -> None:
+    def install(name: str, version: str, *requires: str) -> None:
         folder = site / f"{name}-{version}.dist-info"
         folder.mkdir()
-        lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {each}" for each in requires)]
+        lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {pin}" for pin in requires)]
         (folder / "METADATA").write_text("Metadata-Version: 2.1\n" + "\n".join(lines) + "\n")
 
-    return plant
+    return install
 
 
 @pytest.fixture
@@ -69,64 +69,64 @@ def requirements(tmp_path: Path) -> Path:
     return file
 
 
-def test_this_environment_is_as_the_repository_pins_it() -> None:
+def test_this_environment_has_the_pinned_versions() -> None:
     assert version_problems() == []
     assert mismatches(str(ROOT / "requirements_dev.txt")) == []
 
 
 @pytest.mark.parametrize(
-    ("changed", "another"),
+    ("changed", "mismatched"),
     [
         ({}, []),
         ({"torch": "2.13.0+cu126"}, []),  # a build for another GPU is the same version
         ({"torch": "2.13.0+cu130"}, []),
         ({"torch": "2.13.0+cpu"}, []),
-        ({"numpy": "2.4.9"}, ["numpy"]),  # a patch release matters only where the code reaches inside
+        ({"numpy": "2.4.9"}, ["numpy"]),  # the patch release matters only for EXACT
         ({"matplotlib": "3.5.0"}, ["matplotlib"]),  # training does not import it
     ],
 )
-def test_what_is_pinned_or_does_as_well_is_no_fault_and_a_new_environment_gets_what_is_pinned(
-    installed, requirements: Path, changed: dict[str, str], another: list[str]
+def test_compatible_versions_are_accepted_but_scripts_install_the_pins(
+    installed, requirements: Path, changed: dict[str, str], mismatched: list[str]
 ) -> None:
     for name, version in ({"torch": "2.13.0", "transformers": "5.23.0", "numpy": "2.4.6"} | changed).items():
         installed(name, version)
     assert version_problems(requirements) == []
-    assert mismatches(str(requirements)) == another
+    assert mismatches(str(requirements)) == mismatched
 
 
-def test_other_versions_and_missing_packages_are_named_in_one_line(installed, requirements: Path) -> None:
+def test_wrong_versions_and_missing_packages_are_reported_in_one_line(installed, requirements: Path) -> None:
     installed("torch", "2.12.1+cu126")
     installed("transformers", "5.23.1")
     installed("numpy", "1.26.4")
     requirements.write_text(requirements.read_text() + "no-such-package==1.0\n")
     assert version_problems(requirements) == [
-        "Installed is torch 2.12.1 instead of 2.13.0; transformers 5.23.1 instead of 5.23.0; "
+        "Wrong package versions: torch 2.12.1 instead of 2.13.0; transformers 5.23.1 instead of 5.23.0; "
         "numpy 1.26.4 instead of 2.4.6; no no-such-package, expected 1.0. "
         f"Type python -m pip install -r {requirements}"
     ]
 
 
-def test_an_installed_wheel_takes_the_pins_from_its_metadata(installed, tmp_path: Path) -> None:
+def test_an_installed_wheel_reads_the_pins_from_its_metadata(installed, tmp_path: Path) -> None:
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"] == "dolly"
     installed("dolly", "1.0.0", "torch==2.13.0", "numpy==2.4.6", 'trl==1.16.0; extra == "trl"')
     installed("torch", "2.12.0")
     installed("numpy", "2.4.6")
     assert version_problems(tmp_path / "absent.txt") == [
-        "Installed is torch 2.12.0 instead of 2.13.0. Type python -m pip install torch==2.13.0"
+        "Wrong package versions: torch 2.12.0 instead of 2.13.0. Type python -m pip install torch==2.13.0"
     ]
 
 
-def test_a_bare_python_can_ask_before_anything_is_installed_and_without_any_pins_nothing_is_said() -> None:
+def test_the_checks_run_without_installed_packages_and_accept_missing_pins() -> None:
     bare = (
         f"import sys; sys.path.insert(0, {str(ROOT)!r}); from pathlib import Path; from training.machine import environment; "
         "assert environment.version_problems(Path('none.txt')) == []; "
         "environment.tool_problems(); print(*environment.mismatches('requirements_dev.txt'))"
     )
-    named = python("-I", "-S", "-c", bare, check=True).stdout  # -S: no package is to be seen
-    assert {"torch", "deepspeed", "pytest"} <= set(named.split())
+    output = python("-I", "-S", "-c", bare, check=True).stdout  # -S: no site-packages
+    assert {"torch", "deepspeed", "pytest"} <= set(output.split())
 
 
-def test_the_checks_cost_less_than_a_second(tmp_path: Path) -> None:
+def test_the_checks_take_less_than_a_second(tmp_path: Path) -> None:
     begin = time.process_time()
     version_problems()
     tool_problems()
@@ -142,7 +142,7 @@ def test_the_checks_cost_less_than_a_second(tmp_path: Path) -> None:
 
 @pytest.fixture
 def only_on_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A PATH with the named programs and no others."""
+    """A PATH with only the named programs."""
     folder = tmp_path / "bin"
     folder.mkdir()
     monkeypatch.setenv("PATH", str(folder))
@@ -160,7 +160,7 @@ def with_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("programs", "chosen", "cure"),
+    ("programs", "cxx", "fix"),
     [
         ("ninja", None, "sudo apt-get install g++ (Debian, Ubuntu), or xcode-select --install (Mac)"),
         ("ninja g++", None, "export CXX=g++"),
@@ -171,17 +171,17 @@ def with_headers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 @pytest.mark.usefixtures("with_headers")
-def test_a_compiler_that_is_missing_or_chosen_and_not_there_is_named_with_the_command_that_gets_one(
-    only_on_path, monkeypatch: pytest.MonkeyPatch, programs: str, chosen: str | None, cure: str
+def test_a_missing_compiler_is_reported_with_the_command_to_type(
+    only_on_path, monkeypatch: pytest.MonkeyPatch, programs: str, cxx: str | None, fix: str
 ) -> None:
     only_on_path(*programs.split())
-    asked = "a C++ compiler, c++," if chosen is None else f"CXX is '{chosen}', which"
-    if chosen is not None:
-        monkeypatch.setenv("CXX", chosen)
-    assert tool_problems() == [f"DeepSpeed compiles C++ operators, and {asked} is not on PATH. Type {cure}"]
+    compiler = "a C++ compiler, c++," if cxx is None else f"CXX is '{cxx}', which"
+    if cxx is not None:
+        monkeypatch.setenv("CXX", cxx)
+    assert tool_problems() == [f"DeepSpeed compiles C++ operators, but {compiler} is not on PATH. Type {fix}"]
 
 
-def test_a_compiler_may_stand_in_a_folder_with_a_space(
+def test_a_compiler_in_a_folder_with_a_space_is_accepted(
     only_on_path, with_headers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only_on_path("ninja")
@@ -189,32 +189,32 @@ def test_a_compiler_may_stand_in_a_folder_with_a_space(
     assert tool_problems() == []
 
 
-def test_compiler_ninja_and_headers_of_python_will_do_and_missing_headers_are_named(
+def test_compiler_ninja_and_headers_suffice_and_missing_headers_are_reported(
     only_on_path, with_headers: Path
 ) -> None:
     only_on_path("c++", "ninja")
     assert tool_problems() == []
     with_headers.unlink()
-    (fault,) = tool_problems()
+    (problem,) = tool_problems()
     version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    assert str(with_headers) in fault
-    assert fault.endswith(f"Type sudo apt-get install python{version}-dev")
+    assert str(with_headers) in problem
+    assert problem.endswith(f"Type sudo apt-get install python{version}-dev")
 
 
-def test_a_missing_ninja_is_installed_or_found_beside_python(
+def test_a_missing_ninja_is_reported_with_its_install_or_path_command(
     only_on_path, with_headers: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only_on_path("c++")
     monkeypatch.setattr(sys, "executable", str(tmp_path / "venv" / "bin" / "python"))
-    (fault,) = tool_problems()
-    assert fault.endswith("ninja is not on PATH. Type python -m pip install ninja")
-    executable(tmp_path / "venv" / "bin" / "ninja")  # an environment that was never activated
-    (fault,) = tool_problems()
-    assert fault.endswith(f"Type export PATH={tmp_path}/venv/bin:$PATH")
+    (problem,) = tool_problems()
+    assert problem.endswith("ninja is not on PATH. Type python -m pip install ninja")
+    executable(tmp_path / "venv" / "bin" / "ninja")  # an environment that is not activated
+    (problem,) = tool_problems()
+    assert problem.endswith(f"Type export PATH={tmp_path}/venv/bin:$PATH")
 
 
 def sourcing(path: Path, interpreter: str, programs: str, needed: Path | str, then: str) -> dict[str, Any]:
-    """For subprocess: sources config/environment.sh where `interpreter` and `programs` alone are on PATH."""
+    """Arguments of subprocess: sources config/environment.sh with only `interpreter` and `programs` on PATH."""
     executable(path / interpreter, f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     for name in ("bash", *programs.split()):
         (path / name).symlink_to(shutil.which(name))
@@ -223,7 +223,7 @@ def sourcing(path: Path, interpreter: str, programs: str, needed: Path | str, th
     return {"args": ["bash", "-c", script, str(needed)], "env": environment}
 
 
-def test_the_scripts_stop_at_once_without_a_compiler(tmp_path: Path) -> None:
+def test_the_scripts_refuse_to_start_without_a_compiler(tmp_path: Path) -> None:
     needed = tmp_path / "requirements.txt"
     needed.write_text(f"click=={importlib.metadata.version('click')}\n")
     script = sourcing(tmp_path / "bin", "python", "ninja", needed, "echo ready")
@@ -236,72 +236,72 @@ def test_the_scripts_stop_at_once_without_a_compiler(tmp_path: Path) -> None:
     assert (result.returncode, result.stdout) == (0, "ready\n"), result.stderr
 
 
-def first_lines(place: Path, *words: str, **more: str) -> dict[str, Any]:
-    """What runs the first lines of the scripts in a checkout where no environment is active, and then shows its pip."""
-    path = place.parent / "bin"
-    if not place.exists():
-        place.mkdir()
+def checkout_script(checkout: Path, *words: str, **variables: str) -> dict[str, Any]:
+    """Arguments of subprocess: sources environment.sh in a checkout without an active environment, and prints pip's path."""
+    path = checkout.parent / "bin"
+    if not checkout.exists():
+        checkout.mkdir()
         for name in ("config", "training"):
-            (place / name).symlink_to(ROOT / name)
-        (place / "requirements.txt").touch()
-        executable(path / "python3", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')  # and no python
+            (checkout / name).symlink_to(ROOT / name)
+        (checkout / "requirements.txt").touch()
+        executable(path / "python3", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')  # but no python
         executable(path / "c++")
         for name in ("bash", "ninja", "rm", "uname", "cksum"):
             (path / name).symlink_to(shutil.which(name))
     code = 'set -euo pipefail; . config/environment.sh requirements.txt "$@"; python -m pip --version'
     environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(path)}
-    return {"args": ["bash", "-c", code, "-", *words], "cwd": place, "env": environment | more}
+    return {"args": ["bash", "-c", code, "-", *words], "cwd": checkout, "env": environment | variables}
 
 
-def test_an_environment_whose_making_was_killed_is_made_anew(tmp_path: Path) -> None:
-    place = tmp_path / "repository"
-    with subprocess.Popen(**first_lines(place), start_new_session=True) as first:
-        while not list(place.glob(".venv/lib/*/site-packages/pip")):  # activate comes after pip
+def test_an_environment_whose_creation_was_killed_is_created_again(tmp_path: Path) -> None:
+    checkout = tmp_path / "repository"
+    with subprocess.Popen(**checkout_script(checkout), start_new_session=True) as first:
+        while not list(checkout.glob(".venv/lib/*/site-packages/pip")):  # activate comes after pip
             assert first.poll() is None
             time.sleep(0.01)
         os.killpg(first.pid, signal.SIGKILL)
-    assert not (place / ".venv" / "bin" / "activate").exists()
-    result = subprocess.run(**first_lines(place), capture_output=True, text=True)
+    assert not (checkout / ".venv" / "bin" / "activate").exists()
+    result = subprocess.run(**checkout_script(checkout), capture_output=True, text=True)
     assert (result.returncode, result.stderr) == (0, "")
-    assert str(place / ".venv") in result.stdout
+    assert str(checkout / ".venv") in result.stdout
 
 
-def test_the_environment_of_a_folder_with_a_space_has_a_path_without_one(tmp_path: Path) -> None:
-    place, cache = tmp_path / "with a space", tmp_path / "cache"
+def test_a_checkout_with_a_space_in_its_path_gets_an_environment_without(tmp_path: Path) -> None:
+    checkout, cache = tmp_path / "with a space", tmp_path / "cache"
     result = subprocess.run(
-        **first_lines(place, XDG_CACHE_HOME=str(cache)), capture_output=True, text=True, umask=0o077
+        **checkout_script(checkout, XDG_CACHE_HOME=str(cache)), capture_output=True, text=True, umask=0o077
     )
     assert (result.returncode, result.stderr) == (0, "")
     [venv] = cache.glob("dolly/*/venv")
     assert result.stdout.startswith(
-        f"The path of this folder has a space, so its environment is {venv}\nMaking the"
+        f"The path of this folder has a space, so its environment is {venv}\nCreating the"
     )
     assert str(venv / "lib") in result.stdout.splitlines()[-1]
-    result = subprocess.run(**first_lines(place, XDG_CACHE_HOME=str(place)), capture_output=True, text=True)
+    result = subprocess.run(
+        **checkout_script(checkout, XDG_CACHE_HOME=str(checkout)), capture_output=True, text=True
+    )
     assert result.returncode == 1
     assert "Type export XDG_CACHE_HOME=/a/folder/without/spaces" in result.stderr
-    assert not list(place.glob("dolly"))
+    assert not list(checkout.glob("dolly"))
 
 
-def test_an_environment_without_pip_as_uv_makes_it_gets_one(tmp_path: Path) -> None:
+def test_an_environment_of_uv_without_pip_gets_pip(tmp_path: Path) -> None:
     pip = pytest.importorskip("ensurepip").version()
-    start = first_lines(place := tmp_path / "repository")
-    (place / "requirements.txt").write_text(f"pip=={pip}\n")  # which needs no network
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", place / ".venv"], check=True)
+    start = checkout_script(checkout := tmp_path / "repository")
+    (checkout / "requirements.txt").write_text(f"pip=={pip}\n")  # bundled, so no network is needed
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", checkout / ".venv"], check=True)
     result = subprocess.run(**start, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert str(place / ".venv") in result.stdout.splitlines()[-1]
+    assert str(checkout / ".venv") in result.stdout.splitlines()[-1]
 
 
-def test_a_fresh_environment_keeps_nothing_of_the_one_before(tmp_path: Path) -> None:
-    start = first_lines(place := tmp_path / "repository", "fresh")
-    executable(place / ".venv" / "bin" / "python")
-    executable(
-        tmp_path / "bin" / "python3", "#!/bin/sh\nexit 1\n"
-    )  # nothing to make one with, which is quick
+def test_a_fresh_environment_replaces_the_old_one(tmp_path: Path) -> None:
+    start = checkout_script(checkout := tmp_path / "repository", "fresh")
+    executable(checkout / ".venv" / "bin" / "python")
+    executable(tmp_path / "bin" / "python3", "#!/bin/sh\nexit 1\n")  # so that no environment is created
     result = subprocess.run(**start, capture_output=True, text=True)
-    assert "Python 3.11 or newer is needed" in result.stderr
-    assert not (place / ".venv").exists()
+    assert "Python 3.11 or newer was not found" in result.stderr
+    assert not (checkout / ".venv").exists()
 
 
 def toolkit(home: Path, release: str, header: str = "include/cuda_runtime.h") -> Path:
@@ -314,30 +314,30 @@ def toolkit(home: Path, release: str, header: str = "include/cuda_runtime.h") ->
     return home
 
 
-def test_a_cuda_toolkit_of_the_same_major_version_will_do(tmp_path: Path) -> None:
+def test_a_cuda_toolkit_of_the_same_major_version_is_accepted(tmp_path: Path) -> None:
     assert cuda_toolkit_problems(toolkit(tmp_path / "same", "12.6"), "12.6") == []
     assert cuda_toolkit_problems(toolkit(tmp_path / "minor", "12.4"), "12.6") == []
     conda = toolkit(tmp_path / "conda", "12.6", "targets/x86_64-linux/include/cuda_runtime.h")
     assert cuda_toolkit_problems(conda, "12.6") == []
 
 
-def test_a_missing_foreign_or_incomplete_cuda_toolkit_is_named(tmp_path: Path) -> None:
-    (fault,) = cuda_toolkit_problems(None, "12.6")
-    assert "there is no nvcc (CUDA_HOME is not set)" in fault
-    assert "export CUDA_HOME=/usr/local/cuda-12.6" in fault
-    (fault,) = cuda_toolkit_problems(tmp_path / "none", "12.6")
-    assert f"there is no nvcc (CUDA_HOME is {tmp_path / 'none'})" in fault
-    (fault,) = cuda_toolkit_problems(toolkit(tmp_path / "old", "11.8"), "13.0")
-    assert "nvcc is of CUDA 11.8, but torch of CUDA 13.0" in fault
-    (fault,) = cuda_toolkit_problems(toolkit(tmp_path / "my cuda", "13.0"), "13.0")
+def test_a_missing_mismatched_or_incomplete_cuda_toolkit_is_reported(tmp_path: Path) -> None:
+    (problem,) = cuda_toolkit_problems(None, "12.6")
+    assert "nvcc was not found (CUDA_HOME is not set)" in problem
+    assert "export CUDA_HOME=/usr/local/cuda-12.6" in problem
+    (problem,) = cuda_toolkit_problems(tmp_path / "none", "12.6")
+    assert f"nvcc was not found (CUDA_HOME is {tmp_path / 'none'})" in problem
+    (problem,) = cuda_toolkit_problems(toolkit(tmp_path / "old", "11.8"), "13.0")
+    assert "nvcc belongs to CUDA 11.8, but torch was built with CUDA 13.0" in problem
+    (problem,) = cuda_toolkit_problems(toolkit(tmp_path / "my cuda", "13.0"), "13.0")
     assert (
         f"ln -s '{tmp_path}/my cuda' /a/path/without/spaces && export CUDA_HOME=/a/path/without/spaces"
-        in fault
+        in problem
     )
     bare = toolkit(tmp_path / "bare", "13.0")
     (bare / "include" / "cuda_runtime.h").unlink()
-    (fault,) = cuda_toolkit_problems(bare, "13.0")
-    assert f"{bare / 'include'} has no cuda_runtime.h" in fault
+    (problem,) = cuda_toolkit_problems(bare, "13.0")
+    assert f"{bare / 'include'} has no cuda_runtime.h" in problem
 
 
 # --- GPU ---------------------------------------------------------------------------------------------
@@ -353,24 +353,24 @@ CUDA_12_6 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
         ((7, 0), CUDA_12_6, False),
         ((7, 5), CUDA_13, False),  # T4
         ((8, 0), CUDA_13, False),  # A100
-        ((8, 6), ["sm_80"], False),  # A10 on the binary of an older minor version
+        ((8, 6), ["sm_80"], False),  # A10 with the binary of an older minor version
         ((8, 0), ["sm_86"], True),  # but not of a newer one
         ((8, 9), ["sm_80", "sm_90"], False),  # L4
         ((9, 0), ["sm_80", "sm_86"], True),  # another major version
-        ((9, 0), ["sm_80", "compute_80"], False),  # unless there is code to translate
-        ((7, 0), ["sm_80", "compute_80"], True),  # which goes forward only
+        ((9, 0), ["sm_80", "compute_80"], False),  # unless there is intermediate code
+        ((7, 0), ["sm_80", "compute_80"], True),  # which runs only on newer GPUs
         ((9, 0), ["sm_90a"], False),
-        ((10, 0), ["sm_90a", "compute_90a"], True),  # for the one architecture
+        ((10, 0), ["sm_90a", "compute_90a"], True),  # "a": only that architecture
         ((12, 0), CUDA_12_6, True),
         ((12, 1), ["sm_120f"], False),
         ((10, 3), ["compute_100f"], False),
-        ((12, 0), ["compute_100f"], True),  # for the one family
+        ((12, 0), ["compute_100f"], True),  # "f": only that family
         ((12, 0), ["sm_120"], False),  # three digits
         ((8, 0), ["gfx90a", ""], True),
         ((8, 0), [], True),
     ],
 )
-def test_kernels_run_within_a_major_version_and_intermediate_code_forward(
+def test_binaries_run_within_a_major_version_and_intermediate_code_on_newer_gpus(
     capability: tuple[int, int], arch_list: list[str], missing: bool
 ) -> None:
     assert missing_kernels(capability, arch_list) is missing
@@ -378,7 +378,7 @@ def test_kernels_run_within_a_major_version_and_intermediate_code_forward(
 
 @pytest.fixture
 def gpus(monkeypatch: pytest.MonkeyPatch):
-    """Makes torch report GPUs: (name, capability) of each, under a build for `cuda` with `arch_list`."""
+    """Makes torch report GPUs of (name, capability), and a build for `cuda` with kernels for `arch_list`."""
 
     def report(devices: list[tuple[str, tuple[int, int]]], cuda: str | None, arch_list: list[str]) -> None:
         monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -394,7 +394,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch):
     return report
 
 
-def test_a_v100_under_cuda_13_is_told_the_build_for_cuda_12_6_and_a_gpu_with_kernels_nothing(gpus) -> None:
+def test_a_v100_with_a_cuda_13_build_is_reported_with_the_cuda_12_6_build(gpus) -> None:
     gpus([("NVIDIA A100-SXM4-40GB", (8, 0)), *[("Tesla V100-SXM2-32GB", (7, 0))] * 8], "13.0", CUDA_13)
     assert kernel_problems() == [
         "8 x Tesla V100-SXM2-32GB (sm_70): torch 2.13.0+cu130 has no kernels for it, only sm_75 sm_80 sm_86 sm_90 "
@@ -403,7 +403,7 @@ def test_a_v100_under_cuda_13_is_told_the_build_for_cuda_12_6_and_a_gpu_with_ker
     ]
 
 
-def test_a_gpu_newer_or_older_than_every_kernel_is_not_told_a_build_that_lacks_them_too(gpus) -> None:
+def test_gpus_outside_the_oldest_build_get_the_newest_build_or_a_newer_gpu_as_advice(gpus) -> None:
     gpus([("NVIDIA B200", (10, 0)), ("Tesla K80", (3, 7))], "12.6", CUDA_12_6)
     newer, older = kernel_problems()
     assert newer.startswith("1 x NVIDIA B200 (sm_100)")
@@ -412,23 +412,25 @@ def test_a_gpu_newer_or_older_than_every_kernel_is_not_told_a_build_that_lacks_t
     assert older.endswith("Use a newer GPU")
 
 
-def test_a_build_without_cuda_is_told_beside_a_gpu_but_not_without_one_nor_where_it_is_hidden(
+def test_a_build_without_cuda_is_reported_only_if_a_gpu_is_visible(
     gpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpus([], None, [])
     monkeypatch.setattr(kernels, "_nvidia_gpu", lambda: False)
     assert kernel_problems() == []
     monkeypatch.setattr(kernels, "_nvidia_gpu", lambda: True)
-    (fault,) = kernel_problems()
-    assert "a build without CUDA" in fault
-    assert "python -m pip uninstall -y torch && python -m pip install torch==2.13.0" in fault
-    assert "export CUDA_VISIBLE_DEVICES=-1 to train on the CPU" in fault
+    (problem,) = kernel_problems()
+    assert "a build without CUDA" in problem
+    assert "python -m pip uninstall -y torch && python -m pip install torch==2.13.0" in problem
+    assert "export CUDA_VISIBLE_DEVICES=-1 to train on the CPU" in problem
     for hidden in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
         assert kernel_problems() == []
 
 
-def test_a_driver_that_is_too_old_is_told_in_its_own_words(gpus, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_is_too_old_is_reported_with_cudas_message(
+    gpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def init() -> None:
         raise RuntimeError(
             "The NVIDIA driver on your system is too old (found version 11040).\nPlease update"
@@ -437,15 +439,17 @@ def test_a_driver_that_is_too_old_is_told_in_its_own_words(gpus, monkeypatch: py
     gpus([], "13.0", CUDA_13)
     monkeypatch.setattr(kernels, "_nvidia_gpu", lambda: True)
     monkeypatch.setattr(torch.cuda, "init", init)
-    (fault,) = kernel_problems()
-    assert "CUDA does not start: The NVIDIA driver on your system is too old (found version 11040)." in fault
-    assert "Update the driver to one for CUDA 13.0, type python -m pip install torch==2.13.0+cu126" in fault
+    (problem,) = kernel_problems()
+    assert (
+        "CUDA does not start: The NVIDIA driver on your system is too old (found version 11040)." in problem
+    )
+    assert "Update the driver to one for CUDA 13.0, type python -m pip install torch==2.13.0+cu126" in problem
 
 
-def test_a_gpu_shows_as_a_device_or_to_nvidia_smi(tmp_path: Path, only_on_path) -> None:
+def test_a_gpu_is_detected_as_a_device_file_or_by_nvidia_smi(tmp_path: Path, only_on_path) -> None:
     devices = tmp_path / "dev"
     devices.mkdir()
-    (devices / "nvidiactl").touch()  # images have it, and nvidia-smi, without a GPU
+    (devices / "nvidiactl").touch()  # images without a GPU may contain it and nvidia-smi
     assert not kernels._nvidia_gpu(devices)
     (smi,) = only_on_path("nvidia-smi")
     executable(smi, "#!/bin/sh\necho 'NVIDIA-SMI has failed' ; exit 9\n")
@@ -460,7 +464,7 @@ def test_a_gpu_shows_as_a_device_or_to_nvidia_smi(tmp_path: Path, only_on_path) 
 # --- disk --------------------------------------------------------------------------------------------
 
 
-def report_disk(monkeypatch: pytest.MonkeyPatch, blocks: int | None, available: int) -> None:
+def fake_statvfs(monkeypatch: pytest.MonkeyPatch, blocks: int | None, available: int) -> None:
     def statvfs(path: Path) -> SimpleNamespace:
         if blocks is None:
             raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
@@ -469,15 +473,15 @@ def report_disk(monkeypatch: pytest.MonkeyPatch, blocks: int | None, available: 
     monkeypatch.setattr(files.os, "statvfs", statvfs)
 
 
-def test_what_is_written_on_one_disk_is_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    report_disk(monkeypatch, blocks=100 * GIB // 4096, available=60 * GIB // 4096)
+def test_the_needs_of_one_disk_are_added_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_statvfs(monkeypatch, blocks=100 * GIB // 4096, available=60 * GIB // 4096)
     model, steps = tmp_path / "new" / "model", tmp_path / "new" / "checkpoints"
     labels = {model: "the finished model", steps: "2 checkpoints"}
     assert disk_problems({model: 12 * GIB, steps: 48 * GIB}, labels) == []
-    (fault,) = disk_problems({model: 12 * GIB, steps: 49 * GIB}, labels)
+    (problem,) = disk_problems({model: 12 * GIB, steps: 49 * GIB}, labels)
     assert (
-        f"has 60.0 GiB free, and 61.0 GiB are needed: 12.0 GiB for the finished model ({model}), "
-        f"49.0 GiB for 2 checkpoints ({steps}). Free 1.0 GiB there, lower --save-total-limit" in fault
+        f"has 60.0 GiB free, but 61.0 GiB are needed: 12.0 GiB for the finished model ({model}), "
+        f"49.0 GiB for 2 checkpoints ({steps}). Free 1.0 GiB there, lower --save-total-limit" in problem
     )
 
 
@@ -486,65 +490,64 @@ def test_what_is_written_on_one_disk_is_added_up(tmp_path: Path, monkeypatch: py
     [
         (0, 0, None),  # no size
         (0, 2**50, None),  # no size, but free
-        (100, 200, None),  # more free than there is
+        (100, 200, None),  # more free than its size
         (100, -1, None),
-        (100, 2**64 - 1, None),  # negative as unsigned
+        (100, 2**64 - 1, None),  # a negative number as unsigned
         (None, 0, None),  # a mount that does not answer
         (100, 0, 0),
     ],
 )
-def test_the_absurd_sizes_of_mounted_object_stores_are_not_believed_but_a_full_disk_is(
+def test_implausible_sizes_of_mounted_object_stores_are_ignored_but_a_full_disk_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, blocks: int | None, available: int, free: int | None
 ) -> None:
-    report_disk(monkeypatch, blocks, available)
+    fake_statvfs(monkeypatch, blocks, available)
     assert free_bytes(tmp_path) == free
     for needed in (1, 2**60):
         assert len(disk_problems({tmp_path: needed}, {tmp_path: "the model"})) == (free is not None)
 
 
-def test_free_space_is_that_of_the_nearest_folder_that_exists(tmp_path: Path) -> None:
-    told = os.statvfs(tmp_path)
-    free = free_bytes(tmp_path / "not" / "yet" / "there")
-    assert free == pytest.approx(
-        told.f_bavail * told.f_frsize, abs=GIB
-    )  # others write on this disk meanwhile
+def test_free_space_is_that_of_the_nearest_existing_folder(tmp_path: Path) -> None:
+    disk = os.statvfs(tmp_path)
+    free = free_bytes(tmp_path / "not" / "yet" / "made")
+    # The tolerance is for other processes that write to this disk.
+    assert free == pytest.approx(disk.f_bavail * disk.f_frsize, abs=GIB)
     (tmp_path / "file").touch()
     assert free_bytes(tmp_path / "file" / "below") == pytest.approx(free, abs=GIB)
 
 
-def left_by_a_killed_trial(folder: Path) -> Path:
+def leftover_of_a_killed_check(folder: Path) -> Path:
     program = (
         "import os, signal, pathlib; from training.files import writable\n"
         "pathlib.Path.rmdir = lambda self: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"writable(pathlib.Path({str(folder)!r}))"
     )
     assert python("-c", program).returncode == -signal.SIGKILL
-    [left] = folder.iterdir()
-    assert left.name.startswith(SCRATCH)
-    return left
+    [leftover] = folder.iterdir()
+    assert leftover.name.startswith(SCRATCH)
+    return leftover
 
 
-def test_what_a_killed_trial_left_is_taken_away_by_the_next(tmp_path: Path) -> None:
-    left_by_a_killed_trial(tmp_path)
+def test_a_leftover_of_a_killed_write_check_is_removed_by_the_next(tmp_path: Path) -> None:
+    leftover_of_a_killed_check(tmp_path)
     assert writable(tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="root alone can be two users")
-def test_what_another_users_killed_trial_left_in_a_shared_folder_refuses_nobody() -> None:
-    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # tmp_path lets no other user in
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can act as two users")
+def test_another_users_leftover_in_a_shared_folder_does_not_block_the_check() -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:  # other users cannot enter tmp_path
         shared = Path(name)
         shared.chmod(0o1777)
-        left = left_by_a_killed_trial(shared)
+        leftover = leftover_of_a_killed_check(shared)
         os.setresuid(65534, 65534, 0)
         try:
             assert writable(shared)
         finally:
             os.setresuid(0, 0, 0)
-        assert list(shared.iterdir()) == [left]
+        assert list(shared.iterdir()) == [leftover]
 
 
-def test_ranks_that_try_a_folder_at_one_moment_do_not_mind_each_other(tmp_path: Path) -> None:
+def test_concurrent_write_checks_of_ranks_do_not_disturb_each_other(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as ranks:
         assert all(ranks.map(writable, [tmp_path] * 4000))
     assert list(tmp_path.iterdir()) == []
@@ -557,13 +560,13 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield folder
 
 
-def test_a_real_small_disk_is_told_and_no_other(small_disk: Path, tmp_path: Path) -> None:
+def test_only_the_disk_that_is_too_small_is_reported(small_disk: Path, tmp_path: Path) -> None:
     model, steps, elsewhere = small_disk / "out" / "model", small_disk / "out" / "steps", tmp_path / "cache"
     labels = {model: "the finished model", steps: "1 checkpoint", elsewhere: "the download"}
     assert free_bytes(model) == MIB
     assert disk_problems({model: MIB // 2, steps: MIB // 2, elsewhere: 1}, labels) == []
     (small_disk / "older").write_bytes(bytes(MIB * 3 // 4))
     assert free_bytes(model) == MIB // 4
-    (fault,) = disk_problems({model: MIB // 2, steps: MIB // 2, elsewhere: 1}, labels)
-    assert fault.startswith(f"{small_disk} has 0.2 MiB free, and 1.0 MiB are needed")
-    assert "the download" not in fault
+    (problem,) = disk_problems({model: MIB // 2, steps: MIB // 2, elsewhere: 1}, labels)
+    assert problem.startswith(f"{small_disk} has 0.2 MiB free, but 1.0 MiB are needed")
+    assert "the download" not in problem

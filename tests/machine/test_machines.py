@@ -1,4 +1,4 @@
-"""Machines that users know, and what this one has."""
+"""The catalogue of machines, and the resources of this machine."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from training.machine.local import free_host_gib, this_machine
     "name", "8xA100-40GB 8xA100-80GB 8xH100 4xA10 2xA10 8xV100-32GB 3xA100-80GB Standard_ND96asr_v4 p4d.24xlarge "
     "g5.24xlarge Standard_NV72ads_A10_v5 p3dn.24xlarge Standard_ND40rs_v2 P5.48XLARGE a2-highgpu-8g".split()
 )  # fmt: skip
-def test_machines_that_users_know_are_known(name):
+def test_common_machines_are_in_the_catalogue(name):
     assert find_machine(name).name.lower() == name.lower()
 
 
-def test_every_machine_has_a_family_a_link_and_sizes_of_a_machine():
+def test_every_machine_has_a_known_family_and_link_and_plausible_sizes():
     for machine in MACHINES.values():
         assert machine.family in FAMILIES
         assert machine.link in LINKS
@@ -33,7 +33,7 @@ def test_every_machine_has_a_family_a_link_and_sizes_of_a_machine():
     assert find_machine("p4d.24xlarge").disk_gib == pytest.approx(7450.6, abs=0.1)  # 8 x 1000 GB
 
 
-def test_every_gpu_has_the_peak_that_training_measures_itself_by():
+def test_every_gpu_has_its_peak_flops():
     assert {name: PEAK_FLOPS[gpu.peak] for name, gpu in GPUS.items()} == {
         "H100": 989.5e12,
         "A100-80GB": 312e12,
@@ -44,10 +44,10 @@ def test_every_gpu_has_the_peak_that_training_measures_itself_by():
     }
 
 
-def test_an_unknown_machine_is_refused_with_the_nearest_names():
-    with pytest.raises(MachineError, match=r"no machine 'p4d.24xlrge' is known. Nearest: p4d.24xlarge"):
+def test_an_unknown_machine_is_refused_and_the_nearest_are_listed():
+    with pytest.raises(MachineError, match=r"unknown machine 'p4d.24xlrge'. Nearest: p4d.24xlarge"):
         find_machine("p4d.24xlrge")
-    with pytest.raises(MachineError, match=r"8xA100-80GB.*All:"):
+    with pytest.raises(MachineError, match=r"8xA100-80GB.*Known are:"):
         find_machine("8xA100-81GB")
 
 
@@ -63,18 +63,18 @@ def test_an_unknown_machine_is_refused_with_the_nearest_names():
         ("Tesla T4", False, "v100"),
     ],
 )
-def test_a_gpu_has_the_recipe_of_a_family_whose_precision_it_can_compute(device, has_bf16, family):
+def test_a_gpu_gets_a_family_whose_precision_it_supports(device, has_bf16, family):
     assert family_of(device, has_bf16) == family
 
 
-def test_this_machine_tells_what_is_free_even_for_a_folder_that_is_not_there_yet(tmp_path):
+def test_this_machine_reports_free_memory_and_the_free_disk_of_a_new_folder(tmp_path):
     machine = this_machine(tmp_path / "not" / "yet", num_gpus=3)
     assert (machine.family, machine.count) == ("cpu", 3)
     assert machine.disk_gib == pytest.approx(shutil.disk_usage(tmp_path).free / GIB, abs=5)
     assert 0 < machine.host_gib <= psutil.virtual_memory().total / GIB
 
 
-def limited(folder: Path, limit: str, used: str, stat: str) -> Path:
+def cgroup(folder: Path, limit: str, used: str, stat: str) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "memory.max").write_text(limit)
     (folder / "memory.current").write_text(used)
@@ -82,12 +82,12 @@ def limited(folder: Path, limit: str, used: str, stat: str) -> Path:
     return folder
 
 
-def test_a_container_s_limit_counts_and_the_files_it_has_cached_do_not(tmp_path):
-    whole = free_host_gib(tmp_path)
-    assert whole == pytest.approx(psutil.virtual_memory().available / GIB, abs=1)
-    # A limit of 1 GiB of which 0.75 are used, 0.5 of them for cached files.
-    container = limited(
+def test_free_memory_respects_the_containers_limit_without_cached_files(tmp_path):
+    unlimited = free_host_gib(tmp_path)
+    assert unlimited == pytest.approx(psutil.virtual_memory().available / GIB, abs=1)
+    # A limit of 1 GiB; 0.75 GiB are used, of which 0.5 GiB are cached files.
+    container = cgroup(
         tmp_path / "v2", f"{2**30}\n", f"{3 * 2**28}\n", f"anon {2**28}\ninactive_file {2**29}\n"
     )
     assert free_host_gib(container) == 0.75
-    assert free_host_gib(limited(tmp_path / "v2", "max\n", "1\n", "")) == pytest.approx(whole, abs=1)
+    assert free_host_gib(cgroup(tmp_path / "v2", "max\n", "1\n", "")) == pytest.approx(unlimited, abs=1)

@@ -152,13 +152,15 @@ def test_bad_values_and_bad_combinations_are_reported_in_one_message(tmp_path: P
 def test_problems_of_the_machine_are_reported_in_the_same_message(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: list[str]
 ) -> None:
-    monkeypatch.setattr(preflight, "version_problems", lambda: ["Installed is torch 2.9 instead of 2.13.0"])
+    monkeypatch.setattr(
+        preflight, "version_problems", lambda: ["Wrong package versions: torch 2.9 instead of 2.13.0"]
+    )
     monkeypatch.setattr(kernels, "kernel_problems", lambda: ["no kernels for it"])
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "file").touch()
     result = run("--local-output-dir", str(tmp_path / "taken"), *bad)
     assert result.exit_code == 2
-    for words in (bad[0], "is not empty", "Installed is torch 2.9"):
+    for words in (bad[0], "is not empty", "Wrong package versions: torch 2.9"):
         assert result.output.count(words) == 1, result.output
     # An unreadable value is reported before torch is imported.
     assert result.output.count("no kernels for it") == (bad[0] != "--lr")

@@ -49,7 +49,7 @@ def test_a_new_family_with_a_gpu_and_a_machine_is_planned_for(tmp_path: Path) ->
 def test_a_gpu_of_a_family_that_is_not_there_is_refused_with_the_families(tmp_path: Path) -> None:
     done = run_in(tree_with(tmp_path, ""), "training.plan", "--machine", "8xB200")
     assert done.returncode == 2
-    assert "no GPU family 'b200' is known. There are: a100, h100, a10, v100, cpu" in done.stdout
+    assert "unknown GPU family 'b200'. Known are: a100, h100, a10, v100, cpu" in done.stdout
     assert "Traceback" not in done.stdout
     assert run_in(tmp_path, "training.plan", "--machine", "8xA100-40GB").returncode == 0, "the others work"
 
@@ -62,7 +62,7 @@ def test_every_way_to_a_family_refuses_one_that_is_not_there() -> None:
         lambda: preset_options("b200", 8),
         lambda: plan_options(options, 8, machine),
     ):
-        with pytest.raises(MachineError, match=r"no GPU family 'b200' is known\. There are: a100, h100"):
+        with pytest.raises(MachineError, match=r"unknown GPU family 'b200'\. Known are: a100, h100"):
             refused()
 
 

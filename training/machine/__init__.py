@@ -1,1 +1,1 @@
-"""Machines, GPUs, packages: what there is to train with."""
+"""The machine: GPUs and their peak speed, memory and disk, installed packages and compilers."""

@@ -1,4 +1,4 @@
-"""GPUs and machines: what they hold and how fast they are by their data sheets."""
+"""Catalogue of GPUs and cloud machines: memory, disk, links and peak speed from data sheets."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from training.consts import GIB
 from training.errors import MachineError
 
-# Dense tensor-core peaks of one device, in operations a second, from NVIDIA's data sheets; by what stands in
-# torch.cuda.get_device_name(). bf16 and fp16 are alike on all of them, and V100 has no bf16.
+# Dense tensor-core peaks of one device, in FLOP/s, from NVIDIA's data sheets. Keys are parts of
+# torch.cuda.get_device_name(). bf16 and fp16 have the same peak; V100 has no bf16.
 PEAK_FLOPS = {
     "H200": 989.5e12,
     "H100 PCIe": 756e12,
@@ -25,24 +25,24 @@ PEAK_FLOPS = {
     "T4": 65e12,
 }
 
-# Bytes/s that a GPU moves in a collective of all GPUs of a machine ("bus bandwidth" of nccl-tests): two thirds of
-# NVLink's nominal 450, 300 and 150 GB/s one way. GPUs of clouds on bare PCIe have no peer access, so that every
-# byte goes through host memory: 6 GB/s is an assumption.
+# Bytes/s per GPU in a collective of all GPUs of a machine ("bus bandwidth" of nccl-tests): two thirds of NVLink's
+# nominal 450, 300 and 150 GB/s one way. Cloud GPUs on PCIe have no peer access, so every byte goes through host
+# memory: 6 GB/s is an assumption.
 LINKS = {"nvlink4": 300e9, "nvlink3": 200e9, "nvlink2": 90e9, "pcie": 6e9, "none": 1e9}
 
 
 @dataclass(frozen=True)
 class Family:
-    """GPUs that train by one recipe. A new family is one entry of FAMILIES.
+    """GPUs that share a training recipe. A new family is one entry of FAMILIES.
 
     Attributes:
-        devices: the words by which torch.cuda.get_device_name() names these GPUs.
-        precision: what they compute best; a DeepSpeed JSON that names one overrides it.
-        deepspeed: DeepSpeed configuration, from the root of the repository.
-        offload: the same with the optimizer in host memory; None where that gains nothing.
-        link: key of LINKS, of boards that are connected to each other (SXM).
-        share_of_peak: the share of `Machine.flops` that forward and backward reach, communication not counted. Set so
-            that the plan agrees with the published runs (tests/plan): they calibrate it and do not test it.
+        devices: words that torch.cuda.get_device_name() contains for these GPUs.
+        precision: the best one of these GPUs; the DeepSpeed JSON may override it.
+        deepspeed: path of the DeepSpeed configuration in the repository.
+        offload: the configuration with the optimizer in host memory; None if it has no benefit.
+        link: key of LINKS, for GPUs that are connected to each other (SXM).
+        share_of_peak: share of `Machine.flops` that forward and backward reach, without communication. Calibrated so
+            that the plan agrees with the published runs (tests/plan), which therefore do not test it.
     """
 
     devices: tuple[str, ...]
@@ -60,16 +60,16 @@ FAMILIES = {
     "h100": Family(("H100", "H200"), "bf16", _BF16, _BF16_OFFLOAD, "nvlink4", 0.15),  # the share is a guess
     "a10": Family(("A10",), "bf16", _BF16_OFFLOAD, _BF16_OFFLOAD, "pcie", 0.25),
     "v100": Family(("V100",), "fp16", _FP16_OFFLOAD, _FP16_OFFLOAD, "nvlink2", 0.12),
-    # Ranks on a CPU, for the demo and the tests. Their memory is the host's, and their speed is measured. The demo reaches
+    # CPU ranks, for the demo and the tests. They use host memory, and their peak speed is measured. The demo reaches
     # 0.2 to 0.6 of it, on one and two ranks (tests/plan/test_plan_cpu_time.py).
     "cpu": Family((), "fp32", _BF16, None, "none", 0.35),
 }
 
 
 def find_family(name: str) -> Family:
-    """The family of that name. Raises MachineError with those that are known."""
+    """The family of that name. Raises MachineError with the known names."""
     if name not in FAMILIES:
-        raise MachineError(f"no GPU family {name!r} is known. There are: {', '.join(FAMILIES)}")
+        raise MachineError(f"unknown GPU family {name!r}. Known are: {', '.join(FAMILIES)}")
     return FAMILIES[name]
 
 
@@ -79,7 +79,7 @@ class Gpu:
 
     Attributes:
         family: key of FAMILIES.
-        memory_gib: what CUDA reports as its total, in GiB; less than the label says.
+        memory_gib: total memory that CUDA reports, in GiB; less than the label says.
         peak: key of PEAK_FLOPS.
     """
 
@@ -104,11 +104,11 @@ class Machine:
 
     Attributes:
         gpu: key of GPUS, a device's own name, or "CPU".
-        count: GPUs; on a CPU machine the ranks.
-        gpu_memory_gib: usable memory of one GPU; 0 on a CPU machine, whose ranks live in host memory.
-        flops: peak operations a second of one device in 16 bit; 0 on a CPU machine until it is measured.
+        count: number of GPUs; on a CPU machine number of ranks.
+        gpu_memory_gib: usable memory of one GPU; 0 on a CPU machine, whose ranks use host memory.
+        flops: peak FLOP/s of one device in 16 bit; 0 on a CPU machine until it is measured.
         link: key of LINKS.
-        host_gib, disk_gib: of the whole machine; of this one, what is free.
+        host_gib, disk_gib: total host memory and disk; for this machine, the free part.
     """
 
     name: str
@@ -139,8 +139,8 @@ _GB = 1e9 / GIB  # AWS and Google give local disks in GB, Azure in GiB
 MACHINES = {
     machine.name: machine
     for machine in (
-        # Short names, for the machine that is meant most often: Azure's for A100, AWS's for the others. Of
-        # 3xA100-80GB only the GPUs are published; its host is 3/8 of Azure's machine of eight.
+        # Short names of the most common machine: Azure's for A100 and 2xA10, AWS's for the others. For 3xA100-80GB
+        # only the GPUs are published; its host is 3/8 of Azure's machine with eight.
         _machine("8xA100-40GB", 8, "A100-40GB", "nvlink3", 900, 6000),
         _machine("8xA100-80GB", 8, "A100-80GB", "nvlink3", 1900, 6400),
         _machine("3xA100-80GB", 3, "A100-80GB", "nvlink3", 712, 2400),
@@ -161,14 +161,14 @@ MACHINES = {
         _machine("g5.12xlarge", 4, "A10G", "pcie", 192, 3800 * _GB),
         _machine("g5.24xlarge", 4, "A10G", "pcie", 384, 3800 * _GB),
         _machine("g5.48xlarge", 8, "A10G", "pcie", 768, 7600 * _GB),
-        # Azure, "GPU accelerated virtual machine sizes"; the disk is the temporary one
+        # Azure, "GPU accelerated virtual machine sizes"; the disk is the temporary disk
         _machine("Standard_ND96asr_v4", 8, "A100-40GB", "nvlink3", 900, 6000),
         _machine("Standard_ND96amsr_A100_v4", 8, "A100-80GB", "nvlink3", 1900, 6400),
         _machine("Standard_NV36ads_A10_v5", 1, "A10", "pcie", 440, 720),
         _machine("Standard_NV72ads_A10_v5", 2, "A10", "pcie", 880, 1400),
         _machine("Standard_ND40rs_v2", 8, "V100-32GB", "nvlink2", 672, 2948),
-        # Google, "Accelerator-optimized machine family". The local disks of a2-highgpu are chosen, here as many
-        # as it takes; those of the others come with the machine.
+        # Google, "Accelerator-optimized machine family". The number of local disks of a2-highgpu can be chosen; this is
+        # the maximum. The other machines have a fixed number.
         _machine("a2-highgpu-1g", 1, "A100-40GB", "nvlink3", 85, 3000 * _GB),
         _machine("a2-highgpu-2g", 2, "A100-40GB", "nvlink3", 170, 3000 * _GB),
         _machine("a2-highgpu-4g", 4, "A100-40GB", "nvlink3", 340, 3000 * _GB),
@@ -183,31 +183,31 @@ MACHINES = {
 
 
 def find_machine(name: str) -> Machine:
-    """The machine of that name, in upper or lower case. Raises MachineError with the nearest names."""
+    """The machine of that name, case-insensitive. Raises MachineError with the nearest names."""
     by_lower = {known.lower(): machine for known, machine in MACHINES.items()}
     if name.lower() in by_lower:
         return by_lower[name.lower()]
-    near = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.3)
-    nearest = f"Nearest: {', '.join(by_lower[key].name for key in near)}. " if near else ""
-    raise MachineError(f"no machine {name!r} is known. {nearest}All: {', '.join(MACHINES)}")
+    matches = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.3)
+    nearest = f"Nearest: {', '.join(by_lower[key].name for key in matches)}. " if matches else ""
+    raise MachineError(f"unknown machine {name!r}. {nearest}Known are: {', '.join(MACHINES)}")
 
 
 def family_of(device_name: str, has_bf16: bool) -> str:
-    """The GPU family, a key of FAMILIES, of torch.cuda.get_device_name().
+    """The GPU family (key of FAMILIES) of a torch.cuda.get_device_name().
 
-    An unknown GPU gets the most careful recipe that it can compute: an A10's, or without bf16 a V100's.
+    An unknown GPU gets the family with the lowest memory use: a10, or v100 if it lacks bf16.
     """
     for name, family in FAMILIES.items():
-        if is_of(family, device_name) and (has_bf16 or family.precision != "bf16"):
+        if matches_family(family, device_name) and (has_bf16 or family.precision != "bf16"):
             return name
     return "a10" if has_bf16 else "v100"
 
 
 def peak_of(device_name: str) -> float | None:
-    """The data sheet's peak of a device by its name, in operations a second; None for one that is not known."""
+    """The data sheet's peak of a device, in FLOP/s; None for an unknown device."""
     return next((peak for known, peak in PEAK_FLOPS.items() if known in device_name), None)
 
 
-def is_of(family: Family, device_name: str) -> bool:
-    """Whether a device belongs to the family. "NVIDIA A100" is no "A10"."""
+def matches_family(family: Family, device_name: str) -> bool:
+    """Whether a device belongs to the family. "NVIDIA A100" is not an "A10"."""
     return any(re.search(rf"\b{device}(?![0-9])", device_name) for device in family.devices)

@@ -1,6 +1,6 @@
-"""Installed packages and the C++ compiler, compared with what training needs.
+"""Checks installed packages, the C++ compiler and the CUDA toolkit against the requirements of training.
 
-Imports Python's standard library alone: config/environment.sh calls it before anything is installed."""
+Imports only the standard library: config/environment.sh uses it before any package is installed."""
 
 from __future__ import annotations
 
@@ -16,41 +16,41 @@ from pathlib import Path
 
 from training.consts import ROOT
 
-# Training reaches into these, or its numbers come from them, so they must have the pinned version exactly.
+# Training uses internals of these packages, or its results depend on them, so their versions must match the pins.
 EXACT = ("torch", "transformers", "accelerate", "deepspeed")
 
-# The first draws pictures; the second is looked for on PATH, wherever it comes from.
+# matplotlib only draws pictures; ninja is a program, which tool_problems looks for on PATH.
 NOT_IMPORTED = ("matplotlib", "ninja")
 
 
 def version_problems(requirements: Path = ROOT / "requirements.txt") -> list[str]:
-    """Packages that training imports and that differ from the pins. Reads their metadata and imports none of them.
+    """Packages imported by training whose version differs from the pin. Reads only metadata.
 
     Packages outside EXACT may differ in the patch release.
     """
-    pins = read_pins(requirements) if requirements.exists() else _pins_of_the_installed_package()
-    differing = []  # (what, the pin)
+    pins = read_pins(requirements) if requirements.exists() else _pins_of_installed_wheel()
+    differing = []  # (description, pin)
     for name, pin in pins.items():
-        found = installed_version(name)
-        patch = found and name not in EXACT and found.split(".")[:2] == pin.split(".")[:2]
-        if name in NOT_IMPORTED or found == pin or patch:
+        version = installed_version(name)
+        patch_differs = version and name not in EXACT and version.split(".")[:2] == pin.split(".")[:2]
+        if name in NOT_IMPORTED or version == pin or patch_differs:
             continue
-        what = f"{name} {found} instead of {pin}" if found else f"no {name}, expected {pin}"
-        differing.append((what, f"{name}=={pin}"))
+        description = f"{name} {version} instead of {pin}" if version else f"no {name}, expected {pin}"
+        differing.append((description, f"{name}=={pin}"))
     if not differing:
         return []
-    words, wanted = zip(*differing, strict=True)
-    what = f"-r {shlex.quote(str(requirements))}" if requirements.exists() else " ".join(wanted)
-    return [f"Installed is {'; '.join(words)}. Type python -m pip install {what}"]
+    descriptions, needed = zip(*differing, strict=True)
+    packages = f"-r {shlex.quote(str(requirements))}" if requirements.exists() else " ".join(needed)
+    return [f"Wrong package versions: {'; '.join(descriptions)}. Type python -m pip install {packages}"]
 
 
 def mismatches(requirements: str) -> list[str]:
-    """The packages of a requirements file that are missing, or installed in any other version than pinned."""
+    """Packages of a requirements file that are missing or whose version differs from the pin."""
     return [name for name, pin in read_pins(Path(requirements)).items() if installed_version(name) != pin]
 
 
 def read_pins(requirements: Path) -> dict[str, str]:
-    """{"torch": "2.13.0", ...} of a requirements file and of those that it names with -r."""
+    """{"torch": "2.13.0", ...} of a requirements file and the files that it includes with -r."""
     pins: dict[str, str] = {}
     for line in requirements.read_text().splitlines():
         if line.startswith("-r "):
@@ -61,15 +61,15 @@ def read_pins(requirements: Path) -> dict[str, str]:
 
 
 def installed_version(package: str) -> str | None:
-    """Its version without the local part (2.13.0+cu126 is 2.13.0 for another GPU); None if it is not installed."""
+    """Version of a package without its local part (2.13.0+cu126 is 2.13.0); None if it is not installed."""
     try:
         return importlib.metadata.version(package).split("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
-def _pins_of_the_installed_package() -> dict[str, str]:
-    """The pins in the metadata of the wheel, which has no requirements.txt. Extras have a marker and are left out."""
+def _pins_of_installed_wheel() -> dict[str, str]:
+    """Pins in the metadata of our wheel, which contains no requirements.txt. Skips extras, which have a marker."""
     try:
         required = importlib.metadata.requires("dolly") or []
     except importlib.metadata.PackageNotFoundError:
@@ -78,13 +78,13 @@ def _pins_of_the_installed_package() -> dict[str, str]:
 
 
 def tool_problems() -> list[str]:
-    """What DeepSpeed needs to compile its C++ operators and is missing: compiler, Python's headers, ninja."""
-    missing = []  # (what, how to get it)
-    if not shutil.which(os.environ.get("CXX", "c++")):  # as torch chooses it: one program, no options
+    """Missing tools for compiling DeepSpeed's C++ operators: compiler, Python's headers, ninja."""
+    missing = []  # (description, fix)
+    if not shutil.which(os.environ.get("CXX", "c++")):  # like torch, which allows no arguments in CXX
         other = next((name for name in ("g++", "clang++") if shutil.which(name)), None)
         install = "sudo apt-get install g++ (Debian, Ubuntu), or xcode-select --install (Mac)"
-        named = f"CXX is '{os.environ['CXX']}', which" if "CXX" in os.environ else "a C++ compiler, c++,"
-        missing.append((f"{named} is not on PATH", f"export CXX={other}" if other else install))
+        compiler = f"CXX is '{os.environ['CXX']}', which" if "CXX" in os.environ else "a C++ compiler, c++,"
+        missing.append((f"{compiler} is not on PATH", f"export CXX={other}" if other else install))
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.exists():
         package = f"python{sys.version_info.major}.{sys.version_info.minor}-dev"
@@ -92,39 +92,43 @@ def tool_problems() -> list[str]:
     if not shutil.which("ninja"):
         folder = Path(sys.executable).parent
         installed = (folder / "ninja").exists()
-        cure = f"export PATH={shlex.quote(str(folder))}:$PATH" if installed else "python -m pip install ninja"
-        missing.append(("ninja is not on PATH", cure))
-    return [f"DeepSpeed compiles C++ operators, and {what}. Type {cure}" for what, cure in missing]
+        fix = f"export PATH={shlex.quote(str(folder))}:$PATH" if installed else "python -m pip install ninja"
+        missing.append(("ninja is not on PATH", fix))
+    return [
+        f"DeepSpeed compiles C++ operators, but {description}. Type {fix}" for description, fix in missing
+    ]
 
 
 def cuda_toolkit_problems(home: Path | None, built_with: str) -> list[str]:
-    """What a CUDA operator needs to be compiled and is missing: nvcc and headers, of the CUDA that torch was built with.
+    """Problems of the CUDA toolkit: nvcc and headers must exist and match the CUDA that torch was built with.
 
     Args:
-        home: the toolkit's folder, as torch finds it (CUDA_HOME, else nvcc's, else /usr/local/cuda).
-        built_with: torch.version.cuda, as in "12.6". Another minor version is compatible, another major is not.
+        home: folder of the toolkit that torch uses (CUDA_HOME, else nvcc's, else /usr/local/cuda).
+        built_with: torch.version.cuda, such as "12.6". The minor version may differ, the major version may not.
     """
     nvcc = home / "bin" / "nvcc" if home else None
     if nvcc is None or not nvcc.exists():
-        problem = f"there is no nvcc ({f'CUDA_HOME is {home}' if home else 'CUDA_HOME is not set'})"
+        problem = f"nvcc was not found ({f'CUDA_HOME is {home}' if home else 'CUDA_HOME is not set'})"
     elif " " in str(home):
         link = "/a/path/without/spaces"
         return [
-            f"DeepSpeed compiles a CUDA operator, and torch cannot link it with CUDA in {home}, whose path has a space. "
+            f"DeepSpeed compiles a CUDA operator, but torch cannot link it with CUDA in {home}: the path has a space. "
             f"Type ln -s {shlex.quote(str(home))} {link} && export CUDA_HOME={link}"
         ]
     else:
-        printed = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
-        match = re.search(r"release (\d+)\.(\d+)", printed)
+        output = subprocess.run([nvcc, "--version"], capture_output=True, text=True, check=False).stdout
+        match = re.search(r"release (\d+)\.(\d+)", output)
         headers = [nvcc.parents[1] / "include", *nvcc.parents[1].glob("targets/*/include")]
         if match and match[1] != built_with.split(".")[0]:
-            problem = f"{nvcc} is of CUDA {match[1]}.{match[2]}, but torch of CUDA {built_with}"
+            problem = (
+                f"{nvcc} belongs to CUDA {match[1]}.{match[2]}, but torch was built with CUDA {built_with}"
+            )
         elif not any((folder / "cuda_runtime.h").exists() for folder in headers):
             problem = f"{headers[0]} has no cuda_runtime.h"
         else:
             return []
     return [
-        f"DeepSpeed compiles a CUDA operator, and {problem}. Install the CUDA {built_with} toolkit and export "
-        f"CUDA_HOME=/usr/local/cuda-{built_with}, or leave the 'optimizer' out of the DeepSpeed JSON: torch's own AdamW "
+        f"DeepSpeed compiles a CUDA operator, but {problem}. Install the CUDA {built_with} toolkit and export "
+        f"CUDA_HOME=/usr/local/cuda-{built_with}, or remove the 'optimizer' from the DeepSpeed JSON: torch's AdamW "
         "needs no compilation"
     ]

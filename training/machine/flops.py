@@ -1,4 +1,4 @@
-"""Floating point operations: what a training step needs, and what a device can do. The two halves of the MFU."""
+"""FLOPs of a training step, and peak FLOP/s of a device: the two parts of the MFU."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 
 from training.machine.catalogue import peak_of
 
-if TYPE_CHECKING:  # the plan counts operations without torch
+if TYPE_CHECKING:  # the plan uses this module without torch
     import torch
     from transformers import PreTrainedModel
 
 
 def model_parameters(model: PreTrainedModel) -> tuple[int, int]:
-    """(parameters of the layers, parameters of the head); the input embedding multiplies nothing.
+    """(parameters of the layers, parameters of the head). The input embedding needs no matrix product.
 
-    Under ZeRO-3 a parameter's own size is 0 while it is not gathered; DeepSpeed keeps the whole size beside it.
+    Under ZeRO-3 the size of a parameter that is not gathered is 0; its full size is in DeepSpeed's `ds_numel`.
     """
 
     def count(module: torch.nn.Module | None) -> int:
@@ -26,12 +26,12 @@ def model_parameters(model: PreTrainedModel) -> tuple[int, int]:
     return count(model) - count(embedding) - (0 if tied else count(head)), count(head)
 
 
-# The last layer's queries, output matrix and MLP, 10 of a layer's 12 width^2, are needed only where there is a label.
+# In the last layer, queries, output matrix and MLP (10 of a layer's 12 width^2) are computed only at labels.
 LAST_LAYER_AT_LABELS = 10 / 12
 
 
 def layer_tokens(tokens: float, labels: float, depth: int) -> float:
-    """Tokens that a layer of a packed GPT-J computes, on average over its `depth` layers (model/attention.py)."""
+    """Tokens computed per layer of a packed GPT-J, averaged over its `depth` layers (model/attention.py)."""
     return tokens - LAST_LAYER_AT_LABELS * (tokens - labels) / depth
 
 
@@ -45,25 +45,25 @@ def training_flops(
     scores: float,
     passes: int = 3,
 ) -> float:
-    """Operations of forward and backward.
+    """FLOPs of forward and backward.
 
-    A matrix product of n tokens with p weights is 2np operations forward and twice that backward; attention is
-    4 x width a score and layer (Narayanan et al. 2021, section 5.1). Of b rows of s tokens, with the head everywhere,
-    it is their 96 b s l h^2 (1 + s/6h + V/16lh) for 4 passes.
+    A matrix product of n tokens with p weights needs 2np FLOPs forward and twice that backward; attention needs
+    4 x width per score and layer (Narayanan et al. 2021, section 5.1). For b rows of s tokens and the head on every
+    token, 4 passes give their 96 b s l h^2 (1 + s/6h + V/16lh).
 
     Args:
         layers, head: parameters of all layers, and of the head.
         width, depth: of the model.
-        tokens: through the layers (`layer_tokens` where the last one is not whole).
-        labels: through the head.
-        scores: attention scores of one head, the sum of squared row lengths; half of it where causality is used.
-        passes: through the layers, in units of a forward: 3, or 4 with checkpointing.
+        tokens: computed per layer (`layer_tokens` if the last layer computes only labels).
+        labels: tokens computed by the head.
+        scores: attention scores of one head: the sum of squared row lengths, or half of it if causality is used.
+        passes: cost of the layers in units of a forward pass: 3, or 4 with checkpointing.
     """
     return passes * (2 * layers * tokens + 4 * scores * width * depth) + 3 * 2 * head * labels
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations a second that the device can do: of a known GPU its data sheet's peak, else measured."""
+    """Peak FLOP/s of a device: from the data sheet of a known GPU, else measured."""
     import torch
 
     known = None
@@ -75,13 +75,13 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
 def matmul_flops_per_second(
     device: torch.device, dtype: torch.dtype, tokens: int = 512, width: int = 2048
 ) -> float:
-    """Measured rate of matrix products (tokens, width) @ (width, width), the best of five runs."""
+    """Measured FLOP/s of matrix products (tokens, width) @ (width, width), the best of five runs."""
     import torch
 
     a = torch.randn(tokens, width, device=device, dtype=dtype)
     b = torch.randn(width, width, device=device, dtype=dtype)
     operations = 2 * tokens * width**2
-    repeats = max(1, round(3e8 / operations))  # a short product would measure the clock
+    repeats = max(1, round(3e8 / operations))  # a single short product is below the clock's resolution
     best = float("inf")
     for _ in range(5):
         wait_for(device)
@@ -94,7 +94,7 @@ def matmul_flops_per_second(
 
 
 def wait_for(device: torch.device) -> None:
-    """Waits until the device has computed all that it was given."""
+    """Waits until the device has finished all queued work."""
     import torch
 
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Whether this build of torch can use the GPUs of this machine."""
+"""Checks whether this build of torch can use the GPUs of this machine, and in which precision."""
 
 from __future__ import annotations
 
@@ -13,30 +13,30 @@ from training.ranks import world_size
 
 
 def kernel_problems() -> list[str]:
-    """GPUs that this build of torch cannot use. It may say so, or train on the CPU without a word."""
+    """GPUs that this build of torch cannot use. Without this check torch may silently train on the CPU."""
     import torch
 
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")  # the last by Slurm
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles")  # Slurm sets the last
     if torch.version.hip or hidden:
         return []
-    release, built = torch.__version__.split("+")[0], torch.version.cuda
+    release, cuda = torch.__version__.split("+")[0], torch.version.cuda
     older = f"python -m pip install torch=={release}+cu126 --index-url https://download.pytorch.org/whl/cu126"
     newest = f"python -m pip uninstall -y torch && python -m pip install torch=={release}"
     if not torch.cuda.is_available():
         if not _nvidia_gpu():
             return []
         on_cpu = "or export CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
-        if built is None:
+        if cuda is None:
             return [
-                f"An NVIDIA GPU is here, but torch {torch.__version__} is a build without CUDA. "
+                f"This machine has an NVIDIA GPU, but torch {torch.__version__} is a build without CUDA. "
                 f"Type {newest} (for a V100 {older}), {on_cpu}"
             ]
         return [
-            f"An NVIDIA GPU is here, but CUDA does not start: {_why_no_cuda()}. Update the driver to one for CUDA "
-            f"{built}, type {older}, {on_cpu}"
+            f"This machine has an NVIDIA GPU, but CUDA does not start: {_why_no_cuda()}. Update the driver to one for "
+            f"CUDA {cuda}, type {older}, {on_cpu}"
         ]
-    built_for = torch.cuda.get_arch_list()
-    if not built_for:
+    arch_list = torch.cuda.get_arch_list()
+    if not arch_list:
         return []
     gpus = Counter(
         (torch.cuda.get_device_name(gpu), torch.cuda.get_device_capability(gpu))
@@ -44,17 +44,17 @@ def kernel_problems() -> list[str]:
     )
     problems = []
     for (name, capability), count in gpus.items():
-        if not missing_kernels(capability, built_for):
+        if not missing_kernels(capability, arch_list):
             continue
-        if capability > max(_built_capability(arch) for arch in built_for):
-            cure = f"Type {newest}, or use another GPU"
-        elif built and built.startswith("12.6"):  # the build with the oldest kernels
-            cure = "Use a newer GPU"
+        if capability > max(_built_capability(arch) for arch in arch_list):
+            fix = f"Type {newest}, or use another GPU"
+        elif cuda and cuda.startswith("12.6"):  # the build that supports the oldest GPUs
+            fix = "Use a newer GPU"
         else:
-            cure = f"Type {older}"
+            fix = f"Type {older}"
         problems.append(
             f"{count} x {name} (sm_{capability[0]}{capability[1]}): torch {torch.__version__} has no kernels for it, "
-            f"only {' '.join(built_for)}. {cure}"
+            f"only {' '.join(arch_list)}. {fix}"
         )
     return problems
 
@@ -62,13 +62,13 @@ def kernel_problems() -> list[str]:
 def missing_kernels(capability: tuple[int, int], arch_list: list[str]) -> bool:
     """Whether a torch build has no code that runs on a GPU.
 
-    A binary (sm_86) runs on its own major version from its minor version on, intermediate code (compute_80) on
-    everything newer. A name that ends in "a" is for that one architecture, in "f" for its family.
+    A binary (sm_86) runs on GPUs of its major version whose minor version is not lower; intermediate code (compute_80)
+    runs on all newer GPUs. The suffix "a" restricts it to that architecture, "f" to its family.
     https://docs.nvidia.com/cuda/cuda-c-programming-guide/#binary-compatibility and #ptx-compatibility
 
     Args:
-        capability: (major, minor), as torch.cuda.get_device_capability gives it.
-        arch_list: as torch.cuda.get_arch_list gives it.
+        capability: (major, minor) from torch.cuda.get_device_capability.
+        arch_list: from torch.cuda.get_arch_list.
     """
     for arch in arch_list:
         built = _built_capability(arch)
@@ -90,7 +90,7 @@ def _built_capability(arch: str) -> tuple[int, int]:
 
 
 def _nvidia_gpu(devices: Path = Path("/dev")) -> bool:
-    """Whether the system has an NVIDIA GPU. That nvidia-smi exists proves nothing: images have it without a GPU."""
+    """Whether the system has an NVIDIA GPU. Images without a GPU may contain nvidia-smi, so it is executed."""
     if any(devices.glob("nvidia[0-9]*")):
         return True
     command = shutil.which("nvidia-smi")
@@ -114,7 +114,7 @@ def _why_no_cuda() -> str:
 
 
 def best_precision() -> str:
-    """What the devices of this machine compute best: "bf16", "fp16", or "fp32" on a CPU."""
+    """Best precision of the devices of this machine: "bf16", "fp16", or "fp32" on a CPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -123,12 +123,14 @@ def best_precision() -> str:
 
 
 def precision_problems(precision: str) -> list[str]:
-    """Whether the devices of this machine cannot compute in a precision, and what to type instead."""
+    """Reports a precision that the devices of this machine do not support, with what to type instead."""
     import torch
 
     cuda = torch.cuda.is_available()
     if precision == "fp16" and not cuda:
-        return ["fp16 needs a CUDA GPU, and there is none here. Use config/ds_z3_bf16_config.json, or --bf16"]
+        return [
+            "fp16 needs a CUDA GPU, and this machine has none. Use config/ds_z3_bf16_config.json, or --bf16"
+        ]
     if precision == "bf16" and cuda and best_precision() != "bf16":
         return [
             f"{torch.cuda.get_device_name()} cannot compute in bf16. "
@@ -138,7 +140,7 @@ def precision_problems(precision: str) -> list[str]:
 
 
 def device_problems() -> list[str]:
-    """Whether several GPUs are visible to a run of one rank, which uses one of them."""
+    """Reports several visible GPUs in a run of one rank, which would use only one."""
     import torch
 
     gpus = torch.cuda.device_count()

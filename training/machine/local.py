@@ -1,4 +1,4 @@
-"""This machine: its devices, free host memory and free disk, and the most memory that this process held."""
+"""This machine: its devices, free host memory, free disk, and the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from pathlib import Path
 from training.consts import GIB
 from training.errors import MachineError
 from training.files import free_bytes
-from training.machine.catalogue import PEAK_FLOPS, Machine, family_of, find_family, is_of, peak_of
+from training.machine.catalogue import PEAK_FLOPS, Machine, family_of, find_family, matches_family, peak_of
 
 
 def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machine:
-    """This machine's devices, with the host memory and the disk (of `folder`) that are free now. Imports torch.
+    """This machine's devices, free host memory and free disk (of `folder`). Imports torch.
 
     Without a GPU the devices are `num_gpus` CPU ranks, by default two as in the demo. If the GPUs differ, the smallest
-    counts, because ZeRO deals evenly. Raises MachineError if `num_gpus` is more than the machine has.
+    one counts, because ZeRO shards evenly. Raises MachineError if the machine has fewer than `num_gpus` GPUs.
     """
     import torch
 
@@ -28,7 +28,7 @@ def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machi
         )
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if num_gpus and num_gpus > len(devices):
-        raise MachineError(f"--num-gpus {num_gpus}: this machine has {len(devices)}")
+        raise MachineError(f"--num-gpus {num_gpus}: this machine has {len(devices)} GPUs")
     smallest = min(devices, key=lambda device: device.total_memory)
     family = family_of(smallest.name, has_bf16=smallest.major >= 8)
     return Machine(
@@ -45,26 +45,26 @@ def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machi
 
 
 def _link(family: str, device_name: str) -> str:
-    """The link by the form of the GPU. SXM boards are assumed to be connected by NVLink."""
+    """The link between GPUs, guessed from the name: SXM modules are assumed to be connected by NVLink."""
     known = find_family(family)
-    return known.link if is_of(known, device_name) and "PCI" not in device_name else "pcie"
+    return known.link if matches_family(known, device_name) and "PCI" not in device_name else "pcie"
 
 
 def free_disk_gib(folder: str | Path) -> float:
-    """Free space of the disk that holds `folder`, or will; infinite where the disk does not report it."""
+    """Free space of the disk of `folder`, which need not exist; infinite if the disk does not report it."""
     free = free_bytes(Path(folder).expanduser())
     return math.inf if free is None else free / GIB
 
 
 def free_host_gib(cgroups: str | Path = "/sys/fs/cgroup") -> float:
-    """Host memory that is available: the machine's, or this container's if its limit leaves less.
+    """Available host memory: the machine's, or less if this container has a limit.
 
-    psutil reads the system's figure, which is the whole host's even in a container.
+    psutil reports the memory of the whole host even in a container.
     """
     import psutil
 
     free = psutil.virtual_memory().available
-    for limit_file, used_file in (  # cgroups version 2, then 1
+    for limit_file, used_file in (  # cgroup v2, then v1
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
@@ -79,7 +79,7 @@ def free_host_gib(cgroups: str | Path = "/sys/fs/cgroup") -> float:
 
 
 def _file_cache(limit_file: Path) -> int:
-    """Bytes of a container's usage that are cached files, which the system frees when memory is needed."""
+    """Bytes of cached files in a container's usage, which the system frees when memory is needed."""
     try:
         lines = (limit_file.parent / "memory.stat").read_text().splitlines()
     except OSError:
@@ -89,11 +89,11 @@ def _file_cache(limit_file: Path) -> int:
 
 
 def peak_memory_gib(on_gpu: bool) -> float:
-    """The most memory that this process has held so far: of its GPU, or of the host."""
+    """Peak memory of this process so far, on its GPU or on the host."""
     if on_gpu:
         import torch
 
         return torch.cuda.max_memory_allocated() / GIB
-    if sys.platform.startswith("linux"):  # where getrusage counts what the parent held before exec as well
+    if sys.platform.startswith("linux"):  # getrusage includes the parent's peak before exec
         return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / GIB
