@@ -1,4 +1,4 @@
-"""Dolly's defaults, the names of files, and numbers that several rooms share. Imports nothing."""
+"""Defaults, file names and constants shared by several packages. Imports none of our modules."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ DEFAULT_TRAINING_DATASET = "tatsu-lab/alpaca"
 DEFAULT_SEED = 42
 DEFAULT_TEST_SIZE = 1000  # rows held out
 DEFAULT_LEARNING_RATE = 1e-5
-SAMPLE_TOKENS = 128  # longest answer of a model that is asked while it trains
-WEIGHTS = ".safetensors"  # how the name of a weight file ends
+SAMPLE_TOKENS = 128  # longest sample answer during training, in tokens
+WEIGHTS = ".safetensors"  # suffix of weight files
 RUN_FILE = "run.json"  # the record of a run, in its output folder
-DEMO = "demo"  # the name of the embedded model and dataset, wherever a model or dataset is asked for
+DEMO = "demo"  # name of the built-in model and dataset
 
-# What Databricks showed when it announced Dolly.
+# The prompts of Databricks' announcement of Dolly.
 SAMPLE_INSTRUCTIONS = (
     "Write a love letter to Edgar Allan Poe.",
     "Write a tweet announcing Dolly, a large language model from Databricks.",
@@ -24,25 +24,25 @@ SAMPLE_INSTRUCTIONS = (
     "Explain to me the difference between nuclear fission and fusion.",
     "Give me a list of 5 science fiction books I should read next.",
 )
-PAD_TO_MULTIPLE_OF = 8  # Dolly's; tensor cores work on tiles of 8
+PAD_TO_MULTIPLE_OF = 8  # as in Dolly v1: tensor cores work on tiles of 8
 
-# Memory of one chunk of float32 logits. At 50,400 entries it is 1,331 tokens: the responses of 21 mean rows of
-# Alpaca, so most shares are one chunk, and the sum of weight gradients over chunks is seldom rounded twice.
+# Memory of one chunk of float32 logits. With a vocabulary of 50,400 this is 1,331 tokens, the responses of 21 average
+# Alpaca rows. So most batches are one chunk, and summing weight gradients over chunks seldom adds rounding.
 LOSS_CHUNK_BYTES = 256 * 2**20
-LARGEST_SHARE = 1.005  # of the mean: where batching.deal_by_tokens stops swapping
+LARGEST_SHARE = 1.005  # largest share of a device relative to the mean at which batching.deal_by_tokens stops
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[1]
 LEDGER_FILE = "ledger.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-GLOBAL_BATCH = 64  # rows of one optimizer step, whatever the devices; Dolly's run had 8 GPUs of 8 rows
+GLOBAL_BATCH = 64  # rows per optimizer step on any number of devices; Dolly v1 used 8 GPUs with 8 rows each
 
-# What Dolly generated with, and the most useful defaults for whoever loads the folder.
+# Dolly's generation settings, also written into the generation config of the finished model.
 MAX_NEW_TOKENS = 256
 SAMPLING = {"do_sample": True, "top_p": 0.92, "top_k": 0}
 
-# The likeliest token each time: the same model always gives the same answer.
+# Always the most likely token, so the same model always gives the same answer.
 GREEDY: dict[str, Any] = {"do_sample": False, "top_p": None, "top_k": None}
 
-# Set by the supervisor for the rank proper; its value tells whether somebody looks at a terminal.
+# Environment variable that the supervisor sets for the rank: "terminal" or "log", depending on its stderr.
 SUPERVISED = "DOLLY_SUPERVISED"

@@ -1,4 +1,4 @@
-"""Trains the small GPT-J through the product's own command, and shows its answers before and after."""
+"""Trains the small GPT-J with the trainer's command, and shows its answers before and after."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from training.pictures import PictureFile, draw_demo
 from training.plan.presets import DEMO_RECIPE, demo_options
 from training.storage import metrics
 
-SHOWN = 12  # examples on the terminal
-DRAWN = 8  # in the picture
+TERMINAL_EXAMPLES = 12
+PICTURE_EXAMPLES = 8
 MAX_NEW_TOKENS = 48
 
 
 def demo_command(output: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
-    """What a user would type to train on the demo."""
+    """The command that trains the demo."""
     config = ROOT / "config" / "ds_z3_bf16_config.json"
     values = demo_options(ranks) | {"deepspeed": os.path.relpath(config, ROOT), "local_output_dir": output}
     try:
@@ -39,7 +39,7 @@ def demo_command(output: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
 
 
 def held_out_rows(tokenizer: transformers.PreTrainedTokenizerBase, longest: int) -> list[dict[str, str]]:
-    """The rows that training held out, by the same split."""
+    """The held-out rows of training, from the same split."""
     prepared, _ = prepare_dataset(DEMO, tokenizer, longest)
     rows = demo_rows()
     return [
@@ -51,7 +51,7 @@ def held_out_rows(tokenizer: transformers.PreTrainedTokenizerBase, longest: int)
 def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
     """The greedy answers of the model in `folder`."""
     model, tokenizer = load_model_tokenizer_for_generate(folder)
-    given = generate_responses(
+    responses = generate_responses(
         [row["instruction"] for row in rows],
         [row["input"] for row in rows],
         model=model,
@@ -60,49 +60,56 @@ def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
         max_new_tokens=MAX_NEW_TOKENS,
         **GREEDY,
     )
-    return [printable(answer) for answer in given]
+    return [printable(response) for response in responses]
 
 
 def examples(rows: list[dict[str, str]], before: list[str], after: list[str]) -> list[tuple[str, ...]]:
-    """(instruction, answer before, answer after, expected) of some held-out rows, each on one line.
+    """(instruction, answer before, answer after, expected) of some held-out rows, as single lines.
 
-    No two instructions begin with the same word.
+    No two instructions start with the same word.
     """
-    found: dict[str, tuple[str, ...]] = {}
+    by_first_word: dict[str, tuple[str, ...]] = {}
     for row, old, new in zip(rows, before, after, strict=True):
         texts = f"{row['instruction']} {row['input']}", old, new, row["output"]
-        found.setdefault(row["instruction"].split()[0], tuple(" ".join(text.split()) for text in texts))
-    return list(found.values())[:SHOWN]
+        by_first_word.setdefault(
+            row["instruction"].split()[0], tuple(" ".join(text.split()) for text in texts)
+        )
+    return list(by_first_word.values())[:TERMINAL_EXAMPLES]
 
 
 def table(shown: list[tuple[str, ...]]) -> str:
-    """The examples for a terminal."""
+    """The examples as a text table."""
     lines = [
         f"{instruction[:52]:<54}{before[:18]:<20}{'=' if after == expected else '!'} {after[:44]}"
         for instruction, before, after, expected in shown
     ]
-    return "\n".join([f"{'instruction':<54}{'before':<20}  after ('=': as expected)", *lines])
+    return "\n".join([f"{'instruction':<54}{'before':<20}  after ('=': correct)", *lines])
 
 
-def exact_match(rows: list[dict[str, str]], given: list[str]) -> float:
-    """Share of the rows answered to the letter."""
-    return sum(row["output"].strip() == answer for row, answer in zip(rows, given, strict=True)) / len(rows)
+def exact_match(rows: list[dict[str, str]], responses: list[str]) -> float:
+    """Share of the rows whose answer is exactly the expected one."""
+    return sum(row["output"].strip() == answer for row, answer in zip(rows, responses, strict=True)) / len(
+        rows
+    )
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
-    "--num-gpus", type=click.IntRange(1), default=None, help="Ranks.  [default: the GPUs, else 2 on the CPU]"
+    "--num-gpus",
+    type=click.IntRange(1),
+    default=None,
+    help="Number of ranks.  [default: number of GPUs, or 2 ranks on the CPU]",
 )
 @click.option("--local-output-dir", default=None, help="[default: ~/dolly_training/demo__<timestamp>]")
 @click.option(
-    "--plot", type=PictureFile(), metavar="FILE.png", help="Draw the losses and some of the answers."
+    "--plot", type=PictureFile(), metavar="FILE.png", help="Draw the losses and some answers into this file."
 )
 @click.argument("trainer_options", nargs=-1, type=click.UNPROCESSED)
 def main(
     num_gpus: int | None, local_output_dir: str | None, plot: Path | None, trainer_options: tuple[str, ...]
 ) -> None:
-    """Train the demo, and show what it learned. TRAINER_OPTIONS go to training.trainer as they are."""
-    begin = time.monotonic()
+    """Train the demo model and show its answers. TRAINER_OPTIONS are passed to training.trainer."""
+    start = time.monotonic()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     gpus = torch.cuda.device_count()
@@ -111,11 +118,14 @@ def main(
         Path.home() / "dolly_training" / time.strftime("demo__%Y-%m-%dT%H-%M-%S")
     )
     command = demo_command(output, ranks, trainer_options)
-    print(f"Running, as you would for the large model:\n  {shell_command(command)}", flush=True)
-    # Its output is inherited, for the bar that moves on a terminal.
+    print(
+        f"Running the command that you would type for the large model:\n  {shell_command(command)}",
+        flush=True,
+    )
+    # The command inherits the terminal, so that its progress bar works.
     code = subprocess.run(command, env=launch_environment(0 if gpus else ranks), cwd=ROOT).returncode
     if code:
-        raise click.ClickException(f"training failed with exit code {code}; its last lines stand above")
+        raise click.ClickException(f"training failed with exit code {code}: see its last lines above")
     model, tokenizer = load_model_tokenizer_for_generate(output)
     rows = held_out_rows(tokenizer, max_positions(model.config))
     before, after = answers(DEMO, rows), answers(output, rows)
@@ -124,13 +134,13 @@ def main(
         f"exact match on all {len(rows)} held-out rows: {exact_match(rows, before):.0%} before, "
         f"{exact_match(rows, after):.0%} after"
     )
-    print(f"\nHeld-out rows, on which it was never trained:\n\n{table(shown)}\n")
+    print(f"\nHeld-out rows, which were not trained on:\n\n{table(shown)}\n")
     print(
-        f"{result}; {duration(time.monotonic() - begin)} in all\n"
+        f"{result}; {duration(time.monotonic() - start)} in total\n"
         f'Ask it yourself: python -m training.generate --model {shlex.quote(output)} "{rows[0]["instruction"]}"'
     )
     if plot:
-        draw_demo(metrics.read(Path(output) / METRICS_FILE), shown[:DRAWN], result, plot)
+        draw_demo(metrics.read(Path(output) / METRICS_FILE), shown[:PICTURE_EXAMPLES], result, plot)
 
 
 if __name__ == "__main__":

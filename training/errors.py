@@ -1,48 +1,48 @@
-"""Every error that a person sees."""
+"""All errors whose message is shown to the user."""
 
 from __future__ import annotations
 
 
 class OptionsError(ValueError):
-    """The options cannot be used together, or not on this machine. `problems` holds every reason."""
+    """The options contradict each other or do not suit this machine. `problems` holds every reason."""
 
     def __init__(self, *problems: str):
         self.problems = list(problems)
-        super().__init__("\n".join(f"  - {fault}" for fault in problems))
+        super().__init__("\n".join(f"  - {problem}" for problem in problems))
 
 
 class DataError(ValueError):
-    """The dataset cannot be used; the message names the file, the row, and what to do."""
+    """The dataset cannot be used. The message names the file, the row and the fix."""
 
 
 class DuplicateKeyError(ValueError):
-    """One JSON object has the same key twice, and no one can say which is meant."""
+    """A JSON object has the same key twice."""
 
 
 class ModelError(ValueError):
-    """The model or its tokenizer cannot be used; the message says why and what to do."""
+    """The model or its tokenizer cannot be used. The message says why and how to fix it."""
 
 
 class MachineError(ValueError):
-    """No such machine, or none that can train; the message names what there is."""
+    """The machine is unknown or cannot train. The message lists the known ones."""
 
 
 class FolderBusyError(RuntimeError):
-    """Another process writes into the folder. The message says which, and what to do."""
+    """Another process writes into the folder. The message says which one and what to do."""
 
 
 class PublishError(RuntimeError):
-    """The model could not be published; the message says why and what to type. The source is untouched."""
+    """The model could not be published. The message says why and what to type. The source is unchanged."""
 
 
 class SourceError(PublishError):
-    """A file of the model itself cannot be read, or has changed while it was copied."""
+    """A file of the source model cannot be read, or has changed during the copy."""
 
 
 class TrainingError(RuntimeError):
-    """Training cannot go on. The message says at which step, why, and what to do; the last checkpoint is good.
+    """Training cannot continue. The message names the step, the reason and what to do. The last checkpoint is valid.
 
-    All ranks raise it together, and one needs to tell it; or one `alone`, which then tells it itself.
+    Either all ranks raise it and rank 0 prints it, or one rank raises it with `alone` and prints it.
     """
 
     def __init__(self, message: str, alone: bool = False) -> None:
@@ -51,22 +51,22 @@ class TrainingError(RuntimeError):
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGTERM or Ctrl-C where no step was under way that could be finished."""
+    """SIGTERM or Ctrl-C outside the training steps, where there is no step to finish."""
 
 
 class TrackingError(RuntimeError):
-    """The finished model could not be logged; the message says why. The model is untouched."""
+    """The finished model could not be logged. The message says why. The model is unchanged."""
 
 
 class UnfinishedRunError(ModelError, PublishError, TrackingError):
-    """The folder holds no finished run, so it can be neither asked, published nor logged; the message says why."""
+    """The folder holds no finished run, so its model cannot be loaded, published or logged. The message says why."""
 
 
 class TrainingFailedError(RuntimeError):
-    """The command ended with an exit code other than 0. The message has its meaning and its last lines.
+    """The training command ended with an exit code other than 0. The message has its meaning and the last lines.
 
     Attributes:
-        code: of the launcher, as subprocess gives it; on Spark of the rank that failed first, None where none did.
+        code: exit code of the launcher (subprocess's); on Spark of the first rank that failed, None if none failed.
     """
 
     def __init__(self, message: str, code: int | None = None):
@@ -74,25 +74,25 @@ class TrainingFailedError(RuntimeError):
         super().__init__(message)
 
     def _render_traceback_(self) -> list[str]:
-        """What a notebook shows, IPython asks for it by this name: the words alone, for the frames are all ours."""
+        """Lines that IPython shows instead of a traceback: only the message, as the frames are all internal."""
         return "\n".join([str(self), *getattr(self, "__notes__", [])]).splitlines()
 
 
 class NotebookSourceError(ValueError):
-    """The file is no Databricks notebook, or has a cell that cannot run elsewhere. The message names the cell."""
+    """The file is not a Databricks notebook, or a cell cannot run elsewhere. The message names the cell."""
 
 
 class RunRefusedError(RuntimeError):
-    """A cell cannot go on; the message says why and what to choose instead."""
+    """A cell of the notebook refuses to run. The message says why and what to choose instead."""
 
     _render_traceback_ = TrainingFailedError._render_traceback_
 
 
 class NotebookFailedError(RuntimeError):
-    """A cell failed, or the run was stopped; the console has shown why."""
+    """A cell failed or the notebook was stopped. The console shows why."""
 
 
 def first_line(error: Exception) -> str:
-    """Of a message that only begins with "...:", the line after it as well."""
+    """The type and first line of an error. If that line ends with ":", the second line as well."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
     return f"{type(error).__name__}: {' '.join(lines[: 2 if lines[0].endswith(':') else 1])}"

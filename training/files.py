@@ -1,4 +1,4 @@
-"""Files and folders: whole writes, checksums, free space, what paths mean. Imports none of our modules."""
+"""Files and folders: atomic writes, checksums, free space and paths. Imports none of our modules."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from pathlib import Path
 from typing import IO, Any
 
 DBFS = "/dbfs"
-MOUNTS = (DBFS, "/Volumes")  # of Databricks: a file is written front to back there, and never changed
+MOUNTS = (DBFS, "/Volumes")  # Databricks object stores: files are written sequentially and cannot be changed
 
-# Names of files that a killed process may leave, and that hold nothing.
-PARTIAL = ".partial"  # ends the name of a file or folder while it is written
-SCRATCH = ".dolly-"  # begins the name of what is needed for a moment
+# Names of temporary files and folders, which a killed process may leave behind.
+PARTIAL = ".partial"  # suffix while a file or folder is being written
+SCRATCH = ".dolly-"  # prefix of short-lived files and folders
 WRITER_LOCK = ".writer.lock"
 WRITER_INFO = ".writer.json"
 WRITER_FILES = (WRITER_LOCK, WRITER_INFO)  # in the output folder, while a run writes into it
 
-BLOCK = 2**23  # bytes read at once
-LARGE = 2**28  # bytes from which a file has a bar on a terminal
+BLOCK = 2**23  # bytes per read
+LARGE = 2**28  # smallest file with a progress bar, in bytes
 
 
-# --- whole writes -------------------------------------------------------------------------------------
+# --- atomic writes ------------------------------------------------------------------------------------
 
 
 def write_file(file: Path, content: str | bytes) -> None:
-    """Replaces a file in one rename, so that no reader ever sees half of it. Text is written as UTF-8."""
+    """Replaces a file atomically by a rename. Text is written as UTF-8."""
     partial = file.with_name(f"{file.name}{PARTIAL}")
     with open(partial, "wb") as stream:
         stream.write(content.encode() if isinstance(content, str) else content)
@@ -46,10 +46,10 @@ def write_json(file: Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def write_folder(target: Path, is_whole: Callable[[Path], Any] = Path.is_dir) -> Iterator[Path]:
-    """Gives an empty folder to fill, and renames it to `target` at the end, so that no reader ever sees half of it.
+def write_folder(target: Path, is_complete: Callable[[Path], Any] = Path.is_dir) -> Iterator[Path]:
+    """Yields an empty folder to fill, and renames it to `target` at the end, so that no reader sees a partial folder.
 
-    A folder that another process has put there in the meantime stays if it `is_whole`. Raises OSError.
+    If another process has created `target` meanwhile, it is kept if it `is_complete`. Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{target.name}{PARTIAL}-", dir=target.parent))
@@ -58,7 +58,7 @@ def write_folder(target: Path, is_whole: Callable[[Path], Any] = Path.is_dir) ->
         try:
             os.replace(partial, target)
         except OSError:
-            if not is_whole(target):
+            if not is_complete(target):
                 shutil.rmtree(target)
                 os.replace(partial, target)
     finally:
@@ -69,7 +69,7 @@ def write_folder(target: Path, is_whole: Callable[[Path], Any] = Path.is_dir) ->
 
 
 def read_blocks(stream: IO[bytes], size: int, label: str = "") -> Iterator[bytes]:
-    """A stream of `size` bytes from front to back. With a label, a large one has a bar where a person is looking."""
+    """Reads a stream of `size` bytes in blocks. With a label, a large one shows a progress bar on a terminal."""
     from tqdm import tqdm
 
     hidden = None if label and size >= LARGE else True  # None: hidden unless on a terminal
@@ -82,7 +82,7 @@ def read_blocks(stream: IO[bytes], size: int, label: str = "") -> Iterator[bytes
 
 
 def digest(blocks: Iterable[bytes]) -> dict[str, Any]:
-    """{"size": bytes, "sha256": hex} of a content that comes in blocks."""
+    """{"size": bytes, "sha256": hex} of the blocks."""
     size, checksum = 0, hashlib.sha256()
     for block in blocks:
         size += len(block)
@@ -91,7 +91,7 @@ def digest(blocks: Iterable[bytes]) -> dict[str, Any]:
 
 
 def file_digest(file: Path, label: str = "", flush: bool = False) -> dict[str, Any]:
-    """`digest` of a file, read anew; forced to the disk first if `flush`. Raises OSError."""
+    """`digest` of a file; `flush` calls fsync first. Raises OSError."""
     with file.open("rb") as stream:
         if flush:
             os.fsync(stream.fileno())
@@ -99,7 +99,7 @@ def file_digest(file: Path, label: str = "", flush: bool = False) -> dict[str, A
 
 
 def fingerprint(*parts: Path | str) -> str:
-    """32 hexadecimal digits that change with the content of any of these files, and with any of these texts."""
+    """Hash of 32 hexadecimal digits over the contents of these files (Path) and these texts (str)."""
     digests = [file_digest(part) if isinstance(part, Path) else digest([part.encode()]) for part in parts]
     return digest([json.dumps(digests).encode()])["sha256"][:32]
 
@@ -108,11 +108,11 @@ def fingerprint(*parts: Path | str) -> str:
 
 
 def disk_problems(needs: Mapping[Path, int], labels: Mapping[Path, str]) -> list[str]:
-    """File systems with less free than will be written on them.
+    """Reports file systems with too little free space.
 
     Args:
         needs: bytes that will be written below each path, which need not exist yet.
-        labels: what they are for, as in {Path("/disk/out/checkpoints"): "2 checkpoints"}.
+        labels: content of each path, such as {Path("/disk/out/checkpoints"): "2 checkpoints"}.
     """
     by_device: dict[int, list[Path]] = {}
     for path in needs:
@@ -124,18 +124,18 @@ def disk_problems(needs: Mapping[Path, int], labels: Mapping[Path, str]) -> list
             continue
         purposes = ", ".join(f"{size_in_words(needs[path])} for {labels[path]} ({path})" for path in paths)
         problems.append(
-            f"{_mount_point(paths[0])} has {size_in_words(free)} free, and {size_in_words(needed)} are needed: {purposes}. "
+            f"{_mount_point(paths[0])} has {size_in_words(free)} free, but {size_in_words(needed)} are needed: {purposes}. "
             f"Free {size_in_words(needed - free)} there, lower --save-total-limit, or use a larger disk "
-            "(--local-output-dir, and HF_HOME for what is downloaded)"
+            "(--local-output-dir, and HF_HOME for downloads)"
         )
     return problems
 
 
 def free_bytes(path: Path) -> int | None:
-    """Bytes that we may still write on the file system of `path`, which need not exist yet.
+    """Free bytes of the file system of `path`, which need not exist yet.
 
-    None where the answer cannot be trusted: object stores mounted as folders report no size at all, or more free
-    than there is.
+    None if the reported values are implausible: mounted object stores report no size, or more free space than their
+    size.
     """
     try:
         disk = os.statvfs(nearest_existing(path))
@@ -147,7 +147,7 @@ def free_bytes(path: Path) -> int | None:
 
 
 def nearest_existing(path: Path) -> Path:
-    """`path`, or the nearest folder above it that exists and can be looked at."""
+    """`path`, or its nearest parent folder that exists and can be accessed."""
     path = path.absolute()
     while path != path.parent:
         with contextlib.suppress(OSError):
@@ -158,16 +158,16 @@ def nearest_existing(path: Path) -> Path:
 
 
 def writable(folder: Path) -> bool:
-    """Whether `folder` can be made, or written: tried in its nearest parent that exists.
+    """Whether `folder` can be created or written. Tries to create a folder in it or its nearest existing parent.
 
-    Permissions alone tell too little: root has them all, also where NFS or /proc let nobody make anything.
+    Permissions are not sufficient: root has them all, even where NFS or /proc refuse to create anything.
     """
     try:
         if any(part.is_symlink() and not part.exists() for part in (folder, *folder.parents)):
-            return False  # a link to nowhere: nothing can be made in its place
+            return False  # a dangling link: nothing can be created there
         trial = nearest_existing(folder) / f"{SCRATCH}trial-{os.getuid()}"
-        # One name per user: the next trial removes what a killed one left. Other ranks try at the same moment, and
-        # another user's folder could not be removed in a shared place such as /tmp.
+        # A fixed name, so that the next check removes the leftover of a killed one; one per user, because another
+        # user's folder in /tmp could not be removed. Ranks run this at the same time.
         with contextlib.suppress(FileExistsError):
             trial.mkdir()
         with contextlib.suppress(FileNotFoundError):
@@ -185,17 +185,17 @@ def _mount_point(path: Path) -> Path:
 
 
 def size_in_words(count: int) -> str:
-    """Bytes as "12.3 GiB", or as MiB below a tenth of one."""
+    """Bytes as "12.3 GiB", or as MiB below 0.1 GiB."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 / 10 else f"{count / 2**20:,.1f} MiB"
 
 
 def local_path(folder: str) -> Path:
-    """The path of a folder as a person writes it: /dbfs/x for dbfs:/x, which Databricks shows; ~ is expanded."""
+    """The local path of a folder as typed by a user: dbfs:/x becomes /dbfs/x, ~ is expanded."""
     return Path(re.sub("^dbfs:/*", f"{DBFS}/", folder)).expanduser()
 
 
 def mounted_store(path: Path) -> Path | None:
-    """/dbfs or /Volumes where `path` lies there."""
+    """/dbfs or /Volumes if `path` is below one of them, else None."""
     top = Path(*path.parts[:2])
     return top if str(top) in MOUNTS else None
 

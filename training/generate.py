@@ -1,4 +1,4 @@
-"""Asks a trained model; the answer is streamed to the terminal.
+"""Generates an answer with a trained model and streams it to the terminal.
 
 python -m training.generate --model OUT "Write a love letter to Edgar Allan Poe."
 """
@@ -20,7 +20,7 @@ from training.model.generation import (
 )
 from training.model.loading import DTYPES
 
-# The names by which Python programs ask a model.
+# The public API for Python programs.
 __all__ = ["generate_response", "generate_responses", "load_model_tokenizer_for_generate", "main"]
 
 
@@ -30,9 +30,9 @@ __all__ = ["generate_response", "generate_responses", "load_model_tokenizer_for_
     "--model",
     "path",
     required=True,
-    help="A folder that training wrote, or a model on the Hub. Of a Metaflow run: python flows/model_on_s3.py RUN_ID --to FOLDER",
+    help="Output folder of a run, or a model on the Hub. Metaflow: fetch it first with python flows/model_on_s3.py RUN_ID --to FOLDER",
 )
-@click.option("--input", "context", help="Text that the instruction is about.")
+@click.option("--input", "context", help="Input text for the instruction.")
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
@@ -40,16 +40,14 @@ __all__ = ["generate_response", "generate_responses", "load_model_tokenizer_for_
     show_default=True,
     help="Longest answer, in tokens.",
 )
-@click.option(
-    "--greedy", is_flag=True, help="The likeliest answer, always the same, instead of a sampled one."
-)
+@click.option("--greedy", is_flag=True, help="Always take the most likely token instead of sampling.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Makes a sampled answer repeatable.")
 @click.option(
     "--dtype",
     type=click.Choice(list(DTYPES)),
     help="[default: half precision on a GPU, fp32 on a CPU]",
 )
-@click.option("--trust-remote-code", is_flag=True, help="Run Python code that the model's repository brings.")
+@click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository.")
 def main(
     instruction: str,
     path: str,
@@ -60,7 +58,7 @@ def main(
     dtype: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Answer INSTRUCTION, streaming the answer as it is written."""
+    """Answer INSTRUCTION and stream the answer."""
     for name, text in (("INSTRUCTION", instruction), ("--input", context or "")):
         if text.encode(errors="replace").decode() != text:
             raise click.UsageError(f"{name} {text!r}: is not UTF-8")

@@ -1,9 +1,10 @@
-"""Runs a Databricks notebook where there is no Databricks.
+"""Runs a Databricks notebook outside Databricks.
 
     python -m training.notebook notebooks/train_dolly.py --set gpu_family=cpu --out executed.ipynb
 
-The file is Databricks' source format, valid Python: `# COMMAND ----------` between cells, `# MAGIC` before lines that
-are no Python. It becomes a Jupyter notebook and runs cell by cell; `dbutils` is a stand-in. Imports no torch."""
+The file has Databricks' source format, which is valid Python: `# COMMAND ----------` separates cells, `# MAGIC` precedes
+lines that are not Python. It is converted to a Jupyter notebook and runs cell by cell, with a stand-in for `dbutils`.
+Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,15 +32,15 @@ if TYPE_CHECKING:
 HEADER = "# Databricks notebook source"
 BETWEEN_CELLS = re.compile(r"^# COMMAND -+\s*$", re.MULTILINE)
 MAGIC = re.compile(r"^# MAGIC ?")
-SAME_MAGIC = re.compile(r"%(pip|load_ext|tensorboard)\b")  # means the same in Databricks and in Jupyter
+SAME_MAGIC = re.compile(r"%(pip|load_ext|tensorboard)\b")  # works in Databricks and in Jupyter
 WIDGET = re.compile(r"dbutils\.widgets\.(?:text|dropdown)\(\s*[\"'](\w+)")
-CHOSEN = "DOLLY_WIDGETS"  # environment variable with the widgets' values, as JSON
-EXTRA = "Type pip install '.[notebook]'"
-START = 600  # seconds that a kernel may take to start on a busy machine
+WIDGET_VALUES = "DOLLY_WIDGETS"  # environment variable with the widgets' values, as JSON
+INSTALL_EXTRA = "Type pip install '.[notebook]'"
+KERNEL_START_TIMEOUT = 600  # seconds; a busy machine is slow
 
 
 def read_source(text: str) -> NotebookNode:
-    """The Jupyter notebook of a source file's text, cell by cell. Raises NotebookSourceError."""
+    """Converts the text of a source file to a Jupyter notebook. Raises NotebookSourceError."""
     import nbformat
 
     if not text.startswith(HEADER):
@@ -60,12 +61,12 @@ def _cell(source: str, number: int) -> NotebookNode:
             ast.parse(code)
         except SyntaxError as error:
             raise NotebookSourceError(
-                f"line {error.lineno} of a cell is no Python ({error.msg}): {error.text}"
+                f"line {error.lineno} of a cell is not Python ({error.msg}): {error.text}"
             ) from error
         return new_code_cell(code)
     if not all(MAGIC.match(line) or not line.strip() for line in lines):
         raise NotebookSourceError(
-            f"cell {number}: '# MAGIC' stands beside plain lines. Give each a cell of its own"
+            f"cell {number}: has lines with and without '# MAGIC'. Put each kind into its own cell"
         )
     body = [MAGIC.sub("", line) for line in lines if line.strip()]
     if body[0].split()[:1] == ["%md"]:
@@ -77,24 +78,26 @@ def _cell(source: str, number: int) -> NotebookNode:
 
 
 def widget_names(notebook: NotebookNode) -> list[str]:
-    """The widgets that its cells make, in order, read from their source."""
+    """Names of the widgets that the cells create, in order, from their source."""
     return [name for cell in notebook.cells for name in WIDGET.findall(cell.source)]
 
 
-def choose(notebook: NotebookNode, values: Mapping[str, str]) -> None:
-    """Puts a cell before all others that sets the widgets, so that the notebook itself shows what was chosen."""
+def set_widgets(notebook: NotebookNode, values: Mapping[str, str]) -> None:
+    """Inserts a first cell that sets the widgets, so that the notebook shows the chosen values."""
     from nbformat.v4 import new_code_cell
 
     if values:
-        code = f"import os\n\nos.environ[{CHOSEN!r}] = {json.dumps(dict(values))!r}  # chosen with --set"
+        code = (
+            f"import os\n\nos.environ[{WIDGET_VALUES!r}] = {json.dumps(dict(values))!r}  # chosen with --set"
+        )
         notebook.cells.insert(0, new_code_cell(code))
 
 
 class Widgets:
-    """`dbutils.widgets` without a page: each has its default, or the value in the environment variable CHOSEN."""
+    """Stand-in for `dbutils.widgets`. A widget has its default or the value in the variable WIDGET_VALUES."""
 
     def __init__(self) -> None:
-        self._chosen: dict[str, str] = json.loads(os.environ.get(CHOSEN, "{}"))
+        self._chosen: dict[str, str] = json.loads(os.environ.get(WIDGET_VALUES, "{}"))
         self._values: dict[str, str] = {}
 
     def text(self, name: str, defaultValue: str, label: str | None = None) -> None:
@@ -103,7 +106,7 @@ class Widgets:
     def dropdown(
         self, name: str, defaultValue: str, choices: Sequence[str], label: str | None = None
     ) -> None:
-        """Raises RunRefusedError for a value that is none of the choices, which Databricks' page does not offer."""
+        """Raises RunRefusedError for a value that is not one of the choices; Databricks' page offers no others."""
         self.text(name, defaultValue)
         if self._values[name] not in choices:
             raise RunRefusedError(f"{name} {self._values[name]}: expected one of {', '.join(choices)}")
@@ -115,27 +118,26 @@ class Widgets:
         return dict(self._values)
 
 
-class StandIn:
-    """`dbutils`, as far as a notebook that trains needs it."""
+class DbutilsStandIn:
+    """The parts of `dbutils` that the training notebook uses."""
 
     def __init__(self) -> None:
         self.widgets = Widgets()
-        self.library = SimpleNamespace(
-            restartPython=lambda: None
-        )  # a Jupyter kernel finds what %pip installed
-        warnings.filterwarnings("ignore", message="IProgress not found")  # tqdm's, where ipywidgets are not
+        # No restart: a Jupyter kernel finds packages that %pip installed.
+        self.library = SimpleNamespace(restartPython=lambda: None)
+        warnings.filterwarnings("ignore", message="IProgress not found")  # from tqdm without ipywidgets
 
 
 def run(notebook: NotebookNode, folder: Path, out: Path) -> None:
-    """Runs every cell in `folder`, shows what they print as it comes, and updates `out` after each.
+    """Runs every cell in `folder`, shows the output as it is printed, and updates `out` after each cell.
 
-    Ctrl-C and SIGTERM interrupt the cell that runs, which lets training save. Raises NotebookFailedError where a cell
-    failed: those after it have not run.
+    Ctrl-C and SIGTERM interrupt the running cell, so that training can save. Raises NotebookFailedError if a cell
+    failed; the cells after it do not run.
     """
     from nbclient import NotebookClient
     from nbclient.exceptions import CellExecutionError, DeadKernelError
 
-    interrupts: list[asyncio.Task[Any]] = []  # the loop itself holds no task
+    interrupts: list[asyncio.Task[Any]] = []  # keeps a reference: the event loop holds only weak ones
 
     class Client(NotebookClient):
         def output(self, outs: Any, msg: Any, display_id: Any, cell_index: int) -> Any:
@@ -149,15 +151,15 @@ def run(notebook: NotebookNode, folder: Path, out: Path) -> None:
     def before_cell(**_: Any) -> None:
         if interrupts:
             raise NotebookFailedError("stopped")
-        for number in (signal.SIGINT, signal.SIGTERM):  # nbclient's own handlers end the kernel at once
+        for number in (signal.SIGINT, signal.SIGTERM):  # nbclient's own handlers kill the kernel
             asyncio.get_running_loop().add_signal_handler(number, interrupt)
 
     client = Client(
         notebook,
         timeout=None,
-        startup_timeout=START,
+        startup_timeout=KERNEL_START_TIMEOUT,
         coalesce_streams=True,
-        extra_arguments=["--log-level=ERROR"],  # the kernel's own warnings are about itself
+        extra_arguments=["--log-level=ERROR"],  # hides the kernel's warnings about itself
         resources={"metadata": {"path": str(folder)}},
         on_cell_start=before_cell,
         on_cell_executed=lambda **_: write(notebook, out),
@@ -165,17 +167,17 @@ def run(notebook: NotebookNode, folder: Path, out: Path) -> None:
     try:
         client.execute()
     except CellExecutionError as error:
-        raise NotebookFailedError("a cell failed, and those after it did not run") from error
+        raise NotebookFailedError("a cell failed, and the cells after it did not run") from error
     except DeadKernelError as error:
         raise NotebookFailedError(
-            "its kernel died, most likely because host memory ran out, and no further cell ran"
+            "the kernel died, most likely because host memory ran out, and no further cell ran"
         ) from error
     finally:
         write(notebook, out)
 
 
 def _show(kind: str, content: Mapping[str, Any]) -> None:
-    """Prints what a cell gives, as text on the console."""
+    """Prints an output of a cell as text."""
     if kind == "stream":
         stream = sys.stderr if content["name"] == "stderr" else sys.stdout
         print(content["text"], end="", file=stream, flush=True)
@@ -187,7 +189,7 @@ def _show(kind: str, content: Mapping[str, Any]) -> None:
 
 
 def write(notebook: NotebookNode, out: Path) -> None:
-    """Replaces the file in one rename, without TensorBoard's frame, which ends with the kernel."""
+    """Writes the notebook atomically, without TensorBoard's frame, which does not work after the kernel has ended."""
     import nbformat
 
     for cell in notebook.cells:
@@ -199,36 +201,34 @@ def write(notebook: NotebookNode, out: Path) -> None:
 
 @click.command(context_settings={"max_content_width": 110})
 @click.argument("notebook", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--set", "chosen", multiple=True, metavar="WIDGET=VALUE", help="Choose as on the notebook's page."
-)
+@click.option("--set", "chosen", multiple=True, metavar="WIDGET=VALUE", help="Set a widget of the notebook.")
 @click.option(
     "--out",
     required=True,
     type=click.Path(dir_okay=False, path_type=Path),
     metavar="FILE.ipynb",
-    help="The notebook with what its cells gave, for Jupyter; written after each cell.",
+    help="Jupyter notebook with the outputs; written after each cell.",
 )
-@click.option("--no-run", is_flag=True, help="Write the notebook for Jupyter, and run no cell of it.")
+@click.option("--no-run", is_flag=True, help="Convert the notebook to Jupyter's format without running it.")
 def main(notebook: Path, chosen: tuple[str, ...], out: Path, no_run: bool) -> None:
-    """Run every cell of NOTEBOOK, a file in Databricks' source format. Ends with 1 where one of them failed."""
+    """Run every cell of NOTEBOOK, a file in Databricks' source format. Exits with 1 if a cell failed."""
     try:
         import nbclient  # noqa: F401
     except ImportError as error:
-        raise click.ClickException(f"{error.name} is not installed. {EXTRA}") from error
-    if out.suffix != ".ipynb":  # the notebook itself must not be written over
+        raise click.ClickException(f"{error.name} is not installed. {INSTALL_EXTRA}") from error
+    if out.suffix != ".ipynb":  # never overwrite the source
         raise click.UsageError(f"--out {out}: expected a name that ends with .ipynb")
     try:
         cells = read_source(notebook.read_text(encoding="utf-8"))
     except (NotebookSourceError, UnicodeDecodeError) as error:
         raise click.UsageError(f"{notebook}: {error}") from error
     known = widget_names(cells)
-    unknown = [each for each in chosen if "=" not in each or each.partition("=")[0] not in known]
+    unknown = [choice for choice in chosen if "=" not in choice or choice.partition("=")[0] not in known]
     if unknown:
         raise click.UsageError(
             f"--set {', '.join(unknown)}: expected WIDGET=VALUE. The widgets are: {', '.join(known)}"
         )
-    choose(cells, dict(each.partition("=")[::2] for each in chosen))
+    set_widgets(cells, dict(choice.partition("=")[::2] for choice in chosen))
     try:
         out.absolute().parent.mkdir(parents=True, exist_ok=True)
         write(cells, out)
@@ -241,9 +241,9 @@ def main(notebook: Path, chosen: tuple[str, ...], out: Path, no_run: bool) -> No
     try:
         run(cells, notebook.absolute().parent, out)
     except NotebookFailedError as error:
-        print(f"{notebook}: {error}. What they gave is in {out}", file=sys.stderr)
+        print(f"{notebook}: {error}. The outputs are in {out}", file=sys.stderr)
         sys.exit(1)
-    print(f"all cells ran; what they gave is in {out}")
+    print(f"all cells ran; the outputs are in {out}")
 
 
 if __name__ == "__main__":

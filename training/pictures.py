@@ -1,4 +1,4 @@
-"""Pictures: the memory of a device by part, the figures of a run step by step, the losses and answers of the demo."""
+"""Charts: memory of a device by part, metrics of a run by step, losses and answers of the demo."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 
 from training.files import writable
 
-# What stays is blue, what ZeRO moves green, what comes and goes with the rows orange, the rest grey.
+# Persistent memory is blue, what ZeRO communicates green, what depends on the batch orange, the rest grey.
 COLOURS = {
     "weights": "#1f4e8c",
     "gradients": "#3f7fbf",
@@ -24,20 +24,20 @@ COLOURS = {
     "context and fragmentation": "#b5b5b5",
 }
 ENDINGS = (".png", ".pdf", ".svg")
-# Of the demo's table: the headings, and where each column begins with how many characters it shows.
+# The demo's table: headings, and for each column its x position and the number of characters shown.
 EXAMPLE_COLUMNS = ("instruction", "before", "after", "expected")
-EXAMPLE_PLACES = ((0.0, 62), (0.46, 20), (0.62, 32), (0.81, 32))
-MARKED = 30  # points of a run up to which each is marked: one alone makes no line
+EXAMPLE_LAYOUT = ((0.0, 62), (0.46, 20), (0.62, 32), (0.81, 32))
+MAX_MARKERS = 30  # most points that get a marker: a single point draws no line
 
 
 class PictureFile(click.ParamType):
-    """A file to draw into at the end, whose ending is the format: refused at the beginning if it could not be."""
+    """An image file whose suffix is the format. Refused before the run if it cannot be written."""
 
     name = "FILE.png"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
         file = Path(value)
-        if not self._can_be_drawn(file):
+        if not self._is_writable(file):
             self.fail(
                 f"{value}: expected a file that ends in .png, .pdf or .svg, in a folder that exists and can be written",
                 param,
@@ -46,7 +46,7 @@ class PictureFile(click.ParamType):
         return file
 
     @staticmethod
-    def _can_be_drawn(file: Path) -> bool:
+    def _is_writable(file: Path) -> bool:
         if file.suffix not in ENDINGS:
             return False
         folder = file.absolute().parent
@@ -54,12 +54,12 @@ class PictureFile(click.ParamType):
             if file.exists() or file.is_symlink():
                 return file.is_file() and os.access(file, os.W_OK)
             return folder.is_dir() and writable(folder)
-        except OSError:  # too long a name, a folder that may not be entered
+        except OSError:  # the name is too long, or the folder cannot be entered
             return False
 
 
 def draw_memory(parts_gib: dict[str, float], room_gib: float, device: str, title: str, file: Path) -> None:
-    """Writes the picture into `file`, whose ending is the format. `room_gib` 0: the device has no memory of its own."""
+    """Draws the memory of a device into `file`, whose suffix is the format. `room_gib` 0: no line for its capacity."""
     from matplotlib.figure import Figure
 
     shown = {name: value for name, value in parts_gib.items() if value >= 0.005}
@@ -87,22 +87,22 @@ def draw_memory(parts_gib: dict[str, float], room_gib: float, device: str, title
 
 
 def draw_run(entries: Sequence[dict[str, Any]], title: str, file: str | IO[bytes]) -> None:
-    """Writes a PNG of a run: loss on train and held-out rows, tokens a second, memory, over its steps.
+    """Draws a PNG of a run by step: loss on train and held-out rows, tokens per second, memory.
 
-    `entries` are those of metrics.jsonl (training/metrics.py). Raises ValueError where none of them has a loss.
+    `entries` are those of metrics.jsonl (storage/metrics.py). Raises ValueError if none has a loss.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-    # A run shorter than --logging-steps has held-out losses alone.
+    # A run shorter than --logging-steps has only held-out losses.
     logged = any("tokens_per_second" in entry for entry in entries)
     layout: list[Any] = [["loss", "loss"], ["speed", "memory"]]
     heights, rows = [3, 2], 2 if logged else 1
     figure = Figure(figsize=(10, 6.4 if logged else 4), layout="constrained")
     panels = figure.subplot_mosaic(layout[:rows], height_ratios=heights[:rows])
     _draw_losses(panels["loss"], entries)
-    for panel, key, words in (
-        ("speed", "tokens_per_second", "real tokens a second, all devices"),
+    for panel, key, label in (
+        ("speed", "tokens_per_second", "real tokens per second, all devices"),
         ("memory", "peak_memory_gib", "peak memory of rank 0, GiB"),
     ):
         if panel not in panels:
@@ -110,7 +110,7 @@ def draw_run(entries: Sequence[dict[str, Any]], title: str, file: str | IO[bytes
         steps, values = _points(entries, key)
         panels[panel].plot(steps, values, color=COLOURS["weights"], marker=_marker(steps))
         panels[panel].set_ylim(0, 1.15 * max(values, default=1.0))
-        panels[panel].set_title(words, fontsize=10, loc="left")
+        panels[panel].set_title(label, fontsize=10, loc="left")
         panels[panel].yaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
         panels[panel].yaxis.set_major_locator(MaxNLocator(4))
     for axes in panels.values():
@@ -122,9 +122,9 @@ def draw_run(entries: Sequence[dict[str, Any]], title: str, file: str | IO[bytes
 def draw_demo(
     entries: Sequence[dict[str, Any]], examples: Sequence[tuple[str, ...]], result: str, file: Path
 ) -> None:
-    """Writes the demo's losses, and below them a table of (instruction, answer before, answer after, expected).
+    """Draws the demo's losses, and below them a table of (instruction, answer before, answer after, expected).
 
-    The ending of `file` is the format. `entries` are those of metrics.jsonl.
+    The suffix of `file` is the format. `entries` are those of metrics.jsonl.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -138,8 +138,8 @@ def draw_demo(
     table.set_title(result, fontsize=10, loc="left")
     for line, cells in enumerate([EXAMPLE_COLUMNS, *examples], start=-1):
         right = cells[2] == cells[3]
-        for (x, width), text in zip(EXAMPLE_PLACES, cells, strict=True):
-            after = line >= 0 and x == EXAMPLE_PLACES[2][0]
+        for (x, width), text in zip(EXAMPLE_LAYOUT, cells, strict=True):
+            after = line >= 0 and x == EXAMPLE_LAYOUT[2][0]
             table.text(
                 x,
                 line + 0.5,
@@ -156,25 +156,25 @@ def draw_demo(
 
 def _points(entries: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """(steps, values) of the entries that have the key."""
-    found = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
-    return [step for step, _ in found], [value for _, value in found]
+    points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]
+    return [step for step, _ in points], [value for _, value in points]
 
 
 def _draw_losses(axes: Any, entries: Sequence[dict[str, Any]]) -> None:
-    """The loss of train and held-out rows, with the last of each in the legend. Raises ValueError where none is."""
+    """Draws the loss of train and held-out rows, with the last values in the legend. Raises ValueError without a loss."""
     curves = {"train rows": _points(entries, "loss"), "held-out rows": _points(entries, "eval_loss")}
     if not any(steps for steps, _ in curves.values()):
-        raise ValueError("no step of this run has been logged yet: there is nothing to draw")
+        raise ValueError("this run has not logged a step yet: there is nothing to draw")
     for (label, (steps, losses)), colour in zip(curves.items(), ("gradients", "activations"), strict=True):
         if steps:
-            last = f"{label}, {losses[-1]:.3f} in the end"
+            last = f"{label}, {losses[-1]:.3f} at the end"
             axes.plot(steps, losses, label=last, color=COLOURS[colour], marker=_marker(steps))
-    axes.set_title("loss, nats a response token", fontsize=10, loc="left")
+    axes.set_title("loss, nats per response token", fontsize=10, loc="left")
     axes.legend(frameon=False)
 
 
 def _step_axis(axes: Any, entries: Sequence[dict[str, Any]]) -> None:
-    """Steps from 0 to the last one logged, whole numbers, a light grid."""
+    """Sets up the x axis: integer steps from 0 to the last logged one, with a light grid."""
     from matplotlib.ticker import MaxNLocator
 
     axes.set_xlim(0, max(1, *(entry["step"] for entry in entries)))
@@ -185,4 +185,4 @@ def _step_axis(axes: Any, entries: Sequence[dict[str, Any]]) -> None:
 
 
 def _marker(steps: Sequence[int]) -> str:
-    return "." if len(steps) <= MARKED else ""
+    return "." if len(steps) <= MAX_MARKERS else ""

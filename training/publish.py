@@ -21,17 +21,17 @@ from training.storage.copy import publish
     required=True,
     type=click.Path(path_type=Path),
     metavar="FOLDER",
-    help="A finished run's --local-output-dir.",
+    help="The --local-output-dir of a finished run.",
 )
 @click.option(
     "--to",
     "target",
     required=True,
     metavar="TARGET",
-    help="A new folder, /dbfs/..., /Volumes/..., or a URL such as s3://bucket/folder.",
+    help="A new local folder, /dbfs/..., /Volumes/..., or a URL such as s3://bucket/folder.",
 )
 def main(folder: Path, target: str) -> None:
-    """Copy a finished model to TARGET, or go on with a copy that broke off."""
+    """Copy a finished model to TARGET, or continue an interrupted copy."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         publish(folder.expanduser(), target)

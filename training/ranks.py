@@ -1,4 +1,4 @@
-"""Who this process is among the ranks, and what the ranks tell each other."""
+"""Rank and world size of this process, and communication between ranks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from training.errors import DataError, OptionsError, TrainingError
 
 
 def world_size() -> int:
-    """Ranks of this run, as its launcher wrote it into the environment; 1 without a launcher."""
+    """Number of ranks, from the launcher's environment variable; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """RANK, not LOCAL_RANK: Spark's launcher gives every rank the local rank 0."""
+    """The global rank. Not LOCAL_RANK, which is 0 on every rank under Spark's launcher."""
     return int(os.environ.get("RANK", "0"))
 
 
@@ -26,7 +26,7 @@ def is_main_process() -> bool:
 
 
 def broadcast(value: Any) -> Any:
-    """Rank 0's value, on every rank; all of them call it."""
+    """Returns rank 0's value on every rank. All ranks must call it."""
     if world_size() == 1:
         return value
     import torch
@@ -37,7 +37,7 @@ def broadcast(value: Any) -> Any:
 
 
 def gather(value: Any) -> list[Any]:
-    """Every rank's value by rank, on every rank; all of them call it."""
+    """Returns the values of all ranks, in order, on every rank. All ranks must call it."""
     if world_size() == 1:
         return [value]
     import torch
@@ -48,7 +48,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def on_rank_0(function: Callable[[], Any]) -> Any:
-    """What `function` returns on rank 0, on every rank; or its problems there, on every rank, as an OptionsError."""
+    """Runs `function` on rank 0 and returns its result on every rank. Raises its problems as OptionsError on every rank."""
     result, problems = None, None
     if is_main_process():
         try:
@@ -64,19 +64,19 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
 
 
 def raise_together(problem: str | None) -> None:
-    """Raises rank 0's problem, if it has one, as a TrainingError on every rank."""
+    """Raises rank 0's problem, if any, as TrainingError on every rank."""
     if problem := broadcast(problem):
         raise TrainingError(problem)
 
 
-def on_this_host() -> int:
-    """Ranks that share this host's memory. All ranks call it: Spark starts a launcher for each, and none of them knows."""
+def ranks_on_this_host() -> int:
+    """Number of ranks that share this host's memory. All ranks must call it: Spark's launchers do not know the number."""
     return gather(socket.gethostname()).count(socket.gethostname())
 
 
-def leave() -> None:
-    """Ends the process group. What remains is rank 0's alone, and no model that it loads may be sharded over the others."""
-    if "torch" not in sys.modules:  # nothing was begun
+def end_process_group() -> None:
+    """Ends the process group, so that models which rank 0 loads afterwards are not sharded over the other ranks."""
+    if "torch" not in sys.modules:  # no process group was started
         return
     import torch
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config

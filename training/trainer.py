@@ -1,10 +1,10 @@
-"""The one command: options, checks, ranks and rows, start, steps, the finished folder.
+"""Command that trains a model: options, checks, ranks and rows, start or resume, steps, finished folder.
 
     deepspeed --num_gpus 8 --module training.trainer --deepspeed config/ds_z3_bf16_config.json \\
         --epochs 1 --local-output-dir /local_disk0/dolly
 
-The same module runs under torchrun, Spark's DeepSpeed distributor, and on one device without any launcher. `train` is
-the recipe from top to bottom. Its stages import torch; this module does not, so that a typing error is answered at once.
+It also runs under torchrun, under Spark's DeepSpeed distributor, and without a launcher on one device. `train` is the
+whole recipe. This module does not import torch, so that errors in the options are reported at once; its stages do.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from training.launch.supervisor import supervise
 
 if __name__ == "__main__":
-    supervise()  # before the imports below: it is a small process that never needs them
-    # DeepSpeed's launcher says it once for all; each rank would say it again while it imports DeepSpeed.
+    supervise()  # before the imports below, which the small supervisor process does not need
+    # The launcher has already logged this; every rank would log it again when it imports DeepSpeed.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
 
 import click
@@ -34,16 +34,16 @@ logger = logging.getLogger("training")
 
 
 def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[str, Any]:
-    """Fine-tunes and returns the run's record. Raises OptionsError, DataError or ModelError before any step.
+    """Fine-tunes a model and returns the run's record. Raises OptionsError, DataError or ModelError before any step.
 
-    The finished folder is `options.local_output_dir`; it is copied to `options.dbfs_output_dir` if given. The
-    record's status is "finished", or "stopped" where `request` asked for that.
+    The finished folder is `options.local_output_dir`; it is copied to `options.dbfs_output_dir` if set. The
+    record's status is "finished", or "stopped" if `request` was received.
     """
-    settings = preflight.check(options)  # every problem in one message, before anything expensive
+    settings = preflight.check(options)  # reports all problems together, before anything expensive
     from training.run import finish, prepare, start, steps
 
     request = request or StopRequest()
-    prepared = prepare.prepare(settings)  # ranks that have met, tokenizer, rows
+    prepared = prepare.prepare(settings)  # connects the ranks; loads tokenizer and rows
     last = steps.planned_steps(settings, len(prepared.train_rows))
     with start.as_only_writer(settings.output):
         begin, record = start.find(settings, prepared, last)  # step 0, or a complete checkpoint
@@ -54,7 +54,7 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
         begin = start.write(settings, prepared, begin, record, last)
         if begin.step < last and steps.run_steps(settings, prepared, begin, record, request):
             return start.stopped(settings, record)
-        ranks.leave()
+        ranks.end_process_group()
         if not ranks.is_main_process():
             return record
         if request.received:  # after the last step
@@ -66,12 +66,12 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
 @click_options
 @click.pass_context
 def main(ctx: click.Context, **values: Any) -> None:
-    """Fine-tune a causal language model to follow instructions. The defaults are Dolly's run."""
+    """Fine-tune a causal language model to follow instructions. The defaults are those of Dolly v1."""
     main_process = ranks.is_main_process()
     logging.basicConfig(
         level=logging.WARNING if main_process else logging.ERROR, format="%(message)s", stream=sys.stdout
     )
-    if main_process:  # what others log below a warning is not for users: setuptools logs its gcc commands
+    if main_process:  # other loggers stay at WARNING: setuptools logs its gcc commands
         logger.setLevel(logging.INFO)
     with exit_with_message(values["local_output_dir"], values["rank_timeout"]):
         request = StopRequest()

@@ -197,7 +197,7 @@ def _write_cache(
             "length": pa.array(sizes, pa.int32()),
         }
     )
-    with write_folder(target, is_whole=_read_cache) as folder:
+    with write_folder(target, is_complete=_read_cache) as folder:
         datasets.Dataset(table).save_to_disk(str(folder))
         ledger.save(folder / LEDGER_FILE)
 

@@ -153,7 +153,7 @@ def exit_with_message(output: str | None, rank_timeout: int) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         _end_of_libraries(error, rank_timeout)
     finally:
-        ranks.leave()
+        ranks.end_process_group()
 
 
 def _end_of_libraries(error: RuntimeError | MemoryError, rank_timeout: int) -> NoReturn:

@@ -20,7 +20,7 @@ from training.options import checks
 from training.options.deepspeed import read_json
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions
-from training.ranks import is_main_process, on_rank_0, on_this_host, world_size
+from training.ranks import is_main_process, on_rank_0, ranks_on_this_host, world_size
 from training.storage.target import target_problems
 from training.tracking.mlflow_server import tracking_problems
 
@@ -126,7 +126,7 @@ def check_plan(settings: Settings, prepared: Prepared, earlier: dict[str, Any] |
     A resumed run takes the `earlier` choices for "auto", because other ones would change the last digits of its
     losses. A typed value replaces them.
     """
-    here = on_this_host()
+    here = ranks_on_this_host()
     return settings.with_plan_choices(
         **on_rank_0(lambda: _plan_choices(settings, prepared, here, earlier or {}))
     )
