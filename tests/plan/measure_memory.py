@@ -1,4 +1,4 @@
-"""Run by test_memory.py on real ranks: the bytes DeepSpeed's ZeRO-3 engine really holds, after real steps.
+"""Measures the bytes that DeepSpeed's ZeRO-3 engine holds after real steps. test_memory.py runs it on real ranks.
 
 deepspeed --num_gpus 2 --module tests.plan.measure_memory CONFIG OUT.json WIDTH,LAYERS,HEADS,VOCABULARY[,LIVE] ...
 """
@@ -23,7 +23,7 @@ from training.run.operators import compile_operators
 
 
 def filled_in(path: str, width: int, live: int | None) -> dict[str, Any]:
-    """A shipped configuration with its "auto" values as transformers fills them in, one row a rank."""
+    """A shipped configuration with its "auto" values filled in as transformers does, one row per rank."""
     config = read_json(path)
     config |= {
         "train_micro_batch_size_per_gpu": 1,
@@ -45,7 +45,7 @@ def filled_in(path: str, width: int, live: int | None) -> dict[str, Any]:
 
 
 def size(tensors: Any) -> int:
-    """Bytes of tensors, each storage once."""
+    """Bytes of tensors; shared storage is counted once."""
     storages = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None
     }
@@ -57,7 +57,7 @@ def measure(
 ) -> dict[str, Any]:
     """Bytes on this rank by part, after three optimizer steps; "gathered" counts parameters."""
     config = filled_in(path, width, live)
-    hf_config = HfDeepSpeedConfig(config)  # while it lives, the model is sharded as it is made
+    hf_config = HfDeepSpeedConfig(config)  # keep a reference: while it exists, new models are sharded
     shape = GPTJConfig(
         vocab_size=vocabulary, n_positions=64, n_embd=width, n_layer=layers, n_head=heads,
         rotary_dim=width // heads, bos_token_id=0, eos_token_id=0, use_cache=False,
@@ -76,15 +76,15 @@ def measure(
         whole = [p for p in parameters if p.ds_status != ZeroParamStatus.NOT_AVAILABLE and not p.ds_persist]
         gathered = max(gathered, sum(p.ds_numel for p in whole))
 
-    for module in model.modules():  # after DeepSpeed's own hooks
+    for module in model.modules():  # runs after DeepSpeed's hooks
         module.register_forward_pre_hook(watch)
     ids = torch.randint(vocabulary, (1, 32))
-    for _ in range(3):  # DeepSpeed looks ahead from the second on
+    for _ in range(3):  # DeepSpeed prefetches from the second step on
         engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step()
     zero = engine.optimizer
     states = [v for s in zero.optimizer.state.values() for v in s.values() if torch.is_tensor(v) and v.dim()]
-    found = {
+    sizes = {
         "parameters": sum(p.ds_numel for p in parameters),
         "weights": size(p.ds_tensor for p in parameters),
         "gradients": size([zero.grad_partitions_flat_buffer]),
@@ -94,15 +94,15 @@ def measure(
     }
     engine.destroy()
     del hf_config
-    return found
+    return sizes
 
 
 def main(path: str, out: str, *shapes: str) -> None:
     compile_operators(read_json(path))
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     try:
-        found = [measure(path, *map(int, shape.split(","))) for shape in shapes]
-        Path(f"{out}.rank{dist.get_rank()}").write_text(json.dumps(found))
+        sizes = [measure(path, *map(int, shape.split(","))) for shape in shapes]
+        Path(f"{out}.rank{dist.get_rank()}").write_text(json.dumps(sizes))
         dist.barrier()
     finally:
         dist.destroy_process_group()

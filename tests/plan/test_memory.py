@@ -1,4 +1,4 @@
-"""Memory, host and disk: formulas on cases worked out by hand, and against what is really held."""
+"""Device memory, host memory and disk: the formulas against hand-computed cases and against measurements."""
 
 from __future__ import annotations
 
@@ -47,32 +47,34 @@ OFFLOAD = Zero(stage=3, offload_optimizer=True, pinned=True)
 # --- a device ----------------------------------------------------------------------------------------
 
 
-def test_zero3_state_is_16_bytes_a_parameter_over_the_ranks_and_on_every_rank_without_deepspeed():
-    parts, each = state_bytes(TINY, settings_of_a_run(ranks=4)), TINY.parameters / 4
-    assert parts == {"weights": 2 * each, "gradients": 2 * each, "optimizer": 12 * each}
+def test_model_state_is_16_bytes_a_parameter_divided_by_the_ranks_only_with_zero3():
+    parts, shard = state_bytes(TINY, settings_of_a_run(ranks=4)), TINY.parameters / 4
+    assert parts == {"weights": 2 * shard, "gradients": 2 * shard, "optimizer": 12 * shard}
     offloaded = state_bytes(TINY, settings_of_a_run(ranks=4, zero=OFFLOAD))
-    assert offloaded == {"weights": 2 * each, "gradients": 0, "optimizer": 0}
+    assert offloaded == {"weights": 2 * shard, "gradients": 0, "optimizer": 0}
     for precision in ("fp32", "bf16"):
         alone = state_bytes(TINY, settings_of_a_run(ranks=2, zero=Zero(), precision=precision))
         assert alone == {part: n * TINY.parameters for part, n in zip(parts, (4, 4, 8), strict=True)}
 
 
-def test_a_layer_s_tensors_are_counted_as_by_hand():
+def test_layer_bytes_match_a_hand_computed_case():
     # packed, 16 bit, 10 tokens of width 8: 7 x 8 + 2 x 32 numbers of 2 bytes a token
     assert layer_bytes(TINY, 10, 5, 2, packed=True) == 10 * 2 * (56 + 64)
     # padded: 4 x 8 + 5 x 32 of 2 bytes, query and key 2 x 8 of 4, scores of 2 heads over 5 keys of 4 + 2 bytes
     assert layer_bytes(TINY, 10, 5, 2, packed=False) == 10 * (2 * (32 + 160) + 64 + 2 * 5 * 6)
 
 
-def test_the_loss_s_tensors_are_counted_as_by_hand():
+def test_loss_bytes_match_a_hand_computed_case():
     assert loss_bytes(TINY, 10, 5, 2, packed=False) == 12 * 10 * 100
     assert loss_bytes(TINY, 10, 5, 2, packed=True) == 5 * 100 * (4 + 2) + 2 * 8 * (100 + 5)
     assert LOSS_CHUNK_BYTES == consts.LOSS_CHUNK_BYTES
     chunked = loss_bytes(GPTJ, 10**6, 10**5, 2, packed=True) - 2 * 4096 * (50400 + 10**5)
-    assert chunked == pytest.approx(1.5 * LOSS_CHUNK_BYTES, rel=0.01), "the logits never exist at once"
+    assert chunked == pytest.approx(1.5 * LOSS_CHUNK_BYTES, rel=0.01), (
+        "only one chunk of logits exists at a time"
+    )
 
 
-def test_checkpointing_keeps_the_layers_inputs_and_one_layer():
+def test_checkpointing_keeps_the_inputs_of_all_layers_and_the_tensors_of_one():
     deep = replace(TINY, layers=10, vocabulary=1)
     inputs, layer = 10 * 100 * 8 * 2, layer_bytes(deep, 100, 50, 2, packed=True)
     activations, logits = activation_bytes(deep, 100, 50, 50, 2, packed=True, checkpointing=True)
@@ -86,18 +88,18 @@ def memory(settings: Settings, tokens: int = 8, rows: int = 100) -> dict[str, fl
     return device_memory(GPTJ, settings, epoch_load(lengths, settings), 0.5)
 
 
-def test_layers_are_gathered_up_to_the_limit_of_the_configuration():
+def test_gathered_layers_are_limited_by_max_live_parameters():
     settings = settings_of_a_run(ranks=8, checkpointing=True)
     embedding = 50400 * 4096  # the largest parameter
     assert memory(settings)["gathered layers"] == 2 * (1e9 + embedding) / GIB
     few = settings_of_a_run(ranks=8, checkpointing=True, zero=Zero(stage=3, live_parameters=1e8))
     assert memory(few)["gathered layers"] == 2 * (1e8 + embedding) / GIB
-    assert memory(replace(settings, ranks=1))["gathered layers"] == 0, "alone, a rank has its weights whole"
+    assert memory(replace(settings, ranks=1))["gathered layers"] == 0, "a single rank gathers nothing"
     plain = settings_of_a_run(ranks=8, checkpointing=True, zero=Zero())
     assert memory(plain)["gathered layers"] == 2 * GPTJ.parameters / GIB
 
 
-def test_the_step_s_float32_gradients_count_where_activations_leave_no_room_for_them():
+def test_float32_gradients_of_the_optimizer_step_count_beyond_freed_activations():
     parts = memory(settings_of_a_run(ranks=2, per_device_train_batch_size=1, test_size=1, checkpointing=True))
     freed = sum(
         parts[part] for part in ("gathered layers", "activations", "logits and loss", "communication")
@@ -111,7 +113,7 @@ def test_the_step_s_float32_gradients_count_where_activations_leave_no_room_for_
     )
 
 
-def test_a_token_budget_bounds_the_activations_but_not_below_a_row():
+def test_a_token_budget_limits_activations_down_to_one_row():
     whole = settings_of_a_run(ranks=8, checkpointing=False, test_size=1)
     sizes = [
         memory(replace(whole, max_tokens=n), tokens=100)["activations"] for n in (None, 10**6, 400, 100, 50)
@@ -122,7 +124,7 @@ def test_a_token_budget_bounds_the_activations_but_not_below_a_row():
 # --- auto --------------------------------------------------------------------------------------------
 
 
-def test_the_auto_token_budget_is_the_most_that_fits_and_none_where_all_fits():
+def test_the_auto_token_budget_is_the_most_that_fits_and_none_if_everything_fits():
     settings = settings_of_a_run(ranks=8, checkpointing=False)
     load = epoch_load(alpaca_lengths(), settings)
 
@@ -141,7 +143,7 @@ def test_the_auto_token_budget_is_the_most_that_fits_and_none_where_all_fits():
 # --- host and disk -----------------------------------------------------------------------------------
 
 
-def test_a_host_holds_12_bytes_and_two_pinned_buffers_if_offloaded_and_without_zero_a_copy_of_every_rank():
+def test_host_memory_of_offloaded_optimizers_and_of_loading_without_zero():
     training = host_memory(GPTJ, settings_of_a_run(ranks=8, zero=OFFLOAD))["training"]
     # a rank's shard of 0.756e9 parameters: float32 gradients 3.03e9 -> 2^32 bytes, 16-bit 1.51e9 -> 2^31
     expected = 12 * GPTJ.parameters + 8 * (2**32 + 2**31) + 2 * GPTJ.parameters
@@ -151,27 +153,31 @@ def test_a_host_holds_12_bytes_and_two_pinned_buffers_if_offloaded_and_without_z
         (6 * GPTJ.parameters + 8 * (2**31 + 2**30) + 2 * GPTJ.parameters) / GIB + 24
     )
     loading = host_memory(GPTJ, settings_of_a_run(ranks=8, zero=Zero()))["loading"]
-    assert loading == pytest.approx(8 * (4 * GPTJ.parameters / GIB + 3.0))  # Dolly v1's exit code -9
+    assert loading == pytest.approx(
+        8 * (4 * GPTJ.parameters / GIB + 3.0)
+    )  # the cause of Dolly v1's exit code -9
 
 
-def test_gradient_buffers_of_an_offloaded_optimizer_are_one_a_sub_group():
+def test_an_offloaded_optimizer_has_one_gradient_buffer_per_sub_group_and_a_flat_one():
     settings = settings_of_a_run(ranks=1, zero=replace(OFFLOAD, sub_group=1000))
     assert offloaded_gradient_bytes(replace(TINY, parameters=2500), settings) == [4000, 4000, 2000, 5000]
     assert offloaded_gradient_bytes(replace(TINY, parameters=1000), settings) == [4000, 2000]
 
 
-def test_disk_holds_download_model_and_one_checkpoint_more_than_are_kept():
+def test_disk_counts_download_model_and_one_checkpoint_more_than_are_kept():
     settings = settings_of_a_run(ranks=8, save_total_limit=2, save_steps=200)
     parts = disk(GPTJ, settings, steps=797)
     assert parts["checkpoints"] == 3 * 14 * GPTJ.parameters / GIB
     assert parts["model"] == 2 * GPTJ.parameters / GIB
     assert parts["cache"] == pytest.approx(4 * GPTJ.parameters / GIB + 0.5)
-    assert disk(GPTJ, settings, steps=150)["checkpoints"] == 14 * GPTJ.parameters / GIB, "one, at the end"
-    assert disk(TINY, settings, steps=150)["cache"] == 0.5, "a folder's files are there already"
+    assert disk(GPTJ, settings, steps=150)["checkpoints"] == 14 * GPTJ.parameters / GIB, (
+        "one checkpoint, at the last step"
+    )
+    assert disk(TINY, settings, steps=150)["cache"] == 0.5, "a local model is not downloaded"
     assert settings_of_a_run(ranks=1, zero=Zero(), precision="bf16").checkpoint_bytes == 12
 
 
-# --- against reality ---------------------------------------------------------------------------------
+# --- against measurements ----------------------------------------------------------------------------
 
 LENGTHS = [97, 176, 61, 143, 88, 120, 72, 104]
 
@@ -198,7 +204,7 @@ def small_batch(
 
 
 def saved_bytes(layers: int, packed: bool, dtype: torch.dtype) -> int:
-    """Bytes that autograd keeps for the backward of a forward, weights apart, each storage once."""
+    """Bytes that autograd keeps for the backward pass, without weights; shared storage is counted once."""
     model = small_gptj(64, layers, 4, 50, dtype)
     weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, torch.Tensor] = {}
@@ -215,19 +221,19 @@ def saved_bytes(layers: int, packed: bool, dtype: torch.dtype) -> int:
 
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_a_layer_keeps_the_tensors_that_are_counted(packed, dtype):
-    gc.disable()  # a freed storage's address must not be taken by another one while they are counted
+def test_predicted_layer_bytes_are_within_4_percent_of_what_autograd_keeps(packed, dtype):
+    gc.disable()  # a freed storage's address must not be reused during the count
     try:
         measured = saved_bytes(4, packed, dtype) - saved_bytes(3, packed, dtype)
     finally:
         gc.enable()
-    facts = gptj_shape("small", 1, 64, 4, 50)
+    shape = gptj_shape("small", 1, 64, 4, 50)
     tokens = sum(LENGTHS) if packed else 8 * 176
-    assert layer_bytes(facts, tokens, 176, dtype.itemsize, packed) == pytest.approx(measured, rel=0.04)
+    assert layer_bytes(shape, tokens, 176, dtype.itemsize, packed) == pytest.approx(measured, rel=0.04)
 
 
 def peak_bytes(function: Callable[[], Any]) -> int:
-    """The most bytes of tensors alive at once while `function` runs, beyond those alive before."""
+    """Peak bytes of tensors allocated while `function` runs."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -236,7 +242,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 
     def collect(nodes: Any) -> None:
         for node in nodes:
-            if node.tag.name == "Allocation":  # a free is one of negative size
+            if node.tag.name == "Allocation":  # frees are allocations of negative size
                 allocations.append((node.start_time_ns, node.extra_fields.alloc_size))
             collect(node.children)
 
@@ -248,7 +254,7 @@ def peak_bytes(function: Callable[[], Any]) -> int:
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(256, 8, 8, 512), (256, 2, 8, 20_000)], ids=["deep", "large vocabulary"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["all kept", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", [False, True], ids=["no checkpointing", "checkpointing"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_predicted_activations_and_logits_are_within_a_quarter_of_the_measured_peak(
     packed, checkpointing, dtype, shape
@@ -258,7 +264,7 @@ def test_predicted_activations_and_logits_are_within_a_quarter_of_the_measured_p
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     for parameter in model.parameters():
-        parameter.grad = torch.zeros_like(parameter)  # gradients are another part of the plan
+        parameter.grad = torch.zeros_like(parameter)  # the plan counts gradients separately
 
     def step() -> None:
         model(**batch, num_items_in_batch=torch.tensor(100)).loss.backward()
@@ -282,36 +288,36 @@ SHAPES = [(128, 2, 4, 1000), (256, 4, 8, 5000), (512, 6, 8, 20_000)]  # width, l
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("config", [BF16, BF16_OFFLOAD], ids=["on device", "offloaded"])
-def test_predicted_state_is_within_a_tenth_of_what_real_zero3_ranks_hold(config, ranks, tmp_path):
+def test_predicted_model_state_is_within_10_percent_of_real_zero3_ranks(config, ranks, tmp_path):
     shapes = [",".join(map(str, shape)) for shape in SHAPES]
     result = run(deepspeed(ranks, "tests.plan.measure_memory"), config, tmp_path / "bytes", *shapes)
     assert result.returncode == 0, result.stdout
     settings = resolved(TrainingOptions(local_output_dir="x", deepspeed=config), ranks, "cpu")
-    # The ranks' "device" is the CPU: what is offloaded is held beside it, not instead of it.
+    # The ranks' device is the CPU, so offloaded state is also counted as device memory.
     held = settings.deepspeed["zero_optimization"] | {"offload_optimizer": {}}
     on_device = replace(settings, deepspeed=settings.deepspeed | {"zero_optimization": held})
     for rank in range(ranks):
         measured = json.loads((tmp_path / f"bytes.rank{rank}").read_text())
-        for (width, layers, heads, vocabulary), found in zip(SHAPES, measured, strict=True):
+        for (width, layers, heads, vocabulary), sizes in zip(SHAPES, measured, strict=True):
             facts = gptj_shape("small", layers, width, heads, vocabulary)
-            assert facts.parameters == found["parameters"]
+            assert facts.parameters == sizes["parameters"]
             predicted = state_bytes(facts, on_device)
             for part in ("weights", "gradients", "optimizer"):
-                print(f"{width} x {layers}, rank {rank} {part}: {predicted[part] / found[part]:.3f}")
-                assert predicted[part] == pytest.approx(found[part], rel=0.1), (part, rank)
+                print(f"{width} x {layers}, rank {rank} {part}: {predicted[part] / sizes[part]:.3f}")
+                assert predicted[part] == pytest.approx(sizes[part], rel=0.1), (part, rank)
             if settings.zero.offload_optimizer:
-                buffers = found["float32 gradients"] + found["gradients"]
+                buffers = sizes["float32 gradients"] + sizes["gradients"]
                 assert sum(offloaded_gradient_bytes(facts, settings)) == pytest.approx(buffers, rel=0.1)
 
 
 @pytest.mark.slow
-def test_layers_are_gathered_ahead_up_to_the_limit_on_real_ranks(tmp_path):
+def test_real_zero3_ranks_gather_layers_up_to_max_live_parameters(tmp_path):
     limit = 4_000_000
     result = run(deepspeed(2, "tests.plan.measure_memory"), BF16, tmp_path / "bytes", f"512,8,8,1000,{limit}")
     assert result.returncode == 0, result.stdout
     for rank in range(2):
-        (found,) = json.loads((tmp_path / f"bytes.rank{rank}").read_text())
-        print(f"rank {rank}: {found['gathered'] / limit:.2f} times the limit is whole at once")
-        assert found["parameters"] > 5 * limit
-        # A parameter is gathered whole, so the limit is passed by one; the largest has 4 x 512^2.
-        assert found["gathered"] == pytest.approx(limit + 4 * 512**2, rel=0.1)
+        (sizes,) = json.loads((tmp_path / f"bytes.rank{rank}").read_text())
+        print(f"rank {rank}: {sizes['gathered'] / limit:.2f} times the limit is gathered at once")
+        assert sizes["parameters"] > 5 * limit
+        # The limit is exceeded by one parameter; the largest has 4 x 512^2.
+        assert sizes["gathered"] == pytest.approx(limit + 4 * 512**2, rel=0.1)

@@ -1,4 +1,4 @@
-"""The plan: verdicts everybody knows, what to type, the published runs, and the command line."""
+"""The plan: what fits, the advice, the printed command, the published runs, and the command line."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[2]
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
 FP16_OFFLOAD = "config/ds_z3_fp16_offload_config.json"
 GPTJ = model_shape("EleutherAI/gpt-j-6B")
-# Epochs of Dolly's padded recipe that somebody has timed: machine, DeepSpeed's configuration, hours.
+# Published times of one epoch of Dolly's padded recipe: machine, DeepSpeed configuration, hours.
 PUBLISHED = [
     # README of databrickslabs/dolly
     ("8xA100-40GB", BF16, 0.5),
@@ -47,46 +47,48 @@ DOLLY = {"per_device_train_batch_size": 8, "gradient_accumulation_steps": 1, "ma
          "batching": "padded", "gradient_checkpointing": "on"}  # fmt: skip
 
 
-def planned(
+def dolly_plan(
     machine: str,
     num_gpus: int | None = None,
     lengths: Lengths | None = None,
-    changed: dict[str, Any] | None = None,
+    machine_changes: dict[str, Any] | None = None,
     **options: Any,
 ) -> Plan:
-    """The plan of Dolly's run, with some options or figures of the machine changed."""
-    place = replace(find_machine(machine), **changed or {})
-    ranks = num_gpus or place.count
-    chosen = preset_options(place.family, ranks) | {"max_tokens_per_device": "auto", "epochs": 1.0} | options
-    settings = resolved(TrainingOptions(local_output_dir="OUTPUT", **chosen), ranks, place.family)
-    return plan_run(settings, lengths or alpaca_lengths(), GPTJ, place)
+    """The plan of Dolly's run with other options, or with other values of the machine."""
+    changed = replace(find_machine(machine), **machine_changes or {})
+    ranks = num_gpus or changed.count
+    chosen = (
+        preset_options(changed.family, ranks) | {"max_tokens_per_device": "auto", "epochs": 1.0} | options
+    )
+    settings = resolved(TrainingOptions(local_output_dir="OUTPUT", **chosen), ranks, changed.family)
+    return plan_run(settings, lengths or alpaca_lengths(), GPTJ, changed)
 
 
 def run_cli(*arguments: object):
     return CliRunner().invoke(main, [str(argument) for argument in arguments])
 
 
-# --- verdicts ----------------------------------------------------------------------------------------
+# --- what fits, and the advice -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("host_gb", [48, 128])
-def test_a_small_host_does_not_do_for_eight_offloaded_ranks(host_gb):
-    small = planned("8xV100-32GB", changed={"host_gib": host_gb * 1e9 / GIB})
+def test_eight_ranks_with_offload_do_not_fit_on_a_small_host(host_gb):
+    small = dolly_plan("8xV100-32GB", machine_changes={"host_gib": host_gb * 1e9 / GIB})
     assert list(small.shortages) == ["host memory"]
     needed = max(small.host_memory_gib.values())
     assert f"Use a machine with {math.ceil(needed)} GiB of free host memory" in small.problems[0]
-    assert planned("8xV100-32GB", changed={"host_gib": needed + 1}).fits
+    assert dolly_plan("8xV100-32GB", machine_changes={"host_gib": needed + 1}).fits
 
 
 def test_each_shortage_has_its_own_advice():
-    short = planned("8xA100-40GB", changed={"disk_gib": 200.0, "host_gib": 30.0})
+    short = dolly_plan("8xA100-40GB", machine_changes={"disk_gib": 200.0, "host_gib": 30.0})
     host, disk = short.problems
     assert host.startswith("host memory: 46.5 GiB are needed")
     assert disk == (
         "disk: 271.0 GiB are needed for checkpoints, model and cache, 71.0 more than the 200.0 of 8xA100-40GB. "
         "Type --save-total-limit 1"
     )
-    tiny_disk = planned("8xA100-40GB", changed={"disk_gib": 100.0})
+    tiny_disk = dolly_plan("8xA100-40GB", machine_changes={"disk_gib": 100.0})
     assert tiny_disk.problems[0].endswith(
         "Name a folder on a disk with 271 GiB free: --local-output-dir FOLDER"
     )
@@ -111,53 +113,53 @@ def test_each_shortage_has_its_own_advice():
         ("a2-highgpu-1g", {}, r"It fits on 3 A100-40GB with --per-device-train-batch-size 11 .*"),
     ],
 )  # fmt: skip
-def test_the_nearest_change_is_what_to_type_and_makes_it_fit(machine, options, advice):
-    failed = planned(machine, **options)
+def test_the_advice_is_the_smallest_change_of_options_that_makes_the_run_fit(machine, options, advice):
+    failed = dolly_plan(machine, **options)
     assert "GPU memory" in failed.shortages
-    found = failed.changes["GPU memory"]
-    assert re.fullmatch(advice, found), found
-    typed = dict(re.findall(r"--([\w-]+) (\S+)", found))
-    mended = options | {
+    change = failed.changes["GPU memory"]
+    assert re.fullmatch(advice, change), change
+    typed = dict(re.findall(r"--([\w-]+) (\S+)", change))
+    fixed = options | {
         name.replace("-", "_"): int(value) if value.isdigit() else value for name, value in typed.items()
     }
-    elsewhere = re.match(r"It fits on (\d+)", found)
-    count = int(elsewhere[1]) if elsewhere else find_machine(machine).count
-    assert "GPU memory" not in planned(machine, count, changed={"count": count}, **mended).shortages
+    more_gpus = re.match(r"It fits on (\d+)", change)
+    count = int(more_gpus[1]) if more_gpus else find_machine(machine).count
+    assert "GPU memory" not in dolly_plan(machine, count, machine_changes={"count": count}, **fixed).shortages
 
 
-def test_more_ranks_than_a_machine_has_are_several_machines():
-    one, two = planned("8xV100-32GB"), planned("8xV100-32GB", num_gpus=16)
+def test_more_ranks_than_gpus_are_planned_on_several_machines():
+    one, two = dolly_plan("8xV100-32GB"), dolly_plan("8xV100-32GB", num_gpus=16)
     assert two.settings.ranks == 16
-    assert two.host_memory_gib["training"] < one.host_memory_gib["training"], "of one of them"
+    assert two.host_memory_gib["training"] < one.host_memory_gib["training"], "host memory is per machine"
 
 
-def test_a_small_card_gets_checkpointing_and_a_token_budget_of_itself():
-    tight = planned("8xA100-40GB", changed={"gpu_memory_gib": 18.0})
+def test_checkpointing_and_token_budget_are_set_automatically_on_small_gpus():
+    tight = dolly_plan("8xA100-40GB", machine_changes={"gpu_memory_gib": 18.0})
     assert tight.fits
     assert tight.settings.checkpointing is True
     assert tight.settings.max_tokens is None
     long_rows = Lengths("long", np.full(10_000, 2000), 0.5)
-    split = planned("8xA100-40GB", lengths=long_rows, per_device_train_batch_size=64)
+    split = dolly_plan("8xA100-40GB", lengths=long_rows, per_device_train_batch_size=64)
     assert split.fits
     assert split.settings.checkpointing is True
     assert 2000 <= split.settings.max_tokens < 64 * 2000
-    assert "--max-tokens-per-device" not in split.command, "the trainer decides alike"
-    assert not planned(
+    assert "--max-tokens-per-device" not in split.command, "the trainer makes the same choice"
+    assert not dolly_plan(
         "8xA100-40GB", lengths=long_rows, per_device_train_batch_size=64, max_tokens_per_device=None
-    ).fits, "None never splits"
+    ).fits, "None means no split"
 
 
-def test_activations_are_told_with_and_without_checkpointing():
+def test_activations_are_reported_with_and_without_checkpointing():
     for checkpointing in ("on", "off"):
-        plan = planned("8xA100-40GB", gradient_checkpointing=checkpointing)
-        held = plan.gpu_memory_gib["activations"] + plan.gpu_memory_gib["logits and loss"]
+        plan = dolly_plan("8xA100-40GB", gradient_checkpointing=checkpointing)
+        expected = plan.gpu_memory_gib["activations"] + plan.gpu_memory_gib["logits and loss"]
         word = "with" if checkpointing == "on" else "without"
-        assert plan.activations_gib[f"{word} checkpointing"] == pytest.approx(held)
+        assert plan.activations_gib[f"{word} checkpointing"] == pytest.approx(expected)
         assert plan.activations_gib["with checkpointing"] < plan.activations_gib["without checkpointing"]
 
 
 @pytest.mark.parametrize("name", MACHINES)
-def test_no_machine_and_no_size_of_model_makes_it_stumble(name):
+def test_every_machine_and_model_size_can_be_planned(name):
     machine = find_machine(name)
     models = (GPTJ, model_shape("EleutherAI/pythia-12b"), gptj_shape("tiny", 2, 8, 2, 100))
     for model, batching in product(models, ("packed", "padded")):
@@ -168,11 +170,11 @@ def test_no_machine_and_no_size_of_model_makes_it_stumble(name):
         assert 0 < plan.hours_per_epoch["expected"] < 1000
 
 
-# --- what to type ------------------------------------------------------------------------------------
+# --- the command -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("machine", "ranks", "options", "launcher", "taken"),
+    ("machine", "ranks", "options", "launcher", "expected"),
     [
         ("8xA100-40GB", 8, {}, "deepspeed --num_gpus 8 --module",
          {"deepspeed": BF16, "gradient_accumulation_steps": 1, "epochs": 1.0}),
@@ -186,18 +188,18 @@ def test_no_machine_and_no_size_of_model_makes_it_stumble(name):
         ("8xA100-40GB", 1, {"deepspeed": None}, "python -m", {}),
     ],
 )  # fmt: skip
-def test_the_command_starts_every_rank_and_is_one_that_the_trainer_s_own_parser_takes(
-    machine, ranks, options, launcher, taken
+def test_the_command_starts_every_rank_and_the_trainer_can_parse_it(
+    machine, ranks, options, launcher, expected
 ):
     from training.trainer import main as trainer
 
-    command = planned(machine, ranks, **options).command
+    command = dolly_plan(machine, ranks, **options).command
     start, words = command.split(" training.trainer ")
     assert start.startswith(launcher)
-    assert ("--gradient-checkpointing" in words) == ("gradient_checkpointing" in options), "only if asked for"
+    assert ("--gradient-checkpointing" in words) == ("gradient_checkpointing" in options), "only if requested"
     params = trainer.make_context("trainer", words.split()).params
-    assert taken | {"local_output_dir": "OUTPUT"} == {
-        name: params[name] for name in [*taken, "local_output_dir"]
+    assert expected | {"local_output_dir": "OUTPUT"} == {
+        name: params[name] for name in [*expected, "local_output_dir"]
     }
     if not options and ranks == 8:
         assert words == f"--epochs 1 --deepspeed {BF16} --local-output-dir OUTPUT"
@@ -206,10 +208,10 @@ def test_the_command_starts_every_rank_and_is_one_that_the_trainer_s_own_parser_
 # --- the command line --------------------------------------------------------------------------------
 
 
-def test_the_defaults_are_dolly_s_run_in_seconds_without_a_network_or_torch():
+def test_dollys_run_is_planned_in_seconds_without_network_or_torch():
     code = (
         "import sys, time, socket\n"
-        "socket.socket.connect = lambda *_: sys.exit('it went to the network')\n"
+        "socket.socket.connect = lambda *_: sys.exit('the plan used the network')\n"
         "from click.testing import CliRunner\n"
         "from training.plan.__main__ import main\n"
         "result = CliRunner().invoke(main, ['--machine', '8xA100-40GB', '--json', '--price', '32.77'])\n"
@@ -238,48 +240,48 @@ def test_the_defaults_are_dolly_s_run_in_seconds_without_a_network_or_torch():
 
 
 @pytest.mark.parametrize(
-    ("asked", "steps"), [(["--epochs", 10], 7970), (["--epochs", 0.5], 399), (["--max-steps", 100], 100)]
+    ("options", "steps"), [(["--epochs", 10], 7970), (["--epochs", 0.5], 399), (["--max-steps", 100], 100)]
 )
-def test_the_whole_run_has_its_time_and_price_beside_the_epochs(asked, steps):
+def test_time_and_price_are_given_for_the_run_and_for_an_epoch(options, steps):
     machine = ["--machine", "8xA100-40GB", "--price", 32.77]
-    answer = json.loads(run_cli(*machine, *asked, "--json").output)
+    answer = json.loads(run_cli(*machine, *options, "--json").output)
     assert answer["steps"] == steps
     for bound in ("low", "expected", "high"):
         epoch, run = answer["hours_per_epoch"][bound], answer["hours"][bound]
         assert run / epoch == pytest.approx(steps / 797, rel=0.05), (
-            "one held-out loss more, before the first step"
+            "the run has one extra held-out loss, before the first step"
         )
         assert answer["cost"][bound] == pytest.approx(32.77 * run)
-    table = run_cli(*machine, *asked).output
+    table = run_cli(*machine, *options).output
     assert f"the whole run, {steps:,} steps\n" in table
     assert f"{answer['cost']['expected']:,.2f}, between {answer['cost']['low']:,.2f}" in table
-    assert " ".join(map(str, asked)) in answer["command"]
+    assert " ".join(map(str, options)) in answer["command"]
     assert "the whole run" not in run_cli(*machine, "--epochs", 1).output
 
 
-def test_people_are_told_what_fails_and_what_to_type_until_it_fits_with_a_picture_and_an_exit_code(tmp_path):
+def test_a_run_that_does_not_fit_ends_with_code_1_and_the_option_that_makes_it_fit(tmp_path):
     picture = tmp_path / "memory.png"
     short = run_cli("--machine", "4xA10", "--deepspeed", BF16, "--price", 8, "--plot", picture)
     assert short.exit_code == 1, "so that `plan && train` stops"
-    plan = planned("4xA10", deepspeed=BF16)
-    (fault,) = plan.problems
+    plan = dolly_plan("4xA10", deepspeed=BF16)
+    (problem,) = plan.problems
     needed = sum(plan.gpu_memory_gib.values())
-    assert f"{needed:.1f} GiB are needed on each A10G, {needed - 22:.1f} more than its 22.0" in fault
-    assert fault.endswith(f"Type --deepspeed {BF16_OFFLOAD}")
+    assert f"{needed:.1f} GiB are needed on each A10G, {needed - 22:.1f} more than its 22.0" in problem
+    assert problem.endswith(f"Type --deepspeed {BF16_OFFLOAD}")
     for words in ("DOES NOT FIT", "GPU memory: ", f"Type --deepspeed {BF16_OFFLOAD}", "optimizer", "of 22.0"):
         assert words in short.output
     assert "at 8 an hour it costs" in short.output
     fits = run_cli("--machine", "4xA10", "--plot", tmp_path / "fits.png")
     assert fits.exit_code == 0
     assert "FITS, with" in fits.output
-    assert planned("4xA10").command in fits.output
-    assert planned("2xA10").fits
+    assert dolly_plan("4xA10").command in fits.output
+    assert dolly_plan("2xA10").fits
     for file in (picture, tmp_path / "fits.png"):
         assert file.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
-    ("typed", "told"),
+    ("typed", "message"),
     [
         (["--machine", "p4d.24xlrge"], "Nearest: p4d.24xlarge"),
         (["--machine", "8xH100", "--num-gpus", 0], "--num-gpus 0: at least one device is needed"),
@@ -307,18 +309,18 @@ def test_people_are_told_what_fails_and_what_to_type_until_it_fits_with_a_pictur
         (["--machine", "8xH100", "--gradient-accumulation-steps", "1" + 19 * "0"], "1<=x<=1024"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_planned_is_told_without_a_traceback(typed, told, tmp_path, monkeypatch):
+def test_invalid_options_are_reported_without_a_traceback(typed, message, tmp_path, monkeypatch):
     (tmp_path / "odd.json").write_text('{"zero_optimization": 7}')
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "one.jsonl", rows_of(1))
     T5Config().save_pretrained(tmp_path / "t5")
     result = run_cli(*typed)
     assert result.exit_code == 2, result.output
-    assert told in " ".join(result.output.split())
+    assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
 
 
-def test_this_machine_is_planned_for_with_the_demo(tmp_path):
+def test_the_demo_is_planned_on_this_machine(tmp_path):
     picture = tmp_path / "memory.png"
     result = run_cli(
         "--input-model", "demo", "--training-dataset", "demo", "--test-size", 100, "--json", "--plot", picture
@@ -333,7 +335,7 @@ def test_this_machine_is_planned_for_with_the_demo(tmp_path):
     )
 
 
-def test_a_model_too_large_for_this_machine_s_memory_is_told_so(tmp_path):
+def test_a_model_too_large_for_this_machine_is_short_of_host_memory(tmp_path):
     small = replace(this_machine(tmp_path, 2), host_gib=4.0)
     options = TrainingOptions(local_output_dir="x", **preset_options("cpu", 2))
     plan = plan_run(resolved(options, 2, small.family), alpaca_lengths(), GPTJ, small)
@@ -341,7 +343,7 @@ def test_a_model_too_large_for_this_machine_s_memory_is_told_so(tmp_path):
     assert "GPU memory" not in plan.shortages
 
 
-def test_a_model_in_a_folder_with_rows_in_a_file_is_planned_for(tmp_path, base_folder):
+def test_a_model_in_a_folder_and_rows_in_a_file_can_be_planned(tmp_path, base_folder):
     file = jsonl(tmp_path / "rows.jsonl", rows_of(40))
     rows = ["--training-dataset", file, "--test-size", 10]
     result = run_cli("--machine", "8xH100", "--input-model", base_folder, *rows, "--json")
@@ -352,18 +354,18 @@ def test_a_model_in_a_folder_with_rows_in_a_file_is_planned_for(tmp_path, base_f
     assert f"--training-dataset {file}" in answer["command"]
 
 
-def test_published_runs_come_out_within_a_factor_of_one_and_a_half_and_the_docs_say_what_the_plan_says():
+def test_predictions_are_within_a_factor_of_1_5_of_published_runs_and_match_the_docs():
     page = (ROOT / "docs" / "plan.md").read_text()
     assert run_cli("--machine", "8xA100-40GB", "--price", 21.96).output.rstrip() in page
-    assert planned("4xA10", deepspeed=BF16).problems[0] in page
+    assert dolly_plan("4xA10", deepspeed=BF16).problems[0] in page
     rows = [line for line in page.splitlines() if re.search(r"\| \d\.\d\d \[[12]\] \|", line)]
     for (machine, deepspeed, hours), row in zip(PUBLISHED, rows, strict=True):
-        padded, packed = planned(machine, deepspeed=deepspeed, **DOLLY), planned(machine)
+        padded, packed = dolly_plan(machine, deepspeed=deepspeed, **DOLLY), dolly_plan(machine)
         theirs, ours = padded.hours_per_epoch["expected"], packed.hours_per_epoch["expected"]
         assert 1 / 1.5 < theirs / hours < 1.5, machine
         assert padded.fits
         assert packed.fits
-        assert planned(machine, batching="padded").fits
+        assert dolly_plan(machine, batching="padded").fits
         assert ours < theirs
         figures = re.findall(r"\d+\.\d\d", row.split("`", 2)[-1].split("an epoch")[-1])
         assert figures == [f"{figure:.2f}" for figure in (hours, theirs, theirs / hours, ours)], machine
@@ -375,7 +377,7 @@ def test_published_runs_come_out_within_a_factor_of_one_and_a_half_and_the_docs_
 
 
 @pytest.mark.parametrize("gib", [0.85, 0.9, 0.95, 1.0])
-def test_on_a_cpu_the_budget_leaves_room_for_saving(gib):
+def test_the_token_budget_on_a_cpu_leaves_memory_for_saving(gib):
     demo, machine = (
         model_shape("demo"),
         replace(this_machine(".", 1), host_gib=gib, disk_gib=1000.0, flops=1e11),

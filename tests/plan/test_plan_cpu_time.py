@@ -1,4 +1,4 @@
-"""CPU times of the plan: what ranks share, and the demo against a measured run on this machine."""
+"""Predicted CPU times: the rate shared by ranks, and the demo against a measured run on this machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CPU = Machine("this machine", "cpu", "CPU", 2, 0.0, 0.0, "none", 16.0, 100.0)
 MODEL = model_shape(DEMO)
 
 
-def test_ranks_that_share_a_cpu_share_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ranks_on_one_cpu_share_its_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing, "matmul_flops_per_second", lambda *_, **__: 8e9)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(4), raising=False)
@@ -42,16 +42,16 @@ def test_ranks_that_share_a_cpu_share_its_rate(monkeypatch: pytest.MonkeyPatch) 
     assert cpu_rate(64, ranks=2) == 8e9
 
 
-def test_the_rate_of_this_cpu_is_measured() -> None:
+def test_the_measured_rate_of_this_cpu_is_plausible() -> None:
     assert 1e8 < cpu_rate(128, ranks=1) < 1e14
 
 
-def test_a_cpu_is_measured_once_and_not_where_its_speed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cpu_is_measured_once_and_not_at_all_if_its_speed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     options = TrainingOptions(local_output_dir="x", **demo_options(2))
     settings, widths = resolve(options, 2, "fp32"), []
     monkeypatch.setattr(fit, "cpu_rate", lambda width, ranks: widths.append((width, ranks)) or 1e11)
     slow = plan_run(settings, alpaca_lengths(), MODEL, replace(CPU, host_gib=0.1))
-    assert widths == [(128, 2)], "though other options were tried, as it does not fit"
+    assert widths == [(128, 2)], "measured once, although several options were planned"
     assert plan_run(settings, alpaca_lengths(), MODEL, replace(CPU, flops=2e11)).step_seconds[
         "compute"
     ] == pytest.approx(slow.step_seconds["compute"] / 2)
@@ -59,7 +59,7 @@ def test_a_cpu_is_measured_once_and_not_where_its_speed_is_known(monkeypatch: py
 
 
 def cpu_seconds(folder: Path, ranks: int, steps: int, batching: str) -> float:
-    """CPU seconds of a rank in a training of so many steps, one thread a rank, whatever else the machine does."""
+    """CPU seconds per rank of a training run with one thread per rank, independent of other load."""
     chosen = demo_options(ranks) | {"batching": batching, "test_size": 20, "per_device_eval_batch_size": 20}
     chosen |= {"max_steps": steps, "eval_steps": 10**5, "local_output_dir": str(folder)}
     words = [sys.executable, "-m", "training.trainer", *option_words(chosen)]
@@ -78,11 +78,11 @@ def cpu_seconds(folder: Path, ranks: int, steps: int, batching: str) -> float:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("ranks", "batching"), [(1, "packed"), (1, "padded"), (2, "packed"), (2, "padded")])
-def test_the_predicted_time_of_a_step_of_the_demo_is_within_its_range_of_a_measured_one(
+def test_the_predicted_step_time_of_the_demo_is_within_the_stated_range(
     ranks: int, batching: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     few, many = (cpu_seconds(tmp_path / str(steps), ranks, steps, batching) for steps in (5, 45))
-    # The rate in CPU seconds as well, of one thread.
+    # Measure the rate in CPU seconds of one thread, too.
     monkeypatch.setattr(flops.time, "perf_counter", time.process_time)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

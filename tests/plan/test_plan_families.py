@@ -1,4 +1,4 @@
-"""A new GPU family is one edit in one file, and a wrong one is refused in words."""
+"""Adding a GPU family takes one edit in one file, and an unknown family is refused with a message."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MACHINE = '        _machine("8xA100-40GB"'
 
 
 def tree_with(folder: Path, family: str) -> Path:
-    """A copy that knows the machine 8xB200, whose GPUs are of a new family; `family` is its entry."""
+    """A copy of the repository with a machine 8xB200, whose GPUs belong to the new family of the entry `family`."""
     return edited_copy(
         folder,
         "training/machine/catalogue.py",
@@ -33,7 +33,7 @@ def tree_with(folder: Path, family: str) -> Path:
     )
 
 
-def test_a_new_family_with_a_gpu_and_a_machine_is_planned_for(tmp_path: Path) -> None:
+def test_a_new_family_with_a_gpu_and_a_machine_can_be_planned(tmp_path: Path) -> None:
     entry = '    "b200": Family(("B200",), "bf16", _BF16, _BF16_OFFLOAD, "nvlink4", 0.15),\n'
     tree = tree_with(tmp_path, entry)
     done = run_in(tree, "training.plan", "--machine", "8xB200", "--json")
@@ -46,35 +46,37 @@ def test_a_new_family_with_a_gpu_and_a_machine_is_planned_for(tmp_path: Path) ->
     assert "8xB200" in run_in(tree, "training.plan", "--help").stdout
 
 
-def test_a_gpu_of_a_family_that_is_not_there_is_refused_with_the_families(tmp_path: Path) -> None:
+def test_a_gpu_of_an_unknown_family_is_refused_and_known_families_are_listed(tmp_path: Path) -> None:
     done = run_in(tree_with(tmp_path, ""), "training.plan", "--machine", "8xB200")
     assert done.returncode == 2
     assert "unknown GPU family 'b200'. Known are: a100, h100, a10, v100, cpu" in done.stdout
     assert "Traceback" not in done.stdout
-    assert run_in(tmp_path, "training.plan", "--machine", "8xA100-40GB").returncode == 0, "the others work"
+    assert run_in(tmp_path, "training.plan", "--machine", "8xA100-40GB").returncode == 0, (
+        "other machines still work"
+    )
 
 
-def test_every_way_to_a_family_refuses_one_that_is_not_there() -> None:
+def test_every_function_that_takes_a_family_refuses_an_unknown_one() -> None:
     machine = replace(find_machine("8xH100"), family="b200")
     options = TrainingOptions(local_output_dir="OUTPUT", **preset_options("h100", 8))
-    for refused in (
+    for call in (
         lambda: find_family("b200"),
         lambda: preset_options("b200", 8),
         lambda: plan_options(options, 8, machine),
     ):
         with pytest.raises(MachineError, match=r"unknown GPU family 'b200'\. Known are: a100, h100"):
-            refused()
+            call()
 
 
-def test_a_family_without_one_of_its_facts_cannot_be_made() -> None:
+def test_every_field_of_a_family_is_required() -> None:
     facts = {field.name: getattr(FAMILIES["a100"], field.name) for field in fields(Family)}
     for missing in facts:
         with pytest.raises(TypeError, match=missing):
             Family(**{name: fact for name, fact in facts.items() if name != missing})
 
 
-def test_a_device_gets_a_family_whose_precision_it_can_compute(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_device_gets_a_family_with_a_precision_it_supports(monkeypatch: pytest.MonkeyPatch) -> None:
     assert family_of("Tesla T4", has_bf16=False) == "v100"
     monkeypatch.setitem(FAMILIES, "t4", replace(FAMILIES["v100"], devices=("T4",)))
     assert family_of("Tesla T4", has_bf16=False) == "t4"
-    assert family_of("NVIDIA A100-SXM4-40GB", has_bf16=False) == "v100", "its own recipe is in bf16"
+    assert family_of("NVIDIA A100-SXM4-40GB", has_bf16=False) == "v100", "the A100 recipe needs bf16"

@@ -1,4 +1,4 @@
-"""The recipes of the GPU families, and what memory and time read from the options."""
+"""Presets of the GPU families, and the settings that memory and time depend on."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_presets_keep_the_global_batch_for_one_to_eight_devices():
     assert rows_and_accumulation(64, 100) == (1, 1)
 
 
-def test_presets_name_shipped_files_of_their_own_precision():
+def test_presets_name_shipped_deepspeed_files_of_their_precision():
     for preset in (family for name, family in FAMILIES.items() if name != "cpu"):
         for file in filter(None, (preset.deepspeed, preset.offload)):
             config = json.loads((ROOT / file).read_text())
@@ -41,7 +41,7 @@ def test_presets_name_shipped_files_of_their_own_precision():
             assert ("offload" in file) == ("offload_optimizer" in config["zero_optimization"])
 
 
-def test_an_unknown_family_and_no_device_are_named():
+def test_an_unknown_family_and_zero_devices_are_refused():
     with pytest.raises(
         MachineError, match=r"unknown GPU family 'b200'. Known are: a100, h100, a10, v100, cpu"
     ):
@@ -59,7 +59,7 @@ def test_a_shipped_configuration_is_found_from_any_folder(tmp_path, monkeypatch)
         settings(deepspeed="config/none.json")
 
 
-def test_a_token_budget_may_be_auto_and_is_none_of_padded_rows():
+def test_a_token_budget_may_be_auto_and_is_none_for_padded_rows():
     assert settings(max_tokens_per_device="auto").max_tokens == "auto"
     assert settings(max_tokens_per_device=512).max_tokens == 512
     assert settings(max_tokens_per_device="auto", batching="padded").max_tokens is None
@@ -77,14 +77,14 @@ def test_a_token_budget_may_be_auto_and_is_none_of_padded_rows():
         ("a100", {"fp16": True}, "fp16", 4),
     ],
 )
-def test_precision_is_the_options_the_configuration_s_or_the_family_s(
+def test_precision_comes_from_options_then_deepspeed_file_then_gpu_family(
     family, options, precision, weight_bytes
 ):
     found = settings(family=family, **options)
     assert (found.precision, found.weight_bytes) == (precision, weight_bytes)
 
 
-def test_what_a_configuration_leaves_open_is_deepspeeds_default():
+def test_missing_zero_settings_have_deepspeeds_defaults():
     assert read_zero({}) == Zero(stage=0)
     assert read_zero({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}) == Zero(
         stage=2

@@ -1,4 +1,4 @@
-"""Operations and time: formulas on cases worked out by hand. CPU times: tests/plan/test_plan_cpu_time.py."""
+"""FLOPs and times: the formulas against hand-computed cases. CPU times: tests/plan/test_plan_cpu_time.py."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ GPTJ = model_shape("EleutherAI/gpt-j-6B")
 TINY = gptj_shape("tiny", layers=2, width=8, heads=2, vocabulary=100)
 
 
-def test_parameters_are_those_that_multiply():
+def test_model_parameters_counts_layers_and_head_without_the_embedding():
     model = GPTJForCausalLM(
         GPTJConfig(vocab_size=10, n_embd=8, n_layer=2, n_head=2, rotary_dim=4, n_positions=16)
     )
@@ -29,14 +29,14 @@ def test_parameters_are_those_that_multiply():
     assert flops.model_parameters(model) == (2 * (256 + 288 + 264 + 16) + 16, 10 * 8 + 10)
 
 
-def test_a_tied_head_is_counted_as_the_head_alone():
+def test_a_tied_embedding_is_counted_once_as_the_head():
     model = GPT2LMHeadModel(GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2, n_positions=16))
     layers, head = flops.model_parameters(model)
     assert head == 80
     assert layers == sum(p.numel() for p in model.parameters()) - 80
 
 
-def test_operations_of_two_rows_counted_by_hand():
+def test_flops_of_two_rows_match_a_hand_computed_case():
     # Rows of 3 and 5 tokens, 4 labels, 120 parameters in layers, 20 in the head, width 2, depth 1.
     needed = 120 * 8 - 100 * (8 - 4) + 20 * 4 + 1 * 2 * 34
     assert flops.training_flops(120, 20, 2, 1, flops.layer_tokens(8, 4, 1), 4, 17) == pytest.approx(
@@ -56,36 +56,34 @@ def test_operations_of_two_rows_counted_by_hand():
         ("NVIDIA L40", 181e12),
     ],
 )
-def test_a_known_gpu_has_its_data_sheets_peak(monkeypatch, name, peak):
+def test_a_known_gpu_has_the_peak_of_its_data_sheet(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
     assert flops.peak_flops(torch.device("cuda"), torch.bfloat16) == peak
 
 
-def test_flops_are_those_of_narayanan_et_al():
+def test_flops_match_the_formula_of_narayanan_et_al():
     b, s, layers, h, v = 3, 64, 2, 8, 100
     expected = 96 * b * s * layers * h**2 * (1 + s / (6 * h) + v / (16 * layers * h))
     counted = flops.training_flops(layers * 12 * h**2, v * h, h, layers, b * s, b * s, b * s**2, passes=4)
     assert counted == pytest.approx(expected)
 
 
-def test_a_step_s_seconds_are_worked_out_as_by_hand():
+def test_seconds_of_a_step_match_a_hand_computed_case():
     machine = find_machine("8xA100-40GB")
     settings = settings_of_a_run(ranks=8, checkpointing=False, zero=Zero(stage=3, offload_optimizer=True))
     load = replace(epoch_load(alpaca_lengths(), settings), slowest_tokens=1000.0, slowest_scores=0.0)
     seconds = step_seconds(GPTJ, machine, settings, load, response_share=0.0)
-    but_for_the_last_layer = 1000 * (1 - 10 / 12 / 28)
-    assert seconds["compute"] == pytest.approx(
-        6 * but_for_the_last_layer * GPTJ.layer_parameters / (312e12 * 0.22)
-    )
+    tokens_in_layers = 1000 * (1 - 10 / 12 / 28)
+    assert seconds["compute"] == pytest.approx(6 * tokens_in_layers * GPTJ.layer_parameters / (312e12 * 0.22))
     assert seconds["gathering"] == pytest.approx(3 * 2 * GPTJ.parameters * 7 / 8 / 200e9)
     assert seconds["optimizer"] == pytest.approx(GPTJ.parameters / 1.2e9)
     checkpointed = step_seconds(
         GPTJ, machine, replace(settings, checkpointing=True), load, response_share=0.0
     )
     assert checkpointed["compute"] == pytest.approx(4 / 3 * seconds["compute"]), (
-        "the layers' forward once more"
+        "one more forward pass of the layers"
     )
-    # Each part of a split share gathers the weights again; accumulation does everything but the optimizer twice.
+    # Each part of a split share gathers the weights again. Accumulation repeats everything except the optimizer.
     split = step_seconds(GPTJ, machine, replace(settings, max_tokens=400), load, response_share=0.0)
     assert split["gathering"] == pytest.approx(3 * seconds["gathering"])
     accumulated = replace(settings, options=replace(settings.options, gradient_accumulation_steps=2))
@@ -99,9 +97,9 @@ def test_a_step_s_seconds_are_worked_out_as_by_hand():
     assert alone["gathering"] == 0
 
 
-def test_an_epoch_is_its_steps_and_its_held_out_losses():
+def test_hours_of_an_epoch_are_its_steps_and_its_held_out_losses():
     settings = settings_of_a_run(ranks=8, checkpointing=False, test_size=640, eval_steps=50)
     load = replace(epoch_load(alpaca_lengths(), settings), steps=100)
     seconds = {"compute": 3.0, "gathering": 3.0, "optimizer": 0.0}
-    # 640 rows are ten steps' rows: ten forwards of 1 s, and ten times one of three gatherings. Three times.
+    # 640 rows are ten batches: ten forward passes of 1 s and ten times one of three gatherings, evaluated three times.
     assert run_hours(GPTJ, settings, load, seconds, 100) == pytest.approx((100 * 6 + 3 * (10 + 10)) / 3600)

@@ -1,4 +1,4 @@
-"""Models, row lengths, and an epoch of them, counted by hand."""
+"""Model shapes, row lengths and the computation of an epoch, against hand-computed cases."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ SHARED = Path(__file__).parents[3] / "shared"
         ("EleutherAI/pythia-12b-deduped", 11_846_072_320),
     ],
 )
-def test_built_in_models_have_the_parameters_that_their_cards_tell(name, parameters):
+def test_built_in_models_have_the_parameter_counts_of_their_model_cards(name, parameters):
     assert model_shape(name).parameters == parameters
 
 
-def test_a_folder_s_model_is_counted_from_its_config_alone(tmp_path):
+def test_the_shape_of_a_model_in_a_folder_comes_from_its_config(tmp_path):
     gptj, neox, llama = tmp_path / "gptj", tmp_path / "neox", tmp_path / "llama"
     GPTJConfig(vocab_size=100, n_positions=64, n_embd=8, n_layer=2, n_head=2, rotary_dim=4, bos_token_id=0, eos_token_id=0).save_pretrained(gptj)  # fmt: skip
     known = gptj_shape(str(gptj), layers=2, width=8, heads=2, vocabulary=100, positions=64)
@@ -60,12 +60,12 @@ def test_a_folder_s_model_is_counted_from_its_config_alone(tmp_path):
     assert (facts.gated, facts.inner) == (True, 20)
 
 
-def test_the_demo_s_facts_are_those_of_the_demo_s_model_with_the_control_tokens():
+def test_the_built_in_demo_shape_matches_the_demo_model_plus_control_tokens():
     from training.plan.lookup import _shape_of_config
 
     known, built = model_shape("demo"), _shape_of_config("demo")
-    grown = 3 * (2 * known.width + 1)  # rows of embedding and head, and the head's bias
-    assert known.parameters == built.parameters + grown
+    added = 3 * (2 * known.width + 1)  # rows of embedding and head, and the head's bias
+    assert known.parameters == built.parameters + added
     assert (known.layers, known.width, known.heads, known.positions, known.layer_parameters) == (
         built.layers, built.width, built.heads, built.positions, built.layer_parameters
     )  # fmt: skip
@@ -74,7 +74,7 @@ def test_the_demo_s_facts_are_those_of_the_demo_s_model_with_the_control_tokens(
 # --- rows --------------------------------------------------------------------------------------------
 
 
-def test_the_built_in_rows_are_alpaca_s():
+def test_built_in_row_lengths_match_alpacas_statistics():
     rows = alpaca_lengths().tokens
     assert len(rows) == 52_002
     assert rows.mean() == pytest.approx(106.7, rel=0.005)
@@ -83,7 +83,7 @@ def test_the_built_in_rows_are_alpaca_s():
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the Alpaca sample")
-def test_the_built_in_histogram_is_what_the_product_itself_counts():
+def test_the_built_in_histogram_matches_tokenised_alpaca_rows():
     tokenizer = load_tokenizer(str(SHARED / "gpt2-bpe"))
     rows, _ = prepare_dataset(str(SHARED / "data/alpaca_1500.jsonl"), tokenizer, 2048)
     counted = row_lengths("alpaca", rows["length"][:], rows["response_start"][:])
@@ -92,9 +92,7 @@ def test_the_built_in_histogram_is_what_the_product_itself_counts():
     assert counted.response_share == pytest.approx(ALPACA_RESPONSE_SHARE, abs=0.001)
 
 
-def test_a_dataset_of_one_s_own_is_counted_by_its_rows_and_the_share_of_their_responses(
-    tmp_path, base_folder
-):
+def test_a_users_dataset_is_measured_by_row_lengths_and_response_share(tmp_path, base_folder):
     lengths = row_lengths("mine", [10, 30], [5, 15])
     assert lengths.tokens.tolist() == [10, 30]
     assert lengths.response_share == 0.5
@@ -108,7 +106,7 @@ def test_a_dataset_of_one_s_own_is_counted_by_its_rows_and_the_share_of_their_re
 # --- an epoch ----------------------------------------------------------------------------------------
 
 
-def test_an_epoch_is_counted_as_by_hand():
+def test_the_load_of_an_epoch_matches_a_hand_computed_case():
     # Eight rows of ten tokens, four held out; two ranks of two rows make one step of the rest.
     lengths, settings = (
         Lengths("ten", np.full(8, 10), 0.5),
@@ -120,12 +118,12 @@ def test_an_epoch_is_counted_as_by_hand():
     assert packed.slowest_scores == pytest.approx(2 * 10 * 10 / 2, rel=0.01)
     padded = epoch_load(lengths, replace(settings, options=replace(settings.options, batching="padded")))
     counted = (padded.computed_tokens, padded.slowest_tokens, padded.peak_tokens, padded.peak_row)
-    assert counted == (64, 32, 32, 16), "padded as by the collator"
+    assert counted == (64, 32, 32, 16), "padded as the collator does"
     assert PAD_TO_MULTIPLE_OF == consts.PAD_TO_MULTIPLE_OF
     assert padded.slowest_scores == 2 * 16 * 16
 
 
-def test_the_rank_with_the_longest_row_sets_the_pace():
+def test_all_ranks_wait_for_the_rank_with_the_longest_row():
     lengths = Lengths("one long row", np.array([8, 8, 8, 40]), 0.5)
     settings = settings_of_a_run(
         ranks=2, per_device_train_batch_size=1, gradient_accumulation_steps=1, batching="padded", test_size=1
@@ -137,12 +135,12 @@ def test_the_rank_with_the_longest_row_sets_the_pace():
     assert one_step.peak_row == one_step.slowest_tokens
 
 
-def test_rows_fewer_than_a_step_are_a_step():
+def test_fewer_rows_than_a_global_batch_make_one_step():
     load = epoch_load(Lengths("few", np.array([9, 9, 9]), 0.5), settings_of_a_run(ranks=8, test_size=1000))
     assert (load.steps, load.real_tokens) == (1, 18)
 
 
-def test_dolly_s_padding_leaves_half_the_tokens_real_and_a_third_at_the_pace_of_eight_ranks():
+def test_half_of_dollys_padded_tokens_are_real_and_a_third_of_the_capacity_of_eight_ranks():
     def real(ranks: int) -> tuple[float, float]:
         load = epoch_load(alpaca_lengths(), settings_of_a_run(ranks=ranks, batching="padded"))
         return load.real_tokens / load.computed_tokens, load.real_tokens / load.paced_tokens

@@ -42,7 +42,9 @@ def _long_name(word: str) -> str:
 
 
 @click.command(context_settings={"max_content_width": 110, "token_normalize_func": _long_name})
-@_option("--machine", metavar="NAME", help=f"One of {', '.join(MACHINES)}.  [default: this one]")
+@_option(
+    "--machine", metavar="NAME", help=f"Machine to plan for: {', '.join(MACHINES)}.  [default: this machine]"
+)
 @_option("--num-gpus", type=int, help="Number of devices.  [default: all; 2 CPU ranks]")
 @some_click_options(
     "input_model",
