@@ -1,4 +1,4 @@
-"""What the tests share: no network, no launcher, no GPU, no cache of the user's; a small BPE and a small GPT-J."""
+"""Shared fixtures: an environment without network, launcher, GPU or user cache; a small BPE and a small GPT-J."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 _home = tempfile.TemporaryDirectory(prefix="dolly-tests-")
-# Before any library is imported, as they read these once. A GPU is used only when the caller names one.
+# Set before any import, because libraries read these once. GPUs are used only if CUDA_VISIBLE_DEVICES names them.
 os.environ["HF_HOME"] = _home.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
@@ -71,7 +71,7 @@ def settings_of_a_run(
     max_tokens: int | None = None,
     **options: Any,
 ) -> Settings:
-    """The settings of a run, without a DeepSpeed file: its content follows from `zero`."""
+    """The settings of a run, with a DeepSpeed configuration made from `zero`."""
     sections = {
         "offload_optimizer": {"device": "cpu", "pin_memory": zero.pinned} if zero.offload_optimizer else {},
         "offload_param": {"device": "cpu"} if zero.offload_parameters else {},
@@ -92,7 +92,7 @@ def resolved(options: TrainingOptions, ranks: int = 1, family: str = "cpu") -> S
 
 
 def problems_of(options: TrainingOptions) -> list[str]:
-    """What the trainer refuses these options for."""
+    """The problems for which the trainer refuses these options."""
     try:
         preflight.check(options)
     except OptionsError as error:
@@ -102,13 +102,13 @@ def problems_of(options: TrainingOptions) -> list[str]:
 
 @contextmanager
 def mounted(folder: Path, size: str) -> Iterator[Path]:
-    """A real file system of that size at `folder`. Skips the test where this system lets us mount none."""
+    """Mounts a real file system of that size at `folder`. Skips the test if mounting is not possible."""
     folder.mkdir()
     if not shutil.which("mount") or os.geteuid() != 0:
         pytest.skip("mounting needs root")
     command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
     if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("this system lets nobody mount")
+        pytest.skip("mount failed")
     try:
         yield folder
     finally:
@@ -117,7 +117,7 @@ def mounted(folder: Path, size: str) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE of GPT-2's kind with 500 entries, learned from the prompt's words; as GPT-2's two files."""
+    """A byte-level BPE like GPT-2's, with 500 entries, trained on the prompt's words; saved as GPT-2's two files."""
     folder = tmp_path_factory.mktemp("bpe")
     bpe = ByteLevelBPETokenizer()
     words = [INTRO, INTRO_WITH_INPUT, f"\n\n{INPUT_KEY}\n", "\n\n### End ### Instruction: ### Response:\n"]
@@ -128,13 +128,13 @@ def bpe_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer(bpe_folder: Path) -> PreTrainedTokenizerBase:
-    """The small BPE as training uses it: with the control tokens."""
+    """The small BPE with the control tokens, as in training."""
     return load_tokenizer(str(bpe_folder))
 
 
 @pytest.fixture(scope="session")
 def base_folder(bpe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A base model's folder: a random GPT-J of two layers, with the small BPE and no control tokens."""
+    """Folder of a base model: a random GPT-J of two layers and the small BPE without control tokens."""
     folder = tmp_path_factory.mktemp("base")
     bpe = GPT2TokenizerFast.from_pretrained(str(bpe_folder))
     config = GPTJConfig(
@@ -157,9 +157,9 @@ def base_folder(bpe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 @pytest.fixture(scope="session")
 def answering_model(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> GPTJForCausalLM:
-    """A GPT-J that answers every prompt with "AB" and the end key, whether it is sampled or not.
+    """A GPT-J that answers every prompt with "AB" and the end key, sampled or greedy.
 
-    Its layers add nothing, so the next token follows from the last one alone: response key -> A -> B -> end.
+    Its layers add nothing, so the next token depends only on the last one: response key -> A -> B -> end.
     """
     model = load_model(str(base_folder), tokenizer, torch.float32, seed=42)
     chain = tokenizer.convert_tokens_to_ids(["### Response:\n", "A", "B", "### End"])
@@ -170,18 +170,18 @@ def answering_model(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> GP
         model.transformer.wte.weight.zero_()
         model.lm_head.weight.zero_()
         model.lm_head.bias.zero_()
-        for place, (last, following) in enumerate(pairwise(chain)):
-            model.transformer.wte.weight[last, place] = 1.0
-            model.lm_head.weight[following, place] = 100.0
+        for dimension, (last, following) in enumerate(pairwise(chain)):
+            model.transformer.wte.weight[last, dimension] = 1.0
+            model.lm_head.weight[following, dimension] = 100.0
     model.config.use_cache = True
     model.generation_config = generation_config(tokenizer)
     return model.eval()
 
 
 @pytest.fixture(scope="session")
-def dropping(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A small GPT-2, which is trained with dropout: what is random goes on as well."""
-    folder = tmp_path_factory.mktemp("dropping")
+def model_with_dropout(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Folder of a small GPT-2, which trains with dropout, so that a resume must restore the random state."""
+    folder = tmp_path_factory.mktemp("dropout")
     tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
     config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=256, vocab_size=len(tokenizer),
                         bos_token_id=0, eos_token_id=0)  # fmt: skip
@@ -198,7 +198,7 @@ def answering_folder(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """That model as a folder."""
+    """`answering_model` saved to a folder."""
     folder = tmp_path_factory.mktemp("answering")
     answering_model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -207,7 +207,7 @@ def answering_folder(
 
 @pytest.fixture(scope="session")
 def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """The library of refusing_filesystem.c, for LD_PRELOAD; its first lines say what it can be told to do."""
+    """The compiled refusing_filesystem.c, for LD_PRELOAD; its first lines list the settings."""
     if sys.platform != "linux":
         pytest.skip("LD_PRELOAD is Linux's")
     library = tmp_path_factory.mktemp("library") / "refusing.so"
@@ -232,12 +232,12 @@ def failing_disk(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def in_repository_root(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Options name config/... from the root of the repository."""
+    """Changes to the root of the repository, so that options can name config/..."""
     monkeypatch.chdir(Path(__file__).parents[1])
 
 
 def fake_gpus(monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1) -> None:
-    """Stands for a machine with `count` GPUs, as far as the checks ask."""
+    """Makes torch report `count` GPUs to the checks."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
@@ -245,7 +245,7 @@ def fake_gpus(monkeypatch: pytest.MonkeyPatch, bf16: bool, count: int = 1) -> No
 
 
 def python(*words: object, **how: Any) -> subprocess.CompletedProcess[str]:
-    """Python with these words, in the root of the repository where `how` says nothing else; what it told as text."""
+    """Runs Python with these arguments, by default in the root of the repository, and captures its output as text."""
     command = [sys.executable, *map(str, words)]
     return subprocess.run(
         command, **{"cwd": Path(__file__).parents[1], "capture_output": True, "text": True} | how
@@ -254,7 +254,7 @@ def python(*words: object, **how: Any) -> subprocess.CompletedProcess[str]:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[str]:
-    """The URL of a stand-in for AWS. It keeps one S3 for all tests: each makes buckets of its own."""
+    """URL of a fake AWS server. All tests share its S3; each test creates its own buckets."""
     from moto.server import ThreadedMotoServer
 
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
@@ -265,7 +265,7 @@ def s3_server() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def nvml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a libnvidia-ml.so.1 made of standin_nvml.c, for LD_LIBRARY_PATH."""
+    """Folder with a libnvidia-ml.so.1 compiled from standin_nvml.c, for LD_LIBRARY_PATH."""
     folder = tmp_path_factory.mktemp("nvml")
     source, library = Path(__file__).parent / "flow" / "standin_nvml.c", folder / "libnvidia-ml.so.1"
     command = ["g++", "-x", "c", "-shared", "-fPIC", "-Wall", "-Wextra", source, "-o", library]
@@ -275,7 +275,7 @@ def nvml_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a launcher sets for its only rank. The libraries start no process group and ask for no GPU."""
+    """Sets the variables of a launcher with one rank. The libraries start no process group and use no GPU."""
     for name, value in (
         ("RANK", "0"),
         ("LOCAL_RANK", "0"),
@@ -289,7 +289,7 @@ def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def folders(tmp_path: Path) -> Iterator[Path]:
-    """A new folder for every case, removed by the next."""
+    """Yields a new folder for every case and removes the previous one."""
 
     def fresh() -> Iterator[Path]:
         while True:
@@ -302,10 +302,10 @@ def folders(tmp_path: Path) -> Iterator[Path]:
 def say_rows(count: int) -> list[dict[str, str]]:
     """Short rows, with responses of one to nine words."""
     words = "red blue green cat dog house river tree stone bird".split()
-    asked = [f"Say {n}{' please' * (n % 7)}." for n in range(count)]
+    instructions = [f"Say {n}{' please' * (n % 7)}." for n in range(count)]
     return [
-        {"instruction": say, "input": "", "output": " ".join(words[: n % 9 + 1])}
-        for n, say in enumerate(asked)
+        {"instruction": instruction, "input": "", "output": " ".join(words[: n % 9 + 1])}
+        for n, instruction in enumerate(instructions)
     ]
 
 

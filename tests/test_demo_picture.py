@@ -1,4 +1,4 @@
-"""The demo's picture shows both losses and some held-out answers, each instruction opening once."""
+"""The demo's table and picture: losses, and some held-out answers with different first words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROWS = [
 LOGGED = [{"step": 0, "eval_loss": 7.0}, {"step": 20, "loss": 5.0}, {"step": 40, "eval_loss": 1.0}]
 
 
-def test_examples_are_one_line_each_and_no_two_begin_alike() -> None:
+def test_examples_are_single_lines_with_different_first_words() -> None:
     shown = demo.examples(ROWS, ["a\nb", "c", "d"], ["The Rhine", "x", "3"])
     assert shown == [
         ("Name a river.", "a b", "The Rhine", "The Rhine"),
@@ -36,15 +36,15 @@ def test_the_picture_has_the_losses_the_result_and_the_answers(name: str, tmp_pa
     long = "x" * 200
     draw_demo(LOGGED, [("Name a river.", long, "The Rhine", "The Rhine"), (long, "", "3", "2")], "97%", file)
     if file.suffix == ".svg":
-        drawn = file.read_text()
+        svg = file.read_text()
         for text in ("held-out rows, 1.000", "97%", "expected", "The Rhine", f"{'x' * 19}…"):
-            assert f"<!-- {text}" in drawn, text
-        assert long not in drawn
+            assert f"<!-- {text}" in svg, text
+        assert long not in svg
     else:
         assert imread(file).std() > 0.01
 
 
-def test_a_place_where_no_picture_can_be_drawn_is_refused_before_training(tmp_path: Path) -> None:
+def test_a_picture_file_that_cannot_be_written_is_refused_before_training(tmp_path: Path) -> None:
     result = CliRunner().invoke(demo.main, ["--plot", str(tmp_path / "none" / "demo.png")])
     assert result.exit_code == 2
     assert "in a folder that exists and can be written" in result.output

@@ -1,4 +1,4 @@
-"""README, docs and scripts tell the truth: each command, option, file, link, message and figure is that of the code."""
+"""README, docs and scripts agree with the code: commands, options, files, links, messages and figures."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from click.testing import CliRunner
 from deepspeed.launcher import runner
 
 from tests.conftest import python
-from tests.test_layout import BELOW, GROUND
+from tests.test_layout import ALLOWED_IMPORTS, BASE_MODULES
 from training import trainer
 from training.launch.exits import exit_meaning
 from training.machine.catalogue import FAMILIES, MACHINES
@@ -43,7 +43,7 @@ DOCUMENTS = [*PAGES, *SCRIPTS]
 EACH_PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.stem)
 EACH_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 
-# What a command line may run, by the words that name it there: the modules of ours that have a command, ...
+# Programs that the docs may run, by the name used there. Our modules that have a command:
 OURS = {
     "training."
     + file.relative_to(ROOT / "training").with_suffix("").as_posix().removesuffix("/__main__"): file
@@ -51,12 +51,12 @@ OURS = {
     if "\ndef main(" in file.read_text()
 }
 OURS["run_demo.sh"] = OURS["training.demo"]
-# ... the flow, whose command line is Metaflow's, ...
+# The flow, whose command line is Metaflow's:
 FLOW = "flows/train_dolly_flow.py"
 OURS["flows/model_on_s3.py"] = ROOT / "flows" / "model_on_s3.py"
-# ... Python's tools, and one of a Mac, which cannot be asked here.
+# Python's tools, and one of macOS, whose options cannot be read here:
 PYTHON_TOOLS = {
-    "run_pytest.sh": ["pytest"],  # hands its arguments on
+    "run_pytest.sh": ["pytest"],  # passes its arguments on
     "pytest": ["pytest"],
     "pip install": ["pip", "install"],
     "pip wheel": ["pip", "wheel"],
@@ -76,7 +76,7 @@ OPTION = re.compile(r"(?<![\w-])--[a-zA-Z][\w-]*")
 
 
 def code(document: Path) -> list[str]:
-    """The lines of code of a document: of a script all, of a Markdown file its blocks and its spans."""
+    """The lines of code of a document: all lines of a script, code blocks and code spans of a Markdown file."""
     text = document.read_text().replace("\\\n", " ")
     if document.suffix != ".md":
         return text.splitlines()
@@ -88,25 +88,25 @@ def code(document: Path) -> list[str]:
 def click_flags(command: click.Command) -> set[str]:
     return {
         flag
-        for each in command.get_params(click.Context(command))
-        for flag in (*each.opts, *each.secondary_opts)
+        for parameter in command.get_params(click.Context(command))
+        for flag in (*parameter.opts, *parameter.secondary_opts)
     }
 
 
 @cache
 def flags(program: str) -> set[str]:
-    """The long options that a program takes, from the program itself."""
+    """The long options of a program, read from the program itself."""
     if program in FOREIGN:
         return FOREIGN[program]
     if program in OURS:
         module = ".".join(OURS[program].relative_to(ROOT).with_suffix("").parts)
-        taken = click_flags(importlib.import_module(module).main)
-        return taken | flags("training.trainer") if "demo" in program else taken  # it hands options on
+        own = click_flags(importlib.import_module(module).main)
+        return own | flags("training.trainer") if "demo" in program else own  # it passes options on
     if program == FLOW:
         user = os.environ | {"METAFLOW_USER": "tester"}
-        told = [python(FLOW, *command, "--help", env=user) for command in ([], ["run"], ["resume"])]
-        text = "".join(each.stdout + each.stderr for each in told)  # Metaflow speaks by the second
-        return set(OPTION.findall(text)) | flags("training.trainer")  # it hands options on
+        results = [python(FLOW, *command, "--help", env=user) for command in ([], ["run"], ["resume"])]
+        text = "".join(each.stdout + each.stderr for each in results)  # Metaflow prints to stderr
+        return set(OPTION.findall(text)) | flags("training.trainer")  # it passes options on
     if program == "deepspeed":
         text = io.StringIO()
         with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
@@ -115,34 +115,34 @@ def flags(program: str) -> set[str]:
     if program == "torchrun":
         return set(OPTION.findall(torch.distributed.run.get_args_parser().format_help()))
     tool = ["-m", *PYTHON_TOOLS[program]] if program != "python" else []
-    # Not here: pytest would load these tests for its help.
+    # In another folder: here pytest would load our conftest for its help.
     result = python(*tool, "--help", cwd="/")
     assert result.returncode == 0, f"{program}: {result.stderr}"
     return set(OPTION.findall(result.stdout))
 
 
 def options_by_program(line: str) -> list[tuple[str, str]]:
-    """(program, option) of a line of code; the program is "" where the line names none.
+    """(program, option) pairs of a line of code; the program is "" if the line names none.
 
     "deepspeed --num_gpus 2 --module training.trainer --lr 1" gives
     [("deepspeed", "--num_gpus"), ("deepspeed", "--module"), ("training.trainer", "--lr")]
     """
-    found, program, end = [], "", 0
+    pairs, program, end = [], "", 0
     for match in [*PROGRAMS.finditer(line), None]:
         part = line[end : match.start() if match else len(line)]
-        found += [(program, option) for option in OPTION.findall(part)]
+        pairs += [(program, option) for option in OPTION.findall(part)]
         if match:
             program, end = match.group(), match.end()
-    return found
+    return pairs
 
 
 @EACH_DOCUMENT
-def test_every_option_module_and_file_of_the_repository_that_is_named_exists(document: Path) -> None:
+def test_every_named_option_module_and_file_exists(document: Path) -> None:
     for line in code(document):
         for program, option in options_by_program(line):
             known = flags(program) if program else set.union(*map(flags, [*OURS, FLOW]))
             assert option in known, f"{program or 'no command of ours'} has no {option}, named in: {line}"
-        if "pytest" not in line:  # whose -m names markers
+        if "pytest" not in line:  # its -m selects markers
             for module in re.findall(r"(?<!\S)(?:-m|--module)\s+([a-zA-Z_][\w.]*)", line):
                 assert importlib.util.find_spec(module), f"no module {module}, named in: {line}"
         for name in re.findall(rf"(?<![\w/.-])(?:\./)?({IN_A_FOLDER}|{AT_THE_ROOT})", line):
@@ -150,7 +150,7 @@ def test_every_option_module_and_file_of_the_repository_that_is_named_exists(doc
             assert existing, f"no {name}, named in: {line}"
 
 
-def test_the_markers_and_extras_that_the_pages_name_are_those_of_pyproject() -> None:
+def test_the_markers_and_extras_of_the_pages_are_those_of_pyproject() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())
     lines = "\n".join(line for document in DOCUMENTS for line in code(document))
     markers = {marker.split(":")[0] for marker in config["tool"]["pytest"]["ini_options"]["markers"]}
@@ -165,7 +165,7 @@ def test_the_markers_and_extras_that_the_pages_name_are_those_of_pyproject() -> 
 
 
 @EACH_PAGE
-def test_a_page_is_short_and_its_links_lead_somewhere(page: Path) -> None:
+def test_a_page_is_short_and_its_links_work(page: Path) -> None:
     text = page.read_text()
     assert len(text.splitlines()) <= 200
     assert page != README or len(text.split()) <= 1200
@@ -207,22 +207,22 @@ def test_the_tree_of_the_architecture_names_every_file_of_every_room() -> None:
     assert rows.keys() == {f"{folder.relative_to(ROOT).as_posix()}/" for folder in folders}
 
 
-def test_the_import_rule_of_the_architecture_is_the_one_that_is_kept() -> None:
+def test_the_import_rule_of_the_architecture_is_the_tested_one() -> None:
     [rule] = re.findall(
         r"^```text\n(consts .*?)^```", DOCS["architecture"].read_text(), re.DOTALL | re.MULTILINE
     )
-    assert set(rule.splitlines()[0].split()) == GROUND
+    assert set(rule.splitlines()[0].split()) == BASE_MODULES
     for room, below in re.findall(r"(\w+) \(([\w, ]+)\)", rule):
-        assert room == "storage" or set(below.split(", ")) == BELOW[room] - GROUND
+        assert room == "storage" or set(below.split(", ")) == ALLOWED_IMPORTS[room] - BASE_MODULES
     ground, *above = (set(re.findall(r"\w+", re.sub(r"\(.*?\)", "", line))) for line in rule.splitlines())
-    assert set().union(*above) >= BELOW.keys() - ground
+    assert set().union(*above) >= ALLOWED_IMPORTS.keys() - ground
 
 
 # --- Python and messages -----------------------------------------------------------------------------
 
 
 @EACH_PAGE
-def test_what_a_pages_python_imports_from_us_exists_and_takes_those_arguments(page: Path) -> None:
+def test_the_python_of_a_page_imports_existing_names_with_valid_arguments(page: Path) -> None:
     for block in re.findall(r"^```python\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
         imported = {}
         for node in ast.walk(ast.parse(block)):
@@ -235,17 +235,19 @@ def test_what_a_pages_python_imports_from_us_exists_and_takes_those_arguments(pa
                 signature.bind(*node.args, **{str(keyword.arg): None for keyword in node.keywords})
 
 
-def stretches(text: str) -> list[str]:
-    """The words of a text without punctuation at their ends, cut where a message fills something in: a number, its
-    unit, an option, whatever stands for "..."."""
+def fixed_parts(text: str) -> list[str]:
+    """The parts of a message without variable content, such as numbers, units, options and "...".
+
+    Words lose the punctuation at their ends.
+    """
     text = text.replace("...", " 0 ")
     words = (word.strip("`\"'.,:;()[]") for word in text.split())
     kept = " ".join("\0" if re.search(r"\d|GiB|^--|%[sd]", word) else word for word in words if word)
-    return [part for each in kept.split("\0") if (part := each.strip())]
+    return [stripped for part in kept.split("\0") if (stripped := part.strip())]
 
 
 def test_the_messages_of_the_docs_are_those_of_the_code() -> None:
-    """What stands between two fillings is in one string of training/, or ends one and begins another, filled into it."""
+    """Each fixed part is in one string of training/, or is the end of one followed by the start of another."""
     strings = []
     for file in (ROOT / "training").rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -254,24 +256,24 @@ def test_the_messages_of_the_docs_are_those_of_the_code() -> None:
                 strings.append("".join(map(str, parts)))
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 strings.append(node.value)
-    known = {f" {part} " for each in strings for part in stretches(each)}
+    known = {f" {part} " for string in strings for part in fixed_parts(string)}
     section = DOCS["errors"].read_text().split("\n## Messages\n")[1].split("\n## ")[0]
     rows = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
     messages = [message for row in rows for message in re.findall(r"`([^`]+)`", row)]
     assert len(messages) > 15
     for message in messages:
-        for part in stretches(message):
+        for part in fixed_parts(message):
             words = part.split()
             cuts = [(f" {' '.join(words[:n])} ", f" {' '.join(words[n:])} ") for n in range(1, len(words))]
-            assert any(f" {part} " in each for each in known) or any(
-                any(each.endswith(first) for each in known) and any(each.startswith(second) for each in known)
+            assert any(f" {part} " in text for text in known) or any(
+                any(text.endswith(first) for text in known) and any(text.startswith(second) for text in known)
                 for first, second in cuts
             ), (message, part)
 
 
-def test_the_scripts_can_be_run() -> None:
+def test_the_scripts_are_executable_and_have_valid_syntax() -> None:
     for script in SCRIPTS:
-        if script.parent.name != "config":  # those are sourced
+        if script.parent.name != "config":  # config/*.sh are sourced
             assert script.stat().st_mode & 0o111, f"chmod +x {script.name}"
         assert subprocess.run(["bash", "-n", script]).returncode == 0, script.name
 
@@ -279,10 +281,10 @@ def test_the_scripts_can_be_run() -> None:
 def test_the_trainer_commands_of_the_pages_are_accepted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each is parsed by the trainer's own command line, with an output of this test."""
-    taken = []
+    """Parses each with the trainer's command line and a temporary output folder."""
+    parsed = []
     finished = {"status": "finished"}
-    monkeypatch.setattr(trainer, "train", lambda options, request: taken.append(options) or finished)
+    monkeypatch.setattr(trainer, "train", lambda options, request: parsed.append(options) or finished)
     lines = "\n".join(line for page in PAGES for line in code(page))
     commands = re.findall(r"training\.trainer\s+(--(?!help).*)", lines)
     assert len(commands) > 10
@@ -290,14 +292,14 @@ def test_the_trainer_commands_of_the_pages_are_accepted(
         with pytest.raises(SystemExit) as ended:
             trainer.main([*line.split(), "--local-output-dir", str(tmp_path / "out")])
         assert ended.value.code == 0, line
-    assert len(taken) == len(commands)
+    assert len(parsed) == len(commands)
 
 
 # --- figures -----------------------------------------------------------------------------------------
 
 
 def rows_of_table(page: str, heading: str) -> list[list[str]]:
-    """The cells of the table of a page whose heading line begins with these words."""
+    """The cells of a page's table whose header row starts with `heading`."""
     lines = DOCS[page].read_text() if page in DOCS else README.read_text()
     table = re.search(rf"^\| {re.escape(heading)}.*\n\|[-|]+\n((?:\|.*\n)+)", lines, re.MULTILINE)
     assert table, heading
@@ -322,7 +324,7 @@ def test_the_readmes_machines_have_the_minutes_and_dollars_of_the_plan() -> None
             assert f"{int(published) / 60:.2f} [" in DOCS["plan"].read_text()
 
 
-def test_the_accuracy_of_the_plan_is_that_of_its_ranges() -> None:
+def test_the_docs_state_the_accuracy_of_the_plan() -> None:
     text = " ".join(DOCS["plan"].read_text().split())
     assert f"a factor of {GPU_RANGE:g} on GPUs and of {CPU_RANGE:g} on CPUs" in text
     assert f"by a factor of {GPU_RANGE:g}." in " ".join(README.read_text().split())
@@ -347,7 +349,7 @@ def test_the_machines_and_families_of_the_docs_are_those_of_the_catalogue() -> N
             assert FAMILIES[name.lower()].deepspeed == file.strip("`")
 
 
-def test_the_exit_codes_of_the_docs_mean_what_the_code_says() -> None:
+def test_the_exit_codes_of_the_docs_match_the_code() -> None:
     rows = rows_of_table("errors", "code | words")
     assert len(rows) >= 10
     for codes, words, _ in rows:

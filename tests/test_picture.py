@@ -1,4 +1,4 @@
-"""Pictures are drawn from what there is, and say so where there is nothing."""
+"""Pictures of a run: drawn from the logged metrics, refused without any."""
 
 from __future__ import annotations
 
@@ -20,28 +20,28 @@ HELD_OUT = {"step": 10, "eval_loss": 1.9}
     "entries",
     [[TRAINED, HELD_OUT], [HELD_OUT], [TRAINED], [TRAINED | {"step": 10 * n} for n in range(1, 90)]],
 )
-def test_a_run_is_drawn_from_whatever_was_logged(entries: list[dict[str, float]], tmp_path: Path) -> None:
+def test_a_run_is_drawn_from_any_logged_metrics(entries: list[dict[str, float]], tmp_path: Path) -> None:
     draw_run(entries, "a run", str(tmp_path / "run.png"))
     picture = imread(tmp_path / "run.png")
     assert picture.shape[1] == 1100
     assert picture.std() > 0.01  # not an empty page
 
 
-def test_both_losses_are_in_the_picture_and_what_was_not_logged_has_no_empty_panel() -> None:
-    drawn = [io.BytesIO() for _ in range(3)]
-    for file, entries in zip(drawn, ([HELD_OUT], [TRAINED], [TRAINED, HELD_OUT]), strict=True):
+def test_both_losses_are_drawn_and_metrics_that_were_not_logged_get_no_panel() -> None:
+    files = [io.BytesIO() for _ in range(3)]
+    for file, entries in zip(files, ([HELD_OUT], [TRAINED], [TRAINED, HELD_OUT]), strict=True):
         draw_run(entries, "a run", file)
-    short, trained, both = (file.getvalue() for file in drawn)
+    short, trained, both = (file.getvalue() for file in files)
     assert trained != both
     assert imread(io.BytesIO(short)).shape[0] < imread(io.BytesIO(both)).shape[0]
 
 
-def test_a_run_without_a_logged_step_is_not_drawn() -> None:
+def test_a_run_without_a_logged_step_raises() -> None:
     with pytest.raises(ValueError, match="nothing to draw"):
         draw_run([{"step": 0}], "a run", io.BytesIO())
 
 
-def test_a_file_that_could_not_be_drawn_at_the_end_is_refused_at_the_beginning(tmp_path: Path) -> None:
+def test_a_picture_file_that_cannot_be_written_is_refused_before_the_run(tmp_path: Path) -> None:
     (tmp_path / "link.png").symlink_to(tmp_path / "nowhere" / "a.png")
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "old.png").touch()
