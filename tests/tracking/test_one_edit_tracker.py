@@ -25,7 +25,10 @@ def test_a_new_tracker_receives_every_log_entry_of_a_run(tmp_path: Path) -> None
         tmp_path / "tree",
         "training/tracking/callbacks.py",
         ("class TensorBoardLog(", NEW),
-        ("callbacks = [ProgressLog(), ", 'callbacks = [Lines(output / "lines.txt"), ProgressLog(), '),
+        (
+            "            ProgressLog(),\n",
+            '            Lines(output / "lines.txt"),\n            ProgressLog(),\n',
+        ),
     )
     output = tmp_path / "out"
     words = [*DEMO, "--eval-steps", "10", "--logging-steps", "1", "--local-output-dir", str(output)]

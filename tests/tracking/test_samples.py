@@ -49,8 +49,8 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def go(rows: str, dropping: str, monkeypatch: pytest.MonkeyPatch) -> Go:
-    return partial(run, rows, monkeypatch=monkeypatch, input_model=dropping)
+def go(rows: str, model_with_dropout: str, monkeypatch: pytest.MonkeyPatch) -> Go:
+    return partial(run, rows, monkeypatch=monkeypatch, input_model=model_with_dropout)
 
 
 # --- prompts -----------------------------------------------------------------------------------------
@@ -233,10 +233,10 @@ def test_a_prompt_longer_than_the_models_context_is_truncated_and_answered(
 
 
 def test_a_model_with_too_few_positions_for_an_answer_is_refused(
-    go: Go, prompts: str, dropping: str, tmp_path: Path
+    go: Go, prompts: str, model_with_dropout: str, tmp_path: Path
 ) -> None:
-    AutoTokenizer.from_pretrained(dropping).save_pretrained(tmp_path / "base")
-    config = GPT2Config.from_pretrained(dropping, n_positions=56)
+    AutoTokenizer.from_pretrained(model_with_dropout).save_pretrained(tmp_path / "base")
+    config = GPT2Config.from_pretrained(model_with_dropout, n_positions=56)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "base")
     small = {"input_model": str(tmp_path / "base"), "max_dropped_fraction": 1.0}
     with pytest.raises(
@@ -255,24 +255,31 @@ def sample_options(prompts: str) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def sampled(
-    rows: str, sample_options: dict[str, Any], dropping: str, tmp_path_factory: pytest.TempPathFactory
+    rows: str,
+    sample_options: dict[str, Any],
+    model_with_dropout: str,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
     """Output of one epoch with samples every four steps and all checkpoints; printed.txt beside it."""
     output = tmp_path_factory.mktemp("sampled") / "out"
     lines: list[str] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("training.tracking.progress.tqdm.write", lambda text, file: lines.append(text))
-        run(rows, output, patch, input_model=dropping, save_total_limit=50, **sample_options)
+        run(rows, output, patch, input_model=model_with_dropout, save_total_limit=50, **sample_options)
     output.with_name("printed.txt").write_text("\n".join(lines))
     return output
 
 
 @pytest.fixture
 def again(
-    rows: str, sample_options: dict[str, Any], dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    rows: str,
+    sample_options: dict[str, Any],
+    model_with_dropout: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> Go:
     """Starts or resumes the same run in another folder."""
-    return partial(run, rows, tmp_path / "out", monkeypatch, input_model=dropping, **sample_options)
+    return partial(run, rows, tmp_path / "out", monkeypatch, input_model=model_with_dropout, **sample_options)
 
 
 STAGES = [0, 4, 8, 12, 14]

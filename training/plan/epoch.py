@@ -97,21 +97,21 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
     tokens = np.random.default_rng(seed).permutation(lengths.tokens)[held_out:]
     batch = settings.global_batch
     # Full batches only; the smaller last batch of an epoch is negligible.
-    whole = np.resize(tokens, max(1, len(tokens) // batch) * batch)
+    full_batches = np.resize(tokens, max(1, len(tokens) // batch) * batch)
     longest = int(tokens.max())
     if settings.packed:
-        batches = whole.reshape(-1, batch)
+        batches = full_batches.reshape(-1, batch)
         shares = ranks * settings.accumulation
         largest = np.maximum(LARGEST_SHARE * batches.sum(axis=1) / shares, batches.max(axis=1))
         slowest = float(largest.mean())
-        scores = slowest * float((whole.astype(float) ** 2).sum() / whole.sum()) / 2
+        scores = slowest * float((full_batches.astype(float) ** 2).sum() / full_batches.sum()) / 2
         peak, peak_row, computed = math.ceil(largest.max()), longest, int(tokens.sum())
     else:
-        padded = padded_length(whole.reshape(-1, ranks, rows).max(axis=2))  # (micro-steps, ranks)
+        padded = padded_length(full_batches.reshape(-1, ranks, rows).max(axis=2))  # (micro-steps, ranks)
         slow = padded.max(axis=1)
         slowest, scores = float(rows * slow.mean()), float(rows * (slow.astype(float) ** 2).mean())
         peak_row = int(padded_length(longest))
-        peak, computed = rows * peak_row, int(rows * padded.sum() * len(tokens) / len(whole))
+        peak, computed = rows * peak_row, int(rows * padded.sum() * len(tokens) / len(full_batches))
     return Load(
         steps=math.ceil(len(tokens) / batch),
         real_tokens=int(tokens.sum()),

@@ -179,7 +179,7 @@ def _nearest_changes(failed: Plan, settings: Settings, lengths: Lengths) -> dict
         for change in [*_option_changes(failed), *_machine_changes(failed)]
     ]
     nearest = {
-        "GPU memory": f"{failed.model.name} needs more GPUs or larger ones than any change that was tried",
+        "GPU memory": f"No nearby change is enough: {failed.model.name} needs more or larger GPUs",
         "host memory": f"Use a machine with {math.ceil(max(failed.host_memory_gib.values()))} GiB of free host "
         "memory",
         "disk": f"Name a folder on a disk with {math.ceil(sum(failed.disk_gib.values()))} GiB free: "

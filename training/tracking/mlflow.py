@@ -69,12 +69,10 @@ class MlflowLog(TrainerCallback):
                 unsent = []
                 if last:
                     self.run.end(self.status)
-            except (
-                Exception
-            ) as error:  # from MLflow, requests, SQLAlchemy or Databricks; training must continue
-                self.run.attached = (
-                    False  # the server may have stored part of the request: attach reads what it has
-                )
+            # From MLflow, requests, SQLAlchemy or Databricks. Training must continue.
+            except Exception as error:
+                # The server may have stored part of the request; attach reads what it has.
+                self.run.attached = False
                 if not failed:
                     logger.warning(
                         "MLflow does not answer (%s). Training continues; metrics are kept and sent when it answers",
