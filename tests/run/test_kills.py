@@ -1,4 +1,4 @@
-"""Real runs, really killed: at any moment, by any signal, on a full disk; what goes on is the run that was begun."""
+"""Real runs that are killed at any moment, by any signal or a full disk, and resume to the same result."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ pytestmark = [
 ]
 
 ALONE, TWO_RANKS = 30, 18  # steps of the runs
-# Checkpoints between two lines of the log, with a held-out loss and without one due.
+# Checkpoints fall between log lines, with and without a held-out loss due.
 EVERY = ["--save-steps", "3", "--eval-steps", "4", "--logging-steps", "2", "--lr", "1e-3"]
 FIGURES = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
-PATIENCE = 400  # seconds that a start may take on a busy machine, where an operator may have to be compiled
+PATIENCE = 400  # seconds for a start on a busy machine, including the compilation of an operator
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +44,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 class Run:
-    """A command that trains into `folder`, started as a user would, in a process group of its own."""
+    """A training command that writes to `folder`, started as by a user in its own process group."""
 
     def __init__(
         self, rows: str, folder: Path, ranks: int, *more: object, by: Callable[[int], list[str]] = deepspeed,
@@ -67,27 +67,29 @@ class Run:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # where tests run with "&"
+                preexec_fn=partial(
+                    signal.signal, signal.SIGINT, signal.SIG_DFL
+                ),  # "&" in a shell ignores SIGINT
             )
 
     @property
-    def said(self) -> str:
+    def output(self) -> str:
         return self.log.read_text(errors="replace")
 
     def pids(self, kind: str) -> list[int]:
         """Processes of this run: its "ranks", their "supervisors", DeepSpeed's "launcher", or "all" of them."""
         found: dict[int, tuple[int, str]] = {}
-        for place in Path("/proc").glob("[0-9]*"):
+        for process in Path("/proc").glob("[0-9]*"):
             try:
-                words = (place / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                state, parent = (place / "stat").read_text().rpartition(")")[2].split()[:2]
+                words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
+                state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
             except (OSError, ValueError):
-                continue  # it has just ended
+                continue  # the process has just ended
             if str(self.folder) in words and state != "Z":
                 module = "launcher" if any("launcher.launch" in word for word in words) else "runner"
                 if "training.trainer" in words and "--module" not in words and module != "launcher":
                     module = "trainer"
-                found[int(place.name)] = (int(parent), module)
+                found[int(process.name)] = (int(parent), module)
         trainers, launchers = (
             {pid for pid, (_, module) in found.items() if module == name} for name in ("trainer", "launcher")
         )
@@ -98,28 +100,28 @@ class Run:
         )
 
     def wait_until(self, reached: Callable[[], bool]) -> bool:
-        """False if the run ended before."""
+        """Waits for the state. Returns False if the run ended first."""
         end = time.monotonic() + PATIENCE
         while not reached():
             if self.process.poll() is not None:
                 return False
-            assert time.monotonic() < end, self.said
+            assert time.monotonic() < end, self.output
             time.sleep(0.0005)
         return True
 
     def wait(self, seconds: float = PATIENCE) -> int:
-        """The exit code of the command, once none of its processes is left."""
+        """Waits until no process of the run is left, and returns the command's exit code."""
         code = self.process.wait(timeout=seconds)
         end = time.monotonic() + seconds
         while left := self.pids("all"):
-            assert time.monotonic() < end, f"left behind: {left}\n{self.said}"
+            assert time.monotonic() < end, f"left behind: {left}\n{self.output}"
             time.sleep(0.05)
         return code
 
     def ended(self, code: int = 0, seconds: float = PATIENCE) -> str:
-        """What it said, once it has ended with this code."""
-        assert self.wait(seconds) == code, self.said
-        return self.said
+        """Waits for this exit code and returns the output."""
+        assert self.wait(seconds) == code, self.output
+        return self.output
 
     def kill(self) -> None:
         for pid in self.pids("all"):
@@ -132,12 +134,14 @@ class Run:
         return len(self.pids("rank")) == 2
 
     def stepping(self) -> bool:
-        return "s/step" in self.said
+        return "s/step" in self.output
 
     def saving(self) -> bool:
-        torn = [f for f in checkpoint.checkpoints(self.folder) if not (f / checkpoint.MANIFEST_FILE).exists()]
-        # There is a line of the log before each save, and none was left torn.
-        return bool(torn) and self.stepping()
+        incomplete = [
+            f for f in checkpoint.checkpoints(self.folder) if not (f / checkpoint.MANIFEST_FILE).exists()
+        ]
+        # A line is logged before each save, and no save was left incomplete before.
+        return bool(incomplete) and self.stepping()
 
     def placing(self) -> bool:
         return (self.folder / "model.safetensors").exists()
@@ -145,7 +149,7 @@ class Run:
 
 @pytest.fixture
 def start(rows: str) -> Iterator[Callable[..., Run]]:
-    """Starts runs, and leaves none behind."""
+    """Starts runs, and kills them all at the end."""
     runs: list[Run] = []
 
     def begin(folder: Path, ranks: int, *more: object, **how: object) -> Run:
@@ -165,9 +169,9 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def undisturbed(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """The folder of a run on so many ranks that nobody disturbs, with all its checkpoints; 0: without DeepSpeed.
+    """The folder of an undisturbed run on `ranks` ranks with all its checkpoints; 0: without DeepSpeed.
 
-    One rank has the same global batches as two.
+    The global batches are the same for one and two ranks.
     """
 
     @cache
@@ -180,13 +184,13 @@ def undisturbed(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Callable
 
 
 def history(folder: Path) -> list[dict[str, float]]:
-    """Every logged figure that does not depend on the clock."""
+    """All logged figures that do not depend on time."""
     entries = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [{name: entry[name] for name in FIGURES if name in entry} for entry in entries]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder, by its name from there."""
+    """{relative name: content} of every file below a folder."""
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in sorted(folder.rglob("*"))
@@ -202,14 +206,16 @@ def assert_the_same_run(folder: Path, undisturbed: Path) -> None:
     assert (ours["train_loss"], ours["held_out_loss"]) == (theirs["train_loss"], theirs["held_out_loss"])
 
 
-def assert_it_goes_on(start: Callable[..., Run], folder: Path, ranks: int, undisturbed: Path) -> str:
-    """What the run said that went on to the end, as if nobody had disturbed it."""
-    said = start(folder, ranks, "--resume", "auto").ended()
+def assert_resumes_to_the_same_run(
+    start: Callable[..., Run], folder: Path, ranks: int, undisturbed: Path
+) -> str:
+    """Resumes the run to its end, checks that it equals the undisturbed one, and returns its output."""
+    output = start(folder, ranks, "--resume", "auto").ended()
     assert_the_same_run(folder, undisturbed)
-    return said
+    return output
 
 
-# What is killed at which moment, one a start.
+# (moment, victim) of each kill, one per start.
 SIXTEEN = [("start", "group"), ("save", "rank"), ("step", "rank"), ("save", "group"), ("step", "supervisor"),
            ("save", "supervisor"), ("step", "group"), ("step", "rank"), ("save", "rank"), ("start", "rank"),
            ("step", "supervisor"), ("save", "group"), ("final", "rank"), ("final", "supervisor"),
@@ -223,22 +229,20 @@ SEVEN = [("step", "rank"), ("save", "rank"), ("step", "launcher"), ("save", "gro
     [(0, SIXTEEN), (2, SEVEN)],
     ids=["a single process sixteen times", "two ZeRO-3 ranks seven times"],
 )
-def test_a_run_that_is_killed_again_and_again_is_the_same_bit_for_bit(
-    start, undisturbed, folder, ranks, plan
-):
+def test_a_run_that_is_killed_many_times_ends_bit_for_bit_the_same(start, undisturbed, folder, ranks, plan):
     chance = random.Random(1)
     model = folder / "model.safetensors"
     for moment, victim in plan:
-        model.unlink(missing_ok=True)  # of an end that was killed, so that the next can be seen
+        model.unlink(missing_ok=True)  # so that the next `placing` is visible
         run = start(folder, ranks, "--resume", "auto")
-        whole = [f.name for f in checkpoint.checkpoints(folder) if checkpoint.read_manifest(f)]
-        told = f"{ranks or 1} rank(s)  {moment:<6} {victim:<11}"
+        complete = [f.name for f in checkpoint.checkpoints(folder) if checkpoint.read_manifest(f)]
+        label = f"{ranks or 1} rank(s)  {moment:<6} {victim:<11}"
         reached = {"start": run.starting, "step": run.stepping, "save": run.saving, "final": run.placing}
         if not run.wait_until(reached[moment]):
-            # The kill before it hit a rank that had nothing left to do, while the other one finished the run.
-            assert moment == "final", f"{moment} was not reached\n{run.said}"
-            assert record(folder)["status"] == "finished", run.said
-            print(told, "came too late: the run had finished")
+            # The kill before hit a rank that was done, and the other rank finished the run.
+            assert moment == "final", f"{moment} was not reached\n{run.output}"
+            assert record(folder)["status"] == "finished", run.output
+            print(label, "came too late: the run had finished")
             model.hardlink_to(checkpoint.checkpoints(folder)[-1] / model.name)
             continue
         if moment in ("start", "step"):
@@ -250,22 +254,22 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_bit_for_bit(
         run.wait(60)
         seconds = time.monotonic() - begin
         if victim == "rank":
-            assert "host memory" in run.said, run.said
-            assert "Its last lines:" in run.said
-        passed = run.said.count("is skipped")
-        torn_now = [f.name for f in checkpoint.checkpoints(folder) if checkpoint.read_manifest(f) is None]
+            assert "host memory" in run.output, run.output
+            assert "Its last lines:" in run.output
+        skipped = run.output.count("is skipped")
+        incomplete = [f.name for f in checkpoint.checkpoints(folder) if checkpoint.read_manifest(f) is None]
         print(
-            f"{told} began at {whole[-1] if whole else 'the start':<14} {passed} skipped;"
-            f" torn by it: {', '.join(torn_now) or 'none':<14} all gone after {seconds:.1f} s"
+            f"{label} began at {complete[-1] if complete else 'the start':<14} {skipped} skipped;"
+            f" incomplete: {', '.join(incomplete) or 'none':<14} all gone after {seconds:.1f} s"
         )
-    assert_it_goes_on(start, folder, ranks, undisturbed(ranks))
+    assert_resumes_to_the_same_run(start, folder, ranks, undisturbed(ranks))
 
 
 # --- another number of ranks -------------------------------------------------------------------------
 
 
 def drift(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float:
-    """The largest relative difference of two runs in a loss."""
+    """The largest relative difference between the losses of two runs."""
     assert [(entry["step"], entry.keys()) for entry in ours] == [
         (entry["step"], entry.keys()) for entry in theirs
     ]
@@ -276,13 +280,13 @@ def drift(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float
     )
 
 
-def test_two_ranks_go_on_in_the_second_epoch_bit_for_bit(start, undisturbed, folder):
-    """A step of 8 of 100 rows: the first epoch has 13."""
+def test_two_ranks_resume_in_the_second_epoch_bit_for_bit(start, undisturbed, folder):
+    """8 of 100 rows a step, so the first epoch has 13 steps."""
     start(folder, 2, "--resume", undisturbed(2) / "checkpoint-15").ended()
     assert_the_same_run(folder, undisturbed(2))
 
 
-def test_two_ranks_go_on_with_a_rate_and_a_decay_that_are_forced(start, undisturbed, folder):
+def test_two_ranks_resume_with_a_forced_learning_rate_and_weight_decay(start, undisturbed, folder):
     changed = ("--lr", "1e-4", "--weight-decay", "0.5", "--force")
     start(folder, 2, "--resume", undisturbed(2) / "checkpoint-15", *changed).ended()
     rates = {entry["step"]: entry["learning_rate"] for entry in history(folder) if "loss" in entry}
@@ -294,40 +298,40 @@ def test_two_ranks_go_on_with_a_rate_and_a_decay_that_are_forced(start, undistur
 
 
 @pytest.mark.parametrize(("before", "after", "step"), [(2, 1, 6), (1, 2, 6), (1, 2, 15)])
-def test_a_run_goes_on_with_another_number_of_ranks(start, undisturbed, folder, before, after, step):
-    """Within rounding: no further from the run that was begun than two undisturbed runs are from each other."""
-    began = undisturbed(before)
-    source = began / f"checkpoint-{step}"
+def test_a_run_resumes_on_another_number_of_ranks(start, undisturbed, folder, before, after, step):
+    """Within rounding: the drift is no larger than that between undisturbed runs on one and two ranks."""
+    first_run = undisturbed(before)
+    source = first_run / f"checkpoint-{step}"
     written = contents(source)
-    said = start(folder, after, "--resume", source).ended()
-    assert "for another number of devices" in said
+    output = start(folder, after, "--resume", source).ended()
+    assert "for another number of devices" in output
     assert contents(source) == written
     assert not (folder / RESHARDED).exists()
-    ours, theirs = history(folder), history(began)
+    ours, theirs = history(folder), history(first_run)
     shared = sum(entry["step"] <= step for entry in theirs)
-    assert ours[:shared] == theirs[:shared], "what was logged before"
+    assert ours[:shared] == theirs[:shared], "entries before the resume"
     rounding = drift(history(undisturbed(1)), history(undisturbed(2)))
     print(f"{before} -> {after} ranks: {drift(ours, theirs):.1e}; 1 and 2 ranks undisturbed: {rounding:.1e}")
     assert 0 < drift(ours[: shared + 2], theirs[: shared + 2]) < 2e-3
     assert drift(ours, theirs) < 1.5 * rounding
 
 
-def test_a_broken_shard_is_refused_in_words_and_nothing_changes(start, undisturbed, folder):
+def test_a_damaged_shard_is_refused_and_no_file_changes(start, undisturbed, folder):
     shutil.copytree(undisturbed(2) / "checkpoint-6", folder / "checkpoint-6")
     (folder / "run.json").write_text(json.dumps(record(undisturbed(2)) | {"status": "running"}))
     [shard, _] = sorted((folder / "checkpoint-6").rglob("*optim_states.pt"))
     flip(shard, shard.stat().st_size // 2)
     before = contents(folder)
-    said = start(folder, 1, "--resume", "auto").ended(REFUSED)
-    assert f"{shard.name} has changed since it was written" in said
-    assert "Traceback" not in said
+    output = start(folder, 1, "--resume", "auto").ended(REFUSED)
+    assert f"{shard.name} has changed since it was written" in output
+    assert "Traceback" not in output
     assert contents(folder) == before
 
 
 # --- stopped by a signal -----------------------------------------------------------------------------
 
 
-# DeepSpeed's launcher ends with 1 when it is told to stop, and its runner of Ctrl-C: that is not ours to change.
+# DeepSpeed's launcher ends with 1 on SIGTERM, and its runner is killed by Ctrl-C. Both exit codes are DeepSpeed's.
 @pytest.mark.parametrize(
     ("ranks", "ways"),
     [
@@ -335,32 +339,34 @@ def test_a_broken_shard_is_refused_in_words_and_nothing_changes(start, undisturb
         (2, [("rank", INTERRUPTED), ("terminal", -signal.SIGINT), ("launcher", 1)]),
     ],
 )
-def test_a_run_that_is_told_to_stop_in_each_way_finishes_its_step_saves_and_goes_on_bit_for_bit(
+def test_a_run_stopped_by_any_signal_finishes_its_step_saves_and_resumes_bit_for_bit(
     start, undisturbed, folder, ranks, ways
 ):
-    for whom, expected in ways:
+    for target, expected in ways:
         run = start(folder, ranks, "--resume", "auto")
-        assert run.wait_until(run.stepping), run.said
-        if whom == "terminal":
-            os.killpg(run.process.pid, signal.SIGINT)  # a group of its own, as a terminal makes one
+        assert run.wait_until(run.stepping), run.output
+        if target == "terminal":
+            os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
         else:
-            os.kill(run.pids(whom)[-1], signal.SIGTERM)
-        said = run.ended(expected, 60 if ranks else 30)
-        assert said.count("type the same command with --resume auto") == 1, said
-        assert said.count("Traceback") == (whom == "terminal" and ranks > 0), "DeepSpeed's runner has one"
+            os.kill(run.pids(target)[-1], signal.SIGTERM)
+        output = run.ended(expected, 60 if ranks else 30)
+        assert output.count("type the same command with --resume auto") == 1, output
+        assert output.count("Traceback") == (target == "terminal" and ranks > 0), (
+            "DeepSpeed's runner prints one"
+        )
         assert record(folder)["status"] == "stopped"
         assert not checkpoint.problems_of(checkpoint.checkpoints(folder)[-1])
-    assert_it_goes_on(start, folder, ranks, undisturbed(ranks))
+    assert_resumes_to_the_same_run(start, folder, ranks, undisturbed(ranks))
 
 
-def test_the_launchers_command_may_be_killed_or_told_to_stop_and_the_run_goes_on(start, undisturbed, folder):
-    """By whatever ends it, no process stays; with a signal that can be taken the ranks save, and so they do without."""
+def test_a_run_whose_launcher_is_killed_or_stopped_saves_and_resumes(start, undisturbed, folder):
+    """No process stays, and the ranks save, whether the launcher gets SIGTERM or SIGKILL."""
     for by, number in itertools.product((deepspeed, torchrun), (signal.SIGKILL, signal.SIGTERM)):
         run = start(folder, 2, "--resume", "auto", "--max-steps", 10_000, by=by)
-        assert run.wait_until(run.stepping), run.said
+        assert run.wait_until(run.stepping), run.output
         run.process.send_signal(number)
         run.wait(60)
-        assert run.said.count("type the same command with --resume auto") == 1, run.said
+        assert run.output.count("type the same command with --resume auto") == 1, run.output
         newest = checkpoint.checkpoints(folder)[-1]
         assert not checkpoint.problems_of(newest)
         assert record(folder)["status"] == "stopped"
@@ -370,13 +376,13 @@ def test_the_launchers_command_may_be_killed_or_told_to_stop_and_the_run_goes_on
     assert [entry for entry in ours if "loss" in entry][: len(same)] == same
 
 
-def test_a_run_that_is_killed_whole_leaves_no_shared_memory(start, folder):
+def test_a_run_whose_processes_are_all_killed_leaves_no_shared_memory(start, folder):
     run = start(folder, 2, "--max-steps", 10_000)
-    assert run.wait_until(run.stepping), run.said
+    assert run.wait_until(run.stepping), run.output
     port = run.process.args[run.process.args.index("--master_port") + 1]
     used = [(Path("/proc") / str(pid) / "maps").read_text() for pid in run.pids("rank")]
-    without_a_name = [f"_{port}_{rank} (deleted)" for rank in range(2)]
-    assert all(buffer in maps for maps in used for buffer in without_a_name), "each has both buffers"
+    unlinked = [f"_{port}_{rank} (deleted)" for rank in range(2)]
+    assert all(buffer in maps for maps in used for buffer in unlinked), "each rank maps both buffers"
     os.killpg(run.process.pid, signal.SIGKILL)
     run.wait(60)
     assert not list(Path("/dev/shm").glob(f"deepspeed_*_{port}_*"))
@@ -384,8 +390,8 @@ def test_a_run_that_is_killed_whole_leaves_no_shared_memory(start, folder):
 
 def test_a_second_ctrl_c_ends_a_run_at_once(start, folder):
     run = start(folder, 0)
-    assert run.wait_until(run.stepping), run.said
-    os.kill(run.pids("rank")[0], signal.SIGSTOP)  # a step without end
+    assert run.wait_until(run.stepping), run.output
+    os.kill(run.pids("rank")[0], signal.SIGSTOP)  # a step that never ends
     os.killpg(run.process.pid, signal.SIGINT)
     time.sleep(2)
     assert run.process.poll() is None
@@ -393,13 +399,13 @@ def test_a_second_ctrl_c_ends_a_run_at_once(start, folder):
     assert run.wait(10) == 128 + signal.SIGKILL
 
 
-# --- a rank that hangs, a disk that is full ----------------------------------------------------------
+# --- hanging ranks, full disks ------------------------------------------------------------------------
 
 
-def test_a_rank_that_hangs_or_dies_ends_the_run_wherever_it_is_and_its_last_lines_are_told(start, tmp_path):
-    """While data is prepared, in a step, in the last save; under both launchers. One waits while the next one starts."""
-    patience = 20
-    begun = []
+def test_a_hanging_or_killed_rank_ends_the_run_and_its_last_lines_are_printed(start, tmp_path):
+    """During data preparation, a step and the last save, under both launchers. The runs overlap to save time."""
+    timeout = 20
+    runs = []
     for name, by, number in (
         ("starting", deepspeed, signal.SIGSTOP),
         ("stepping", deepspeed, signal.SIGSTOP),
@@ -407,47 +413,45 @@ def test_a_rank_that_hangs_or_dies_ends_the_run_wherever_it_is_and_its_last_line
         ("stepping", torchrun, signal.SIGKILL),
     ):
         steps = 3 if name == "saving" else 10_000
-        options = ("--rank-timeout", patience, "--max-steps", steps)
+        options = ("--rank-timeout", timeout, "--max-steps", steps)
         run = start(tmp_path / f"{name}-{by.__name__}", 2, *options, by=by)
         reached = {"starting": run.both_started, "stepping": run.stepping, "saving": run.saving}[name]
-        assert run.wait_until(reached), run.said
+        assert run.wait_until(reached), run.output
         os.kill(run.pids("rank")[-1], number)
-        begun.append((time.time(), name, number, run))
-    for begin, name, number, run in begun:
+        runs.append((time.time(), name, number, run))
+    for begin, name, number, run in runs:
         assert run.wait() != 0
-        # To its last words: it may have ended while another started.
+        # Until its last output: it may have ended while another run started.
         seconds = run.log.stat().st_mtime - begin
         print(f"{run.folder.name}: {seconds:.0f} s")
-        # The time-out of one that is starting begins when the other rank is there.
-        assert seconds < patience + 60 or name == "starting"
+        # While starting, the timeout begins only when the other rank has joined.
+        assert seconds < timeout + 60 or name == "starting"
         if number == signal.SIGKILL:
-            assert "ended: killed, most likely because host memory ran out" in run.said, run.said
+            assert "ended: killed, most likely because host memory ran out" in run.output, run.output
         else:
-            assert f"waited {patience} s (--rank-timeout) for another rank" in run.said, run.said
-            assert "is still running 25 s after SIGTERM\nIts last lines:" in run.said, run.said
-        assert "Its last lines:" in run.said
+            assert f"waited {timeout} s (--rank-timeout) for another rank" in run.output, run.output
+            assert "is still running 25 s after SIGTERM\nIts last lines:" in run.output, run.output
+        assert "Its last lines:" in run.output
 
 
-def test_a_disk_that_fills_up_in_a_save_leaves_the_older_checkpoint_good(
+def test_a_disk_that_fills_up_during_a_save_leaves_the_older_checkpoint_intact(
     start, undisturbed, failing_disk, folder
 ):
     room = 2 * sum(file.stat().st_size for file in (undisturbed(0) / "checkpoint-3").iterdir())
     disk = {"LD_PRELOAD": failing_disk, "FULL_DISK": f"{room}:{folder}"}
-    said = start(folder, 0, "--resume", "auto", **disk).ended(CANNOT_CONTINUE)
-    older, torn = checkpoint.checkpoints(folder)[-2:]
-    assert f"{torn} could not be written" in said
-    assert f"{older.name} is good" in said
-    assert said.count("Make room") == 1
-    assert checkpoint.read_manifest(torn) is None
+    output = start(folder, 0, "--resume", "auto", **disk).ended(CANNOT_CONTINUE)
+    older, incomplete = checkpoint.checkpoints(folder)[-2:]
+    assert f"{incomplete} could not be written" in output
+    assert f"{older.name} is good" in output
+    assert output.count("Make room") == 1
+    assert checkpoint.read_manifest(incomplete) is None
     assert not checkpoint.problems_of(older)
-    said = assert_it_goes_on(start, folder, 0, undisturbed(0))
-    assert f"{torn} is skipped: it was not written to the end" in said
+    output = assert_resumes_to_the_same_run(start, folder, 0, undisturbed(0))
+    assert f"{incomplete} is skipped: it was not written to the end" in output
 
 
-def test_a_disk_that_is_full_at_the_finish_line_costs_nothing_that_was_trained(
-    start, undisturbed, failing_disk, folder
-):
-    """What is left to write then: the record, the model's small files (its weights are links), and their card."""
+def test_a_full_disk_after_the_last_step_loses_no_training(start, undisturbed, failing_disk, folder):
+    """Only the record, the model's small files (its weights are links) and its card are still to be written."""
     shutil.copytree(undisturbed(0), folder)
     (folder / "run.json").write_text(json.dumps(record(folder) | {"status": "running"}))
     last = checkpoint.checkpoints(folder)[-1]
@@ -457,18 +461,18 @@ def test_a_disk_that_is_full_at_the_finish_line_costs_nothing_that_was_trained(
     saved = contents(last)
     for room in (0, needed // 2, needed - 1000):
         disk = {"LD_PRELOAD": failing_disk, "FULL_DISK": f"{room}:{folder}"}
-        said = start(folder, 0, "--resume", "auto", **disk).ended(CANNOT_CONTINUE)
-        assert "No space left on device" in said
-        assert "Make room" in said
-        assert "Traceback" not in said
+        output = start(folder, 0, "--resume", "auto", **disk).ended(CANNOT_CONTINUE)
+        assert "No space left on device" in output
+        assert "Make room" in output
+        assert "Traceback" not in output
         assert record(folder)["status"] == "running"
         assert contents(last) == saved
-    said = assert_it_goes_on(start, folder, 0, undisturbed(0))
-    assert "s/step" not in said, "nothing is trained again"
+    output = assert_resumes_to_the_same_run(start, folder, 0, undisturbed(0))
+    assert "s/step" not in output, "no step is trained again"
 
 
-def test_a_disk_that_takes_no_more_curves_ends_no_training(start, undisturbed, failing_disk, folder):
-    said = start(folder, 0, LD_PRELOAD=failing_disk, FULL_DISK=f"1000:{folder}/runs").ended()
-    assert said.count("no more TensorBoard logs (") == 1
-    assert "No space left on device" in said
+def test_a_full_disk_for_tensorboard_logs_does_not_end_training(start, undisturbed, failing_disk, folder):
+    output = start(folder, 0, LD_PRELOAD=failing_disk, FULL_DISK=f"1000:{folder}/runs").ended()
+    assert output.count("no more TensorBoard logs (") == 1
+    assert "No space left on device" in output
     assert_the_same_run(folder, undisturbed(0))

@@ -1,4 +1,4 @@
-"""--resume: which checkpoint it means, what it refuses, and that the run which goes on is the one that was begun."""
+"""--resume: which checkpoint it selects, what it refuses, and that the resumed run is the same run."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ def options_of(output: Path, **changed: Any) -> TrainingOptions:
     )
 
 
-def a_run(output: Path, *steps: int, status: str = "running", **record: Any) -> None:
-    """The folder of a run with complete checkpoints at these steps."""
+def make_run(output: Path, *steps: int, status: str = "running", **record: Any) -> None:
+    """Creates the folder of a run with complete checkpoints at these steps."""
     output.mkdir(exist_ok=True)
     for step in steps:
         folder = output / f"checkpoint-{step}"
@@ -60,19 +60,19 @@ def a_run(output: Path, *steps: int, status: str = "running", **record: Any) -> 
     write_run_record(output, new_record(resolved(options_of(output)), "rows") | {"status": status} | record)
 
 
-def found(output: Path, steps: int = STEPS, **changed: Any) -> Start:
+def start_of(output: Path, steps: int = STEPS, **changed: Any) -> Start:
     options = options_of(output, **changed)
     return find_start(output, options, new_record(resolved(options), "rows"), steps)
 
 
 def refusal(output: Path, steps: int = STEPS, **changed: Any) -> str:
-    with pytest.raises(OptionsError) as told:
-        found(output, steps, **changed)
-    return str(told.value)
+    with pytest.raises(OptionsError) as error:
+        start_of(output, steps, **changed)
+    return str(error.value)
 
 
-def measured(folder: Path, eval_loss: float | None) -> None:
-    """Gives a checkpoint another held-out loss."""
+def set_eval_loss(folder: Path, eval_loss: float | None) -> None:
+    """Changes the held-out loss of a checkpoint."""
     manifest = checkpoint.read_manifest(folder)
     checkpoint.write_manifest(folder, eval_loss, manifest["model"], manifest["files"])
 
@@ -81,17 +81,17 @@ def measured(folder: Path, eval_loss: float | None) -> None:
 
 
 @pytest.mark.parametrize("content", [[], ["notes.txt"]])
-def test_auto_begins_anew_in_a_folder_without_a_run(tmp_path: Path, content: list[str]) -> None:
+def test_auto_starts_at_step_0_in_a_folder_without_a_run(tmp_path: Path, content: list[str]) -> None:
     for name in content:
         (tmp_path / name).write_text("of somebody else")
-    assert found(tmp_path) == Start()
+    assert start_of(tmp_path) == Start()
 
 
 @pytest.mark.parametrize("record", ["", "{{{", "{}", '{"options": {}}', None])
-def test_a_run_whose_record_cannot_be_read_is_refused_and_nothing_of_it_is_lost(
+def test_a_run_without_a_readable_record_is_refused_and_its_files_are_kept(
     tmp_path: Path, record: str | None
 ) -> None:
-    a_run(tmp_path / "out", 3, 6)
+    make_run(tmp_path / "out", 3, 6)
     file = tmp_path / "out" / "run.json"
     file.unlink() if record is None else file.write_text(record)
     before = contents(tmp_path)
@@ -99,88 +99,88 @@ def test_a_run_whose_record_cannot_be_read_is_refused_and_nothing_of_it_is_lost(
     assert contents(tmp_path) == before
 
 
-def test_auto_means_the_newest_complete_one_with_the_number_of_its_ranks_and_never_means_none(
+def test_auto_selects_the_newest_complete_checkpoint_and_never_selects_none(
     tmp_path: Path,
 ) -> None:
-    a_run(tmp_path / "out", 3, 6)
-    start = found(tmp_path / "out")
+    make_run(tmp_path / "out", 3, 6)
+    start = start_of(tmp_path / "out")
     assert (start.folder, start.step, start.saved_ranks) == (tmp_path / "out" / "checkpoint-6", 6, 1)
     assert not start.finished
-    assert found(tmp_path / "out", resume="never") == Start()
+    assert start_of(tmp_path / "out", resume="never") == Start()
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_anew_even_with_other_options(tmp_path: Path) -> None:
-    a_run(tmp_path / "out")
+def test_a_run_killed_before_its_first_checkpoint_starts_at_step_0_with_any_options(tmp_path: Path) -> None:
+    make_run(tmp_path / "out")
     (tmp_path / "out" / "checkpoint-3").mkdir()
-    assert found(tmp_path / "out", seed=1) == Start()
+    assert start_of(tmp_path / "out", seed=1) == Start()
 
 
-def test_torn_and_damaged_ones_are_named_and_passed_over(
+def test_incomplete_and_damaged_checkpoints_are_skipped_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = tmp_path / "out"
-    a_run(output, 3, 6, 9, 12)
+    make_run(output, 3, 6, 9, 12)
     (output / "checkpoint-12" / checkpoint.MANIFEST_FILE).unlink()
     (output / "checkpoint-9" / "optimizer.pt").write_bytes(b"momentS")
     before = contents(output)
-    assert found(output).folder == output / "checkpoint-6"
+    assert start_of(output).folder == output / "checkpoint-6"
     assert f"{output}/checkpoint-12 is skipped: it was not written to the end" in caplog.text
     assert f"{output}/checkpoint-9 is skipped: optimizer.pt has changed since it was written" in caplog.text
-    assert contents(output) == before, "to look changes nothing"
+    assert contents(output) == before, "the search changes no file"
 
 
-def test_where_all_are_damaged_nothing_is_begun_anew_over_them(tmp_path: Path) -> None:
-    """A damaged manifest is damage as well, and no sign of a checkpoint that was not written to the end."""
-    a_run(tmp_path / "out", 3)
+def test_if_all_checkpoints_are_damaged_the_run_is_refused(tmp_path: Path) -> None:
+    """A damaged manifest counts as damage, not as an incomplete checkpoint."""
+    make_run(tmp_path / "out", 3)
     file = tmp_path / "out" / "checkpoint-3" / checkpoint.MANIFEST_FILE
     file.write_text(file.read_text().replace("1.0", "2.0"))
     assert "checkpoint-3: manifest.json has changed since it was written" in refusal(tmp_path / "out")
-    a_run(tmp_path / "out", 6, 9)
+    make_run(tmp_path / "out", 6, 9)
     for step, name in ((6, "optimizer.pt"), (9, "progress.json")):
         os.truncate(tmp_path / "out" / f"checkpoint-{step}" / name, 2)
-    told = refusal(tmp_path / "out")
-    assert re.search(r"every checkpoint in .* is damaged \(checkpoint-9: progress.json has 2", told)
-    assert "checkpoint-6: optimizer.pt has 2 bytes instead of 7" in told
+    message = refusal(tmp_path / "out")
+    assert re.search(r"every checkpoint in .* is damaged \(checkpoint-9: progress.json has 2", message)
+    assert "checkpoint-6: optimizer.pt has 2 bytes instead of 7" in message
 
 
-def test_other_options_are_refused_with_the_list_and_forced_with_a_warning(
+def test_changed_options_are_refused_with_a_list_and_force_warns(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    a_run(tmp_path / "out", 3)
-    told = refusal(tmp_path / "out", seed=1, lr=1.0)
-    assert "--seed was 42, and is 1" in told
-    assert "--lr was 1e-05, and is 1.0" in told
-    assert "--force continues with the new values" in told
-    assert found(tmp_path / "out", seed=1, force=True).step == 3
+    make_run(tmp_path / "out", 3)
+    message = refusal(tmp_path / "out", seed=1, lr=1.0)
+    assert "--seed was 42, and is 1" in message
+    assert "--lr was 1e-05, and is 1.0" in message
+    assert "--force continues with the new values" in message
+    assert start_of(tmp_path / "out", seed=1, force=True).step == 3
     assert "--force: continuing although --seed was 42, and is 1" in caplog.text
 
 
-def test_a_finished_run_is_finished_without_its_checkpoints_but_goes_on_only_from_one(tmp_path: Path) -> None:
-    """Or ends with another model."""
-    a_run(tmp_path / "out", 12, status="finished", steps=12)
-    assert found(tmp_path / "out").finished
-    assert found(tmp_path / "out", steps=20).step == 12
-    assert not found(tmp_path / "out", final_model="best").finished
+def test_a_finished_run_needs_no_checkpoints_unless_it_trains_longer(tmp_path: Path) -> None:
+    """Or chooses another final model."""
+    make_run(tmp_path / "out", 12, status="finished", steps=12)
+    assert start_of(tmp_path / "out").finished
+    assert start_of(tmp_path / "out", steps=20).step == 12
+    assert not start_of(tmp_path / "out", final_model="best").finished
     shutil.rmtree(tmp_path / "out" / "checkpoint-12")
-    assert found(tmp_path / "out").finished
+    assert start_of(tmp_path / "out").finished
     for changed in ({"steps": 20}, {"final_model": "best"}):
-        told = refusal(tmp_path / "out", **changed)
-        assert "a finished model of 12 steps, but no checkpoint to continue from" in told
+        message = refusal(tmp_path / "out", **changed)
+        assert "a finished model of 12 steps, but no checkpoint to continue from" in message
 
 
-def test_a_run_cannot_end_before_where_it_is_nor_without_a_held_out_loss(tmp_path: Path) -> None:
-    a_run(tmp_path / "out", 3, 6)
-    assert found(tmp_path / "out", steps=6).step == 6
-    told = refusal(tmp_path / "out", steps=5)
-    assert "is at step 6, and the run would end at 5" in told
-    assert "to end at 6 or later" in told
-    measured(tmp_path / "out" / "checkpoint-6", None)
-    assert found(tmp_path / "out", steps=7).step == 6
+def test_a_run_cannot_end_before_its_checkpoint_or_without_a_held_out_loss(tmp_path: Path) -> None:
+    make_run(tmp_path / "out", 3, 6)
+    assert start_of(tmp_path / "out", steps=6).step == 6
+    message = refusal(tmp_path / "out", steps=5)
+    assert "is at step 6, and the run would end at 5" in message
+    assert "to end at 6 or later" in message
+    set_eval_loss(tmp_path / "out" / "checkpoint-6", None)
+    assert start_of(tmp_path / "out", steps=7).step == 6
     assert "to end at 7 or later" in refusal(tmp_path / "out", steps=6)
 
 
-def test_a_checkpoint_of_deepspeed_is_not_loaded_without_it(tmp_path: Path) -> None:
-    a_run(tmp_path / "out", 6)
+def test_a_deepspeed_checkpoint_is_not_loaded_without_deepspeed(tmp_path: Path) -> None:
+    make_run(tmp_path / "out", 6)
     (tmp_path / "out" / "checkpoint-6" / "global_step6").mkdir()
     assert "was written with DeepSpeed. Add --deepspeed" in refusal(tmp_path / "out")
 
@@ -188,11 +188,11 @@ def test_a_checkpoint_of_deepspeed_is_not_loaded_without_it(tmp_path: Path) -> N
 # --- --resume FOLDER ---------------------------------------------------------------------------------
 
 
-def test_a_named_checkpoint_is_taken_into_a_new_folder_or_as_the_newest_of_its_own(tmp_path: Path) -> None:
-    a_run(tmp_path / "out", 3, 6)
+def test_a_named_checkpoint_starts_a_new_folder_or_continues_its_own_as_the_newest(tmp_path: Path) -> None:
+    make_run(tmp_path / "out", 3, 6)
     named = tmp_path / "out" / "checkpoint-6"
-    assert found(tmp_path / "out", resume=str(named)).folder == named
-    assert found(tmp_path / "new", resume=str(tmp_path / "out" / "checkpoint-3")).step == 3
+    assert start_of(tmp_path / "out", resume=str(named)).folder == named
+    assert start_of(tmp_path / "new", resume=str(tmp_path / "out" / "checkpoint-3")).step == 3
     assert not (tmp_path / "new").exists()
 
 
@@ -207,11 +207,11 @@ def test_a_named_checkpoint_is_taken_into_a_new_folder_or_as_the_newest_of_its_o
         ("checkpoint-2", "new", "no run.json lies beside it"),
     ],
 )
-def test_a_name_that_cannot_be_meant_is_refused_with_what_to_type(
+def test_an_unusable_checkpoint_name_is_refused_with_what_to_type(
     tmp_path: Path, resume: str, output: str, words: str
 ) -> None:
-    a_run(tmp_path / "out", 3, 6)
-    a_run(tmp_path / "other", 9)
+    make_run(tmp_path / "out", 3, 6)
+    make_run(tmp_path / "other", 9)
     for name in ("out/runs", "out/checkpoint-7", "x"):
         (tmp_path / name).mkdir()
     if output != "out" or resume == "out/checkpoint-3":
@@ -222,42 +222,43 @@ def test_a_name_that_cannot_be_meant_is_refused_with_what_to_type(
     assert words in refusal(tmp_path / output, resume=str(tmp_path / resume))
 
 
-def test_a_run_begun_from_another_s_goes_on_from_there_until_it_has_its_own(tmp_path: Path) -> None:
-    """By either command: the one that began it, and the one with --resume auto."""
-    a_run(tmp_path / "out", 3, 6)
+def test_a_run_from_another_runs_checkpoint_resumes_there_until_it_has_its_own(tmp_path: Path) -> None:
+    """With the command that started it, and with --resume auto."""
+    make_run(tmp_path / "out", 3, 6)
     source = tmp_path / "out" / "checkpoint-6"
-    a_run(tmp_path / "new", begun_from=str(source), options=asdict(options_of(tmp_path / "new", lr=1.0)))
-    (tmp_path / "new" / "checkpoint-9").mkdir()  # torn
+    make_run(tmp_path / "new", begun_from=str(source), options=asdict(options_of(tmp_path / "new", lr=1.0)))
+    (tmp_path / "new" / "checkpoint-9").mkdir()  # incomplete
     for chosen in ("auto", str(source)):
-        start = found(tmp_path / "new", resume=chosen, lr=1.0, force=True)
+        start = start_of(tmp_path / "new", resume=chosen, lr=1.0, force=True)
         assert (start.folder, start.step) == (source, 6)
     other = str(tmp_path / "out" / "checkpoint-3")
     assert "already holds another run" in refusal(tmp_path / "new", resume=other)
-    assert "--lr was 1.0, and is 1e-05" in refusal(tmp_path / "new"), "what was begun here by --force"
+    assert "--lr was 1.0, and is 1e-05" in refusal(tmp_path / "new"), "the options that --force started with"
     shutil.rmtree(source)
-    told = refusal(tmp_path / "new", lr=1.0)
+    message = refusal(tmp_path / "new", lr=1.0)
     assert re.search(
-        r"has no checkpoint of its own yet, and the one it started from, .*checkpoint-6, cannot be used", told
+        r"has no checkpoint of its own yet, and the one it started from, .*checkpoint-6, cannot be used",
+        message,
     )
-    a_run(tmp_path / "new", 8, begun_from=str(source))
-    assert found(tmp_path / "new").step == 8
+    make_run(tmp_path / "new", 8, begun_from=str(source))
+    assert start_of(tmp_path / "new").step == 8
 
 
-# --- what is cut anew, what is removed ---------------------------------------------------------------
+# --- conversion and removal ------------------------------------------------------------------------
 
 
-def test_what_the_run_will_write_again_is_removed_and_no_more(tmp_path: Path) -> None:
-    a_run(tmp_path, 3, 6, 9)
+def test_only_checkpoints_and_entries_of_later_steps_are_removed(tmp_path: Path) -> None:
+    make_run(tmp_path, 3, 6, 9)
     (tmp_path / "checkpoint-12").mkdir()
     (tmp_path / "runs").mkdir()
     steps.forget_later_steps(tmp_path, Start(tmp_path / "checkpoint-6"))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6", "run.json", "runs"]
 
 
-def test_what_cannot_be_converted_is_refused_with_what_to_do_and_nothing_stays(
+def test_a_checkpoint_that_cannot_be_converted_is_refused_and_leaves_no_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Room is asked for first."""
+    """Free disk is checked first."""
     folder = tmp_path / "checkpoint-3"
     (folder / "global_step3").mkdir(parents=True)
     (folder / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"no pickle" * 100)
@@ -266,15 +267,15 @@ def test_what_cannot_be_converted_is_refused_with_what_to_do_and_nothing_stays(
         full.setattr(resume, "free_bytes", lambda place: 1)
         with pytest.raises(OptionsError, match="Make room, or use as many devices as before"):
             reshard(folder, tmp_path)
-    with pytest.raises(OptionsError, match="DeepSpeed cannot convert") as told:
+    with pytest.raises(OptionsError, match="DeepSpeed cannot convert") as error:
         reshard(folder, tmp_path)
-    assert "Use as many as before" in str(told.value)
+    assert "Use as many as before" in str(error.value)
     assert contents(tmp_path) == before
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
 
 
-def test_each_group_of_parameters_counts_its_own_steps() -> None:
-    """Of one tensor for all, as DeepSpeed's universal load leaves it, each of three would count three a step."""
+def test_each_parameter_group_counts_its_own_steps() -> None:
+    """DeepSpeed's universal load shares one tensor, so three groups would count three steps at once."""
     parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
     optimizer = torch.optim.AdamW([{"params": [each]} for each in parameters])
     shared = torch.tensor(6.0)
@@ -287,7 +288,7 @@ def test_each_group_of_parameters_counts_its_own_steps() -> None:
     assert [float(optimizer.state[each]["step"]) for each in parameters] == [7.0, 7.0, 7.0]
 
 
-def test_the_second_group_of_parameters_keeps_no_decay() -> None:
+def test_the_second_parameter_group_keeps_no_decay() -> None:
     """DeepSpeed's universal load gives the first group's settings to all."""
     groups = [{"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": 0.1} for _ in range(2)]
     optimizer = torch.optim.AdamW(groups)
@@ -295,13 +296,13 @@ def test_the_second_group_of_parameters_keeps_no_decay() -> None:
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.0]
 
 
-# --- the run that goes on is the run that was begun --------------------------------------------------
+# --- the resumed run is the same run ----------------------------------------------------------------
 
 
 def run(
     rows: str, output: Path, monkeypatch: pytest.MonkeyPatch, stop_at: int | None = None, **changed: Any
 ) -> tuple[dict[str, Any], list[Any]]:
-    """A run in this process, with its record and the tokens of each micro-step; stopped in a step as by SIGTERM."""
+    """(record, tokens of each micro-step) of a run in this process. `stop_at`: the step stopped as by SIGTERM."""
     request, seen = StopRequest(), []
 
     class SpiedTrainer(CompletionTrainer):
@@ -322,17 +323,17 @@ Go = Callable[..., tuple[dict[str, Any], list[Any]]]
 
 
 @pytest.fixture
-def go(rows: str, dropping: str, monkeypatch: pytest.MonkeyPatch) -> Go:
-    """`run` with dropout."""
-    return partial(run, rows, monkeypatch=monkeypatch, input_model=dropping)
+def go(rows: str, model_with_dropout: str, monkeypatch: pytest.MonkeyPatch) -> Go:
+    """`run` on a model with dropout."""
+    return partial(run, rows, monkeypatch=monkeypatch, input_model=model_with_dropout)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(rows: str, dropping: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
-    """16 steps in two epochs, of 8 rows each but for the last of an epoch; and the tokens of each."""
+def undisturbed(rows: str, model_with_dropout: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
+    """(folder, tokens of each micro-step) of 16 steps in two epochs, 8 rows a step but for each epoch's last."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        record, seen = run(rows, output, patch, input_model=dropping, save_total_limit=50)
+        record, seen = run(rows, output, patch, input_model=model_with_dropout, save_total_limit=50)
     assert record["steps"] == 16
     return output, seen
 
@@ -342,14 +343,14 @@ def copied(undisturbed: tuple[Path, list], tmp_path: Path) -> Path:
     return Path(shutil.copytree(undisturbed[0], tmp_path / "out"))
 
 
-# 3: saved anyway, between two lines of the log. 4: with a held-out loss due. 5: neither. 8: the end of an epoch.
-# 12: all of it. 15 and 16: at the end.
+# 3: a save between two log lines. 4: a held-out loss is due. 5: neither. 8: the end of an epoch. 12: all of these.
+# 15 and 16: the end of the run.
 @pytest.mark.parametrize(
     "stops",
     [[3], [5, 6], [8], [16], *(pytest.param(stops, marks=pytest.mark.slow) for stops in ([4], [12], [15]))],
     ids=str,
 )
-def test_a_stopped_run_goes_on_with_the_same_rows_losses_dropout_and_weights(
+def test_a_stopped_run_resumes_with_the_same_rows_losses_dropout_and_weights(
     go: Go, undisturbed: tuple[Path, list], tmp_path: Path, stops: list[int]
 ) -> None:
     reference, its_rows = undisturbed
@@ -369,31 +370,33 @@ def test_a_stopped_run_goes_on_with_the_same_rows_losses_dropout_and_weights(
             assert checkpoint.read_manifest(folder)["eval_loss"] == theirs["eval_loss"]
 
 
-def test_a_finished_run_is_left_as_it_is_and_the_best_can_be_chosen_later(go: Go, copied: Path) -> None:
+def test_a_finished_run_is_not_changed_and_the_best_model_can_be_chosen_later(go: Go, copied: Path) -> None:
     before = contents(copied)
     record, seen = go(copied)
     assert record["status"] == "finished"
     assert not seen
     assert contents(copied) == before
     best = copied / "checkpoint-6"
-    measured(best, 0.1)
+    set_eval_loss(best, 0.1)
     record, seen = go(copied, final_model="best")
     assert not seen
     assert (record["model_of_step"], record["steps"]) == (6, 16)
     assert (copied / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
 
 
-def test_the_best_outlives_a_resume_and_each_rotation_and_becomes_the_model(go: Go, tmp_path: Path) -> None:
+def test_the_best_checkpoint_survives_resume_and_rotation_and_becomes_the_model(
+    go: Go, tmp_path: Path
+) -> None:
     output, best = tmp_path / "out", tmp_path / "out" / "checkpoint-3"
     go(output, stop_at=5, save_total_limit=1)
-    measured(best, 0.1)
+    set_eval_loss(best, 0.1)
     record, _ = go(output, save_total_limit=1, final_model="best")
     assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-3", "checkpoint-16"]
     assert (record["model_of_step"], record["steps"]) == (3, 16)
     assert (output / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
 
 
-def test_a_data_file_that_has_changed_under_its_name_is_told_and_changes_nothing(
+def test_a_changed_data_file_is_refused_and_no_file_is_touched(
     go: Go, rows: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file, output = Path(shutil.copy(rows, tmp_path)), tmp_path / "out"
@@ -401,9 +404,9 @@ def test_a_data_file_that_has_changed_under_its_name_is_told_and_changes_nothing
     go(output, stop_at=3, **changed)
     before = contents(output)
     file.write_text(file.read_text().replace("red blue green", "red blue black"))  # of many rows
-    with pytest.raises(OptionsError, match=r"the rows differ: .* or the file has changed") as told:
+    with pytest.raises(OptionsError, match=r"the rows differ: .* or the file has changed") as error:
         go(output, **changed, seed=7)
-    assert "--seed was 42, and is 7" in str(told.value), "all that differs, in one message"
+    assert "--seed was 42, and is 7" in str(error.value), "all differences in one message"
     assert contents(output) == before
     with caplog.at_level("WARNING", logger="training"):
         record, seen = go(output, **changed, force=True)
@@ -412,9 +415,9 @@ def test_a_data_file_that_has_changed_under_its_name_is_told_and_changes_nothing
     assert "--force: continuing although the rows differ" in caplog.text
 
 
-def test_a_model_that_was_damaged_in_its_checkpoint_is_not_made_the_runs(go: Go, copied: Path) -> None:
+def test_a_damaged_model_in_a_checkpoint_does_not_become_the_final_model(go: Go, copied: Path) -> None:
     best = copied / "checkpoint-6"
-    measured(best, 0.1)
+    set_eval_loss(best, 0.1)
     flip(best / "model.safetensors", -1)
     with pytest.raises(
         TrainingError, match=r"checkpoint-6 cannot be used, because model.safetensors has changed"
@@ -425,7 +428,7 @@ def test_a_model_that_was_damaged_in_its_checkpoint_is_not_made_the_runs(go: Go,
     assert record["model_of_step"] != 6
 
 
-def test_a_damaged_newer_checkpoint_is_written_anew_and_never_ends_up_as_the_model(
+def test_a_damaged_newer_checkpoint_is_written_again(
     go: Go, undisturbed: tuple[Path, list], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
@@ -438,18 +441,18 @@ def test_a_damaged_newer_checkpoint_is_written_anew_and_never_ends_up_as_the_mod
     assert not any(map(checkpoint.problems_of, checkpoint.checkpoints(output)))
 
 
-def test_a_stop_after_the_last_step_leaves_the_end_to_the_next_command(
-    rows: str, dropping: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stop_after_the_last_step_leaves_finishing_to_the_next_command(
+    rows: str, model_with_dropout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     request = StopRequest()
     monkeypatch.setattr(steps, "run_steps", lambda *args: setattr(request, "received", True))
-    options = options_of(tmp_path / "out", training_dataset=rows, test_size=10, input_model=dropping)
+    options = options_of(tmp_path / "out", training_dataset=rows, test_size=10, input_model=model_with_dropout)
     with pytest.raises(Interrupted):
         train(options, request)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"
 
 
-def test_a_rate_and_a_decay_that_are_forced_are_trained_with(
+def test_forced_learning_rate_and_weight_decay_take_effect(
     go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, groups = tmp_path / "out", []
@@ -462,7 +465,7 @@ def test_a_rate_and_a_decay_that_are_forced_are_trained_with(
     assert groups == [(1e-3, 0.0), (1e-3, 0.0), (1e-4, 0.1), (1e-4, 0.0)]
 
 
-def test_what_a_run_was_begun_from_is_in_its_record_before_anything_else_is_written(
+def test_the_record_with_the_starting_checkpoint_is_written_first(
     go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, source = tmp_path / "new", tmp_path / "out" / "checkpoint-3"
@@ -477,7 +480,7 @@ def test_what_a_run_was_begun_from_is_in_its_record_before_anything_else_is_writ
     assert seen[0][0] == 3
 
 
-def test_a_folder_into_which_another_run_has_come_while_this_one_waited_is_left_alone(
+def test_a_folder_that_another_run_filled_in_the_meantime_is_refused(
     go: Go, undisturbed: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, real = tmp_path / "out", prepare.prepare
@@ -487,16 +490,16 @@ def test_a_folder_into_which_another_run_has_come_while_this_one_waited_is_left_
         shutil.copytree(undisturbed[0], output)
         return prepared
 
-    def but_for_the_writer(folder: Path) -> dict[str, bytes]:
+    def without_writer_files(folder: Path) -> dict[str, bytes]:
         return {name: content for name, content in contents(folder).items() if ".writer" not in name}
 
     monkeypatch.setattr(prepare, "prepare", slowly)
     with pytest.raises(OptionsError, match="is not empty, and training overwrites no files"):
         go(output, resume="never")
-    assert but_for_the_writer(output) == but_for_the_writer(undisturbed[0])
+    assert without_writer_files(output) == without_writer_files(undisturbed[0])
 
 
-def test_a_published_run_that_goes_on_is_told_before_a_step_that_its_copy_stays(
+def test_a_longer_run_is_refused_before_training_if_its_target_holds_the_shorter_model(
     go: Go, tmp_path: Path
 ) -> None:
     output, published = tmp_path / "out", tmp_path / "published"
@@ -509,8 +512,8 @@ def test_a_published_run_that_goes_on_is_told_before_a_step_that_its_copy_stays(
     assert record["status"] == "finished"
 
 
-def test_a_held_out_loss_that_was_measured_at_a_resume_can_be_the_last(go: Go, tmp_path: Path) -> None:
-    """Also where the folder is named by a link."""
+def test_a_held_out_loss_measured_at_a_resume_can_be_the_final_one(go: Go, tmp_path: Path) -> None:
+    """Also if the folder is named by a link."""
     output, link = tmp_path / "out", tmp_path / "link"
     link.symlink_to(output)
     go(output, stop_at=3)
@@ -523,11 +526,11 @@ def test_a_held_out_loss_that_was_measured_at_a_resume_can_be_the_last(go: Go, t
     assert record["held_out_loss"]["after"] == loss
 
 
-# --- the Trainer's own count of steps ----------------------------------------------------------------
+# --- planned steps ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("epochs", [0.1, 0.5, 1.0, 1.1, 2.0, 2.7, 3.0])
-def test_the_planned_steps_are_those_of_the_trainer(epochs: float, base_folder: Path, tmp_path: Path) -> None:
+def test_planned_steps_equal_the_trainers(epochs: float, base_folder: Path, tmp_path: Path) -> None:
     trainer = Trainer(AutoModelForCausalLM.from_pretrained(base_folder), TrainingArguments(
         output_dir=str(tmp_path), num_train_epochs=epochs, use_cpu=True, report_to="none"))  # fmt: skip
     for rows in (1, 7, 8, 9, 63, 64, 65, 1000):

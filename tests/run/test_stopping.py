@@ -1,4 +1,4 @@
-"""What ends a run before its time is told with the step, the rank and the rows; and nothing bad is saved."""
+"""A run that ends early reports step, rank and rows, and saves nothing bad."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ from training.run.step_guard import OVERFLOWS_IN_A_ROW, StepGuard
 from training.storage import checkpoint
 from training.trainer import train
 
-RARE = "Z"  # in one row alone
+RARE = "Z"  # in one row only
 TEST_SIZE = 8
 
 
-# --- asked to end ------------------------------------------------------------------------------------
+# --- SIGTERM and Ctrl-C ---------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -53,15 +53,15 @@ def request_(monkeypatch: pytest.MonkeyPatch) -> StopRequest:
         signal.signal(number, handler)
 
 
-def test_a_rank_that_waits_for_others_dies_of_sigterm_at_once(request_: StopRequest) -> None:
-    """Where it waits in C++, Python's handler would be called when the wait is over: never."""
+def test_sigterm_ends_a_rank_that_waits_for_others_at_once(request_: StopRequest) -> None:
+    """While a library waits in C++, a Python handler would not run."""
     with default_sigterm():
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
     assert signal.getsignal(signal.SIGTERM) not in (signal.SIG_DFL, None)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_where_no_step_is_computed_a_signal_ends_at_once_and_its_repetition_does_nothing(
+def test_outside_of_steps_a_signal_interrupts_at_once_and_a_second_does_nothing(
     request_: StopRequest, number: signal.Signals
 ) -> None:
     with pytest.raises(Interrupted):
@@ -71,22 +71,22 @@ def test_where_no_step_is_computed_a_signal_ends_at_once_and_its_repetition_does
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_step_is_computed_to_its_end(request_: StopRequest, number: signal.Signals) -> None:
+def test_a_signal_during_training_lets_the_step_finish(request_: StopRequest, number: signal.Signals) -> None:
     request_.computing = True
     os.kill(os.getpid(), number)
     assert request_.received
 
 
-def guard_of(*ranks: tuple[int, int], skipped: bool = False, asked: bool = False) -> StepGuard:
-    """A guard that sees these (asked, bad micro-step) of the other ranks."""
+def guard_of(*ranks: tuple[int, int], skipped: bool = False, received: bool = False) -> StepGuard:
+    """A guard to which the other ranks report these (stop requested, bad micro-step)."""
     request = StopRequest()
-    request.received = asked
+    request.received = received
     accelerator = SimpleNamespace(
         gather=lambda mine: torch.cat([mine, torch.tensor(ranks, dtype=mine.dtype).reshape(-1, 2)]),
         optimizer_step_was_skipped=skipped,
     )
     trainer = SimpleNamespace(
-        accelerator=accelerator, describe_bad_loss=lambda *place: f"rank, micro-step {place}"
+        accelerator=accelerator, describe_bad_loss=lambda *bad: f"rank, micro-step {bad}"
     )
     return StepGuard(trainer, request)
 
@@ -102,7 +102,7 @@ def step(
 
 
 @pytest.mark.parametrize(
-    ("losses", "ranks", "place"),
+    ("losses", "ranks", "bad"),
     [
         ([1.0, float("nan"), 1.0], [], (0, 1)),
         ([float("inf")], [], (0, 0)),
@@ -111,14 +111,14 @@ def step(
         ([1.0, float("nan")], [(0, 0)], (0, 1)),
     ],
 )
-def test_the_first_loss_that_is_no_number_is_found_on_whatever_rank(
-    losses: list[float], ranks: list[tuple[int, int]], place: tuple[int, int]
+def test_the_first_nan_or_infinite_loss_is_found_on_any_rank(
+    losses: list[float], ranks: list[tuple[int, int]], bad: tuple[int, int]
 ) -> None:
-    with pytest.raises(TrainingError, match=re.escape(f"rank, micro-step {place}")):
+    with pytest.raises(TrainingError, match=re.escape(f"rank, micro-step {bad}")):
         step(guard_of(*ranks), *losses)
 
 
-def test_micro_steps_are_counted_anew_in_each_step() -> None:
+def test_micro_steps_are_counted_from_zero_in_each_step() -> None:
     guard = guard_of()
     step(guard, 1.0, 2.0, 3.0)
     with pytest.raises(TrainingError, match=r"\(0, 1\)"):
@@ -126,7 +126,7 @@ def test_micro_steps_are_counted_anew_in_each_step() -> None:
 
 
 @pytest.mark.parametrize("ranks", [[(1, -1)], [(0, -1), (1, -1)]])
-def test_one_rank_that_is_asked_to_stop_stops_them_all_with_a_checkpoint(
+def test_a_stop_request_on_one_rank_stops_all_ranks_with_a_checkpoint(
     ranks: list[tuple[int, int]],
 ) -> None:
     guard = guard_of(*ranks)
@@ -138,14 +138,14 @@ def test_one_rank_that_is_asked_to_stop_stops_them_all_with_a_checkpoint(
     assert step(guard_of(*ranks), 1.0, step=10).should_evaluate, "the last step is the end of the run"
 
 
-def test_without_a_reason_a_run_goes_on_and_a_checkpoint_has_its_held_out_loss() -> None:
+def test_without_a_stop_request_the_run_continues_and_checkpoints_are_evaluated() -> None:
     guard = guard_of((0, -1))
     assert not step(guard, 1.0).should_training_stop
     assert step(guard, 1.0, should_save=True).should_evaluate
     assert not guard.stopped
 
 
-def test_fp16_steps_that_overflow_in_a_row_end_the_run_at_the_limit_and_a_good_one_counts_anew() -> None:
+def test_fp16_overflows_in_a_row_end_the_run_and_a_good_step_resets_the_count() -> None:
     guard = guard_of(skipped=True)
     for _ in range(OVERFLOWS_IN_A_ROW - 1):
         step(guard, 1.0)
@@ -159,7 +159,7 @@ def test_fp16_steps_that_overflow_in_a_row_end_the_run_at_the_limit_and_a_good_o
     assert guard.overflows == 2 * OVERFLOWS_IN_A_ROW - 1
 
 
-def test_deepspeeds_own_end_at_its_least_loss_scale_is_told_in_the_same_words(
+def test_deepspeeds_minimum_loss_scale_error_gets_the_same_message(
     begin: Begin, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(loss_scaler.dist, "get_rank", lambda: 0)
@@ -174,11 +174,11 @@ def test_deepspeeds_own_end_at_its_least_loss_scale_is_told_in_the_same_words(
         begin()
 
 
-def test_an_error_of_a_lost_rank_is_told_from_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_a_lost_rank_are_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
     gloo = RuntimeError(
         "[../third_party/gloo/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]"
     )
-    assert not lost_peer(gloo), "there are no ranks"
+    assert not lost_peer(gloo), "without other ranks"
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     assert lost_peer(gloo)
     assert not timed_out(gloo)
@@ -193,14 +193,14 @@ def test_an_error_of_a_lost_rank_is_told_from_others(monkeypatch: pytest.MonkeyP
     assert not lost_peer(OSError(errno.ENOSPC, "No space left on device", "gloo"))
 
 
-# --- numbers that are none, on a real run ------------------------------------------------------------
+# --- NaN and infinite numbers in a real run ---------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def rows(
     tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, int, int]:
-    """A file, the number of its one row with RARE, which is trained on, and that of a held-out row."""
+    """(file, number of its only training row with RARE, number of a held-out row)."""
     folder = tmp_path_factory.mktemp("rows")
     content = [{"instruction": f"say {n}", "input": "", "output": f"a {n}"} for n in range(1, 41)]
     prepared, _ = prepare_dataset(jsonl(folder / "plain.jsonl", content), tokenizer, 256)
@@ -234,20 +234,20 @@ def begin(options: dict[str, Any]) -> Begin:
 
 @pytest.fixture
 def poisoned(base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path) -> Poison:
-    """The base model with one number of a token's embedding spoilt."""
+    """Copies the base model with one bad number in a token's embedding."""
 
-    def spoil(token: str, value: float = float("nan")) -> str:
+    def poison(token: str, value: float = float("nan")) -> str:
         target = shutil.copytree(base_folder, tmp_path / "base")
         weights = load_file(target / "model.safetensors")
         weights["transformer.wte.weight"][tokenizer.convert_tokens_to_ids(token), 0] = value
         save_file(weights, target / "model.safetensors", {"format": "pt"})
         return str(target)
 
-    return spoil
+    return poison
 
 
-def named_rows(words: str, trained: int) -> None:
-    [listed] = re.findall(r"was computing rows ([\d, ]+) of the dataset", words)
+def assert_rows_named(message: str, trained: int) -> None:
+    [listed] = re.findall(r"was computing rows ([\d, ]+) of the dataset", message)
     numbers = [int(number) for number in listed.split(",")]
     assert trained in numbers
     assert len(numbers) <= 3, "a rank's micro-batch, not the global batch"
@@ -255,38 +255,38 @@ def named_rows(words: str, trained: int) -> None:
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
 @pytest.mark.parametrize("value", [float("nan"), 1e38])
-def test_a_loss_that_is_no_number_ends_the_run_with_step_rank_and_rows(
+def test_a_nan_or_infinite_loss_ends_the_run_with_step_rank_and_rows(
     begin: Begin, poisoned: Poison, rows: tuple[str, int, int], output: Path,
     batching: str, value: float,
 ) -> None:  # fmt: skip
-    with pytest.raises(TrainingError, match=r"step \d+: the loss of rank 0 is NaN or infinite") as told:
+    with pytest.raises(TrainingError, match=r"step \d+: the loss of rank 0 is NaN or infinite") as error:
         begin(input_model=poisoned(RARE, value), batching=batching, save_steps=100)
-    named_rows(str(told.value), rows[1])
+    assert_rows_named(str(error.value), rows[1])
     assert not checkpoint.checkpoints(output)
     assert record(output)["status"] == "running"
 
 
 @pytest.mark.parametrize(
-    ("held_out", "told"),
+    ("held_out", "message"),
     [
         (False, r"step 2: 1 tensors of the model hold NaN .*transformer.wte.weight"),
         (True, "step 0: the held-out loss is NaN or infinite"),
     ],
-    ids=["no row, and the finished model would be refused after days", "a held-out row"],
+    ids=["in no row", "in a held-out row"],
 )
-def test_a_weight_that_is_no_number_is_not_saved_where_no_trained_row_reads_it(
-    begin: Begin, poisoned: Poison, rows: tuple[str, int, int], output: Path, held_out: bool, told: str
+def test_a_nan_weight_that_no_training_row_reads_is_not_saved(
+    begin: Begin, poisoned: Poison, rows: tuple[str, int, int], output: Path, held_out: bool, message: str
 ) -> None:
     content = [json.loads(line) for line in Path(rows[0]).read_text().splitlines()]
     content[rows[2] - 1]["output"] += " ~" * held_out
     file = jsonl(output.with_suffix(".jsonl"), content)
-    with pytest.raises(TrainingError, match=told):
+    with pytest.raises(TrainingError, match=message):
         begin(input_model=poisoned("~"), training_dataset=file)
     assert not any(map(checkpoint.read_manifest, checkpoint.checkpoints(output)))
 
 
 @pytest.mark.slow
-def test_on_two_zero3_ranks_one_tells_the_step_the_rank_and_the_rows(
+def test_on_two_zero3_ranks_one_reports_step_rank_and_rows(
     options: dict[str, Any], poisoned: Poison, rows: tuple[str, int, int], output: Path
 ) -> None:
     options |= {"input_model": poisoned(RARE), "save_steps": 100}
@@ -294,54 +294,54 @@ def test_on_two_zero3_ranks_one_tells_the_step_the_rank_and_the_rows(
     assert result.returncode == CANNOT_CONTINUE, result.stdout
     assert len(re.findall(r"Training ended at step \d+: the loss of rank [01] is NaN", result.stdout)) == 1
     assert "Traceback" not in result.stdout
-    named_rows(result.stdout, rows[1])
+    assert_rows_named(result.stdout, rows[1])
     assert not checkpoint.checkpoints(output)
 
 
-# --- a disk without room -----------------------------------------------------------------------------
+# --- a full disk ----------------------------------------------------------------------------------
 
 
 def fill(patch: pytest.MonkeyPatch, module: Any, name: str, when: Callable[..., bool]) -> None:
-    """The disk is full for these calls of a function."""
+    """Makes calls of a function fail as on a full disk if `when` is true."""
     real = getattr(module, name)
 
-    def full(place: Path, *args: Any, **kwargs: Any) -> Any:
-        if when(place, *args):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(place))
-        return real(place, *args, **kwargs)
+    def full(path: Path, *args: Any, **kwargs: Any) -> Any:
+        if when(path, *args):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return real(path, *args, **kwargs)
 
     patch.setattr(module, name, full)
 
 
-def test_a_checkpoint_that_would_not_fit_is_not_begun(
+def test_a_checkpoint_that_would_not_fit_is_not_started(
     begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """There is room for the first two, and then there is not."""
+    """The disk has room for two checkpoints."""
     real = files.free_bytes
 
-    def free(place: Path) -> int | None:
-        return 1000 if len(checkpoint.checkpoints(output)) == 2 else real(place)
+    def free(path: Path) -> int | None:
+        return 1000 if len(checkpoint.checkpoints(output)) == 2 else real(path)
 
     monkeypatch.setattr(saving, "free_bytes", free)
-    with pytest.raises(TrainingError) as told:
+    with pytest.raises(TrainingError) as error:
         begin(save_steps=1)
     assert re.match(
-        r"step 3: a checkpoint needs .* are free in .*\. Make room\. checkpoint-2 is good", str(told.value)
+        r"step 3: a checkpoint needs .* are free in .*\. Make room\. checkpoint-2 is good", str(error.value)
     )
     assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-1", "checkpoint-2"]
     assert not any(map(checkpoint.problems_of, checkpoint.checkpoints(output)))
 
 
 @pytest.mark.parametrize("name", ["write_json", "digests", "write_manifest"])
-def test_a_disk_that_is_full_at_the_very_end_of_a_save_is_told_in_words(
+def test_a_disk_that_fills_up_at_the_end_of_a_save_is_reported(
     begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    fill(monkeypatch, checkpoint, name, lambda place, *_: "checkpoint-4" in str(place))
+    fill(monkeypatch, checkpoint, name, lambda path, *_: "checkpoint-4" in str(path))
     with pytest.raises(
         TrainingError, match=r"No space left on device.*Make room\. checkpoint-2 is good"
-    ) as told:
+    ) as error:
         begin()
-    assert told.value.alone
+    assert error.value.alone
     assert checkpoint.read_manifest(output / "checkpoint-4") is None
     assert not checkpoint.problems_of(output / "checkpoint-2")
 
@@ -353,13 +353,18 @@ def test_a_disk_that_is_full_at_the_very_end_of_a_save_is_told_in_words(
         *(pytest.param(name, marks=pytest.mark.slow) for name in ("place_model", "write_model_card")),
     ],
 )
-def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_again(
+def test_a_full_disk_after_the_last_step_is_reported_and_finishing_is_repeated(
     begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    begun = name == "write_run_record"
-    fill(monkeypatch, finish, name, lambda _, what, *__: not (begun and what["status"] == "running"))
-    words = r"its last step: the model of .* could not be placed .*No space left.*--resume auto"
-    with pytest.raises(TrainingError, match=words):
+    starts_running = name == "write_run_record"
+    fill(
+        monkeypatch,
+        finish,
+        name,
+        lambda _, record, *__: not (starts_running and record["status"] == "running"),
+    )
+    message = r"its last step: the model of .* could not be placed .*No space left.*--resume auto"
+    with pytest.raises(TrainingError, match=message):
         begin(save_steps=100)
     assert record(output)["status"] == "running"
     monkeypatch.undo()
@@ -367,11 +372,11 @@ def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_agai
     assert begin(save_steps=100, resume="auto")["status"] == "finished"
 
 
-# --- what ends the command ---------------------------------------------------------------------------
+# --- errors of the command -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
         (
             OSError(errno.ENOSPC, "No space left on device", "/disk/out/ledger.json"),
@@ -396,17 +401,17 @@ def test_a_disk_that_is_full_at_the_finish_line_is_told_and_the_end_is_done_agai
             "Rank 0 ran out of host memory. Start fewer ranks",
         ),
         (MemoryError(), CANNOT_CONTINUE, "Rank 0 ran out of host memory. Start fewer ranks"),
-        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 1, ""),  # a fault of ours keeps its traceback
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 1, ""),  # a bug keeps its traceback
         (RuntimeError("shape mismatch"), 1, ""),
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_what_a_person_can_mend_ends_the_command_in_words(
-    request_: StopRequest, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, told: str
+def test_errors_that_a_user_can_fix_end_the_command_with_a_message(
+    request_: StopRequest, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, message: str
 ) -> None:
     monkeypatch.setattr(trainer, "train", Mock(side_effect=error))
     monkeypatch.delenv("RANK", raising=False)
     result = CliRunner().invoke(trainer.main, ["--local-output-dir", "OUT"])
     assert result.exit_code == code
-    assert told in result.output
+    assert message in result.output
     assert (result.exception is error) == (code == 1)
