@@ -199,8 +199,10 @@ def test_the_tree_of_the_architecture_names_every_file_of_every_room() -> None:
         named = [re.match(r"`([\w.]+)` \S", entry) for entry in cell.split(" · ")]
         assert all(named), cell
         files = {file.name for file in (ROOT / room).iterdir() if file.is_file()} - {"__init__.py"}
-        assert [each[1] for each in named if each] == list(dict.fromkeys(each[1] for each in named if each))
-        assert {each[1] for each in named if each} == files, room
+        assert [match[1] for match in named if match] == list(
+            dict.fromkeys(match[1] for match in named if match)
+        )
+        assert {match[1] for match in named if match} == files, room
     folders = {
         file.parent for name in product for file in (ROOT / name).rglob("*.*") if file.suffix != ".pyc"
     }

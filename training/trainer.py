@@ -46,20 +46,22 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
     prepared = prepare.prepare(settings)  # connects the ranks; loads tokenizer and rows
     last = steps.planned_steps(settings, len(prepared.train_rows))
     with start.as_only_writer(settings.output):
-        begin, record = start.find(settings, prepared, last)  # step 0, or a complete checkpoint
-        if begin.finished:
+        start_point, record = start.find(settings, prepared, last)  # step 0, or a complete checkpoint
+        if start_point.finished:
             return finish.deliver_again(settings, record)
-        settings = preflight.check_plan(settings, prepared, begin.earlier_choices)
+        settings = preflight.check_plan(settings, prepared, start_point.earlier_choices)
         record["decided"] = settings.plan_choices
-        begin = start.write(settings, prepared, begin, record, last)
-        if begin.step < last and steps.run_steps(settings, prepared, begin, record, request):
+        start_point = start.write(settings, prepared, start_point, record, last)
+        if start_point.step < last and steps.run_steps(settings, prepared, start_point, record, request):
             return start.stopped(settings, record)
         ranks.end_process_group()
         if not ranks.is_main_process():
             return record
         if request.received:  # after the last step
             raise Interrupted
-        return finish.finish(settings, prepared.ledger, record, begin.last_checkpoint(settings.output, last))
+        return finish.finish(
+            settings, prepared.ledger, record, start_point.last_checkpoint(settings.output, last)
+        )
 
 
 @click.command(cls=GroupedCommand, context_settings={"max_content_width": 110})

@@ -46,8 +46,8 @@ _MORE_MEMORY = (
 _SIGKILL = {  # keys: whether the kernel's out-of-memory killer was active; None: unknown
     True: f"killed by the system because host memory ran out. {_MORE_MEMORY}",
     None: f"killed, most likely because host memory ran out. {_MORE_MEMORY}",
-    False: "killed (SIGKILL), with no lack of memory reported by the system: by a person, a scheduler, or the launcher "
-    f"because another rank had failed. {_CONTINUE}",
+    False: "killed (SIGKILL) by a person, a scheduler, or the launcher because another rank had failed; the system "
+    f"reports no lack of memory. {_CONTINUE}",
 }
 
 

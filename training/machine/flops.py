@@ -85,11 +85,11 @@ def matmul_flops_per_second(
     best = float("inf")
     for _ in range(5):
         wait_for(device)
-        begin = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(repeats):
             a @ b
         wait_for(device)
-        best = min(best, time.perf_counter() - begin)
+        best = min(best, time.perf_counter() - start)
     return repeats * operations / best
 
 

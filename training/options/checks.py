@@ -155,8 +155,8 @@ def _value_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list
             continue
         written = section.get(key, implicit)
         if isinstance(written, bool) or written not in ("auto", value):
-            says = f"sets {key} {written!r}" if key in section else f"leaves out {key}"
-            problems.append(f'{options.deepspeed_json} {says}, but {flag} is {value}. Write "auto"')
+            setting = f"sets {key} {written!r}" if key in section else f"leaves out {key}"
+            problems.append(f'{options.deepspeed_json} {setting}, but {flag} is {value}. Write "auto"')
     return problems
 
 
