@@ -460,5 +460,5 @@ def test_a_full_disk_does_not_end_a_run(
     record, _ = again(max_steps=2)
     assert record["status"] == "finished"
     for file in files:
-        message = f"{file} could not be written (No space left on device); the run goes on without it"
+        message = f"{file} could not be written (No space left on device); the run continues without it"
         assert message in caplog.text
