@@ -235,7 +235,7 @@ class Host:
     def read(self, folder: Path) -> dict[str, float]:
         """Use of processors, memory and the disk of `folder` in percent; the last two also in GiB, used and total."""
         memory = self.psutil.virtual_memory()
-        disk = shutil.disk_usage(next(place for place in (folder, *folder.parents) if place.exists()))
+        disk = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists()))
         figures = {"CPU": self.psutil.cpu_percent()}
         for name, (used, total) in {
             "memory": container_memory() or (memory.total - memory.available, memory.total),
@@ -718,8 +718,8 @@ def _begin(flow: Any, attributes: Mapping[str, Any]) -> Profiler | None:
     name = attributes.get("run_folder")
 
     def folder() -> Path | None:
-        place = getattr(flow, name, None) if name else None
-        return Path(place) if place else None
+        path = getattr(flow, name, None) if name else None
+        return Path(path) if path else None
 
     try:
         card, title = current.card[CARD], f"# `{current.pathspec}`"

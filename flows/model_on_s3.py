@@ -59,14 +59,14 @@ def root_problems() -> list[str]:
 
 
 @contextmanager
-def _as_store_errors(place: str, advice: str = "") -> Iterator[None]:
+def _as_store_errors(url: str, advice: str = "") -> Iterator[None]:
     """Turns Metaflow's and boto3's errors, which share no class, into StoreError."""
     try:
         yield
     except StoreError:
         raise
     except Exception as error:
-        raise StoreError(f"{place}: {type(error).__name__}: {error}{advice}") from error
+        raise StoreError(f"{url}: {type(error).__name__}: {error}{advice}") from error
 
 
 def push(folder: Path, files: dict[str, dict[str, Any]], run: Any) -> str | None:

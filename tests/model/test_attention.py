@@ -1,4 +1,4 @@
-"""Packed rows give the gradients of padded ones, and no document feels another."""
+"""Packed rows give the gradients of padded rows, and documents do not affect each other."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def packing_gptj(original: GPTJForCausalLM) -> GPTJForCausalLM:
 
 
 def step(model: torch.nn.Module, batch: dict[str, torch.Tensor], **more: int) -> float:
-    """The loss, after its backward."""
+    """Runs forward and backward, and returns the loss."""
     loss = model(**batch, **more).loss
     loss.backward()
     return loss.item()
@@ -72,19 +72,19 @@ def test_document_lengths_are_read_from_restarting_positions() -> None:
     assert document_lengths(torch.tensor([[0, 0, 0, 1]])) == [1, 1, 2]
 
 
-def test_rotary_embedding_equals_the_original() -> None:
+def test_rotary_embedding_equals_transformers() -> None:
     positions = torch.tensor([[0, 1, 2, 0, 1], [4, 3, 2, 1, 0]])
     heads = torch.randn(2, 5, 4, 16)
     table = gptj.create_sinusoidal_positions(64, 8)
     sin, cos = table[positions].chunk(2, dim=-1)
-    turned = torch.cat([gptj.apply_rotary_pos_emb(heads[..., :8], sin, cos), heads[..., 8:]], dim=-1)
-    assert torch.equal(rotate(heads, *rotary_sin_cos(table, positions, torch.float32)), turned)
+    rotated = torch.cat([gptj.apply_rotary_pos_emb(heads[..., :8], sin, cos), heads[..., 8:]], dim=-1)
+    assert torch.equal(rotate(heads, *rotary_sin_cos(table, positions, torch.float32)), rotated)
 
 
 @pytest.mark.parametrize("chunk", [consts.LOSS_CHUNK_BYTES, 4 * VOCABULARY * 7], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 @pytest.mark.parametrize("rows", [THREE_ROWS, random_rows()], ids=["literal", "random"])
-def test_packed_loss_and_gradients_equal_those_of_padded_eager_also_where_logits_come_in_chunks(
+def test_packed_loss_and_gradients_equal_padded_eager_with_whole_and_chunked_logits(
     rows: list[dict], checkpointing: dict | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(consts, "LOSS_CHUNK_BYTES", chunk)
@@ -119,13 +119,13 @@ def test_micro_steps_sum_to_the_gradient_of_the_whole_share(micro_steps: int) ->
     assert relative_gradient_difference(model, reference) < 1e-5
 
 
-def test_a_share_without_rows_has_a_zero_loss_and_zero_gradients() -> None:
+def test_an_empty_share_has_zero_loss_and_zero_gradients() -> None:
     model = packing_gptj(eager_gptj())
     assert step(model, packed([]), num_items_in_batch=100) == 0.0
     assert all((parameter.grad == 0).all() for parameter in model.parameters())
 
 
-def test_an_evaluation_has_the_loss_of_training_and_makes_no_gradient() -> None:
+def test_evaluation_has_the_training_loss_and_no_gradient() -> None:
     model = packing_gptj(eager_gptj())
     batch = packed(random_rows(seed=8))
     with torch.inference_mode():
@@ -150,7 +150,7 @@ def test_half_precision_packed_is_as_close_to_float32_as_padded_eager(dtype: tor
     assert ours < 1.5 * theirs
 
 
-def test_no_dense_mask_and_no_logits_of_the_whole_row_are_made() -> None:
+def test_neither_a_dense_mask_nor_logits_of_the_whole_row_are_allocated() -> None:
     model = packing_gptj(eager_gptj())
     rows = random_rows(seed=6, count=20)
     batch = packed(rows)
@@ -174,7 +174,7 @@ def test_no_dense_mask_and_no_logits_of_the_whole_row_are_made() -> None:
     assert largest == 0
 
 
-def test_a_packed_row_is_its_documents_alone() -> None:
+def test_a_packed_row_gives_the_logits_of_its_separate_documents() -> None:
     model = packing_gptj(eager_gptj()).eval()
     batch = packed(THREE_ROWS)
     together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0]
@@ -182,7 +182,7 @@ def test_a_packed_row_is_its_documents_alone() -> None:
     torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_padded_batches_give_the_logits_of_eager_on_either_side() -> None:
+def test_left_and_right_padded_batches_give_the_logits_of_eager() -> None:
     reference = eager_gptj().eval()
     model = packing_gptj(reference)
     batch = padded(THREE_ROWS)
@@ -209,7 +209,7 @@ def test_greedy_generation_equals_eager_with_left_padding_and_cache(cache: str |
     assert actual.shape == (3, 25)
 
 
-def test_the_saved_model_is_a_plain_gptj(tmp_path: Path) -> None:
+def test_the_saved_model_is_a_stock_gptj(tmp_path: Path) -> None:
     reference = eager_gptj()
     model = packing_gptj(reference)
     model.save_pretrained(tmp_path)
@@ -234,11 +234,11 @@ def small_llama() -> PreTrainedModel:
 
 def small_llama_with_a_cache() -> PreTrainedModel:
     model = small_llama()
-    model.config.use_cache = True  # transformers then takes restarting positions for nothing in particular
+    model.config.use_cache = True  # transformers then ignores restarting positions
     return model
 
 
-def llama_whose_loss_is_out_of_place() -> PreTrainedModel:
+def llama_with_a_shifted_loss() -> PreTrainedModel:
     def shifts_again(logits, labels, vocab_size, shift_labels=None, **kwargs):
         return F.cross_entropy(logits[0], shift_labels[0].roll(1))
 
@@ -258,40 +258,43 @@ def gptj_attending(how: Callable[[int], dict]) -> GPTJForCausalLM:
     return model
 
 
-def blind_gptj() -> GPTJForCausalLM:
-    """What GPT-J does under flash_attention_2: causal over the whole row, blind to where a document begins."""
+def gptj_without_document_mask() -> GPTJForCausalLM:
+    """GPT-J as under flash_attention_2: causal over the whole row, across document borders."""
     return gptj_attending(lambda tokens: {"is_causal": True})
 
 
-def gptj_that_sees_what_is_later() -> GPTJForCausalLM:
+def gptj_attending_to_later_tokens() -> GPTJForCausalLM:
     return gptj_attending(lambda tokens: {"attn_mask": torch.ones(tokens, tokens, dtype=torch.bool).triu()})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)
-def test_our_gptj_and_another_architecture_with_masks_of_its_own_pack_cleanly(dtype: torch.dtype) -> None:
+def test_our_gptj_and_an_architecture_with_its_own_masks_pack_cleanly(dtype: torch.dtype) -> None:
     clean, reason = packs_cleanly(packing_gptj(eager_gptj(dtype)) if dtype else small_llama())
     assert clean, reason
 
 
 @pytest.mark.parametrize(
-    ("made", "told"),
+    ("make_model", "expected"),
     [
         (small_llama_with_a_cache, "a change in one document moves the logits of the document after it"),
-        (blind_gptj, "a change in one document moves the logits of the document after it"),
-        (gptj_that_sees_what_is_later, "a change in one document moves the logits of the document before it"),
-        (llama_whose_loss_is_out_of_place, "the loss of a packed row is.*"),
+        (gptj_without_document_mask, "a change in one document moves the logits of the document after it"),
+        (
+            gptj_attending_to_later_tokens,
+            "a change in one document moves the logits of the document before it",
+        ),
+        (llama_with_a_shifted_loss, "the loss of a packed row is.*"),
     ],
 )
 def test_a_model_that_mixes_documents_or_misplaces_the_loss_is_caught(
-    made: Callable[[], PreTrainedModel], told: str
+    make_model: Callable[[], PreTrainedModel], expected: str
 ) -> None:
-    clean, reason = packs_cleanly(made())
+    clean, reason = packs_cleanly(make_model())
     assert not clean
-    assert re.fullmatch(told, reason), reason
+    assert re.fullmatch(expected, reason), reason
 
 
 @pytest.mark.slow
-def test_two_ranks_under_zero3_give_the_gradients_of_one_eager_process(tmp_path: Path) -> None:
+def test_two_zero3_ranks_give_the_gradients_of_one_eager_process(tmp_path: Path) -> None:
     result = run(deepspeed(2, "tests.run.zero3_gradients"), tmp_path, timeout=500)
     assert result.returncode == 0, result.stdout[-6000:]
     for rank in (0, 1):

@@ -1,4 +1,4 @@
-"""Operators are compiled before anything expensive, never waited for in vain, and what they lack is told."""
+"""DeepSpeed's operators are compiled early, without endless waiting, and missing tools are reported."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
 
 
-def test_a_mark_left_by_a_killed_rank_does_not_hang_the_next_run():
-    mark = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
-    mark.touch()
+def test_a_lock_file_left_by_a_killed_rank_does_not_hang_the_next_run():
+    lock_file = Path(_get_build_directory("deepspeed_shm_comm", verbose=False)) / "lock"
+    lock_file.touch()
     result = python(COMPILE)
     assert result.returncode == 0, result.stderr
-    assert not mark.exists()
+    assert not lock_file.exists()
 
 
-def test_a_process_that_hangs_while_it_compiles_is_not_waited_for_without_an_end():
+def test_a_process_that_hangs_while_compiling_is_waited_for_only_until_the_timeout():
     folder = Path(_get_build_directory("deepspeed_shm_comm", verbose=False))
     with (
         FileLock(folder / "one-rank-at-a-time.lock"),
@@ -55,7 +55,7 @@ def test_a_process_that_hangs_while_it_compiles_is_not_waited_for_without_an_end
 
 
 @pytest.mark.parametrize("reason", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
-def test_a_folder_without_locks_is_warned_of_once_and_a_living_ranks_mark_stays(
+def test_a_file_system_without_locks_is_warned_of_once_and_torchs_lock_file_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
 ):
     loaded = []
@@ -64,21 +64,21 @@ def test_a_folder_without_locks_is_warned_of_once_and_a_living_ranks_mark_stays(
     refusal = OSError(getattr(errno, reason), reason)
     monkeypatch.setattr(filelock._unix.fcntl, "flock", Mock(side_effect=refusal))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    mark = Path(_get_build_directory("comm", verbose=False)) / "lock"
-    mark.touch()
+    lock_file = Path(_get_build_directory("comm", verbose=False)) / "lock"
+    lock_file.touch()
     compile_operators({})
     assert loaded == ["comm", "adam"]
-    assert mark.exists(), "nobody knows whether its rank lives"
-    [told] = caplog.messages
-    assert told.startswith(f"{tmp_path}: its file system has no locks")
-    assert f"rm {tmp_path}/*/lock" in told
+    assert lock_file.exists(), "its rank may still be alive"
+    [warning] = caplog.messages
+    assert warning.startswith(f"{tmp_path}: its file system has no locks")
+    assert f"rm {tmp_path}/*/lock" in warning
 
 
-def test_what_is_compiled_already_needs_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_compiled_operators_need_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("CXX", raising=False)
     compiled = python(COMPILE)
     assert compiled.returncode == 0, compiled.stderr
-    for program in ("ninja", "lscpu", "bash"):  # the first is asked whether there is something to compile
+    for program in ("ninja", "lscpu", "bash"):  # ninja checks whether anything must be compiled
         if found := shutil.which(program):
             (tmp_path / program).symlink_to(found)
     ask = "from training.run.operators import compiler_problems; print(compiler_problems({}))"
@@ -92,10 +92,10 @@ def test_what_is_compiled_already_needs_no_compiler(tmp_path: Path, monkeypatch:
     ("name", "reason"),
     [
         ("g++", "c++: error: unrecognized option -std=c++20. It needs"),
-        ("wrapper", "'--version']' returned non-zero exit status 1"),  # torch asks what it wraps
+        ("wrapper", "'--version']' returned non-zero exit status 1"),  # torch runs it with --version
     ],
 )
-def test_a_compiler_that_fails_is_told_in_its_own_words(
+def test_a_failing_compiler_is_reported_with_its_own_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, reason: str
 ):
     compiler = tmp_path / name
@@ -106,35 +106,35 @@ def test_a_compiler_that_fails_is_told_in_its_own_words(
     monkeypatch.setattr(OpBuilder, "_loaded_ops", {})
     with pytest.raises(OptionsError) as refusal:
         compile_operators({})
-    (fault,) = refusal.value.problems
-    assert fault.startswith("DeepSpeed's operator deepspeed_shm_comm could not be compiled or loaded: ")
-    assert reason in fault
-    assert f"rm -r {tmp_path / 'extensions' / 'deepspeed_shm_comm'}" in fault
+    (problem,) = refusal.value.problems
+    assert problem.startswith("DeepSpeed's operator deepspeed_shm_comm could not be compiled or loaded: ")
+    assert reason in problem
+    assert f"rm -r {tmp_path / 'extensions' / 'deepspeed_shm_comm'}" in problem
 
 
-def test_an_operator_is_linked_where_the_path_of_torch_has_a_space(
+def test_an_operator_is_linked_if_the_path_of_torch_has_a_space(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    place = tmp_path / "with  spaces"
-    place.mkdir()
-    libraries, source = place / "lib", place / "nothing.cpp"
+    folder = tmp_path / "with  spaces"
+    folder.mkdir()
+    libraries, source = folder / "lib", folder / "nothing.cpp"
     libraries.symlink_to(cpp_extension.TORCH_LIB_PATH)
     source.write_text("int nothing() { return 0; }\n")
     load = partial(cpp_extension.load, "nothing", [str(source)], is_python_module=False)
     monkeypatch.setattr(operators, "_builders", lambda config: [SimpleNamespace(name="nothing", load=load)])
     monkeypatch.setattr(cpp_extension, "TORCH_LIB_PATH", str(libraries))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(place / "extensions"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(folder / "extensions"))
     compile_operators({})
 
 
-def test_a_folder_for_operators_that_cannot_be_written_is_told(
+def test_a_folder_for_operators_that_cannot_be_written_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     (tmp_path / "file").touch()
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "extensions"))
-    (fault,) = compiler_problems({})
-    assert str(tmp_path / "file") in fault
-    assert "Type export TORCH_EXTENSIONS_DIR=/a/folder/of/yours" in fault
+    (problem,) = compiler_problems({})
+    assert str(tmp_path / "file") in problem
+    assert "Type export TORCH_EXTENSIONS_DIR=/a/folder/of/yours" in problem
 
 
 @pytest.mark.parametrize(
@@ -149,13 +149,13 @@ def test_a_folder_for_operators_that_cannot_be_written_is_told(
         ({"optimizer": "AdamW"}, []),
     ],
 )
-def test_the_operators_are_those_that_the_configuration_asks_for(config: dict[str, Any], adam: list[str]):
+def test_the_operators_follow_from_the_configuration(config: dict[str, Any], adam: list[str]):
     assert [builder.name for builder in _builders(config)] == ["deepspeed_shm_comm", *adam]
 
 
 @pytest.fixture
 def gpu_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """torch for CUDA 12.6 with a GPU, as DeepSpeed sees it, and no CUDA toolkit."""
+    """A machine with torch for CUDA 12.6 and a GPU, but no CUDA toolkit."""
     monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: CUDA_Accelerator())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "12.6")
@@ -163,12 +163,12 @@ def gpu_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "extensions"))
 
 
-def test_on_a_gpu_only_an_optimizer_named_in_the_json_needs_the_cuda_toolkit(gpu_machine):
+def test_on_a_gpu_only_an_optimizer_in_the_json_needs_the_cuda_toolkit(gpu_machine):
     assert _builders({}) == []
     assert compiler_problems({}) == []
-    (fault,) = compiler_problems(FUSED)
-    assert "nvcc was not found (CUDA_HOME is not set)" in fault
-    assert "leave the 'optimizer' out of the DeepSpeed JSON" in fault
+    (problem,) = compiler_problems(FUSED)
+    assert "nvcc was not found (CUDA_HOME is not set)" in problem
+    assert "remove the 'optimizer' from the DeepSpeed JSON" in problem
 
 
 def test_an_offloaded_optimizer_needs_a_compiler_but_no_cuda_toolkit(
@@ -182,4 +182,4 @@ def test_an_offloaded_optimizer_needs_a_compiler_but_no_cuda_toolkit(
     assert compiler_problems(OFFLOADED) == []
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert any("a C++ compiler" in fault for fault in compiler_problems(OFFLOADED))
+    assert any("a C++ compiler" in problem for problem in compiler_problems(OFFLOADED))

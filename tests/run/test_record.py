@@ -1,4 +1,4 @@
-"""run.json: never half-written; and another command either continues a run, or is told what differs."""
+"""run.json is never half-written, and every difference that would change a resumed run is reported."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from training.storage.record import read_run_record, write_run_record
 
 
 def record_of(world_size: int = 8, rows: str = "abc", **options: Any) -> dict[str, Any]:
-    """As it comes back from the file."""
+    """A new record as it is read back from the file."""
     options = {"local_output_dir": "out", "bf16": True} | options
     return json.loads(json.dumps(new_record(resolved(TrainingOptions(**options), world_size), rows)))
 
 
-def test_the_record_tells_versions_options_and_commit() -> None:
+def test_the_record_holds_versions_options_and_commit() -> None:
     record = record_of(lr=2e-5)
     assert record["status"] == "running"
     assert (record["world_size"], record["precision"], record["options"]["lr"]) == (8, "bf16", 2e-5)
@@ -35,7 +35,9 @@ def test_the_record_tells_versions_options_and_commit() -> None:
     assert record["git_commit"] is None or re.fullmatch("[0-9a-f]{40}", record["git_commit"])
 
 
-def test_a_record_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_record_is_replaced_completely_or_not_at_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_run_record(tmp_path, {"status": "running"})
     with monkeypatch.context() as killed:
         killed.setattr(os, "replace", Mock(side_effect=KeyboardInterrupt))
@@ -48,17 +50,17 @@ def test_a_record_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("content", [None, "", "{", "[]", '{"status": "running"}', '{"options": 3}', "\0\0"])
-def test_what_is_no_record_is_none(tmp_path: Path, content: str | None) -> None:
+def test_an_unreadable_record_is_none(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     assert read_run_record(tmp_path) is None
 
 
-# --- what would make another run of it ---------------------------------------------------------------
+# --- differences that change the result ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("changed", "told"),
+    ("changed", "expected"),
     [
         ({"seed": 1}, ["--seed was 42, and is 1"]),
         ({"lr": 2e-5}, ["--lr was 1e-05, and is 2e-05"]),
@@ -71,7 +73,8 @@ def test_what_is_no_record_is_none(tmp_path: Path, content: str | None) -> None:
         ),
         ({"bf16": None, "fp16": True}, ["the precision was bf16, and is fp16"]),
         ({"rows": "other"}, ["the rows differ: another --training-dataset, --test-size, --max-length or "
-                             "--keep-truncated, another prompt (training/data/prompt.py), or the file has changed (it was tatsu-lab/alpaca)"]),
+                             "--keep-truncated, another prompt (training/data/prompt.py), or the file has changed "
+                             "(it was tatsu-lab/alpaca)"]),
         ({"world_size": 4}, ["the global batch was 64 rows, and is 32. Type --gradient-accumulation-steps 2"]),
         ({"world_size": 3}, ["the global batch was 64 rows, and is 24: --per-device-train-batch-size x "
                              "--gradient-accumulation-steps x devices must stay the same"]),
@@ -79,10 +82,10 @@ def test_what_is_no_record_is_none(tmp_path: Path, content: str | None) -> None:
          ["the global batch was 64 rows, and is 128. Type --gradient-accumulation-steps 1"]),
     ],
 )  # fmt: skip
-def test_each_option_that_changes_the_result_is_told_with_both_values(
-    changed: dict[str, Any], told: list[str]
+def test_each_option_that_changes_the_result_is_reported_with_both_values(
+    changed: dict[str, Any], expected: list[str]
 ) -> None:
-    assert differences(record_of(), record_of(**changed)) == told
+    assert differences(record_of(), record_of(**changed)) == expected
 
 
 @pytest.mark.parametrize(
@@ -98,23 +101,23 @@ def test_each_option_that_changes_the_result_is_told_with_both_values(
         {"final_model": "best", "resume": "auto", "force": True},
     ],
 )
-def test_what_leaves_the_result_alone_is_no_difference(changed: dict[str, Any]) -> None:
+def test_options_that_do_not_change_the_result_are_no_difference(changed: dict[str, Any]) -> None:
     assert differences(record_of(), record_of(**changed)) == []
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_a_rate_that_falls_to_the_end_must_keep_its_end(schedule: str) -> None:
+def test_a_decaying_schedule_must_keep_its_end(schedule: str) -> None:
     former, now = record_of(lr_scheduler_type=schedule), record_of(lr_scheduler_type=schedule, epochs=1.0)
     assert differences(former, now) == ["--epochs was 3.0, and is 1.0"]
 
 
-def test_the_digest_of_the_rows_changes_with_a_token_a_border_their_order_or_a_held_out_row_alone() -> None:
+def test_the_digest_changes_with_any_token_response_start_order_or_held_out_row() -> None:
     rows = [{"input_ids": [1, 2, 3], "response_start": 2}, {"input_ids": [4, 5], "response_start": 1}]
 
     def digest(*parts: list[dict[str, Any]]) -> str:
         return rows_digest(*map(datasets.Dataset.from_list, parts))
 
-    all_but_alike = [
+    datasets_that_differ = [
         [rows],
         [rows[::-1]],
         [rows[:1]],
@@ -125,6 +128,6 @@ def test_the_digest_of_the_rows_changes_with_a_token_a_border_their_order_or_a_h
         [rows, [{"input_ids": [3, 5], "response_start": 1}]],
         [[*rows, {"input_ids": [3, 4], "response_start": 1}], [{"input_ids": [3, 5], "response_start": 1}]],
     ]
-    digests = [digest(*parts) for parts in all_but_alike]
-    assert digests == [digest(*parts) for parts in all_but_alike]
+    digests = [digest(*parts) for parts in datasets_that_differ]
+    assert digests == [digest(*parts) for parts in datasets_that_differ]
     assert len(set(digests)) == len(digests)

@@ -12,8 +12,8 @@ from tests.trees import ROOT, run_in
 from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions
 
-# Notes each time that the process opens the file.
-NOTING = """
+# Writes a line each time the process opens the file.
+RECORD_OPENS = """
 import os, sys
 
 def note(event, arguments):
@@ -28,7 +28,7 @@ sys.addaudithook(note)
 @pytest.mark.slow
 def test_a_rank_reads_the_deepspeed_json_once_in_a_run_of_two_steps(tmp_path: Path) -> None:
     shutil.copy(ROOT / "config" / "ds_z3_bf16_config.json", tmp_path / "counted.json")
-    (tmp_path / "sitecustomize.py").write_text(NOTING.format(file=str(tmp_path / "notes")))
+    (tmp_path / "sitecustomize.py").write_text(RECORD_OPENS.format(file=str(tmp_path / "notes")))
     options = ["--num_gpus", "1", "--master_port", "29713", "--module", "training.trainer"]
     options += ["--deepspeed", str(tmp_path / "counted.json"), "--local-output-dir", str(tmp_path / "out")]
     options += [
@@ -47,7 +47,7 @@ def test_a_rank_reads_the_deepspeed_json_once_in_a_run_of_two_steps(tmp_path: Pa
     assert (tmp_path / "notes").read_text() == "opened\n"
 
 
-def test_what_is_resolved_cannot_be_changed() -> None:
+def test_resolved_settings_are_frozen() -> None:
     options = TrainingOptions(local_output_dir="OUT", deepspeed=str(ROOT / "config/ds_z3_bf16_config.json"))
     settings = resolve(options, ranks=2, best_precision="fp32")
     assert (settings.precision, settings.zero.stage, settings.global_batch) == ("bf16", 3, 16)

@@ -329,7 +329,9 @@ def go(rows: str, model_with_dropout: str, monkeypatch: pytest.MonkeyPatch) -> G
 
 
 @pytest.fixture(scope="module")
-def undisturbed(rows: str, model_with_dropout: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list]:
+def undisturbed(
+    rows: str, model_with_dropout: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list]:
     """(folder, tokens of each micro-step) of 16 steps in two epochs, 8 rows a step but for each epoch's last."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     with pytest.MonkeyPatch.context() as patch:
@@ -446,7 +448,9 @@ def test_a_stop_after_the_last_step_leaves_finishing_to_the_next_command(
 ) -> None:
     request = StopRequest()
     monkeypatch.setattr(steps, "run_steps", lambda *args: setattr(request, "received", True))
-    options = options_of(tmp_path / "out", training_dataset=rows, test_size=10, input_model=model_with_dropout)
+    options = options_of(
+        tmp_path / "out", training_dataset=rows, test_size=10, input_model=model_with_dropout
+    )
     with pytest.raises(Interrupted):
         train(options, request)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["status"] == "running"

@@ -1,4 +1,4 @@
-"""The one command, really run: ranks, ZeRO-3, bf16, and the folder it leaves."""
+"""Real runs of the trainer: ranks, ZeRO-3, bf16, and the folder they write."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ DEMO = ["--input-model", "demo", "--training-dataset", "demo", "--test-size", "1
 
 
 def without_a_launcher() -> dict[str, str]:
-    """An environment in which no launcher has set anything, with one thread a rank."""
+    """An environment without a launcher's variables, with one thread per rank."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
@@ -58,7 +58,7 @@ def without_a_launcher() -> dict[str, str]:
 
 
 def run(launcher: list[str], *options: object, timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    """Runs the trainer as a user would, and returns what it printed."""
+    """Runs the trainer as a user would, and returns its output."""
     return subprocess.run(
         [*launcher, *map(str, options)],
         cwd=ROOT,
@@ -106,11 +106,11 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_two_ranks_under_zero3_in_bf16_leave_a_folder_that_stock_transformers_loads(finished):
+def test_two_zero3_ranks_in_bf16_write_a_folder_that_stock_transformers_loads(finished):
     model, loaded = AutoModelForCausalLM.from_pretrained(finished, output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(finished)
     assert type(model) is GPTJForCausalLM
-    assert not any(loaded[f"{fault}_keys"] for fault in ("missing", "unexpected", "mismatched"))
+    assert not any(loaded[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
     assert model.config.vocab_size == len(tokenizer) == model.get_input_embeddings().num_embeddings
     assert model.config.use_cache
     assert tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS)) == [len(tokenizer) - 3 + i for i in range(3)]
@@ -120,13 +120,15 @@ def test_two_ranks_under_zero3_in_bf16_leave_a_folder_that_stock_transformers_lo
     assert weights["transformer.h.0.attn.q_proj.weight"].dtype == torch.bfloat16
 
 
-def test_the_run_says_what_it_did(finished):
+def test_log_record_ledger_and_card_describe_the_run(finished):
     run_record, printed = record(finished), (finished / "stdout.txt").read_text()
     assert run_record["status"] == "finished"
     assert (run_record["world_size"], run_record["steps"]) == (2, 6)
     assert run_record["held_out_loss"]["after"] < run_record["held_out_loss"]["before"]
     assert run_record["versions"]["deepspeed"]
-    assert printed.count("step 0/6  held-out loss") == printed.count("step 2/6  loss") == 1, "one rank speaks"
+    assert printed.count("step 0/6  held-out loss") == printed.count("step 2/6  loss") == 1, (
+        "only one rank logs"
+    )
     assert "rate 1.00e-05" in printed
     assert printed.count("rows read") == 1
     assert "«" in printed
@@ -138,15 +140,15 @@ def test_the_run_says_what_it_did(finished):
     assert "rows read" in card
 
 
-def test_libraries_speak_only_of_what_matters(finished):
+def test_libraries_print_no_notices(finished):
     printed = (finished / "stdout.txt").read_text()
     assert printed.count("Setting accelerator to CPU") <= 2, (
-        "of DeepSpeed's two processes before a rank exists"
+        "by DeepSpeed's two processes that start the ranks"
     )
-    assert not any(chatter in printed for chatter in ("gcc", "built successfully", "-laio"))
+    assert not any(notice in printed for notice in ("gcc", "built successfully", "-laio"))
 
 
-def test_tensorboard_holds_losses_and_rate(finished):
+def test_tensorboard_holds_losses_and_learning_rate(finished):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(finished / "runs"))
@@ -155,7 +157,7 @@ def test_tensorboard_holds_losses_and_rate(finished):
     assert {event.step for event in events.Scalars("eval/loss")} == {0, 6}
 
 
-def test_the_published_copy_is_the_model_without_its_checkpoints(finished):
+def test_the_published_copy_is_the_model_without_checkpoints(finished):
     published = finished.parent / "published"
     model = ("model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja")
     for name in (*model, "README.md"):
@@ -163,8 +165,8 @@ def test_the_published_copy_is_the_model_without_its_checkpoints(finished):
     assert not list(published.glob("checkpoint-*"))
 
 
-def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(finished):
-    """Only rank 0 looks at the output folder; the other one waits for it then, and must go when it has gone."""
+def test_a_second_run_into_the_same_folder_is_refused_and_changes_no_file(finished):
+    """Only rank 0 checks the output folder; the other rank waits for it and must end with it."""
     before = {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
     result = run(deepspeed(2), *DEMO, "--deepspeed", BF16, "--max-steps", 1, "--local-output-dir", finished)
     assert result.returncode != 0
@@ -174,9 +176,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_changes_nothing(finish
     assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
 
 
-def test_torchrun_with_sparks_way_of_naming_the_config_and_a_models_folder_trains_the_same_model(
-    finished, tmp_path
-):
+def test_torchrun_with_deepspeed_config_and_a_model_folder_trains_the_same_model(finished, tmp_path):
     folder = tmp_path / "out"
     demo_as_a_folder = ["--input-model", model_folder("demo"), *DEMO[2:]]
     result = run(
@@ -201,7 +201,7 @@ def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_goes_wrong_while_python_shuts_down_fails_no_run_that_has_finished(tmp_path, monkeypatch):
+def test_an_error_during_pythons_shutdown_does_not_fail_a_finished_run(tmp_path, monkeypatch):
     (tmp_path / "sitecustomize.py").write_text(
         "import atexit, os, sys\n"
         "if 'DOLLY_SUPERVISED' in os.environ and 'training.trainer' in sys.orig_argv: atexit.register(os.abort)\n"
@@ -214,15 +214,15 @@ def test_what_goes_wrong_while_python_shuts_down_fails_no_run_that_has_finished(
     assert record(tmp_path / "out")["status"] == "finished"
 
 
-def test_a_taken_port_is_told_with_what_to_type(tmp_path):
+def test_a_port_in_use_is_reported_with_what_to_type(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         variables = os.environ | alone | {"MASTER_PORT": str(port)}
-        words = [*DEMO, "--deepspeed", BF16, "--local-output-dir", str(tmp_path / "out")]
-        command = [sys.executable, "-m", "training.trainer", *words]
+        options = [*DEMO, "--deepspeed", BF16, "--local-output-dir", str(tmp_path / "out")]
+        command = [sys.executable, "-m", "training.trainer", *options]
         result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert f"port {port} (MASTER_PORT) is in use" in result.stderr
@@ -236,7 +236,7 @@ def train_demo(folder: Path, **changes: object) -> dict:
 
 
 def logged(folder: Path, name: str) -> list[float]:
-    """Every logged value of one figure, in order."""
+    """All logged values of one figure, in order."""
     history = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [entry[name] for entry in history if name in entry]
 
@@ -250,10 +250,10 @@ def test_thirty_packed_and_thirty_padded_steps_have_the_same_losses(tmp_path):
         assert logged(folder, "real_token_share")[0] == 1.0 or batching == "padded"
     assert len(losses["packed"]) == 32
     assert losses["packed"] == pytest.approx(losses["padded"], abs=1e-4)
-    assert losses["packed"][-1] < losses["packed"][-2] - 1, "and it learns"
+    assert losses["packed"][-1] < losses["packed"][-2] - 1, "the model learns"
 
 
-def test_a_token_budget_changes_the_memory_and_not_the_training(tmp_path):
+def test_a_token_budget_does_not_change_the_training(tmp_path):
     losses = {}
     for budget in ("auto", 150):
         folder = tmp_path / str(budget)
@@ -262,22 +262,20 @@ def test_a_token_budget_changes_the_memory_and_not_the_training(tmp_path):
     assert losses[150] == pytest.approx(losses["auto"], rel=1e-4)
 
 
-def test_a_budget_below_the_longest_row_is_told_before_training(tmp_path):
+def test_a_token_budget_below_the_longest_row_is_refused_before_training(tmp_path):
     with pytest.raises(ValueError, match="--max-tokens-per-device 20 is less than the length"):
         train_demo(tmp_path / "out", max_tokens_per_device=20)
 
 
 def small_host(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
-    """This machine with so much free host memory."""
+    """Makes this machine report `gib` of free host memory."""
     found = local.this_machine
     monkeypatch.setattr(local, "this_machine", lambda *args: replace(found(*args), host_gib=gib))
 
 
-def test_a_run_that_does_not_fit_is_refused_before_a_weight_is_loaded_unless_forced(
-    tmp_path, monkeypatch, caplog
-):
+def test_a_run_that_does_not_fit_is_refused_before_weights_load_unless_forced(tmp_path, monkeypatch, caplog):
     small_host(monkeypatch, 0.3)
-    monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("a weight was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *args: pytest.fail("weights were loaded"))
     with pytest.raises(OptionsError, match=r"host memory: .* more than the 0\.3 of this machine"):
         train_demo(tmp_path / "out", max_steps=1)
     assert not (tmp_path / "out" / "run.json").exists()
@@ -289,9 +287,7 @@ def test_a_run_that_does_not_fit_is_refused_before_a_weight_is_loaded_unless_for
     assert "--force: training although the plan says host memory" in caplog.text
 
 
-def test_ranks_that_share_a_host_share_its_memory_also_where_each_has_a_launcher_of_its_own(
-    tmp_path, monkeypatch
-):
+def test_ranks_on_one_host_share_its_memory_even_with_separate_launchers(tmp_path, monkeypatch):
     small_host(monkeypatch, 4)
     options = TrainingOptions(
         input_model="demo", training_dataset="demo", test_size=50, local_output_dir=str(tmp_path / "out")
@@ -304,7 +300,7 @@ def test_ranks_that_share_a_host_share_its_memory_also_where_each_has_a_launcher
         preflight.check_plan(run, prepared, None)
 
 
-def test_a_lack_of_memory_while_loading_is_not_told_as_a_fault_of_the_model(tmp_path, monkeypatch):
+def test_too_little_memory_while_loading_is_not_reported_as_a_model_error(tmp_path, monkeypatch):
     def load(*args: object) -> None:
         raise ModelError("demo: no weights could be loaded") from torch.OutOfMemoryError("CUDA out of memory")
 
@@ -313,7 +309,7 @@ def test_a_lack_of_memory_while_loading_is_not_told_as_a_fault_of_the_model(tmp_
         train_demo(tmp_path / "out", max_steps=1)
 
 
-def test_auto_checkpoints_only_where_memory_is_short_and_a_run_keeps_what_was_decided(tmp_path, monkeypatch):
+def test_auto_checkpointing_is_on_only_if_memory_is_short_and_a_resume_keeps_it(tmp_path, monkeypatch):
     roomy = train_demo(tmp_path / "roomy", max_steps=1)
     assert roomy["decided"] == {"gradient_checkpointing": False, "max_tokens_per_device": None}
     small_host(monkeypatch, 1.1)
@@ -322,20 +318,20 @@ def test_auto_checkpoints_only_where_memory_is_short_and_a_run_keeps_what_was_de
     assert tight["decided"]["gradient_checkpointing"] is True
     monkeypatch.undo()
     assert train_tight(max_steps=2, resume="auto")["decided"] == tight["decided"]
-    asked = {"gradient_checkpointing": "off", "max_tokens_per_device": 4096}  # as a lack of memory tells to
-    decided = train_tight(max_steps=3, resume="auto", **asked)["decided"]
-    assert decided == asked | {"gradient_checkpointing": False}
+    typed = {"gradient_checkpointing": "off", "max_tokens_per_device": 4096}
+    decided = train_tight(max_steps=3, resume="auto", **typed)["decided"]
+    assert decided == typed | {"gradient_checkpointing": False}
 
 
-def test_each_disk_is_asked_for_what_will_be_written_on_it(tmp_path, monkeypatch):
-    asked = {}
-    monkeypatch.setattr(preflight, "disk_problems", lambda needs, labels: asked.update(needs) or ["full"])
+def test_each_disk_is_checked_for_the_files_that_it_will_hold(tmp_path, monkeypatch):
+    needed = {}
+    monkeypatch.setattr(preflight, "disk_problems", lambda needs, labels: needed.update(needs) or ["full"])
     with pytest.raises(OptionsError, match="full"):
         train_demo(tmp_path / "out", max_steps=1, dbfs_output_dir=str(tmp_path / "copy"))
-    checkpoints, model = asked[tmp_path / "out" / "checkpoints"], asked[tmp_path / "out" / "model"]
-    assert checkpoints == pytest.approx(3 * model, rel=0.01), "float32 weights, and two moments of AdamW"
-    assert asked[tmp_path / "copy"] == model
-    assert len(asked) == 4, "and the cache"
+    checkpoints, model = needed[tmp_path / "out" / "checkpoints"], needed[tmp_path / "out" / "model"]
+    assert checkpoints == pytest.approx(3 * model, rel=0.01), "float32 weights and two moments of AdamW"
+    assert needed[tmp_path / "copy"] == model
+    assert len(needed) == 4, "the fourth is the cache"
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 256}
@@ -349,9 +345,7 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "m
     ],
     ids=["pythia keeps documents apart", "opt does not"],
 )
-def test_another_architecture_is_packed_only_where_it_keeps_documents_apart(
-    config, batching, tmp_path, caplog
-):
+def test_another_architecture_is_packed_only_if_it_keeps_documents_apart(config, batching, tmp_path, caplog):
     base = tmp_path / "base"
     tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
     config.vocab_size = len(tokenizer)
@@ -377,7 +371,7 @@ def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: p
     return found
 
 
-def test_eight_rows_at_once_and_eight_accumulated_give_equal_gradients(tmp_path, monkeypatch):
+def test_eight_rows_in_one_batch_and_eight_accumulated_give_equal_gradients(tmp_path, monkeypatch):
     at_once = gradients(tmp_path / "a", 8, 1, monkeypatch)
     accumulated = gradients(tmp_path / "b", 1, 8, monkeypatch)
     assert at_once.keys() == accumulated.keys()
@@ -388,7 +382,7 @@ def test_eight_rows_at_once_and_eight_accumulated_give_equal_gradients(tmp_path,
 
 
 def held_out_loss(folder: Path, rows, tokenizer) -> float:
-    """Stock transformers' loss on the held-out rows, per response token."""
+    """Stock transformers' loss per response token on the held-out rows."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     collator = DataCollatorForCompletionOnlyLM(pad_token_id=tokenizer.pad_token_id)
     total = tokens = 0.0
@@ -426,7 +420,7 @@ def test_a_gptj_learns_alpaca_on_two_ranks_and_reloads_to_the_same_held_out_loss
 
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-def test_while_loading_a_rank_holds_its_shard_and_a_layer_not_the_model(tmp_path):
+def test_while_loading_a_rank_holds_its_shard_and_a_layer_but_not_the_model(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
     config = GPTJConfig(
         n_embd=2048, n_layer=10, n_head=16, rotary_dim=64, n_positions=256, vocab_size=len(tokenizer),

@@ -1,4 +1,4 @@
-"""A folder has one writer at a time: a second is refused, and a killed one holds nothing."""
+"""A folder has one writer at a time: a second is refused, and a killed one leaves no lock."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ with one_writer(Path(sys.argv[1])):
 
 @contextmanager
 def held(folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """Another process that holds the folder; and the id that it, or its child, tells. It is killed after."""
+    """(process that holds the folder, id that it or its child prints). The process is killed at the end."""
     command = [sys.executable, "-c", HOLD, str(folder), *more]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
         word, number = other.stdout.readline().split()
@@ -46,7 +46,7 @@ def held(folder: Path, *more: str) -> Iterator[tuple[subprocess.Popen[str], int]
             other.kill()
 
 
-def test_a_second_process_is_refused_with_who_writes_and_what_to_do_and_a_killed_writer_holds_nothing(
+def test_a_second_writer_is_refused_with_what_to_do_and_a_killed_one_leaves_no_lock(
     tmp_path: Path,
 ) -> None:
     folder = tmp_path / "out"
@@ -63,24 +63,25 @@ def test_a_second_process_is_refused_with_who_writes_and_what_to_do_and_a_killed
         assert json.loads((folder / WRITER_INFO).read_text())["pid"] == os.getpid()
     (folder / WRITER_INFO).write_text('{"pid": 1, "host": "gone", "since": "2020-01-01"}')
     with held(folder):
-        pass  # another process gets it after us, whatever a dead writer said of itself
+        pass  # another process gets it, whatever a dead writer left in the file
 
 
-def test_the_children_of_a_killed_writer_hold_nothing(tmp_path: Path) -> None:
-    with held(tmp_path, "fork") as (other, child):  # as a data loader's workers are
+def test_children_of_a_killed_writer_do_not_keep_the_lock(tmp_path: Path) -> None:
+    with held(tmp_path, "fork") as (other, child):  # like the workers of a data loader
         try:
             other.kill()
             other.wait()
-            os.kill(child, 0)  # it lives
+            os.kill(child, 0)  # it is alive
             with one_writer(tmp_path):
                 pass
         finally:
             os.kill(child, signal.SIGKILL)
 
 
-def test_of_many_processes_one_gets_the_folder(tmp_path: Path) -> None:
+def test_only_one_of_many_processes_gets_the_folder(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from training.errors import FolderBusyError; from training.run.lock import one_writer\n"
+        "import sys; from pathlib import Path; from training.errors import FolderBusyError\n"
+        "from training.run.lock import one_writer\n"
         "try:\n"
         "    with one_writer(Path(sys.argv[1])):\n"
         "        print('mine', flush=True); sys.stdin.read()\n"
@@ -99,14 +100,14 @@ def test_of_many_processes_one_gets_the_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("info", ["", "[]", "{}", "\x00"])
-def test_a_writer_that_has_not_said_who_it_is_still_refuses(tmp_path: Path, info: str) -> None:
+def test_an_unknown_writer_still_holds_the_folder(tmp_path: Path, info: str) -> None:
     with one_writer(tmp_path):
         (tmp_path / WRITER_INFO).write_text(info)
         with pytest.raises(FolderBusyError, match="unknown process"), one_writer(tmp_path):
             pytest.fail("two writers")
 
 
-def test_a_finished_writer_leaves_nothing_behind_even_if_it_failed(tmp_path: Path) -> None:
+def test_a_writer_leaves_no_files_even_if_it_failed(tmp_path: Path) -> None:
     with one_writer(tmp_path / "out"):
         assert {path.name for path in (tmp_path / "out").iterdir()} == set(WRITER_FILES)
     assert list((tmp_path / "out").iterdir()) == []
@@ -116,7 +117,7 @@ def test_a_finished_writer_leaves_nothing_behind_even_if_it_failed(tmp_path: Pat
 
 
 @pytest.mark.parametrize("reason", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
-def test_a_file_system_without_locks_is_warned_of_and_used_but_no_folder_that_cannot_be_written(
+def test_a_file_system_without_locks_is_used_with_a_warning(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
 ) -> None:
     def refuse(descriptor: int, operation: int) -> None:
@@ -124,7 +125,7 @@ def test_a_file_system_without_locks_is_warned_of_and_used_but_no_folder_that_ca
 
     (tmp_path / "file").touch()
     with pytest.raises(NotADirectoryError), one_writer(tmp_path / "file" / "out"):
-        pytest.fail("there is no folder")
+        pytest.fail("the folder cannot exist")
     assert not caplog.text
     monkeypatch.setattr(filelock._unix.fcntl, "flock", refuse)
     with one_writer(tmp_path):

@@ -1,4 +1,4 @@
-"""Run by test_attention.py on two ranks: the gradients of packed rows under ZeRO-3 are those of padded eager.
+"""Run by test_attention.py on two ranks: under ZeRO-3 packed rows give the gradients of padded eager attention.
 
 deepspeed --num_gpus 2 --module tests.run.zero3_gradients FOLDER
 """
@@ -29,7 +29,7 @@ ACCUMULATION = 2
 CONFIG = {
     "train_micro_batch_size_per_gpu": 1,
     "gradient_accumulation_steps": ACCUMULATION,
-    # Everything is sharded, however small, and nothing is kept from one module to the next.
+    # Every parameter is sharded, however small, and none is kept from one module to the next.
     "zero_optimization": {
         "stage": 3,
         "stage3_param_persistence_threshold": 0,
@@ -40,7 +40,7 @@ CONFIG = {
 
 
 def compare(folder: Path, checkpointing: dict | None, row_count: int, micro_steps: int = 1) -> None:
-    """One optimizer step of `row_count` rows on two ranks and two accumulation steps, against one process."""
+    """Compares one optimizer step on two ranks with two accumulation steps with a single process."""
     rows = random_rows(seed=7, count=row_count)
     labels = sum(len(row["input_ids"]) - row["response_start"] for row in rows)
     reference = eager_gptj()
@@ -71,7 +71,7 @@ def compare(folder: Path, checkpointing: dict | None, row_count: int, micro_step
     for i, part in enumerate(parts, start=1):
         engine.set_gradient_accumulation_boundary(i == len(parts))
         loss = engine(**part, num_items_in_batch=labels).loss
-        # ZeRO takes the mean over ranks; transformers' Trainer multiplies the loss by their number as well.
+        # ZeRO averages over ranks, so the loss is multiplied by their number, as in transformers' Trainer.
         engine.backward(loss * WORLD_SIZE, scale_wrt_gas=False)
     for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         gradient = safe_get_full_grad(parameter)
@@ -88,11 +88,11 @@ def main(folder: Path) -> None:
         if dist.get_rank() == 0:
             eager_gptj().save_pretrained(folder)
         dist.barrier()
-        config = HfDeepSpeedConfig(CONFIG)  # alive while models load: transformers then shards them at once
+        config = HfDeepSpeedConfig(CONFIG)  # while it lives, transformers shards models as they load
         compare(folder, checkpointing=None, row_count=9)
         compare(folder, checkpointing={"use_reentrant": False}, row_count=9)
         compare(folder, checkpointing=None, row_count=9, micro_steps=2)
-        compare(folder, checkpointing={"use_reentrant": True}, row_count=3)  # and one share of four is empty
+        compare(folder, checkpointing={"use_reentrant": True}, row_count=3)  # one of four shares is empty
         del config
         (folder / f"rank{dist.get_rank()}").write_text("passed")
     finally:

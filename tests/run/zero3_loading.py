@@ -28,7 +28,7 @@ CONFIG = Path(__file__).parents[2] / "config" / "ds_z3_bf16_config.json"
 
 
 def own_memory() -> float:
-    """Resident memory that is this process' own; pages of a mapped file are the system's to take back."""
+    """Anonymous resident memory of this process in GiB, without pages of mapped files."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("RssAnon:")[1].split()[0]) / 2**20
 
@@ -57,7 +57,7 @@ def main(folder: str) -> None:
         sum(p.ds_tensor.numel() if hasattr(p, "ds_id") else p.numel() for p in model.parameters()) * 2 / 2**30
     )
     figures = {"shard": shard, "peak": peak - before, "after": own_memory() - before}
-    # One write: where Python does not buffer, print() writes the line and its end apart, and ranks mix them.
+    # One write: unbuffered print() writes text and newline separately, and the ranks' lines would mix.
     sys.stdout.write(f"rank {arguments.process_index} {json.dumps(figures)}\n")
     sys.stdout.flush()
     torch.distributed.destroy_process_group()
