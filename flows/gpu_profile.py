@@ -342,20 +342,20 @@ class Run:
     def progress(self) -> tuple[int, str, str]:
         """(percent, text of the latest figures, text of the time left at the latest pace)."""
         step, steps = self.last.get("step", 0.0), self.last.get("max_steps", 0.0)
-        words = f"step {step:,.0f} of {steps:,.0f}" if steps else f"step {step:,.0f}"
+        text = f"step {step:,.0f} of {steps:,.0f}" if steps else f"step {step:,.0f}"
         forms = {
             "epoch": ", epoch {:.2f}",
             "loss": ", loss {:.3g}",
             "eval_loss": ", held-out loss {:.3g}",
             "tokens_per_second": ", {:,.0f} tokens/s",
         }
-        words += "".join(form.format(self.last[name]) for name, form in forms.items() if name in self.last)
+        text += "".join(form.format(self.last[name]) for name, form in forms.items() if name in self.last)
         left = "finished" if steps and step >= steps else "time left not known yet"
         if self.pace and steps > step:
             (first, begin), (latest, now) = self.pace[0] if len(self.pace) > 1 else (0.0, 0.0), self.pace[-1]
             if latest > first:
                 left = f"{duration((steps - step) * (now - begin) / (latest - first))} left"
-        return (int(min(100, 100 * step / steps)) if steps else 0), words, left
+        return (int(min(100, 100 * step / steps)) if steps else 0), text, left
 
     def stages(self) -> list[float]:
         """The steps whose answers are shown: the first, the last, and some evenly between."""
@@ -602,8 +602,8 @@ class Profiler:
             return
         yield self.markdown("## Training")
         if self.run.last:
-            percent, words, left = self.run.progress()
-            yield self.markdown(words, "run state")
+            percent, text, left = self.run.progress()
+            yield self.markdown(text, "run state")
             bar = self.part("bar", lambda: ProgressBar(max=100, label="training", unit="%"))
             bar.update(percent, left)
             yield bar

@@ -527,9 +527,9 @@ print(model_on_s3.push(folder, files, Run()))
 
 def test_a_killed_fetch_continues_and_files_of_the_user_are_kept(metaflow: Metaflow, tmp_path: Path) -> None:
     files = {"model.safetensors": b"a" * 1000, "run.json": b"{}"}
-    client = metaflow.bucket("whole")
+    client = metaflow.bucket("fetched")
     for name, content in files.items():
-        client.put_object(Bucket="whole", Key=f"7/{name}", Body=content)
+        client.put_object(Bucket="fetched", Key=f"7/{name}", Body=content)
     code = """
 import hashlib, os, signal, sys
 from pathlib import Path
@@ -538,7 +538,7 @@ import metaflow
 from flows import model_on_s3
 contents = {"model.safetensors": b"a" * 1000, "run.json": b"{}"}
 files = {name: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
-data = SimpleNamespace(model={"s3": "s3://whole/7", "files": files})
+data = SimpleNamespace(model={"s3": "s3://fetched/7", "files": files})
 metaflow.Run = lambda name: {"train": SimpleNamespace(task=SimpleNamespace(data=data))}
 if sys.argv[2:]:
     os.replace = lambda copy, file: os.kill(os.getpid(), signal.SIGKILL)

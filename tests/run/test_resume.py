@@ -277,15 +277,15 @@ def test_a_checkpoint_that_cannot_be_converted_is_refused_and_leaves_no_files(
 def test_each_parameter_group_counts_its_own_steps() -> None:
     """DeepSpeed's universal load shares one tensor, so three groups would count three steps at once."""
     parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
-    optimizer = torch.optim.AdamW([{"params": [each]} for each in parameters])
+    optimizer = torch.optim.AdamW([{"params": [parameter]} for parameter in parameters])
     shared = torch.tensor(6.0)
-    for each in parameters:
-        each.grad = torch.ones(2)
+    for parameter in parameters:
+        parameter.grad = torch.ones(2)
         moments = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
-        optimizer.state[each] = {"step": shared, **moments}
+        optimizer.state[parameter] = {"step": shared, **moments}
     separate_step_counts(optimizer)
     optimizer.step()
-    assert [float(optimizer.state[each]["step"]) for each in parameters] == [7.0, 7.0, 7.0]
+    assert [float(optimizer.state[parameter]["step"]) for parameter in parameters] == [7.0, 7.0, 7.0]
 
 
 def test_the_second_parameter_group_keeps_no_decay() -> None:

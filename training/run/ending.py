@@ -94,15 +94,15 @@ def out_of_memory(error: Exception) -> str | None:
     """The message if the error means that GPU or host memory ran out; None for any other error."""
     import torch
 
-    words = str(error)
-    if isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in words:
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in text:
         return (
-            f"ran out of GPU memory ({words.splitlines()[0].split('. GPU')[0]}). Type "
+            f"ran out of GPU memory ({text.splitlines()[0].split('. GPU')[0]}). Type "
             "--gradient-checkpointing on. If it is on, type --max-tokens-per-device 2048, or half the "
             "--per-device-train-batch-size with twice the --gradient-accumulation-steps. "
             "--resume auto continues from the last checkpoint"
         )
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in words:
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
         return (
             "ran out of host memory. Start fewer ranks, use a machine with more memory, or a config without an "
             "offloaded optimizer. --resume auto continues from the last checkpoint"
