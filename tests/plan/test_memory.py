@@ -136,7 +136,7 @@ def test_the_auto_token_budget_is_the_most_that_fits_and_none_if_everything_fits
     assert total(budget) <= 18.5 < total(budget + 16)
     assert auto_max_tokens_per_device(GPTJ, settings, load, 0.57, memory_gib=39.4) is None
     assert auto_max_tokens_per_device(GPTJ, settings, load, 0.57, memory_gib=1.0) == load.peak_row
-    padded = replace(settings, options=replace(settings.options, batching="padded"))
+    padded = replace(settings, batching="padded")
     assert auto_max_tokens_per_device(GPTJ, padded, epoch_load(alpaca_lengths(), padded), 0.57, 1.0) is None
 
 

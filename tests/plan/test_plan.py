@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from transformers import T5Config
+from transformers import GPTNeoXConfig, OPTConfig, T5Config
 
 from tests.conftest import jsonl, resolved, rows_of
 from training.consts import GIB
@@ -24,10 +24,11 @@ from training.machine.local import this_machine
 from training.options.trainer_options import TrainingOptions
 from training.plan.__main__ import main
 from training.plan.epoch import Lengths, alpaca_lengths
-from training.plan.fit import Plan, plan_run
+from training.plan.fit import Plan, plan_options, plan_run
 from training.plan.lookup import model_shape
 from training.plan.model_shape import gptj_shape
 from training.plan.presets import preset_options
+from training.plan.report import as_json, as_table
 
 ROOT = Path(__file__).parents[2]
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
@@ -278,6 +279,31 @@ def test_a_run_that_does_not_fit_ends_with_code_1_and_the_option_that_makes_it_f
     assert dolly_plan("2xA10").fits
     for file in (picture, tmp_path / "fits.png"):
         assert file.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_model_that_cannot_be_packed_is_planned_with_padded_rows_and_a_warning(tmp_path):
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12}
+    plans = {}
+    for config in (OPTConfig(**sizes, ffn_dim=3072), GPTNeoXConfig(**sizes, intermediate_size=3072)):
+        config.save_pretrained(tmp_path / config.model_type)
+        options = TrainingOptions(
+            local_output_dir="OUTPUT",
+            input_model=str(tmp_path / config.model_type),
+            per_device_train_batch_size=8,
+        )
+        plans[config.model_type] = plan_options(options, 8, find_machine("8xA100-40GB"))
+    padded, packed = plans["opt"], plans["gpt_neox"]
+    assert (padded.settings.batching, padded.settings.max_tokens) == ("length", None)
+    assert (packed.settings.batching, packed.warning) == ("packed", "")
+    assert padded.load.real_tokens == packed.load.real_tokens == packed.load.computed_tokens
+    # rows of similar length together: 79% of the tokens that 8 ranks compute are real (docs/packing.md)
+    assert 0.75 < padded.load.real_tokens / padded.load.paced_tokens < 0.85
+    assert padded.activations_gib["without checkpointing"] > packed.activations_gib["without checkpointing"]
+    more = padded.load.paced_tokens / packed.load.paced_tokens
+    assert padded.warning.endswith(f"The devices compute {more:.1f} times the tokens")
+    assert f"WARNING: {padded.warning}" in as_table(padded, None)
+    assert as_json(padded, None)["warnings"] == [padded.warning]
+    assert "WARNING" not in as_table(packed, None)
 
 
 @pytest.mark.parametrize(

@@ -63,7 +63,7 @@ def test_the_shape_of_a_model_in_a_folder_comes_from_its_config(tmp_path):
 def test_the_built_in_demo_shape_matches_the_demo_model_plus_control_tokens():
     from training.plan.lookup import _shape_of_config
 
-    known, built = model_shape("demo"), _shape_of_config("demo")
+    known, built = model_shape("demo"), _shape_of_config("demo", False)
     added = 3 * (2 * known.width + 1)  # rows of embedding and head, and the head's bias
     assert known.parameters == built.parameters + added
     assert (known.layers, known.width, known.heads, known.positions, known.layer_parameters) == (
@@ -116,7 +116,7 @@ def test_the_load_of_an_epoch_matches_a_hand_computed_case():
     assert (packed.steps, packed.real_tokens, packed.computed_tokens, packed.peak_row) == (1, 40, 40, 10)
     assert packed.slowest_tokens == pytest.approx(20, rel=0.01)
     assert packed.slowest_scores == pytest.approx(2 * 10 * 10 / 2, rel=0.01)
-    padded = epoch_load(lengths, replace(settings, options=replace(settings.options, batching="padded")))
+    padded = epoch_load(lengths, replace(settings, batching="padded"))
     counted = (padded.computed_tokens, padded.slowest_tokens, padded.peak_tokens, padded.peak_row)
     assert counted == (64, 32, 32, 16), "padded as the collator does"
     assert PAD_TO_MULTIPLE_OF == consts.PAD_TO_MULTIPLE_OF

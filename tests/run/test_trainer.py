@@ -311,7 +311,11 @@ def test_too_little_memory_while_loading_is_not_reported_as_a_model_error(tmp_pa
 
 def test_auto_checkpointing_is_on_only_if_memory_is_short_and_a_resume_keeps_it(tmp_path, monkeypatch):
     roomy = train_demo(tmp_path / "roomy", max_steps=1)
-    assert roomy["decided"] == {"gradient_checkpointing": False, "max_tokens_per_device": None}
+    assert roomy["decided"] == {
+        "gradient_checkpointing": False,
+        "max_tokens_per_device": None,
+        "batching": "packed",
+    }
     small_host(monkeypatch, 1.1)
     train_tight = partial(train_demo, tmp_path / "tight", per_device_train_batch_size=512, test_size=1000)
     tight = train_tight(max_steps=1)
@@ -320,7 +324,7 @@ def test_auto_checkpointing_is_on_only_if_memory_is_short_and_a_resume_keeps_it(
     assert train_tight(max_steps=2, resume="auto")["decided"] == tight["decided"]
     typed = {"gradient_checkpointing": "off", "max_tokens_per_device": 4096}
     decided = train_tight(max_steps=3, resume="auto", **typed)["decided"]
-    assert decided == typed | {"gradient_checkpointing": False}
+    assert decided == typed | {"gradient_checkpointing": False, "batching": "packed"}
 
 
 def test_each_disk_is_checked_for_the_files_that_it_will_hold(tmp_path, monkeypatch):
@@ -345,7 +349,9 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "m
     ],
     ids=["pythia keeps documents apart", "opt does not"],
 )
-def test_another_architecture_is_packed_only_if_it_keeps_documents_apart(config, batching, tmp_path, caplog):
+def test_another_architecture_is_packed_only_if_it_keeps_documents_apart(
+    config, batching, tmp_path, caplog, monkeypatch
+):
     base = tmp_path / "base"
     tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
     config.vocab_size = len(tokenizer)
@@ -353,8 +359,26 @@ def test_another_architecture_is_packed_only_if_it_keeps_documents_apart(config,
     AutoModelForCausalLM.from_config(config).save_pretrained(base)
     with caplog.at_level("INFO", logger="training"):
         run_record = train_demo(tmp_path / "out", input_model=str(base), max_steps=2)
-    assert run_record["batching"] == batching
-    assert ("because this model cannot pack" in caplog.text) == (batching == "length")
+    assert run_record["decided"]["batching"] == batching
+    warnings = [entry.message for entry in caplog.records if entry.levelname == "WARNING"]
+    if batching == "packed":
+        assert not warnings
+        return
+    (warning,) = warnings
+    assert re.fullmatch(
+        rf"rows of {base} are padded, not packed: its attention crosses documents: .* The devices compute "
+        r"\d\.\d times the tokens",
+        warning,
+    )
+    loaded = []
+    monkeypatch.setattr(
+        loading.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: loaded.append(args)
+    )
+    with pytest.raises(
+        OptionsError, match=r"rows of .* cannot be packed: .* Lower --per-device-train-batch-size"
+    ):
+        train_demo(tmp_path / "split", input_model=str(base), max_steps=2, max_tokens_per_device=4096)
+    assert not loaded, "refused before a weight is loaded"
 
 
 def gradients(folder: Path, rows_at_once: int, accumulation: int, monkeypatch: pytest.MonkeyPatch) -> dict:

@@ -16,13 +16,14 @@ import datasets
 import torch
 import transformers
 
-from training.bench.measure import POSITIONS, Choices, compare
+from training.bench.measure import POSITIONS, Choices, compare, model_config
 from training.bench.shares import ALL_RECIPES
 from training.consts import DEMO, GIB
 from training.data.tokens import prepare_dataset
-from training.errors import DataError, ModelError
+from training.errors import DataError, ModelError, first_line
 from training.machine.local import free_host_gib
 from training.model.loading import DTYPES
+from training.model.packing import packing_of
 from training.model.tokenizer import load_tokenizer
 from training.pictures import PictureFile
 from training.plan.model_shape import gptj_shape
@@ -128,7 +129,25 @@ def _problems(choices: Choices) -> list[str]:
         )
     if choices.width % choices.heads or (choices.width // choices.heads) % 2:
         problems.append(f"--width {choices.width}: expected --heads {choices.heads} times an even head size")
+    else:
+        problems += _architecture_problems(choices)
     return problems
+
+
+def _architecture_problems(choices: Choices) -> list[str]:
+    """A problem if the architecture is unknown, cannot have this shape, or cannot be packed."""
+    expected = (
+        "Type --architecture gptj, llama, gpt_neox or another model type of transformers that can be packed"
+    )
+    if choices.architecture not in transformers.CONFIG_MAPPING:
+        return [f"--architecture {choices.architecture} is not a model type of transformers. {expected}"]
+    try:
+        packing = packing_of(model_config(replace(choices, vocabulary=choices.vocabulary or 1024)))
+    except Exception as error:  # of the config's own checks
+        return [f"--architecture {choices.architecture}: {first_line(error)}. {expected}"]
+    if packing.obstacle:
+        return [f"--architecture {choices.architecture} cannot be packed: {packing.obstacle}. {expected}"]
+    return []
 
 
 def _memory_problems(choices: Choices) -> list[str]:
@@ -149,6 +168,9 @@ def _memory_problems(choices: Choices) -> list[str]:
 @click.option("--training-dataset", default=DEMO, show_default=True, help="Dataset, as for the trainer.")
 @click.option(
     "--tokenizer", "name", default=DEMO, show_default=True, help="Name or folder of the tokenizer's model."
+)
+@click.option(
+    "--architecture", default="gptj", show_default=True, help="Model type of transformers, such as llama."
 )
 @click.option("--width", type=click.IntRange(8), default=512, show_default=True, help="Width of the model.")
 @click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Layers of the model.")

@@ -22,7 +22,13 @@ import click
 import datasets
 import torch
 from tqdm import tqdm
-from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from training.bench.shares import (
     ALL_RECIPES,
@@ -48,9 +54,8 @@ from training.machine.flops import (
     wait_for,
 )
 from training.machine.local import peak_memory_gib
-from training.model.attention import use_packed_attention
 from training.model.loading import DTYPES
-from training.model.loss import use_response_loss
+from training.model.packing import packing_of, prepare_for_packing
 
 PASSES = 3  # runs of each timed step
 POSITIONS = 2048
@@ -60,9 +65,11 @@ POSITIONS = 2048
 class Choices:
     """The options of the benchmark: model shape, batches and device.
 
-    `vocabulary` is the number of embedding rows, None until the tokenizer is loaded.
+    `architecture` is transformers' model_type. `vocabulary` is the number of embedding rows, None until the tokenizer is
+    loaded.
     """
 
+    architecture: str
     width: int
     layers: int
     heads: int
@@ -148,29 +155,45 @@ def _matmul_rate(choices: Choices) -> float:
 # --- models and steps ---------------------------------------------------------------------------------
 
 
-def build_model(choices: Choices, packed: bool) -> PreTrainedModel:
-    """A GPT-J with seeded random weights: transformers' model, or the same with our attention and loss if `packed`."""
-    config = GPTJConfig(
+def model_config(choices: Choices) -> PreTrainedConfig:
+    """The config of the benchmark's model. Raises ValueError for an unknown architecture or sizes it does not take."""
+    config = AutoConfig.for_model(
+        choices.architecture,
         vocab_size=choices.vocabulary,
-        n_embd=choices.width,
-        n_layer=choices.layers,
-        n_head=choices.heads,
-        rotary_dim=min(64, choices.width // choices.heads),
-        n_positions=POSITIONS,
-        attn_pdrop=0,
-        resid_pdrop=0,
-        embd_pdrop=0,
+        hidden_size=choices.width,
+        num_hidden_layers=choices.layers,
+        num_attention_heads=choices.heads,
+        max_position_embeddings=POSITIONS,
         use_cache=False,
         bos_token_id=0,
         eos_token_id=0,
+        pad_token_id=0,
     )
+    sizes = {
+        "rotary_dim": min(64, choices.width // choices.heads),  # of GPT-J
+        "intermediate_size": 4 * choices.width,
+        "num_key_value_heads": choices.heads,
+    }
+    dropouts = ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout")
+    for name, value in (sizes | dict.fromkeys(dropouts, 0.0)).items():
+        if hasattr(config, name):
+            setattr(config, name, value)
+    return config
+
+
+def build_model(choices: Choices, packed: bool) -> PreTrainedModel:
+    """A model with seeded random weights: transformers' own, or with our attention and loss if `packed`.
+
+    transformers' own GPT-J has eager attention, as in Dolly's run.
+    """
+    config = model_config(choices)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(DEFAULT_SEED)
-        model = GPTJForCausalLM._from_config(config, attn_implementation="eager")
+        eager = {"attn_implementation": "eager"} if choices.architecture == "gptj" else {}
+        model = AutoModelForCausalLM.from_config(config, **eager)
     model = model.to(device=choices.device, dtype=DTYPES[choices.precision]).train()
     if packed:
-        use_packed_attention(model)
-        use_response_loss(model)
+        prepare_for_packing(model, packing_of(config))
     return model
 
 
@@ -247,7 +270,8 @@ def measure(
     """
     timings = {name: Timing() for name in trainees}
     parameters = model_parameters(trainees["packed"])
-    width, depth = trainees["packed"].config.n_embd, trainees["packed"].config.n_layer
+    config = trainees["packed"].config
+    width, depth = config.hidden_size, config.num_hidden_layers
     with tqdm(total=PASSES * len(steps), desc=description, file=sys.stderr, disable=None) as progress:
         for shares in steps:
             step_rows = {name: [rows[row] for row in share] for name, share in shares.items()}

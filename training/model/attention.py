@@ -1,4 +1,4 @@
-"""GPT-J attention over packed rows, and the proof that a model keeps packed rows apart.
+"""GPT-J attention over packed rows.
 
 transformers gives GPT-J an eager attention that materialises float32 scores, and FlashAttention-2, which lets
 packed rows attend across documents without a word. Here every document is attended to alone by torch's fused
@@ -177,10 +177,13 @@ class PackingGPTJModel(gptj.GPTJModel):
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Gives a loaded GPT-J the attention above, in place. Works before and after ZeRO-3 has sharded it.
+    """Gives a loaded GPT-J the attention above, in place; leaves other models alone.
 
-    Only the classes of modules change: no parameter is read, moved or renamed.
+    Only the classes of modules change: no parameter is read, moved or renamed, so it works before and after ZeRO-3 has
+    sharded the model.
     """
+    if not isinstance(model, gptj.GPTJForCausalLM):
+        return
     for module in model.modules():
         if isinstance(module, gptj.GPTJAttention):
             module.__class__ = FusedGPTJAttention

@@ -6,13 +6,14 @@ chunk, none of them twice."""
 
 from __future__ import annotations
 
+from functools import cache, wraps
+from inspect import signature
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.gptj import modeling_gptj as gptj
 
 from training.consts import LOSS_CHUNK_BYTES
 
@@ -112,53 +113,54 @@ class ResponseLossHead(nn.Linear):
         return _CrossEntropy.apply(hidden, self.weight, self.bias, targets, items, torch.is_grad_enabled())
 
 
-class GPTJForCausalLM(gptj.GPTJForCausalLM):
-    """GPTJForCausalLM that takes the loss of a packed batch from its head.
+@cache
+def with_response_loss(architecture: Any) -> Any:
+    """A subclass whose forward takes the loss of a packed batch from its head, and returns no logits then.
 
-    It bears its parent's name, which is what transformers writes into the saved model's config.
+    It has its parent's name, because transformers writes the class name into the saved model's config, and its
+    parent's signature, from which transformers reads what `generate` may pass.
     """
 
+    @wraps(architecture.forward)
     def forward(
-        self,
+        self: PreTrainedModel,
         input_ids: torch.Tensor | None = None,
-        past_key_values: Any = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        *args: Any,
         shift_labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As GPTJForCausalLM.forward; with `shift_labels` (a packed batch) only a loss, and no logits.
+        """As the parent's; with `shift_labels (1, labels)`, those of the positions `logits_to_keep (labels,)`, a loss.
 
-        The loss is the sum over `shift_labels (1, labels)` divided by `num_items_in_batch`, which the Trainer
-        counts over all ranks and accumulation steps, or by the batch's own labels without it.
+        The loss is their sum divided by `num_items_in_batch`, which the Trainer counts over all ranks and
+        accumulation steps, or by the number of the batch's own labels without it.
         """
         if shift_labels is None:
-            return super().forward(
-                input_ids,
-                past_key_values=past_key_values,
-                attention_mask=attention_mask,
-                token_type_ids=token_type_ids,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                num_items_in_batch=num_items_in_batch,
-                **kwargs,
-            )
-        # `keep` is an argument of PackingGPTJModel (attention.py): it computes nothing else in the last layer.
-        kept = self.transformer(input_ids, position_ids=position_ids, keep=logits_to_keep).last_hidden_state
+            if num_items_in_batch is not None:
+                kwargs["num_items_in_batch"] = num_items_in_batch
+            return architecture.forward(self, input_ids, *args, **kwargs)
+        keep, base = kwargs["logits_to_keep"], self.base_model
+        if (
+            "keep" in signature(base.forward).parameters
+        ):  # PackingGPTJModel computes only these in its last layer
+            kept = base(input_ids, position_ids=kwargs["position_ids"], keep=keep).last_hidden_state
+        else:
+            kept = base(input_ids, position_ids=kwargs["position_ids"]).last_hidden_state[:, keep]
         items = shift_labels.numel() if num_items_in_batch is None else num_items_in_batch
-        return CausalLMOutputWithPast(loss=self.lm_head(kept[0], shift_labels[0], items))
+        return CausalLMOutputWithPast(loss=self.get_output_embeddings()(kept[0], shift_labels[0], items))
+
+    return type(
+        architecture.__name__, (architecture,), {"forward": forward, "__module__": architecture.__module__}
+    )
 
 
 def use_response_loss(model: PreTrainedModel) -> None:
-    """Gives a loaded GPT-J the loss above, in place, after its embeddings have their final size."""
-    model.__class__ = GPTJForCausalLM
-    model.lm_head.__class__ = ResponseLossHead
+    """Gives a loaded model the loss above, in place, after its embeddings have their final size.
+
+    Does nothing if the model's head is not a plain Linear. Whether the loss is the architecture's own is tested on a
+    small copy (packing.py): some scale or cap their logits after the head.
+    """
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear:
+        head.__class__ = ResponseLossHead
+        model.__class__ = with_response_loss(type(model))  # type: ignore[arg-type]

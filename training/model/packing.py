@@ -1,117 +1,128 @@
-"""The proof that a model keeps packed rows apart, and the choice of batching that follows from it."""
+"""Whether an architecture keeps the documents of a packed row apart: tried on a small copy, before a weight is loaded.
+
+The answer follows from the architecture's code and config alone. On the loaded weights it would depend on rounding: a
+trained model's largest activations move bfloat16 logits by a third of the largest one (docs/packing.md)."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from training.data.collator import DataCollatorForPackedRows
+from training.errors import first_line
 from training.model.attention import use_packed_attention
 from training.model.loss import use_response_loss
+from training.model.twin import HEADS, POSITIONS, VOCABULARY, WINDOW, shrunken_twin
 
-logger = logging.getLogger(__name__)
+# Tokens of the documents that are packed: some longer than each window of the small model, none longer than its
+# position limit. The row is several times as long as that limit, as real rows are.
+LENGTHS = (5, 3 * WINDOW, 1, POSITIONS - 1, 9, 1, 2, 2 * WINDOW + 1, 33, POSITIONS // 2)
 
-Batching = Literal["packed", "padded", "length"]
+# The largest difference that rounding may make, relative to the largest logit, the loss, or a gradient's norm. Some
+# architectures compute norms and softmax in float32. Over all of transformers' architectures the largest difference of
+# one that packs was 2e-7, and the smallest of one that does not 5e-3.
+TOLERANCE = 1e-5
 
-# How far a document's logits in a packed row may be from its logits alone, as a share of the largest logit:
-# matrix products of other shapes add in another order.
-ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
+@dataclass(frozen=True)
+class Packing:
+    """What an architecture allows.
 
-def packs_cleanly(model: PreTrainedModel) -> tuple[bool, str]:
-    """Whether the model keeps packed documents apart and puts the loss in its place, and if not, why.
-
-    Runs the loaded model as training will: two documents in one row, positions restarting, no attention mask.
-    Each document must give the logits it gives alone, a change in the other must not move them, and the loss
-    must be that of the responses. Set `model.config.use_cache = False` before: with a cache
-    transformers does not look for packed rows.
-
-    Every rank must call this at the same time; under ZeRO-3 it gathers one module after the other, so it may
-    run before the DeepSpeed engine exists.
+    Attributes:
+        obstacle: why its rows cannot be packed; None if they can.
+        response_loss: whether the chunked loss of loss.py equals the architecture's own.
     """
-    tokens = list(range(37))
-    first, second, other = tokens[:9], tokens[9:23], tokens[23:]
-    was_training = model.training
-    model.eval()
+
+    obstacle: str | None = None
+    response_loss: bool = False
+
+    @property
+    def possible(self) -> bool:
+        return self.obstacle is None
+
+
+def packing_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> Packing:
+    """What this architecture and its attention implementation allow, in every process and precision.
+
+    Code that cannot be built or run with few attention heads is tried with more before it is refused.
+    """
+    obstacle = ""
+    for heads in (HEADS, 2 * HEADS):
+        try:
+            return judge(shrunken_twin(config, heads, trust_remote_code))
+        except Exception as error:  # whatever an architecture's code raises
+            obstacle = f"its code fails on a packed row ({first_line(error)})"
+    return Packing(obstacle)
+
+
+def judge(model: PreTrainedModel) -> Packing:
+    """Compares packed documents with the same documents alone. `model` is in float64 and evaluation mode, and is changed.
+
+    Each document must have its own logits, the loss must be that of the responses, and gradients must follow.
+    Raises whatever the model raises for a packed row.
+    """
+    use_packed_attention(model)
+    generator = torch.Generator().manual_seed(1)
+    documents = [torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in LENGTHS]
+    rows = [{"input_ids": document, "response_start": len(document) // 2} for document in documents]
+    batch = DataCollatorForPackedRows(pad_token_id=0)(rows)
+
+    together = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0].double()
+    if obstacle := _crosstalk(model, documents, together.detach()):
+        return Packing(obstacle)
+    loss = F.cross_entropy(together[batch["logits_to_keep"]], batch["shift_labels"][0])
+    loss.backward()
+    expected = loss.item(), _gradient(model)
+
+    def differs() -> str | None:
+        loss = model(**batch).loss
+        if not abs(loss.item() - expected[0]) <= TOLERANCE * expected[0]:
+            return f"its loss of a packed row is {loss.item():.6f}, and {expected[0]:.6f} by its logits"
+        loss.backward()
+        error = (_gradient(model) - expected[1]).norm() / expected[1].norm()
+        return None if error <= TOLERANCE else f"its gradient of a packed row is off by {error:.0e}"
+
+    obstacle = _tried(differs)
+    use_response_loss(model)
+    if _tried(differs) is None:
+        return Packing(response_loss=True)
+    return Packing(obstacle)
+
+
+def _crosstalk(model: PreTrainedModel, documents: list[list[int]], together: torch.Tensor) -> str | None:
+    """The first document whose logits in the packed row are not those it has alone, in words."""
+    for number, (ids, packed) in enumerate(zip(documents, together.split(LENGTHS), strict=True), start=1):
+        with torch.no_grad():
+            alone = model(input_ids=torch.tensor([ids]), position_ids=torch.arange(len(ids))[None]).logits[0]
+        difference = ((packed - alone).abs().max() / alone.abs().max()).item()
+        if not difference <= TOLERANCE:  # also NaN
+            return (
+                f"its attention crosses documents: number {number} of a packed row has other logits than alone, by "
+                f"{difference:.0e} of the largest"
+            )
+    return None
+
+
+def _gradient(model: PreTrainedModel) -> torch.Tensor:
+    """All gradients of the model in one vector; they are taken from it."""
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    return torch.cat([gradient.flatten() for gradient in gradients])
+
+
+def _tried(check: Callable[[], str | None]) -> str | None:
     try:
-        with torch.no_grad(), _gathered_module_by_module(model):
-            return _prove_packing(model, first, second, other)
-    finally:
-        model.train(was_training)
+        return check()
+    except TypeError as error:  # a forward without `shift_labels` and `logits_to_keep`
+        return f"its forward does not take a packed batch ({first_line(error)})"
 
 
-def _prove_packing(
-    model: PreTrainedModel, first: list[int], second: list[int], other: list[int]
-) -> tuple[bool, str]:
-    """The checks of `packs_cleanly`; `other` has the length of `second`, and a beginning for `first`."""
-    device = next(model.parameters()).device
-    collate = DataCollatorForPackedRows(pad_token_id=0)
-
-    def batch(*documents: list[int]) -> dict[str, torch.Tensor]:
-        rows = [{"input_ids": document, "response_start": len(document) // 2} for document in documents]
-        return {name: tensor.to(device) for name, tensor in collate(rows).items()}
-
-    def logits(*documents: list[int]) -> torch.Tensor:
-        packed = batch(*documents)
-        return model(input_ids=packed["input_ids"], position_ids=packed["position_ids"]).logits[0].float()
-
-    n = len(first)
-    together = logits(first, second)
-    # To the bit: the same shapes are computed in the same way, and a masked token counts exactly nothing.
-    if not torch.equal(logits(other[:n], second)[n:], together[n:]):
-        return False, "a change in one document moves the logits of the document after it"
-    if not torch.equal(logits(first, other)[:n], together[:n]):
-        return False, "a change in one document moves the logits of the document before it"
-
-    alone = torch.cat([logits(first), logits(second)])
-    if not (together - alone).abs().max() <= ROUNDING[model.dtype] * alone.abs().max():
-        return False, "a document has other logits in a packed row than alone"
-
-    packed = batch(first, second)
-    try:
-        loss = model(**packed).loss.float()
-    except TypeError as error:
-        return False, f"its forward does not take a packed batch ({error})"
-    expected = F.cross_entropy(alone[packed["logits_to_keep"]], packed["shift_labels"][0])
-    if not (loss - expected).abs() <= ROUNDING[model.dtype] * expected:
-        return False, f"the loss of a packed row is {loss:.4f}, and {expected:.4f} from its documents' logits"
-    return True, "documents in a packed row do not feel one another"
-
-
-@contextmanager
-def _gathered_module_by_module(model: nn.Module) -> Iterator[None]:
-    """Lets a model sharded by ZeRO-3 run before the DeepSpeed engine exists, at one module's memory."""
-    if not any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
-        yield
-        return
-    from deepspeed import zero
-
-    with ExitStack() as hooks:
-        for module in model.modules():
-            gathered = zero.GatheredParameters(list(module.parameters(recurse=False)))
-            before = module.register_forward_pre_hook(lambda *_, g=gathered: g.__enter__())
-            after = module.register_forward_hook(lambda *_, g=gathered: g.__exit__(None, None, None))
-            hooks.callback(before.remove)
-            hooks.callback(after.remove)
-        yield
-
-
-def choose_batching(model: PreTrainedModel, requested: str) -> Batching:
-    """How this model's rows are batched: "packed" only where the loaded model is proved to keep rows apart."""
-    if requested == "padded":
-        return "padded"
-    if model.config.model_type == "gptj":
-        use_packed_attention(model)
+def prepare_for_packing(model: PreTrainedModel, packing: Packing) -> None:
+    """Gives a loaded model, in place, what its architecture can use for packed rows. Works under ZeRO-3."""
+    use_packed_attention(model)
+    if packing.response_loss:
         use_response_loss(model)
-    clean, reason = packs_cleanly(model)
-    if clean:
-        return "packed"
-    logger.info("rows are padded, and dealt by length, because this model cannot pack: %s", reason)
-    return "length"

@@ -11,6 +11,8 @@ from training.files import local_path
 from training.options.deepspeed import Zero, enabled, read_json, read_zero
 from training.options.trainer_options import TrainingOptions
 
+Batching = Literal["packed", "padded", "length"]
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -23,6 +25,8 @@ class Settings:
         precision: of forward and backward, "bf16", "fp16" or "fp32".
         checkpointing: whether activations are recomputed in the backward pass; "auto" until the plan chooses.
         max_tokens: largest packed batch of a device, in tokens; None: no limit; "auto" until the plan chooses.
+        batching: "packed" or "padded" as requested; "length" if packing was requested and the model's architecture
+            cannot be packed: padded, with rows of similar length together.
     """
 
     options: TrainingOptions
@@ -31,15 +35,28 @@ class Settings:
     precision: str
     checkpointing: bool | Literal["auto"]
     max_tokens: int | str | None
+    batching: Batching
 
     @property
     def plan_choices(self) -> dict[str, Any]:
         """The values that the plan has chosen, as stored in run.json."""
-        return {"gradient_checkpointing": self.checkpointing, "max_tokens_per_device": self.max_tokens}
+        return {
+            "gradient_checkpointing": self.checkpointing,
+            "max_tokens_per_device": self.max_tokens,
+            "batching": self.batching,
+        }
 
-    def with_plan_choices(self, gradient_checkpointing: bool, max_tokens_per_device: int | None) -> Settings:
+    def with_plan_choices(
+        self, gradient_checkpointing: bool, max_tokens_per_device: int | None, batching: Batching
+    ) -> Settings:
         """These settings with the values that the plan has chosen."""
-        return replace(self, checkpointing=gradient_checkpointing, max_tokens=max_tokens_per_device)
+        return replace(
+            self, checkpointing=gradient_checkpointing, max_tokens=max_tokens_per_device, batching=batching
+        )
+
+    def without_packing(self) -> Settings:
+        """These settings for an architecture that cannot be packed. Nothing changes if packing was not requested."""
+        return replace(self, batching="length", max_tokens=None) if self.packed else self
 
     @property
     def output(self) -> Path:
@@ -53,7 +70,7 @@ class Settings:
 
     @property
     def packed(self) -> bool:
-        return self.options.batching == "packed"
+        return self.batching == "packed"
 
     @property
     def rows(self) -> int:
@@ -111,6 +128,7 @@ def resolve(
         precision=_precision(options, deepspeed, best_precision),
         checkpointing="auto" if requested == "auto" else requested == "on",
         max_tokens=options.max_tokens_per_device if options.batching == "packed" else None,
+        batching="packed" if options.batching == "packed" else "padded",
     )
 
 

@@ -85,10 +85,9 @@ class Load:
 def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
     """Counts the work of one epoch in random order.
 
-    Padded: a device pads its rows to the longest one, rounded up to 8 (data/collator.py). Packed: a global batch is
-    split into shares of equal token count; the largest share is 0.5% above the mean (data/batching.py), or the longest
-    row. The plan assumes that the model supports packing. The trainer tests this, and otherwise pads rows of similar
-    length.
+    Padded: a device pads its rows to the longest one, rounded up to 8 (data/collator.py). With batching "length"
+    a device's rows have similar lengths. Packed: a global batch is split into shares of equal token count; the largest
+    share is 0.5% above the mean (data/batching.py), or the longest row.
     """
     import numpy as np
 
@@ -107,11 +106,16 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
         scores = slowest * float((full_batches.astype(float) ** 2).sum() / full_batches.sum()) / 2
         peak, peak_row, computed = math.ceil(largest.max()), longest, int(tokens.sum())
     else:
-        padded = padded_length(full_batches.reshape(-1, ranks, rows).max(axis=2))  # (micro-steps, ranks)
-        slow = padded.max(axis=1)
-        slowest, scores = float(rows * slow.mean()), float(rows * (slow.astype(float) ** 2).mean())
+        if settings.batching == "length":
+            counts, longest_rows = _shares_by_length(full_batches, settings)
+        else:
+            counts, longest_rows = rows, full_batches.reshape(-1, ranks, rows).max(axis=2)
+        padded = padded_length(longest_rows)  # (micro-steps, ranks), as `counts` is
+        costs = counts * padded
+        slowest, scores = float(costs.max(axis=1).mean()), float((costs * padded).max(axis=1).mean())
         peak_row = int(padded_length(longest))
-        peak, computed = rows * peak_row, int(rows * padded.sum() * len(tokens) / len(full_batches))
+        peak = rows * peak_row if settings.batching == "padded" else int(costs.max())
+        computed = int(costs.sum() * len(tokens) / len(full_batches))
     return Load(
         steps=math.ceil(len(tokens) / batch),
         real_tokens=int(tokens.sum()),
@@ -122,6 +126,31 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
         peak_tokens=peak,
         peak_row=peak_row,
     )
+
+
+def _shares_by_length(full_batches: Any, settings: Settings) -> tuple[Any, Any]:
+    """(rows of each share, its longest row), both `(micro-steps, ranks) int64`, as the trainer deals them."""
+    import numpy as np
+
+    from training.data.batching import GlobalBatchSampler
+
+    batch = settings.global_batch
+    sampler = GlobalBatchSampler(
+        full_batches.tolist(),
+        batch,
+        world_size=settings.ranks,
+        rank=0,
+        accumulation=settings.accumulation,
+        seed=0,
+        deal="length",
+    )
+    shares = [
+        [(len(share), max(sampler.lengths[row] for row in share)) for share in micro_step]
+        for start in range(0, len(full_batches), batch)
+        for micro_step in sampler.micro_batches(list(range(start, start + batch)))
+    ]
+    counts, longest = np.moveaxis(np.array(shares), 2, 0)
+    return counts, longest
 
 
 def padded_length(length: Any) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from training.consts import GIB
 from training.data.rows import too_few_rows
@@ -15,7 +15,7 @@ from training.options.command_line import option_words
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions, flag_of
 from training.plan.epoch import Lengths, Load, epoch_load
-from training.plan.lookup import dataset_lengths, model_shape
+from training.plan.lookup import dataset_lengths, is_built_in, model_shape
 from training.plan.memory import (
     CPU_PROCESS_GIB,
     auto_gradient_checkpointing,
@@ -28,6 +28,9 @@ from training.plan.memory import (
 from training.plan.model_shape import ModelShape
 from training.plan.presets import rows_and_accumulation
 from training.plan.timing import CPU_RANGE, GPU_RANGE, cpu_rate, run_hours, step_seconds
+
+if TYPE_CHECKING:
+    from training.model.packing import Packing
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Plan:
         shortages: maps "GPU memory", "host memory" or "disk" to a sentence; empty if the run fits.
         changes: maps each shortage to the smallest change that removes it.
         command: the command that starts this run.
+        warning: what padding costs, if packing was requested and the model cannot be packed; else empty.
     """
 
     model: ModelShape
@@ -63,6 +67,7 @@ class Plan:
     shortages: dict[str, str]
     changes: dict[str, str]
     command: str
+    warning: str = ""
 
     @property
     def fits(self) -> bool:
@@ -82,7 +87,20 @@ def plan_run(settings: Settings, lengths: Lengths, model: ModelShape, machine: M
     """
     if machine.is_cpu and not machine.flops:
         machine = replace(machine, flops=cpu_rate(model.width, settings.ranks))
+    if model.obstacle and settings.packed and isinstance(settings.max_tokens, int):
+        raise OptionsError(
+            f"--max-tokens-per-device {settings.max_tokens} splits packed rows, and rows of {model.name} cannot be "
+            f"packed: {model.obstacle}. Lower --per-device-train-batch-size and raise --gradient-accumulation-steps "
+            "instead"
+        )
     plan = _compute_plan(settings, lengths, model, machine)
+    if plan.settings.batching == "length":
+        packed = epoch_load(lengths, replace(settings, batching="packed"))
+        plan = replace(
+            plan,
+            warning=f"rows of {model.name} are padded, not packed: {model.obstacle or 'this run began so'}. The devices "
+            f"compute {plan.load.paced_tokens / packed.paced_tokens:.1f} times the tokens",
+        )
     return plan if plan.fits else replace(plan, changes=_nearest_changes(plan, settings, lengths))
 
 
@@ -92,7 +110,9 @@ def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan
     Raises MachineError for an unknown GPU family, OptionsError for options that cannot be used on the machine, and
     ModelError or DataError if the model or the dataset cannot be loaded.
     """
-    family, model = find_family(machine.family), model_shape(options.input_model)
+    family, model = find_family(machine.family), model_shape(options.input_model, options.trust_remote_code)
+    if options.batching == "packed" and not is_built_in(model.name):
+        model = with_packing(model, _packing(options))
     settings = resolve(options, ranks, family.precision)
     if family.precision == "fp16" and settings.precision == "bf16":
         raise OptionsError(
@@ -107,7 +127,21 @@ def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan
     return plan_run(settings, lengths, model, machine)
 
 
+def with_packing(model: ModelShape, packing: Packing) -> ModelShape:
+    """The shape with what was found about the model's architecture."""
+    return replace(model, obstacle=packing.obstacle, response_loss=packing.response_loss)
+
+
+def _packing(options: TrainingOptions) -> Packing:
+    from training.model.loading import load_config
+    from training.model.packing import packing_of
+
+    return packing_of(load_config(options.input_model, options.trust_remote_code), options.trust_remote_code)
+
+
 def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine) -> Plan:
+    if model.obstacle:
+        settings = settings.without_packing()
     load, share, cpu = epoch_load(lengths, settings), lengths.response_share, machine.is_cpu
     local = min(settings.ranks, machine.count)
     host = host_memory(model, settings, local, cpu)
@@ -268,7 +302,7 @@ def _machine_changes(failed: Plan) -> list[Change]:
         if gpu.family == machine.family and gpu.memory_gib > machine.gpu_memory_gib + 1
     ]
     for count in (count for count in (2, 3, 4, 8, 16, 32) if count > ranks):
-        rows, steps = rows_and_accumulation(settings.global_batch, count, settings.options.batching)
+        rows, steps = rows_and_accumulation(settings.global_batch, count, settings.batching)
         spread = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | recompute
         for options in [spread, offload | spread] if offload else [spread]:
             changes.append(Change(options, count, replace(machine, count=count), f"{count} {machine.gpu}"))

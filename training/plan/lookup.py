@@ -9,7 +9,12 @@ from training.plan.epoch import Lengths, alpaca_lengths, row_lengths
 from training.plan.model_shape import BUILT_IN, ModelShape, gptj_shape
 
 
-def model_shape(name: str) -> ModelShape:
+def is_built_in(name: str) -> bool:
+    """Whether the model's shape is known without its config. All of these can be packed; a test recomputes it."""
+    return name == DEMO or name.lower() in BUILT_IN
+
+
+def model_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
     """Shape of a built-in model, the demo model, a folder with a config.json, or a model on the Hub (config only).
 
     Only the last two import torch. Raises ModelError if the model is not found or is not a causal language model.
@@ -21,10 +26,10 @@ def model_shape(name: str) -> ModelShape:
 
         vocabulary, positions = VOCAB_SIZE + 3, SHAPE["n_positions"]  # with the control tokens
         return gptj_shape(DEMO, SHAPE["n_layer"], SHAPE["n_embd"], SHAPE["n_head"], vocabulary, positions)
-    return _shape_of_config(name)
+    return _shape_of_config(name, trust_remote_code)
 
 
-def _shape_of_config(name: str) -> ModelShape:
+def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
     """Shape from transformers' config and the parameters of a model on the meta device."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -33,7 +38,7 @@ def _shape_of_config(name: str) -> ModelShape:
     from training.machine.flops import model_parameters
     from training.model.loading import load_config, max_positions
 
-    config = load_config(name)
+    config = load_config(name, trust_remote_code)
     with torch.device("meta"):
         # Not from_config: under ZeRO-3 it is a collective operation, and only one rank plans.
         model = _get_model_class(config, AutoModelForCausalLM._model_mapping)(config)

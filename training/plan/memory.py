@@ -75,7 +75,7 @@ def loss_bytes(model: ModelShape, tokens: float, labels: float, size: int, packe
     their gradient, and the gradient of the logits. Our loss (training/model/loss.py) holds one chunk, also in 16 bit,
     and the full gradient of the head.
     """
-    if model.kind != "gptj" or not packed:
+    if not (packed and model.response_loss):
         return 12 * (labels if packed else tokens) * model.vocabulary
     chunk = min(labels, LOSS_CHUNK_BYTES // (4 * model.vocabulary))
     return chunk * model.vocabulary * (4 if size == 4 else 4 + size) + size * model.width * (

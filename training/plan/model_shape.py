@@ -11,11 +11,13 @@ class ModelShape:
     """Sizes of a causal language model.
 
     Attributes:
-        kind: transformers' model_type; "gptj" uses the attention and loss of attention.py and loss.py.
+        kind: transformers' model_type; "gptj" uses the attention of attention.py.
         layer_parameters: parameters of all layers and the final norm, without embedding and head.
         inner: hidden width of the MLP, which has two matrices, or three if `gated`.
         file_bytes: size of the weight files.
         downloaded: whether the weight files are first downloaded into the cache.
+        obstacle: why rows cannot be packed; None if they can (model/packing.py).
+        response_loss: whether the chunked loss of loss.py can be used.
     """
 
     name: str
@@ -31,6 +33,8 @@ class ModelShape:
     file_bytes: int
     downloaded: bool
     gated: bool = False
+    obstacle: str | None = None
+    response_loss: bool = True
 
 
 def _shape(

@@ -18,7 +18,7 @@ def rows_and_accumulation(global_batch: int, num_gpus: int, batching: str = "pac
     8 devices: (8, 1). 4 devices: (16, 1) packed, (8, 2) padded. 2 devices: (16, 2) packed, (8, 4) padded. 3 devices
     cannot have exactly 64 rows: (11, 2) packed gives 66, (7, 3) padded gives 63.
     """
-    most = DOLLY_ROWS if batching == "padded" else PACKED_ROWS
+    most = PACKED_ROWS if batching == "packed" else DOLLY_ROWS
     share = max(1, round(global_batch / num_gpus))
     accumulation = -(-share // most)
     return max(1, round(global_batch / (num_gpus * accumulation))), accumulation

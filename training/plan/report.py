@@ -16,6 +16,7 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "fits": plan.fits,
         "faults": plan.problems,
+        "warnings": [plan.warning] if plan.warning else [],
         "command": plan.command,
         "model": plan.model.name,
         "parameters": plan.model.parameters,
@@ -23,7 +24,7 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "gpu": machine.gpu,
         "num_gpus": settings.ranks,
         "precision": settings.precision,
-        "batching": settings.options.batching,
+        "batching": settings.batching,
         "gradient_checkpointing": settings.checkpointing,
         "max_tokens_per_device": settings.max_tokens,
         "global_batch_rows": settings.global_batch,
@@ -64,7 +65,7 @@ def as_table(plan: Plan, price: float | None) -> str:
         f"{plan.model.name} ({_count(plan.model.parameters)} parameters) on {machine.name}: "
         f"{settings.ranks} x {device}, {settings.precision}",
         f"{settings.rows} rows a device x {settings.ranks} x {settings.accumulation} = {settings.global_batch} a step, "
-        f"{settings.options.batching}, "
+        f"{settings.batching}, "
         f"gradient checkpointing {'on' if settings.checkpointing else 'off'}{split}",
         "",
         f"memory of each {device}, GiB",
@@ -88,6 +89,8 @@ def as_table(plan: Plan, price: float | None) -> str:
     if plan.steps != load.steps:
         lines += [f"the whole run, {plan.steps:,} steps", _time_and_cost(plan.hours, price)]
     lines.append("")
+    if plan.warning:
+        lines.append(f"WARNING: {plan.warning}")
     if plan.fits:
         left = machine.gpu_memory_gib - total
         room = "" if machine.is_cpu else f", with {left:.1f} GiB of each {device} left"
@@ -125,7 +128,7 @@ def draw(plan: Plan, file: Path) -> None:
         plan.gpu_memory_gib,
         machine.gpu_memory_gib,
         "CPU rank" if machine.is_cpu else machine.gpu,
-        f"{plan.model.name} on {machine.name}, {settings.options.batching}, "
+        f"{plan.model.name} on {machine.name}, {settings.batching}, "
         f"checkpointing {'on' if settings.checkpointing else 'off'}: "
         f"{sum(plan.gpu_memory_gib.values()):.1f} GiB, {'fits' if plan.fits else 'does not fit'}",
         file,

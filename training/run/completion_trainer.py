@@ -18,7 +18,7 @@ from training.data.collator import count_labels, split_packed_batch
 from training.errors import TrainingError
 from training.machine.flops import layer_tokens, model_parameters, training_flops
 from training.machine.local import peak_memory_gib
-from training.model.packing import Batching
+from training.options.settings import Batching
 from training.run import saving
 from training.run.ending import StopRequest
 from training.run.step_guard import StepGuard

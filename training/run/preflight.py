@@ -138,13 +138,15 @@ def _plan_choices(
     """The plan's choices for a machine with `ranks_here` ranks, also if each rank sees only its own GPU."""
     from training.machine.local import this_machine
     from training.plan.epoch import row_lengths
-    from training.plan.fit import plan_run
+    from training.plan.fit import plan_run, with_packing
     from training.plan.lookup import model_shape
 
     if earlier and settings.checkpointing == "auto":
         settings = replace(settings, checkpointing=earlier["gradient_checkpointing"])
     if earlier and settings.max_tokens == "auto":
         settings = replace(settings, max_tokens=earlier["max_tokens_per_device"])
+    if settings.packed and earlier.get("batching") == "length":
+        settings = settings.without_packing()
     options = settings.options
     # _disk_problems checks each disk on its own.
     machine = replace(this_machine(settings.output), count=ranks_here, disk_gib=math.inf)
@@ -152,12 +154,15 @@ def _plan_choices(
         options.training_dataset,
         *(prepared.train_rows[c][:] + prepared.held_out_rows[c][:] for c in ("length", "response_start")),
     )
-    plan = plan_run(settings, lengths, model_shape(options.input_model), machine)
+    model = with_packing(model_shape(options.input_model, options.trust_remote_code), prepared.packing)
+    plan = plan_run(settings, lengths, model, machine)
     problems = plan.problems + _disk_problems(options, plan)
     if problems and not options.force:
         raise OptionsError(*problems, "or type --force to train anyway: the plan may be off by 10% or more")
     for problem in problems:
         logger.warning("--force: training although the plan says %s", problem)
+    if plan.warning:
+        logger.warning("%s", plan.warning)
     logger.info(
         "the plan: %.2f GiB a device, checkpointing %s; an epoch in %s to %s, the run in %s to %s",
         sum(plan.gpu_memory_gib.values()),

@@ -20,9 +20,11 @@ from training.data.ledger import Ledger
 from training.data.tokens import marked_sample, prepare_dataset, split_held_out
 from training.launch.supervisor import remove_shared_buffer
 from training.model.loading import load_config, max_positions
+from training.model.packing import Packing, packing_of
 from training.model.tokenizer import load_tokenizer
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
+from training.ranks import gather
 from training.run.ending import default_sigterm
 from training.run.operators import compile_operators
 
@@ -38,6 +40,7 @@ class Prepared:
     train_rows: datasets.Dataset
     held_out_rows: datasets.Dataset
     ledger: Ledger
+    packing: Packing
 
 
 def prepare(settings: Settings) -> Prepared:
@@ -54,7 +57,17 @@ def prepare(settings: Settings) -> Prepared:
     sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
     logger.info("%s", ledger)
     logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
-    return Prepared(args, tokenizer, train_rows, held_out_rows, ledger)
+    return Prepared(args, tokenizer, train_rows, held_out_rows, ledger, _agreed_packing(options))
+
+
+def _agreed_packing(options: TrainingOptions) -> Packing:
+    """What the model's architecture allows on every rank: packing, only if no rank's libraries have an obstacle."""
+    if options.batching != "packed":
+        return Packing("padded rows were requested")
+    config = load_config(options.input_model, options.trust_remote_code)
+    answers = gather(packing_of(config, options.trust_remote_code))
+    obstacle = next((answer.obstacle for answer in answers if answer.obstacle), None)
+    return Packing(obstacle, all(answer.response_loss for answer in answers))
 
 
 def _form_process_group(settings: Settings) -> TrainingArguments:

@@ -17,7 +17,7 @@ from training.data.rows import read_prompts
 from training.errors import ModelError, OptionsError
 from training.machine.flops import peak_flops
 from training.model.loading import DTYPES, load_model, max_positions
-from training.model.packing import choose_batching
+from training.model.packing import prepare_for_packing
 from training.options.settings import Settings
 from training.options.trainer_options import steps_between_samples
 from training.ranks import on_rank_0
@@ -90,13 +90,9 @@ def build_trainer(settings: Settings, prepared: Prepared, request: StopRequest) 
     if settings.checkpointing:
         args.activation_checkpointing, args.activation_checkpointing_kwargs = True, {"use_reentrant": False}
     model = _load(settings, prepared)
-    batching = choose_batching(model, options.batching)
-    if batching != "packed" and options.max_tokens_per_device != "auto":
-        raise OptionsError(
-            f"--max-tokens-per-device {options.max_tokens_per_device} splits packed rows, but this model cannot "
-            "pack rows. Lower --per-device-train-batch-size and raise --gradient-accumulation-steps instead"
-        )
-    collator = DataCollatorForPackedRows if batching == "packed" else DataCollatorForCompletionOnlyLM
+    if settings.packed:
+        prepare_for_packing(model, prepared.packing)
+    collator = DataCollatorForPackedRows if settings.packed else DataCollatorForCompletionOnlyLM
     trainer = CompletionTrainer(
         model=model,
         args=args,
@@ -104,10 +100,8 @@ def build_trainer(settings: Settings, prepared: Prepared, request: StopRequest) 
         eval_dataset=prepared.held_out_rows,
         data_collator=collator(pad_token_id=pad),
         processing_class=prepared.tokenizer,
-        batching=batching,
-        max_tokens=settings.max_tokens
-        if isinstance(settings.max_tokens, int) and batching == "packed"
-        else None,
+        batching=settings.batching,
+        max_tokens=settings.max_tokens if isinstance(settings.max_tokens, int) else None,
         peak_flops=peak_flops(args.device, DTYPES[settings.precision]),
         max_shard_size=options.max_shard_size,
         keep_checkpoints=options.save_total_limit,
@@ -121,7 +115,7 @@ def build_trainer(settings: Settings, prepared: Prepared, request: StopRequest) 
         f"{len(prepared.train_rows):,}",
         f"{len(prepared.held_out_rows):,}",
         f"{settings.global_batch:,}",
-        batching,
+        settings.batching,
         settings.ranks,
         args.device.type.upper() + ("s" if settings.ranks > 1 else ""),
         settings.precision,

@@ -1,0 +1,323 @@
+"""An architecture is packed only if it keeps documents apart, and the answer is the same everywhere."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    GPT2Config,
+    GraniteConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen3Config,
+)
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface, sdpa_mask
+
+from tests.conftest import jsonl, rows_of
+from tests.data.test_collator import packed, padded
+from tests.run.test_trainer import deepspeed, run
+from tests.run.zero3_packing import KINDS, answers
+from training.consts import IGNORE_INDEX
+from training.model.packing import Packing, judge, packing_of, prepare_for_packing
+from training.model.twin import HEADS, POSITIONS, VOCABULARY, WINDOW, shrunken_config, shrunken_twin
+from training.plan.model_shape import BUILT_IN
+from training.storage.record import read_run_record
+
+PACKS = {"obstacle": None, "response_loss": True}
+PACKS_WITH_ITS_OWN_LOSS = {"obstacle": None, "response_loss": False}
+CROSSES = r"its attention crosses documents: number \d of a packed row has other logits than alone, by .*"
+FAILS = "its code fails on a packed row .*"
+
+
+def packing(kind: str, **changes: object) -> Packing:
+    return packing_of(AutoConfig.for_model(kind, **changes))
+
+
+@pytest.mark.parametrize(
+    "kind", ["llama", "mistral", "qwen2", "qwen3", "gpt_neox", "gpt2", "gptj", "phi", "gemma"]
+)
+def test_an_architecture_that_keeps_documents_apart_is_packed_with_the_chunked_loss(kind: str) -> None:
+    assert packing(kind) == Packing(**PACKS)
+
+
+@pytest.mark.parametrize(("kind", "changes"), [("gemma2", {}), ("granite", {"logits_scaling": 8.0})])
+def test_an_architecture_that_caps_or_scales_its_logits_is_packed_with_its_own_loss(
+    kind: str, changes: dict
+) -> None:
+    assert packing(kind, **changes) == Packing(**PACKS_WITH_ITS_OWN_LOSS)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("opt", CROSSES),
+        ("bloom", CROSSES),
+        ("falcon", CROSSES),
+        ("gpt_oss", CROSSES),
+        ("gpt_neo", FAILS),
+        ("mpt", FAILS),
+    ],
+)
+def test_an_architecture_that_mixes_documents_or_takes_no_long_row_is_refused(kind: str, reason: str) -> None:
+    assert re.fullmatch(reason, str(packing(kind).obstacle))
+
+
+def test_the_built_in_models_of_the_plan_can_be_packed_with_the_chunked_loss() -> None:
+    assert {shape.kind for shape in BUILT_IN.values()} == {"gptj", "gpt_neox"}, "both are tried above"
+    assert {(shape.obstacle, shape.response_loss) for shape in BUILT_IN.values()} == {(None, True)}
+
+
+# --- the small copy -----------------------------------------------------------------------------------
+
+
+def test_the_small_copy_keeps_kinds_of_layers_head_size_scaling_and_a_short_window() -> None:
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768, "rope_theta": 1e6}
+    kinds = ["full_attention"] * 5 + ["sliding_attention"] * 31
+    config = Qwen3Config(
+        num_hidden_layers=36, num_attention_heads=32, num_key_value_heads=8, head_dim=128, hidden_size=2560,
+        sliding_window=4096, use_sliding_window=True, layer_types=kinds, rope_parameters=rope,
+        max_position_embeddings=131072, pad_token_id=151643,
+    )  # fmt: skip
+    small = shrunken_config(config, HEADS)
+    assert small.layer_types == ["full_attention"] * 5 + ["sliding_attention"], (
+        "up to the first of the last kind"
+    )
+    assert (small.num_hidden_layers, small.sliding_window) == (6, WINDOW)
+    assert (small.num_attention_heads, small.num_key_value_heads, small.head_dim) == (HEADS, 1, 128)
+    assert (small.hidden_size, small.vocab_size, small.max_position_embeddings) == (
+        256,
+        VOCABULARY,
+        POSITIONS,
+    )
+    assert small.rope_parameters == config.rope_parameters
+    assert small.pad_token_id < VOCABULARY
+    assert config.num_hidden_layers == 36, "the original is not changed"
+
+
+def test_the_small_copy_of_a_gpt2_and_a_granite_keeps_their_scaling() -> None:
+    gpt2 = shrunken_config(
+        GPT2Config(n_positions=1024, n_inner=3072, scale_attn_by_inverse_layer_idx=True), HEADS
+    )
+    assert (gpt2.n_positions, gpt2.n_inner, gpt2.n_embd) == (POSITIONS, 128, 128)
+    assert gpt2.scale_attn_by_inverse_layer_idx
+    granite = shrunken_config(GraniteConfig(attention_multiplier=0.0078, residual_multiplier=0.22), HEADS)
+    assert (granite.attention_multiplier, granite.residual_multiplier) == (0.0078, 0.22)
+
+
+def test_the_same_config_gives_the_same_small_copy_and_the_runs_own_random_numbers_stay() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    first, second = (shrunken_twin(MistralConfig()).state_dict() for _ in range(2))
+    assert torch.equal(torch.rand(3), expected)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+# --- planted contamination ----------------------------------------------------------------------------
+
+
+def attention_that_leaks(past: int):
+    """torch's attention, but a token also sees what is `past` tokens or more before it, whatever its document."""
+
+    def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        place = torch.arange(query.shape[2])
+        allowed = place[:, None] - place >= past
+        if attention_mask is not None:
+            allowed = allowed | attention_mask
+        key, value = (
+            heads.repeat_interleave(query.shape[1] // heads.shape[1], dim=1) for heads in (key, value)
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, scale=scaling)
+        return attended.transpose(1, 2), None
+
+    return attend
+
+
+@pytest.mark.parametrize("past", [1, 40], ids=["everywhere", "only from tokens that are far away"])
+def test_a_planted_attention_that_sees_other_documents_is_refused(past: int) -> None:
+    AttentionInterface.register("leaky", attention_that_leaks(past))
+    AttentionMaskInterface.register(
+        "leaky", lambda *args, **kw: sdpa_mask(*args, **{**kw, "allow_is_causal_skip": False})
+    )
+    try:
+        model = shrunken_twin(LlamaConfig())
+        assert judge(model) == Packing(**PACKS)
+        model = shrunken_twin(LlamaConfig())
+        model.config._attn_implementation = "leaky"
+        assert re.fullmatch(CROSSES, str(judge(model).obstacle))
+    finally:
+        del AttentionInterface._global_mapping["leaky"], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping["leaky"]
+
+
+def test_a_model_whose_own_loss_is_out_of_place_is_packed_only_with_the_chunked_loss() -> None:
+    def shifts_again(logits, labels, vocab_size, shift_labels=None, **kwargs):
+        return F.cross_entropy(logits[0], shift_labels[0].roll(1))
+
+    model = shrunken_twin(LlamaConfig())
+    model.loss_function = shifts_again
+    assert judge(model) == Packing(**PACKS)
+
+    class Head(torch.nn.Linear):
+        """Not the plain Linear that the chunked loss takes."""
+
+    model = shrunken_twin(LlamaConfig())
+    model.loss_function, model.lm_head.__class__ = shifts_again, Head
+    assert re.fullmatch("its loss of a packed row is .*, and .* by its logits", str(judge(model).obstacle))
+
+
+# --- the same answer everywhere -----------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_answers_are_the_same_in_three_processes_and_two_precisions_also_under_zero3(
+    tmp_path: Path,
+) -> None:
+    result = run(deepspeed(2, "tests.run.zero3_packing"), tmp_path, timeout=500)
+    assert result.returncode == 0, result.stdout[-6000:]
+    here = answers()
+    assert len(here) == 2 * len(KINDS)
+    assert [json.loads((tmp_path / f"rank{rank}").read_text()) for rank in (0, 1)] == [here, here]
+
+
+@pytest.mark.slow
+def test_a_trained_llama_is_packed_on_one_and_two_ranks_in_bf16_and_float32(
+    trained_llama: Path, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    jsonl(rows, rows_of(12))
+    options = [
+        "--input-model",
+        trained_llama,
+        "--training-dataset",
+        rows,
+        "--test-size",
+        4,
+        "--max-steps",
+        1,
+        "--force",
+    ]
+    options += ["--per-device-train-batch-size", 4, "--eval-steps", 100, "--local-output-dir"]
+    one = run([sys.executable, "-m", "training.trainer"], "--no-bf16", *options, tmp_path / "one")
+    two = run(deepspeed(2), "--deepspeed", "config/ds_z3_bf16_config.json", *options, tmp_path / "two")
+    for result, folder in ((one, "one"), (two, "two")):
+        assert result.returncode == 0, result.stdout[-4000:]
+        assert "are padded" not in result.stdout
+        assert read_run_record(tmp_path / folder)["decided"]["batching"] == "packed"
+
+
+# --- models as deep as real ones, with activations as large --------------------------------------------
+
+DEPTHS = {
+    "llama": 32, "mistral": 32, "qwen2": 28, "qwen3": 36, "gpt_neox": 36, "gpt2": 24, "gptj": 28, "phi": 32, "gemma": 28,
+}  # fmt: skip
+OUTLIER = 400.0
+
+
+def deep_model(kind: str) -> PreTrainedModel:
+    """A narrow model of real depth, whose residual stream has one channel in the hundreds, as trained models have."""
+    sizes = {
+        "hidden_size": 64,
+        "num_attention_heads": 4,
+        "num_hidden_layers": DEPTHS[kind],
+        "vocab_size": 211,
+    }
+    tokens = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "tie_word_embeddings": False}
+    special = {
+        "gptj": {"rotary_dim": 8}, "mistral": {"sliding_window": 32, "num_key_value_heads": 2},
+        "gemma": {"head_dim": 16, "num_key_value_heads": 1}, "llama": {"num_key_value_heads": 2},
+        "qwen2": {"num_key_value_heads": 2}, "qwen3": {"num_key_value_heads": 2},
+    }  # fmt: skip
+    config = AutoConfig.for_model(kind, **sizes, **tokens, **special.get(kind, {}), use_cache=False)
+    for name in ("attn_pdrop", "resid_pdrop", "embd_pdrop", "attention_dropout", "hidden_dropout"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    if hasattr(config, "intermediate_size"):
+        config.intermediate_size = 128
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        embedding = model.get_input_embeddings().weight
+        embedding.mul_(20)
+        embedding[:, 5] = OUTLIER / (
+            8 if kind == "gemma" else 1
+        )  # Gemma multiplies it by the root of the width
+    return model.train()
+
+
+def rows(lengths: list[int], vocabulary: int) -> list[dict]:
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {
+            "input_ids": torch.randint(0, vocabulary, (length,), generator=generator).tolist(),
+            "response_start": int(torch.randint(1, length, (), generator=generator)),
+        }
+        for length in lengths
+    ]
+
+
+def gradient(model: PreTrainedModel) -> torch.Tensor:
+    vector = torch.cat([p.grad.flatten().double() for p in model.parameters()])
+    model.zero_grad()
+    return vector
+
+
+def padded_gradient(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Of the padded batch's response loss, taken in float64 from the model's logits.
+
+    transformers' own loss is made in float32, which is not exact enough: on a trained model its gradient is off by 1e-4.
+    """
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    labels = batch["labels"][:, 1:]
+    chosen = labels != IGNORE_INDEX
+    F.cross_entropy(logits[chosen].double(), labels[chosen]).backward()
+    return gradient(model)
+
+
+def relative_difference(model: PreTrainedModel, documents: list[dict]) -> float:
+    """Of the packed gradient, with what the architecture allows, from the padded one."""
+    expected = padded_gradient(model, padded(documents))
+    prepare_for_packing(model, packing_of(model.config))
+    model(**packed(documents)).loss.backward()
+    return ((gradient(model) - expected).norm() / expected.norm()).item()
+
+
+@pytest.mark.parametrize("kind", DEPTHS)
+def test_packed_gradients_equal_padded_ones_at_real_depth_with_outlier_activations(kind: str) -> None:
+    model, documents = deep_model(kind), rows([37, 120, 2, 64, 90, 11], 211)
+    with torch.no_grad():
+        states = model(torch.tensor([documents[0]["input_ids"]]), output_hidden_states=True).hidden_states
+    assert max(state.abs().max() for state in states) > 0.9 * OUTLIER
+    assert relative_difference(model, documents) < 1e-5
+
+
+@pytest.mark.slow
+def test_a_trained_llama_of_30_layers_is_packed_with_the_gradients_of_padded_rows(
+    trained_llama: Path,
+) -> None:
+    model = LlamaForCausalLM.from_pretrained(trained_llama).train()
+    model.config.use_cache = False
+    assert packing_of(model.config) == Packing(**PACKS)
+    assert relative_difference(model, rows([37, 120, 8, 64, 2, 90], 40_000)) < 1e-5
+
+
+def test_the_saved_model_is_one_of_transformers_own(tmp_path: Path) -> None:
+    model = deep_model("llama")
+    prepare_for_packing(model, Packing(**PACKS))
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(reloaded) is LlamaForCausalLM
+    assert all(
+        torch.equal(tensor, reloaded.state_dict()[name]) for name, tensor in model.state_dict().items()
+    )

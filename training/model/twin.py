@@ -1,0 +1,144 @@
+"""A small float64 copy of a model's architecture, to see what its code does without loading a weight."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.integrations import deepspeed
+
+POSITIONS = 64  # the twin's limit of a row, in place of thousands
+WINDOW = 8  # the twin's sliding windows and attention chunks
+VOCABULARY = 128
+HEADS = 2
+LAYERS = 4  # at least, if the model has as many: some architectures place a kind of layer every few layers
+EXPERTS = 16
+
+# Names of the numbers in a config.json, by what they count.
+_WINDOW = re.compile(r"(window|chunk)(?!.*(layers|pattern|feed_forward))")
+_POSITIONS = re.compile(r"(position\w*|n_ctx|seq_len\w*|seq_length)$")
+_VOCABULARY = re.compile(r"^vocab_size")
+_TOKEN = re.compile(r"_token_(id|index)$")
+_KEY_HEADS = re.compile(r"(key_value|kv)_(n_)?heads(_kv)?$")
+_INNER = re.compile(r"(intermediate_size|n_inner|ffn_dim|ffn_hidden_size|d_ff)$")
+_EXPERTS = re.compile(r"(num|n)_(local_|routed_)?experts$")
+
+
+def shrunken_twin(
+    config: PreTrainedConfig, heads: int = HEADS, trust_remote_code: bool = False
+) -> PreTrainedModel:
+    """A model of `config`'s architecture with few narrow layers and random weights, in float64 on the CPU.
+
+    Its code, attention implementation, kinds of layers, head size, windows and scaling are the config's. Windows
+    and position limits are short, so that short documents exceed each window and a short row exceeds the positions.
+    The same config gives the same twin in every process. Raises whatever the architecture raises for such a config.
+    """
+    small = shrunken_config(config, heads)
+    with _seeded(), _without_zero3():
+        model = AutoModelForCausalLM.from_config(
+            small, dtype=torch.float64, trust_remote_code=trust_remote_code, experts_implementation="eager"
+        )
+    model = model.to("cpu", torch.float64).eval()
+    _set_lively_weights(model)
+    return model
+
+
+def shrunken_config(config: PreTrainedConfig, heads: int) -> PreTrainedConfig:
+    """A copy of `config` with few layers and small widths, that keeps what decides how tokens mix."""
+    small = copy.deepcopy(config)
+    for part in _parts(small):
+        _shrink(part, heads)
+    small.use_cache = False  # with a cache transformers does not look for packed rows
+    return small
+
+
+def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    yield config
+    for value in vars(config).values():
+        if isinstance(value, PreTrainedConfig):
+            yield from _parts(value)
+
+
+def _shrink(config: PreTrainedConfig, most_heads: int) -> None:
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    layers = getattr(config, "num_hidden_layers", None)
+    few_heads = narrow = None
+    if isinstance(heads, int) and isinstance(width, int):
+        few_heads = min(heads, most_heads)
+        narrow = few_heads * (getattr(config, "head_dim", None) or width // heads)
+    kept = _kept_layers(config, layers)
+    for name, value in list(vars(config).items()):
+        if isinstance(value, list | tuple) and layers and len(value) == layers:
+            setattr(config, name, value[:kept])
+        elif isinstance(value, list) and _TOKEN.search(name):
+            setattr(config, name, [min(token, VOCABULARY - 1) for token in value])
+        elif isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+            continue
+        elif _WINDOW.search(name):
+            setattr(config, name, min(value, WINDOW))
+        elif _POSITIONS.search(name):
+            setattr(config, name, min(value, POSITIONS))
+        elif _VOCABULARY.search(name):
+            setattr(config, name, min(value, VOCABULARY))
+        elif _TOKEN.search(name):
+            setattr(config, name, min(value, VOCABULARY - 1))
+        elif _EXPERTS.search(name):
+            setattr(config, name, min(value, EXPERTS))
+        elif _KEY_HEADS.search(name) and few_heads:
+            setattr(config, name, few_heads if value == heads else 1)
+        elif narrow and (value == width or _INNER.search(name)):
+            setattr(config, name, narrow)
+    if few_heads:
+        config.num_attention_heads = few_heads
+    if kept:
+        config.num_hidden_layers = kept
+
+
+def _kept_layers(config: PreTrainedConfig, layers: Any) -> Any:
+    """Layers of the twin: at least LAYERS, and as many as hold each kind of layer once."""
+    if not isinstance(layers, int):
+        return None
+    lists = [
+        value for value in vars(config).values() if isinstance(value, list | tuple) and len(value) == layers
+    ]
+    kinds = [repr([values[layer] for values in lists]) for layer in range(layers)]
+    return min(layers, max([LAYERS, *(kinds.index(kind) + 1 for kind in kinds)]))
+
+
+def _set_lively_weights(model: PreTrainedModel) -> None:
+    """Random weights with which every part of a layer changes its output visibly, unlike those of an initializer."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            if parameter.ndim > 1:
+                parameter.copy_(noise / parameter.shape[-1] ** 0.5)
+            else:
+                parameter.add_(0.1 * noise)
+
+
+@contextmanager
+def _seeded() -> Iterator[None]:
+    """Draws from a fixed seed on the CPU, and leaves the generators of the run as they are."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(0)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+@contextmanager
+def _without_zero3() -> Iterator[None]:
+    """While DeepSpeed's config is alive, transformers would cut the twin into shards over all ranks."""
+    alive = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = alive
