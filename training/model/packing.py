@@ -102,7 +102,7 @@ def _crosstalk(model: PreTrainedModel, documents: list[list[int]], together: tor
         if not difference <= TOLERANCE:  # also NaN
             return (
                 f"its attention crosses documents: number {number} of a packed row has other logits than alone, by "
-                f"{difference:.0e} of the largest"
+                f"{difference:.1g} of the largest logit"
             )
     return None
 
