@@ -60,6 +60,7 @@ PYTHON_TOOLS = {
     "pytest": ["pytest"],
     "pip install": ["pip", "install"],
     "pip wheel": ["pip", "wheel"],
+    "pip download": ["pip", "download"],
     "ruff check": ["ruff", "check"],
     "ruff format": ["ruff", "format"],
     "mypy": ["mypy"],
