@@ -415,7 +415,7 @@ lengths = st.sampled_from([24, 48, 80, 120, 256, 2048])
 limits = st.sampled_from([0.0, 0.1, 0.5, 1.0])
 
 
-@cases(quick=150, slow=1200)
+@cases(quick=150, sweep=1200)
 def test_a_good_file_gives_the_expected_rows_and_masks(
     count: int, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
 ) -> None:
@@ -424,7 +424,7 @@ def test_a_good_file_gives_the_expected_rows_and_masks(
         check_file(file, next(folders), tokenizer, oracle, longest, keep, limit)
 
 
-@cases(quick=100, slow=600)
+@cases(quick=100, sweep=600)
 def test_a_fault_in_one_row_is_reported_with_its_row_or_line(
     count: int, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
 ) -> None:
@@ -433,7 +433,7 @@ def test_a_fault_in_one_row_is_reported_with_its_row_or_line(
         check_file(file, next(folders), tokenizer, oracle, 2048, False, 1.0)
 
 
-@cases(quick=600, slow=1200)
+@cases(quick=600, sweep=1200)
 def test_a_damaged_file_is_refused_by_name_or_parsed_like_an_independent_parser(
     count: int, folders: Iterator[Path], tokenizer: PreTrainedTokenizerBase, oracle: Oracle
 ) -> None:
@@ -472,7 +472,7 @@ sources = st.one_of(
 )  # fmt: skip
 
 
-@cases(quick=30, slow=200)
+@cases(quick=30, sweep=200)
 @pytest.mark.usefixtures("hub")
 def test_a_source_that_is_not_a_file_is_refused_by_name(
     count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

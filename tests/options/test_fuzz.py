@@ -39,9 +39,9 @@ pytestmark = pytest.mark.timeout(600)  # a hang is a failure as well
 CONTROL = ("### End", "### Instruction:", "### Response:\n")
 
 
-def cases(quick: int, slow: int) -> pytest.MarkDecorator:
-    """Number of generated cases: a few by default, many in the slow tests."""
-    return pytest.mark.parametrize("count", [quick, pytest.param(slow, marks=pytest.mark.slow)])
+def cases(quick: int, sweep: int) -> pytest.MarkDecorator:
+    """Number of generated cases: a few in every run, many in the long sweeps."""
+    return pytest.mark.parametrize("count", [quick, pytest.param(sweep, marks=pytest.mark.long)])
 
 
 def fuzz(count: int, **strategies: Any) -> Callable[[Callable[..., None]], None]:
@@ -191,7 +191,7 @@ def use_model(name: str) -> None:
             assert torch.equal(tensor[:rows] if rows else tensor, saved[key].float()), key
 
 
-@cases(quick=40, slow=500)
+@cases(quick=40, sweep=500)
 def test_a_damaged_model_folder_is_loaded_correctly_or_refused_by_name(
     count: int, folders: Iterator[Path], base_folder: Path
 ) -> None:
@@ -328,7 +328,7 @@ def invoke(arguments: list[str]) -> Result:
     return result
 
 
-@cases(quick=250, slow=1500)
+@cases(quick=250, sweep=1500)
 def test_options_are_accepted_or_reported_with_their_values_and_write_nothing(
     count: int, tmp_path: Path, accepted_options: list[TrainingOptions]
 ) -> None:
@@ -359,7 +359,7 @@ def test_options_are_accepted_or_reported_with_their_values_and_write_nothing(
         assert sorted(tmp_path.rglob("*")) == before
 
 
-@cases(quick=50, slow=200)
+@cases(quick=50, sweep=200)
 def test_a_malformed_command_line_is_refused_with_a_message(
     count: int, tmp_path: Path, accepted_options: list[TrainingOptions]
 ) -> None:
@@ -420,7 +420,7 @@ def deepspeed_files(draw: Any) -> dict[str, Any]:
     return json.loads(json.dumps(config))
 
 
-@cases(quick=150, slow=800)
+@cases(quick=150, sweep=800)
 @pytest.mark.usefixtures("one_rank")
 def test_a_deepspeed_file_is_refused_or_agrees_with_the_options(count: int, tmp_path: Path) -> None:
     path = tmp_path / "ds.json"

@@ -286,7 +286,7 @@ SHAPES = [(128, 2, 4, 1000), (256, 4, 8, 5000), (512, 6, 8, 20_000)]  # width, l
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
 @pytest.mark.parametrize("config", [BF16, BF16_OFFLOAD], ids=["on device", "offloaded"])
 def test_predicted_model_state_is_within_10_percent_of_real_zero3_ranks(config, ranks, tmp_path):
     shapes = [",".join(map(str, shape)) for shape in SHAPES]

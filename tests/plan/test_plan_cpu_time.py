@@ -76,7 +76,7 @@ def cpu_seconds(folder: Path, ranks: int, steps: int, batching: str) -> float:
     return (after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime) / ranks
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("ranks", "batching"), [(1, "packed"), (1, "padded"), (2, "packed"), (2, "padded")])
 def test_the_predicted_step_time_of_the_demo_is_within_the_stated_range(
     ranks: int, batching: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -96,7 +96,7 @@ def test_the_predicted_step_time_of_the_demo_is_within_the_stated_range(
         | {"batching": batching, "test_size": 20, "local_output_dir": "x"}
         | {"deepspeed": BF16 if ranks > 1 else None}
     )
-    settings = resolve(options, ranks, "fp32").with_plan_choices(False, None)
+    settings = resolve(options, ranks, "fp32").with_plan_choices(False, None, batching)
     load = epoch_load(lengths, settings)
     seconds = step_seconds(MODEL, replace(CPU, flops=rate), settings, load, lengths.response_share)
     predicted, measured = sum(seconds.values()), (many - few) / 40

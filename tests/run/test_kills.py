@@ -222,12 +222,18 @@ SIXTEEN = [("start", "group"), ("save", "rank"), ("step", "rank"), ("save", "gro
            ("final", "group"), ("start", "supervisor")]  # fmt: skip
 SEVEN = [("step", "rank"), ("save", "rank"), ("step", "launcher"), ("save", "group"), ("step", "supervisor"),
          ("final", "rank"), ("final", "group")]  # fmt: skip
+FOUR = [("start", "group"), ("save", "rank"), ("step", "supervisor"), ("final", "group")]
+TWO = [("save", "group"), ("step", "launcher")]
 
 
 @pytest.mark.parametrize(
     ("ranks", "plan"),
-    [(0, SIXTEEN), (2, SEVEN)],
-    ids=["a single process sixteen times", "two ZeRO-3 ranks seven times"],
+    [
+        pytest.param(0, FOUR, id="a single process four times"),
+        pytest.param(2, TWO, id="two ZeRO-3 ranks twice"),
+        pytest.param(0, SIXTEEN, id="a single process sixteen times", marks=pytest.mark.long),
+        pytest.param(2, SEVEN, id="two ZeRO-3 ranks seven times", marks=pytest.mark.long),
+    ],
 )
 def test_a_run_that_is_killed_many_times_ends_bit_for_bit_the_same(start, undisturbed, folder, ranks, plan):
     chance = random.Random(1)
