@@ -28,10 +28,12 @@ from tests.conftest import jsonl, rows_of
 from tests.data.test_collator import packed, padded
 from tests.run.test_trainer import deepspeed, run
 from tests.run.zero3_packing import KINDS, answers
-from training.consts import IGNORE_INDEX
+from training.consts import DEMO, IGNORE_INDEX
 from training.model.packing import Packing, judge, packing_of, prepare_for_packing
 from training.model.twin import HEADS, POSITIONS, VOCABULARY, WINDOW, shrunken_config, shrunken_twin
+from training.options.trainer_options import TrainingOptions
 from training.plan.model_shape import BUILT_IN
+from training.run import prepare
 from training.storage.record import read_run_record
 
 PACKS = {"obstacle": None, "response_loss": True}
@@ -160,20 +162,37 @@ def test_a_planted_attention_that_sees_other_documents_is_refused(past: int) -> 
         del AttentionInterface._global_mapping["leaky"], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping["leaky"]
 
 
-def test_a_model_whose_own_loss_is_out_of_place_is_packed_only_with_the_chunked_loss() -> None:
+def test_a_model_whose_own_loss_is_out_of_place_is_refused() -> None:
     def shifts_again(logits, labels, vocab_size, shift_labels=None, **kwargs):
         return F.cross_entropy(logits[0], shift_labels[0].roll(1))
 
     model = shrunken_twin(LlamaConfig())
     model.loss_function = shifts_again
-    assert judge(model) == Packing(**PACKS)
+    assert re.fullmatch("its loss of a packed row is .*, and .* by its logits", str(judge(model).obstacle))
+
+
+def test_a_forward_without_a_place_for_the_loss_gets_the_chunked_one_if_its_head_is_a_plain_linear() -> None:
+    class Older(LlamaForCausalLM):
+        def forward(self, input_ids=None, position_ids=None, attention_mask=None, labels=None):
+            return super().forward(input_ids, position_ids=position_ids, use_cache=False)
 
     class Head(torch.nn.Linear):
-        """Not the plain Linear that the chunked loss takes."""
+        pass
 
     model = shrunken_twin(LlamaConfig())
-    model.loss_function, model.lm_head.__class__ = shifts_again, Head
-    assert re.fullmatch("its loss of a packed row is .*, and .* by its logits", str(judge(model).obstacle))
+    model.__class__ = Older
+    assert judge(model) == Packing(**PACKS)
+    model = shrunken_twin(LlamaConfig())
+    model.__class__, model.lm_head.__class__ = Older, Head
+    assert "its forward does not take a packed batch" in str(judge(model).obstacle)
+
+
+def test_one_rank_with_an_obstacle_is_enough_to_pad_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepare, "gather", lambda mine: [mine, Packing("older libraries"), Packing(None)])
+    options = TrainingOptions(local_output_dir="x", input_model=DEMO)
+    assert prepare.agreed_packing(options) == Packing("older libraries", response_loss=False)
+    monkeypatch.setattr(prepare, "gather", lambda mine: [mine, mine])
+    assert prepare.agreed_packing(options) == Packing(**PACKS)
 
 
 # --- the same answer everywhere -----------------------------------------------------------------------
@@ -311,9 +330,19 @@ def test_a_trained_llama_of_30_layers_is_packed_with_the_gradients_of_padded_row
     assert relative_difference(model, rows([37, 120, 8, 64, 2, 90], 40_000)) < 1e-5
 
 
-def test_the_saved_model_is_one_of_transformers_own(tmp_path: Path) -> None:
-    model = deep_model("llama")
+def test_a_model_with_the_chunked_loss_generates_as_before_and_is_saved_as_transformers_own(
+    tmp_path: Path,
+) -> None:
+    model = deep_model("llama").eval()
+    prompt = {
+        "input_ids": torch.tensor([[5, 6, 7]]),
+        "max_new_tokens": 8,
+        "do_sample": False,
+        "use_cache": True,
+    }
+    expected = model.generate(**prompt)
     prepare_for_packing(model, Packing(**PACKS))
+    assert torch.equal(model.generate(**prompt), expected)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)

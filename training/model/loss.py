@@ -140,9 +140,7 @@ def with_response_loss(architecture: Any) -> Any:
                 kwargs["num_items_in_batch"] = num_items_in_batch
             return architecture.forward(self, input_ids, *args, **kwargs)
         keep, base = kwargs["logits_to_keep"], self.base_model
-        if (
-            "keep" in signature(base.forward).parameters
-        ):  # PackingGPTJModel computes only these in its last layer
+        if "keep" in signature(base.forward).parameters:  # our GPT-J computes only these in its last layer
             kept = base(input_ids, position_ids=kwargs["position_ids"], keep=keep).last_hidden_state
         else:
             kept = base(input_ids, position_ids=kwargs["position_ids"]).last_hidden_state[:, keep]
@@ -154,13 +152,15 @@ def with_response_loss(architecture: Any) -> Any:
     )
 
 
-def use_response_loss(model: PreTrainedModel) -> None:
+def use_response_loss(model: PreTrainedModel) -> bool:
     """Gives a loaded model the loss above, in place, after its embeddings have their final size.
 
-    Does nothing if the model's head is not a plain Linear. Whether the loss is the architecture's own is tested on a
-    small copy (packing.py): some scale or cap their logits after the head.
+    Returns False, and does nothing, if the model's head is not a plain Linear. Whether the loss is the architecture's
+    own is tested on a small copy (packing.py): some architectures scale or cap their logits after the head.
     """
     head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        head.__class__ = ResponseLossHead
-        model.__class__ = with_response_loss(type(model))  # type: ignore[arg-type]
+    if type(head) is not nn.Linear:
+        return False
+    head.__class__ = ResponseLossHead
+    model.__class__ = with_response_loss(type(model))  # type: ignore[arg-type]
+    return True

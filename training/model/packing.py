@@ -5,7 +5,6 @@ trained model's largest activations move bfloat16 logits by a third of the large
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -39,10 +38,6 @@ class Packing:
 
     obstacle: str | None = None
     response_loss: bool = False
-
-    @property
-    def possible(self) -> bool:
-        return self.obstacle is None
 
 
 def packing_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> Packing:
@@ -86,11 +81,15 @@ def judge(model: PreTrainedModel) -> Packing:
         error = (_gradient(model) - expected[1]).norm() / expected[1].norm()
         return None if error <= TOLERANCE else f"its gradient of a packed row is off by {error:.0e}"
 
-    obstacle = _tried(differs)
-    use_response_loss(model)
-    if _tried(differs) is None:
+    refusal = None
+    try:
+        if obstacle := differs():
+            return Packing(obstacle)
+    except TypeError as error:  # a forward without `shift_labels` and `logits_to_keep`
+        refusal = f"its forward does not take a packed batch ({first_line(error)})"
+    if use_response_loss(model) and differs() is None:
         return Packing(response_loss=True)
-    return Packing(obstacle)
+    return Packing(refusal)
 
 
 def _crosstalk(model: PreTrainedModel, documents: list[list[int]], together: torch.Tensor) -> str | None:
@@ -112,13 +111,6 @@ def _gradient(model: PreTrainedModel) -> torch.Tensor:
     gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     model.zero_grad(set_to_none=True)
     return torch.cat([gradient.flatten() for gradient in gradients])
-
-
-def _tried(check: Callable[[], str | None]) -> str | None:
-    try:
-        return check()
-    except TypeError as error:  # a forward without `shift_labels` and `logits_to_keep`
-        return f"its forward does not take a packed batch ({first_line(error)})"
 
 
 def prepare_for_packing(model: PreTrainedModel, packing: Packing) -> None:

@@ -57,10 +57,10 @@ def prepare(settings: Settings) -> Prepared:
     sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
     logger.info("%s", ledger)
     logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
-    return Prepared(args, tokenizer, train_rows, held_out_rows, ledger, _agreed_packing(options))
+    return Prepared(args, tokenizer, train_rows, held_out_rows, ledger, agreed_packing(options))
 
 
-def _agreed_packing(options: TrainingOptions) -> Packing:
+def agreed_packing(options: TrainingOptions) -> Packing:
     """What the model's architecture allows on every rank: packing, only if no rank's libraries have an obstacle."""
     if options.batching != "packed":
         return Packing("padded rows were requested")
