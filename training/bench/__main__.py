@@ -142,7 +142,7 @@ def _architecture_problems(choices: Choices) -> list[str]:
     if choices.architecture not in transformers.CONFIG_MAPPING:
         return [f"--architecture {choices.architecture} is not a model type of transformers. {expected}"]
     try:
-        packing = packing_of(model_config(replace(choices, vocabulary=choices.vocabulary or 1024)))
+        packing = packing_of(model_config(replace(choices, vocabulary=1024, layers=4)))
     except Exception as error:  # of the config's own checks
         return [f"--architecture {choices.architecture}: {first_line(error)}. {expected}"]
     if packing.obstacle:

@@ -106,7 +106,7 @@ def _kept_layers(config: PreTrainedConfig, layers: Any) -> Any:
     lists = [
         value for value in vars(config).values() if isinstance(value, list | tuple) and len(value) == layers
     ]
-    kinds = [repr([values[layer] for values in lists]) for layer in range(layers)]
+    kinds = [repr(kind) for kind in zip(*lists, strict=True)]  # of each layer
     return min(layers, max([LAYERS, *(kinds.index(kind) + 1 for kind in kinds)]))
 
 
