@@ -9,18 +9,18 @@ import sys
 from pathlib import Path
 
 import deepspeed
+import torch
 import torch.distributed as dist
 from deepspeed.utils import safe_get_full_grad
-from transformers import GPTJForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from tests.model.test_attention import eager_gptj, packed, padded, random_rows
+from tests.model.test_attention import VOCABULARY, eager_gptj, packed, padded, random_rows
 from training.data.batching import GlobalBatchSampler
 from training.data.collator import split_packed_batch
 from training.launch.exits import run_and_exit
 from training.launch.supervisor import remove_shared_buffer
-from training.model.attention import use_packed_attention
-from training.model.loss import use_response_loss
+from training.model.packing import packing_of, prepare_for_packing
 from training.run.operators import compile_operators
 
 WORLD_SIZE = 2
@@ -38,17 +38,31 @@ CONFIG = {
 }
 
 
-def compare(folder: Path, checkpointing: dict | None, row_count: int, micro_steps: int = 1) -> None:
+def tied_llama() -> LlamaForCausalLM:
+    """A Llama whose head is its embedding, so that the chunked loss and the embedding give one gradient."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, use_cache=False, initializer_range=0.1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).train()
+
+
+def compare(
+    reference: PreTrainedModel,
+    folder: Path,
+    checkpointing: dict | None,
+    row_count: int,
+    micro_steps: int = 1,
+) -> None:
     """Compares one optimizer step on two ranks with two accumulation steps with a single process."""
     rows = random_rows(seed=7, count=row_count)
     labels = sum(len(row["input_ids"]) - row["response_start"] for row in rows)
-    reference = eager_gptj()
     reference(**padded(rows), num_items_in_batch=labels).loss.backward()
 
-    model = GPTJForCausalLM.from_pretrained(folder).train()
+    model = AutoModelForCausalLM.from_pretrained(folder).train()
     assert all(parameter.numel() == 0 for parameter in model.parameters()), "the model is not sharded"
-    use_packed_attention(model)
-    use_response_loss(model)
+    prepare_for_packing(model, packing_of(model.config))
     if checkpointing:
         model.gradient_checkpointing_enable(checkpointing)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=CONFIG)
@@ -80,14 +94,20 @@ def main(folder: Path) -> None:
     compile_operators({})
     deepspeed.init_distributed(dist_backend="gloo", auto_mpi_discovery=False)
     try:
+        gptj, llama = folder / "gptj", folder / "llama"
         if dist.get_rank() == 0:
-            eager_gptj().save_pretrained(folder)
+            eager_gptj().save_pretrained(gptj)
+            tied_llama().save_pretrained(llama)
         dist.barrier()
         config = HfDeepSpeedConfig(CONFIG)  # while it lives, transformers shards models as they load
-        compare(folder, checkpointing=None, row_count=9)
-        compare(folder, checkpointing={"use_reentrant": False}, row_count=9)
-        compare(folder, checkpointing=None, row_count=9, micro_steps=2)
-        compare(folder, checkpointing={"use_reentrant": True}, row_count=3)  # one of four shares is empty
+        compare(eager_gptj(), gptj, checkpointing=None, row_count=9)
+        compare(eager_gptj(), gptj, checkpointing={"use_reentrant": False}, row_count=9)
+        compare(eager_gptj(), gptj, checkpointing=None, row_count=9, micro_steps=2)
+        compare(
+            eager_gptj(), gptj, checkpointing={"use_reentrant": True}, row_count=3
+        )  # one of four shares is empty
+        compare(tied_llama(), llama, checkpointing={"use_reentrant": False}, row_count=9)
+        compare(tied_llama(), llama, checkpointing=None, row_count=3)
         del config
         (folder / f"rank{dist.get_rank()}").write_text("passed")
     finally:
