@@ -29,7 +29,7 @@ from tests.data.test_collator import packed, padded
 from tests.run.test_trainer import deepspeed, run
 from tests.run.zero3_packing import KINDS, answers
 from training.consts import DEMO, IGNORE_INDEX
-from training.model.packing import Packing, judge, packing_of, prepare_for_packing
+from training.model.packing import Packing, compare_packed_with_alone, packing_of, prepare_for_packing
 from training.model.twin import HEADS, POSITIONS, VOCABULARY, WINDOW, shrunken_config, shrunken_twin
 from training.options.trainer_options import TrainingOptions
 from training.plan.model_shape import BUILT_IN
@@ -38,7 +38,7 @@ from training.storage.record import read_run_record
 
 PACKS = {"obstacle": None, "response_loss": True}
 PACKS_WITH_ITS_OWN_LOSS = {"obstacle": None, "response_loss": False}
-CROSSES = r"its attention crosses documents: number \d of a packed row has other logits than alone, by .*"
+CROSSES = r"its attention crosses documents: the logits of document \d in a packed row differ from its logits alone by .*"
 FAILS = "its code fails on a packed row .*"
 
 
@@ -154,10 +154,10 @@ def test_a_planted_attention_that_sees_other_documents_is_refused(past: int) -> 
     )
     try:
         model = shrunken_twin(LlamaConfig())
-        assert judge(model) == Packing(**PACKS)
+        assert compare_packed_with_alone(model) == Packing(**PACKS)
         model = shrunken_twin(LlamaConfig())
         model.config._attn_implementation = "leaky"
-        assert re.fullmatch(CROSSES, str(judge(model).obstacle))
+        assert re.fullmatch(CROSSES, str(compare_packed_with_alone(model).obstacle))
     finally:
         del AttentionInterface._global_mapping["leaky"], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping["leaky"]
 
@@ -168,7 +168,10 @@ def test_a_model_whose_own_loss_is_out_of_place_is_refused() -> None:
 
     model = shrunken_twin(LlamaConfig())
     model.loss_function = shifts_again
-    assert re.fullmatch("its loss of a packed row is .*, and .* by its logits", str(judge(model).obstacle))
+    assert re.fullmatch(
+        "its loss of a packed row is .*, but its logits give .*",
+        str(compare_packed_with_alone(model).obstacle),
+    )
 
 
 def test_a_forward_without_a_place_for_the_loss_gets_the_chunked_one_if_its_head_is_a_plain_linear() -> None:
@@ -181,10 +184,10 @@ def test_a_forward_without_a_place_for_the_loss_gets_the_chunked_one_if_its_head
 
     model = shrunken_twin(LlamaConfig())
     model.__class__ = Older
-    assert judge(model) == Packing(**PACKS)
+    assert compare_packed_with_alone(model) == Packing(**PACKS)
     model = shrunken_twin(LlamaConfig())
     model.__class__, model.lm_head.__class__ = Older, Head
-    assert "its forward does not take a packed batch" in str(judge(model).obstacle)
+    assert "its forward does not take a packed batch" in str(compare_packed_with_alone(model).obstacle)
 
 
 def test_one_rank_with_an_obstacle_is_enough_to_pad_on_all(monkeypatch: pytest.MonkeyPatch) -> None:

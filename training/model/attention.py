@@ -1,9 +1,9 @@
 """GPT-J attention over packed rows.
 
-transformers gives GPT-J an eager attention that materialises float32 scores, and FlashAttention-2, which lets
-packed rows attend across documents without a word. Here every document is attended to alone by torch's fused
-kernel, straight from the packed tensors: no mask, no padding, no copy. Parameters, their names and the saved
-model stay those of transformers' GPT-J."""
+transformers offers GPT-J an eager attention, which materialises float32 scores, and FlashAttention-2, which silently
+lets the documents of a packed row attend to each other. This module calls torch's fused kernel once per document, on
+slices of the packed tensors: no mask, no padding, no copy. Parameters, their names and the saved model are those of
+transformers' GPT-J."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from training.data.batching import document_lengths
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """What every layer needs to know of a packed row; made once per forward.
+    """Data of a packed row that every layer needs; computed once per forward.
 
     Attributes:
         lengths: tokens of each document, in order.
         sin, cos: `(1, tokens, 1, rotary dimensions)` in the dtype of the hidden states.
-        keep: `(kept,) int64`, the positions whose hidden states are wanted after the layer; None for all.
+        keep: `(kept,) int64`, positions whose hidden states the layer returns; None for all.
     """
 
     lengths: list[int]
@@ -50,16 +50,16 @@ def rotary_sin_cos(
 
 
 def rotate(heads: torch.Tensor, sin: torch.Tensor, cos: torch.Tensor) -> torch.Tensor:
-    """Turns the first dimensions of `heads (rows, tokens, heads, head size)` by the angle of their position."""
-    turned, passed = heads.split([sin.shape[-1], heads.shape[-1] - sin.shape[-1]], dim=-1)
-    turned = turned * cos + gptj.rotate_every_two(turned) * sin
-    return torch.cat([turned, passed], dim=-1)
+    """Rotates the first dimensions of `heads (rows, tokens, heads, head size)` by the angle of each position."""
+    rotated, rest = heads.split([sin.shape[-1], heads.shape[-1] - sin.shape[-1]], dim=-1)
+    rotated = rotated * cos + gptj.rotate_every_two(rotated) * sin
+    return torch.cat([rotated, rest], dim=-1)
 
 
 def attend_within_documents(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, lengths: list[int], dropout: float
 ) -> torch.Tensor:
-    """Causal attention of each document of a packed row to itself, all `(1, tokens, heads, head size)`.
+    """Causal attention within each document of a packed row. All tensors are `(1, tokens, heads, head size)`.
 
     One kernel call per document. On CPU this is 1.8 to 20 times as fast, forward and backward, as one call on
     rows unpacked to (documents, longest): it computes no padding and copies nothing but its result.
@@ -73,7 +73,7 @@ def attend_within_documents(
 
 
 class FusedGPTJAttention(gptj.GPTJAttention):
-    """GPTJAttention on torch's fused kernel, for packed rows and for everything else (padding, generation)."""
+    """GPTJAttention with torch's fused kernel, for packed rows, padded rows and generation."""
 
     def forward(
         self,
@@ -83,19 +83,19 @@ class FusedGPTJAttention(gptj.GPTJAttention):
         position_ids: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
-        """`hidden_states (rows, tokens, width)` to the attention's output of the same shape.
+        """The attention's output for `hidden_states (rows, tokens, width)`, in the same shape.
 
-        `attention_mask` is a PackedLayout for a packed row, otherwise what transformers makes for `sdpa`: a
-        boolean mask, or None where plain causal attention is right.
+        `attention_mask` is a PackedLayout for a packed row, otherwise the mask that transformers makes for `sdpa`:
+        boolean, or None if plain causal attention is enough. If the layout has `keep`, the output is `(1, kept, width)`.
         """
         rows, tokens, _ = hidden_states.shape
         shape = (rows, tokens, self.num_attention_heads, self.head_dim)
         keep = attention_mask.keep if isinstance(attention_mask, PackedLayout) else None
         if keep is None:
             query = self.q_proj(hidden_states).view(shape)
-        else:  # no other position's result is read
-            wanted = self.q_proj(hidden_states[:, keep])
-            query = wanted.new_zeros(hidden_states.shape).index_copy(1, keep, wanted).view(shape)
+        else:  # the results of other positions are not used
+            kept = self.q_proj(hidden_states[:, keep])
+            query = kept.new_zeros(hidden_states.shape).index_copy(1, keep, kept).view(shape)
         key = self.k_proj(hidden_states).view(shape)
         value = self.v_proj(hidden_states).view(shape)
         dropout = self.config.attn_pdrop if self.training else 0.0
@@ -113,7 +113,7 @@ class FusedGPTJAttention(gptj.GPTJAttention):
             value = value.transpose(1, 2)
             if layer_past is not None:
                 key, value = layer_past.update(key, value, self.layer_idx)
-            causal = attention_mask is None and tokens > 1  # a lone new token sees everything before it
+            causal = attention_mask is None and tokens > 1  # a single new token attends to all before it
             attended = F.scaled_dot_product_attention(
                 query, key, value, attn_mask=attention_mask, dropout_p=dropout, is_causal=causal
             ).transpose(1, 2)
@@ -138,7 +138,7 @@ class PackingGPTJBlock(gptj.GPTJBlock):
 
 
 class PackingGPTJModel(gptj.GPTJModel):
-    """GPTJModel that takes one row of packed documents as well."""
+    """GPTJModel that also accepts a packed row."""
 
     def forward(
         self,
@@ -148,10 +148,10 @@ class PackingGPTJModel(gptj.GPTJModel):
         keep: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As GPTJModel.forward, but `position_ids (1, tokens)` without an attention mask are a packed row.
+        """Like GPTJModel.forward, but `position_ids (1, tokens)` without an attention mask mean a packed row.
 
-        Of a packed row, `keep (kept,) int64` asks for the hidden states `(1, kept, width)` of these positions.
-        A call with a cache has no packed row: transformers' generation passes a mask or a cache.
+        `keep (kept,) int64` selects positions of a packed row, and the hidden states are then `(1, kept, width)`. A call
+        with a cache is not a packed row: transformers' generation passes a mask or a cache.
         """
         others = [kwargs.get(name) for name in ("attention_mask", "past_key_values", "token_type_ids")]
         plain = all(value is None for value in others) and not kwargs.get("use_cache")
@@ -165,19 +165,19 @@ class PackingGPTJModel(gptj.GPTJModel):
         """Hidden states `(1, tokens, width)` of a packed row `(1, tokens)`, or `(1, kept, width)`."""
         hidden_states = self.drop(self.wte(input_ids))
         sin, cos = rotary_sin_cos(self.h[0].attn.embed_positions, position_ids, hidden_states.dtype)
-        # The lengths are needed on the host: the only wait for the device in a forward.
+        # The lengths are needed on the host. A forward waits for the device only here.
         layout = PackedLayout(document_lengths(position_ids), sin, cos)
-        # The last layer's result at a prompt's tokens is never read; their keys and values are still needed.
+        # The last layer's results at prompt tokens are not used, only their keys and values.
         layouts = [layout] * (len(self.h) - 1) + [replace(layout, keep=keep)]
         for block, layout in zip(self.h, layouts, strict=True):
-            # Gradient checkpointing keeps the layout with the block's arguments, so that the second forward of
-            # a block, in the backward pass, sees the layout of its own batch.
+            # The layout is an argument, which gradient checkpointing stores, so that the recomputation of a block in
+            # the backward pass uses the layout of its own batch.
             hidden_states, _ = block(hidden_states, attention_mask=layout)
         return BaseModelOutputWithPast(last_hidden_state=self.ln_f(hidden_states))
 
 
 def use_packed_attention(model: PreTrainedModel) -> None:
-    """Gives a loaded GPT-J the attention above, in place; leaves other models alone.
+    """Switches a loaded GPT-J to the attention above, in place. Does nothing to other models.
 
     Only the classes of modules change: no parameter is read, moved or renamed, so it works before and after ZeRO-3 has
     sharded the model.
@@ -194,5 +194,5 @@ def use_packed_attention(model: PreTrainedModel) -> None:
         elif isinstance(module, gptj.GPTJMLP) and model.config.activation_function == "gelu_new":
             # The same function as one kernel; the original keeps four (tokens, 4 x width) tensors for backward.
             module.act = nn.GELU(approximate="tanh")
-    # transformers makes masks for a name: "sdpa" gets boolean masks, and none at all where causal is enough.
+    # transformers chooses the mask by this name. For "sdpa" it is boolean, or None if causal attention is enough.
     model.config._attn_implementation = "sdpa"

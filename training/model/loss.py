@@ -1,8 +1,8 @@
-"""The loss at response positions only, without the logits of a whole share existing at once.
+"""Cross-entropy loss at response positions, computed in chunks so that the logits of a share never exist all at once.
 
-Float32 logits of 1,000 tokens over 50,400 entries are 200 MB, and the plain loss holds several copies. Here a
-chunk of them is made, turned into its own gradient in place, used, and forgotten: three matrix products per
-chunk, none of them twice."""
+Float32 logits of 1,000 tokens with a vocabulary of 50,400 take 200 MB, and the plain loss holds several copies. This
+loss computes a chunk of logits, turns it into its gradient in place, uses it and frees it. A chunk takes three matrix
+products, and none is computed twice."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from training.consts import LOSS_CHUNK_BYTES
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Cross entropies of `hidden @ weight.T + bias`, summed and divided by `items`, with gradients made in the forward.
+    """Sum of the cross entropies of `hidden @ weight.T + bias`, divided by `items`. The forward computes the gradients.
 
-    In fp16 the gradients are those of the sum alone, and the division arrives with the backward, as the loss scale
-    does: small probabilities, divided, would underflow.
+    In fp16 the forward computes the gradients of the undivided sum, because small probabilities divided by `items`
+    would underflow. The backward divides them, together with the loss scale.
     """
 
     @staticmethod
@@ -33,12 +33,12 @@ class _CrossEntropy(torch.autograd.Function):
         bias: torch.Tensor | None,
         targets: torch.Tensor,
         items: torch.Tensor,
-        wants_gradient: bool,
+        needs_gradient: bool,
     ) -> torch.Tensor:
-        """`hidden (labels, width)`, `weight (vocabulary, width)`, `targets (labels,)` to a float32 scalar."""
+        """Float32 scalar from `hidden (labels, width)`, `weight (vocabulary, width)` and `targets (labels,)`."""
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        later = weight.dtype == torch.float16
-        if wants_gradient:
+        divide_later = weight.dtype == torch.float16
+        if needs_gradient:
             hidden_grad, weight_grad = torch.empty_like(hidden), torch.empty_like(weight)
             bias_grad = weight.new_zeros(weight.shape[0], dtype=torch.float32)
 
@@ -57,38 +57,38 @@ class _CrossEntropy(torch.autograd.Function):
             chosen = logits.gather(1, target)
             total = logits.exp_().sum(dim=1, keepdim=True)
             loss += (total.log() - chosen).sum()
-            if wants_gradient:
-                # Probabilities, less one at the target, are the gradient of the logits.
-                logits /= total if later else total * items
-                logits.scatter_add_(1, target, torch.full_like(chosen, -1.0) / (1 if later else items))
-                gradient = product.copy_(logits)  # itself in float32
+            if needs_gradient:
+                # The gradient of the logits is their probabilities, minus one at the target.
+                logits /= total if divide_later else total * items
+                logits.scatter_add_(1, target, torch.full_like(chosen, -1.0) / (1 if divide_later else items))
+                gradient = product.copy_(logits)  # in float32 both are the same tensor
                 torch.mm(gradient, weight, out=hidden_grad[start : start + tokens])
-                # beta=0: the first chunk overwrites what a fill with zeros would cost a pass over memory
+                # beta=0: the first chunk overwrites the uninitialised memory, which saves filling it with zeros
                 weight_grad.addmm_(gradient.T, chunk, beta=min(start, 1))
                 bias_grad += logits.sum(dim=0)
-        if wants_gradient:
+        if needs_gradient:
             if hidden.shape[0] == 0:  # a rank without rows
                 weight_grad.zero_()
             ctx.save_for_backward(
                 hidden_grad, weight_grad, None if bias is None else bias_grad.to(bias.dtype)
             )
-            ctx.factor = 1 / items if later else None
+            ctx.factor = 1 / items if divide_later else None
         return loss / items
 
     @staticmethod
     def backward(ctx: Any, grad_output: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gradients = ctx.saved_tensors
         factor = grad_output if ctx.factor is None else grad_output * ctx.factor
-        # A pass over the head's gradient is 2% of a step on a CPU, where asking costs nothing. A GPU would wait.
+        # On a CPU skip a factor of 1: the multiplication is 2% of a step. On a GPU the comparison would be a wait.
         if factor.device.type != "cpu" or factor != 1:
             gradients = [None if gradient is None else gradient.mul_(factor) for gradient in gradients]
         return (*gradients, None, None, None)
 
 
 def _aligned(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """An empty `(rows, columns)` matrix whose rows begin at multiples of 64 numbers, as matrix products like it.
+    """An uninitialised `(rows, columns)` matrix whose rows begin at multiples of 64 numbers, for fast matrix products.
 
-    GPT-J with Dolly's control tokens has 50,403 entries: an odd row length, on which a CPU takes 1.4 times as long.
+    GPT-J with Dolly's control tokens has a vocabulary of 50,403. With this odd row length a CPU takes 1.4 times as long.
     """
     return like.new_empty(rows, -(-columns // 64) * 64)[:, :columns]
 
@@ -96,7 +96,7 @@ def _aligned(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
 class ResponseLossHead(nn.Linear):
     """A language-model head that, given targets, returns their loss instead of logits.
 
-    The loss is made inside the head's own forward because that is where ZeRO-3 gathers the head's weight.
+    The loss is computed in the head's own forward, because that is where ZeRO-3 gathers the head's weight.
     """
 
     def forward(
@@ -108,14 +108,14 @@ class ResponseLossHead(nn.Linear):
         """Logits of `hidden (..., width)`; or the loss of `hidden (labels, width)`, `targets (labels,)` over `items`."""
         if targets is None:
             return super().forward(hidden)
-        # Asked here, because inside an autograd function gradients always count as switched off.
+        # Read here, because inside an autograd function is_grad_enabled() is always False.
         items = torch.as_tensor(items, dtype=torch.float32, device=hidden.device)
         return _CrossEntropy.apply(hidden, self.weight, self.bias, targets, items, torch.is_grad_enabled())
 
 
 @cache
 def with_response_loss(architecture: Any) -> Any:
-    """A subclass whose forward takes the loss of a packed batch from its head, and returns no logits then.
+    """A subclass that computes the loss of a packed batch in its head. It then returns no logits.
 
     It has its parent's name, because transformers writes the class name into the saved model's config, and its
     parent's signature, from which transformers reads what `generate` may pass.
@@ -130,10 +130,11 @@ def with_response_loss(architecture: Any) -> Any:
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As the parent's; with `shift_labels (1, labels)`, those of the positions `logits_to_keep (labels,)`, a loss.
+        """Like the parent's forward, but with `shift_labels (1, labels)` it returns only the loss.
 
-        The loss is their sum divided by `num_items_in_batch`, which the Trainer counts over all ranks and
-        accumulation steps, or by the number of the batch's own labels without it.
+        `shift_labels` are the labels of the positions `logits_to_keep (labels,)`. The sum of their losses is divided by
+        `num_items_in_batch`, which the Trainer counts over all ranks and accumulation steps, or if it is None, by the
+        number of labels in this batch.
         """
         if shift_labels is None:
             if num_items_in_batch is not None:
@@ -153,10 +154,10 @@ def with_response_loss(architecture: Any) -> Any:
 
 
 def use_response_loss(model: PreTrainedModel) -> bool:
-    """Gives a loaded model the loss above, in place, after its embeddings have their final size.
+    """Makes a loaded model compute its loss in chunks, in place. Its embeddings must have their final size.
 
-    Returns False, and does nothing, if the model's head is not a plain Linear. Whether the loss is the architecture's
-    own is tested on a small copy (packing.py): some architectures scale or cap their logits after the head.
+    Returns False, and does nothing, if the model's head is not a plain Linear. packing.py tests on a small copy whether
+    this loss equals the architecture's own: some architectures scale or cap their logits after the head.
     """
     head = model.get_output_embeddings()
     if type(head) is not nn.Linear:

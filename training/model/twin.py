@@ -1,4 +1,4 @@
-"""A small float64 copy of a model's architecture, to see what its code does without loading a weight."""
+"""Builds a small float64 copy of a model's architecture, so that its code can be tested without loading weights."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.integrations import deepspeed
 
-POSITIONS = 64  # the twin's limit of a row, in place of thousands
-WINDOW = 8  # the twin's sliding windows and attention chunks
+POSITIONS = 64  # longest row of the copy, in tokens; real models have thousands
+WINDOW = 8  # longest sliding window or attention chunk of the copy, in tokens
 VOCABULARY = 128
 HEADS = 2
-LAYERS = 4  # at least, if the model has as many: some architectures place a kind of layer every few layers
-EXPERTS = 16
+LAYERS = 4  # at least, if the model has that many: in some architectures only every few layers are of a kind
+EXPERTS = 16  # at most
 
-# Names of the numbers in a config.json, by what they count.
+# Patterns for the keys of a config.json, by what their numbers count.
 _WINDOW = re.compile(r"(window|chunk)(?!.*(layers|pattern|feed_forward))")
 _POSITIONS = re.compile(r"(position\w*|n_ctx|seq_len\w*|seq_length)$")
 _VOCABULARY = re.compile(r"^vocab_size")
@@ -34,9 +34,9 @@ def shrunken_twin(
 ) -> PreTrainedModel:
     """A model of `config`'s architecture with few narrow layers and random weights, in float64 on the CPU.
 
-    Its code, attention implementation, kinds of layers, head size, windows and scaling are the config's. Windows
-    and position limits are short, so that short documents exceed each window and a short row exceeds the positions.
-    The same config gives the same twin in every process. Raises whatever the architecture raises for such a config.
+    Code, attention implementation, kinds of layers, head size and scaling are those of `config`. Windows and position
+    limits are shortened, so that short documents exceed each window and a short row exceeds the position limit. The
+    same config gives the same model in every process. Raises whatever the architecture's code raises.
     """
     small = shrunken_config(config, heads)
     with _seeded(), _without_zero3():
@@ -44,12 +44,12 @@ def shrunken_twin(
             small, dtype=torch.float64, trust_remote_code=trust_remote_code, experts_implementation="eager"
         )
     model = model.to("cpu", torch.float64).eval()
-    _set_lively_weights(model)
+    _set_random_weights(model)
     return model
 
 
 def shrunken_config(config: PreTrainedConfig, heads: int) -> PreTrainedConfig:
-    """A copy of `config` with few layers and small widths, that keeps what decides how tokens mix."""
+    """A copy of `config` with few layers and small widths. Settings that decide which tokens attend to which are kept."""
     small = copy.deepcopy(config)
     for part in _parts(small):
         _shrink(part, heads)
@@ -67,10 +67,10 @@ def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
 def _shrink(config: PreTrainedConfig, most_heads: int) -> None:
     width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
     layers = getattr(config, "num_hidden_layers", None)
-    few_heads = narrow = None
+    few_heads = small_width = None
     if isinstance(heads, int) and isinstance(width, int):
         few_heads = min(heads, most_heads)
-        narrow = few_heads * (getattr(config, "head_dim", None) or width // heads)
+        small_width = few_heads * (getattr(config, "head_dim", None) or width // heads)
     kept = _kept_layers(config, layers)
     for name, value in list(vars(config).items()):
         if isinstance(value, list | tuple) and layers and len(value) == layers:
@@ -91,8 +91,8 @@ def _shrink(config: PreTrainedConfig, most_heads: int) -> None:
             setattr(config, name, min(value, EXPERTS))
         elif _KEY_HEADS.search(name) and few_heads:
             setattr(config, name, few_heads if value == heads else 1)
-        elif narrow and (value == width or _INNER.search(name)):
-            setattr(config, name, narrow)
+        elif small_width and (value == width or _INNER.search(name)):
+            setattr(config, name, small_width)
     if few_heads:
         config.num_attention_heads = few_heads
     if kept:
@@ -100,7 +100,7 @@ def _shrink(config: PreTrainedConfig, most_heads: int) -> None:
 
 
 def _kept_layers(config: PreTrainedConfig, layers: Any) -> Any:
-    """Layers of the twin: at least LAYERS, and as many as hold each kind of layer once."""
+    """Number of layers of the copy: at least LAYERS, and enough to have each kind of layer once."""
     if not isinstance(layers, int):
         return None
     lists = [
@@ -110,8 +110,8 @@ def _kept_layers(config: PreTrainedConfig, layers: Any) -> Any:
     return min(layers, max([LAYERS, *(kinds.index(kind) + 1 for kind in kinds)]))
 
 
-def _set_lively_weights(model: PreTrainedModel) -> None:
-    """Random weights with which every part of a layer changes its output visibly, unlike those of an initializer."""
+def _set_random_weights(model: PreTrainedModel) -> None:
+    """Sets random weights large enough that every part of a layer affects its output. An initializer's are too small."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -124,7 +124,7 @@ def _set_lively_weights(model: PreTrainedModel) -> None:
 
 @contextmanager
 def _seeded() -> Iterator[None]:
-    """Draws from a fixed seed on the CPU, and leaves the generators of the run as they are."""
+    """Seeds the CPU's random numbers, and restores their former state on exit."""
     state = torch.get_rng_state()
     torch.default_generator.manual_seed(0)
     try:
@@ -135,7 +135,7 @@ def _seeded() -> Iterator[None]:
 
 @contextmanager
 def _without_zero3() -> Iterator[None]:
-    """While DeepSpeed's config is alive, transformers would cut the twin into shards over all ranks."""
+    """Hides DeepSpeed's config from transformers, which would otherwise shard the copy over all ranks."""
     alive = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()
     try:
