@@ -81,8 +81,8 @@ class Series:
             return
         self._merge(int(x // self.width), {"x": (1, x, x), **added})
         while len(self.buckets) > self.points:
-            halved, self.buckets, self.width = self.buckets, {}, 2 * self.width
-            for index, bucket in halved.items():
+            narrow, self.buckets, self.width = self.buckets, {}, 2 * self.width
+            for index, bucket in narrow.items():
                 self._merge(index // 2, bucket)
 
     def _merge(self, index: int, bucket: Mapping[str, tuple[int, float, float]]) -> None:
@@ -424,7 +424,7 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 
 def error_text(error: BaseException | str | None) -> str:
-    """The error with its traceback; of a long one only the last lines."""
+    """The error with its traceback. A long one is cut to its last lines."""
     text = "".join(traceback.format_exception(error)) if isinstance(error, BaseException) else str(error)
     lines = text.rstrip().splitlines()
     return "\n".join(["..."] * (len(lines) > ERROR_LINES) + [line[:500] for line in lines[-ERROR_LINES:]])

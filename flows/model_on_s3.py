@@ -2,7 +2,7 @@
 
     python flows/model_on_s3.py 1764229912 --to dolly       then: python -m training.generate --model dolly "..."
 
-The model lies under METAFLOW_DATATOOLS_S3ROOT/TrainDollyFlow/<run id>/. run.json is copied last, so training.generate
+The model is under METAFLOW_DATATOOLS_S3ROOT/TrainDollyFlow/<run id>/. run.json is copied last, so training.generate
 refuses an incomplete copy. The artifact `model` of the run holds each file's size and SHA-256.
 """
 

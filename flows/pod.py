@@ -1,7 +1,7 @@
 """Resources of the training pod: CPUs, GPUs, memory, disk and shared memory, taken from the plan.
 
-Metaflow needs them before a run has parameters, so they are those of Dolly's run (on "cpu" of the demo). A run that
-needs more is refused in its first step, with the numbers to type. It does not import torch.
+Metaflow needs them before a run has parameters, so they are planned for Dolly's run, or on "cpu" for the demo. A run
+that needs more is refused in its first step, with the numbers to type. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ CPU_RANKS = 2
 # 2 GiB a rank make 16 GiB for eight, as in training.launch.exits. Used shared memory counts as memory of the pod.
 SHARED_GIB = 2.0
 # For each rank, its supervisor and the threads of the offloaded Adam. Cloud machines have at least as many per GPU. A
-# pod that requests more than its node has would wait for ever.
+# pod that requests more than its node has would wait forever.
 CPUS_A_GPU = 4
 DRIVER_GIB = 2.0  # the flow's process and card, DeepSpeed's launcher, Metaflow's sidecars
 MARGIN = 1.1  # the plan's own accuracy
@@ -40,7 +40,7 @@ KEYS = ("cpu", "gpu", "memory", "disk", "shared_memory")  # keys of Metaflow's @
 class PodError(MetaflowException):
     """No machine can provide this pod. Metaflow shows the message without a traceback."""
 
-    headline = "No such pod"
+    headline = "Cannot request this pod"
 
 
 def parse_machine(name: str) -> str:
@@ -71,12 +71,12 @@ def machine_of(name: str, gpus: int | None = None) -> Machine:
     except MachineError as error:
         raise PodError(f"machine: {error}, cpu") from error
     if gpus and gpus > machine.count:
-        raise PodError(f'resources {{"gpu": {gpus}}}: {machine.name} has {machine.count}')
+        raise PodError(f'resources {{"gpu": {gpus}}}: {machine.name} has {machine.count} GPUs. Request fewer')
     return replace(machine, count=gpus or machine.count)
 
 
 def plan_for(machine: Machine) -> Plan:
-    """The plan of Dolly's run on the machine, whether it fits or not; on "cpu" of the demo with Alpaca's lengths."""
+    """The plan of Dolly's run on the machine, even if it does not fit. On "cpu": of the demo with Alpaca's row lengths."""
     chosen = preset_options(machine.family, machine.count)
     if machine.is_cpu:
         chosen |= demo_options(machine.count)
@@ -97,7 +97,7 @@ def resources(name: str, requested: Mapping[str, int]) -> dict[str, Any]:
     return {
         "cpu": machine.count * (1 if machine.is_cpu else CPUS_A_GPU),
         "gpu": None if machine.is_cpu else machine.count,
-        # With more, the pod would wait for ever, because no node has it.
+        # With more, the pod would wait forever, because no node has it.
         **_needs(plan_for(machine), at_most=SHARE_OF_NODE * machine.host_gib),
         "shared_memory": round(1024 * SHARED_GIB * machine.count),
         **requested,

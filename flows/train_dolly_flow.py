@@ -134,7 +134,7 @@ class TrainDollyFlow(FlowSpec):
     sample_every = option("sample_every")
     local_training_root = Parameter(
         "local-training-root",
-        help="Folder for the run's folder. On a cluster use storage that all pods share, or a resume starts at step 0."
+        help="Folder in which the run's folder is made. On a cluster use storage that all pods share, or a resume starts at step 0."
         "  [default: ~/dolly_training]",
     )
     dbfs_output_root = Parameter("dbfs-output-root", help="A folder or URL for a copy of the finished model.")
@@ -271,9 +271,11 @@ class TrainDollyFlow(FlowSpec):
                 "machine instead: --config-value machine 8xV100-32GB before run"
             )
         if self.ranks > machine.count:
-            problems.append(f"--num-gpus {self.ranks}: {machine.name} has {machine.count}")
+            problems.append(
+                f"--num-gpus {self.ranks}: {machine.name} has {machine.count}. Type a smaller number"
+            )
         if self.training_file is not None and self.training_dataset:
-            problems.append("--training-file and --training-dataset: give one of them")
+            problems.append("--training-file and --training-dataset: give only one of them")
         return problems
 
     def _plan(self, options: TrainingOptions, machine: Machine) -> Plan:
@@ -286,7 +288,6 @@ class TrainDollyFlow(FlowSpec):
 
         from training.data.tokens import split_held_out
         from training.plan.epoch import row_lengths
-        from training.plan.lookup import model_shape
         from training.plan.report import as_json, as_table
         from training.run.prepare import tokenised_rows
 
@@ -296,7 +297,7 @@ class TrainDollyFlow(FlowSpec):
         split_held_out(rows, options.test_size, options.seed)
         lengths = row_lengths(options.training_dataset, rows["length"][:], rows["response_start"][:])
         settings = resolve(options, self.ranks, FAMILIES[machine.family].precision)
-        plan = plan_run(settings, lengths, model_shape(options.input_model), machine)
+        plan = plan_run(settings, lengths, model_of(options), machine)
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)
         print(f"{ledger}\n\n{as_table(plan, price=None)}", flush=True)
         return plan

@@ -223,7 +223,7 @@ cells.answers_by_step(read(choices.output / SAMPLES_FILE))
 # COMMAND ----------
 
 cells.finished_record(choices)
-published = choices.published or "nowhere, as dbfs_output_root is empty"
+published = choices.published or "nowhere, because dbfs_output_root is empty"
 folder = choices.output if "://" in published or not choices.published else choices.published
 print(f"""The model is in     {choices.output}
 and published to    {published}

@@ -106,7 +106,7 @@ def flags(program: str) -> set[str]:
     if program == FLOW:
         user = os.environ | {"METAFLOW_USER": "tester"}
         results = [python(FLOW, *command, "--help", env=user) for command in ([], ["run"], ["resume"])]
-        text = "".join(each.stdout + each.stderr for each in results)  # Metaflow prints to stderr
+        text = "".join(result.stdout + result.stderr for result in results)  # Metaflow prints to stderr
         return set(OPTION.findall(text)) | flags("training.trainer")  # it passes options on
     if program == "deepspeed":
         text = io.StringIO()

@@ -216,7 +216,7 @@ def test_all_problems_are_reported_together_before_training(metaflow: Metaflow, 
     for problem in (
         "the bucket 'nobodys' cannot be reached",
         "--gpu-family a10: this machine has no GPU. Type --gpu-family cpu",
-        "--training-file and --training-dataset: give one of them",
+        "--training-file and --training-dataset: give only one of them",
         "--epochs nan: expected a finite number",
         "--warmup-steps 5 would be ignored",
         "--local-training-root /proc/runs/",
@@ -466,7 +466,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights_and_pushed_once_a_bucket_ex
     client.delete_bucket(Bucket="soon-gone")
     code, output = metaflow.run("resume", **root)
     assert code == 1
-    assert "the run goes on from" in output
+    assert "the run continues from" in output
     assert "step 2/8" not in output, "it started at step 0"
     assert "files arrived" in output
     assert f"The model in {model}" in output, "the message names the local model"
@@ -475,7 +475,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights_and_pushed_once_a_bucket_ex
     metaflow.bucket("soon-gone")
     code, output = metaflow.run("resume", **root)
     assert code == 0, output
-    assert "is finished already" in output
+    assert "is already finished" in output
     assert (model / "model.safetensors").stat().st_mtime_ns == written, "it trained again"
     kept, undisturbed = metaflow.artifacts("model"), in_a_pod[0].artifacts("model")
     assert kept["model"]["s3"] == f"s3://soon-gone/data/TrainDollyFlow/{kept['run']}"

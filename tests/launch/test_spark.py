@@ -105,7 +105,7 @@ def test_a_failure_shows_the_last_lines_of_the_rank_and_no_java(prefix: str) -> 
     error = training_failure(SPARK_ERROR.replace("torch/distributed", f"{prefix}torch/distributed"))
     assert error.code == REFUSED
     assert str(error) == (
-        "Training ended with exit code 2: refused before training: see the reasons, and what to type, above\n"
+        "Training ended with exit code 2: refused before training: see the reasons and what to type above\n"
         "Its last lines:\nbuilt\nCannot train:\n  - /data/rows.jsonl, line 2: broken JSON"
     )
 

@@ -581,14 +581,14 @@ def test_a_stopped_notebook_run_continues_by_its_name(tmp_path: Path) -> None:
     run.wait_for("step 20/36")
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 1
-    assert "Stopped. To go on" in run.printed
+    assert "Stopped. To continue" in run.printed
     assert f"type {run.name} into the widget resume" in run.printed
     (stopped,) = (run.root / run.name).glob("checkpoint-*")
     assert 20 <= int(stopped.name.split("-")[1]) < 36
     name = run.name
     again = Run(tmp_path, epochs="0.4", resume=name)
     finished_cells(again)
-    assert f"the run goes on from {stopped}" in again.printed
+    assert f"the run continues from {stopped}" in again.printed
     assert again.name == name
     assert read_run_record(again.models / name)["status"] == "finished"
     steps = [entry["step"] for entry in read(again.root / name / METRICS_FILE) if "loss" in entry]

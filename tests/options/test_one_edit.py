@@ -26,7 +26,7 @@ def test_a_new_decaying_schedule_trains_and_cannot_be_resumed_with_other_max_ste
     assert rates[1] < rates[0] <= 1e-5
     longer = run_in(tree, "training.trainer", *options, "--max-steps", "4", "--resume", "auto")
     assert longer.returncode == 2
-    assert "--max-steps was 2, and is 4" in longer.stdout
+    assert "--max-steps was 2, but is now 4" in longer.stdout
 
 
 def test_all_bad_options_are_reported_together_without_importing_torch(tmp_path: Path) -> None:

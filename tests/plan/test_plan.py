@@ -254,10 +254,10 @@ def test_time_and_price_are_given_for_the_run_and_for_an_epoch(options, steps):
         )
         assert answer["cost"][bound] == pytest.approx(32.77 * run)
     table = run_cli(*machine, *options).output
-    assert f"the whole run, {steps:,} steps\n" in table
+    assert f"the complete run, {steps:,} steps\n" in table
     assert f"{answer['cost']['expected']:,.2f}, between {answer['cost']['low']:,.2f}" in table
     assert " ".join(map(str, options)) in answer["command"]
-    assert "the whole run" not in run_cli(*machine, "--epochs", 1).output
+    assert "the complete run" not in run_cli(*machine, "--epochs", 1).output
 
 
 def test_a_run_that_does_not_fit_ends_with_code_1_and_the_option_that_makes_it_fit(tmp_path):
@@ -300,7 +300,7 @@ def test_a_model_that_cannot_be_packed_is_planned_with_padded_rows_and_a_warning
     assert 0.75 < padded.load.real_tokens / padded.load.paced_tokens < 0.85
     assert padded.activations_gib["without checkpointing"] > packed.activations_gib["without checkpointing"]
     more = padded.load.paced_tokens / packed.load.paced_tokens
-    assert padded.warning.endswith(f"The devices compute {more:.1f} times the tokens")
+    assert padded.warning.endswith(f"The devices compute {more:.1f} times as many tokens")
     assert f"WARNING: {padded.warning}" in as_table(padded, None)
     assert as_json(padded, None)["warnings"] == [padded.warning]
     assert "WARNING" not in as_table(packed, None)

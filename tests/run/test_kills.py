@@ -448,7 +448,7 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_older_checkpoint_intact(
     output = start(folder, 0, "--resume", "auto", **disk).ended(CANNOT_CONTINUE)
     older, incomplete = checkpoint.checkpoints(folder)[-2:]
     assert f"{incomplete} could not be written" in output
-    assert f"{older.name} is good" in output
+    assert f"{older.name} is complete" in output
     assert output.count("Make room") == 1
     assert checkpoint.read_manifest(incomplete) is None
     assert not checkpoint.problems_of(older)

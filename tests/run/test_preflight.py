@@ -250,7 +250,7 @@ def test_a_publishing_folder_that_is_not_empty_or_is_the_output_is_refused(tmp_p
     for folder, message in {
         "old": "already holds something",
         "old/config.json": "already holds something",
-        "out": "is the local output itself",
+        "out": "is the run's own output folder",
         "old/config.json/x": "cannot be written",
         "zz9://x": "there is no file system",
         "dbfs:/dolly": "a path is needed. Type /dbfs/dolly",
@@ -289,7 +289,7 @@ def test_empty_values_and_names_that_are_not_utf8_are_refused(tmp_path: Path, op
 
 
 @pytest.fixture
-def bound_by_modes() -> Iterator[None]:
+def without_root_write_access() -> Iterator[None]:
     """Removes root's right to write anywhere (CAP_DAC_OVERRIDE); the process stays root to read this checkout."""
     if os.getuid() != 0:
         yield
@@ -308,7 +308,7 @@ def bound_by_modes() -> Iterator[None]:
         assert libc.capset(version_3_of_this_thread, rights) == 0
 
 
-@pytest.mark.usefixtures("bound_by_modes")
+@pytest.mark.usefixtures("without_root_write_access")
 @pytest.mark.parametrize("below", ["", "a", "a/b"])
 def test_an_output_folder_without_write_permission_is_refused(tmp_path: Path, below: str) -> None:
     locked = tmp_path / "locked"

@@ -62,24 +62,24 @@ def test_an_unreadable_record_is_none(tmp_path: Path, content: str | None) -> No
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
-        ({"seed": 1}, ["--seed was 42, and is 1"]),
-        ({"lr": 2e-5}, ["--lr was 1e-05, and is 2e-05"]),
-        ({"weight_decay": 0.1}, ["--weight-decay was 0.0, and is 0.1"]),
-        ({"input_model": "demo"}, ["--input-model was EleutherAI/gpt-j-6B, and is demo"]),
-        ({"batching": "padded"}, ["--batching was packed, and is padded"]),
+        ({"seed": 1}, ["--seed was 42, but is now 1"]),
+        ({"lr": 2e-5}, ["--lr was 1e-05, but is now 2e-05"]),
+        ({"weight_decay": 0.1}, ["--weight-decay was 0.0, but is now 0.1"]),
+        ({"input_model": "demo"}, ["--input-model was EleutherAI/gpt-j-6B, but is now demo"]),
+        ({"batching": "padded"}, ["--batching was packed, but is now padded"]),
         (
             {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 9},
-            ["--lr-scheduler-type was constant, and is constant_with_warmup", "--warmup-steps was 0, and is 9"],
+            ["--lr-scheduler-type was constant, but is now constant_with_warmup", "--warmup-steps was 0, but is now 9"],
         ),
-        ({"bf16": None, "fp16": True}, ["the precision was bf16, and is fp16"]),
+        ({"bf16": None, "fp16": True}, ["the precision was bf16, but is now fp16"]),
         ({"rows": "other"}, ["the rows differ: another --training-dataset, --test-size, --max-length or "
                              "--keep-truncated, another prompt (training/data/prompt.py), or the file has changed "
                              "(it was tatsu-lab/alpaca)"]),
-        ({"world_size": 4}, ["the global batch was 64 rows, and is 32. Type --gradient-accumulation-steps 2"]),
-        ({"world_size": 3}, ["the global batch was 64 rows, and is 24: --per-device-train-batch-size x "
+        ({"world_size": 4}, ["the global batch was 64 rows, but is now 32. Type --gradient-accumulation-steps 2"]),
+        ({"world_size": 3}, ["the global batch was 64 rows, but is now 24: --per-device-train-batch-size x "
                              "--gradient-accumulation-steps x devices must stay the same"]),
         ({"gradient_accumulation_steps": 2},
-         ["the global batch was 64 rows, and is 128. Type --gradient-accumulation-steps 1"]),
+         ["the global batch was 64 rows, but is now 128. Type --gradient-accumulation-steps 1"]),
     ],
 )  # fmt: skip
 def test_each_option_that_changes_the_result_is_reported_with_both_values(
@@ -108,7 +108,7 @@ def test_options_that_do_not_change_the_result_are_no_difference(changed: dict[s
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_decaying_schedule_must_keep_its_end(schedule: str) -> None:
     former, now = record_of(lr_scheduler_type=schedule), record_of(lr_scheduler_type=schedule, epochs=1.0)
-    assert differences(former, now) == ["--epochs was 3.0, and is 1.0"]
+    assert differences(former, now) == ["--epochs was 3.0, but is now 1.0"]
 
 
 def test_the_digest_changes_with_any_token_response_start_order_or_held_out_row() -> None:

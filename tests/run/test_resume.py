@@ -204,7 +204,7 @@ def test_a_named_checkpoint_starts_a_new_folder_or_continues_its_own_as_the_newe
         ("out", "out", "it is not a checkpoint. Type --resume auto"),
         ("out/runs", "out", "it is not a checkpoint. Type --resume auto"),
         ("out/checkpoint-7", "out", "it was not written to the end"),
-        ("checkpoint-2", "new", "no run.json lies beside it"),
+        ("checkpoint-2", "new", "there is no run.json beside it"),
     ],
 )
 def test_an_unusable_checkpoint_name_is_refused_with_what_to_type(
@@ -332,7 +332,7 @@ def go(rows: str, model_with_dropout: str, monkeypatch: pytest.MonkeyPatch) -> G
 def undisturbed(
     rows: str, model_with_dropout: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list]:
-    """(folder, tokens of each micro-step) of 16 steps in two epochs, 8 rows a step but for each epoch's last."""
+    """(folder, tokens of each micro-step) of 16 steps in two epochs, 8 rows a step, fewer in the last step of an epoch."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     with pytest.MonkeyPatch.context() as patch:
         record, seen = run(rows, output, patch, input_model=model_with_dropout, save_total_limit=50)

@@ -326,7 +326,8 @@ def test_a_checkpoint_that_would_not_fit_is_not_started(
     with pytest.raises(TrainingError) as error:
         begin(save_steps=1)
     assert re.match(
-        r"step 3: a checkpoint needs .* are free in .*\. Make room\. checkpoint-2 is good", str(error.value)
+        r"step 3: a checkpoint needs .* are free in .*\. Make room\. checkpoint-2 is complete",
+        str(error.value),
     )
     assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-1", "checkpoint-2"]
     assert not any(map(checkpoint.problems_of, checkpoint.checkpoints(output)))
@@ -338,7 +339,7 @@ def test_a_disk_that_fills_up_at_the_end_of_a_save_is_reported(
 ) -> None:
     fill(monkeypatch, checkpoint, name, lambda path, *_: "checkpoint-4" in str(path))
     with pytest.raises(
-        TrainingError, match=r"No space left on device.*Make room\. checkpoint-2 is good"
+        TrainingError, match=r"No space left on device.*Make room\. checkpoint-2 is complete"
     ) as error:
         begin()
     assert error.value.alone

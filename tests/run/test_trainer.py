@@ -367,7 +367,7 @@ def test_another_architecture_is_packed_only_if_it_keeps_documents_apart(
     (warning,) = warnings
     assert re.fullmatch(
         rf"rows of {base} are padded, not packed: its attention crosses documents: .* The devices compute "
-        r"\d\.\d times the tokens",
+        r"\d\.\d times as many tokens",
         warning,
     )
     loaded = []

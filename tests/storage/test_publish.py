@@ -475,7 +475,7 @@ def test_a_missing_databricks_mount_and_the_models_own_folder_are_refused(
     monkeypatch.setattr(files, "MOUNTS", (str(mount),))
     assert_refused(finished, mount / "dolly", f"there is no {mount} on this machine. Name another folder")
     assert not mount.exists()
-    with pytest.raises(PublishError, match=r"is the local output itself\. Name another folder"):
+    with pytest.raises(PublishError, match=r"is the run's own output folder\. Name another folder"):
         publish(finished, str(finished / "runs" / ".."))
 
 

@@ -74,7 +74,7 @@ def test_a_logged_step_is_one_line_with_units_and_the_time_left(tmp_path, capsys
     printed = lines(tmp_path, capsys, logs | speed, global_step=10)
     assert printed.startswith(
         "step 10/100  loss 1.2500  rate 1.00e-05  gradient norm 0.50"
-        "  12,346 tokens/s, 34% of those computed  MFU 50%  31.3 GiB"
+        "  12,346 tokens/s, 34% of computed tokens  MFU 50%  31.3 GiB"
     )
     assert printed.rstrip().endswith("left")
     assert printed.count("\n") == 1

@@ -49,7 +49,7 @@ def _deal_longest_first(lengths: Sequence[int], shares: int) -> list[Share]:
 def _swap_until_even(lengths: Sequence[int], dealt: list[Share], tokens: list[int]) -> None:
     """Swaps rows between the largest and the smallest share, in place, until no swap narrows the gap.
 
-    Stops early at LARGEST_SHARE: going on would gain 0.2% of a step and double the planning time.
+    Stops early at LARGEST_SHARE: more swaps would gain 0.2% of a step and double the planning time.
     """
     target = LARGEST_SHARE * sum(tokens) / len(tokens)
     while max(tokens) > target:

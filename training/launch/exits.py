@@ -19,7 +19,7 @@ _CONTINUE = "Continue with --resume auto"
 _NO_PROGRAM = "a program could not be started. Activate the environment that has requirements.txt installed"
 _CODES = {
     0: "finished",
-    REFUSED: "refused before training: see the reasons, and what to type, above",
+    REFUSED: "refused before training: see the reasons and what to type above",
     CANNOT_CONTINUE: f"training could not continue: see the reason above. {_CONTINUE}",
     INTERRUPTED: f"stopped by SIGTERM or Ctrl-C, with a checkpoint. {_CONTINUE}",
     LOST_PEER: f"another rank ended or hangs: see the message of that rank. {_CONTINUE}",

@@ -41,12 +41,18 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
         max_positions(config)
         architectures = [str(kind) for kind in config.architectures or []]
     except Exception as error:  # values of the wrong type
-        raise ModelError(f"{name}: its config.json is broken ({first_line(error)})") from error
+        raise ModelError(
+            f"{name}: its config.json is broken ({first_line(error)}). Correct it, or download the model again"
+        ) from error
     if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
-        raise ModelError(f"{name}: a {config.model_type} model is not a causal language model")
+        raise ModelError(
+            f"{name}: a {config.model_type} model is not a causal language model. Name another one"
+        )
     # transformers would load an encoder as a causal LM, and every token would attend to later ones.
     if any(kind.endswith(("ForMaskedLM", "ForPreTraining")) for kind in architectures):
-        raise ModelError(f"{name}: a {architectures[0]} is an encoder, not a causal language model")
+        raise ModelError(
+            f"{name}: a {architectures[0]} is an encoder, not a causal language model. Name another one"
+        )
     return config
 
 
@@ -71,7 +77,7 @@ def load_model(
     """
     name = model_folder(name)
     try:
-        with _glibc_returns_freed_memory():
+        with _return_freed_memory():
             model, loading_info = AutoModelForCausalLM.from_pretrained(
                 name,
                 dtype=dtype,
@@ -85,7 +91,9 @@ def load_model(
     except ModelError:
         raise
     except Exception as error:  # from torch, safetensors, pickle or an invalid config
-        raise ModelError(f"{name}: the weights could not be loaded ({first_line(error)})") from error
+        raise ModelError(
+            f"{name}: the weights could not be loaded ({first_line(error)}). Download the model again, or name another one"
+        ) from error
     missing = sorted(loading_info["missing_keys"])
     if missing:
         raise ModelError(
@@ -121,7 +129,7 @@ def _check_vocabulary(name: str, tokenizer: PreTrainedTokenizerBase, rows: int) 
 
 
 @contextmanager
-def _glibc_returns_freed_memory() -> Iterator[None]:
+def _return_freed_memory() -> Iterator[None]:
     """Makes glibc return freed blocks to the system at once, while the model is loaded in shards.
 
     ZeRO-3 gathers and frees every layer once. glibc keeps blocks of up to 32 MiB for reuse, which peaked at twice the

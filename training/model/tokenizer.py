@@ -21,7 +21,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # missing folder, no network, broken JSON: a dozen unrelated types
-        raise ModelError(f"{name}: no tokenizer could be loaded ({first_line(error)})") from error
+        raise ModelError(
+            f"{name}: no tokenizer could be loaded ({first_line(error)}). "
+            "Expected a folder with tokenizer.json, or a model's name on the Hub"
+        ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:
         raise ModelError(
             f"{name}: its tokenizer has no fast (Rust) form. Save one as tokenizer.json in the folder"
@@ -38,7 +41,9 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     except ModelError:
         raise
     except Exception as error:  # the files load, but cannot be used
-        raise ModelError(f"{name}: its tokenizer is broken ({first_line(error)})") from error
+        raise ModelError(
+            f"{name}: its tokenizer is broken ({first_line(error)}). Use the tokenizer files of the base model"
+        ) from error
     return tokenizer
 
 
@@ -60,7 +65,10 @@ def _check_control_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None
     for key in CONTROL_TOKENS:
         ids = tokenizer(f"a{key}b", add_special_tokens=False)["input_ids"]
         if ids.count(tokenizer.convert_tokens_to_ids(key)) != 1:
-            raise ModelError(f"{name}: its tokenizer does not keep {key!r} as one token (got ids {ids})")
+            raise ModelError(
+                f"{name}: its tokenizer does not keep {key!r} as one token (got ids {ids}). "
+                "Use a model with another tokenizer"
+            )
     for key in (*CONTROL_TOKENS, tokenizer.eos_token):
         if tokenizer.convert_tokens_to_ids(key) in encode_text(tokenizer, [key])[0]:
             raise ModelError(

@@ -21,7 +21,7 @@ def read_json(path: str) -> dict[str, Any]:
     try:
         if not file.exists() and (ROOT / path).exists():
             file = ROOT / path
-        if file.exists() and not file.is_file():  # reading a pipe may block for ever
+        if file.exists() and not file.is_file():  # reading a pipe may block forever
             raise OSError(0, "Is not a regular file")
         config = json.loads(file.read_text(), object_pairs_hook=_unique_keys)
     except OSError as error:

@@ -194,7 +194,7 @@ class TrainingOptions:
 
     local_output_dir: str = _output(
         MISSING,
-        "Folder for model, checkpoints and logs, on a local disk. New, or with --resume the folder of a run.",
+        "Folder for model, checkpoints and logs, on a local disk: a new one, or with --resume that of the run.",
         required=True,
         metavar="FOLDER",
     )

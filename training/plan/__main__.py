@@ -108,7 +108,9 @@ def _plan(name: str | None, num_gpus: int | None, typed: dict[str, Any], problem
     with _collect_errors(problems):
         machine = this_machine(options.local_output_dir, num_gpus) if not name else find_machine(name)
         if num_gpus and num_gpus > machine.count:
-            raise MachineError(f"--num-gpus {num_gpus}: {machine.name} has {machine.count}")
+            raise MachineError(
+                f"--num-gpus {num_gpus}: {machine.name} has {machine.count}. Type a smaller number"
+            )
         ranks = machine.count if num_gpus is None else num_gpus
         chosen = preset_options(machine.family, ranks, options.batching)
         options = replace(options, **{key: value for key, value in chosen.items() if typed[key] is None})

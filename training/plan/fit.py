@@ -98,8 +98,8 @@ def plan_run(settings: Settings, lengths: Lengths, model: ModelShape, machine: M
         packed = epoch_load(lengths, replace(settings, batching="packed"))
         plan = replace(
             plan,
-            warning=f"rows of {model.name} are padded, not packed: {model.obstacle or 'this run began so'}. The devices "
-            f"compute {plan.load.paced_tokens / packed.paced_tokens:.1f} times the tokens",
+            warning=f"rows of {model.name} are padded, not packed: {model.obstacle or 'the run started with padding'}. "
+            f"The devices compute {plan.load.paced_tokens / packed.paced_tokens:.1f} times as many tokens",
         )
     return plan if plan.fits else replace(plan, changes=_nearest_changes(plan, settings, lengths))
 
@@ -110,9 +110,7 @@ def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan
     Raises MachineError for an unknown GPU family, OptionsError for options that cannot be used on the machine, and
     ModelError or DataError if the model or the dataset cannot be loaded.
     """
-    family, model = find_family(machine.family), model_shape(options.input_model, options.trust_remote_code)
-    if options.batching == "packed" and not is_built_in(model.name):
-        model = with_packing(model, _packing(options))
+    family, model = find_family(machine.family), model_of(options)
     settings = resolve(options, ranks, family.precision)
     if family.precision == "fp16" and settings.precision == "bf16":
         raise OptionsError(
@@ -127,16 +125,21 @@ def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan
     return plan_run(settings, lengths, model, machine)
 
 
-def with_packing(model: ModelShape, packing: Packing) -> ModelShape:
-    """The shape with what was found about the model's architecture."""
-    return replace(model, obstacle=packing.obstacle, response_loss=packing.response_loss)
-
-
-def _packing(options: TrainingOptions) -> Packing:
+def model_of(options: TrainingOptions) -> ModelShape:
+    """The shape of the run's base model, with what its architecture allows. Raises ModelError for an unknown model."""
+    model = model_shape(options.input_model, options.trust_remote_code)
+    if options.batching != "packed" or is_built_in(model.name):
+        return model
     from training.model.loading import load_config
     from training.model.packing import packing_of
 
-    return packing_of(load_config(options.input_model, options.trust_remote_code), options.trust_remote_code)
+    config = load_config(options.input_model, options.trust_remote_code)
+    return with_packing(model, packing_of(config, options.trust_remote_code))
+
+
+def with_packing(model: ModelShape, packing: Packing) -> ModelShape:
+    """The shape with the result of `packing_of` for the model's architecture."""
+    return replace(model, obstacle=packing.obstacle, response_loss=packing.response_loss)
 
 
 def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine) -> Plan:

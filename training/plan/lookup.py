@@ -10,7 +10,7 @@ from training.plan.model_shape import BUILT_IN, ModelShape, gptj_shape
 
 
 def is_built_in(name: str) -> bool:
-    """Whether the model's shape is known without its config. All of these can be packed; a test recomputes it."""
+    """Whether the model's shape is known without its config. All of these can be packed, which a test checks."""
     return name == DEMO or name.lower() in BUILT_IN
 
 

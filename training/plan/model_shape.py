@@ -96,8 +96,8 @@ _PYTHIAS = {
     "12b": (36, 5120, 40, 50688),
 }
 BUILT_IN = {
-    facts.name.lower(): facts
-    for facts in (
+    model.name.lower(): model
+    for model in (
         gptj_shape("EleutherAI/gpt-j-6B", 28, 4096, 16, 50400, downloaded=True),
         *(
             neox_shape(f"EleutherAI/pythia-{size}{suffix}", *shape, downloaded=True)

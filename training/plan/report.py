@@ -70,24 +70,24 @@ def as_table(plan: Plan, price: float | None) -> str:
         "",
         f"memory of each {device}, GiB",
         *(_line(name, value) for name, value in plan.gpu_memory_gib.items() if value),
-        _line("together", total, None if machine.is_cpu else machine.gpu_memory_gib),
+        _line("total", total, None if machine.is_cpu else machine.gpu_memory_gib),
         "activations and logits, GiB",
         *(_line(name, value) for name, value in plan.activations_gib.items()),
         "host memory, GiB",
         *(_line(name, value, machine.host_gib) for name, value in plan.host_memory_gib.items()),
         "disk, GiB",
         *(_line(name, value) for name, value in plan.disk_gib.items()),
-        _line("together", sum(plan.disk_gib.values()), machine.disk_gib),
+        _line("total", sum(plan.disk_gib.values()), machine.disk_gib),
         "an epoch",
         f"  {load.steps:,} steps of {sum(seconds.values()):.2f} s: "
         + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value),
         f"  {load.real_tokens:,} real tokens of {load.computed_tokens:,} computed "
         f"({load.real_tokens / load.computed_tokens:.0%}); {load.real_tokens / load.paced_tokens:.0%} "
-        "of what the slowest device's pace allows",
+        "of what the devices could compute in the time of the slowest",
         _time_and_cost(plan.hours_per_epoch, price),
     ]
     if plan.steps != load.steps:
-        lines += [f"the whole run, {plan.steps:,} steps", _time_and_cost(plan.hours, price)]
+        lines += [f"the complete run, {plan.steps:,} steps", _time_and_cost(plan.hours, price)]
     lines.append("")
     if plan.warning:
         lines.append(f"WARNING: {plan.warning}")

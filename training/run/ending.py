@@ -139,7 +139,7 @@ def exit_with_message(output: str | None, rank_timeout: int) -> Iterator[None]:
         started = (Path(os.path.expanduser(output or "")) / RUN_FILE).exists()
         again = "with --resume auto" if started else "again"  # the command may hold --resume FOLDER
         _end(
-            f"Stopped. To go on, type the same command {again}" if ranks.is_main_process() else "",
+            f"Stopped. To continue, type the same command {again}" if ranks.is_main_process() else "",
             INTERRUPTED,
         )
     except OSError as error:

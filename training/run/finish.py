@@ -70,9 +70,9 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> No
     )
     losses = record["held_out_loss"]
     limit = (
-        "Whoever uses it is bound by both. Alpaca's forbids commercial use: this model is for research."
+        "Both licences apply to every use of the model. Alpaca's forbids commercial use: this model is for research."
         if "-nc-" in data_licence
-        else "Whoever uses it is bound by both."
+        else "Both licences apply to every use of the model."
     )
     changed = "\n".join(f"| `{key}` | `{value}` |" for key, value in options.items())
     content = f"""---
@@ -150,7 +150,7 @@ def finish(settings: Settings, ledger: Ledger, record: dict[str, Any], last: Pat
 
 def deliver_again(settings: Settings, record: dict[str, Any]) -> dict[str, Any]:
     """Publishes and logs a run that an earlier command finished. Returns its record."""
-    logger.info("%s is finished already", settings.output)
+    logger.info("%s is already finished", settings.output)
     if is_main_process():
         _deliver(settings)
     return record

@@ -1,4 +1,4 @@
-"""The record of a run (run.json), and the differences that would make a resume another run."""
+"""Builds the record of a run (run.json), and finds the differences that would change the result of a resumed run."""
 
 from __future__ import annotations
 
@@ -81,15 +81,15 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if SCHEDULES[after["lr_scheduler_type"]].decays:
         names += ["epochs", "max_steps"]
     found = [
-        f"{flag_of(name)} was {before.get(name)}, and is {after.get(name)}"
+        f"{flag_of(name)} was {before.get(name)}, but is now {after.get(name)}"
         for name in names
         if before.get(name) != after.get(name)
     ]
     if former.get("precision") != now["precision"]:
-        found.append(f"the precision was {former.get('precision')}, and is {now['precision']}")
+        found.append(f"the precision was {former.get('precision')}, but is now {now['precision']}")
     if former.get("global_batch") != now["global_batch"]:
         found.append(
-            f"the global batch was {former.get('global_batch')} rows, and is {now['global_batch']}"
+            f"the global batch was {former.get('global_batch')} rows, but is now {now['global_batch']}"
             f"{_same_batch(former.get('global_batch'), after, now['world_size'])}"
         )
     if former.get("rows") and now.get("rows") and former["rows"] != now["rows"]:

@@ -27,7 +27,7 @@ def system_lock(file: Path, timeout: float = -1) -> AbstractContextManager[Any] 
     """Takes a file lock; leaving the context releases it. The system releases it when the process dies.
 
     Returns None if the file system has no locks. Raises filelock.Timeout if another process still holds the lock
-    after `timeout` seconds; -1 waits for ever.
+    after `timeout` seconds; -1 waits forever.
     """
     from filelock import FileLock
 
@@ -50,17 +50,17 @@ def one_writer(folder: Path) -> Iterator[None]:
 
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        held = system_lock(folder / WRITER_LOCK, timeout=0)
+        lock = system_lock(folder / WRITER_LOCK, timeout=0)
     except Timeout as error:
         raise FolderBusyError(_who_writes(folder)) from error
-    if held is None:
+    if lock is None:
         logger.warning(
             "%s: its file system has no locks, so nothing stops a second run from writing into it. Start only one",
             folder,
         )
         yield
         return
-    with held:
+    with lock:
         try:
             since = time.strftime("%Y-%m-%d %H:%M:%S %Z")
             info = {"pid": os.getpid(), "host": socket.gethostname(), "since": since}

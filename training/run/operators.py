@@ -32,7 +32,7 @@ def compile_operators(config: dict[str, Any], timeout: float = -1) -> None:
 
     Args:
         config: the DeepSpeed configuration.
-        timeout: seconds to wait for another process that compiles; -1: for ever.
+        timeout: seconds to wait for another process that compiles; -1: forever.
 
     Raises OptionsError if the compilation fails, or if another process blocks it for `timeout` seconds.
     """
@@ -41,13 +41,13 @@ def compile_operators(config: dict[str, Any], timeout: float = -1) -> None:
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
         file = folder / "one-rank-at-a-time.lock"
         try:
-            held = system_lock(file, timeout)
+            lock = system_lock(file, timeout)
         except Timeout as error:
             raise OptionsError(
                 f"another process has been compiling DeepSpeed's operator {builder.name} for {timeout:.0f} s "
                 f"(--rank-timeout) and hangs. Find it (fuser {shlex.quote(str(file))}), stop it, and start again"
             ) from error
-        if held is None and not warned:
+        if lock is None and not warned:
             logger.warning(
                 "%s: its file system has no locks. If this start hangs, a rank was killed while it compiled: stop "
                 "it, and type rm %s/*/lock, or export TORCH_EXTENSIONS_DIR=/a/folder/on/a/local/disk",
@@ -55,8 +55,8 @@ def compile_operators(config: dict[str, Any], timeout: float = -1) -> None:
                 shlex.quote(str(folder.parent)),
             )
             warned = True
-        with held or nullcontext(), _torch_libraries_quoted():
-            if held is not None:
+        with lock or nullcontext(), _quote_torch_libraries():
+            if lock is not None:
                 (folder / "lock").unlink(missing_ok=True)
             try:
                 builder.load()
@@ -70,7 +70,7 @@ def compile_operators(config: dict[str, Any], timeout: float = -1) -> None:
 
 
 @contextmanager
-def _torch_libraries_quoted() -> Iterator[None]:
+def _quote_torch_libraries() -> Iterator[None]:
     """Quotes the path of torch's libraries for the linker. torch does not, and a space would split it."""
     plain = cpp_extension.TORCH_LIB_PATH
     cpp_extension.TORCH_LIB_PATH = shlex.quote(plain)

@@ -61,7 +61,7 @@ def prepare(settings: Settings) -> Prepared:
 
 
 def agreed_packing(options: TrainingOptions) -> Packing:
-    """What the model's architecture allows on every rank: packing, only if no rank's libraries have an obstacle."""
+    """What the model's architecture supports on all ranks. If one rank has an obstacle, no rank packs."""
     if options.batching != "packed":
         return Packing("padded rows were requested")
     config = load_config(options.input_model, options.trust_remote_code)

@@ -156,4 +156,4 @@ def older_checkpoint(output: str | Path) -> str:
         return (
             "No checkpoint has been written yet: type the same command with --resume auto to start at step 0"
         )
-    return f"{complete[-1].name} is good: type the same command with --resume auto to continue from it"
+    return f"{complete[-1].name} is complete: type the same command with --resume auto to continue from it"

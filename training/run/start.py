@@ -175,7 +175,7 @@ def _start_without_record(output: Path, options: TrainingOptions, named: Path | 
     """Step 0 if the folder holds no run. Raises OptionsError if it holds one without a readable record."""
     if named:
         raise OptionsError(
-            f"--resume {options.resume}: no {RUN_FILE} lies beside it. Name a checkpoint in the folder of its run"
+            f"--resume {options.resume}: there is no {RUN_FILE} beside it. Name a checkpoint in the folder of its run"
         )
     if (output / RUN_FILE).exists() or checkpoint.checkpoints(output):
         raise OptionsError(

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 def planned_steps(settings: Settings, rows: int) -> int:
-    """Optimizer steps of the whole run on `rows` rows, counted as the Trainer does."""
+    """Optimizer steps of the complete run on `rows` rows, counted as the Trainer does."""
     options = settings.options
     return options.max_steps or math.ceil(options.epochs * steps_per_epoch(settings, rows))
 
@@ -52,17 +52,17 @@ def run_steps(
     args = prepared.args
     if start.folder is not None:
         args.eval_on_start = False  # it was measured before step 1
-        logger.info("the run goes on from %s", start.folder)
+        logger.info("the run continues from %s", start.folder)
     if start.loaded != start.folder:
         args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
     trainer = build_trainer(settings, prepared, request)
     samples = _samples(trainer, settings)
     if args.process_index == 0:
         forget_later_steps(settings.output, start)
-    restoring = [] if start.folder is None else [RestoreOnResume(trainer, start.folder)]
+    resume_callbacks = [] if start.folder is None else [RestoreOnResume(trainer, start.folder)]
     try:
         with trackers(settings, record, trainer.seconds) as callbacks:
-            for callback in [*callbacks, *samples, *restoring]:
+            for callback in [*callbacks, *samples, *resume_callbacks]:
                 trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=None if start.loaded is None else str(start.loaded))
     except Exception as error:

@@ -72,7 +72,7 @@ def open_target(target: str, folder: Path | None) -> Target:
         raise PublishError(f"{target}: there is no {mount} on this machine. Name another folder")
     try:
         if folder is not None and path.resolve() == folder.resolve():
-            raise PublishError(f"{target}: is the local output itself. Name another folder")
+            raise PublishError(f"{target}: is the run's own output folder. Name another folder")
         if path.exists() and not path.is_dir():
             raise PublishError(f"{target}: already holds something: it is a file. {NEW_FOLDER}")
         if not writable(path):

@@ -41,7 +41,7 @@ class ProgressLog(TrainerCallback):
             print_line(
                 f"{step_label(state)}  loss {logs['loss']:.4f}  rate {logs['learning_rate']:.2e}"
                 f"  gradient norm {float(logs.get('grad_norm') or 0.0):.2f}"
-                f"  {logs['tokens_per_second']:,.0f} tokens/s, {logs['real_token_share']:.0%} of those computed"
+                f"  {logs['tokens_per_second']:,.0f} tokens/s, {logs['real_token_share']:.0%} of computed tokens"
                 f"  MFU {logs['mfu']:.0%}  {logs['peak_memory_gib']:.1f} GiB{self._speed(state)}"
             )
 

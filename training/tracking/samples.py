@@ -88,9 +88,8 @@ class Samples(TrainerCallback):
             if (instruction, context) not in existing
         ]
         metrics.append(self.file, *entries)
-        for log in (
-            each for each in self.trainer.callback_handler.callbacks if isinstance(each, TensorBoardLog)
-        ):
+        callbacks = self.trainer.callback_handler.callbacks
+        for log in (callback for callback in callbacks if isinstance(callback, TensorBoardLog)):
             for number, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):
                 # Indented text is code in Markdown, which is shown unchanged.
                 texts = _prompt_text(prompt, 2), answer
