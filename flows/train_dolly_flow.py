@@ -52,7 +52,7 @@ from training.options.checks import option_problems
 from training.options.command_line import GroupedCommand, click_options, option_words, value_problems
 from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions, flag_of
-from training.plan.fit import Plan, plan_run
+from training.plan.fit import Plan, model_of, plan_run
 from training.plan.presets import demo_options, preset_options
 from training.run.preflight import destination_problems, prompt_problems
 from training.storage import metrics

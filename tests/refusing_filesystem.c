@@ -4,7 +4,7 @@
  *                          Catalog Volumes refuse fails with EPERM, or ENOTSUP where the system has no such call
  *   FULL_DISK=N:/folder    writes there fail with ENOSPC after N bytes of this process; what fits is written
  *   FLIP_BIT=N:/file       the first byte of the file is written wrong, the first N times that it is written
- *   KILL_AT=N:/folder      the Nth change there (open for writing, write, close after it, mkdir, unlink) is begun,
+ *   KILL_AT=N:/folder      the Nth change there (open for writing, write, close after it, mkdir, unlink) is started,
  *                          half of it if it is a write, and the process kills itself
  *
  * What libc does within itself (the buffers of fwrite) does not come by here; Python, Rust and C++ streams do.

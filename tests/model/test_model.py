@@ -227,7 +227,7 @@ def test_the_embedding_grows_to_fit_the_tokenizer_keeps_its_rows_and_never_shrin
 
 def test_the_new_embedding_rows_depend_only_on_the_seed(base_folder: Path, load: Load) -> None:
     def new_rows(seed: int) -> torch.Tensor:
-        torch.rand(seed)  # whatever was drawn before must not matter
+        torch.rand(seed)  # earlier random numbers must not matter
         model = load(base_folder, seed=seed)
         return torch.cat([model.get_input_embeddings().weight[-3:], model.lm_head.weight[-3:]])
 

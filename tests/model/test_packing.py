@@ -1,4 +1,4 @@
-"""An architecture is packed only if it keeps documents apart, and the answer is the same everywhere."""
+"""An architecture is packed only if it keeps documents apart, and every process gets the same result."""
 
 from __future__ import annotations
 
@@ -71,12 +71,14 @@ def test_an_architecture_that_caps_or_scales_its_logits_is_packed_with_its_own_l
         ("mpt", FAILS),
     ],
 )
-def test_an_architecture_that_mixes_documents_or_takes_no_long_row_is_refused(kind: str, reason: str) -> None:
+def test_an_architecture_that_mixes_documents_or_fails_on_long_rows_is_refused(
+    kind: str, reason: str
+) -> None:
     assert re.fullmatch(reason, str(packing(kind).obstacle))
 
 
 def test_the_built_in_models_of_the_plan_can_be_packed_with_the_chunked_loss() -> None:
-    assert {shape.kind for shape in BUILT_IN.values()} == {"gptj", "gpt_neox"}, "both are tried above"
+    assert {shape.kind for shape in BUILT_IN.values()} == {"gptj", "gpt_neox"}, "both are tested above"
     assert {(shape.obstacle, shape.response_loss) for shape in BUILT_IN.values()} == {(None, True)}
 
 
@@ -117,7 +119,7 @@ def test_the_small_copy_of_a_gpt2_and_a_granite_keeps_their_scaling() -> None:
     assert (granite.attention_multiplier, granite.residual_multiplier) == (0.0078, 0.22)
 
 
-def test_the_same_config_gives_the_same_small_copy_and_the_runs_own_random_numbers_stay() -> None:
+def test_the_same_config_gives_the_same_small_copy_and_leaves_the_random_state_unchanged() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)
     torch.manual_seed(7)
@@ -130,11 +132,11 @@ def test_the_same_config_gives_the_same_small_copy_and_the_runs_own_random_numbe
 
 
 def attention_that_leaks(past: int):
-    """torch's attention, but a token also sees what is `past` tokens or more before it, whatever its document."""
+    """torch's attention, but a token also attends to every token at least `past` positions before it, in any document."""
 
     def attend(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        place = torch.arange(query.shape[2])
-        allowed = place[:, None] - place >= past
+        positions = torch.arange(query.shape[2])
+        allowed = positions[:, None] - positions >= past
         if attention_mask is not None:
             allowed = allowed | attention_mask
         key, value = (
@@ -147,7 +149,7 @@ def attention_that_leaks(past: int):
 
 
 @pytest.mark.parametrize("past", [1, 40], ids=["everywhere", "only from tokens that are far away"])
-def test_a_planted_attention_that_sees_other_documents_is_refused(past: int) -> None:
+def test_a_planted_attention_to_other_documents_is_refused(past: int) -> None:
     AttentionInterface.register("leaky", attention_that_leaks(past))
     AttentionMaskInterface.register(
         "leaky", lambda *args, **kw: sdpa_mask(*args, **{**kw, "allow_is_causal_skip": False})
@@ -162,7 +164,7 @@ def test_a_planted_attention_that_sees_other_documents_is_refused(past: int) -> 
         del AttentionInterface._global_mapping["leaky"], ALL_MASK_ATTENTION_FUNCTIONS._global_mapping["leaky"]
 
 
-def test_a_model_whose_own_loss_is_out_of_place_is_refused() -> None:
+def test_a_model_whose_own_loss_shifts_the_labels_again_is_refused() -> None:
     def shifts_again(logits, labels, vocab_size, shift_labels=None, **kwargs):
         return F.cross_entropy(logits[0], shift_labels[0].roll(1))
 
@@ -174,7 +176,7 @@ def test_a_model_whose_own_loss_is_out_of_place_is_refused() -> None:
     )
 
 
-def test_a_forward_without_a_place_for_the_loss_gets_the_chunked_one_if_its_head_is_a_plain_linear() -> None:
+def test_a_forward_without_shift_labels_gets_the_chunked_loss_if_its_head_is_a_plain_linear() -> None:
     class Older(LlamaForCausalLM):
         def forward(self, input_ids=None, position_ids=None, attention_mask=None, labels=None):
             return super().forward(input_ids, position_ids=position_ids, use_cache=False)
@@ -190,7 +192,7 @@ def test_a_forward_without_a_place_for_the_loss_gets_the_chunked_one_if_its_head
     assert "its forward does not take a packed batch" in str(compare_packed_with_alone(model).obstacle)
 
 
-def test_one_rank_with_an_obstacle_is_enough_to_pad_on_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_rank_with_an_obstacle_pads_the_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "gather", lambda mine: [mine, Packing("older libraries"), Packing(None)])
     options = TrainingOptions(local_output_dir="x", input_model=DEMO)
     assert prepare.agreed_packing(options) == Packing("older libraries", response_loss=False)
@@ -198,11 +200,11 @@ def test_one_rank_with_an_obstacle_is_enough_to_pad_on_all(monkeypatch: pytest.M
     assert prepare.agreed_packing(options) == Packing(**PACKS)
 
 
-# --- the same answer everywhere -----------------------------------------------------------------------
+# --- the same result everywhere -----------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_the_answers_are_the_same_in_three_processes_and_two_precisions_also_under_zero3(
+def test_the_results_are_the_same_in_three_processes_and_two_precisions_also_under_zero3(
     tmp_path: Path,
 ) -> None:
     result = run(deepspeed(2, "tests.run.zero3_packing"), tmp_path, timeout=500)
@@ -295,9 +297,9 @@ def gradient(model: PreTrainedModel) -> torch.Tensor:
 
 
 def padded_gradient(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Of the padded batch's response loss, taken in float64 from the model's logits.
+    """Gradient of the padded batch's response loss, computed in float64 from the model's logits.
 
-    transformers' own loss is made in float32, which is not exact enough: on a trained model its gradient is off by 1e-4.
+    transformers' own loss is float32, which is not precise enough: for a trained model its gradient is wrong by 1e-4.
     """
     logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
     labels = batch["labels"][:, 1:]
@@ -307,7 +309,7 @@ def padded_gradient(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> t
 
 
 def relative_difference(model: PreTrainedModel, documents: list[dict]) -> float:
-    """Of the packed gradient, with what the architecture allows, from the padded one."""
+    """Relative difference between the packed gradient, with what the architecture supports, and the padded one."""
     expected = padded_gradient(model, padded(documents))
     prepare_for_packing(model, packing_of(model.config))
     model(**packed(documents)).loss.backward()

@@ -55,7 +55,7 @@ def test_a_process_that_hangs_while_compiling_is_waited_for_only_until_the_timeo
 
 
 @pytest.mark.parametrize("reason", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
-def test_a_file_system_without_locks_is_warned_of_once_and_torchs_lock_file_stays(
+def test_a_file_system_without_locks_causes_one_warning_and_torchs_lock_file_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, reason: str
 ):
     loaded = []
@@ -68,7 +68,7 @@ def test_a_file_system_without_locks_is_warned_of_once_and_torchs_lock_file_stay
     lock_file.touch()
     compile_operators({})
     assert loaded == ["comm", "adam"]
-    assert lock_file.exists(), "its rank may still be alive"
+    assert lock_file.exists(), "its rank may still be running"
     [warning] = caplog.messages
     assert warning.startswith(f"{tmp_path}: its file system has no locks")
     assert f"rm {tmp_path}/*/lock" in warning

@@ -63,7 +63,7 @@ def test_a_second_writer_is_refused_with_what_to_do_and_a_killed_one_leaves_no_l
         assert json.loads((folder / WRITER_INFO).read_text())["pid"] == os.getpid()
     (folder / WRITER_INFO).write_text('{"pid": 1, "host": "gone", "since": "2020-01-01"}')
     with held(folder):
-        pass  # another process gets it, whatever a dead writer left in the file
+        pass  # another process gets it, even if a killed writer left text in the file
 
 
 def test_children_of_a_killed_writer_do_not_keep_the_lock(tmp_path: Path) -> None:

@@ -99,7 +99,7 @@ def main(folder: Path) -> None:
             eager_gptj().save_pretrained(gptj)
             tied_llama().save_pretrained(llama)
         dist.barrier()
-        config = HfDeepSpeedConfig(CONFIG)  # while it lives, transformers shards models as they load
+        config = HfDeepSpeedConfig(CONFIG)  # while it exists, transformers shards models as they load
         compare(eager_gptj(), gptj, checkpointing=None, row_count=9)
         compare(eager_gptj(), gptj, checkpointing={"use_reentrant": False}, row_count=9)
         compare(eager_gptj(), gptj, checkpointing=None, row_count=9, micro_steps=2)

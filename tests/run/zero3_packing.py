@@ -1,4 +1,4 @@
-"""Run by test_packing.py on two ranks: what architectures allow, while a ZeRO-3 run is being prepared.
+"""Run by test_packing.py on two ranks: what architectures support, while a ZeRO-3 run is prepared.
 
 deepspeed --num_gpus 2 --module tests.run.zero3_packing FOLDER
 """
@@ -26,7 +26,7 @@ KINDS = ["llama", "mistral", "qwen2", "gpt_neox", "gpt2", "gptj", "phi", "gemma"
 
 
 def answers() -> dict[str, dict[str, Any]]:
-    """What the architectures allow, by kind and precision of the config."""
+    """What the architectures support, by kind and precision of the config."""
     return {
         f"{kind} in {dtype}": asdict(packing_of(AutoConfig.for_model(kind, dtype=dtype)))
         for kind in KINDS
