@@ -626,10 +626,10 @@ class Profiler:
             cuda = f"CUDA {gpus.cuda or '?'} (the newest that this driver runs)"
             yield self.markdown(f"Driver {gpus.driver or '?'}, {cuda}", "driver")
         elif "GPUs" in self.errors:
-            what, why = "No NVIDIA GPU", self.errors["GPUs"]
+            title, reason = "No NVIDIA GPU", self.errors["GPUs"]
             if "host" in self.errors and not self.host:
-                what, why = "**No device can be read**", f"{why}; {self.errors['host']}"
-            yield self.markdown(f"{what}: `{' '.join(why.replace('`', chr(39)).split())}`", "no gpu")
+                title, reason = "**No device can be read**", f"{reason}; {self.errors['host']}"
+            yield self.markdown(f"{title}: `{' '.join(reason.replace('`', chr(39)).split())}`", "no gpu")
         yield from self._device_table()
         since = time_unit(self.seconds())
         largest = max((device["memory_gib"] or 0 for device in gpus.devices), default=0) if gpus else 0

@@ -319,10 +319,10 @@ class TrainDollyFlow(FlowSpec):
         try:
             self.model["s3"] = push(folder, self.model["files"], self)
         except StoreError as error:
-            where = f"The model in {self.output} on {self.host} is complete"
+            state = f"The model in {self.output} on {self.host} is complete"
             if _is_remote():
-                where += ", but it is lost with the pod if that folder is on the pod's own disk"
-            raise StepFailedError(StoreError(f"{error}. {where}")) from error
+                state += ", but it is lost with the pod if that folder is on the pod's own disk"
+            raise StepFailedError(StoreError(f"{error}. {state}")) from error
         self.record = finished_run(folder)
         # Metaflow in the flow's package has no metadata that importlib could read.
         own = {"metaflow": metaflow.__version__, "python": platform.python_version()}

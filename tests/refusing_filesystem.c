@@ -1,13 +1,13 @@
-/* A stand-in for file systems that fail, put before libc by LD_PRELOAD. Folders are absolute and without links.
+/* A stand-in for file systems that fail, loaded before libc with LD_PRELOAD. Folders are absolute and without links.
  *
- *   REFUSE_UNDER=/folder   there, files are written from front to back once, and nothing else: what DBFS and Unity
- *                          Catalog Volumes refuse fails with EPERM, or ENOTSUP where the system has no such call
+ *   REFUSE_UNDER=/folder   files there can only be written once, from front to back. What DBFS and Unity Catalog
+ *                          Volumes refuse fails with EPERM, or with ENOTSUP where the system has no such call
  *   FULL_DISK=N:/folder    writes there fail with ENOSPC after N bytes of this process; what fits is written
  *   FLIP_BIT=N:/file       the first byte of the file is written wrong, the first N times that it is written
  *   KILL_AT=N:/folder      the Nth change there (open for writing, write, close after it, mkdir, unlink) is started,
  *                          half of it if it is a write, and the process kills itself
  *
- * What libc does within itself (the buffers of fwrite) does not come by here; Python, Rust and C++ streams do.
+ * Calls inside libc (the buffers of fwrite) are not intercepted; those of Python, Rust and C++ streams are.
  *   gcc -shared -fPIC -O2 -o refusing.so refusing_filesystem.c -ldl
  */
 #define _GNU_SOURCE

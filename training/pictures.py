@@ -137,14 +137,14 @@ def draw_demo(
     table.set(xlim=(0, 1), ylim=(len(examples) + 0.1, -1))
     table.set_title(result, fontsize=10, loc="left")
     for line, cells in enumerate([EXAMPLE_COLUMNS, *examples], start=-1):
-        right = cells[2] == cells[3]
+        correct = cells[2] == cells[3]
         for (x, width), text in zip(EXAMPLE_LAYOUT, cells, strict=True):
             after = line >= 0 and x == EXAMPLE_LAYOUT[2][0]
             table.text(
                 x,
                 line + 0.5,
                 text if len(text) <= width else f"{text[: width - 1]}…",
-                color=("#1a7f37" if right else "#b42318") if after else "black",
+                color=("#1a7f37" if correct else "#b42318") if after else "black",
                 weight="bold" if line < 0 else "normal",
                 va="center",
                 fontsize=9,

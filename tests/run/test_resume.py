@@ -148,11 +148,11 @@ def test_changed_options_are_refused_with_a_list_and_force_warns(
 ) -> None:
     make_run(tmp_path / "out", 3)
     message = refusal(tmp_path / "out", seed=1, lr=1.0)
-    assert "--seed was 42, and is 1" in message
-    assert "--lr was 1e-05, and is 1.0" in message
+    assert "--seed was 42, but is now 1" in message
+    assert "--lr was 1e-05, but is now 1.0" in message
     assert "--force continues with the new values" in message
     assert start_of(tmp_path / "out", seed=1, force=True).step == 3
-    assert "--force: continuing although --seed was 42, and is 1" in caplog.text
+    assert "--force: continuing although --seed was 42, but is now 1" in caplog.text
 
 
 def test_a_finished_run_needs_no_checkpoints_unless_it_trains_longer(tmp_path: Path) -> None:
@@ -233,7 +233,9 @@ def test_a_run_from_another_runs_checkpoint_resumes_there_until_it_has_its_own(t
         assert (start.folder, start.step) == (source, 6)
     other = str(tmp_path / "out" / "checkpoint-3")
     assert "already holds another run" in refusal(tmp_path / "new", resume=other)
-    assert "--lr was 1.0, and is 1e-05" in refusal(tmp_path / "new"), "the options that --force started with"
+    assert "--lr was 1.0, but is now 1e-05" in refusal(tmp_path / "new"), (
+        "the options that --force started with"
+    )
     shutil.rmtree(source)
     message = refusal(tmp_path / "new", lr=1.0)
     assert re.search(
@@ -408,7 +410,7 @@ def test_a_changed_data_file_is_refused_and_no_file_is_touched(
     file.write_text(file.read_text().replace("red blue green", "red blue black"))  # of many rows
     with pytest.raises(OptionsError, match=r"the rows differ: .* or the file has changed") as error:
         go(output, **changed, seed=7)
-    assert "--seed was 42, and is 7" in str(error.value), "all differences in one message"
+    assert "--seed was 42, but is now 7" in str(error.value), "all differences in one message"
     assert contents(output) == before
     with caplog.at_level("WARNING", logger="training"):
         record, seen = go(output, **changed, force=True)

@@ -323,8 +323,8 @@ def test_auto_checkpointing_is_on_only_if_memory_is_short_and_a_resume_keeps_it(
     monkeypatch.undo()
     assert train_tight(max_steps=2, resume="auto")["decided"] == tight["decided"]
     typed = {"gradient_checkpointing": "off", "max_tokens_per_device": 4096}
-    decided = train_tight(max_steps=3, resume="auto", **typed)["decided"]
-    assert decided == typed | {"gradient_checkpointing": False, "batching": "packed"}
+    choices = train_tight(max_steps=3, resume="auto", **typed)["decided"]
+    assert choices == typed | {"gradient_checkpointing": False, "batching": "packed"}
 
 
 def test_each_disk_is_checked_for_the_files_that_it_will_hold(tmp_path, monkeypatch):

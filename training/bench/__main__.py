@@ -165,7 +165,12 @@ def _memory_problems(choices: Choices) -> list[str]:
 
 
 @click.command()
-@click.option("--training-dataset", default=DEMO, show_default=True, help="Dataset, as for the trainer.")
+@click.option(
+    "--training-dataset",
+    default=DEMO,
+    show_default=True,
+    help="Dataset, as in the trainer's --training-dataset.",
+)
 @click.option(
     "--tokenizer", "name", default=DEMO, show_default=True, help="Name or folder of the tokenizer's model."
 )

@@ -153,8 +153,8 @@ class PackingGPTJModel(gptj.GPTJModel):
         `keep (kept,) int64` selects positions of a packed row, and the hidden states are then `(1, kept, width)`. A call
         with a cache is not a packed row: transformers' generation passes a mask or a cache.
         """
-        others = [kwargs.get(name) for name in ("attention_mask", "past_key_values", "token_type_ids")]
-        plain = all(value is None for value in others) and not kwargs.get("use_cache")
+        other_inputs = [kwargs.get(name) for name in ("attention_mask", "past_key_values", "token_type_ids")]
+        plain = all(value is None for value in other_inputs) and not kwargs.get("use_cache")
         if plain and input_ids is not None and position_ids is not None and len(position_ids) == 1:
             return self._forward_packed(input_ids, position_ids, keep)
         return super().forward(input_ids, position_ids=position_ids, **kwargs)

@@ -140,5 +140,5 @@ def _precision(options: TrainingOptions, deepspeed: dict[str, Any] | None, best:
     for name in ("bf16", "fp16"):
         if enabled(deepspeed or {}, name) and getattr(options, name) is None:
             return name
-    named = options.bf16 is False or options.fp16 is False or deepspeed is not None
-    return "fp32" if named else best
+    is_set = options.bf16 is False or options.fp16 is False or deepspeed is not None
+    return "fp32" if is_set else best

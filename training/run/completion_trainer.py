@@ -117,7 +117,7 @@ class CompletionTrainer(Trainer):
         if not math.isfinite(loss):
             raise TrainingError(
                 f"step {self.state.global_step}: the held-out loss is NaN or infinite. Look at the held-out rows "
-                "and at the base model; if they are sound, lower --lr. Nothing of this step is saved. "
+                "and at the base model; if they are correct, lower --lr. This step is not saved. "
                 f"{saving.older_checkpoint(self.args.output_dir)}"
             )
         return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(self.eval_dataset))
@@ -186,18 +186,18 @@ class CompletionTrainer(Trainer):
 
     def describe_bad_loss(self, rank: int, micro_step: int) -> str:
         """Message that names the rows of the micro-step whose loss is NaN or infinite."""
-        done = self.state.global_step - 1
+        finished_steps = self.state.global_step - 1
         sampler = self._get_train_sampler()
         per_epoch = -(-len(self.train_dataset) // sampler.effective_batch_size)
-        sampler.set_epoch(done // per_epoch)
-        batch = list(sampler.global_batches())[done % per_epoch]
+        sampler.set_epoch(finished_steps // per_epoch)
+        batch = list(sampler.global_batches())[finished_steps % per_epoch]
         # With a token budget a share is computed in parts; all rows of the share are named.
         share = sampler.micro_batches(batch)[min(micro_step, self.args.gradient_accumulation_steps - 1)][rank]
         rows = sorted(self.train_dataset["row"][row] for row in share)
         return (
             f"step {self.state.global_step}: the loss of rank {rank} is NaN or infinite. It was computing rows "
-            f"{', '.join(map(str, rows))} of the dataset. Look at them; if they are sound, lower --lr. "
-            f"Nothing of this step is saved. {saving.older_checkpoint(self.args.output_dir)}"
+            f"{', '.join(map(str, rows))} of the dataset. Look at them; if they are correct, lower --lr. "
+            f"This step is not saved. {saving.older_checkpoint(self.args.output_dir)}"
         )
 
 

@@ -123,19 +123,19 @@ def prompt_problems(options: TrainingOptions) -> list[str]:
 def check_plan(settings: Settings, prepared: Prepared, earlier: dict[str, Any] | None) -> Settings:
     """Replaces "auto" by the plan for rank 0's machine. Raises OptionsError if the run does not fit.
 
-    A resumed run takes the `earlier` choices for "auto", because other ones would change the last digits of its
-    losses. A typed value replaces them.
+    A resumed run replaces "auto" by the `earlier` choices, because other choices would change the last digits of its
+    losses. Typed values override them.
     """
-    here = ranks_on_this_host()
+    ranks_here = ranks_on_this_host()
     return settings.with_plan_choices(
-        **on_rank_0(lambda: _plan_choices(settings, prepared, here, earlier or {}))
+        **on_rank_0(lambda: _plan_choices(settings, prepared, ranks_here, earlier or {}))
     )
 
 
 def _plan_choices(
     settings: Settings, prepared: Prepared, ranks_here: int, earlier: dict[str, Any]
 ) -> dict[str, Any]:
-    """The plan's choices for a machine with `ranks_here` ranks, also if each rank sees only its own GPU."""
+    """The plan's choices for a machine with `ranks_here` ranks, even if each rank sees only its own GPU."""
     from training.machine.local import this_machine
     from training.plan.epoch import row_lengths
     from training.plan.fit import plan_run, with_packing

@@ -149,6 +149,6 @@ def _quiet_libraries() -> None:
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # It warns that DeepSpeed accumulates gradients, which is intended.
+    # accelerate warns that DeepSpeed accumulates gradients, which is intended.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

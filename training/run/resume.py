@@ -61,8 +61,8 @@ class RestoreOnResume(TrainerCallback):
         if due and state.global_step not in measured:
             loss = trainer.evaluate()["eval_loss"]
             manifest = checkpoint.read_manifest(self.saved)
-            own = self.saved.parent.resolve() == Path(args.output_dir).resolve()
-            if state.is_world_process_zero and own and manifest is not None:
+            in_own_folder = self.saved.parent.resolve() == Path(args.output_dir).resolve()
+            if state.is_world_process_zero and in_own_folder and manifest is not None:
                 checkpoint.write_manifest(self.saved, loss, manifest["model"], manifest["files"])
 
     def on_epoch_begin(
@@ -112,7 +112,7 @@ def reshard(folder: Path, output: Path) -> Path:
     command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(shards),
                "--output_folder", str(target / f"{shards.name}_universal"), "--num_extract_workers", "1",
                "--num_merge_workers", "1"]  # fmt: skip
-    # With these variables it would wait for the other ranks.
+    # With these variables the conversion would wait for the other ranks.
     rank_variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     environment = {name: value for name, value in os.environ.items() if name not in rank_variables}
     result = subprocess.run(
@@ -120,9 +120,9 @@ def reshard(folder: Path, output: Path) -> Path:
     )
     if result.returncode:
         shutil.rmtree(target, ignore_errors=True)
-        why = (result.stderr.strip() or "no message").splitlines()[-1]
+        reason = (result.stderr.strip() or "no message").splitlines()[-1]
         raise OptionsError(
-            f"--resume on another number of devices: DeepSpeed cannot convert {folder} ({why}). Use as many as before"
+            f"--resume on another number of devices: DeepSpeed cannot convert {folder} ({reason}). Use as many as before"
         )
     return target
 

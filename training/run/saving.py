@@ -66,8 +66,8 @@ def _write_checkpoint(trainer: Any, folder: Path, write_files: Callable[[], None
         write_json(folder / checkpoint.PROGRESS_FILE, progress)
     trainer.accelerator.wait_for_everyone()
     names = checkpoint.files_of(folder)
-    mine = names[trainer.args.process_index :: trainer.args.world_size]
-    digests = gather(checkpoint.digests(folder, mine, flush=True))
+    own_names = names[trainer.args.process_index :: trainer.args.world_size]
+    digests = gather(checkpoint.digests(folder, own_names, flush=True))
     if main:
         losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
         files = {name: of_rank[name] for of_rank in digests for name in of_rank}
@@ -110,12 +110,12 @@ def save_model(
 
 
 def _bad_weights(trainer: Any, weights: dict[str, torch.Tensor]) -> str | None:
-    bad = not_finite(weights)
-    if not bad:
+    names = not_finite(weights)
+    if not names:
         return None
     return (
-        f"step {trainer.state.global_step}: {len(bad)} tensors of the model hold NaN or infinite numbers, the first is "
-        f"{bad[0]}. Look at the base model; if it is sound, lower --lr. Nothing of this step is saved. "
+        f"step {trainer.state.global_step}: {len(names)} tensors of the model hold NaN or infinite numbers, the first is "
+        f"{names[0]}. Look at the base model; if it is correct, lower --lr. This step is not saved. "
         f"{older_checkpoint(trainer.args.output_dir)}"
     )
 
@@ -140,9 +140,9 @@ def _reported(folder: Path, step: int) -> Iterator[None]:
     except (OSError, RuntimeError, SafetensorError) as error:
         if isinstance(error, TrainingError) or lost_peer(error):
             raise
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise TrainingError(
-            f"step {step}: {folder} could not be written ({why}); "
+            f"step {step}: {folder} could not be written ({reason}); "
             f"{size_in_words(free_bytes(folder.parent) or 0)} are free there. Make room. "
             f"{older_checkpoint(folder.parent)}",
             alone=True,

@@ -53,8 +53,10 @@ class StepGuard(TrainerCallback):
     ) -> None:
         if self.bad_micro_step is None:
             return
-        mine = torch.stack([self.bad_micro_step.new_tensor(int(self.request.received)), self.bad_micro_step])
-        ranks = self.trainer.accelerator.gather(mine[None]).tolist()
+        report = torch.stack(
+            [self.bad_micro_step.new_tensor(int(self.request.received)), self.bad_micro_step]
+        )
+        ranks = self.trainer.accelerator.gather(report[None]).tolist()
         self.bad_micro_step, self.micro_step = None, 0
         bad = [(rank, micro_step) for rank, (_, micro_step) in enumerate(ranks) if micro_step >= 0]
         if bad:
