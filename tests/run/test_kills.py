@@ -31,11 +31,11 @@ pytestmark = [
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
 ]
 
-ALONE, TWO_RANKS = 30, 18  # steps of the runs
+ONE_RANK_STEPS, TWO_RANK_STEPS = 30, 18
 # Checkpoints fall between log lines, with and without a held-out loss due.
-EVERY = ["--save-steps", "3", "--eval-steps", "4", "--logging-steps", "2", "--lr", "1e-3"]
+INTERVALS = ["--save-steps", "3", "--eval-steps", "4", "--logging-steps", "2", "--lr", "1e-3"]
 FIGURES = ("step", "epoch", "loss", "grad_norm", "learning_rate", "eval_loss")
-PATIENCE = 400  # seconds for a start on a busy machine, including the compilation of an operator
+TIMEOUT = 400  # seconds for a start on a busy machine, including the compilation of an operator
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +51,8 @@ class Run:
         **environment: str,
     ) -> None:  # fmt: skip
         options = ["--input-model", "demo", "--training-dataset", rows, "--test-size", "20",
-                   "--gradient-checkpointing", "off", *EVERY, "--local-output-dir", folder]  # fmt: skip
-        steps = ALONE if ranks == 0 else TWO_RANKS
+                   "--gradient-checkpointing", "off", *INTERVALS, "--local-output-dir", folder]  # fmt: skip
+        steps = ONE_RANK_STEPS if ranks == 0 else TWO_RANK_STEPS
         launcher = [sys.executable, "-m", "training.trainer"]
         if ranks:
             launcher = by(ranks)
@@ -101,7 +101,7 @@ class Run:
 
     def wait_until(self, reached: Callable[[], bool]) -> bool:
         """Waits for the state. Returns False if the run ended first."""
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + TIMEOUT
         while not reached():
             if self.process.poll() is not None:
                 return False
@@ -109,7 +109,7 @@ class Run:
             time.sleep(0.0005)
         return True
 
-    def wait(self, seconds: float = PATIENCE) -> int:
+    def wait(self, seconds: float = TIMEOUT) -> int:
         """Waits until no process of the run is left, and returns the command's exit code."""
         code = self.process.wait(timeout=seconds)
         end = time.monotonic() + seconds
@@ -118,7 +118,7 @@ class Run:
             time.sleep(0.05)
         return code
 
-    def ended(self, code: int = 0, seconds: float = PATIENCE) -> str:
+    def wait_for_exit(self, code: int = 0, seconds: float = TIMEOUT) -> str:
         """Waits for this exit code and returns the output."""
         assert self.wait(seconds) == code, self.output
         return self.output
@@ -177,7 +177,7 @@ def undisturbed(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Callable
     @cache
     def reference(ranks: int) -> Path:
         folder = tmp_path_factory.mktemp("undisturbed") / f"of-{ranks}"
-        Run(rows, folder, ranks, "--save-total-limit", 100).ended()
+        Run(rows, folder, ranks, "--save-total-limit", 100).wait_for_exit()
         return folder
 
     return reference
@@ -210,7 +210,7 @@ def assert_resumes_to_the_same_run(
     start: Callable[..., Run], folder: Path, ranks: int, undisturbed: Path
 ) -> str:
     """Resumes the run to its end, checks that it equals the undisturbed one, and returns its output."""
-    output = start(folder, ranks, "--resume", "auto").ended()
+    output = start(folder, ranks, "--resume", "auto").wait_for_exit()
     assert_the_same_run(folder, undisturbed)
     return output
 
@@ -288,13 +288,13 @@ def drift(ours: list[dict[str, float]], theirs: list[dict[str, float]]) -> float
 
 def test_two_ranks_resume_in_the_second_epoch_bit_for_bit(start, undisturbed, folder):
     """8 of 100 rows a step, so the first epoch has 13 steps."""
-    start(folder, 2, "--resume", undisturbed(2) / "checkpoint-15").ended()
+    start(folder, 2, "--resume", undisturbed(2) / "checkpoint-15").wait_for_exit()
     assert_the_same_run(folder, undisturbed(2))
 
 
 def test_two_ranks_resume_with_a_forced_learning_rate_and_weight_decay(start, undisturbed, folder):
     changed = ("--lr", "1e-4", "--weight-decay", "0.5", "--force")
-    start(folder, 2, "--resume", undisturbed(2) / "checkpoint-15", *changed).ended()
+    start(folder, 2, "--resume", undisturbed(2) / "checkpoint-15", *changed).wait_for_exit()
     rates = {entry["step"]: entry["learning_rate"] for entry in history(folder) if "loss" in entry}
     assert (rates[14], rates[16], rates[18]) == (1e-3, 1e-4, 1e-4)
     [shard, _] = sorted((folder / "checkpoint-18").rglob("*optim_states.pt"))
@@ -309,7 +309,7 @@ def test_a_run_resumes_on_another_number_of_ranks(start, undisturbed, folder, be
     first_run = undisturbed(before)
     source = first_run / f"checkpoint-{step}"
     written = contents(source)
-    output = start(folder, after, "--resume", source).ended()
+    output = start(folder, after, "--resume", source).wait_for_exit()
     assert "for another number of devices" in output
     assert contents(source) == written
     assert not (folder / RESHARDED).exists()
@@ -328,7 +328,7 @@ def test_a_damaged_shard_is_refused_and_no_file_changes(start, undisturbed, fold
     [shard, _] = sorted((folder / "checkpoint-6").rglob("*optim_states.pt"))
     flip(shard, shard.stat().st_size // 2)
     before = contents(folder)
-    output = start(folder, 1, "--resume", "auto").ended(REFUSED)
+    output = start(folder, 1, "--resume", "auto").wait_for_exit(REFUSED)
     assert f"{shard.name} has changed since it was written" in output
     assert "Traceback" not in output
     assert contents(folder) == before
@@ -355,7 +355,7 @@ def test_a_run_stopped_by_any_signal_finishes_its_step_saves_and_resumes_bit_for
             os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does
         else:
             os.kill(run.pids(target)[-1], signal.SIGTERM)
-        output = run.ended(expected, 60 if ranks else 30)
+        output = run.wait_for_exit(expected, 60 if ranks else 30)
         assert output.count("type the same command with --resume auto") == 1, output
         assert output.count("Traceback") == (target == "terminal" and ranks > 0), (
             "DeepSpeed's runner prints one"
@@ -445,7 +445,7 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_older_checkpoint_intact(
 ):
     room = 2 * sum(file.stat().st_size for file in (undisturbed(0) / "checkpoint-3").iterdir())
     disk = {"LD_PRELOAD": failing_disk, "FULL_DISK": f"{room}:{folder}"}
-    output = start(folder, 0, "--resume", "auto", **disk).ended(CANNOT_CONTINUE)
+    output = start(folder, 0, "--resume", "auto", **disk).wait_for_exit(CANNOT_CONTINUE)
     older, incomplete = checkpoint.checkpoints(folder)[-2:]
     assert f"{incomplete} could not be written" in output
     assert f"{older.name} is complete" in output
@@ -467,7 +467,7 @@ def test_a_full_disk_after_the_last_step_loses_no_training(start, undisturbed, f
     saved = contents(last)
     for room in (0, needed // 2, needed - 1000):
         disk = {"LD_PRELOAD": failing_disk, "FULL_DISK": f"{room}:{folder}"}
-        output = start(folder, 0, "--resume", "auto", **disk).ended(CANNOT_CONTINUE)
+        output = start(folder, 0, "--resume", "auto", **disk).wait_for_exit(CANNOT_CONTINUE)
         assert "No space left on device" in output
         assert "Make room" in output
         assert "Traceback" not in output
@@ -478,7 +478,7 @@ def test_a_full_disk_after_the_last_step_loses_no_training(start, undisturbed, f
 
 
 def test_a_full_disk_for_tensorboard_logs_does_not_end_training(start, undisturbed, failing_disk, folder):
-    output = start(folder, 0, LD_PRELOAD=failing_disk, FULL_DISK=f"1000:{folder}/runs").ended()
+    output = start(folder, 0, LD_PRELOAD=failing_disk, FULL_DISK=f"1000:{folder}/runs").wait_for_exit()
     assert output.count("no more TensorBoard logs (") == 1
     assert "No space left on device" in output
     assert_the_same_run(folder, undisturbed(0))

@@ -321,11 +321,11 @@ def run(
     return train(options_of(output, **options | changed), request), seen
 
 
-Go = Callable[..., tuple[dict[str, Any], list[Any]]]
+TrainFunction = Callable[..., tuple[dict[str, Any], list[Any]]]
 
 
 @pytest.fixture
-def go(rows: str, model_with_dropout: str, monkeypatch: pytest.MonkeyPatch) -> Go:
+def train_small(rows: str, model_with_dropout: str, monkeypatch: pytest.MonkeyPatch) -> TrainFunction:
     """`run` on a model with dropout."""
     return partial(run, rows, monkeypatch=monkeypatch, input_model=model_with_dropout)
 
@@ -355,17 +355,17 @@ def copied(undisturbed: tuple[Path, list], tmp_path: Path) -> Path:
     ids=str,
 )
 def test_a_stopped_run_resumes_with_the_same_rows_losses_dropout_and_weights(
-    go: Go, undisturbed: tuple[Path, list], tmp_path: Path, stops: list[int]
+    train_small: TrainFunction, undisturbed: tuple[Path, list], tmp_path: Path, stops: list[int]
 ) -> None:
     reference, its_rows = undisturbed
     output, all_seen = tmp_path / "out", []
     for stop_at in stops:
-        record, seen = go(output, stop_at=stop_at)
+        record, seen = train_small(output, stop_at=stop_at)
         all_seen += seen
         assert record["status"] == "stopped"
         assert json.loads((output / "run.json").read_text())["status"] == "stopped"
         assert checkpoint.checkpoints(output)[-1].name == f"checkpoint-{stop_at}"
-    record, seen = go(output)
+    record, seen = train_small(output)
     assert all_seen + seen == its_rows
     assert_the_same_run(output, reference)
     for folder in checkpoint.checkpoints(output):
@@ -374,72 +374,76 @@ def test_a_stopped_run_resumes_with_the_same_rows_losses_dropout_and_weights(
             assert checkpoint.read_manifest(folder)["eval_loss"] == theirs["eval_loss"]
 
 
-def test_a_finished_run_is_not_changed_and_the_best_model_can_be_chosen_later(go: Go, copied: Path) -> None:
+def test_a_finished_run_is_not_changed_and_the_best_model_can_be_chosen_later(
+    train_small: TrainFunction, copied: Path
+) -> None:
     before = contents(copied)
-    record, seen = go(copied)
+    record, seen = train_small(copied)
     assert record["status"] == "finished"
     assert not seen
     assert contents(copied) == before
     best = copied / "checkpoint-6"
     set_eval_loss(best, 0.1)
-    record, seen = go(copied, final_model="best")
+    record, seen = train_small(copied, final_model="best")
     assert not seen
     assert (record["model_of_step"], record["steps"]) == (6, 16)
     assert (copied / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
 
 
 def test_the_best_checkpoint_survives_resume_and_rotation_and_becomes_the_model(
-    go: Go, tmp_path: Path
+    train_small: TrainFunction, tmp_path: Path
 ) -> None:
     output, best = tmp_path / "out", tmp_path / "out" / "checkpoint-3"
-    go(output, stop_at=5, save_total_limit=1)
+    train_small(output, stop_at=5, save_total_limit=1)
     set_eval_loss(best, 0.1)
-    record, _ = go(output, save_total_limit=1, final_model="best")
+    record, _ = train_small(output, save_total_limit=1, final_model="best")
     assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-3", "checkpoint-16"]
     assert (record["model_of_step"], record["steps"]) == (3, 16)
     assert (output / "model.safetensors").read_bytes() == (best / "model.safetensors").read_bytes()
 
 
 def test_a_changed_data_file_is_refused_and_no_file_is_touched(
-    go: Go, rows: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    train_small: TrainFunction, rows: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file, output = Path(shutil.copy(rows, tmp_path)), tmp_path / "out"
     changed = {"training_dataset": str(file), "max_steps": 5}
-    go(output, stop_at=3, **changed)
+    train_small(output, stop_at=3, **changed)
     before = contents(output)
     file.write_text(file.read_text().replace("red blue green", "red blue black"))  # of many rows
     with pytest.raises(OptionsError, match=r"the rows differ: .* or the file has changed") as error:
-        go(output, **changed, seed=7)
+        train_small(output, **changed, seed=7)
     assert "--seed was 42, but is now 7" in str(error.value), "all differences in one message"
     assert contents(output) == before
     with caplog.at_level("WARNING", logger="training"):
-        record, seen = go(output, **changed, force=True)
+        record, seen = train_small(output, **changed, force=True)
     assert seen[0][0] == 3
     assert record["status"] == "finished"
     assert "--force: continuing although the rows differ" in caplog.text
 
 
-def test_a_damaged_model_in_a_checkpoint_does_not_become_the_final_model(go: Go, copied: Path) -> None:
+def test_a_damaged_model_in_a_checkpoint_does_not_become_the_final_model(
+    train_small: TrainFunction, copied: Path
+) -> None:
     best = copied / "checkpoint-6"
     set_eval_loss(best, 0.1)
     flip(best / "model.safetensors", -1)
     with pytest.raises(
         TrainingError, match=r"checkpoint-6 cannot be used, because model.safetensors has changed"
     ):
-        go(copied, final_model="best")
+        train_small(copied, final_model="best")
     shutil.rmtree(best)
-    record, _ = go(copied, final_model="best")
+    record, _ = train_small(copied, final_model="best")
     assert record["model_of_step"] != 6
 
 
 def test_a_damaged_newer_checkpoint_is_written_again(
-    go: Go, undisturbed: tuple[Path, list], tmp_path: Path
+    train_small: TrainFunction, undisturbed: tuple[Path, list], tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    go(output, stop_at=9)
+    train_small(output, stop_at=9)
     optimizer = output / "checkpoint-9" / "optimizer.pt"
     flip(optimizer, optimizer.stat().st_size // 2)
-    _, seen = go(output, save_total_limit=1)
+    _, seen = train_small(output, save_total_limit=1)
     assert seen[0][0] == 6, "the step after checkpoint-6"
     assert history(output) == history(undisturbed[0])
     assert not any(map(checkpoint.problems_of, checkpoint.checkpoints(output)))
@@ -459,35 +463,38 @@ def test_a_stop_after_the_last_step_leaves_finishing_to_the_next_command(
 
 
 def test_forced_learning_rate_and_weight_decay_take_effect(
-    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_small: TrainFunction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, groups = tmp_path / "out", []
     monkeypatch.setattr(StepGuard, "on_train_end", lambda self, *args, optimizer, **kwargs: groups.extend(
         (group["lr"], group["weight_decay"]) for group in optimizer.param_groups))  # fmt: skip
-    go(output, stop_at=3)
-    go(output, lr=1e-4, weight_decay=0.1, force=True, max_steps=6)
+    train_small(output, stop_at=3)
+    train_small(output, lr=1e-4, weight_decay=0.1, force=True, max_steps=6)
     rates = {entry["step"]: entry["learning_rate"] for entry in history(output) if "learning_rate" in entry}
     assert rates == {2: 1e-3, 4: 1e-4, 6: 1e-4}
     assert groups == [(1e-3, 0.0), (1e-3, 0.0), (1e-4, 0.1), (1e-4, 0.0)]
 
 
 def test_the_record_with_the_starting_checkpoint_is_written_first(
-    go: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_small: TrainFunction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, source = tmp_path / "new", tmp_path / "out" / "checkpoint-3"
-    go(tmp_path / "out", stop_at=3)
+    train_small(tmp_path / "out", stop_at=3)
     with monkeypatch.context() as killed:
         killed.setattr(ledger.Ledger, "save", lambda *args: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception):
-            go(output, resume=str(source))
+            train_small(output, resume=str(source))
     assert {file.name for file in output.iterdir()} - set(WRITER_FILES) == {"run.json"}
     assert json.loads((output / "run.json").read_text())["begun_from"] == str(source)
-    _, seen = go(output, stop_at=5)
+    _, seen = train_small(output, stop_at=5)
     assert seen[0][0] == 3
 
 
 def test_a_folder_that_another_run_filled_in_the_meantime_is_refused(
-    go: Go, undisturbed: tuple[Path, list], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    train_small: TrainFunction,
+    undisturbed: tuple[Path, list],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     output, real = tmp_path / "out", prepare.prepare
 
@@ -501,34 +508,36 @@ def test_a_folder_that_another_run_filled_in_the_meantime_is_refused(
 
     monkeypatch.setattr(prepare, "prepare", slowly)
     with pytest.raises(OptionsError, match="is not empty, and training overwrites no files"):
-        go(output, resume="never")
+        train_small(output, resume="never")
     assert without_writer_files(output) == without_writer_files(undisturbed[0])
 
 
 def test_a_longer_run_is_refused_before_training_if_its_target_holds_the_shorter_model(
-    go: Go, tmp_path: Path
+    train_small: TrainFunction, tmp_path: Path
 ) -> None:
     output, published = tmp_path / "out", tmp_path / "published"
-    go(output, dbfs_output_dir=str(published), max_steps=2)
+    train_small(output, dbfs_output_dir=str(published), max_steps=2)
     before = contents(published)
     with pytest.raises(OptionsError, match=f"--dbfs-output-dir {published}: already holds something"):
-        go(output, dbfs_output_dir=str(published), max_steps=4)
+        train_small(output, dbfs_output_dir=str(published), max_steps=4)
     assert contents(published) == before
-    record, _ = go(output, dbfs_output_dir=str(published), max_steps=2)
+    record, _ = train_small(output, dbfs_output_dir=str(published), max_steps=2)
     assert record["status"] == "finished"
 
 
-def test_a_held_out_loss_measured_at_a_resume_can_be_the_final_one(go: Go, tmp_path: Path) -> None:
+def test_a_held_out_loss_measured_at_a_resume_can_be_the_final_one(
+    train_small: TrainFunction, tmp_path: Path
+) -> None:
     """Also if the folder is named by a link."""
     output, link = tmp_path / "out", tmp_path / "link"
     link.symlink_to(output)
-    go(output, stop_at=3)
+    train_small(output, stop_at=3)
     assert checkpoint.read_manifest(output / "checkpoint-3")["eval_loss"] is None
-    go(link, stop_at=5, resume=str(link / "checkpoint-3"))
+    train_small(link, stop_at=5, resume=str(link / "checkpoint-3"))
     loss = checkpoint.read_manifest(output / "checkpoint-3")["eval_loss"]
     assert loss is not None
     shutil.rmtree(output / "checkpoint-5")  # killed before it was written
-    record, _ = go(output, max_steps=3)
+    record, _ = train_small(output, max_steps=3)
     assert record["held_out_loss"]["after"] == loss
 
 

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerStat
 
 from tests.conftest import jsonl, say_rows, write
 from tests.run.test_kills import Run, assert_the_same_run
-from tests.run.test_resume import Go, run
+from tests.run.test_resume import TrainFunction, run
 from tests.run.test_trainer import DEMO
 from training import trainer
 from training.consts import GREEDY, SAMPLE_TOKENS
@@ -49,7 +49,7 @@ def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture
-def go(rows: str, model_with_dropout: str, monkeypatch: pytest.MonkeyPatch) -> Go:
+def train_small(rows: str, model_with_dropout: str, monkeypatch: pytest.MonkeyPatch) -> TrainFunction:
     return partial(run, rows, monkeypatch=monkeypatch, input_model=model_with_dropout)
 
 
@@ -175,13 +175,13 @@ def logged_values(output: Path) -> list[dict[str, float]]:
     ids=["dropout", "packed, checkpointing", "padded"],
 )
 def test_losses_and_weights_are_the_same_with_and_without_samples(
-    go: Go, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    train_small: TrainFunction, prompts: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     dropout: bool, changed: dict[str, Any],
 ) -> None:  # fmt: skip
     monkeypatch.setattr(samples, "SAMPLE_TOKENS", 8)
     changed = changed | {"max_steps": 6} | ({} if dropout else {"input_model": "demo"})
-    go(tmp_path / "without", **changed)
-    go(tmp_path / "with", sample_prompts=prompts, sample_every="1", **changed)
+    train_small(tmp_path / "without", **changed)
+    train_small(tmp_path / "with", sample_prompts=prompts, sample_every="1", **changed)
     steps = [entry["step"] for entry in metrics.read(tmp_path / "with" / "samples.jsonl")]
     assert steps == [step for step in range(7) for _ in PROMPTS]
     assert logged_values(tmp_path / "with") == logged_values(tmp_path / "without")
@@ -233,7 +233,7 @@ def test_a_prompt_longer_than_the_models_context_is_truncated_and_answered(
 
 
 def test_a_model_with_too_few_positions_for_an_answer_is_refused(
-    go: Go, prompts: str, model_with_dropout: str, tmp_path: Path
+    train_small: TrainFunction, prompts: str, model_with_dropout: str, tmp_path: Path
 ) -> None:
     AutoTokenizer.from_pretrained(model_with_dropout).save_pretrained(tmp_path / "base")
     config = GPT2Config.from_pretrained(model_with_dropout, n_positions=56)
@@ -242,7 +242,7 @@ def test_a_model_with_too_few_positions_for_an_answer_is_refused(
     with pytest.raises(
         OptionsError, match=r"the model has 56 positions, too few for a prompt and an answer\. Leave it out"
     ):
-        go(tmp_path / "out", sample_prompts=prompts, **small)
+        train_small(tmp_path / "out", sample_prompts=prompts, **small)
 
 
 # --- file, console and TensorBoard ---------------------------------------------------------------------
@@ -271,13 +271,13 @@ def sampled(
 
 
 @pytest.fixture
-def again(
+def start_or_resume(
     rows: str,
     sample_options: dict[str, Any],
     model_with_dropout: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-) -> Go:
+) -> TrainFunction:
     """Starts or resumes the same run in another folder."""
     return partial(run, rows, tmp_path / "out", monkeypatch, input_model=model_with_dropout, **sample_options)
 
@@ -368,12 +368,12 @@ def assert_same_samples_and_metrics(output: Path, uninterrupted: Path) -> None:
     ids=["between due steps", "at a due step", "at the end"],
 )
 def test_a_stopped_and_resumed_run_writes_every_sample_once(
-    again: Go, sampled: Path, tmp_path: Path, stop_at: int, newest: int
+    start_or_resume: TrainFunction, sampled: Path, tmp_path: Path, stop_at: int, newest: int
 ) -> None:
-    again(stop_at=stop_at)
+    start_or_resume(stop_at=stop_at)
     steps = [entry["step"] for entry in metrics.read(tmp_path / "out" / "samples.jsonl")]
     assert max(steps) == newest, "a signal leaves no time for samples"
-    again()
+    start_or_resume()
     assert_same_samples_and_metrics(tmp_path / "out", sampled)
 
 
@@ -393,21 +393,25 @@ def truncate_files(output: Path, uninterrupted: Path) -> None:
     ids=["after a checkpoint", "before its first checkpoint"],
 )
 def test_a_killed_and_resumed_run_writes_every_sample_once(
-    again: Go, sampled: Path, tmp_path: Path, stop_at: int, damage: Callable[[Path, Path], None]
+    start_or_resume: TrainFunction,
+    sampled: Path,
+    tmp_path: Path,
+    stop_at: int,
+    damage: Callable[[Path, Path], None],
 ) -> None:
-    again(stop_at=stop_at)
+    start_or_resume(stop_at=stop_at)
     damage(tmp_path / "out", sampled)
-    again()
+    start_or_resume()
     assert_same_samples_and_metrics(tmp_path / "out", sampled)
     assert all(entry["seconds"] for entry in metrics.read(tmp_path / "out" / "metrics.jsonl"))
 
 
 @pytest.mark.slow
 def test_a_run_resumed_in_another_folder_has_the_earlier_samples_and_metrics(
-    again: Go, sampled: Path, tmp_path: Path
+    start_or_resume: TrainFunction, sampled: Path, tmp_path: Path
 ) -> None:
     before = (sampled / "samples.jsonl").read_bytes()
-    again(resume=str(sampled / "checkpoint-9"))
+    start_or_resume(resume=str(sampled / "checkpoint-9"))
     assert_same_samples_and_metrics(tmp_path / "out", sampled)
     assert (sampled / "samples.jsonl").read_bytes() == before
 
@@ -425,8 +429,8 @@ def test_two_zero3_ranks_in_bf16_train_and_sample_the_same_when_killed_three_tim
 
     sample_words = ["--sample-prompts", prompts, "--sample-every", "2"]
     try:
-        start("without").ended()
-        printed = start("with", *sample_words).ended()
+        start("without").wait_for_exit()
+        printed = start("with", *sample_words).wait_for_exit()
         assert printed.count("answers of the model") == 10, "only rank 0 prints"
         assert_the_same_run(tmp_path / "with", tmp_path / "without")
         samples = tmp_path / "killed" / "samples.jsonl"
@@ -435,7 +439,7 @@ def test_two_zero3_ranks_in_bf16_train_and_sample_the_same_when_killed_three_tim
             assert killed.wait_until(lambda at=step: any(e["step"] >= at for e in metrics.read(samples)))
             killed.kill()
             killed.wait(60)
-        start("killed", "--resume", "auto", *sample_words).ended()
+        start("killed", "--resume", "auto", *sample_words).wait_for_exit()
         assert_the_same_run(tmp_path / "killed", tmp_path / "without")
         assert samples.read_bytes() == (tmp_path / "with" / "samples.jsonl").read_bytes()
     finally:
@@ -447,7 +451,10 @@ def test_two_zero3_ranks_in_bf16_train_and_sample_the_same_when_killed_three_tim
 
 @pytest.mark.slow
 def test_a_full_disk_does_not_end_a_run(
-    again: Go, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    start_or_resume: TrainFunction,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     files = [tmp_path / "out" / name for name in ("metrics.jsonl", "samples.jsonl")]
 
@@ -457,7 +464,7 @@ def test_a_full_disk_does_not_end_a_run(
 
     monkeypatch.setattr(callbacks.MetricsLog, "on_train_begin", no_room)
     monkeypatch.setattr(Samples, "_existing_answers", lambda *args: set())  # reading /dev/full never ends
-    record, _ = again(max_steps=2)
+    record, _ = start_or_resume(max_steps=2)
     assert record["status"] == "finished"
     for file in files:
         message = f"{file} could not be written (No space left on device); the run continues without it"
