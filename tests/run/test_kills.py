@@ -245,7 +245,7 @@ def test_a_run_that_is_killed_many_times_ends_bit_for_bit_the_same(start, undist
         label = f"{ranks or 1} rank(s)  {moment:<6} {victim:<11}"
         reached = {"start": run.starting, "step": run.stepping, "save": run.saving, "final": run.placing}
         if not run.wait_until(reached[moment]):
-            # The kill before hit a rank that was done, and the other rank finished the run.
+            # The previous kill hit a rank that had already finished, and the other rank finished the run.
             assert moment == "final", f"{moment} was not reached\n{run.output}"
             assert record(folder)["status"] == "finished", run.output
             print(label, "came too late: the run had finished")

@@ -22,7 +22,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Sum of the cross entropies of `hidden @ weight.T + bias`, divided by `items`. The forward computes the gradients.
 
     In fp16 the forward computes the gradients of the undivided sum, because small probabilities divided by `items`
-    would underflow. The backward divides them, together with the loss scale.
+    would underflow. The backward divides them when it applies the loss scale.
     """
 
     @staticmethod
