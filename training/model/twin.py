@@ -16,7 +16,8 @@ POSITIONS = 64  # longest row of the copy, in tokens; real models have thousands
 WINDOW = 8  # longest sliding window or attention chunk of the copy, in tokens
 VOCABULARY = 128
 HEADS = 2
-LAYERS = 4  # at least, if the model has that many: some architectures use a kind of layer only every few layers
+# At least, if the model has that many: some architectures use a kind of layer only every few layers.
+LAYERS = 4
 EXPERTS = 16  # at most
 
 # Patterns for the keys of a config.json, by what their numbers count.
