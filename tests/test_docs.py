@@ -380,3 +380,13 @@ def test_the_pod_of_the_docs_is_that_of_the_plan(monkeypatch: pytest.MonkeyPatch
         "shared_memory": 1024 * int(shared),
         "disk": 1000 * int(disk),
     }
+
+
+def test_the_names_of_the_worked_changes_are_in_the_files_beside_them() -> None:
+    rows = rows_of_table("architecture", "to change | edit")
+    assert len(rows) >= 10
+    for _, edit in rows:
+        files = re.findall(rf"`({IN_A_FOLDER})`", edit)
+        code = "".join((ROOT / file).read_text() for file in files)
+        for name in re.findall(r"`(\w+)`", edit):
+            assert re.search(rf"^(def |class )?{name}\b", code, re.MULTILINE), f"{name} is not in {files}"
