@@ -119,6 +119,15 @@ def test_the_small_copy_of_a_gpt2_and_a_granite_keeps_their_scaling() -> None:
     assert (granite.attention_multiplier, granite.residual_multiplier) == (0.0078, 0.22)
 
 
+def test_a_recurrent_model_and_one_with_a_list_of_layer_numbers_get_a_small_copy_too() -> None:
+    mamba = shrunken_config(AutoConfig.for_model("mamba", hidden_size=4096), HEADS)
+    assert (mamba.hidden_size, mamba.intermediate_size, mamba.num_hidden_layers) == (128, 128, 4)
+    llama4 = shrunken_config(AutoConfig.for_model("llama4_text"), HEADS)
+    assert llama4.moe_layers == [0, 1, 2, 3], "numbers of layers are not kinds of layers"
+    assert (llama4.num_hidden_layers, llama4.attention_chunk_size) == (4, WINDOW)
+    assert set(llama4.layer_types) == {"chunked_attention", "full_attention"}
+
+
 def test_the_same_config_gives_the_same_small_copy_and_leaves_the_random_state_unchanged() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)

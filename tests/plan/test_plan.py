@@ -320,6 +320,7 @@ def test_a_model_that_cannot_be_packed_is_planned_with_padded_rows_and_a_warning
         (["--machine", "8xH100", "--model", "demo", "--training-dataset", "one.jsonl"],
          "1 row, but at least 2 are needed: one to train on and one to hold out"),
         (["--machine", "8xH100", "--input-model", "/no/such/model"], "no model could be found"),
+        (["--machine", "8xH100", "--input-model", "./negative"], "no model can be built from its config.json"),
         (["--machine", "8xH100", "--input-model", "./t5"], "t5 model is not a causal language model"),
         (["--machine", "8xH100", "--batching", "padded", "--max-tokens-per-device", 9], "splits packed rows"),
         (["--machine", "8xV100-32GB", "--deepspeed", BF16], "a V100 cannot compute in bf16"),
@@ -340,6 +341,7 @@ def test_invalid_options_are_reported_without_a_traceback(typed, message, tmp_pa
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "one.jsonl", rows_of(1))
     T5Config().save_pretrained(tmp_path / "t5")
+    GPTNeoXConfig(vocab_size=-1).save_pretrained(tmp_path / "negative")
     result = run_cli(*typed)
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())

@@ -48,7 +48,12 @@ def packing_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> Pac
     obstacle = ""
     for heads in (HEADS, 2 * HEADS):
         try:
-            return compare_packed_with_alone(shrunken_twin(config, heads, trust_remote_code))
+            twin = shrunken_twin(config, heads, trust_remote_code)
+        except Exception as error:
+            obstacle = f"no small copy of it can be built to find out ({first_line(error)})"
+            continue
+        try:
+            return compare_packed_with_alone(twin)
         except Exception as error:  # whatever an architecture's code raises
             obstacle = f"its code fails on a packed row ({first_line(error)})"
     return Packing(obstacle)

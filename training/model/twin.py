@@ -19,6 +19,8 @@ HEADS = 2
 # At least, if the model has that many: some architectures use a kind of layer only every few layers.
 LAYERS = 4
 EXPERTS = 16  # at most
+# A list with more different values, one for each layer, has sizes or numbers of layers, not kinds of layers.
+MAX_KINDS = 4
 
 # Patterns for the keys of a config.json, by what their numbers count.
 _WINDOW = re.compile(r"(window|chunk)(?!.*(layers|pattern|feed_forward))")
@@ -26,7 +28,7 @@ _POSITIONS = re.compile(r"(position\w*|n_ctx|seq_len\w*|seq_length)$")
 _VOCABULARY = re.compile(r"^vocab_size")
 _TOKEN = re.compile(r"_token_(id|index)$")
 _KEY_HEADS = re.compile(r"(key_value|kv)_(n_)?heads(_kv)?$")
-_INNER = re.compile(r"(intermediate_size|n_inner|ffn_dim|ffn_hidden_size|d_ff)$")
+_INNER = re.compile(r"(intermediate_size\w*|n_inner|ffn_dim|ffn_hidden_size|d_ff)$")
 _EXPERTS = re.compile(r"(num|n)_(local_|routed_)?experts$")
 
 
@@ -52,29 +54,28 @@ def shrunken_twin(
 def shrunken_config(config: PreTrainedConfig, heads: int) -> PreTrainedConfig:
     """A copy of `config` with few layers and small widths. Settings that decide which tokens attend to which are kept."""
     small = copy.deepcopy(config)
-    for part in _parts(small):
-        _shrink(part, heads)
+    _shrink(small, heads)
     small.use_cache = False  # with a cache transformers does not look for packed rows
     return small
 
 
-def _parts(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
-    yield config
-    for value in vars(config).values():
-        if isinstance(value, PreTrainedConfig):
-            yield from _parts(value)
-
-
-def _shrink(config: PreTrainedConfig, most_heads: int) -> None:
+def _shrink(config: PreTrainedConfig, most_heads: int, widths: tuple[Any, Any] = (None, None)) -> None:
+    """Shrinks `config` in place, and the configs in it. `widths` are the outer config's width before and after."""
     width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
     layers = getattr(config, "num_hidden_layers", None)
-    few_heads = small_width = None
-    if isinstance(heads, int) and isinstance(width, int):
+    few_heads, small_width = None, None
+    if not isinstance(width, int):
+        width, small_width = widths
+    elif isinstance(heads, int):
         few_heads = min(heads, most_heads)
         small_width = few_heads * (getattr(config, "head_dim", None) or width // heads)
+    else:  # recurrent, without attention
+        small_width = min(width, VOCABULARY)
     kept = _kept_layers(config, layers)
     for name, value in list(vars(config).items()):
-        if isinstance(value, list | tuple) and layers and len(value) == layers:
+        if isinstance(value, PreTrainedConfig):
+            _shrink(value, most_heads, (width, small_width))
+        elif isinstance(value, list | tuple) and layers and len(value) == layers:
             setattr(config, name, value[:kept])
         elif isinstance(value, list) and _TOKEN.search(name):
             setattr(config, name, [min(token, VOCABULARY - 1) for token in value])
@@ -105,7 +106,10 @@ def _kept_layers(config: PreTrainedConfig, layers: Any) -> Any:
     if not isinstance(layers, int):
         return None
     lists = [
-        value for value in vars(config).values() if isinstance(value, list | tuple) and len(value) == layers
+        value
+        for value in vars(config).values()
+        if isinstance(value, list | tuple) and len(value) == layers
+        if len(set(map(repr, value))) <= MAX_KINDS
     ]
     kinds = [repr(kind) for kind in zip(*lists, strict=True)]  # of each layer
     return min(layers, max([LAYERS, *(kinds.index(kind) + 1 for kind in kinds)]))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from training.consts import DEFAULT_TRAINING_DATASET, DEMO, WEIGHTS
+from training.errors import ModelError, first_line
 from training.plan.epoch import Lengths, alpaca_lengths, row_lengths
 from training.plan.model_shape import BUILT_IN, ModelShape, gptj_shape
 
@@ -39,9 +40,14 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
     from training.model.loading import load_config, max_positions
 
     config = load_config(name, trust_remote_code)
-    with torch.device("meta"):
-        # Not from_config: under ZeRO-3 it is a collective operation, and only one rank plans.
-        model = _get_model_class(config, AutoModelForCausalLM._model_mapping)(config)
+    try:
+        with torch.device("meta"):
+            # Not from_config: under ZeRO-3 it is a collective operation, and only one rank plans.
+            model = _get_model_class(config, AutoModelForCausalLM._model_mapping)(config)
+    except Exception as error:  # of torch or transformers, for sizes that are no sizes
+        raise ModelError(
+            f"{name}: no model can be built from its config.json ({first_line(error)}). Correct its sizes"
+        ) from error
     text, folder = config.get_text_config(), Path(name)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     sizes = [getattr(text, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim")]
