@@ -22,8 +22,8 @@ from training.model.twin import HEADS, POSITIONS, VOCABULARY, WINDOW, shrunken_t
 DOCUMENT_LENGTHS = (5, 3 * WINDOW, 1, POSITIONS - 1, 9, 1, 2, 2 * WINDOW + 1, 33, POSITIONS // 2)
 
 # Largest difference that counts as rounding, relative to the largest logit, the loss, or the gradient's norm. Some
-# architectures compute norms and softmax in float32. The
-# largest difference of 18 architectures that can be packed was 2e-7, and the smallest of 75 that cannot was 0.1.
+# architectures compute norms and softmax in float32. The largest
+# difference of 18 architectures that can be packed was 2e-7, and the smallest of 75 that cannot was 0.1.
 TOLERANCE = 1e-5
 
 
