@@ -348,7 +348,7 @@ def in_a_pod(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     assert code == 0, output
     unpacked = metaflow.folder / "unpacked"
     with tarfile.open(metaflow.folder / "package.tgz") as package:
-        package.extractall(unpacked, filter="data")
+        package.extractall(unpacked)
     code, output = metaflow.run(
         *"--config-value machine cpu run --max-steps 8 --trainer-options".split(),
         SHORT,
