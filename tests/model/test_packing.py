@@ -128,6 +128,13 @@ def test_a_recurrent_model_and_one_with_a_list_of_layer_numbers_get_a_small_copy
     assert set(llama4.layer_types) == {"chunked_attention", "full_attention"}
 
 
+def test_a_copy_that_would_stay_large_or_has_no_finite_logits_is_refused_in_words() -> None:
+    large = AutoConfig.for_model("llama", num_attention_heads=2, hidden_size=2**16)  # head size 32,768
+    assert "it would have" in str(packing_of(large).obstacle)
+    broken = LlamaConfig(hidden_size=64, num_attention_heads=4, rms_norm_eps=float("nan"))
+    assert packing_of(broken).obstacle == "its logits are not finite, even with small random weights"
+
+
 def test_the_same_config_gives_the_same_small_copy_and_leaves_the_random_state_unchanged() -> None:
     torch.manual_seed(7)
     expected = torch.rand(3)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from transformers import GPTJConfig, GPTNeoXConfig, LlamaConfig
+from transformers import GPTJConfig, GPTNeoXConfig, LlamaConfig, MambaConfig
 
 from tests.conftest import jsonl, rows_of, settings_of_a_run
 from training import consts
@@ -52,6 +52,10 @@ def test_the_shape_of_a_model_in_a_folder_comes_from_its_config(tmp_path):
 
     GPTNeoXConfig(vocab_size=96, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32).save_pretrained(neox)  # fmt: skip
     assert model_shape(str(neox)) == replace(neox_shape(str(neox), 3, 8, 2, 96))
+
+    mamba = tmp_path / "mamba"
+    MambaConfig(vocab_size=96, hidden_size=8, num_hidden_layers=2, state_size=4).save_pretrained(mamba)
+    assert (model_shape(str(mamba)).heads, model_shape(str(mamba)).layers) == (1, 2)
 
     LlamaConfig(vocab_size=96, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=20, tie_word_embeddings=True).save_pretrained(llama)  # fmt: skip
     facts = model_shape(str(llama))

@@ -94,8 +94,11 @@ def compare_packed_with_alone(model: PreTrainedModel) -> Packing:
             return Packing(obstacle)
     except TypeError as error:  # its forward has no `shift_labels` and `logits_to_keep`
         refusal = f"its forward does not take a packed batch ({first_line(error)})"
-    if use_response_loss(model) and loss_problem() is None:
-        return Packing(response_loss=True)
+    try:
+        if use_response_loss(model) and loss_problem() is None:
+            return Packing(response_loss=True)
+    except Exception as error:  # the architecture is not built as the chunked loss expects
+        refusal = refusal and f"{refusal}, and the chunked loss fails ({first_line(error)})"
     return Packing(refusal)
 
 
@@ -107,8 +110,10 @@ def _logits_problem(
     for number, (ids, packed) in enumerate(zip(documents, parts, strict=True), start=1):
         with torch.no_grad():
             alone = model(input_ids=torch.tensor([ids]), position_ids=torch.arange(len(ids))[None]).logits[0]
+        if not torch.isfinite(alone).all():
+            return "its logits are not finite, even with small random weights"
         difference = ((packed - alone).abs().max() / alone.abs().max()).item()
-        if not difference <= TOLERANCE:  # also NaN
+        if not difference <= TOLERANCE:  # also if the packed row alone has NaN
             return (
                 f"its attention crosses documents: the logits of document {number} in a packed row differ from its "
                 f"logits alone by {difference:.1g} of the largest one"

@@ -22,8 +22,10 @@ EXPERTS = 16  # at most
 # A list with more different values, one for each layer, has sizes or numbers of layers, not kinds of layers.
 MAX_KINDS = 4
 
+MAX_WEIGHTS = 2e8  # 1.6 GB in float64, on every rank; copies of the usual architectures have up to 7e7
+
 # Patterns for the keys of a config.json, by what their numbers count.
-_WINDOW = re.compile(r"(window|chunk)(?!.*(layers|pattern|feed_forward))")
+_WINDOW = re.compile(r"(window|chunk|floor_scale)(?!.*(layers|pattern|feed_forward))")
 _POSITIONS = re.compile(r"(position\w*|n_ctx|seq_len\w*|seq_length)$")
 _VOCABULARY = re.compile(r"^vocab_size")
 _TOKEN = re.compile(r"_token_(id|index)$")
@@ -42,10 +44,17 @@ def shrunken_twin(
     same config gives the same model in every process. Raises whatever the architecture's code raises.
     """
     small = shrunken_config(config, heads)
+    choices = {
+        "dtype": torch.float64,
+        "trust_remote_code": trust_remote_code,
+        "experts_implementation": "eager",
+    }
     with _seeded(), _without_zero3():
-        model = AutoModelForCausalLM.from_config(
-            small, dtype=torch.float64, trust_remote_code=trust_remote_code, experts_implementation="eager"
-        )
+        with torch.device("meta"):
+            weights = AutoModelForCausalLM.from_config(copy.deepcopy(small), **choices).num_parameters()
+        if weights > MAX_WEIGHTS:
+            raise ValueError(f"it would have {weights:,} weights")
+        model = AutoModelForCausalLM.from_config(small, **choices)
     model = model.to("cpu", torch.float64).eval()
     _set_random_weights(model)
     return model

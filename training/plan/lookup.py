@@ -44,29 +44,32 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
         with torch.device("meta"):
             # Not from_config: under ZeRO-3 it is a collective operation, and only one rank plans.
             model = _get_model_class(config, AutoModelForCausalLM._model_mapping)(config)
+        text, folder = config.get_text_config(), Path(name)
+        parameters = sum(parameter.numel() for parameter in model.parameters())
+        sizes = [getattr(text, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim")]
+        inner = next(filter(None, sizes), 4 * text.hidden_size)
+        files = [file for kind in (f"*{WEIGHTS}", "*.bin") for file in folder.glob(kind)]
+        return ModelShape(
+            name=name,
+            kind=config.model_type,
+            parameters=parameters,
+            layer_parameters=model_parameters(model)[0],
+            layers=text.num_hidden_layers,
+            width=text.hidden_size,
+            heads=getattr(text, "num_attention_heads", None) or 1,  # a recurrent model has none
+            inner=max(inner)
+            if isinstance(inner, list)
+            else inner,  # some have a list, one size for each layer
+            vocabulary=model.get_input_embeddings().num_embeddings,
+            positions=max_positions(config),
+            file_bytes=sum(file.stat().st_size for file in files) or 2 * parameters,
+            downloaded=not folder.is_dir(),
+            gated=any("gate_proj" in part for part, _ in model.named_modules()),
+        )
     except Exception as error:  # of torch or transformers, for sizes that are no sizes
         raise ModelError(
             f"{name}: no model can be built from its config.json ({first_line(error)}). Correct its sizes"
         ) from error
-    text, folder = config.get_text_config(), Path(name)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    sizes = [getattr(text, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim")]
-    files = [file for kind in (f"*{WEIGHTS}", "*.bin") for file in folder.glob(kind)]
-    return ModelShape(
-        name=name,
-        kind=config.model_type,
-        parameters=parameters,
-        layer_parameters=model_parameters(model)[0],
-        layers=text.num_hidden_layers,
-        width=text.hidden_size,
-        heads=text.num_attention_heads,
-        inner=next(filter(None, sizes), 4 * text.hidden_size),
-        vocabulary=model.get_input_embeddings().num_embeddings,
-        positions=max_positions(config),
-        file_bytes=sum(file.stat().st_size for file in files) or 2 * parameters,
-        downloaded=not folder.is_dir(),
-        gated=any("gate_proj" in part for part, _ in model.named_modules()),
-    )
 
 
 def dataset_lengths(dataset: str, model: ModelShape) -> Lengths:
