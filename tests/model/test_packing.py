@@ -126,6 +126,8 @@ def test_a_recurrent_model_and_one_with_a_list_of_layer_numbers_get_a_small_copy
     assert llama4.moe_layers == [0, 1, 2, 3], "numbers of layers are not kinds of layers"
     assert (llama4.num_hidden_layers, llama4.attention_chunk_size) == (4, WINDOW)
     assert set(llama4.layer_types) == {"chunked_attention", "full_attention"}
+    bamba = AutoConfig.for_model("bamba", attn_layer_indices=[0, 1, 2, 3, 9], num_hidden_layers=12)
+    assert shrunken_config(bamba, HEADS).num_hidden_layers == 5, "its first recurrent layer is the fifth"
 
 
 def test_a_copy_that_would_stay_large_or_has_no_finite_logits_is_refused_in_words() -> None:

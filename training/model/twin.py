@@ -116,7 +116,7 @@ def _kept_layers(config: PreTrainedConfig, layers: Any) -> Any:
         return None
     lists = [
         value
-        for value in vars(config).values()
+        for value in [*vars(config).values(), getattr(config, "layer_types", None)]  # some compute it
         if isinstance(value, list | tuple) and len(value) == layers
         if len(set(map(repr, value))) <= MAX_KINDS
     ]
