@@ -287,7 +287,10 @@ SHAPES = [(128, 2, 4, 1000), (256, 4, 8, 5000), (512, 6, 8, 20_000)]  # width, l
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.long), 2])
-@pytest.mark.parametrize("config", [BF16, BF16_OFFLOAD], ids=["on device", "offloaded"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(BF16, id="on device"), pytest.param(BF16_OFFLOAD, id="offloaded", marks=pytest.mark.long)],
+)
 def test_predicted_model_state_is_within_10_percent_of_real_zero3_ranks(config, ranks, tmp_path):
     shapes = [",".join(map(str, shape)) for shape in SHAPES]
     result = run(deepspeed(ranks, "tests.plan.measure_memory"), config, tmp_path / "bytes", *shapes)

@@ -416,7 +416,7 @@ def test_a_run_resumed_in_another_folder_has_the_earlier_samples_and_metrics(
     assert (sampled / "samples.jsonl").read_bytes() == before
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1800)
 def test_two_zero3_ranks_in_bf16_train_and_sample_the_same_when_killed_three_times(
     rows: str, prompts: str, tmp_path: Path
