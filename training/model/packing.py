@@ -22,8 +22,8 @@ from training.model.twin import HEADS, POSITIONS, VOCABULARY, WINDOW, shrunken_t
 DOCUMENT_LENGTHS = (5, 3 * WINDOW, 1, POSITIONS - 1, 9, 1, 2, 2 * WINDOW + 1, 33, POSITIONS // 2)
 
 # Largest difference that counts as rounding, relative to the largest logit, the loss, or the gradient's norm. Some
-# architectures compute norms and softmax in float32. The largest
-# difference of 18 architectures that can be packed was 2e-7, and the smallest of 75 that cannot was 0.1.
+# architectures compute norms and softmax in float32. The largest difference of 18 architectures that can be packed was
+# 2e-7, and the smallest of 75 that cannot was 0.1.
 TOLERANCE = 1e-5
 
 
@@ -98,7 +98,8 @@ def compare_packed_with_alone(model: PreTrainedModel) -> Packing:
         if use_response_loss(model) and loss_problem() is None:
             return Packing(response_loss=True)
     except Exception as error:  # the architecture is not built as the chunked loss expects
-        refusal = refusal and f"{refusal}, and the chunked loss fails ({first_line(error)})"
+        if refusal:
+            refusal += f", and the chunked loss fails ({first_line(error)})"
     return Packing(refusal)
 
 

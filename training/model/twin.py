@@ -24,14 +24,17 @@ MAX_KINDS = 4
 
 MAX_WEIGHTS = 2e8  # 1.6 GB in float64, on every rank; copies of the usual architectures have up to 7e7
 
-# Patterns for the keys of a config.json, by what their numbers count.
-_WINDOW = re.compile(r"(window|chunk|floor_scale)(?!.*(layers|pattern|feed_forward))")
-_POSITIONS = re.compile(r"(position\w*|n_ctx|seq_len\w*|seq_length)$")
-_VOCABULARY = re.compile(r"^vocab_size")
 _TOKEN = re.compile(r"_token_(id|index)$")
 _KEY_HEADS = re.compile(r"(key_value|kv)_(n_)?heads(_kv)?$")
 _INNER = re.compile(r"(intermediate_size\w*|n_inner|ffn_dim|ffn_hidden_size|d_ff)$")
-_EXPERTS = re.compile(r"(num|n)_(local_|routed_)?experts$")
+# The largest number that a key of config.json may have in the copy, by the pattern of the key. The first match counts.
+_LIMITS = (
+    (re.compile(r"(window|chunk|floor_scale)(?!.*(layers|pattern|feed_forward))"), WINDOW),
+    (re.compile(r"(position\w*|n_ctx|seq_len\w*|seq_length)$"), POSITIONS),
+    (re.compile(r"^vocab_size"), VOCABULARY),
+    (_TOKEN, VOCABULARY - 1),
+    (re.compile(r"(num|n)_(local_|routed_)?experts$"), EXPERTS),
+)
 
 
 def shrunken_twin(
@@ -49,7 +52,8 @@ def shrunken_twin(
         "trust_remote_code": trust_remote_code,
         "experts_implementation": "eager",
     }
-    with _seeded(), _without_zero3():
+    with torch.random.fork_rng(devices=[]), _without_zero3():
+        torch.default_generator.manual_seed(0)  # not torch.manual_seed, which would seed the GPUs too
         with torch.device("meta"):
             weights = AutoModelForCausalLM.from_config(copy.deepcopy(small), **choices).num_parameters()
         if weights > MAX_WEIGHTS:
@@ -90,16 +94,8 @@ def _shrink(config: PreTrainedConfig, most_heads: int, widths: tuple[Any, Any] =
             setattr(config, name, [min(token, VOCABULARY - 1) for token in value])
         elif isinstance(value, bool) or not isinstance(value, int) or value <= 0:
             continue
-        elif _WINDOW.search(name):
-            setattr(config, name, min(value, WINDOW))
-        elif _POSITIONS.search(name):
-            setattr(config, name, min(value, POSITIONS))
-        elif _VOCABULARY.search(name):
-            setattr(config, name, min(value, VOCABULARY))
-        elif _TOKEN.search(name):
-            setattr(config, name, min(value, VOCABULARY - 1))
-        elif _EXPERTS.search(name):
-            setattr(config, name, min(value, EXPERTS))
+        elif limits := [limit for pattern, limit in _LIMITS if pattern.search(name)]:
+            setattr(config, name, min(value, limits[0]))
         elif _KEY_HEADS.search(name) and few_heads:
             setattr(config, name, few_heads if value == heads else 1)
         elif small_width and (value == width or _INNER.search(name)):
@@ -134,17 +130,6 @@ def _set_random_weights(model: PreTrainedModel) -> None:
                 parameter.copy_(noise / parameter.shape[-1] ** 0.5)
             else:
                 parameter.add_(0.1 * noise)
-
-
-@contextmanager
-def _seeded() -> Iterator[None]:
-    """Seeds the CPU's random numbers, and restores their former state on exit."""
-    state = torch.get_rng_state()
-    torch.default_generator.manual_seed(0)
-    try:
-        yield
-    finally:
-        torch.set_rng_state(state)
 
 
 @contextmanager
