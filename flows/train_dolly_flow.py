@@ -24,8 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 # In Metaflow's package all files lie in one folder.
-ROOT = HERE if (HERE / "training").is_dir() else HERE.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(HERE if (HERE / "training").is_dir() else HERE.parent))
 
 from model_on_s3 import NO_METAFLOW, StoreError, push, root_problems
 
@@ -41,7 +40,7 @@ import click
 import pod
 from gpu_profile import gpu_profile
 
-from training.consts import DEMO, METRICS_FILE, SAMPLE_INSTRUCTIONS, SAMPLES_FILE
+from training.consts import CONFIG, DEMO, INSTALLED, METRICS_FILE, ROOT, SAMPLE_INSTRUCTIONS, SAMPLES_FILE
 from training.data.demo_rows import demo_rows
 from training.errors import DataError, MachineError, ModelError, OptionsError, TrainingFailedError
 from training.files import local_path, write_file
@@ -60,7 +59,8 @@ from training.storage.copy import model_digests
 from training.storage.record import finished_run
 
 # Packaged for tasks on other machines. training.machine.environment reads requirements.txt.
-SOURCES = [ROOT / "training", ROOT / "config", ROOT / "requirements.txt"]
+# The package of an installed wheel has config/ inside, and the pins in its metadata.
+SOURCES = [ROOT / "training", *([] if INSTALLED else [CONFIG, ROOT / "requirements.txt"])]
 SUFFIXES = [".py", ".json", ".txt"]
 # The trainer's options that are parameters of the flow. All others go into --trainer-options.
 OPTIONS = ("input_model", "training_dataset", "epochs", "max_steps", "lr", "seed", "sample_every")

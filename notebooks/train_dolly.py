@@ -35,9 +35,10 @@ if "dbutils" in globals():
 import sys
 from pathlib import Path
 
-# Databricks and Jupyter start in the notebook's folder, which is inside the repository.
+# Databricks and Jupyter start in the notebook's folder, which is in the repository, or beside an installed wheel.
 here = Path.cwd()
-sys.path.insert(0, str(next(folder for folder in [here, *here.parents] if (folder / "training").is_dir())))
+roots = [folder for folder in [here, *here.parents] if (folder / "notebooks" / "cells.py").is_file()]
+sys.path.insert(0, str(roots[0]))
 
 from notebooks import cells
 from training import notebook

@@ -32,6 +32,9 @@ LOSS_CHUNK_BYTES = 256 * 2**20
 LARGEST_SHARE = 1.005  # largest share of a device relative to the mean at which batching.deal_by_tokens stops
 GIB = 2**30
 ROOT = Path(__file__).resolve().parents[1]
+# The DeepSpeed JSONs. An installed wheel has them inside the package.
+INSTALLED = (ROOT / "training" / "config").is_dir()
+CONFIG = ROOT / "training" / "config" if INSTALLED else ROOT / "config"
 LEDGER_FILE = "ledger.json"
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"

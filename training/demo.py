@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import subprocess
 import time
@@ -12,7 +11,7 @@ import click
 import torch
 import transformers
 
-from training.consts import DEFAULT_SEED, DEMO, GREEDY, METRICS_FILE, ROOT
+from training.consts import DEFAULT_SEED, DEMO, GREEDY, METRICS_FILE
 from training.data.demo_rows import demo_rows
 from training.data.tokens import prepare_dataset, split_held_out
 from training.files import duration
@@ -30,8 +29,10 @@ MAX_NEW_TOKENS = 48
 
 def demo_command(output: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
     """The command that trains the demo."""
-    config = ROOT / "config" / "ds_z3_bf16_config.json"
-    values = demo_options(ranks) | {"deepspeed": os.path.relpath(config, ROOT), "local_output_dir": output}
+    values = demo_options(ranks) | {
+        "deepspeed": "config/ds_z3_bf16_config.json",
+        "local_output_dir": output,
+    }
     try:
         return [*deepspeed_command(values, ranks), *extra]
     except ModuleNotFoundError as error:
@@ -123,7 +124,7 @@ def main(
         flush=True,
     )
     # The command inherits the terminal, so that its progress bar works.
-    code = subprocess.run(command, env=launch_environment(0 if gpus else ranks), cwd=ROOT).returncode
+    code = subprocess.run(command, env=launch_environment(0 if gpus else ranks)).returncode
     if code:
         raise click.ClickException(f"training failed with exit code {code}: see its last lines above")
     model, tokenizer = load_model_tokenizer_for_generate(output)

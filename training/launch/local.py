@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.consts import ROOT
+from training.consts import INSTALLED, ROOT
 from training.errors import TrainingFailedError
 from training.launch.exits import exit_meaning, oom_kills
 from training.options.command_line import option_words
@@ -67,8 +67,8 @@ def shell_command(command: Sequence[str]) -> str:
 def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
     """Runs the command and shows each line as it is printed. Raises TrainingFailedError if its exit code is not 0.
 
-    The command runs in the repository's folder, so paths of data and outputs must be absolute. After Ctrl-C, or a
-    notebook's Interrupt, it finishes its step and saves; a second one kills it.
+    The command runs in the repository's folder, where it finds the package, so paths of data and outputs must be
+    absolute. After Ctrl-C, or a notebook's Interrupt, it finishes its step and saves; a second one kills it.
 
     `cpu_ranks` is the number of ranks that share this machine's cores; 0 if they use GPUs.
     """
@@ -77,7 +77,7 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", _STARTER, *command],
         env=launch_environment(cpu_ranks),
-        cwd=ROOT,
+        cwd=None if INSTALLED else ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

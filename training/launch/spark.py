@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from training.consts import ROOT
+from training.consts import INSTALLED, ROOT
 from training.errors import OptionsError, TrainingFailedError
 from training.files import SCRATCH, nearest_existing
 from training.launch.exits import exit_meaning
@@ -136,7 +136,7 @@ def _deepspeed_config(options: Mapping[str, Any]) -> dict[str, Any]:
         raise OptionsError(
             "--deepspeed is missing. Spark's distributor needs a file such as config/ds_z3_bf16_config.json"
         )
-    return read_json(str(ROOT / file))
+    return read_json(str(file))
 
 
 def _cluster_problems(ranks: int, use_gpu: bool) -> list[str]:
@@ -232,8 +232,9 @@ def node_problems(nodes: list[dict[str, Any]], output: Path) -> list[str]:
     """Nodes without the package or without the shared folder, from the results of `probe_nodes`."""
     problems = []
     if without := sorted({node["host"] for node in nodes if not node["installed"]}):
+        source = "of its wheel" if INSTALLED else ROOT
         problems.append(
-            f"the package is not installed on {', '.join(without)}. On Databricks type %pip install {ROOT} in the "
+            f"the package is not installed on {', '.join(without)}. On Databricks type %pip install {source} in the "
             f"notebook; elsewhere install it on every node, or set spark.executorEnv.PYTHONPATH to its folder"
         )
     if without := sorted({node["host"] for node in nodes if not node["shared"]}):

@@ -8,24 +8,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.consts import ROOT
+from training.consts import CONFIG
 from training.errors import OptionsError
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """The content of a DeepSpeed JSON. config/ds_*.json are found from any working folder.
+    """The content of a DeepSpeed JSON. A config/NAME that is not in the working folder is the shipped file.
 
     Raises OptionsError if the file does not exist or holds no JSON object.
     """
     file = Path(path)
     try:
-        if not file.exists() and (ROOT / path).exists():
-            file = ROOT / path
+        if file.parent == Path("config") and not file.exists() and (CONFIG / file.name).exists():
+            file = CONFIG / file.name
         if file.exists() and not file.is_file():  # reading a pipe may block forever
             raise OSError(0, "Is not a regular file")
         config = json.loads(file.read_text(), object_pairs_hook=_unique_keys)
     except OSError as error:
-        shipped = ", ".join(sorted(f"config/{file.name}" for file in (ROOT / "config").glob("ds_*.json")))
+        shipped = ", ".join(str(file) for file in sorted(CONFIG.glob("*.json")))
         raise OptionsError(
             f"--deepspeed {path}: {error.strerror or error}. Available are: {shipped}"
         ) from error
