@@ -63,7 +63,9 @@ from training.storage.record import finished_run
 SOURCES = [ROOT / "training", *([] if INSTALLED else [CONFIG, ROOT / "requirements.txt"])]
 SUFFIXES = [".py", ".json", ".txt"]
 # The trainer's options that are parameters of the flow. All others go into --trainer-options.
-OPTIONS = ("input_model", "training_dataset", "epochs", "max_steps", "lr", "seed", "sample_every")
+OPTIONS = (
+    "input_model", "training_dataset", "test_size", "epochs", "max_steps", "lr", "seed", "sample_every",
+)  # fmt: skip
 
 
 class RunRefusedError(MetaflowException):
@@ -126,6 +128,7 @@ class TrainDollyFlow(FlowSpec):
         help="A file with your own rows: .json, .jsonl, .csv or .parquet. Metaflow keeps a copy with the run.",
         is_text=False,
     )
+    test_size = option("test_size")
     epochs = option("epochs", "1")
     max_steps = option("max_steps")
     lr = option("lr", "Dolly's")
@@ -229,13 +232,15 @@ class TrainDollyFlow(FlowSpec):
         problems = self._machine_problems(machine, family, remote)
         demo = family == "cpu" and {self.input_model, self.training_dataset} <= {None, DEMO}
         chosen = preset_options(family, self.ranks)
+        rows = {}
+        if self.training_file is not None:
+            rows["training_dataset"] = f"{self.folder}/rows{_suffix(self.training_file, '.csv')}"
         # The demo saves no checkpoints, but the flow must be able to resume it.
-        chosen |= demo_options(self.ranks) | {"save_steps": 100} if demo else {"epochs": 1.0}
-        chosen |= {name: value for name in OPTIONS if (value := getattr(self, name)) is not None}
+        dataset = rows.get("training_dataset", DEMO)
+        chosen |= demo_options(self.ranks, dataset) | {"save_steps": 100} if demo else {"epochs": 1.0}
+        chosen |= {name: value for name in OPTIONS if (value := getattr(self, name)) is not None} | rows
         self.prompts = self.sample_prompts or _default_prompts(demo)
         chosen["sample_prompts"] = f"{self.folder}/prompts{_suffix(self.prompts, '.txt')}"
-        if self.training_file is not None:
-            chosen["training_dataset"] = f"{self.folder}/rows{_suffix(self.training_file, '.csv')}"
         target = self.dbfs_output_root  # an empty one is reported below
         chosen["dbfs_output_dir"] = target and f"{target.rstrip('/')}/{Path(self.folder).name}"
         words = option_words(chosen | {"local_output_dir": self.output, "resume": "auto"})
@@ -286,7 +291,7 @@ class TrainDollyFlow(FlowSpec):
         import datasets
         import transformers
 
-        from training.data.tokens import split_held_out
+        from training.data.held_out import held_out_size, in_words
         from training.plan.epoch import row_lengths
         from training.plan.report import as_json, as_table
         from training.run.prepare import tokenised_rows
@@ -294,12 +299,13 @@ class TrainDollyFlow(FlowSpec):
         datasets.disable_progress_bars()  # a bar fills a task's log with lines
         transformers.utils.logging.disable_progress_bar()
         _, rows, ledger = tokenised_rows(options)
-        split_held_out(rows, options.test_size, options.seed)
+        test_size = held_out_size(options.test_size, len(rows))
         lengths = row_lengths(options.training_dataset, rows["length"][:], rows["response_start"][:])
         settings = resolve(options, self.ranks, FAMILIES[machine.family].precision)
         plan = plan_run(settings, lengths, model_of(options), machine)
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)
-        print(f"{ledger}\n\n{as_table(plan, price=None)}", flush=True)
+        held_out = in_words(test_size, len(rows), options.test_size)
+        print(f"{ledger}\n{held_out}\n\n{as_table(plan, price=None)}", flush=True)
         return plan
 
     def _write_files(self) -> None:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
 from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError
@@ -20,9 +20,6 @@ from training.machine.catalogue import FAMILIES, Machine
 from training.options.trainer_options import TrainingOptions
 from training.plan.presets import DEMO_RECIPE, preset_options
 from training.run.preflight import destination_problems
-
-if TYPE_CHECKING:
-    import datasets
 
 
 @dataclass(frozen=True)
@@ -33,6 +30,7 @@ class Choices:
         num_gpus: GPUs per node; None for all.
         name: name of the run, the last part of `output` and `published`.
         output: folder that the run trains in.
+        test_size: rows held out; None for the default.
         published: folder or URL that the finished model is copied to; None to not copy it.
         resume: whether `name` is an earlier run.
     """
@@ -42,6 +40,7 @@ class Choices:
     gpu_family: str
     input_model: str
     training_dataset: str
+    test_size: int | None
     epochs: float
     name: str
     output: Path
@@ -106,6 +105,7 @@ def read_widgets(widgets: Any) -> Choices:
         gpu_family=values["gpu_family"],
         input_model=model,
         training_dataset=dataset,
+        test_size=number("test_size", int, None),
         epochs=number("epochs", float, DEMO_RECIPE["epochs"] if model == DEMO else 1.0),
         name=name,
         output=root / name,
@@ -157,13 +157,14 @@ def check_plan(
     from training.errors import DataError, ModelError
     from training.plan.fit import plan_options
     from training.plan.report import as_table
+    from training.run.identity import recorded_test_size
 
     def plan_of(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
         """(table of the plan, problems of the run)."""
-        planned = TrainingOptions(**options, **recipe)
+        planned = TrainingOptions(**{**recipe, **options})
         problems = destination_problems(planned)
         try:
-            plan = plan_options(planned, ranks, machine)
+            plan = plan_options(planned, ranks, machine, recorded_test_size(planned))
         except OptionsError as error:
             return "", problems + error.problems
         # The training cell prints the command.
@@ -203,13 +204,28 @@ def finished_record(choices: Choices) -> dict[str, Any]:
         ) from error
 
 
-def held_out_rows(dataset: str, rows: datasets.Dataset, test_size: int, count: int) -> list[dict[str, str]]:
-    """The first `count` held-out rows as {instruction, input, output}. `rows` come from `prepare_dataset`."""
-    from training.data.rows import read_columns
-    from training.data.tokens import split_held_out
+def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, str]]:
+    """Tokenises the rows of a run, and prints what became of them.
 
-    columns = read_columns(dataset)
-    numbers = split_held_out(rows, test_size, DEFAULT_SEED)[1]["row"][:count]
+    Returns the first `count` held-out rows as {instruction, input, output}. Raises RunRefusedError if the rows or the
+    model cannot be used.
+    """
+    from training.data.held_out import held_out_size, in_words, split_held_out
+    from training.data.rows import read_columns
+    from training.errors import DataError, ModelError
+    from training.run.identity import recorded_test_size
+    from training.run.prepare import tokenised_rows
+
+    run = TrainingOptions(**options)
+    try:
+        _, rows, ledger = tokenised_rows(run)
+        recorded = recorded_test_size(run)
+        test_size = held_out_size(run.test_size, len(rows), recorded)
+        columns = read_columns(run.training_dataset)
+    except (DataError, ModelError) as error:
+        raise RunRefusedError(str(error)) from error
+    print(f"{ledger}\n{in_words(test_size, len(rows), run.test_size, recorded)}")
+    numbers = split_held_out(rows, test_size, run.seed)[1]["row"][:count]
     return [
         {key: getattr(columns, key)[number - 1] for key in ("instruction", "input", "output")}
         for number in numbers

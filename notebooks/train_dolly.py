@@ -53,6 +53,7 @@ dbutils.widgets.text("num_gpus", "", "GPUs of each node (all)")
 dbutils.widgets.text("num_nodes", "1", "Nodes")
 dbutils.widgets.text("input_model", "", "Base model (EleutherAI/gpt-j-6B; cpu: demo)")
 dbutils.widgets.text("training_dataset", "", "Dataset (tatsu-lab/alpaca; cpu: demo)")
+dbutils.widgets.text("test_size", "", "Held-out rows (a tenth, at most 1,000; demo: 400)")
 dbutils.widgets.text("epochs", "", "Epochs (1; demo: 6)")
 dbutils.widgets.text(
     "local_training_root", cells.default_training_root(), "Folder of the runs, on a local disk"
@@ -85,7 +86,7 @@ print(f"{choices.name}\n  trained in       {choices.output}\n  published to     
 
 # COMMAND ----------
 
-from training.plan.presets import DEMO_RECIPE
+from training.plan.presets import demo_recipe
 
 machine = cells.find_machine(choices)
 num_gpus = machine.count
@@ -94,12 +95,14 @@ recipe = preset_options(choices.gpu_family, ranks)
 options = {
     "input_model": choices.input_model,
     "training_dataset": choices.training_dataset,
-    **(DEMO_RECIPE if choices.is_demo else {}),
+    **(demo_recipe(choices.training_dataset) if choices.is_demo else {}),
     "epochs": choices.epochs,
     "local_output_dir": str(choices.output),
     "dbfs_output_dir": choices.published,
     "resume": "auto" if choices.resume else "never",
 }
+if choices.test_size:
+    options["test_size"] = choices.test_size
 if choices.mlflow_model_name:
     options["mlflow_model_name"] = choices.mlflow_model_name
 print(cells.check_plan(options, recipe, ranks, machine, choices.gpu_family))
@@ -114,18 +117,10 @@ print(cells.check_plan(options, recipe, ranks, machine, choices.gpu_family))
 
 # COMMAND ----------
 
-from training.consts import DEFAULT_TEST_SIZE, SAMPLE_INSTRUCTIONS
-from training.data.tokens import prepare_dataset
-from training.model.loading import load_config, max_positions
-from training.model.tokenizer import load_tokenizer
-
-longest = max_positions(load_config(choices.input_model))
-rows, ledger = prepare_dataset(choices.training_dataset, load_tokenizer(choices.input_model), longest)
-print(ledger)
+from training.consts import SAMPLE_INSTRUCTIONS
 
 prompts = [{"instruction": text, "input": "", "output": ""} for text in SAMPLE_INSTRUCTIONS]
-test_size = options.get("test_size", DEFAULT_TEST_SIZE)
-prompts += cells.held_out_rows(choices.training_dataset, rows, test_size, 3)
+prompts += cells.prepare_rows(recipe | options, 3)
 options["sample_prompts"] = cells.write_prompts(choices, prompts)
 
 # COMMAND ----------
@@ -155,9 +150,9 @@ try:
     if choices.num_nodes > 1:
         from training.launch.spark import launch_on_spark
 
-        launch_on_spark(options | recipe, choices.num_nodes, num_gpus, use_gpu=not machine.is_cpu)
+        launch_on_spark(recipe | options, choices.num_nodes, num_gpus, use_gpu=not machine.is_cpu)
     else:
-        command = deepspeed_command(options | recipe, num_gpus)
+        command = deepspeed_command(recipe | options, num_gpus)
         print(shell_command(command), flush=True)
         launch(command, cpu_ranks=num_gpus if machine.is_cpu else 0)
 except OptionsError as error:  # the cluster cannot train

@@ -5,22 +5,26 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 import transformers
 
-from training.consts import DEFAULT_SEED, DEMO, GREEDY, METRICS_FILE
+from training.consts import DEMO, GREEDY, METRICS_FILE
 from training.data.demo_rows import demo_rows
-from training.data.tokens import prepare_dataset, split_held_out
+from training.data.held_out import split_held_out
+from training.data.tokens import prepare_dataset
 from training.files import duration
 from training.launch.local import deepspeed_command, launch_environment, shell_command
 from training.model.generation import generate_responses, load_model_tokenizer_for_generate, printable
 from training.model.loading import max_positions
 from training.pictures import PictureFile, draw_demo
-from training.plan.presets import DEMO_RECIPE, demo_options
+from training.plan.presets import demo_options
 from training.storage import metrics
+from training.storage.record import finished_run
 
 TERMINAL_EXAMPLES = 12
 PICTURE_EXAMPLES = 8
@@ -39,14 +43,13 @@ def demo_command(output: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
         raise click.ClickException(str(error)) from error
 
 
-def held_out_rows(tokenizer: transformers.PreTrainedTokenizerBase, longest: int) -> list[dict[str, str]]:
-    """The held-out rows of training, from the same split."""
+def held_out_rows(
+    tokenizer: transformers.PreTrainedTokenizerBase, longest: int, run: Mapping[str, Any]
+) -> list[dict[str, str]]:
+    """The held-out rows of a run, from the same split; `run` are the options of its record."""
     prepared, _ = prepare_dataset(DEMO, tokenizer, longest)
     rows = demo_rows()
-    return [
-        rows[number - 1]
-        for number in split_held_out(prepared, DEMO_RECIPE["test_size"], DEFAULT_SEED)[1]["row"]
-    ]
+    return [rows[number - 1] for number in split_held_out(prepared, run["test_size"], run["seed"])[1]["row"]]
 
 
 def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
@@ -128,7 +131,8 @@ def main(
     if code:
         raise click.ClickException(f"training failed with exit code {code}: see its last lines above")
     model, tokenizer = load_model_tokenizer_for_generate(output)
-    rows = held_out_rows(tokenizer, max_positions(model.config))
+    options = finished_run(Path(output))["options"]
+    rows = held_out_rows(tokenizer, max_positions(model.config), options)
     before, after = answers(DEMO, rows), answers(output, rows)
     shown = examples(rows, before, after)
     result = (

@@ -43,7 +43,7 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
     from training.run import finish, prepare, start, steps
 
     request = request or StopRequest()
-    prepared = prepare.prepare(settings)  # connects the ranks; loads tokenizer and rows
+    settings, prepared = prepare.prepare(settings)  # connects the ranks; loads tokenizer and rows
     last = steps.planned_steps(settings, len(prepared.train_rows))
     with start.as_only_writer(settings.output):
         start_point, record = start.find(settings, prepared, last)  # step 0, or a complete checkpoint

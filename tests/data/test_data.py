@@ -6,7 +6,6 @@ import gc
 import json
 from pathlib import Path
 
-import datasets
 import pytest
 from conftest import jsonl, rows_of
 from hypothesis import HealthCheck, example, given, settings
@@ -461,30 +460,3 @@ def test_two_concurrent_writers_of_one_cache_do_not_corrupt_it(
     rows, _ = prepare_dataset(path, tokenizer, 256, cache_root=cache)
     assert len(rows) == 20
     assert len(list(cache.iterdir())) == 1
-
-
-def test_the_split_is_the_same_as_dollys() -> None:
-    rows = datasets.Dataset.from_dict({"row": list(range(1, 101))})
-    train, held_out = tokens.split_held_out(rows, 10, seed=42)
-    dollys = rows.shuffle(seed=42).train_test_split(test_size=10, seed=42)
-    assert train["row"][:] == dollys["train"]["row"][:]
-    assert held_out["row"][:] == dollys["test"]["row"][:]
-    assert sorted([*train["row"], *held_out["row"]]) == list(range(1, 101))
-    assert tokens.split_held_out(rows, 10, seed=43)[1]["row"][:] != held_out["row"][:]
-
-
-TOO_FEW = ", but at least 2 are needed: one to train on and one to hold out"
-
-
-@pytest.mark.parametrize(
-    ("count", "test_size", "message"),
-    [
-        *((20, size, "Try --test-size 2") for size in (0, -1, 20, 21)),
-        (0, 1000, "no rows" + TOO_FEW),
-        (1, 1000, "1 row" + TOO_FEW),
-    ],
-)
-def test_a_split_that_leaves_one_side_empty_is_refused(count: int, test_size: int, message: str) -> None:
-    rows = datasets.Dataset.from_dict({"row": list(range(count))})
-    with pytest.raises(DataError, match=message):
-        tokens.split_held_out(rows, test_size, seed=42)

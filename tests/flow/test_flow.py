@@ -364,13 +364,13 @@ def in_a_pod(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.mark.slow
 def test_own_rows_are_read_by_file_name_and_by_content(metaflow: Metaflow, tmp_path: Path) -> None:
-    """A --test-size that leaves no rows to train on ends the run in `start` and shows that the rows were read."""
+    """A --test-size of more than half of the rows ends the run in `start` and shows that the rows were read."""
     (tmp_path / "own.csv").write_text("instruction,output\n" + "Say a.,a\n" * 30)
     words = ["run", "--gpu-family", "cpu", "--input-model", "demo", "--trainer-options", "--test-size 40"]
     for source in (["--training-dataset", "own.csv"], ["--training-file", "own.csv"]):
         code, output = metaflow.run(*words, *source)
         assert code == 1
-        assert "--test-size 40 of 30 rows leaves" in output, output
+        assert "--test-size 40 is more than half of the 30 rows. Type --test-size 3," in output, output
     kept = next((tmp_path / "dolly_training").glob("*/rows.csv"))
     assert kept.read_bytes() == (tmp_path / "own.csv").read_bytes()
     assert json.loads(next((tmp_path / "dolly_training").glob("*/prompts.json")).read_text())

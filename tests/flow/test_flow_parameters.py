@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from training.errors import OptionsError
+from training.machine.catalogue import find_machine
 from training.options.trainer_options import TrainingOptions
 
 FLOWS = Path(__file__).parents[2] / "flows"
@@ -29,6 +31,7 @@ def parse(flow: Any, more: str, problems: list[str]) -> TrainingOptions:
     ("name", "kind", "default"),
     [
         ("input_model", str, "  [default: EleutherAI/gpt-j-6B]"),
+        ("test_size", int, ""),
         ("epochs", float, "  [default: 1]"),
         ("max_steps", int, ""),
         ("lr", float, "  [default: Dolly's]"),
@@ -45,6 +48,26 @@ def test_a_parameter_has_the_type_and_the_help_of_its_option(
     assert parameter.kwargs["type"] is kind
     assert parameter.kwargs["help"] == TrainingOptions.__dataclass_fields__[name].metadata["help"] + default
     assert parameter.kwargs.get("default") is None, "a default must not override a recipe"
+
+
+@pytest.mark.parametrize(
+    ("typed", "test_size"),
+    [
+        ({}, 400),
+        ({"training_file": b"[]"}, None),
+        ({"training_file": b"[]", "test_size": 30}, 30),
+        ({"training_file": b"[]", "test_size": 30, "trainer_options": "--test-size 20"}, 20),
+        ({"gpu_family": "a100"}, None),
+    ],
+)
+def test_the_demos_number_of_held_out_rows_is_for_the_demos_rows(
+    flow: Any, tmp_path: Path, typed: dict[str, Any], test_size: int | None
+) -> None:
+    nothing = dict.fromkeys((*flow.OPTIONS, "sample_prompts", "training_file", "dbfs_output_root"))
+    own = {"gpu_family": "cpu", "trainer_options": "", "ranks": 2, "folder": str(tmp_path / "run")}
+    run = SimpleNamespace(**{**nothing, **own, "output": f"{tmp_path}/run/model", **typed})
+    run._machine_problems = lambda *of: []
+    assert flow.TrainDollyFlow._options(run, find_machine("8xA100-40GB"), True).test_size == test_size
 
 
 def test_invalid_values_are_reported_together_with_earlier_problems(flow: Any) -> None:

@@ -175,7 +175,7 @@ def test_the_docs_list_exactly_the_widgets_of_the_notebook() -> None:
     section = (ROOT / "docs" / "databricks.md").read_text().split("\n## Widgets\n")[1].split("\n## ")[0]
     named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     assert named == notebook.widget_names(notebook.read_source(NOTEBOOK.read_text()))
-    assert set(named) == {*"num_gpus gpu_family input_model training_dataset epochs local_training_root".split(),
+    assert set(named) == {*"num_gpus gpu_family input_model training_dataset test_size epochs local_training_root".split(),
                           *"dbfs_output_root num_nodes resume mlflow_model_name".split()}  # fmt: skip
 
 
@@ -316,6 +316,29 @@ def test_the_trainer_accepts_the_notebooks_options_with_and_without_an_mlflow_na
         "never",
     )
     assert parsed[0].mlflow_model_name == (model_name or None)
+
+
+def test_rows_are_held_out_by_the_trainers_rule_by_the_widget_or_as_before_a_resume(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def prepared(**more: str) -> tuple[dict[str, Any], int]:
+        values = {"gpu_family": "cpu", "local_training_root": str(tmp_path)} | more
+        names = run_cell("find_machine", choices=cell_functions.read_widgets(widgets(**values)))
+        held_out = cell_functions.prepare_rows(names["recipe"] | names["options"], 9999)
+        return names["options"], len(held_out)
+
+    own = jsonl(tmp_path / "own.jsonl", rows_of(300))
+    options, held_out = prepared(training_dataset=own)
+    assert (options.get("test_size"), held_out) == (None, 30)
+    assert "30 of 300 rows are held out" in capsys.readouterr().out
+    assert prepared()[1] == DEMO_RECIPE["test_size"]
+    assert prepared(training_dataset=own, test_size="50")[1] == 50
+    with pytest.raises(errors.RunRefusedError, match="200 is more than half of the 300 rows"):
+        prepared(training_dataset=own, test_size="200")
+    (tmp_path / "dolly__a").mkdir()
+    record = {"status": "finished", "options": {"test_size": 200}}
+    (tmp_path / "dolly__a" / "run.json").write_text(json.dumps(record))
+    assert prepared(training_dataset=own, resume="dolly__a")[1] == 200
 
 
 def test_several_nodes_use_spark_and_a_cluster_that_cannot_train_is_refused(

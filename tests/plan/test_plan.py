@@ -324,7 +324,7 @@ def test_a_model_that_cannot_be_packed_is_planned_with_padded_rows_and_a_warning
         (["--machine", "8xH100", "--input-model", "./t5"], "t5 model is not a causal language model"),
         (["--machine", "8xH100", "--batching", "padded", "--max-tokens-per-device", 9], "splits packed rows"),
         (["--machine", "8xV100-32GB", "--deepspeed", BF16], "a V100 cannot compute in bf16"),
-        (["--machine", "8xH100", "--test-size", 60000], "--test-size 60,000 of 52,002 rows leaves none"),
+        (["--machine", "8xH100", "--test-size", 60000], "--test-size 60000 is more than half of the 52,002 rows. Type --test-size 1000"),
         (["--machine", "8xH100", "--epochs", "nan"], "--epochs nan: expected a finite number"),
         (["--machine", "8xH100", "--epochs", "1e300"], "1e+300 is not in the range 0<x<=10000"),
         (["--machine", "8xH100", "--price", "inf"], "--price inf: expected a finite number"),

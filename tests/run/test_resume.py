@@ -449,6 +449,30 @@ def test_a_damaged_newer_checkpoint_is_written_again(
     assert not any(map(checkpoint.problems_of, checkpoint.checkpoints(output)))
 
 
+@pytest.mark.parametrize("typed", [None, 60])
+def test_a_run_of_an_earlier_version_that_held_out_more_than_half_is_resumed(
+    train_small: TrainFunction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: int | None
+) -> None:
+    """The earlier version took every number below that of the rows, typed or not, and recorded it in the options."""
+    output = tmp_path / "out"
+    with monkeypatch.context() as earlier:
+        earlier.setattr(prepare, "held_out_size", lambda test_size, rows, recorded: test_size)
+        train_small(output, test_size=60, stop_at=2)
+    assert json.loads((output / "run.json").read_text())["options"]["test_size"] == 60
+    record, seen = train_small(output, test_size=typed)
+    assert (record["status"], record["options"]["test_size"]) == ("finished", 60)
+    assert seen[0][0] == 2, "the step after checkpoint-2"
+
+
+def test_the_record_has_the_number_of_held_out_rows_that_was_chosen(
+    train_small: TrainFunction, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "training"):
+        record, _ = train_small(tmp_path / "out", test_size=None, max_steps=1)
+    assert record["options"]["test_size"] == 7
+    assert "7 of 70 rows are held out; --test-size chooses another number" in caplog.text
+
+
 def test_a_stop_after_the_last_step_leaves_finishing_to_the_next_command(
     rows: str, model_with_dropout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -25,7 +25,8 @@ from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 from tests.conftest import jsonl
 from tests.run.test_trainer import BF16, deepspeed, record, run
 from training import files, trainer
-from training.data.tokens import prepare_dataset, split_held_out
+from training.data.held_out import split_held_out
+from training.data.tokens import prepare_dataset
 from training.errors import Interrupted, TrainingError
 from training.launch.exits import CANNOT_CONTINUE
 from training.options.command_line import option_words

@@ -27,8 +27,9 @@ from transformers import (
 )
 
 from training.data.collator import DataCollatorForCompletionOnlyLM
+from training.data.held_out import split_held_out
 from training.data.prompt import CONTROL_TOKENS
-from training.data.tokens import prepare_dataset, split_held_out
+from training.data.tokens import prepare_dataset
 from training.errors import ModelError, OptionsError
 from training.launch.local import DEEPSPEED
 from training.machine import local
@@ -292,7 +293,8 @@ def test_ranks_on_one_host_share_its_memory_even_with_separate_launchers(tmp_pat
     options = TrainingOptions(
         input_model="demo", training_dataset="demo", test_size=50, local_output_dir=str(tmp_path / "out")
     )
-    prepared, run = prepare.prepare(resolve(options, 1, "fp32")), resolve(options, 8, "fp32")
+    _, prepared = prepare.prepare(resolve(options, 1, "fp32"))
+    run = resolve(options, 8, "fp32")
     monkeypatch.setattr(preflight, "ranks_on_this_host", lambda: 2)
     assert preflight.check_plan(run, prepared, None)
     monkeypatch.setattr(preflight, "ranks_on_this_host", lambda: 8)

@@ -16,7 +16,7 @@ from typing import Any
 
 from training.consts import DEMO
 from training.data.demo_rows import demo_rows
-from training.errors import DataError, DuplicateKeyError
+from training.errors import DataError, DuplicateKeyError, TooFewRowsError
 
 # Alpaca's name first, then dolly-15k's. Other columns are ignored, also Alpaca's `text`, the rendered row.
 COLUMN_NAMES = {
@@ -61,14 +61,8 @@ def read_columns(source: str) -> Columns:
         raise DataError(f"{source}: cannot be read ({error})") from error
     columns = _read_file(path, READERS) if local else _read_hub(source)
     if not len(columns):
-        raise DataError(f"{source}: {too_few_rows(0)}")
+        raise TooFewRowsError(source, 0)
     return columns
-
-
-def too_few_rows(count: int) -> str:
-    """Says that `count` rows are too few to split into training and held-out rows."""
-    found = f"{count} row" if count == 1 else f"{count or 'no'} rows"
-    return f"{found}, but at least 2 are needed: one to train on and one to hold out"
 
 
 def read_prompts(file: str) -> list[tuple[str, str]]:

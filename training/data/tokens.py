@@ -32,7 +32,7 @@ from training.data.prompt import (
     leading_ids,
     response_piece,
 )
-from training.data.rows import Columns, read_columns, too_few_rows
+from training.data.rows import Columns, read_columns
 from training.errors import DataError
 from training.files import fingerprint, write_folder
 
@@ -200,21 +200,6 @@ def _write_cache(
     with write_folder(target, is_complete=_read_cache) as folder:
         datasets.Dataset(table).save_to_disk(str(folder))
         ledger.save(folder / LEDGER_FILE)
-
-
-def split_held_out(
-    rows: datasets.Dataset, test_size: int, seed: int
-) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Shuffles and splits into (training rows, held-out rows), with the same two calls as Dolly."""
-    if len(rows) < 2:
-        raise DataError(f"--training-dataset: {too_few_rows(len(rows))}. Name a larger dataset")
-    if not 0 < test_size < len(rows):
-        raise DataError(
-            f"--test-size {test_size:,} of {len(rows):,} rows leaves "
-            f"{'none held out' if test_size <= 0 else 'none to train on'}. Try --test-size {max(1, len(rows) // 10):,}"
-        )
-    parts = rows.shuffle(seed=seed).train_test_split(test_size=test_size, seed=seed)
-    return parts["train"], parts["test"]
 
 
 def marked_sample(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], response_start: int) -> str:

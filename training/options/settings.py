@@ -19,7 +19,7 @@ class Settings:
     """Resolved settings of one run, made by `resolve`, used by the plan and by training.
 
     Attributes:
-        options: as the user typed them.
+        options: as the user typed them; once the rows are read, `test_size` is the number of held-out rows.
         ranks: world size: number of devices, or of processes on a CPU.
         deepspeed: content of the DeepSpeed JSON; None without DeepSpeed.
         precision: of forward and backward, "bf16", "fp16" or "fp32".
@@ -53,6 +53,10 @@ class Settings:
         return replace(
             self, checkpointing=gradient_checkpointing, max_tokens=max_tokens_per_device, batching=batching
         )
+
+    def with_test_size(self, rows: int) -> Settings:
+        """These settings with the number of held-out rows, which depends on the dataset."""
+        return replace(self, options=replace(self.options, test_size=rows))
 
     def without_packing(self) -> Settings:
         """These settings for an architecture that cannot be packed. Nothing changes if packing was not requested."""

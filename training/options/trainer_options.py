@@ -94,8 +94,11 @@ class TrainingOptions:
         type=click.FloatRange(0, 1),
         metavar="SHARE",
     )
-    test_size: int = _data(
-        DEFAULT_TEST_SIZE, "Rows held out for the held-out loss.", type=click.IntRange(1), metavar="ROWS"
+    test_size: int | None = _data(
+        None,
+        f"Rows held out for the held-out loss.  [default: a tenth of the rows, at most {DEFAULT_TEST_SIZE:,}]",
+        type=click.IntRange(1),
+        metavar="ROWS",
     )
     seed: int = _data(
         DEFAULT_SEED,

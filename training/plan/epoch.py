@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from training.consts import DEFAULT_TRAINING_DATASET, LARGEST_SHARE, PAD_TO_MULTIPLE_OF
+from training.data.held_out import default_size
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,6 +64,7 @@ class Load:
     """The computation of one epoch. In each micro-step all devices wait for the slowest one.
 
     Attributes:
+        held_out: rows that are not trained on.
         steps: optimizer steps per epoch; each has `accumulation` micro-steps.
         real_tokens, computed_tokens: per epoch over all devices, without and with padding.
         paced_tokens: tokens that all devices could compute in the time of the slowest device of each micro-step.
@@ -72,6 +74,7 @@ class Load:
         peak_row: the longest row, including padding if rows are padded.
     """
 
+    held_out: int
     steps: int
     real_tokens: int
     computed_tokens: int
@@ -92,7 +95,8 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
     import numpy as np
 
     ranks, rows = settings.ranks, settings.rows
-    held_out = min(settings.options.test_size, len(lengths.tokens) // 2)
+    typed, count = settings.options.test_size, len(lengths.tokens)
+    held_out = min(default_size(count) if typed is None else typed, count // 2)
     tokens = np.random.default_rng(seed).permutation(lengths.tokens)[held_out:]
     batch = settings.global_batch
     # Full batches only; the smaller last batch of an epoch is negligible.
@@ -117,6 +121,7 @@ def epoch_load(lengths: Lengths, settings: Settings, seed: int = 0) -> Load:
         peak = rows * peak_row if settings.batching == "padded" else int(costs.max())
         computed = int(costs.sum() * len(tokens) / len(full_batches))
     return Load(
+        held_out=held_out,
         steps=math.ceil(len(tokens) / batch),
         real_tokens=int(tokens.sum()),
         computed_tokens=computed,

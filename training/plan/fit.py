@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from training.consts import GIB
-from training.data.rows import too_few_rows
+from training.data.held_out import held_out_size
 from training.errors import OptionsError
 from training.machine.catalogue import GPUS, Machine, find_family
 from training.options.command_line import option_words
@@ -104,11 +104,15 @@ def plan_run(settings: Settings, lengths: Lengths, model: ModelShape, machine: M
     return plan if plan.fits else replace(plan, changes=_nearest_changes(plan, settings, lengths))
 
 
-def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan:
+def plan_options(
+    options: TrainingOptions, ranks: int, machine: Machine, recorded_test_size: int | None = None
+) -> Plan:
     """Plans a run from the trainer's options: looks up the model and the dataset by name.
 
+    `recorded_test_size` is the number of held-out rows of the run that is resumed.
+
     Raises MachineError for an unknown GPU family, OptionsError for options that cannot be used on the machine, and
-    ModelError or DataError if the model or the dataset cannot be loaded.
+    ModelError or DataError if the model or the dataset cannot be used.
     """
     family, model = find_family(machine.family), model_of(options)
     settings = resolve(options, ranks, family.precision)
@@ -117,11 +121,9 @@ def plan_options(options: TrainingOptions, ranks: int, machine: Machine) -> Plan
             f"a {' or '.join(family.devices)} cannot compute in bf16. Type --deepspeed {family.deepspeed}"
         )
     lengths = dataset_lengths(options.training_dataset, model)
-    count = len(lengths.tokens)
-    if count < 2:
-        raise OptionsError(f"--training-dataset: {too_few_rows(count)}. Name a larger dataset")
-    if options.test_size >= count:
-        raise OptionsError(f"--test-size {options.test_size:,} of {count:,} rows leaves none to train on")
+    held_out = held_out_size(options.test_size, len(lengths.tokens), recorded_test_size)
+    if recorded_test_size is not None:
+        settings = settings.with_test_size(held_out)
     return plan_run(settings, lengths, model, machine)
 
 

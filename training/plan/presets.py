@@ -56,13 +56,18 @@ DEMO_RECIPE: dict[str, Any] = {
 }
 
 
-def demo_options(ranks: int) -> dict[str, Any]:
-    """The trainer's options for the demo on `ranks` ranks, keyed by TrainingOptions' names."""
+def demo_recipe(dataset: str = DEMO) -> dict[str, Any]:
+    """The recipe of the demo model. Its number of held-out rows is for the demo's rows only."""
+    return {name: value for name, value in DEMO_RECIPE.items() if dataset == DEMO or name != "test_size"}
+
+
+def demo_options(ranks: int, dataset: str = DEMO) -> dict[str, Any]:
+    """The trainer's options for the demo model on `ranks` ranks, keyed by TrainingOptions' names."""
     return {
         "input_model": DEMO,
-        "training_dataset": DEMO,
+        "training_dataset": dataset,
         "per_device_train_batch_size": max(1, GLOBAL_BATCH // ranks),
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": "off",
-        **DEMO_RECIPE,
+        **demo_recipe(dataset),
     }

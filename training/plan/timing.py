@@ -70,8 +70,8 @@ def run_hours(
     """
     options = settings.options
     forward = seconds["compute"] / (4 if settings.checkpointing is True else 3)
-    batches = math.ceil(options.test_size / (settings.ranks * options.per_device_eval_batch_size))
-    evaluation = forward * options.test_size / settings.global_batch
+    batches = math.ceil(load.held_out / (settings.ranks * options.per_device_eval_batch_size))
+    evaluation = forward * load.held_out / settings.global_batch
     evaluation += batches * seconds["gathering"] / settings.accumulation / 3
     evaluations = steps / options.eval_steps + 1
     return (steps * sum(seconds.values()) + evaluations * evaluation) / 3600

@@ -15,8 +15,11 @@ from typing import Any
 import datasets
 import numpy as np
 
+from training.files import local_path
 from training.options.settings import Settings
-from training.options.trainer_options import SCHEDULES, flag_of
+from training.options.trainer_options import SCHEDULES, TrainingOptions, flag_of
+from training.storage import checkpoint
+from training.storage.record import read_run_record
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
@@ -57,6 +60,23 @@ def new_record(settings: Settings, rows: str | None = None) -> dict[str, Any]:
         "versions": versions,
         "git_commit": _git_commit(),
     }
+
+
+def recorded_test_size(options: TrainingOptions) -> int | None:
+    """The number of held-out rows of the run that --resume continues, which keeps it; None for a run from step 0."""
+    if options.resume == "never":
+        return None
+    is_named = options.resume != "auto"
+    folder = Path(options.resume).expanduser().resolve().parent if is_named else None
+    folder = folder or local_path(options.local_output_dir)
+    record = read_run_record(folder)
+    if record is None:
+        return None
+    continues = is_named or record["status"] == "finished" or "begun_from" in record
+    if not continues and not checkpoint.any_complete(folder):
+        return None
+    number = record["options"].get("test_size")
+    return number if isinstance(number, int) else None
 
 
 def rows_digest(*parts: datasets.Dataset) -> str:

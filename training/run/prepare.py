@@ -16,16 +16,18 @@ import transformers
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from training.data.batching import check_token_budget
+from training.data.held_out import held_out_size, in_words, split_held_out
 from training.data.ledger import Ledger
-from training.data.tokens import marked_sample, prepare_dataset, split_held_out
+from training.data.tokens import marked_sample, prepare_dataset
 from training.launch.supervisor import remove_shared_buffer
 from training.model.loading import load_config, max_positions
 from training.model.packing import Packing, packing_of
 from training.model.tokenizer import load_tokenizer
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
-from training.ranks import gather
+from training.ranks import gather, on_rank_0
 from training.run.ending import default_sigterm
+from training.run.identity import recorded_test_size
 from training.run.operators import compile_operators
 
 logger = logging.getLogger(__name__)
@@ -43,21 +45,28 @@ class Prepared:
     packing: Packing
 
 
-def prepare(settings: Settings) -> Prepared:
-    """Forms the process group and tokenises the rows once for all ranks."""
+def prepare(settings: Settings) -> tuple[Settings, Prepared]:
+    """Forms the process group, tokenises the rows once for all ranks, and chooses those that are held out.
+
+    Returns the settings with the number of held-out rows. Raises OptionsError, DataError or ModelError.
+    """
     options = settings.options
     _quiet_libraries()
     args = _form_process_group(settings)
+    recorded = on_rank_0(lambda: recorded_test_size(options))
     with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
         tokenizer, rows, ledger = tokenised_rows(options)
-        train_rows, held_out_rows = split_held_out(rows, options.test_size, options.seed)
+        test_size = held_out_size(options.test_size, len(rows), recorded)
+        train_rows, held_out_rows = split_held_out(rows, test_size, options.seed)
     if isinstance(options.max_tokens_per_device, int):
         check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
     row = train_rows[0]
     sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
     logger.info("%s", ledger)
+    logger.info("%s", in_words(test_size, len(rows), options.test_size, recorded))
     logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
-    return Prepared(args, tokenizer, train_rows, held_out_rows, ledger, agreed_packing(options))
+    prepared = Prepared(args, tokenizer, train_rows, held_out_rows, ledger, agreed_packing(options))
+    return settings.with_test_size(test_size), prepared
 
 
 def agreed_packing(options: TrainingOptions) -> Packing:

@@ -138,7 +138,7 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
     if former is None:
         return _start_without_record(output, options, named)
     finished = former["status"] == "finished" and named is None
-    if not named and not finished and not has_complete_checkpoint(output):
+    if not named and not finished and not checkpoint.any_complete(output):
         _newest_intact(output)
         if "begun_from" not in former:
             logger.info("%s has no checkpoint yet: the run starts at step 0", output)
@@ -198,7 +198,7 @@ def _named_checkpoint(resume: str, output: Path) -> Path:
     others = [folder for folder in checkpoint.checkpoints(output) if folder != named]
     record = read_run_record(output)
     same_run = (
-        record is not None and record.get("begun_from") == str(named) and not has_complete_checkpoint(output)
+        record is not None and record.get("begun_from") == str(named) and not checkpoint.any_complete(output)
     )
     if named.parent != output and (others or record) and not same_run:
         raise OptionsError(
@@ -214,10 +214,6 @@ def _named_checkpoint(resume: str, output: Path) -> Path:
             "Name a new --local-output-dir, or remove them"
         )
     return named
-
-
-def has_complete_checkpoint(output: Path) -> bool:
-    return any(map(checkpoint.read_manifest, checkpoint.checkpoints(output)))
 
 
 def _newest_intact(output: Path) -> Path | None:

@@ -37,6 +37,11 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
+def any_complete(output: Path) -> bool:
+    """Whether a run has a checkpoint that was written to its end."""
+    return any(map(read_manifest, checkpoints(output)))
+
+
 def files_of(folder: Path) -> list[str]:
     """Sorted relative paths of all files in a checkpoint, without the manifest."""
     files = (file for file in folder.rglob("*") if file.is_file())
