@@ -3,34 +3,27 @@
 from __future__ import annotations
 
 import ast
-import base64
 import json
 import re
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nbformat
-import psutil
 import pytest
 from click.testing import CliRunner, Result
 
 from notebooks import cells as cell_functions
 from tests.conftest import jsonl, rows_of
 from training import errors, notebook, trainer
-from training.consts import DEMO, METRICS_FILE, SAMPLE_INSTRUCTIONS
+from training.consts import DEMO
 from training.errors import TrainingFailedError
 from training.launch.local import deepspeed_command, launch
 from training.machine.catalogue import find_machine
-from training.model.generation import generate_response, load_model_tokenizer_for_generate
 from training.options.command_line import option_words
 from training.plan.presets import DEMO_RECIPE, preset_options
-from training.storage.metrics import read
-from training.storage.record import read_run_record
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "train_dolly.py"
@@ -54,11 +47,6 @@ def invoke(file: object, out: object, *options: object) -> Result:
 def outputs(cell: nbformat.NotebookNode) -> str:
     """The printed text of a code cell."""
     return "".join(output.get("text", "") for output in cell.outputs)
-
-
-def displayed(cell: nbformat.NotebookNode) -> list[dict[str, str]]:
-    """The displayed objects of a code cell, each as a mapping of MIME types."""
-    return [output.data for output in cell.outputs if "data" in output]
 
 
 def code_cells(out: Path) -> list[nbformat.NotebookNode]:
@@ -476,144 +464,3 @@ def test_a_very_long_output_line_is_cut_in_the_error(capsys: pytest.CaptureFixtu
     assert "x" * 5000 in capsys.readouterr().out
     assert "x" * 401 not in str(failed.value)
     assert str(failed.value).endswith(" ...\nwhy")
-
-
-# --- the complete notebook, with training -------------------------------------------------------------
-
-
-class Run:
-    """`python -m training.notebook notebooks/train_dolly.py` on the demo, as a user starts it."""
-
-    def __init__(self, folder: Path, **values: str) -> None:
-        self.out, self.log = folder / "executed.ipynb", folder / f"{time.monotonic_ns()}.log"
-        self.root, self.models = folder / "runs", folder / "models"
-        values = {"gpu_family": "cpu", "local_training_root": str(self.root)} | values
-        options = [word for name, value in values.items() for word in ("--set", f"{name}={value}")]
-        options += ["--set", f"dbfs_output_root={self.models}"]
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(
-                command(NOTEBOOK, self.out, *options), cwd=ROOT, stdout=log, stderr=subprocess.STDOUT
-            )
-
-    @property
-    def printed(self) -> str:
-        return self.log.read_text(errors="replace")
-
-    @property
-    def name(self) -> str:
-        (folder,) = [path for path in self.root.iterdir() if path.is_dir()]
-        return folder.name
-
-    def wait_for(self, text: str) -> None:
-        end = time.monotonic() + TIMEOUT
-        while text not in self.printed:
-            assert self.process.poll() is None, self.printed
-            assert time.monotonic() < end, self.printed
-            time.sleep(0.05)
-
-    def end(self) -> int:
-        return self.process.wait(TIMEOUT)
-
-    def processes(self) -> list[psutil.Process]:
-        """Processes with this run's folder in their command line, except the notebook's own."""
-        running = [process for process in psutil.process_iter(["cmdline"]) if process.pid != self.process.pid]
-        return [process for process in running if str(self.root) in " ".join(process.info["cmdline"] or [])]
-
-
-def finished_cells(run: Run) -> list[nbformat.NotebookNode]:
-    """The code cells of a successful run. Checks that no cell failed or wrote to stderr and no process is left."""
-    assert run.end() == 0, run.printed
-    cells = code_cells(run.out)
-    assert [cell.execution_count for cell in cells] == list(range(1, len(cells) + 1))
-    for cell in cells:
-        assert not [o for o in cell.outputs if o.output_type == "error" or o.get("name") == "stderr"], cell
-    assert not run.processes(), "a process is left"
-    return cells
-
-
-def trains(test: Callable[[Path], None]) -> Callable[[Path], None]:
-    """Marks a test that trains."""
-    marks = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-    return pytest.mark.slow(pytest.mark.timeout(1800)(marks(test)))
-
-
-@trains
-def test_every_cell_runs_on_the_demo_and_publishes_a_model_that_answers(tmp_path: Path) -> None:
-    run = Run(tmp_path, epochs="0.3")
-    cells = finished_cells(run)
-    trained = outputs(cells[cell_with(cells, "launch(command")])
-    assert "on 2 CPUs in bf16, DeepSpeed ZeRO-3" in trained
-    assert trained in run.printed  # printed during training
-    assert len(trained.splitlines()) < 100, trained
-    objects = displayed(cells[cell_with(cells, "draw_run")])
-    (picture,) = [data["image/png"] for data in objects if "image/png" in data]
-    assert base64.b64decode(picture).startswith(b"\x89PNG")
-    table, *_ = displayed(cells[cell_with(cells, "cells.generate_answers")])
-    for instruction in SAMPLE_INSTRUCTIONS:
-        assert instruction in table["text/plain"]
-    rows = re.findall(r"<tr>(.*?)</tr>", table["text/html"], re.DOTALL)[1:]
-    answers = [re.findall(r"<td[^>]*>(.*?)</td>", row, re.DOTALL)[1:3] for row in rows]
-    assert len(answers) == len(SAMPLE_INSTRUCTIONS) + 3
-    assert all(before != after for before, after in answers)
-    (stages,) = displayed(cells[cell_with(cells, "answers_by_step")])
-    assert re.findall(r"<th[^>]*>(.*?)</th>", stages["text/html"]) == ["instruction", "step 0", "step 27"]
-    published = run.models / run.name
-    assert read_run_record(published)["status"] == "finished"
-    assert (published / "manifest.json").is_file()
-    assert str(published) in outputs(cells[-1])
-    model, tokenizer = load_model_tokenizer_for_generate(str(published))
-    assert generate_response("Name three colours.", model=model, tokenizer=tokenizer, do_sample=False, top_p=None,
-                             top_k=None, max_new_tokens=8) is not None  # fmt: skip
-
-
-@trains
-def test_a_killed_rank_stops_the_notebook_at_the_training_cell_with_the_reason(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.wait_for("step 20/")
-    ranks = {process: process.environ() for process in run.processes()}
-    (rank,) = [
-        process
-        for process, variables in ranks.items()
-        if variables.get("RANK") == "1" and "DOLLY_SUPERVISED" in variables
-    ]
-    rank.kill()
-    assert run.end() == 1
-    cells = code_cells(run.out)
-    training = cell_with(cells, "launch(command")
-    error = cells[training].outputs[-1]
-    assert error.ename == "TrainingFailedError"
-    message = "\n".join(error.traceback)
-    assert re.match(r"Training ended with exit code \d+: \w", message)
-    assert "Rank 1 ended: killed" in message
-    assert message.endswith(
-        f"To continue this run, type {run.name} into the widget resume, and run all cells again."
-    )
-    assert len(message.splitlines()) < 30
-    assert "Traceback" not in message
-    assert message in run.printed
-    later = cells[training + 1 :]
-    assert later
-    assert all(cell.execution_count is None and not cell.outputs for cell in later)
-    assert not run.models.exists()
-    assert not run.processes(), "a process is left"
-
-
-@trains
-def test_a_stopped_notebook_run_continues_by_its_name(tmp_path: Path) -> None:
-    run = Run(tmp_path, epochs="0.4")
-    run.wait_for("step 20/36")
-    run.process.send_signal(signal.SIGTERM)
-    assert run.end() == 1
-    assert "Stopped. To continue" in run.printed
-    assert f"type {run.name} into the widget resume" in run.printed
-    (stopped,) = (run.root / run.name).glob("checkpoint-*")
-    assert 20 <= int(stopped.name.split("-")[1]) < 36
-    name = run.name
-    again = Run(tmp_path, epochs="0.4", resume=name)
-    finished_cells(again)
-    assert f"the run continues from {stopped}" in again.printed
-    assert again.name == name
-    assert read_run_record(again.models / name)["status"] == "finished"
-    steps = [entry["step"] for entry in read(again.root / name / METRICS_FILE) if "loss" in entry]
-    assert steps == sorted(set(steps))
-    assert steps[-1] <= 36
