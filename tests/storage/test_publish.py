@@ -14,11 +14,13 @@ import signal
 import subprocess
 import sys
 import termios
+import threading
 import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -456,6 +458,9 @@ def test_before_training_the_target_must_be_empty_or_a_copy_of_this_run(
         ("dbfs:/dolly", "dbfs:/dolly: is a URL, but a path is needed. Type /dbfs/dolly"),
         ("zz9://x/y", "there is no file system 'zz9'. Name a folder, or a URL such as s3://bucket/folder"),
         ("s3://", "names no bucket. Type s3://bucket/folder"),
+        ("memory://x/y", "is in the memory of this process, and would be lost with it. Name a folder"),
+        ("file:///proc/none/dolly", "file:///proc/none/dolly: cannot be written"),
+        ("data://x", "data://x: its file system cannot list files"),
         ("sftp://me:hunter2@host/x", "sftp://***@host/x: holds a password"),
         ("s3://AKIA:hun/ter2@bucket/x", "s3://***@bucket/x: holds a password"),
     ],
@@ -466,6 +471,36 @@ def test_an_impossible_target_is_refused(finished: Path, name: str, message: str
     assert "hunter2" not in problem
     with pytest.raises(PublishError, match=re.escape(message)):
         publish(finished, name)
+
+
+def test_a_file_system_is_asked_before_training_whether_it_can_be_written(
+    finished: Path, target: Path, tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "files").mkdir()
+    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "files")
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        [problem] = target_problems(f"http://127.0.0.1:{server.server_port}/")
+        server.shutdown()
+    assert problem.endswith(
+        "/: its file system cannot write files. Name a folder, or a URL such as s3://bucket/folder"
+    )
+    assert target_problems(f"file://{target}") == []
+    publish(finished, f"file://{target}")
+    assert_complete(content(target), finished)
+
+    real = type(s3).open
+    assert target_problems("s3://models/x") == []
+    assert objects(s3, "models/x") == {}, "the check leaves nothing behind"
+    with monkeypatch.context() as patch:
+
+        def refuse(self: Any, path: str, mode: str = "rb", **more: Any) -> Any:
+            if mode == "wb":
+                raise PermissionError("Access Denied")
+            return real(self, path, mode, **more)
+
+        patch.setattr(type(s3), "open", refuse)
+        assert target_problems("s3://models/x") == ["s3://models/x: cannot be written: Access Denied"]
 
 
 def test_a_missing_databricks_mount_and_the_models_own_folder_are_refused(

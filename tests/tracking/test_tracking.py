@@ -85,7 +85,7 @@ def test_passwords_and_tokens_are_removed_from_messages_of_libraries(monkeypatch
         ("databricks", "main.models.dolly", None),
         ("databricks://profile", None, None),
         ("sqlite:////tmp/mlflow.db", None, None),
-        ("postgresql+psycopg2://u:p@host/db", None, None),
+        ("postgresql+psycopg2://u:p@host/db", None, "Python has no module psycopg2, which MLflow needs"),
         ("http://127.0.0.1:5000", "models.dolly", "'models.dolly': expected one word, or catalog.schema.model"),
         ("http://127.0.0.1:5000", "a.b.c.d", "expected one word"),
         ("http://127.0.0.1:5000", "a..c", "expected one word"),
@@ -97,17 +97,51 @@ def test_passwords_and_tokens_are_removed_from_messages_of_libraries(monkeypatch
         ("http://host:port", None, "expected http(s)://HOST:PORT"),
         ("http://", None, "has no host"),
         ("localhost:5000", None, "localhost:5000: MLflow has no store of that kind; expected http(s)://HOST:PORT"),
+        ("./mlruns", None, "./mlruns: is a folder, and MLflow "),
+        ("mlruns", None, "refuses folders. Type export MLFLOW_TRACKING_URI=sqlite:////"),
+        ("file:mlruns", None, "/mlruns/mlflow.db"),
+        ("file:///tmp/mlruns", None, "Type export MLFLOW_TRACKING_URI=sqlite:////tmp/mlruns/mlflow.db"),
+        ("uc:http://127.0.0.1", None, "uc:http://127.0.0.1: MLflow refuses it (Detected Unity Catalog tracking URI"),
+        ("sqlite://", None, "sqlite://: names no file, so everything would be lost"),
+        ("sqlite:////proc/none/mlflow.db", None, "/proc/none/mlflow.db cannot be written"),
+        ("sqlite:////tmp", None, "/tmp cannot be written"),
+        ("sqlite:mlflow.db", None, "is not a valid address; expected"),
+        ("databricks://nobody", None, "~/.databrickscfg has no profile nobody"),
         (None, None, "MLFLOW_TRACKING_URI is not set"),
     ],
 )  # fmt: skip
-def test_an_invalid_name_or_uri_is_refused_with_what_was_expected(monkeypatch, uri, name, problem):
+def test_an_invalid_name_or_uri_is_refused_with_what_was_expected(monkeypatch, tmp_path, uri, name, problem):
     monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / ".databrickscfg").write_text("[profile]\nhost = https://one.databricks.com\ntoken = x\n")
+    monkeypatch.setenv("DATABRICKS_CONFIG_PROFILE", "profile")
     if uri:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     problems = tracking_problems("--mlflow-model-name", name)
     assert len(problems) == (problem is not None), problems
     assert problem is None or problem in problems[0]
+
+
+def test_mlflow_is_asked_about_its_stores_and_about_the_registry(monkeypatch, tmp_path):
+    monkeypatch.delenv("DATABRICKS_RUNTIME_VERSION", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlruns")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    assert tracking_problems("--name", None) == [], "the user allows MLflow a folder"
+    monkeypatch.delenv("MLFLOW_ALLOW_FILE_STORE")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:1")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", f"{tmp_path}/registry")
+    assert tracking_problems("--name", None) == [], "nothing is registered"
+    [problem] = tracking_problems("--name", "dolly")
+    assert problem.startswith(f"MLFLOW_REGISTRY_URI {tmp_path}/registry: is a folder, and MLflow ")
+    monkeypatch.setenv("MLFLOW_REGISTRY_URI", "databricks-uc")
+    [problem] = tracking_problems("--name", NAME)
+    assert "there are no credentials of Databricks" in problem
+    assert "Type databricks auth login" in problem
+    monkeypatch.setenv("DATABRICKS_HOST", "https://one.databricks.com")
+    assert tracking_problems("--name", NAME) == []
+    assert not (tmp_path / "registry").exists()
 
 
 @pytest.mark.parametrize(

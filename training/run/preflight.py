@@ -76,11 +76,11 @@ def destination_problems(options: TrainingOptions) -> list[str]:
 
     It does not depend on the ranks, so notebook and flow call it before they start any.
     """
-    problems = []
+    problems: list[str] = []
+    if not is_main_process():  # the others log nothing, and may already see files of rank 0
+        return problems
     if options.logs_to_mlflow:
         problems += tracking_problems("--mlflow-model-name", options.mlflow_model_name or None)
-    if not is_main_process():  # the others may already see files of rank 0
-        return problems
     for flag, folder, find in (
         ("--local-output-dir", options.local_output_dir, checks.output_problems),
         ("--dbfs-output-dir", options.dbfs_output_dir, _publishing_problems),

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
 
 from training.consts import RUN_FILE
 from training.errors import PublishError, UnfinishedRunError
@@ -21,6 +22,7 @@ from training.storage.record import finished_run
 MARKER_FILE = "publishing.json"
 BUCKETS = ("s3", "s3a")  # protocols of object stores, which have no folders
 NEW_FOLDER = "Name a new folder"
+NEW_TARGET = "Name a folder, or a URL such as s3://bucket/folder"
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,10 @@ def finished_record_bytes(folder: Path) -> bytes:
 
 
 def target_problems(target: str, folder: Path | None = None) -> list[str]:
-    """Reasons why a model cannot be published to `target`, found without writing a file; [] if there are none.
+    """Reasons why a model cannot be published to `target`; [] if there are none.
 
-    The target must be empty or a copy, complete or not, of the finished run in `folder`.
+    The target must be empty or a copy, complete or not, of the finished run in `folder`. An empty one is tried: a small
+    file is written there and removed, because only the file system knows what it allows.
     """
     record = None
     if folder is not None:
@@ -53,19 +56,36 @@ def target_problems(target: str, folder: Path | None = None) -> list[str]:
             record = finished_record_bytes(folder)
     try:
         opened = open_target(target, folder)
-        check_target_contents(opened, list_files(opened), record)
+        existing = list_files(opened)
+        check_target_contents(opened, existing, record)
+        if not existing and "://" in target:  # `open_target` has tried a local folder
+            _try_writing(opened)
     except PublishError as error:
         return [str(error)]
     return []
+
+
+def _try_writing(target: Target) -> None:
+    file = target.file(MARKER_FILE)  # if it cannot be removed, the target still counts as empty
+    with as_publish_error(f"{target.name}: cannot be written"):
+        try:
+            if not target.in_bucket:
+                target.fs.makedirs(target.path, exist_ok=True)
+            with target.fs.open(file, "wb") as stream:
+                stream.write(b"\n")
+            target.fs.rm_file(file)
+        except NotImplementedError as error:
+            raise PublishError(f"{target.name}: its file system cannot write files. {NEW_TARGET}") from error
 
 
 def open_target(target: str, folder: Path | None) -> Target:
     """Opens the target for the model in `folder`. Raises PublishError if it cannot be used."""
     if target.startswith("dbfs:"):
         raise PublishError(f"{target}: is a URL, but a path is needed. Type {local_path(target)}")
-    if "://" in target:
+    is_local = re.match("(file|local)://", target)
+    if "://" in target and not is_local:
         return _open_url(target)
-    path = local_path(target).absolute()
+    path = local_path(target[is_local.end() :] if is_local else target).absolute()
     mount = mounted_store(path)
     if mount and not mount.is_dir():
         # Without the mount, the folder would land on the local disk and be lost with the machine.
@@ -98,11 +118,13 @@ def _open_url(target: str) -> Target:
         missing = "s3fs is not installed. Type pip install '.[s3]'" if protocol in BUCKETS else error
         raise PublishError(f"{target}: {missing}") from error
     except ValueError as error:
-        raise PublishError(
-            f"{target}: there is no file system '{protocol}'. Name a folder, or a URL such as s3://bucket/folder"
-        ) from error
+        raise PublishError(f"{target}: there is no file system '{protocol}'. {NEW_TARGET}") from error
     with as_publish_error(f"{target}: cannot be reached"):
         fs, path = fsspec.url_to_fs(target)
+    if isinstance(fs, MemoryFileSystem):
+        raise PublishError(
+            f"{target}: is in the memory of this process, and would be lost with it. {NEW_TARGET}"
+        )
     opened = Target(fs, path.rstrip("/"), target, in_bucket=protocol in BUCKETS)
     if opened.in_bucket and not opened.path:
         raise PublishError(f"{target}: names no bucket. Type {protocol}://bucket/folder")
@@ -117,7 +139,9 @@ def as_publish_error(problem: str) -> Iterator[None]:
     except PublishError:
         raise
     except Exception as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = (
+            getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
+        )
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = "no space is left there"
         raise PublishError(f"{problem}: {reason}") from error
@@ -129,6 +153,8 @@ def list_files(target: Target) -> dict[str, int | None]:
         target.fs.invalidate_cache()
         try:
             entries = target.fs.ls(target.path, detail=True)
+        except NotImplementedError as error:
+            raise PublishError(f"{target.name}: its file system cannot list files. {NEW_TARGET}") from error
         except FileNotFoundError as error:
             # With a cause, S3 itself reported a missing bucket. Without one, s3fs reports a missing folder.
             if target.in_bucket and error.__cause__:
