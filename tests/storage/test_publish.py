@@ -1,4 +1,4 @@
-"""A published model is complete, byte for byte, or recognisably incomplete, also on full disks, S3 and after kills."""
+"""A published model is complete, byte for byte, or recognisably incomplete, also on full disks and after kills."""
 
 from __future__ import annotations
 
@@ -12,15 +12,10 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import termios
-import threading
-import tomllib
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,60 +23,18 @@ from typing import Any
 import pytest
 
 from tests.conftest import mounted, python
+from tests.storage.conftest import PUBLISHED, RUN, assert_complete, content, publish_command
 from training import files
 from training.errors import PublishError
 from training.storage import copy as copy_module
 from training.storage.copy import publish
 from training.storage.target import marker_of, target_problems
 
-ROOT = Path(__file__).parents[2]
-MODEL = "README.md config.json ledger.json model.safetensors tokenizer.json trainer_state.json".split()
-PUBLISHED = {*MODEL, "run.json", "manifest.json"}
-RUN = {"status": "finished", "started": "2026-01-01T00:00:00Z", "steps": 6}
-
-
-@pytest.fixture
-def finished(tmp_path: Path) -> Path:
-    """A finished run: the model's files, one larger than two blocks, and files that are not published."""
-    folder = tmp_path / "out"
-    for name in ("checkpoint-200", "runs"):
-        (folder / name).mkdir(parents=True)
-        (folder / name / "big").write_bytes(b"big")
-    for name in ("run.json.partial", "model.lock", ".nfs0001"):
-        (folder / name).write_bytes(b"not the model's")
-    for name in MODEL:
-        (folder / name).write_bytes(random.Random(name).randbytes(1000))
-    (folder / "model.safetensors").write_bytes(random.Random(0).randbytes(2 * files.BLOCK + 7))
-    (folder / "run.json").write_text(json.dumps(RUN))
-    return folder
-
-
-@pytest.fixture
-def target(tmp_path: Path) -> Path:
-    return tmp_path / "target"
-
 
 @pytest.fixture
 def command(failing_disk: str, finished: Path, target: Path) -> Callable[..., subprocess.CompletedProcess]:
     """Runs the command in its own process, on a target that refuses what DBFS refuses."""
     return partial(publish_command, finished, str(target), LD_PRELOAD=failing_disk, REFUSE_UNDER=str(target))
-
-
-def publish_command(folder: Path, target: str, **environment: str) -> subprocess.CompletedProcess:
-    words = ["-m", "training.publish", "--model", folder, "--to", target]
-    return python(*words, env=os.environ | environment, timeout=120)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
-
-
-def assert_complete(copy: dict[str, bytes], finished: Path) -> None:
-    manifest = json.loads(copy["manifest.json"])
-    assert copy.keys() == {*manifest, "manifest.json"} == PUBLISHED
-    for name, entry in manifest.items():
-        assert copy[name] == (finished / name).read_bytes(), name
-        assert entry == {"size": len(copy[name]), "sha256": hashlib.sha256(copy[name]).hexdigest()}
 
 
 def assert_refused(finished: Path, target: Path, message: str) -> None:
@@ -473,36 +426,6 @@ def test_an_impossible_target_is_refused(finished: Path, name: str, message: str
         publish(finished, name)
 
 
-def test_a_file_system_is_asked_before_training_whether_it_can_be_written(
-    finished: Path, target: Path, tmp_path: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "files").mkdir()
-    handler = partial(SimpleHTTPRequestHandler, directory=tmp_path / "files")
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        [problem] = target_problems(f"http://127.0.0.1:{server.server_port}/")
-        server.shutdown()
-    assert problem.endswith(
-        "/: its file system cannot write files. Name a folder, or a URL such as s3://bucket/folder"
-    )
-    assert target_problems(f"file://{target}") == []
-    publish(finished, f"file://{target}")
-    assert_complete(content(target), finished)
-
-    real = type(s3).open
-    assert target_problems("s3://models/x") == []
-    assert objects(s3, "models/x") == {}, "the check leaves nothing behind"
-    with monkeypatch.context() as patch:
-
-        def refuse(self: Any, path: str, mode: str = "rb", **more: Any) -> Any:
-            if mode == "wb":
-                raise PermissionError("Access Denied")
-            return real(self, path, mode, **more)
-
-        patch.setattr(type(s3), "open", refuse)
-        assert target_problems("s3://models/x") == ["s3://models/x: cannot be written: Access Denied"]
-
-
 def test_a_missing_databricks_mount_and_the_models_own_folder_are_refused(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -512,123 +435,3 @@ def test_a_missing_databricks_mount_and_the_models_own_folder_are_refused(
     assert not mount.exists()
     with pytest.raises(PublishError, match=r"is the run's own output folder\. Name another folder"):
         publish(finished, str(finished / "runs" / ".."))
-
-
-# --- S3 ----------------------------------------------------------------------------------------------
-
-KEYS = {"AWS_ACCESS_KEY_ID": "AKIASECRETKEYID", "AWS_SECRET_ACCESS_KEY": "wholly-secret", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
-
-
-@pytest.fixture
-def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """S3 with an empty bucket "models", without the user's own credentials."""
-    import s3fs
-
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    settings = {"AWS_ENDPOINT_URL": s3_server, "HOME": str(tmp_path)}
-    for name, value in (KEYS | settings | {"AWS_EC2_METADATA_DISABLED": "true"}).items():
-        monkeypatch.setenv(name, value)
-    # Other tests leave their own buckets on the server.
-    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST"))
-    s3fs.S3FileSystem.clear_instance_cache()
-    fs = s3fs.S3FileSystem()
-    fs.mkdir("models")
-    yield fs
-    fs.rm("models", recursive=True)
-    s3fs.S3FileSystem.clear_instance_cache()
-
-
-def objects(s3: Any, prefix: str) -> dict[str, bytes]:
-    s3.invalidate_cache()
-    return {Path(name).name: s3.cat_file(name) for name in s3.find(prefix)}
-
-
-@pytest.mark.parametrize("prefix", ["models/a/dolly", "models"])
-def test_a_model_is_published_to_s3_only_once(finished: Path, s3: Any, prefix: str) -> None:
-    assert target_problems(f"s3://{prefix}") == []
-    result = publish_command(finished, f"s3://{prefix}/")
-    assert result.returncode == 0, result.stderr
-    assert_complete(objects(s3, prefix), finished)
-    assert publish(finished, f"s3://{prefix}") == []
-    assert target_problems(f"s3://{prefix}/", finished) == []
-    assert "already holds something (README.md" in target_problems(f"s3://{prefix}")[0]
-
-
-def test_an_interrupted_copy_on_s3_is_continued_and_foreign_objects_are_refused(
-    finished: Path, s3: Any
-) -> None:
-    s3.touch("models/dolly/")  # as the S3 console creates a folder
-    publish(finished, "s3://models/dolly")
-    s3.pipe_file("models/dolly/publishing.json", marker_of((finished / "run.json").read_bytes()))
-    s3.rm_file("models/dolly/run.json")
-    s3.pipe_file("models/dolly/model.safetensors", b"half")
-    s3.pipe_file("models/dolly/config.json", b"?" * 1000)
-    assert publish(finished, "s3://models/dolly") == ["config.json", "model.safetensors", "run.json"]
-    copy = objects(s3, "models/dolly")
-    copy.pop("dolly", None)
-    assert_complete(copy, finished)
-    s3.pipe_file("models/dolly/runs/notes.txt", b"mine")
-    with pytest.raises(PublishError, match=r"not part of this model \(runs\)"):
-        publish(finished, "s3://models/dolly")
-
-
-def test_a_write_that_s3_refuses_is_reported_and_leaves_no_record(
-    finished: Path, s3: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = type(s3).open
-
-    def refuse(self: Any, path: str, mode: str = "rb", **more: Any) -> Any:
-        if mode == "wb" and path.endswith("tokenizer.json"):
-            raise PermissionError("Access Denied")
-        return real(self, path, mode, **more)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(type(s3), "open", refuse)
-        with pytest.raises(PublishError, match=r"x/tokenizer\.json: cannot be written: Access Denied"):
-            publish(finished, "s3://models/x")
-    assert "run.json" not in objects(s3, "models/x")
-    publish(finished, "s3://models/x")
-    assert_complete(objects(s3, "models/x"), finished)
-
-
-@pytest.mark.parametrize(
-    ("target", "environment", "message"),
-    [
-        ("s3://none/dolly", {}, "s3://none/dolly: there is no bucket 'none'. Make it first\n"),
-        ("s3://none", {}, "s3://none: there is no bucket 'none'. Make it first\n"),
-        ("s3://models/x", {"AWS_ACCESS_KEY_ID": "", "AWS_SECRET_ACCESS_KEY": ""}, "cannot be listed: Unable to locate credentials"),
-        ("s3://models/x", {"AWS_ENDPOINT_URL": "http://127.0.0.1:9", "AWS_MAX_ATTEMPTS": "1"}, "cannot be listed: Could not connect to the endpoint"),
-    ],
-    ids=["no bucket", "no bucket, no folder", "no credentials", "no server"],
-)  # fmt: skip
-@pytest.mark.usefixtures("s3")
-def test_an_unusable_s3_is_reported_in_one_line_without_credentials(
-    finished: Path, target: str, environment: dict[str, str], message: str
-) -> None:
-    result = publish_command(finished, target, **environment)
-    assert result.returncode == 2
-    assert message in result.stderr
-    assert result.stderr.count("\n") == 1
-    for secret in (KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"]):
-        assert secret not in result.stdout + result.stderr
-
-
-def test_a_missing_s3fs_is_reported_with_the_extra_that_installs_it(
-    finished: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from fsspec.registry import _registry
-
-    monkeypatch.delitem(_registry, "s3", raising=False)
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    [problem] = target_problems("s3://models/x")
-    assert problem == "s3://models/x: s3fs is not installed. Type pip install '.[s3]'"
-    with pytest.raises(PublishError, match="s3fs is not installed"):
-        publish(finished, "s3://models/x")
-
-
-def test_the_s3_extra_pins_the_tested_version() -> None:
-    """Each s3fs release requires the fsspec of the same version, so the three pins change together."""
-    [extra] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]["s3"]
-    assert extra in (ROOT / "requirements_dev.txt").read_text().split()
-    assert extra.replace("s3fs", "fsspec") in (ROOT / "requirements.txt").read_text().split()
