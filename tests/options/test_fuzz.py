@@ -441,7 +441,7 @@ def test_a_deepspeed_file_is_refused_or_agrees_with_the_options(count: int, tmp_
             accumulation,
         )
         assert parsed.train_batch_size == 8 * accumulation
-        assert parsed.scheduler_name is None
+        assert (parsed.scheduler_name, parsed.gradient_clipping) == (None, 1.0)
         assert parsed.zero_config.gather_16bit_weights_on_model_save or parsed.zero_optimization_stage != 3
         if parsed.optimizer_name is not None:
             assert (parsed.optimizer_params["lr"], parsed.optimizer_params.get("weight_decay", 0)) == (

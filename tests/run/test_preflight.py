@@ -64,7 +64,9 @@ def test_an_environment_variable_that_disables_deepspeed_is_refused(
 
 
 GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
-BATCH = {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+BATCH = dict.fromkeys(
+    ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
+)
 GOOD_CONFIG: dict[str, Any] = BATCH | {"zero_optimization": {"stage": 3} | GATHER}
 # Changes to the good file, and the message for each.
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
@@ -109,9 +111,13 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"zero_optimization": {"stage": "3"} | GATHER},
         "stage '3', expected 3 (or 0, 1, 2)",
     ),
-    "a key that DeepSpeed dropped, or a value it cannot take": (
+    "a value that DeepSpeed cannot take": (
         {"zero_optimization": {"stage": 3, "reduce_bucket_size": "much"} | GATHER},
-        "DeepSpeed rejects it (ValidationError: ",
+        "sets zero_optimization.reduce_bucket_size 'much', expected a whole number from 1 or \"auto\"",
+    ),
+    "an offload that DeepSpeed ignores": (
+        {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
+        "sets zero_optimization.offload_param, which DeepSpeed ignores at stage 2. Remove it, or set the stage to 3",
     ),
     "no gather": ({"zero_optimization": {"stage": 3}}, "would save an empty model: set zero_optimization"),
     "both precisions": (
@@ -126,6 +132,11 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "no batch": (
         {"train_micro_batch_size_per_gpu": None},
         "leaves out train_micro_batch_size_per_gpu, but --per-device",
+    ),
+    # ... here it would not clip, ...
+    "no clipping": (
+        {"gradient_clipping": None},
+        'leaves out gradient_clipping, but the recipe\'s is 1.0. Write "auto"',
     ),
     # ... and here it would train without accumulation.
     "no accumulation": ({"gradient_accumulation_steps": None}, 'steps is 4. Write "auto"'),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
+import json
 from pathlib import Path
 
 import pytest
@@ -26,8 +26,13 @@ sys.addaudithook(note)
 
 
 @pytest.mark.slow
-def test_a_rank_reads_the_deepspeed_json_once_in_a_run_of_two_steps(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "config" / "ds_z3_bf16_config.json", tmp_path / "counted.json")
+def test_a_rank_reads_the_deepspeed_json_once_and_its_stage_and_loggers_work(tmp_path: Path) -> None:
+    config = json.loads((ROOT / "config" / "ds_z3_bf16_config.json").read_text())
+    config["zero_optimization"]["stage"] = 2
+    for monitor in ("csv_monitor", "tensorboard"):
+        config[monitor] = {"enabled": True, "output_path": str(tmp_path / monitor), "job_name": "job"}
+    config |= {"timers": {"throughput": {"enabled": True}}, "communication_data_type": "fp32"}
+    (tmp_path / "counted.json").write_text(json.dumps(config))
     (tmp_path / "sitecustomize.py").write_text(RECORD_OPENS.format(file=str(tmp_path / "notes")))
     options = ["--num_gpus", "1", "--master_port", "29713", "--module", "training.trainer"]
     options += ["--deepspeed", str(tmp_path / "counted.json"), "--local-output-dir", str(tmp_path / "out")]
@@ -43,7 +48,8 @@ def test_a_rank_reads_the_deepspeed_json_once_in_a_run_of_two_steps(tmp_path: Pa
     ]
     run = run_in(ROOT, "deepspeed.launcher.runner", *options, PYTHONPATH=str(tmp_path))
     assert run.returncode == 0, run.stdout
-    assert "DeepSpeed ZeRO-3" in run.stdout
+    assert "DeepSpeed ZeRO-2" in run.stdout
+    assert all(list((tmp_path / monitor).rglob("*.*")) for monitor in ("csv_monitor", "tensorboard"))
     assert (tmp_path / "notes").read_text() == "opened\n"
 
 

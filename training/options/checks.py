@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import math
-import os
 import re
-from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from training.consts import RUN_FILE
 from training.errors import OptionsError
 from training.files import PARTIAL, SCRATCH, WRITER_FILES, local_path, mounted_store, writable
-from training.options.deepspeed import enabled
 from training.options.trainer_options import SCHEDULES, TrainingOptions, flag_of, steps_between_samples
-from training.ranks import world_size
 
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # S3 accepts no more in one request, and some of MLflow's upload paths do not split files.
@@ -64,138 +58,6 @@ def option_problems(options: TrainingOptions) -> list[str]:
         except OptionsError as error:
             problems += error.problems
     return problems
-
-
-# --- DeepSpeed and precision --------------------------------------------------------------------------
-
-
-def deepspeed_problems(options: TrainingOptions, config: Mapping[str, Any] | None) -> list[str]:
-    """Problems of --deepspeed and of its file. `config` is the file's content, None if it could not be read."""
-    problems = []
-    if options.deepspeed is not None and not options.deepspeed_json:
-        problems.append("--deepspeed names no file. Type --deepspeed config/ds_z3_bf16_config.json")
-    if options.deepspeed and options.deepspeed_config and options.deepspeed != options.deepspeed_config:
-        problems.append(
-            f"--deepspeed {options.deepspeed} and --deepspeed_config {options.deepspeed_config} differ. Give only one"
-        )
-    if options.deepspeed_json:
-        if "RANK" not in os.environ:
-            problems.append(
-                f"--deepspeed {options.deepspeed_json} needs a launcher. "
-                "Type deepspeed --num_gpus N --module training.trainer ... instead of python -m training.trainer ..."
-            )
-        if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"):
-            problems.append(
-                "ACCELERATE_USE_CPU is set, which silently disables DeepSpeed. Type unset ACCELERATE_USE_CPU"
-            )
-    if config is not None:
-        problems += section_problems(options, config) + _value_problems(options, config)
-    return problems
-
-
-def section_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
-    """Sections of the DeepSpeed JSON that have the wrong type or that training cannot use."""
-    file, problems = options.deepspeed_json, []
-    sections = dict(config)
-    for outer, inner in (
-        ("optimizer", "params"),
-        ("zero_optimization", "offload_optimizer"),
-        ("zero_optimization", "offload_param"),
-    ):
-        sections[f"{outer}.{inner}"] = _object(config.get(outer)).get(inner) or {}
-    for name in (
-        "bf16",
-        "fp16",
-        "optimizer",
-        "zero_optimization",
-        *(name for name in sections if "." in name),
-    ):
-        if name in sections and not isinstance(sections[name], dict):
-            problems.append(f"{file} sets {name} {sections[name]!r}, expected an object {{...}}")
-    for name in ("bf16", "fp16"):
-        value = _object(config.get(name)).get("enabled", "auto")
-        if value not in (True, False, "auto") or type(value) in (int, float):
-            problems.append(f'{file} sets {name}.enabled {value!r}, expected true, false or "auto"')
-    if "scheduler" in config:
-        problems.append(
-            f"{file} has a 'scheduler', which would override --lr-scheduler-type "
-            f"{options.lr_scheduler_type} and --warmup-steps. Remove it from the JSON"
-        )
-    if isinstance(config.get("optimizer"), dict) and not isinstance(config["optimizer"].get("type"), str):
-        problems.append(f"{file} has an 'optimizer' without a 'type'. Write \"AdamW\", or remove the section")
-    zero = _object(config.get("zero_optimization"))
-    stage = zero.get("stage")
-    if type(stage) is not int or stage not in (0, 1, 2, 3):
-        problems.append(f"{file} sets zero_optimization.stage {stage!r}, expected 3 (or 0, 1, 2)")
-    if stage == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
-        problems.append(
-            f"{file} would save an empty model: "
-            "set zero_optimization.stage3_gather_16bit_weights_on_model_save to true"
-        )
-    return problems
-
-
-def _value_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
-    """Values of the DeepSpeed JSON that would override different values of the options."""
-    problems, parameters = [], _object(_object(config.get("optimizer")).get("params"))
-    rows, accumulation = options.per_device_train_batch_size, options.gradient_accumulation_steps
-    product = rows * accumulation * world_size()
-    for section, key, flag, value, implicit in (
-        # `implicit` is the value that DeepSpeed uses if the file leaves the key out; None: DeepSpeed would fail.
-        (config, "train_micro_batch_size_per_gpu", "--per-device-train-batch-size", rows, None),
-        (config, "gradient_accumulation_steps", "--gradient-accumulation-steps", accumulation, 1),
-        (config, "train_batch_size", "the product with all ranks", product, "auto"),
-        (config, "gradient_clipping", "the recipe's", 1.0, "auto"),
-        (parameters, "lr", "--lr", options.lr, 1e-3),
-        (parameters, "weight_decay", "--weight-decay", options.weight_decay, 0.0),
-        (parameters, "betas", "the recipe's", [0.9, 0.999], "auto"),
-        (parameters, "eps", "the recipe's", 1e-8, "auto"),
-    ):
-        if section is parameters and "optimizer" not in config:
-            continue
-        written = section.get(key, implicit)
-        if isinstance(written, bool) or written not in ("auto", value):
-            setting = f"sets {key} {written!r}" if key in section else f"leaves out {key}"
-            problems.append(f'{options.deepspeed_json} {setting}, but {flag} is {value}. Write "auto"')
-    return problems
-
-
-def precision_problems(options: TrainingOptions, config: Mapping[str, Any]) -> list[str]:
-    """Contradictions about the precision between options and DeepSpeed JSON."""
-    file = options.deepspeed_json
-    if options.bf16 and options.fp16:
-        return ["--bf16 and --fp16 exclude each other. Give only one of them"]
-    if enabled(config, "bf16") and enabled(config, "fp16"):
-        return [f"{file} enables both bf16 and fp16. Remove one of them from the JSON"]
-    problems = []
-    for name, other in (("bf16", "fp16"), ("fp16", "bf16")):
-        typed, written = getattr(options, name), enabled(config, name)
-        if typed is not None and written is not None and typed != written:
-            problems.append(
-                f"--{'' if typed else 'no-'}{name}, but {file} has {name}.enabled {str(written).lower()}. "
-                "Leave the option out, or choose another file from config/"
-            )
-        if typed and enabled(config, other):
-            problems.append(f"--{name}, but {file} trains in {other}. Leave --{name} out")
-    return problems
-
-
-def deepspeed_refusals(file: str, config: Mapping[str, Any]) -> list[str]:
-    """Errors of DeepSpeed's own parser, which replaces "auto" inside sections by its defaults. Imports torch."""
-    from deepspeed.runtime.config import DeepSpeedConfig
-
-    copy = {key: value for key, value in config.items() if (key, value) != ("gradient_clipping", "auto")}
-    copy |= {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
-    try:
-        DeepSpeedConfig(json.loads(json.dumps(copy)))
-    except Exception as error:  # AssertionError, pydantic's ValidationError, AttributeError
-        reason = " ".join(str(error).split())
-        return [f"{file}: DeepSpeed rejects it ({type(error).__name__}: {reason})"]
-    return []
-
-
-def _object(value: Any) -> dict[str, Any]:
-    return value if isinstance(value, dict) else {}
 
 
 # --- folders ------------------------------------------------------------------------------------------

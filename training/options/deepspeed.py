@@ -10,12 +10,15 @@ from typing import Any
 
 from training.consts import CONFIG
 from training.errors import OptionsError
+from training.options.deepspeed_keys import canonical
 
 
 def read_json(path: str) -> dict[str, Any]:
-    """The content of a DeepSpeed JSON. A config/NAME that is not in the working folder is the shipped file.
+    """The content of a DeepSpeed JSON, with each key by one name (`canonical`).
 
-    Raises OptionsError if the file does not exist or holds no JSON object.
+    A config/NAME that is not in the working folder is the shipped file.
+
+    Raises OptionsError if the file does not exist, holds no JSON object, or sets a key by two names.
     """
     file = Path(path)
     try:
@@ -23,7 +26,8 @@ def read_json(path: str) -> dict[str, Any]:
             file = CONFIG / file.name
         if file.exists() and not file.is_file():  # reading a pipe may block forever
             raise OSError(0, "Is not a regular file")
-        config = json.loads(file.read_text(), object_pairs_hook=_unique_keys)
+        # Windows' editors write a byte order mark.
+        config = json.loads(file.read_text(encoding="utf-8-sig"), object_pairs_hook=_unique_keys)
     except OSError as error:
         shipped = ", ".join(str(file) for file in sorted(CONFIG.glob("*.json")))
         raise OptionsError(
@@ -33,7 +37,10 @@ def read_json(path: str) -> dict[str, Any]:
         raise OptionsError(f"--deepspeed {path}: broken JSON: {error}") from error
     if not isinstance(config, dict):
         raise OptionsError(f"--deepspeed {path}: expected a JSON object, found a {type(config).__name__}")
-    return config
+    try:
+        return canonical(config)
+    except ValueError as error:
+        raise OptionsError(f"--deepspeed {path}: {error}") from error
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -51,10 +58,10 @@ def enabled(config: Mapping[str, Any], precision: str) -> bool | None:
     return value if isinstance(value, bool) else None
 
 
-def offloads_optimizer(config: dict[str, Any]) -> bool:
-    """Whether the DeepSpeed configuration keeps the optimizer in host memory."""
-    zero = config.get("zero_optimization")
-    return isinstance(zero, dict) and bool(zero.get("offload_optimizer"))
+def offloads(zero: Mapping[str, Any], section: str) -> bool:
+    """Whether the file's zero_optimization keeps something in host memory; `section` is offload_optimizer or _param."""
+    value = zero.get(section)
+    return isinstance(value, dict) and value.get("device", "none") != "none"
 
 
 @dataclass(frozen=True)
@@ -73,21 +80,21 @@ class Zero:
     bucket: float = 0
 
 
-def read_zero(config: dict[str, Any]) -> Zero:
-    """The memory settings of a DeepSpeed configuration. Missing keys get DeepSpeed 0.19's defaults
-    (runtime/zero/config.py)."""
-    zero = config.get("zero_optimization", {})
-    optimizer, parameters = zero.get("offload_optimizer") or {}, zero.get("offload_param") or {}
+def read_zero(config: Mapping[str, Any]) -> Zero:
+    """The memory settings of a DeepSpeed configuration. Missing keys and wrong values get DeepSpeed 0.19's defaults."""
+    zero = config.get("zero_optimization")
+    zero = zero if isinstance(zero, dict) else {}
+    offloaded = offloads(zero, "offload_optimizer")
 
     def number(key: str, default: float) -> float:
         value = zero.get(key, default)
-        return default if value == "auto" else float(value)
+        return float(value) if isinstance(value, int | float) else default
 
     return Zero(
-        stage=int(zero.get("stage", 0)),
-        offload_optimizer=optimizer.get("device", "none") != "none",
-        offload_parameters=parameters.get("device", "none") != "none",
-        pinned=bool(optimizer.get("pin_memory", False)),
+        stage=int(number("stage", 0)),
+        offload_optimizer=offloaded,
+        offload_parameters=offloads(zero, "offload_param"),
+        pinned=offloaded and zero["offload_optimizer"].get("pin_memory", True) is True,
         live_parameters=number("stage3_max_live_parameters", 1e9),
         sub_group=number("sub_group_size", 1e9),
         bucket=number("reduce_bucket_size", 0),

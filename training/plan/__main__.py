@@ -23,9 +23,10 @@ import click
 from training.errors import DataError, MachineError, ModelError, OptionsError
 from training.machine.catalogue import MACHINES, find_machine
 from training.machine.local import this_machine
-from training.options.checks import option_problems, section_problems
+from training.options.checks import option_problems
 from training.options.command_line import CollectedOption, some_click_options, value_problems
 from training.options.deepspeed import read_json
+from training.options.deepspeed_checks import file_problems, precision_problems
 from training.options.trainer_options import TrainingOptions
 from training.pictures import PictureFile
 from training.plan.fit import Plan, plan_options
@@ -102,9 +103,9 @@ def _plan(name: str | None, num_gpus: int | None, typed: dict[str, Any], problem
     for flag, value in (("--machine", name), ("--deepspeed", options.deepspeed)):
         if value is not None and not value.strip():  # such as an unset shell variable
             problems.append(f"{flag} is empty. Give a value, or leave the option out")
+    config: dict[str, Any] | None = None
     with _collect_errors(problems):
-        if options.deepspeed:
-            problems += section_problems(options, read_json(options.deepspeed))
+        config = read_json(options.deepspeed) if options.deepspeed else None
     with _collect_errors(problems):
         machine = this_machine(options.local_output_dir, num_gpus) if not name else find_machine(name)
         if num_gpus and num_gpus > machine.count:
@@ -114,6 +115,8 @@ def _plan(name: str | None, num_gpus: int | None, typed: dict[str, Any], problem
         ranks = machine.count if num_gpus is None else num_gpus
         chosen = preset_options(machine.family, ranks, options.batching)
         options = replace(options, **{key: value for key, value in chosen.items() if typed[key] is None})
+        if config is not None:
+            problems += file_problems(options, config, ranks) + precision_problems(options, config)
         if not problems:
             return plan_options(options, ranks, machine)
     return None

@@ -238,9 +238,11 @@ def host_memory(
 def offloaded_gradient_bytes(model: ModelShape, settings: Settings) -> list[float]:
     """Bytes of a rank's gradient buffers with an offloaded optimizer.
 
-    One float32 buffer per sub-group, then the flat buffer in the model's precision.
+    One float32 buffer per sub-group, then the flat buffer in the model's precision. A sub-group has at least one
+    parameter (`_create_fp16_sub_groups` in stage3.py), also if the file sets sub_group_size to 0.
     """
-    shard, group = model.parameters / settings.ranks, settings.zero.sub_group
+    shard = model.parameters / settings.ranks
+    group = max(settings.zero.sub_group, model.width**2 / settings.ranks)
     full = math.ceil(shard / group) - 1
     return [4 * group] * full + [4 * (shard - full * group), settings.number_bytes * shard]
 

@@ -17,7 +17,7 @@ from torch.utils import cpp_extension
 
 from training.errors import OptionsError
 from training.machine.environment import cuda_toolkit_problems, tool_problems
-from training.options.deepspeed import offloads_optimizer
+from training.options.deepspeed import read_zero
 from training.run.lock import system_lock
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def _builders(config: dict[str, Any]) -> list[Any]:
     from deepspeed.accelerator import get_accelerator
 
     names = [] if torch.cuda.is_available() else ["ShareMemCommBuilder"]
-    if offloads_optimizer(config):
+    if read_zero(config).offload_optimizer:
         names.append("CPUAdamBuilder")
     elif _names_an_adam(config.get("optimizer")):
         names.append("FusedAdamBuilder")

@@ -16,7 +16,7 @@ from training.errors import DataError, OptionsError
 from training.files import disk_problems, duration, local_path
 from training.machine import kernels
 from training.machine.environment import version_problems
-from training.options import checks
+from training.options import checks, deepspeed_checks
 from training.options.deepspeed import read_json
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions
@@ -44,8 +44,10 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
             config = read_json(options.deepspeed_json)
         except OptionsError as error:
             problems += error.problems
-    problems += checks.deepspeed_problems(options, config)
-    contradictions = checks.precision_problems(options, config or {})
+    problems += deepspeed_checks.launch_problems(options)
+    if config is not None:
+        problems += deepspeed_checks.file_problems(options, config, world_size())
+    contradictions = deepspeed_checks.precision_problems(options, config or {})
     problems += contradictions
     problems += prompt_problems(options) + destination_problems(options) + version_problems()
     if not typing_errors:
@@ -54,8 +56,6 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
         if not contradictions and (readable or options.bf16 or options.fp16):
             settings = resolve(options, world_size(), kernels.best_precision(), config if readable else {})
             problems += kernels.precision_problems(settings.precision)
-        if config is not None and not problems:
-            problems += checks.deepspeed_refusals(str(options.deepspeed_json), config)
     if problems or settings is None:
         raise OptionsError(*problems)
     return settings

@@ -119,7 +119,7 @@ def build_trainer(settings: Settings, prepared: Prepared, request: StopRequest) 
         settings.ranks,
         args.device.type.upper() + ("s" if settings.ranks > 1 else ""),
         settings.precision,
-        ", DeepSpeed ZeRO-3" if settings.deepspeed is not None else "",
+        f", DeepSpeed ZeRO-{settings.zero.stage}" if settings.deepspeed is not None else "",
         options.lr_scheduler_type,
         options.lr,
     )
