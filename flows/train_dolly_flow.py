@@ -51,8 +51,9 @@ from training.options.checks import option_problems
 from training.options.command_line import GroupedCommand, click_options, option_words, value_problems
 from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions, flag_of
-from training.plan.fit import Plan, model_of, plan_run
+from training.plan.fit import Plan, plan_run
 from training.plan.presets import demo_options, preset_options
+from training.plan.request import model_of
 from training.run.preflight import destination_problems, prompt_problems
 from training.storage import metrics
 from training.storage.copy import model_digests
@@ -64,7 +65,8 @@ SOURCES = [ROOT / "training", *([] if INSTALLED else [CONFIG, ROOT / "requiremen
 SUFFIXES = [".py", ".json", ".txt"]
 # The trainer's options that are parameters of the flow. All others go into --trainer-options.
 OPTIONS = (
-    "input_model", "training_dataset", "test_size", "epochs", "max_steps", "lr", "seed", "sample_every",
+    "input_model", "training_dataset", "dataset_config", "dataset_split", "dataset_revision", "test_size", "epochs",
+    "max_steps", "lr", "seed", "sample_every",
 )  # fmt: skip
 
 
@@ -123,9 +125,12 @@ class TrainDollyFlow(FlowSpec):
     num_gpus = Parameter("num-gpus", type=int, help="GPUs, or ranks on a CPU.  [default: all]")
     input_model = option("input_model")
     training_dataset = option("training_dataset")
+    dataset_config = option("dataset_config")
+    dataset_split = option("dataset_split")
+    dataset_revision = option("dataset_revision")
     training_file = IncludeFile(
         "training-file",
-        help="A file with your own rows: .json, .jsonl, .csv or .parquet. Metaflow keeps a copy with the run.",
+        help="A file with your own rows: .json, .jsonl, .csv or .parquet, also in gzip or zstd. Metaflow keeps a copy with the run.",
         is_text=False,
     )
     test_size = option("test_size")

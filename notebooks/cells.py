@@ -21,6 +21,8 @@ from training.options.trainer_options import TrainingOptions
 from training.plan.presets import DEMO_RECIPE, preset_options
 from training.run.preflight import destination_problems
 
+DATASET_PARTS = ("config", "split", "revision")  # each has the widget dataset_<part>
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -28,6 +30,7 @@ class Choices:
 
     Attributes:
         num_gpus: GPUs per node; None for all.
+        dataset_selection: config, split and revision of a dataset on the Hub, without empty ones.
         name: name of the run, the last part of `output` and `published`.
         output: folder that the run trains in.
         test_size: rows held out; None for the default.
@@ -40,6 +43,7 @@ class Choices:
     gpu_family: str
     input_model: str
     training_dataset: str
+    dataset_selection: dict[str, str]
     test_size: int | None
     epochs: float
     name: str
@@ -47,6 +51,12 @@ class Choices:
     published: str | None
     resume: bool
     mlflow_model_name: str | None
+
+    @property
+    def dataset_options(self) -> dict[str, str]:
+        """The trainer's options for the dataset."""
+        parts = {f"dataset_{key}": text for key, text in self.dataset_selection.items()}
+        return {"training_dataset": self.training_dataset} | parts
 
     @property
     def is_demo(self) -> bool:
@@ -105,6 +115,7 @@ def read_widgets(widgets: Any) -> Choices:
         gpu_family=values["gpu_family"],
         input_model=model,
         training_dataset=dataset,
+        dataset_selection={key: text for key in DATASET_PARTS if (text := values[f"dataset_{key}"])},
         test_size=number("test_size", int, None),
         epochs=number("epochs", float, DEMO_RECIPE["epochs"] if model == DEMO else 1.0),
         name=name,
@@ -155,8 +166,8 @@ def check_plan(
     Raises RunRefusedError with the numbers and what to choose if the run does not fit.
     """
     from training.errors import DataError, ModelError
-    from training.plan.fit import plan_options
     from training.plan.report import as_table
+    from training.plan.request import plan_options
     from training.run.identity import recorded_test_size
 
     def plan_of(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
@@ -221,7 +232,7 @@ def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, str]]
         _, rows, ledger = tokenised_rows(run)
         recorded = recorded_test_size(run)
         test_size = held_out_size(run.test_size, len(rows), recorded)
-        columns = read_columns(run.training_dataset)
+        columns = read_columns(run.training_dataset, run.dataset_selection)
     except (DataError, ModelError) as error:
         raise RunRefusedError(str(error)) from error
     print(f"{ledger}\n{in_words(test_size, len(rows), run.test_size, recorded)}")

@@ -53,6 +53,9 @@ dbutils.widgets.text("num_gpus", "", "GPUs of each node (all)")
 dbutils.widgets.text("num_nodes", "1", "Nodes")
 dbutils.widgets.text("input_model", "", "Base model (EleutherAI/gpt-j-6B; cpu: demo)")
 dbutils.widgets.text("training_dataset", "", "Dataset (tatsu-lab/alpaca; cpu: demo)")
+dbutils.widgets.text("dataset_config", "", "Configuration of a Hub dataset (its only one)")
+dbutils.widgets.text("dataset_split", "", "Split of a Hub dataset (train)")
+dbutils.widgets.text("dataset_revision", "", "Revision of a Hub dataset (the newest)")
 dbutils.widgets.text("test_size", "", "Held-out rows (a tenth, at most 1,000; demo: 400)")
 dbutils.widgets.text("epochs", "", "Epochs (1; demo: 6)")
 dbutils.widgets.text(
@@ -94,7 +97,7 @@ ranks = num_gpus * choices.num_nodes
 recipe = preset_options(choices.gpu_family, ranks)
 options = {
     "input_model": choices.input_model,
-    "training_dataset": choices.training_dataset,
+    **choices.dataset_options,
     **(demo_recipe(choices.training_dataset) if choices.is_demo else {}),
     "epochs": choices.epochs,
     "local_output_dir": str(choices.output),

@@ -72,7 +72,7 @@ def test_control_tokens_have_dollys_order(bpe_folder: Path, tokenizer: PreTraine
 def test_ids_are_dollys_on_literal_rows(
     bpe_folder: Path, tokenizer: PreTrainedTokenizerBase, input: str, output: str
 ) -> None:
-    prompt = WITH_INPUT.replace("red, blue", input) if input else PLAIN
+    prompt = WITH_INPUT.replace("red, blue", input) if input.strip() else PLAIN
     expected = dollys_tokenizer(bpe_folder)(prompt + output + "\n\n### End")["input_ids"]
     if not output.strip():
         assert encoded(tokenizer, [("Name a colour.", input, output)]) == []

@@ -125,14 +125,16 @@ def test_the_train_split_of_a_hub_dataset_is_loaded_and_a_failure_names_the_data
 GOOD = '{"instruction": "a", "output": "b"}'
 # The second line of a JSONL file whose first is good.
 BAD_LINES = {
-    "two objects in a line": (GOOD + GOOD, "line 2: broken JSON: Extra data"),
-    "a later row without output": ('{"instruction": "a"}', "row 2: no column 'output'; found 'instruction'"),
-    "a number": ('{"instruction": "a", "output": 4}', "row 2: output is int 4, expected a string"),
+    "two objects with a comma in a line": (f"{GOOD}, {GOOD}", "line 2: broken JSON: Extra data at column 36"),
+    "infinity": (
+        '{"instruction": "a", "output": -Infinity}',
+        "row 2: output is float -inf, expected a string",
+    ),
     "nested": (
         '{"instruction": "a", "output": {"b": 1}}',
         "row 2: output is dict {'b': 1}, expected a string",
     ),
-    "a number as a row": ("7", "row 2: int 7 is not an object"),
+    "a number as a row": ("7", "row 2: number 7 is not an object"),
     "a duplicate key": (GOOD[:-1] + ', "output": "c"}', "line 2: column 'output' appears twice"),
     "both names": (GOOD[:-1] + ', "response": "c"}', "has both 'output' and 'response'"),
     "two names of the input in different rows": (
@@ -143,7 +145,6 @@ BAD_LINES = {
         r'{"instruction": "a", "output": "\ud83d"}',
         "row 2: output has half of a surrogate pair",
     ),
-    "a huge number": (f'{{"instruction": "a", "output": {"1" * 5000}}}', "line 2: Exceeds the limit"),
     "deep nesting": ('{"a":' * 100_000, "line 2: maximum recursion depth"),
 }
 BAD_FILES = {
@@ -159,15 +160,13 @@ BAD_FILES = {
         b'{"prompt": "a", "answer": "b"}',
         "no column 'instruction' and no column 'output' or 'response'. Found 'prompt', 'answer'; expected",
     ),
-    "null": ("x.json", b'[{"instruction": null, "output": "b"}]', "row 1: instruction is NoneType None"),
-    "NaN": ("x.json", b'[{"instruction": "a", "output": NaN}]', "row 1: output is float nan"),
     "a nested input": (
         "x.json",
         b'[{"instruction": "a", "output": "b", "input": ["c"]}]',
         "row 1: input is list ['c'], expected a string",
     ),
     "strings as rows": ("x.json", b'["a", "b"]', "row 1: str 'a' is not an object"),
-    "a huge number in a list": ("x.json", f"[{'1' * 5000}]".encode(), "Exceeds the limit"),
+    "a huge number in a list": ("x.json", f"[{'1' * 5000}]".encode(), "row 1: number 11111"),
     "deeply nested lists": ("x.json", b"[" * 100_000, "maximum recursion depth"),
     "Latin-1 in a late row": (  # the CSV reader counts bytes from its buffer
         "x.csv",
@@ -185,7 +184,11 @@ BAD_FILES = {
         "line 2: broken CSV",
     ),
     "Latin-1": ("x.jsonl", '{"instruction": "é", "output": "b"}'.encode("latin-1"), "not UTF-8 at byte 17"),
-    "UTF-16": ("x.csv", "instruction,output\na,b\n".encode("utf-16"), "not UTF-8 at byte 0"),
+    "half of a UTF-16 character": (
+        "x.csv",
+        "instruction,output\na,b\n".encode("utf-16")[:-1],
+        "has the byte order mark of UTF-16, but is not UTF-16 (truncated data). Save the file as UTF-8",
+    ),
     "a duplicate column": (
         "x.csv",
         b"instruction,output,output\na,b,c\n",
@@ -224,8 +227,7 @@ def table_of(*output: Any) -> pa.Table:
 
 ENDS, BYTES = pa.py_buffer(np.array([0, 1, 2], np.int32)), pa.py_buffer(b"c\xff")
 BAD_TABLES = {
-    "a number": (table_of(1, 2), "row 1: output is int 1"),
-    "null": (table_of("c", None), "row 2: output is NoneType None"),
+    "infinity": (table_of(1.5, float("inf")), "row 2: output is float inf"),
     "bytes": (table_of(b"c"), "row 1: output is bytes b'c'"),
     "nested": (table_of({"b": "c"}), "row 1: output is dict {'b': 'c'}"),
     "a date outside of Python's range": (
@@ -256,8 +258,8 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
         str(tmp_path / "none"): "no such file",
         "./none": "no such file",
         "../a/b/none.csv": "no such file",
-        str(tmp_path / "rows"): "is a folder. Name one file in it",
-        str(tmp_path / "rows.json"): "is a folder. Name one file in it",
+        str(tmp_path / "rows"): "a folder without data files. Expected .json, .jsonl, .csv, .parquet",
+        str(tmp_path / "rows.json"): "a folder without data files",
     }.items():
         with pytest.raises(DataError, match=message):
             read_columns(source)
@@ -304,6 +306,5 @@ def test_a_file_without_read_permission_is_refused(
     def refuse(*args: Any, **kwargs: Any) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr("builtins.open", refuse)
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr(Path, "open", refuse)
     assert_source_refused(path, tokenizer, r"rows.jsonl: cannot be read \(.*Permission denied")

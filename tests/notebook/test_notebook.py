@@ -164,7 +164,8 @@ def test_the_docs_list_exactly_the_widgets_of_the_notebook() -> None:
     named = re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)
     assert named == notebook.widget_names(notebook.read_source(NOTEBOOK.read_text()))
     assert set(named) == {*"num_gpus gpu_family input_model training_dataset test_size epochs local_training_root".split(),
-                          *"dbfs_output_root num_nodes resume mlflow_model_name".split()}  # fmt: skip
+                          *"dataset_config dataset_split dataset_revision dbfs_output_root num_nodes resume".split(),
+                          "mlflow_model_name"}  # fmt: skip
 
 
 # --- the replacement of dbutils -----------------------------------------------------------------------

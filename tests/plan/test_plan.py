@@ -24,11 +24,12 @@ from training.machine.local import this_machine
 from training.options.trainer_options import TrainingOptions
 from training.plan.__main__ import main
 from training.plan.epoch import Lengths, alpaca_lengths
-from training.plan.fit import Plan, plan_options, plan_run
+from training.plan.fit import Plan, plan_run
 from training.plan.lookup import model_shape
 from training.plan.model_shape import gptj_shape
 from training.plan.presets import preset_options
 from training.plan.report import as_json, as_table
+from training.plan.request import plan_options
 
 ROOT = Path(__file__).parents[2]
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"

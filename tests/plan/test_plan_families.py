@@ -12,8 +12,8 @@ from tests.trees import edited_copy, run_in
 from training.errors import MachineError
 from training.machine.catalogue import FAMILIES, Family, family_of, find_family, find_machine
 from training.options.trainer_options import TrainingOptions
-from training.plan.fit import plan_options
 from training.plan.presets import preset_options
+from training.plan.request import plan_options
 
 FAMILY = '    "v100": Family('
 GPU = '    "V100-32GB": Gpu('

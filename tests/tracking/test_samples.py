@@ -63,7 +63,7 @@ def train_small(rows: str, model_with_dropout: str, monkeypatch: pytest.MonkeyPa
         ("a.TXT", "\ufeffSchöne Grüße", [("Schöne Grüße", "")]),
         ("a.txt", "one line\u2028still the same", [("one line\u2028still the same", "")]),
         ("a.json", '[{"instruction": "a", "input": "b"}, {"instruction": "c"}]', [("a", "b"), ("c", "")]),
-        ("a.jsonl", '{"instruction": "a", "context": null, "output": 7}\n', [("a", "")]),
+        ("a.jsonl", '{"instruction": "a", "context": null, "output": 7}\n{"instruction": 7}', [("a", ""), ("7", "")]),
     ],
 )  # fmt: skip
 def test_prompts_are_read_from_lines_or_objects_without_duplicates(
@@ -83,8 +83,10 @@ def test_prompts_are_read_from_lines_or_objects_without_duplicates(
         ("a.json", b"[]", "has no instructions"),
         ("a.json", b'[{"prompt": "a"}]', "no column 'instruction'. Found 'prompt'; expected instruction; input"),
         ("a.jsonl", b'{"instruction": "a"}\n{"instruction": \n', "line 2: broken JSON"),
-        ("a.jsonl", b'{"instruction": 7}', "instruction is int 7, expected a string"),
+        ("a.jsonl", b'[{"instruction": []}]', "instruction is list [], expected a string"),
         ("a.jsonl", b'{"instruction": " ", "input": "b"}', "row 1: the instruction is empty"),
+        ("a.json", b'[{"instruction": "a"}, {"instruction": null}, {"instruction": "b"}, {"input": "c"}]',
+         "row 2: the instruction is empty. 2 rows are like this; the first: 2, 4"),
     ],
 )  # fmt: skip
 def test_prompts_that_cannot_be_used_are_reported_with_file_and_row(

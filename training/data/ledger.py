@@ -11,6 +11,7 @@ from training.errors import DataError
 from training.files import write_json
 
 EMPTY_RESPONSE = "empty response"
+EMPTY_INSTRUCTION = "empty instruction"
 PROMPT_TOO_LONG = "prompt alone fills max_length"
 RESPONSE_CUT = "response would be cut at max_length"
 HISTOGRAM_EDGES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
@@ -18,7 +19,12 @@ HISTOGRAM_EDGES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 
 @dataclass
 class Ledger:
-    """Counts of kept, dropped and truncated rows. Row numbers count from 1 in the order of the source."""
+    """Counts of kept, dropped and truncated rows. Row numbers count from 1 in the order of the source.
+
+    Attributes:
+        files: rows of each file of a folder, in the order of the rows.
+        not_read: what the source holds besides instruction, input and output, such as "the columns 'category'".
+    """
 
     source: str
     max_length: int
@@ -31,12 +37,22 @@ class Ledger:
     response_tokens: int = 0
     longest_row: int = 0
     length_histogram: dict[str, int] = field(default_factory=dict)
+    files: dict[str, int] = field(default_factory=dict)
+    not_read: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, row: int) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         first = self.first_dropped_rows.setdefault(reason, [])
         if len(first) < 10:
             first.append(row)
+
+    def place(self, row: int) -> str:
+        """A row by its number, and in a folder by its file: "part-00001.parquet row 8"."""
+        for file, count in self.files.items():
+            if row <= count:
+                return f"{file} row {row}"
+            row -= count
+        return str(row)
 
     def save(self, path: Path) -> None:
         write_json(path, asdict(self))
@@ -47,8 +63,13 @@ class Ledger:
             f"{self.rows_truncated:,} truncated at {self.max_length:,} tokens; {self.tokens:,} tokens, "
             f"{self.response_tokens:,} of them in responses, longest row {self.longest_row:,}"
         ]
+        if self.files:
+            names = list(self.files)
+            lines.append(f"  from {len(names):,} files: {names[0]}{f' to {names[-1]}' if names[1:] else ''}")
+        if self.not_read:
+            lines.append(f"  not read: {'; '.join(self.not_read)}")
         for reason, count in self.dropped.items():
-            rows = ", ".join(map(str, self.first_dropped_rows[reason]))
+            rows = ", ".join(map(self.place, self.first_dropped_rows[reason]))
             lines.append(f"  dropped {count:,}: {reason} (first rows: {rows})")
         lines.append("  tokens a row: " + "  ".join(f"{k}: {v:,}" for k, v in self.length_histogram.items()))
         return "\n".join(lines)

@@ -45,9 +45,11 @@ def render_prompt(instruction: str, input: str | None = None) -> str:
 
 
 def prompt_pieces(instruction: str, input: str | None) -> tuple[str, str]:
-    """The text before the instruction key, and the text between it and the response key."""
-    question = QUESTION_WITH_INPUT.format(instruction=instruction, input=input) if input else instruction
-    return HEAD.format(intro=INTRO_WITH_INPUT if input else INTRO), BODY.format(question=question)
+    """The text before the instruction key, and the text between it and the response key. A blank input is none."""
+    if input is None or not input.strip():
+        return HEAD.format(intro=INTRO), BODY.format(question=instruction)
+    question = QUESTION_WITH_INPUT.format(instruction=instruction, input=input)
+    return HEAD.format(intro=INTRO_WITH_INPUT), BODY.format(question=question)
 
 
 def response_piece(response: str) -> str:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,8 +14,9 @@ import pyarrow as pa
 import tokenizers
 from transformers import PreTrainedTokenizerBase
 
-from training.consts import DEMO, LEDGER_FILE
+from training.consts import LEDGER_FILE
 from training.data.ledger import (
+    EMPTY_INSTRUCTION,
     EMPTY_RESPONSE,
     PROMPT_TOO_LONG,
     RESPONSE_CUT,
@@ -32,14 +32,18 @@ from training.data.prompt import (
     leading_ids,
     response_piece,
 )
-from training.data.rows import Columns, read_columns
+from training.data.rows import Columns, check_selection, local_files, read_columns
+from training.data.table import kind_of
 from training.errors import DataError
 from training.files import fingerprint, write_folder
 
 ROWS_PER_TOKENIZER_CALL = 2000
 COLUMNS = ["row", "input_ids", "response_start", "length"]  # of the tokenised dataset
 # The cached rows depend on this code as well: an edit of one of these files invalidates the cache.
-SOURCES = [Path(__file__).with_name(name) for name in ("rows.py", "prompt.py", "tokens.py", "ledger.py")]
+SOURCES = [
+    Path(__file__).with_name(f"{name}.py")
+    for name in ("table", "json_rows", "formats", "folders", "columns", "rows", "prompt", "tokens", "ledger")
+]
 
 
 def encode_rows(
@@ -60,6 +64,9 @@ def encode_rows(
             ledger.rows_read += 1
             if not columns.output[row].strip():
                 ledger.drop(EMPTY_RESPONSE, row + 1)
+                continue
+            if not columns.instruction[row].strip():
+                ledger.drop(EMPTY_INSTRUCTION, row + 1)
                 continue
             response_start = len(head) + len(body) + 1
             ids = [*head, *body, response_key, *response, end_key]
@@ -83,11 +90,12 @@ def prepare_dataset(
     keep_truncated: bool = False,
     max_dropped_fraction: float = 0.1,
     cache_root: Path | None = None,
+    selection: Mapping[str, str] | None = None,
 ) -> tuple[datasets.Dataset, Ledger]:
     """Tokenises the rows of `source`, or reads them from the cache.
 
     The first call writes the cache; later calls and other ranks read it. Its key covers data, prompt, tokenizer,
-    `max_length` and `keep_truncated`.
+    `max_length` and `keep_truncated`. `selection` is that of `read_columns`.
 
     Returns:
         (rows, ledger). The rows are memory-mapped, in the order of the source:
@@ -98,14 +106,17 @@ def prepare_dataset(
             cache cannot be written.
     """
     root = cache_root or Path(datasets.config.HF_DATASETS_CACHE) / "dolly"
-    columns = None if source != DEMO and os.path.isfile(source) else read_columns(source)
-    target = root / _fingerprint(source, columns, tokenizer, max_length, keep_truncated)
+    check_selection(source, selection or {})
+    files = local_files(source)
+    columns = None if files else read_columns(source, selection)
+    target = root / _fingerprint(source, columns or files or [], tokenizer, max_length, keep_truncated)
     cached = _read_cache(target)
     if cached is None:
         with _garbage_collection_paused():
             columns = columns or read_columns(source)
+            ledger = Ledger(source, max_length, files=columns.files, not_read=columns.not_read)
             try:
-                _write_cache(target, columns, tokenizer, Ledger(source, max_length), keep_truncated)
+                _write_cache(target, columns, tokenizer, ledger, keep_truncated)
             except OSError as error:
                 raise DataError(
                     f"{root}: the tokenised rows cannot be written there ({error}). "
@@ -148,21 +159,24 @@ def _read_cache(target: Path) -> tuple[datasets.Dataset, Ledger] | None:
 
 def _fingerprint(
     source: str,
-    columns: Columns | None,
+    data: Columns | list[Path],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     keep_truncated: bool,
 ) -> str:
     """Cache key of the tokenised rows. It changes with everything that affects them.
 
-    A local file enters with its bytes, so that ranks which only read the cache need not parse it.
+    Local files enter with their bytes, so that ranks which only read the cache need not parse them. The ledger names
+    the files of a folder, so their names enter as well.
     """
-    data: list[Path | str] = (
-        [Path(source).suffix.lower(), Path(source)] if columns is None else [repr(columns)]
-    )
+    parts: list[Path | str] = [repr(data)]
+    if isinstance(data, list):
+        folder = Path(source).expanduser()
+        names = [str(file.relative_to(folder)) if file != folder else kind_of(file) for file in data]
+        parts = [repr(names), *data]
     state = repr((tokenizers.__version__, leading_ids(tokenizer), max_length, keep_truncated))
     try:
-        return fingerprint(*SOURCES, *data, _vocabulary(tokenizer), state)
+        return fingerprint(*SOURCES, *parts, _vocabulary(tokenizer), state)
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error})") from error
 

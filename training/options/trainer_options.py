@@ -76,8 +76,17 @@ class TrainingOptions:
     )
     training_dataset: str = _data(
         DEFAULT_TRAINING_DATASET,
-        f"A name on the Hub, a .json, .jsonl, .csv or .parquet file, or '{DEMO}'.",
+        f"A name on the Hub, a .json, .jsonl, .csv or .parquet file, a folder of them, or '{DEMO}'.",
         metavar="DATASET",
+    )
+    dataset_config: str | None = _data(
+        None, "Configuration of a dataset on the Hub that has several.", metavar="NAME"
+    )
+    dataset_split: str | None = _data(
+        None, "Split of a dataset on the Hub to train on.  [default: train]", metavar="SPLIT"
+    )
+    dataset_revision: str | None = _data(
+        None, "Commit, branch or tag of a dataset on the Hub.  [default: the newest]", metavar="REVISION"
     )
     max_length: int | None = _data(
         None,
@@ -256,6 +265,16 @@ class TrainingOptions:
     def deepspeed_json(self) -> str | None:
         """The DeepSpeed file, from --deepspeed or --deepspeed_config."""
         return self.deepspeed or self.deepspeed_config or None
+
+    @property
+    def dataset_selection(self) -> dict[str, str]:
+        """The part of a dataset on the Hub that was chosen: config, split and revision, without those left out."""
+        chosen = {
+            "config": self.dataset_config,
+            "split": self.dataset_split,
+            "revision": self.dataset_revision,
+        }
+        return {key: value for key, value in chosen.items() if value is not None}
 
     @property
     def logs_to_mlflow(self) -> bool:

@@ -29,9 +29,10 @@ from training.options.deepspeed import read_json
 from training.options.deepspeed_checks import file_problems, precision_problems
 from training.options.trainer_options import TrainingOptions
 from training.pictures import PictureFile
-from training.plan.fit import Plan, plan_options
+from training.plan.fit import Plan
 from training.plan.presets import preset_options
 from training.plan.report import as_json, as_table, draw
+from training.plan.request import plan_options
 
 # A bad value is reported together with all other problems.
 _option = partial(click.option, cls=CollectedOption)
@@ -50,6 +51,9 @@ def _long_name(word: str) -> str:
 @some_click_options(
     "input_model",
     "training_dataset",
+    "dataset_config",
+    "dataset_split",
+    "dataset_revision",
     "batching",
     "max_tokens_per_device",
     "gradient_checkpointing",

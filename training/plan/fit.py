@@ -8,14 +8,12 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from training.consts import GIB
-from training.data.held_out import held_out_size
 from training.errors import OptionsError
 from training.machine.catalogue import GPUS, Machine, find_family
 from training.options.command_line import option_words
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions, flag_of
 from training.plan.epoch import Lengths, Load, epoch_load
-from training.plan.lookup import dataset_lengths, is_built_in, model_shape
 from training.plan.memory import (
     CPU_PROCESS_GIB,
     auto_gradient_checkpointing,
@@ -102,41 +100,6 @@ def plan_run(settings: Settings, lengths: Lengths, model: ModelShape, machine: M
             f"The devices compute {plan.load.paced_tokens / packed.paced_tokens:.1f} times as many tokens",
         )
     return plan if plan.fits else replace(plan, changes=_nearest_changes(plan, settings, lengths))
-
-
-def plan_options(
-    options: TrainingOptions, ranks: int, machine: Machine, recorded_test_size: int | None = None
-) -> Plan:
-    """Plans a run from the trainer's options: looks up the model and the dataset by name.
-
-    `recorded_test_size` is the number of held-out rows of the run that is resumed.
-
-    Raises MachineError for an unknown GPU family, OptionsError for options that cannot be used on the machine, and
-    ModelError or DataError if the model or the dataset cannot be used.
-    """
-    family, model = find_family(machine.family), model_of(options)
-    settings = resolve(options, ranks, family.precision)
-    if family.precision == "fp16" and settings.precision == "bf16":
-        raise OptionsError(
-            f"a {' or '.join(family.devices)} cannot compute in bf16. Type --deepspeed {family.deepspeed}"
-        )
-    lengths = dataset_lengths(options.training_dataset, model)
-    held_out = held_out_size(options.test_size, len(lengths.tokens), recorded_test_size)
-    if recorded_test_size is not None:
-        settings = settings.with_test_size(held_out)
-    return plan_run(settings, lengths, model, machine)
-
-
-def model_of(options: TrainingOptions) -> ModelShape:
-    """The shape of the run's base model, with what its architecture allows. Raises ModelError for an unknown model."""
-    model = model_shape(options.input_model, options.trust_remote_code)
-    if options.batching != "packed" or is_built_in(model.name):
-        return model
-    from training.model.loading import load_config
-    from training.model.packing import packing_of
-
-    config = load_config(options.input_model, options.trust_remote_code)
-    return with_packing(model, packing_of(config, options.trust_remote_code))
 
 
 def with_packing(model: ModelShape, packing: Packing) -> ModelShape:

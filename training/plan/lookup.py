@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from training.consts import DEFAULT_TRAINING_DATASET, DEMO, WEIGHTS
@@ -72,12 +73,14 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
         ) from error
 
 
-def dataset_lengths(dataset: str, model: ModelShape) -> Lengths:
+def dataset_lengths(dataset: str, model: ModelShape, selection: Mapping[str, str] | None = None) -> Lengths:
     """Row lengths of a dataset. Alpaca's are built in; others are tokenised with the model's tokenizer.
+
+    `selection` is that of `read_columns`.
 
     Raises DataError or ModelError if the dataset or the tokenizer cannot be loaded.
     """
-    if dataset == DEFAULT_TRAINING_DATASET:
+    if dataset == DEFAULT_TRAINING_DATASET and not selection:
         return alpaca_lengths()
     import datasets
     import transformers
@@ -87,5 +90,5 @@ def dataset_lengths(dataset: str, model: ModelShape) -> Lengths:
 
     datasets.disable_progress_bars()  # keep the output a plain table
     transformers.utils.logging.disable_progress_bar()
-    rows, _ = prepare_dataset(dataset, load_tokenizer(model.name), model.positions)
+    rows, _ = prepare_dataset(dataset, load_tokenizer(model.name), model.positions, selection=selection)
     return row_lengths(dataset, rows["length"][:], rows["response_start"][:])

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.consts import GIB
-from training.data.rows import read_prompts
+from training.data.rows import check_selection, read_prompts
 from training.errors import DataError, OptionsError
 from training.files import disk_problems, duration, local_path
 from training.machine import kernels
@@ -49,7 +49,8 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
         problems += deepspeed_checks.file_problems(options, config, world_size())
     contradictions = deepspeed_checks.precision_problems(options, config or {})
     problems += contradictions
-    problems += prompt_problems(options) + destination_problems(options) + version_problems()
+    problems += selection_problems(options) + prompt_problems(options)
+    problems += destination_problems(options) + version_problems()
     if not typing_errors:
         problems += _machine_problems(config)
         readable = config is not None or not options.deepspeed_json
@@ -104,6 +105,15 @@ def _publishing_problems(options: TrainingOptions) -> list[str]:
     with suppress(OSError, RuntimeError, ValueError):  # reported for --local-output-dir
         output = local_path(options.local_output_dir or "").resolve()
     return [f"--dbfs-output-dir {problem}" for problem in target_problems(target, output)]
+
+
+def selection_problems(options: TrainingOptions) -> list[str]:
+    """A problem if --dataset-split and its like would be ignored."""
+    try:
+        check_selection(options.training_dataset, options.dataset_selection)
+    except DataError as error:
+        return [f"--training-dataset {error}"]
+    return []
 
 
 def prompt_problems(options: TrainingOptions) -> list[str]:

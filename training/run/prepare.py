@@ -148,6 +148,7 @@ def tokenised_rows(
         min(options.max_length or positions, positions),
         options.keep_truncated,
         options.max_dropped_fraction,
+        selection=options.dataset_selection,
     )
     return tokenizer, rows, ledger
 

@@ -1,0 +1,143 @@
+"""Matches the columns of a source to instruction, input and output, and checks that their values are text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from training.data.table import Number, Table, and_more, listed, short_repr
+from training.errors import DataError
+
+# Alpaca's name first, then dolly-15k's.
+COLUMN_NAMES = {
+    "instruction": ("instruction",),
+    "input": ("input", "context"),
+    "output": ("output", "response"),
+}
+KNOWN = frozenset(name for names in COLUMN_NAMES.values() for name in names)
+RENDERED = "text"  # Alpaca's whole row as one text: not read, and nothing is lost
+REQUIRED = ("instruction", "output")  # columns of training rows
+REQUIRED_COLUMNS_HELP = (
+    "expected instruction and output (as in Alpaca; input is optional), "
+    "or instruction and response (as in dolly-15k; context is optional)"
+)
+# Names of other projects, in lower case: what to rename, and how conversations are recognised.
+OTHER_NAMES = {
+    "instruction": ("instruction", "instructions", "prompt", "question", "query"),
+    "output": ("output", "response", "completion", "answer", "target"),
+}
+CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+
+
+@dataclass
+class Columns:
+    """The three columns of a dataset, of equal length. A value that is missing is "".
+
+    Attributes:
+        files: rows of each file by its name, in the order of the rows; empty unless the source is a folder.
+        not_read: what the source holds besides these columns, in words.
+    """
+
+    instruction: list[str]
+    input: list[str]
+    output: list[str]
+    files: dict[str, int] = field(default_factory=dict, compare=False)
+    not_read: list[str] = field(default_factory=list, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.instruction)
+
+
+def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) -> Columns:
+    """The columns of one dataset from its tables. Raises DataError."""
+    if not any(table.count or table.names for table in tables):
+        return Columns([], [], [])
+    names = list(dict.fromkeys(name for table in tables for name in table.names))
+    for table in tables:
+        if repeated := next((name for name in KNOWN if table.names.count(name) > 1), None):
+            raise DataError(f"{table.source}: column {repeated!r} appears twice. Keep one of the two")
+    matched = _match_columns(names, source, required)
+    columns = Columns([], [], [])
+    for table in tables:
+        for key, name in matched.items():
+            values = table.values(name) if name in table.names else [None] * table.count
+            getattr(columns, key).extend(_texts(values, key, table.source))
+        columns.not_read += table.not_read
+    unread = [name for name in names if name not in matched.values() and name != RENDERED]
+    if unread:
+        columns.not_read.insert(0, f"the columns {listed(unread)}")
+    return columns
+
+
+def _match_columns(found: list[str], source: str, required: tuple[str, ...]) -> dict[str, str | None]:
+    """Maps instruction, input and output to the names of their columns.
+
+    None for an input that is missing and an output that is not required.
+    """
+    matched: dict[str, str | None] = {}
+    for key, names in COLUMN_NAMES.items():
+        present = [name for name in names if name in found and key in (*required, "input")]
+        if len(present) > 1:
+            raise DataError(
+                f"{source}: has both {present[0]!r} and {present[1]!r}. Keep one of the two columns"
+            )
+        matched[key] = present[0] if present else None
+    missing = [key for key in required if matched[key] is None]
+    if not missing:
+        return matched
+    expected = REQUIRED_COLUMNS_HELP if required == REQUIRED else "expected instruction; input is optional"
+    lower = {name.lower(): name for name in reversed(found)}
+    chat = next((lower[name] for name in CONVERSATIONS if name in lower), None)
+    if chat is None and {"role", "content"} <= lower.keys():
+        chat = lower["content"]
+    if chat is None and {"from", "value"} <= lower.keys():
+        chat = lower["value"]
+    if chat is not None:
+        raise DataError(
+            f"{source}: its rows are conversations (column {chat!r}); {expected}. "
+            "Write each question and its answer as one row"
+        )
+    lacking = " and no column ".join(" or ".join(map(repr, COLUMN_NAMES[key])) for key in missing)
+    others = {key: next((lower[n] for n in OTHER_NAMES[key] if n in lower), None) for key in missing}
+    renames = " and ".join(f"{name!r} to {key!r}" for key, name in others.items() if name)
+    raise DataError(
+        f"{source}: no column {lacking}. Found {listed(found)}; {expected}"
+        + (f". Rename {renames}" if renames else "")
+    )
+
+
+def _texts(values: Sequence[Any], key: str, source: str) -> list[str]:
+    """The values as text, "" for one that is missing. Raises DataError with the first ten rows that are not text."""
+    texts = [_text(value) for value in values]
+    wrong = [number for number, text in enumerate(texts, start=1) if text is None]
+    if wrong:
+        found = short_repr(values[wrong[0] - 1])
+        raise DataError(
+            f"{source}, row {wrong[0]}: {key} is {found}, expected a string{and_more(wrong, 'rows')}"
+        )
+    halves = [number for number, text in enumerate(texts, start=1) if text and not _is_unicode(text)]
+    if halves:
+        raise DataError(
+            f"{source}, row {halves[0]}: {key} has half of a surrogate pair{and_more(halves, 'rows')}"
+        )
+    return [text or "" for text in texts]
+
+
+def _text(value: Any) -> str | None:
+    """A string, number or boolean as text, a missing value as ""; None for any other value."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"  # as in JSON
+    if isinstance(value, Number):
+        return str.__str__(value)
+    return value if isinstance(value, str) else None
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
