@@ -1,19 +1,29 @@
-"""Generates an answer with a trained model and streams it to the terminal.
+"""Answers instructions with a trained model: one that is typed, or those of a file.
 
 python -m training.generate --model OUT "Write a love letter to Edgar Allan Poe."
+python -m training.generate --model OUT - < question.txt
+python -m training.generate --model OUT --prompts questions.jsonl --output answers.jsonl
 """
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 import click
+import torch
 import transformers
 from transformers import TextStreamer, set_seed
 
 from training.consts import GREEDY, MAX_NEW_TOKENS
-from training.errors import ModelError
+from training.data.rows import read_prompts
+from training.files import writable
 from training.model.generation import (
+    BATCH_SIZE,
     generate_response,
     generate_responses,
     load_model_tokenizer_for_generate,
@@ -23,9 +33,11 @@ from training.model.loading import DTYPES
 # The public API for Python programs.
 __all__ = ["generate_response", "generate_responses", "load_model_tokenizer_for_generate", "main"]
 
+STDIN = STDOUT = "-"  # as INSTRUCTION and as --output
+
 
 @click.command()
-@click.argument("instruction")
+@click.argument("instruction", required=False)
 @click.option(
     "--model",
     "path",
@@ -33,6 +45,25 @@ __all__ = ["generate_response", "generate_responses", "load_model_tokenizer_for_
     help="Output folder of a run, or a model on the Hub. Metaflow: fetch it first with python flows/model_on_s3.py RUN_ID --to FOLDER",
 )
 @click.option("--input", "context", help="Input text for the instruction.")
+@click.option(
+    "--prompts",
+    "file",
+    metavar="FILE",
+    help="Answer every instruction of a file instead: a .txt file with one per line, or a .json or .jsonl file with "
+    "instruction and input. The answers are lines of JSON, in the file's order.",
+)
+@click.option(
+    "--output",
+    metavar="FILE",
+    help="Write the answers as lines of JSON to a new file, each batch when it is complete.  [default: standard output]",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=BATCH_SIZE,
+    show_default=True,
+    help="Instructions of --prompts to answer at once.",
+)
 @click.option(
     "--max-new-tokens",
     type=click.IntRange(1),
@@ -48,40 +79,104 @@ __all__ = ["generate_response", "generate_responses", "load_model_tokenizer_for_
     help="[default: half precision on a GPU, fp32 on a CPU]",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository.")
-def main(
-    instruction: str,
+def main(**typed: Any) -> None:
+    """Answer INSTRUCTION, and show the answer while it is written. The INSTRUCTION - is read from standard input."""
+    _answer(**typed)
+
+
+def _answer(
+    instruction: str | None,
     path: str,
     context: str | None,
+    file: str | None,
+    output: str | None,
+    batch_size: int,
     max_new_tokens: int,
     greedy: bool,
     seed: int | None,
     dtype: str | None,
     trust_remote_code: bool,
 ) -> None:
-    """Answer INSTRUCTION and stream the answer."""
-    for name, text in (("INSTRUCTION", instruction), ("--input", context or "")):
-        if text.encode(errors="replace").decode() != text:
-            raise click.UsageError(f"{name} {text!r}: is not UTF-8")
+    """Checks what was typed, loads the model and answers. Ends with exit code 2 if that is not possible."""
+    if instruction == STDIN:
+        instruction = _read_stdin()
+    if problems := _problems(instruction, context, file, output):
+        raise click.UsageError("\n".join(problems))
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    generation = {"max_new_tokens": max_new_tokens, **(GREEDY if greedy else {})}
     try:
+        prompts = [(str(instruction), context or "")] if file is None else read_prompts(file, unique=False)
         model, tokenizer = load_model_tokenizer_for_generate(
             path, DTYPES[dtype] if dtype else None, trust_remote_code=trust_remote_code
         )
         if seed is not None:
             set_seed(seed)
-        generate_response(
-            instruction,
-            context,
-            model=model,
-            tokenizer=tokenizer,
-            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-            max_new_tokens=max_new_tokens,
-            **(GREEDY if greedy else {}),
+        loaded: dict[str, Any] = {"model": model, "tokenizer": tokenizer, **generation}
+        if file is not None or output is not None:
+            _answer_as_json(prompts, output or STDOUT, batch_size, **loaded)
+        else:
+            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            generate_response(*prompts[0], streamer=streamer, **loaded)
+    except torch.OutOfMemoryError:
+        _end("the GPU ran out of memory. Lower --max-new-tokens" + (" or --batch-size" if file else ""))
+    except ValueError as error:  # includes DataError and ModelError
+        _end(str(error))
+
+
+def _end(reason: str) -> NoReturn:
+    print(f"Cannot answer: {reason}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _read_stdin() -> str:
+    """The text of standard input. Raises UsageError if it is not UTF-8."""
+    content = sys.stdin.buffer.read() if sys.stdin else b""
+    try:
+        return content.decode("utf-8-sig").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise click.UsageError(
+            f"standard input: not UTF-8 at byte {error.start:,}. Type it as UTF-8"
+        ) from error
+
+
+def _problems(
+    instruction: str | None, context: str | None, file: str | None, output: str | None
+) -> list[str]:
+    """What is wrong with the options, before anything is read or loaded."""
+    problems = []
+    for name, text in (("INSTRUCTION", instruction), ("--input", context)):
+        if text and text.encode(errors="replace").decode() != text:
+            problems.append(f"{name} {text!r}: is not UTF-8")
+    if file is not None and (instruction is not None or context is not None):
+        problems.append("--prompts has instructions and inputs of its own. Leave out INSTRUCTION and --input")
+    elif file is None and not (instruction or "").strip():
+        problems.append(
+            "INSTRUCTION is empty. Type it, or - to read it from standard input, or --prompts FILE"
         )
-    except (ModelError, ValueError) as error:
-        print(f"Cannot answer: {error}", file=sys.stderr)
-        sys.exit(2)
+    if output is not None and output != STDOUT:
+        target = Path(os.path.expanduser(output))
+        if os.path.lexists(target):
+            problems.append(f"--output {output}: exists already. Name a new file")
+        elif not target.name or not target.parent.is_dir() or not writable(target.parent):
+            problems.append(f"--output {output}: cannot be written. Name a file in a folder of your own")
+    return problems
+
+
+def _answer_as_json(
+    prompts: Sequence[tuple[str, str]], output: str, batch_size: int, **generation: Any
+) -> None:
+    """Writes {"instruction", "input", "response"} of each prompt, in order, as soon as its batch is complete."""
+    # Escaped on standard output: an answer must not change a terminal, which may also be ASCII only.
+    escaped = output == STDOUT
+    with click.open_file(os.path.expanduser(output), "x", encoding="utf-8") as stream:
+        for start in range(0, len(prompts), batch_size):
+            batch = prompts[start : start + batch_size]
+            responses = generate_responses(*zip(*batch, strict=True), batch_size=batch_size, **generation)
+            for (instruction, context), response in zip(batch, responses, strict=True):
+                line = {"instruction": instruction, "input": context, "response": response}
+                print(json.dumps(line, ensure_ascii=escaped), file=stream)
+            stream.flush()
 
 
 if __name__ == "__main__":

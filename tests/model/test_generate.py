@@ -240,6 +240,70 @@ def test_the_command_reports_in_one_line_why_it_cannot_answer(
         assert err.count("\n") == 1
 
 
+@pytest.fixture
+def random_folder(
+    random_model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A model whose answers differ from prompt to prompt."""
+    folder = tmp_path_factory.mktemp("random")
+    random_model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".json", ".jsonl"])
+def test_each_line_of_json_has_the_answer_that_its_prompt_gets_alone(
+    ask: Callable[..., tuple[int, str, str]], random_folder: Path, tmp_path: Path, suffix: str
+) -> None:
+    texts = ["Name a colour.", "Say: " + "a, b, c, " * 11 + "a", "x", "Schön, größer?", "x"]
+    inputs = ["" if suffix == ".txt" or n % 2 else f"red {n}" for n in range(len(texts))]
+    rows = [{"instruction": a, "input": b} for a, b in zip(texts, inputs, strict=True)]
+    lines = texts if suffix == ".txt" else map(json.dumps, rows)
+    content = json.dumps(rows) if suffix == ".json" else "\n".join(lines)
+    (tmp_path / f"asked{suffix}").write_text(content, encoding="utf-8")
+    words = ["--model", str(random_folder), "--greedy", "--max-new-tokens", "9"]
+    out = tmp_path / "answers.jsonl"
+    written = [
+        *words,
+        "--prompts",
+        str(tmp_path / f"asked{suffix}"),
+        "--output",
+        str(out),
+        "--batch-size",
+        "2",
+    ]
+    assert ask(*written) == (0, "", "")
+    answered = [json.loads(line) for line in out.read_text(encoding="utf-8").splitlines()]
+    assert [{key: entry[key] for key in ("instruction", "input")} for entry in answered] == rows
+    model, tokenizer = load_model_tokenizer_for_generate(str(random_folder))
+    alone = [
+        generate_response(a, b, model=model, tokenizer=tokenizer, max_new_tokens=9, **GREEDY)
+        for a, b in zip(texts, inputs, strict=True)
+    ]
+    assert [entry["response"] for entry in answered] == alone
+    assert len(set(alone)) >= 4
+    code, shown, _ = ask(*words, "--prompts", str(tmp_path / f"asked{suffix}"))
+    assert (code, shown.isascii()) == (0, True), "a terminal is not changed by an answer"
+    assert [json.loads(line) for line in shown.splitlines()] == answered
+    code, _, err = ask(*written)
+    assert code == 2
+    assert "exists already. Name a new file" in err
+
+
+@pytest.mark.parametrize("typed", [b"Greet.\n", "\ufeffGreet\nall of them.".encode()])
+def test_a_dash_reads_the_instruction_from_standard_input(
+    answering_folder: Path, tmp_path: Path, typed: bytes
+) -> None:
+    out = tmp_path / "answer.jsonl"
+    words = ["--model", str(answering_folder), "--max-new-tokens", "20", "-"]
+    assert CliRunner().invoke(generate.main, words, input=typed).stdout == "AB\n"
+    CliRunner().invoke(generate.main, [*words, "--output", str(out)], input=typed)
+    expected = {"instruction": typed.decode("utf-8-sig").strip(), "input": "", "response": "AB"}
+    assert json.loads(out.read_text()) == expected
+
+
 def test_the_command_runs_from_the_shell(answering_folder: Path) -> None:
     result = python(
         "-m", "training.generate", "--model", answering_folder, "--max-new-tokens", "20", "Greet."
@@ -256,9 +320,36 @@ def test_control_characters_are_replaced_in_printed_text() -> None:
     [
         (["--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
         (["--input", "\udcff"], "--input '\\udcff': is not UTF-8"),
+        (["--prompts", "a.txt"], "Leave out INSTRUCTION and --input"),
+        (["--output", "/proc/answers.jsonl"], "--output /proc/answers.jsonl: cannot be written"),
+        (["--output", "/none/such/answers.jsonl"], "cannot be written. Name a file in a folder of your own"),
     ],
 )
 def test_invalid_options_are_refused_before_a_model_is_loaded(options: list[str], message: str) -> None:
     result = CliRunner().invoke(generate.main, ["--model", "no/such/model", *options, "Say."])
     assert result.exit_code == 2
     assert message in result.output
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"), [([], b""), ([""], b""), ([" \n"], b""), (["-"], b""), (["-"], b" \n")]
+)
+def test_an_empty_instruction_is_refused_with_the_ways_to_give_one(words: list[str], typed: bytes) -> None:
+    result = CliRunner().invoke(generate.main, ["--model", "no/such/model", *words], input=typed)
+    assert result.exit_code == 2
+    assert (
+        "INSTRUCTION is empty. Type it, or - to read it from standard input, or --prompts FILE"
+        in result.output
+    )
+
+
+def test_instructions_that_cannot_be_read_are_refused_with_their_place(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"instruction": "a"}\n{"instruction": " "}\n')
+    model = ["--model", "no/such/model"]
+    result = CliRunner().invoke(generate.main, [*model, "--prompts", str(tmp_path / "a.jsonl")])
+    assert (result.exit_code, result.stderr) == (
+        2, f"Cannot answer: {tmp_path}/a.jsonl, row 2: the instruction is empty\n",
+    )  # fmt: skip
+    result = CliRunner().invoke(generate.main, [*model, "-"], input=b"caf\xe9")
+    assert result.exit_code == 2
+    assert "standard input: not UTF-8 at byte 3" in result.stderr

@@ -95,10 +95,10 @@ def _local_path(source: str) -> Path | None:
         raise DataError(f"{source}: cannot be read ({error})") from error
 
 
-def read_prompts(file: str) -> list[tuple[str, str]]:
+def read_prompts(file: str, unique: bool = True) -> list[tuple[str, str]]:
     """Reads (instruction, input) pairs from a .json or .jsonl file, or from a .txt file with one instruction per line.
 
-    Duplicates are removed. Raises DataError with file and row.
+    With `unique`, duplicates are removed. Raises DataError with file and row.
     """
     try:
         table = _read_table(Path(file).expanduser(), PROMPT_KINDS)
@@ -112,7 +112,8 @@ def read_prompts(file: str) -> list[tuple[str, str]]:
     empty = [number for number, text in enumerate(columns.instruction, start=1) if not text.strip()]
     if empty:
         raise DataError(f"{file}, row {empty[0]}: the instruction is empty{and_more(empty, 'rows')}")
-    return list(dict.fromkeys(zip(columns.instruction, columns.input, strict=True)))
+    prompts = list(zip(columns.instruction, columns.input, strict=True))
+    return list(dict.fromkeys(prompts)) if unique else prompts
 
 
 # --- a file -------------------------------------------------------------------------------------------

@@ -20,6 +20,8 @@ from training.storage.record import finished_run
 
 logger = logging.getLogger(__name__)
 
+BATCH_SIZE = 8  # prompts that are answered at once
+
 # (name, MLflow type, default) of the parameters that a served model accepts. A temperature of 0 means greedy decoding.
 PARAMETERS: tuple[tuple[str, str, Any], ...] = (
     ("max_new_tokens", "long", MAX_NEW_TOKENS),
@@ -77,7 +79,7 @@ def generate_responses(
     *,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    batch_size: int = 8,
+    batch_size: int = BATCH_SIZE,
     **generation: Any,
 ) -> list[str]:
     """Answers every instruction. Returns the text between response key and end key, in order.
