@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import jsonl, rows_of
@@ -156,7 +157,7 @@ def test_the_sample_marks_exactly_the_supervised_tokens(tokenizer: PreTrainedTok
 # --- the chat template -------------------------------------------------------------------------------
 
 
-def templated(tokenizer: PreTrainedTokenizerBase, *turns: tuple[str, str], prompt: bool = True) -> str:
+def templated(tokenizer: PreTrainedTokenizerBase, *turns: tuple[str, Any], prompt: bool = True) -> str:
     messages = [{"role": role, "content": content} for role, content in turns]
     return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt)
 
@@ -168,8 +169,58 @@ def test_the_chat_template_renders_all_turns_and_refuses_unknown_roles(
     assert templated(tokenizer, question) == PLAIN
     assert templated(tokenizer, ("user", "Name a colour.\n\n### Input:\nred, blue")) == WITH_INPUT
     assert templated(tokenizer, question, ("assistant", "Red."), question) == f"{PLAIN}Red.\n\n### End{PLAIN}"
-    with pytest.raises(Exception, match="roles user and assistant, not system"):
-        templated(tokenizer, ("system", "Be kind."))
+    with pytest.raises(Exception, match="roles system, user and assistant, not tool"):
+        templated(tokenizer, ("tool", "Be kind."))
+
+
+@pytest.mark.parametrize("role", ["system", "developer"])
+def test_a_system_message_is_put_before_the_next_instruction(
+    tokenizer: PreTrainedTokenizerBase, role: str
+) -> None:
+    question, system = ("user", "Name a colour."), (role, "Be brief.")
+    asked = render_prompt("Be brief.\n\nName a colour.")
+    assert templated(tokenizer, system, question) == asked
+    assert templated(tokenizer, (role, ""), (role, " \n"), (role, []), question) == PLAIN
+    assert (
+        templated(tokenizer, system, question, ("assistant", "Red."), question)
+        == f"{asked}Red.\n\n### End{PLAIN}"
+    )
+    both = render_prompt("Be brief.\n\nBe kind.\n\nName a colour.", "red, blue")
+    assert (
+        templated(tokenizer, system, (role, "Be kind."), ("user", f"Name a colour.{INPUT}red, blue")) == both
+    )
+    with pytest.raises(Exception, match="send a user message after it"):
+        templated(tokenizer, question, system)
+
+
+INPUT = "\n\n### Input:\n"
+
+
+@pytest.mark.parametrize("role", ["user", "assistant", "system"])
+def test_parts_of_text_are_joined_and_other_content_is_refused(
+    tokenizer: PreTrainedTokenizerBase, role: str
+) -> None:
+    def shown(content: Any) -> str:
+        return templated(tokenizer, (role, content), ("user", "Go on."), prompt=False)
+
+    def part(text: Any, kind: str = "text") -> dict[str, Any]:
+        return {"type": kind, "text": text}
+
+    expected = shown("Name a river.")
+    assert (
+        shown([part("Name a "), part("river.")])
+        == shown(["Name", part(" a river.", "input_text")])
+        == expected
+    )
+    picture = {"type": "image_url", "image_url": {"url": "data:,"}}
+    for content in ([part("What is this?"), picture], [part(None)], [part("a", "image")], [[]], [3], [None]):
+        with pytest.raises(Exception, match=r"reads text only. Send each part .* as {\"type\": \"text\""):
+            shown(content)
+    for content in (None, 3, {"text": "a"}, True):
+        with pytest.raises(Exception, match="needs the content of each message as a string or as a list"):
+            shown(content)
+    with pytest.raises(Exception, match="needs the content of each message"):
+        tokenizer.apply_chat_template([{"role": role}])
 
 
 def test_the_chat_template_gives_the_same_ids_as_training(
@@ -184,16 +235,26 @@ def test_the_chat_template_gives_the_same_ids_as_training(
         assert tested.apply_chat_template(messages)["input_ids"] == ids
 
 
-@given(st.lists(st.sampled_from([*CONTROL_WORDS, "#", " ", "\n", "End", "word"]), max_size=6).map("".join))
-@example("### End")
+PIECES = [*CONTROL_WORDS, "### Response:", "### ", "#", " ", "\n", "End", "word"]
+
+
+@given(st.lists(st.sampled_from(PIECES), max_size=6), st.integers(0, 6))
+@example(["### End"], 0)
+@example(["### Response:"], 0)  # the template's newline would complete it
+@example(["### Response:"], 1)
+@example(["### ", "End"], 1)  # only together
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_control_words_in_a_message_do_not_become_control_tokens(
-    tokenizer: PreTrainedTokenizerBase, content: str
+    tokenizer: PreTrainedTokenizerBase, pieces: list[str], cut: int
 ) -> None:
-    messages = [{"role": "user", "content": content}]
-    ids = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    system, user = (
+        [{"type": "text", "text": text} for text in part] for part in (pieces[:cut], pieces[cut:])
+    )
+    answer = {"role": "assistant", "content": "".join(pieces)}
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": user}, answer]
+    ids = tokenizer.apply_chat_template(messages)["input_ids"]
     special = [i for i in ids if i in tokenizer.all_special_ids]
-    assert special == tokenizer.convert_tokens_to_ids(["### Instruction:", "### Response:\n"])
+    assert special == tokenizer.convert_tokens_to_ids(["### Instruction:", "### Response:\n", "### End"])
 
 
 # --- the ledger --------------------------------------------------------------------------------------

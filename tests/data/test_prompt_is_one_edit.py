@@ -47,7 +47,8 @@ def test_the_cache_key_covers_every_source_file_that_affects_ids(
 ) -> None:
     copies = [Path(shutil.copy(file, tmp_path)) for file in tokens.SOURCES]
     assert {file.name for file in copies} == {
-        f"{name}.py" for name in "table json_rows formats folders columns rows prompt tokens ledger".split()
+        f"{name}.py"
+        for name in "table json_rows formats folders columns rows prompt encoding tokens ledger".split()
     }
     monkeypatch.setattr(tokens, "SOURCES", copies)
     keys = set()

@@ -11,8 +11,6 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer
-from tokenizers.models import Unigram
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -27,12 +25,11 @@ from transformers import (
     GPTNeoXForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
     T5Config,
     T5ForConditionalGeneration,
 )
 
-from training.data.prompt import encode_text
+from training.data.encoding import encode_text
 from training.errors import ModelError
 from training.model import demo_model
 from training.model.demo_model import model_folder
@@ -175,16 +172,6 @@ def test_the_embedding_has_room_for_the_largest_id_when_ids_have_gaps(
     assert len(tokenizer) < 400
     model = load_model(str(base_folder), tokenizer, torch.float32, seed=42)
     assert len(model.get_input_embeddings().weight) == 701
-
-
-def test_a_tokenizer_that_matches_its_eos_token_in_text_is_refused(tmp_path: Path) -> None:
-    pieces = [("<unk>", 0.0), ("</s>", 0.0), *((letter, -3.0) for letter in "ab/<>s#EndIrtucioRp: \n")]
-    unigram = Tokenizer(Unigram(pieces, 0))
-    PreTrainedTokenizerFast(tokenizer_object=unigram, eos_token="</s>", unk_token="<unk>").save_pretrained(
-        tmp_path
-    )
-    with pytest.raises(ModelError, match="reads '</s>' inside a text as a control token"):
-        load_tokenizer(str(tmp_path))
 
 
 # --- the embedding -----------------------------------------------------------------------------------

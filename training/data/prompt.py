@@ -1,18 +1,12 @@
-"""The prompt: its words and layout, rendered as text, as token ids and as a chat template.
+"""The prompt: its words and layout, rendered as text and as a chat template.
 
-This file is the only place to edit the prompt. The wording is Stanford Alpaca's, byte for byte.
-
-A prompt is tokenised in pieces, and the control tokens are inserted between them by id. A user's "### End" therefore
-stays ordinary text, and the start of the response is known without a search. The ids are the same as for the whole
-prompt at once, because added tokens split the text before the byte-pair merges run."""
+This file is the only place to edit the prompt. The wording is Stanford Alpaca's, byte for byte."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
-
-from transformers import PreTrainedTokenizerBase
+from collections.abc import Iterable
 
 INTRO = (
     "Below is an instruction that describes a task. "
@@ -44,12 +38,17 @@ def render_prompt(instruction: str, input: str | None = None) -> str:
     return head + INSTRUCTION_KEY + body + RESPONSE_KEY
 
 
-def prompt_pieces(instruction: str, input: str | None) -> tuple[str, str]:
-    """The text before the instruction key, and the text between it and the response key. A blank input is none."""
+def question(instruction: str, input: str | None) -> str:
+    """The text after the instruction key: the instruction and the input. A blank input is none."""
     if input is None or not input.strip():
-        return HEAD.format(intro=INTRO), BODY.format(question=instruction)
-    question = QUESTION_WITH_INPUT.format(instruction=instruction, input=input)
-    return HEAD.format(intro=INTRO_WITH_INPUT), BODY.format(question=question)
+        return instruction
+    return QUESTION_WITH_INPUT.format(instruction=instruction, input=input)
+
+
+def prompt_pieces(instruction: str, input: str | None) -> tuple[str, str]:
+    """The text before the instruction key, and the text between it and the response key."""
+    asked = question(instruction, input)
+    return HEAD.format(intro=INTRO if asked == instruction else INTRO_WITH_INPUT), BODY.format(question=asked)
 
 
 def response_piece(response: str) -> str:
@@ -59,73 +58,84 @@ def response_piece(response: str) -> str:
 
 # `chat_template` replaces the words in capitals.
 _CHAT_TEMPLATE = """
+{%- set chat = namespace(system='', text='') -%}
+{{ START }}
 {%- for message in messages -%}
-{%- set content = message['content'] PLAIN -%}
-{%- if message['role'] == 'user' -%}
-{{ OPENING_WITH_INPUT if INPUT_MARK in content else OPENING }}{{ content + CLOSING }}
-{%- elif message['role'] == 'assistant' -%}
-{{ RESPONSE_KEY + content + END }}
+{%- set chat.text = '' -%}
+{%- if message['content'] is string -%}
+{%- set chat.text = message['content'] -%}
+{%- elif message['content'] is defined and message['content'] is not none
+    and message['content'] is iterable and message['content'] is not mapping -%}
+{%- for part in message['content'] -%}
+{%- if part is string -%}
+{%- set chat.text = chat.text + part -%}
+{%- elif part is mapping and part['text'] is string and part['type'] in TEXT_PARTS -%}
+{%- set chat.text = chat.text + part['text'] -%}
 {%- else -%}
-{{ raise_exception('Dolly knows the roles user and assistant, not ' + message['role']) }}
+{{ raise_exception('Dolly reads text only. Send each part of a message as {"type": "text", "text": "..."}') }}
 {%- endif -%}
 {%- endfor -%}
+{%- else -%}
+{{ raise_exception('Dolly needs the content of each message as a string or as a list of text parts') }}
+{%- endif -%}
+{%- if message['role'] in ['system', 'developer'] -%}
+{%- if chat.text | trim -%}{%- set chat.system = chat.system + chat.text + GAP -%}{%- endif -%}
+{%- elif message['role'] == 'user' -%}
+{%- set chat.text = chat.system + chat.text -%}
+{%- set chat.system = '' -%}
+{{ OPENING_WITH_INPUT if INPUT_MARK in chat.text else OPENING }}
+{%- set chat.text = BEFORE_QUESTION + chat.text + AFTER_QUESTION -%}
+PLAIN{{ chat.text }}
+{%- elif message['role'] == 'assistant' -%}
+{%- set chat.text = BEFORE_RESPONSE + chat.text + AFTER_RESPONSE -%}
+{{ RESPONSE_KEY }}PLAIN{{ chat.text + END_KEY }}
+{%- else -%}
+{{ raise_exception('Dolly knows the roles system, user and assistant, not ' ~ message['role']) }}
+{%- endif -%}
+{%- endfor -%}
+{%- if chat.system -%}
+{{ raise_exception('Dolly puts a system message before an instruction: send a user message after it') }}
+{%- endif -%}
 {%- if add_generation_prompt -%}{{ RESPONSE_KEY }}{%- endif -%}
 """
+_PLAIN = """{%- for token, spaced in SPECIAL_TOKENS -%}
+{%- set chat.text = chat.text | replace(token, spaced) -%}
+{%- endfor -%}"""
 
 
-def chat_template(tokenizer: PreTrainedTokenizerBase) -> str:
+def chat_template(start: str, special_tokens: Iterable[str]) -> str:
     """A Jinja template for `apply_chat_template` that renders Dolly's prompt for one or more turns.
 
-    A rendered template is tokenised at once, so the text of a control token inside a message would become that token.
+    `start` comes before the first turn, for example the text of the BOS token. A system message is put before the next
+    instruction, followed by a blank line. Content may be a string or OpenAI's list of parts, which are joined.
+
+    A rendered template is tokenised at once, so the text of a special token inside a message would become that token.
     The template therefore inserts a space into it, as in "###  End".
     """
-    plain = ""
-    for token in tokenizer.all_special_tokens:
-        spaced = re.sub(r"^(\W*)", r"\1 ", token)
-        plain += f" | replace({json.dumps(token)}, {json.dumps(spaced)})"
-    opening, closing = (INSTRUCTION_KEY + BODY).split("{question}")
+    before_question, after_question = BODY.split("{question}")
     before_response, after_response = RESPONSE.split("{response}")
     words = {
-        "PLAIN": plain,
-        "OPENING_WITH_INPUT": json.dumps(HEAD.format(intro=INTRO_WITH_INPUT) + opening),
-        "OPENING": json.dumps(HEAD.format(intro=INTRO) + opening),
-        "INPUT_MARK": json.dumps(re.split("{instruction}|{input}", QUESTION_WITH_INPUT)[1]),
-        "CLOSING": repr(closing),
-        "RESPONSE_KEY": json.dumps(RESPONSE_KEY + before_response),
-        "END": json.dumps(after_response + END_KEY),
+        "START": start,
+        "TEXT_PARTS": ["text", "input_text", "output_text"],
+        "GAP": "\n\n",
+        "OPENING_WITH_INPUT": HEAD.format(intro=INTRO_WITH_INPUT) + INSTRUCTION_KEY,
+        "OPENING": HEAD.format(intro=INTRO) + INSTRUCTION_KEY,
+        "INPUT_MARK": re.split("{instruction}|{input}", QUESTION_WITH_INPUT)[1],
+        "BEFORE_QUESTION": before_question,
+        "AFTER_QUESTION": after_question,
+        "BEFORE_RESPONSE": before_response,
+        "AFTER_RESPONSE": after_response,
+        "RESPONSE_KEY": RESPONSE_KEY,
+        "END_KEY": END_KEY,
+        "SPECIAL_TOKENS": [[token, _spaced(token)] for token in special_tokens],
     }
-    template = re.sub("|".join(words), lambda match: words[match.group()], _CHAT_TEMPLATE.strip())
-    return ("{{ bos_token }}" if leading_ids(tokenizer) else "") + template
+    template = _CHAT_TEMPLATE.strip().replace("PLAIN", _PLAIN)
+    return re.sub(
+        "|".join(words), lambda match: json.dumps(words[match.group()], ensure_ascii=False), template
+    )
 
 
-def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
-    """Token ids of ordinary text: a control token in it is encoded as plain characters.
-
-    Calls the Rust tokenizer directly, because `tokenizer(texts)` spends half of its time on offsets and masks that are
-    not needed here. The three settings below are safe: `tokenizer(...)` sets them again on every call.
-    """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()
-    backend.no_padding()
-    backend.encode_special_tokens = True
-    return [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=False)]
-
-
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str], inputs: Sequence[str | None]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids (heads, bodies). A prompt is head + body + response key; the head ends with the instruction key."""
-    key = tokenizer.convert_tokens_to_ids(INSTRUCTION_KEY)
-    pieces = [prompt_pieces(*row) for row in zip(instructions, inputs, strict=True)]
-    heads = list({head for head, _ in pieces})  # at most two different heads, each tokenised once
-    ids = {
-        head: leading_ids(tokenizer) + ids + [key]
-        for head, ids in zip(heads, encode_text(tokenizer, heads), strict=True)
-    }
-    return [ids[head] for head, _ in pieces], encode_text(tokenizer, [body for _, body in pieces])
-
-
-def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids that the tokenizer puts before every text: none for GPT-J, BOS for Llama."""
-    ids = tokenizer("a")["input_ids"]
-    return ids[:1] if ids and ids[0] == tokenizer.bos_token_id else []
+def _spaced(token: str) -> str:
+    """The token with a space inside, before its first letter if that breaks it."""
+    spaced = re.sub(r"^(\W*)", r"\1 ", token)
+    return spaced if token not in spaced else f"{token[:1]} {token[1:]}" if len(token) > 1 else " "

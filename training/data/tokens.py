@@ -15,6 +15,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from training.consts import LEDGER_FILE
+from training.data.encoding import encode_prompts, encode_text, surrounding_ids
 from training.data.ledger import (
     EMPTY_INSTRUCTION,
     EMPTY_RESPONSE,
@@ -24,14 +25,7 @@ from training.data.ledger import (
     check_dropped,
     length_histogram,
 )
-from training.data.prompt import (
-    END_KEY,
-    RESPONSE_KEY,
-    encode_prompts,
-    encode_text,
-    leading_ids,
-    response_piece,
-)
+from training.data.prompt import END_KEY, RESPONSE_KEY, response_piece
 from training.data.rows import Columns, check_selection, local_files, read_columns
 from training.data.table import kind_of
 from training.errors import DataError
@@ -42,7 +36,18 @@ COLUMNS = ["row", "input_ids", "response_start", "length"]  # of the tokenised d
 # The cached rows depend on this code as well: an edit of one of these files invalidates the cache.
 SOURCES = [
     Path(__file__).with_name(f"{name}.py")
-    for name in ("table", "json_rows", "formats", "folders", "columns", "rows", "prompt", "tokens", "ledger")
+    for name in (
+        "table",
+        "json_rows",
+        "formats",
+        "folders",
+        "columns",
+        "rows",
+        "prompt",
+        "encoding",
+        "tokens",
+        "ledger",
+    )
 ]
 
 
@@ -174,7 +179,7 @@ def _fingerprint(
         folder = Path(source).expanduser()
         names = [str(file.relative_to(folder)) if file != folder else kind_of(file) for file in data]
         parts = [repr(names), *data]
-    state = repr((tokenizers.__version__, leading_ids(tokenizer), max_length, keep_truncated))
+    state = repr((tokenizers.__version__, surrounding_ids(tokenizer), max_length, keep_truncated))
     try:
         return fingerprint(*SOURCES, *parts, _vocabulary(tokenizer), state)
     except OSError as error:

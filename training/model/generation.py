@@ -12,7 +12,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.consts import DEFAULT_SEED, MAX_NEW_TOKENS, RUN_FILE, SAMPLING
-from training.data.prompt import RESPONSE_KEY, encode_prompts
+from training.data.encoding import encode_prompts
+from training.data.prompt import RESPONSE_KEY
 from training.model.attention import use_packed_attention
 from training.model.loading import load_model, max_positions
 from training.model.tokenizer import generation_config, load_tokenizer

@@ -2,12 +2,41 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from transformers import AutoTokenizer, GenerationConfig, GPT2TokenizerFast, PreTrainedTokenizerBase
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2TokenizerFast,
+    PreTrainedConfig,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
+from transformers.utils import is_sentencepiece_available
 
 from training.consts import MAX_NEW_TOKENS, SAMPLING
-from training.data.prompt import CONTROL_TOKENS, END_KEY, chat_template, encode_text
+from training.data.encoding import (
+    encode_prompts,
+    encode_text,
+    guarded_tokens,
+    special_tokens,
+    surrounding_ids,
+)
+from training.data.prompt import (
+    CONTROL_TOKENS,
+    END_KEY,
+    INSTRUCTION_KEY,
+    RESPONSE_KEY,
+    chat_template,
+    prompt_pieces,
+    question,
+    render_prompt,
+    response_piece,
+)
 from training.errors import ModelError, first_line
 from training.model.demo_model import model_folder
 
@@ -21,6 +50,11 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         else:
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # missing folder, no network, broken JSON: a dozen unrelated types
+        if os.path.isfile(Path(name) / "tokenizer.model") and not is_sentencepiece_available():
+            raise ModelError(
+                f"{name}: its tokenizer.model cannot be read without the package sentencepiece. "
+                "Type pip install sentencepiece protobuf"
+            ) from error
         raise ModelError(
             f"{name}: no tokenizer could be loaded ({first_line(error)}). "
             "Expected a folder with tokenizer.json, or a model's name on the Hub"
@@ -32,12 +66,10 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: its tokenizer has no EOS token. Set eos_token in tokenizer_config.json")
     try:
-        tokenizer.pad_token = tokenizer.eos_token
-        tokenizer.add_special_tokens(
-            {"extra_special_tokens": list(CONTROL_TOKENS)}, replace_extra_special_tokens=False
-        )
-        tokenizer.chat_template = chat_template(tokenizer)
+        _prepare(tokenizer)
         _check_control_tokens(tokenizer, name)
+        _check_ids(tokenizer, name)
+        _check_special_tokens(tokenizer, name)
     except ModelError:
         raise
     except Exception as error:  # the files load, but cannot be used
@@ -55,8 +87,49 @@ def _is_bare_bpe(name: str) -> bool:
     )
 
 
+def _prepare(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Adds what Dolly needs, and sets what stock transformers needs to generate with the saved tokenizer."""
+    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer.padding_side = "left"  # a batch of prompts must end with their last tokens
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]  # a causal model takes no token_type_ids
+    tokenizer.split_special_tokens = False  # a prompt has control tokens
+    tokenizer.init_kwargs |= {name: getattr(tokenizer, name) for name in KEPT}  # only these are saved
+    _remove_suffix(tokenizer)
+    tokenizer.add_special_tokens(
+        {"extra_special_tokens": list(CONTROL_TOKENS)}, replace_extra_special_tokens=False
+    )
+    tokenizer.chat_template = chat_template(_chat_start(tokenizer), special_tokens(tokenizer))
+
+
+def _remove_suffix(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Stops the tokenizer from putting an EOS after every text: a prompt would end with it."""
+    if getattr(tokenizer, "add_eos_token", False):
+        tokenizer.add_eos_token = False
+    before, after = surrounding_ids(tokenizer)
+    if after:
+        tokens = tokenizer.convert_ids_to_tokens(before)
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=[*tokens, "$A"],
+            pair=[*tokens, "$A", "$B"],
+            special_tokens=list(dict(zip(tokens, before, strict=True)).items()),
+        )
+
+
+def _chat_start(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The text before a chat's first turn that gives the ids which the tokenizer puts before every text."""
+    before, _ = surrounding_ids(tokenizer)
+    start = "".join(tokenizer.convert_ids_to_tokens(before))
+    head, _ = prompt_pieces("", None)
+    expected = tokenizer(head)["input_ids"]
+    # SentencePiece tokenizers may encode the first word of a text as if a space came before it.
+    for gap in ("", " ") if start else ():
+        if tokenizer(start + gap + head, add_special_tokens=False)["input_ids"] == expected:
+            return start + gap
+    return start
+
+
 def _check_control_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
-    """Raises ModelError unless each control token has one id of its own and stays text in `encode_text`."""
+    """Raises ModelError unless each control token has one id of its own."""
     vocabulary = tokenizer.get_vocab()
     if len(set(vocabulary.values())) < len(vocabulary):
         raise ModelError(
@@ -69,12 +142,118 @@ def _check_control_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None
                 f"{name}: its tokenizer does not keep {key!r} as one token (got ids {ids}). "
                 "Use a model with another tokenizer"
             )
-    for key in (*CONTROL_TOKENS, tokenizer.eos_token):
-        if tokenizer.convert_tokens_to_ids(key) in encode_text(tokenizer, [key])[0]:
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises ModelError unless the text of each special token stays text, in rows and in chats."""
+    tokens = guarded_tokens(tokenizer)
+    turns = [{"role": "user", "content": text} for text in (" ".join(tokens), "".join(tokens))]
+    chat = Counter(tokenizer.apply_chat_template(turns)["input_ids"])
+    expected = Counter(surrounding_ids(tokenizer)[0])
+    expected[tokenizer.convert_tokens_to_ids(INSTRUCTION_KEY)] += len(turns)
+    for token, ids in zip(tokens, encode_text(tokenizer, tokens), strict=True):
+        id = tokenizer.convert_tokens_to_ids(token)
+        if id in ids or chat[id] != expected[id]:
             raise ModelError(
-                f"{name}: its tokenizer reads {key!r} inside a text as a control token, which would end a row early. "
+                f"{name}: its tokenizer reads {token!r} inside a text as a control token, so a user's text could "
+                "end a row early. Use a model with another tokenizer"
+            )
+
+
+# Settings of a tokenizer, besides its tokens, that the saved files must hold.
+KEPT = (
+    "padding_side",
+    "model_input_names",
+    "split_special_tokens",
+    "model_max_length",
+    "clean_up_tokenization_spaces",
+)
+
+# (instruction, input, response): what tokenizers treat in special ways, at the ends of the pieces and within them.
+SAMPLES = (
+    ("Name a river.", "", "The Rhine."),
+    (" Translate into German: 12,5 km\n", "the caf\u00e9,  \U0001f642", "- das Caf\u00e9,\n- 12,5 km \n"),
+    ("\tdef f(x):\n\n    return x", "\n# Why?\n", "\n  It's the identity: f(x) == x\n\n"),
+)
+
+
+def _stock_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Token ids of SAMPLES in stock transformers: first as whole texts, then from the chat template."""
+    texts, chats = [], []
+    for instruction, input, response in SAMPLES:
+        texts.append(render_prompt(instruction, input) + response_piece(response) + END_KEY)
+        chats.append(
+            [
+                {"role": "user", "content": question(instruction, input)},
+                {"role": "assistant", "content": response},
+            ]
+        )
+    return [tokenizer(text)["input_ids"] for text in texts] + [
+        tokenizer.apply_chat_template(chat)["input_ids"] for chat in chats
+    ]
+
+
+def _check_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises ModelError unless rows of training, whole texts in stock transformers and chats have the same ids."""
+    response_key, end_key = tokenizer.convert_tokens_to_ids([RESPONSE_KEY, END_KEY])
+    instructions, inputs, responses = zip(*SAMPLES, strict=True)
+    heads, bodies = encode_prompts(tokenizer, instructions, inputs)
+    answers = encode_text(tokenizer, map(response_piece, responses))
+    rows = [
+        [*head, *body, response_key, *answer, end_key]
+        for head, body, answer in zip(heads, bodies, answers, strict=True)
+    ]
+    for ids, other in zip(rows * 2, _stock_ids(tokenizer), strict=True):
+        if ids != other:
+            pairs = enumerate(zip(ids, other, strict=False))
+            at = next((n for n, (a, b) in pairs if a != b), min(len(ids), len(other)))
+            ours, stock = (tokenizer.convert_ids_to_tokens(part[at : at + 3]) for part in (ids, other))
+            raise ModelError(
+                f"{name}: its tokenizer gives other ids for a whole prompt ({stock}) than for the parts between its "
+                f"control tokens ({ours}), so servers would not ask as the model was trained. "
                 "Use a model with another tokenizer"
             )
+
+
+def saved_form(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
+    """A tokenizer with the same ids, whose files `AutoTokenizer` loads with these ids from the model's folder.
+
+    transformers builds some classes anew when it loads them, and forgets options of theirs that it did not save. Such a
+    tokenizer is returned as the general class, which is loaded as it was. Raises ModelError if that fails too.
+    """
+    if _is_loaded_as_saved(tokenizer, config, trust_remote_code):
+        return tokenizer
+    general = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer.backend_tokenizer,
+        extra_special_tokens=tokenizer.extra_special_tokens,
+        chat_template=tokenizer.chat_template,
+        name_or_path=tokenizer.name_or_path,
+        **tokenizer.special_tokens_map,
+        **{name: getattr(tokenizer, name) for name in KEPT},
+    )
+    if _is_loaded_as_saved(general, config, trust_remote_code):
+        return general
+    raise ModelError(
+        f"{tokenizer.name_or_path}: transformers gives other ids once its tokenizer ({type(tokenizer).__name__}) was "
+        "saved and loaded again. Use a model with another tokenizer"
+    )
+
+
+def _is_loaded_as_saved(
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, trust_remote_code: bool
+) -> bool:
+    """Whether AutoTokenizer loads the saved tokenizer with the same ids, beside the model's config."""
+    with TemporaryDirectory() as folder:
+        config.save_pretrained(folder)  # AutoTokenizer chooses the class with it
+        tokenizer.save_pretrained(folder)
+        try:
+            loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        except Exception:  # as many types as in load_tokenizer
+            return False
+        same_side = loaded.padding_side == tokenizer.padding_side
+        return same_side and _stock_ids(loaded) == _stock_ids(tokenizer)
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

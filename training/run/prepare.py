@@ -22,7 +22,7 @@ from training.data.tokens import marked_sample, prepare_dataset
 from training.launch.supervisor import remove_shared_buffer
 from training.model.loading import load_config, max_positions
 from training.model.packing import Packing, packing_of
-from training.model.tokenizer import load_tokenizer
+from training.model.tokenizer import load_tokenizer, saved_form
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.ranks import gather, on_rank_0
@@ -140,8 +140,10 @@ def tokenised_rows(
     options: TrainingOptions,
 ) -> tuple[PreTrainedTokenizerBase, datasets.Dataset, Ledger]:
     """(tokenizer, rows, ledger) of a run; model and --max-length limit the rows (see `prepare_dataset`)."""
-    positions = max_positions(load_config(options.input_model, options.trust_remote_code))
+    config = load_config(options.input_model, options.trust_remote_code)
+    positions = max_positions(config)
     tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
+    tokenizer = saved_form(tokenizer, config, options.trust_remote_code)
     rows, ledger = prepare_dataset(
         options.training_dataset,
         tokenizer,

@@ -1,0 +1,409 @@
+"""Every kind of tokenizer has the same ids in training, in `generate`, in the chat template and in stock transformers."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+import pytest
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import (
+    AutoTokenizer,
+    GPT2Config,
+    LlamaConfig,
+    LlamaTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    T5Tokenizer,
+)
+
+from training.data.demo_rows import demo_rows
+from training.data.encoding import encode_text, guarded_tokens, surrounding_ids
+from training.data.ledger import Ledger
+from training.data.prompt import INPUT_KEY, render_prompt
+from training.data.rows import Columns
+from training.data.tokens import encode_rows
+from training.errors import ModelError
+from training.model.generation import prompt_ids
+from training.model.tokenizer import load_tokenizer, saved_form
+
+KEYS = ["### End", "### Instruction:", "### Response:\n"]
+BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
+
+# --- the kinds ---------------------------------------------------------------------------------------
+
+
+def texts() -> list[str]:
+    return [text for row in demo_rows()[:1500] for text in row.values()]
+
+
+@cache
+def sentencepiece_bpe() -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """(vocabulary, merges) of a BPE as Llama's, with bytes as the last resort."""
+    bpe = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True))
+    bpe.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    special = ["<unk>", "<s>", "</s>", *BYTES]
+    bpe.train_from_iterator(
+        texts(), trainers.BpeTrainer(vocab_size=700, special_tokens=special, show_progress=False)
+    )
+    model = json.loads(bpe.to_str())["model"]
+    return model["vocab"], [tuple(pair) for pair in model["merges"]]
+
+
+@cache
+def byte_level_bpe() -> str:
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=500,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts(), trainer)
+    return bpe.to_str()
+
+
+@cache
+def unigram_pieces() -> list[tuple[str, float]]:
+    """Pieces of a Unigram model. As in converted SentencePiece models, "</s>" is an ordinary piece with score 0."""
+    unigram = Tokenizer(models.Unigram())
+    unigram.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<unk>", "<s>", "</s>"]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=special, unk_token="<unk>", show_progress=False
+    )
+    unigram.train_from_iterator([*texts(), *"<>/#:[]_|"], trainer)
+    return [tuple(piece) for piece in json.loads(unigram.to_str())["model"]["vocab"]]
+
+
+def llama(folder: Path, bos: bool = True, **config: Any) -> None:
+    """Llama-2's and Mistral's class. transformers reads its `legacy` from the file, but does not write it."""
+    vocabulary, merges = sentencepiece_bpe()
+    LlamaTokenizer(vocab=vocabulary, merges=merges, add_bos_token=bos).save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+
+
+def general(folder: Path, backend: Tokenizer, before: str = "", after: str = "", **settings: Any) -> None:
+    """A tokenizer.json with special tokens `before` and `after` every text."""
+    added = [*before.split(), *after.split()]
+    backend.add_special_tokens(added)
+    ids = [(token, backend.token_to_id(token)) for token in sorted(set(added))]
+    single = f"{before} $A {after}".strip()
+    backend.post_processor = TemplateProcessing(single=single, pair=f"{single} $B", special_tokens=ids)
+    settings = {"eos_token": "</s>", "unk_token": "<unk>"} | settings
+    PreTrainedTokenizerFast(tokenizer_object=backend, **settings).save_pretrained(folder)
+
+
+def byte_level(folder: Path, before: str = "", after: str = "", **settings: Any) -> None:
+    backend = Tokenizer.from_str(byte_level_bpe())
+    general(folder, backend, before, after, eos_token="<|endoftext|>", unk_token=None, **settings)
+
+
+def metaspace(
+    folder: Path, scheme: str, before: str = "<s>", sequence: bool = False, **settings: Any
+) -> None:
+    vocabulary, merges = sentencepiece_bpe()
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    step = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    backend.pre_tokenizer = (
+        pre_tokenizers.Sequence([step, pre_tokenizers.Digits(individual_digits=True)]) if sequence else step
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    general(folder, backend, before, **settings)
+
+
+def prepend(folder: Path) -> None:
+    """Llama-2's tokenizer.json of transformers 4: a normalizer puts a "▁" before every text, and before "<s>" as well."""
+    vocabulary, merges = sentencepiece_bpe()
+    backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.add_special_tokens([AddedToken("<s>", normalized=True)])
+    general(folder, backend, "<s>")
+
+
+def unigram(folder: Path, scheme: str, before: str = "", after: str = "") -> None:
+    backend = Tokenizer(models.Unigram(unigram_pieces(), unk_id=0))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
+    backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
+    general(folder, backend, before, after)
+
+
+def t5(folder: Path) -> None:
+    """A class that puts EOS after every text, also when it is loaded again."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    T5Tokenizer(vocab=[*special, *unigram_pieces()[3:]], extra_ids=5).save_pretrained(folder)
+
+
+def words_only(folder: Path) -> None:
+    words = ["<unk>", "</s>", *sorted({word for text in texts() for word in text.split()})]
+    backend = Tokenizer(models.WordLevel({word: id for id, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    general(folder, backend)
+
+
+NAMES = " ".join(f"<name_{n}>" for n in range(1000))  # as many as Mistral's tekken has
+KINDS: dict[str, Callable[[Path], None]] = {
+    "byte-level": byte_level,
+    "byte-level with BOS": lambda folder: byte_level(folder, "<|endoftext|>"),
+    "byte-level with [gMASK]<sop>": lambda folder: byte_level(folder, "[gMASK] <sop>"),
+    "byte-level with EOS at the end": lambda folder: byte_level(folder, "<bos>", "<|endoftext|>"),
+    "byte-level with special tokens that are no words": lambda folder: byte_level(
+        folder, extra_special_tokens=["***", "\N{PILE OF POO}", "»", '"q', "[\n"]
+    ),
+    "byte-level that splits special tokens": lambda folder: byte_level(folder, split_special_tokens=True),
+    "llama": llama,
+    "llama without BOS": lambda folder: llama(folder, bos=False),
+    "llama, legacy": lambda folder: llama(folder, legacy=True),
+    "llama without a space": lambda folder: llama(folder, add_prefix_space=False),
+    "llama with token types": lambda folder: llama(
+        folder, model_input_names=["input_ids", "token_type_ids", "attention_mask"]
+    ),
+    "metaspace first in a sequence": lambda folder: metaspace(folder, "first", sequence=True),
+    "metaspace always": lambda folder: metaspace(folder, "always"),
+    "metaspace never": lambda folder: metaspace(folder, "never"),
+    "metaspace first with [gMASK]<sop>": lambda folder: metaspace(folder, "first", "[gMASK] <sop>"),
+    "metaspace first with 1000 special tokens": lambda folder: metaspace(
+        folder, "first", extra_special_tokens=NAMES.split()
+    ),
+    "prepend": prepend,
+    "unigram first": lambda folder: unigram(folder, "first", "<s>"),
+    "unigram always with EOS at the end": lambda folder: unigram(folder, "always", after="</s>"),
+    "T5's class": t5,
+    "words only": words_only,
+}
+
+
+@pytest.fixture(scope="module", params=list(KINDS))
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tokenizer of each kind, as its base model has it."""
+    folder = tmp_path_factory.mktemp("base")
+    KINDS[request.param](folder)
+    return folder
+
+
+def trained_and_saved(base: Path, folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """(the tokenizer of a training run, what AutoTokenizer loads from the folder of the trained model)."""
+    is_llama = json.loads((base / "tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
+    config = LlamaConfig() if is_llama else GPT2Config()
+    tokenizer = saved_form(load_tokenizer(str(base)), config)
+    config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return tokenizer, AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def both(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    return trained_and_saved(folder, tmp_path_factory.mktemp("trained"))
+
+
+# --- the same ids everywhere -------------------------------------------------------------------------
+
+ROWS = [
+    ("Name a river.", "", "The Rhine."),
+    ("  Two spaces", "", "  and here, at the end too  "),
+    ("\nWhat is 1,234.5 * 2?\n", "", "2,469\n"),
+    ("Summarise.", "A long  text\twith\n\n\nbreaks", "- one\n- two"),
+    ("Übersetze „naïve“", " ### Input:\n", "👍🏽 ﬁne, ２ ½"),
+    ("x", "#", "# #"),
+    ("<", "<<s", "/s> ##"),
+    ("ends with a hash #", "", "#"),
+]
+
+
+def encoded(
+    tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, str, str]]
+) -> list[tuple[list[int], int]]:
+    columns = Columns(*(list(column) for column in zip(*rows, strict=True)))
+    return [(ids, start) for _, ids, start in encode_rows(tokenizer, columns, Ledger("rows", 10_000))]
+
+
+def assert_same_ids(tokenizer: PreTrainedTokenizerBase, stock: PreTrainedTokenizerBase) -> None:
+    prompts = prompt_ids(tokenizer, [row[0] for row in ROWS], [row[1] for row in ROWS], 10_000)
+    for row, prompt, (ids, start) in zip(ROWS, prompts, encoded(tokenizer, ROWS), strict=True):
+        instruction, input, response = row
+        assert prompt == ids[:start], "generate"
+        question = f"{instruction}\n\n{INPUT_KEY}\n{input}" if input else instruction
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+        for other in (tokenizer, stock):
+            assert other(render_prompt(instruction, input))["input_ids"] == prompt, "whole prompt"
+            whole = render_prompt(instruction, input) + response + "\n\n### End"
+            assert other(whole)["input_ids"] == ids, "whole row"
+            templated = other.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
+            assert templated == prompt, "chat template"
+            assert other.apply_chat_template(turns)["input_ids"] == ids, "chat template"
+
+
+def test_ids_are_the_same_everywhere(both: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]) -> None:
+    assert_same_ids(*both)
+
+
+def test_a_saved_tokenizer_pads_prompts_on_the_left_for_any_causal_model(
+    both: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
+) -> None:
+    tokenizer, stock = both
+    texts = [render_prompt("Name a river."), render_prompt("Name a long river.", "Rhine")]
+    batch = stock(texts, padding=True)
+    assert set(batch) == {"input_ids", "attention_mask"}
+    short = tokenizer(texts[0])["input_ids"]
+    assert batch["input_ids"][0][-len(short) :] == short
+    assert batch["attention_mask"][0] == [0] * (len(batch["input_ids"][1]) - len(short)) + [1] * len(short)
+    assert load_tokenizer(str(stock.name_or_path)).chat_template == stock.chat_template
+
+
+def test_pieces_of_llama_begin_as_after_a_control_token(tmp_path: Path) -> None:
+    llama(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    [(ids, start)] = encoded(tokenizer, [("Name a river.", "", "The Rhine.")])
+    shown = tokenizer.convert_ids_to_tokens(ids)
+    assert "".join(shown[:start]).replace("<0x0A>", "\n") == "<s>▁" + render_prompt("Name a river.").replace(
+        " ", "▁"
+    ).replace("###▁", "### ")
+    assert shown[shown.index("### Instruction:") + 1] == "<0x0A>"
+    assert "".join(shown[start:]).startswith("The▁Rhine.")
+
+
+def test_what_stock_transformers_puts_before_a_text_is_kept_and_what_it_puts_after_is_not(
+    tmp_path: Path,
+) -> None:
+    byte_level(tmp_path, "[gMASK] <sop>", "<|endoftext|>")
+    base, tokenizer = AutoTokenizer.from_pretrained(tmp_path), load_tokenizer(str(tmp_path))
+    prefix = base.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+    assert base("a")["input_ids"] == [
+        *prefix,
+        *base("a", add_special_tokens=False)["input_ids"],
+        base.eos_token_id,
+    ]
+    assert surrounding_ids(tokenizer) == (prefix, [])
+    [(ids, _)] = encoded(tokenizer, [("a", "", "b")])
+    assert ids[:2] == prefix
+    assert tokenizer.eos_token_id not in ids
+
+
+# --- the text of a control token stays text ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("field", [0, 1, 2])
+def test_the_user_text_never_becomes_a_control_token(
+    both: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase], field: int
+) -> None:
+    tokenizer, stock = both
+    words = guarded_tokens(stock)
+    before = surrounding_ids(stock)[0]
+    key_ids = [
+        tokenizer.convert_tokens_to_ids(key) for key in ("### Instruction:", "### Response:\n", "### End")
+    ]
+    ids_of_words = set(stock.convert_tokens_to_ids(words))
+    assert {*KEYS, stock.eos_token} <= set(words)
+    for text in [
+        *words[:20],
+        *words[-20:],
+        " ".join(words),
+        "".join(words),
+        f"{words[0]}{words[-1]}\n### Response:",
+    ]:
+        row = ["Name a river.", "long", "The Rhine."]
+        row[field] = text
+        [(ids, start)] = encoded(tokenizer, [(row[0], row[1], row[2])])
+        assert [id for id in ids if id in ids_of_words] == [*before, *key_ids], text
+        assert ids[start - 1] == key_ids[1]
+        question = f"{row[0]}\n\n{INPUT_KEY}\n{row[1]}"
+        turns = [{"role": "user", "content": question}, {"role": "assistant", "content": row[2]}]
+        chat = stock.apply_chat_template(turns)["input_ids"]
+        assert [id for id in chat if id in ids_of_words] == [*before, *key_ids], text
+
+
+def test_a_text_that_is_eos_for_unigram_is_split_without_a_change(tmp_path: Path) -> None:
+    unigram(tmp_path, "first", "<s>")
+    tokenizer = load_tokenizer(str(tmp_path))
+    own = tokenizer("</s>", add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert tokenizer.eos_token_id in own  # the model has it among its pieces
+    [ids] = encode_text(tokenizer, ["a</s>b"])
+    assert tokenizer.convert_ids_to_tokens(ids) == ["a", "<", "/", "s", ">", "b"]
+
+
+# --- refusals ----------------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_whose_parts_cannot_agree_with_the_whole_is_refused(tmp_path: Path) -> None:
+    backend = Tokenizer.from_str(byte_level_bpe())
+    backend.add_tokens(
+        [AddedToken("\n\n###", normalized=False)]
+    )  # joins a text with the control token after it
+    general(tmp_path, backend, eos_token="<|endoftext|>", unk_token=None)
+    message = (
+        r"^.*: its tokenizer gives other ids for a whole prompt \(\['.*\]\) than for the parts between its control "
+        r"tokens \(\['.*\]\), so servers would not ask .* Use a model with another tokenizer$"
+    )
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
+def test_an_eos_token_that_every_text_has_is_refused(tmp_path: Path) -> None:
+    byte_level(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token": "e"}))
+    with pytest.raises(ModelError, match=r"Use a model with another tokenizer"):
+        load_tokenizer(str(tmp_path))
+
+
+# --- a SentencePiece model of a real model -----------------------------------------------------------
+
+MISTRAL = "mistral_common-1.13.1-py3-none-any.whl"
+
+
+@pytest.fixture(scope="session")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mistral 7B's tokenizer.model, from a wheel on PyPI that .ci/run fetches."""
+    wheel = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dolly" / MISTRAL
+    if not wheel.is_file():
+        pytest.skip(
+            "needs Mistral's tokenizer of 7 MB, which .ci/run fetches. "
+            f"Type python -m pip download --no-deps --dest {wheel.parent} mistral-common==1.13.1"
+        )
+    folder = tmp_path_factory.mktemp("mistral")
+    with ZipFile(wheel) as files:
+        content = files.read("mistral_common/data/tokenizer.model.v1")
+    (folder / "tokenizer.model").write_bytes(content)
+    return folder
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_mistrals_sentencepiece_model_has_the_same_ids_everywhere(
+    mistral: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, legacy: bool
+) -> None:
+    # transformers asks for the package sentencepiece, but reads the file with protobuf alone.
+    module = import_module("transformers.convert_slow_tokenizer")
+    monkeypatch.setattr(module, "requires_backends", lambda *_: None)
+    settings = {"tokenizer_class": "LlamaTokenizer", "legacy": legacy, "add_bos_token": True}
+    (mistral / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer, stock = trained_and_saved(mistral, tmp_path)
+    assert len(stock) == 32_003
+    assert_same_ids(tokenizer, stock)
+    shown = stock.convert_ids_to_tokens(stock(render_prompt("Name a river."))["input_ids"])
+    assert shown[:3] == ["<s>", "▁Below", "▁is"]
+    after_key = shown[shown.index("### Instruction:") + 1 :][:3]
+    assert after_key == (["▁", "<0x0A>", "Name"] if legacy else ["<0x0A>", "Name", "▁a"])
+
+
+def test_a_sentencepiece_model_without_its_package_is_refused_with_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"\n")
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "LlamaTokenizer"}')
+    monkeypatch.setattr("training.model.tokenizer.is_sentencepiece_available", lambda: False)
+    with pytest.raises(ModelError, match=r"Type pip install sentencepiece protobuf"):
+        load_tokenizer(str(tmp_path))
