@@ -42,6 +42,7 @@ from gpu_profile import gpu_profile
 
 from training.consts import CONFIG, DEMO, INSTALLED, METRICS_FILE, ROOT, SAMPLE_INSTRUCTIONS, SAMPLES_FILE
 from training.data.demo_rows import demo_rows
+from training.data.formats import PARQUET, decode, decompressed
 from training.errors import DataError, MachineError, ModelError, OptionsError, TrainingFailedError
 from training.files import local_path, write_file
 from training.launch.local import deepspeed_command, launch, shell_command
@@ -354,10 +355,14 @@ def _runs_folder(root: str | None) -> Path:
 
 
 def _suffix(content: bytes, otherwise: str) -> str:
-    """The file suffix that the first bytes imply, because Metaflow does not keep a file's name."""
-    kinds = {b"PAR1": ".parquet", b"[": ".json", b"{": ".jsonl"}
-    content = content.lstrip(b"\xef\xbb\xbf \t\r\n")
-    return next((suffix for start, suffix in kinds.items() if content.startswith(start)), otherwise)
+    """The file suffix that the content implies, because Metaflow does not keep a file's name.
+
+    Raises DataError if a compressed file is damaged or a text is in no known encoding.
+    """
+    content = decompressed(content, "the file")
+    if content.startswith(PARQUET):
+        return ".parquet"
+    return ".json" if decode(content, "the file").lstrip().startswith(("[", "{")) else otherwise
 
 
 def _default_prompts(demo: bool) -> bytes:

@@ -91,7 +91,7 @@ JSON_FAULTS = {
         ". 12 lines are like this; the first: 5, 6, 7, 8, 9, 10, 11, 12, 13, 14",
     ),
     "an object over several lines": ('{\n "instruction": "a"\n "output": 1}', "line 3: broken JSON: Expecting ','"),
-    "several lists": (json.dumps({"a": ROWS, "b": ROWS}), "holds the lists 'a', 'b'; expected one list of rows"),
+    "several lists": (json.dumps({"a": ROWS, "b": ROWS}), "holds the lists 'a', 'b'; expected one list of rows. Take one out: jq '.[\"a\"]' "),
     "an object without rows": ('{"version": {"a": 1}}', "holds one object with 'version'; expected a list of rows"),
     "columns of two lengths": (
         '{"instruction": ["a", "b"], "output": ["c"]}',
@@ -385,6 +385,10 @@ BAD_FOLDERS: dict[str, tuple[Parts, str]] = {
     "other columns": (
         {"a.csv": (csv, ROWS), "b.csv": (csv, [{"instruction": "a", "output": "b"}])},
         "b.csv: has the columns 'instruction', 'output', but a.csv has 'instruction', 'input', 'output'",
+    ),
+    "rows of another shape": (
+        {"a.jsonl": (jsonl, ROWS * 20), "b.jsonl": (jsonl, [{"prompt": "a", "completion": "b"}])},
+        "b.jsonl: no column 'instruction' and no column 'output' or 'response'. Found 'prompt', 'completion'",
     ),
     "a bad row": (
         {"a.jsonl": (jsonl, ROWS), "b.jsonl": (jsonl, [*ROWS, {"instruction": "a", "output": {}}])},

@@ -453,12 +453,19 @@ def test_a_damaged_newer_checkpoint_is_written_again(
 def test_a_run_of_an_earlier_version_that_held_out_more_than_half_is_resumed(
     train_small: TrainFunction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: int | None
 ) -> None:
-    """The earlier version took every number below that of the rows, typed or not, and recorded it in the options."""
+    """The earlier version took every number below that of the rows, typed or not, and recorded it in the options.
+
+    It had no options for a part of a dataset on the Hub.
+    """
     output = tmp_path / "out"
     with monkeypatch.context() as earlier:
         earlier.setattr(prepare, "held_out_size", lambda test_size, rows, recorded: test_size)
         train_small(output, test_size=60, stop_at=2)
-    assert json.loads((output / "run.json").read_text())["options"]["test_size"] == 60
+    former = json.loads((output / "run.json").read_text())
+    assert former["options"]["test_size"] == 60
+    for name in ("dataset_config", "dataset_split", "dataset_revision"):
+        assert former["options"].pop(name) is None
+    (output / "run.json").write_text(json.dumps(former))
     record, seen = train_small(output, test_size=typed)
     assert (record["status"], record["options"]["test_size"]) == ("finished", 60)
     assert seen[0][0] == 2, "the step after checkpoint-2"

@@ -57,6 +57,8 @@ def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) 
     for table in tables:
         if repeated := next((name for name in KNOWN if table.names.count(name) > 1), None):
             raise DataError(f"{table.source}: column {repeated!r} appears twice. Keep one of the two")
+        if table.count:
+            _match_columns(table.names, table.source, required)
     matched = _match_columns(names, source, required)
     columns = Columns([], [], [])
     for table in tables:

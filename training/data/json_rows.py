@@ -6,10 +6,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from collections.abc import Collection, Set
 from typing import Any
 
-from training.data.table import Number, Table, and_more, short, short_repr
+from training.data.table import Number, Table, and_more, listed, short, short_repr
 from training.errors import DataError, DuplicateKeyError
 
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -137,23 +138,22 @@ def _rows_of_value(value: Any, source: str, known: Set[str]) -> tuple[list[Any],
         chosen = "train" if "train" in lists else next(iter(lists))
         if len(lists) > 1 and chosen != "train":
             raise DataError(
-                f"{source}: holds the lists {', '.join(map(repr, lists))}; expected one list of rows. "
-                f"Take one out, such as jq .{chosen} {source} > rows.json"
+                f"{source}: holds the lists {listed(lists)}; expected one list of rows. "
+                f"Take one out: jq {shlex.quote(f'.[{json.dumps(chosen)}]')} {shlex.quote(source)} > rows.json"
             )
         return lists[chosen], [f"{short(repr(name))} beside {chosen!r}" for name in value if name != chosen]
     if not any(isinstance(row, dict) for row in value.values()):
         return [value], []  # one row, with names of another project
     if all(isinstance(row, dict) and not known.isdisjoint(row) for row in value.values()):
         return list(value.values()), []  # pandas' to_json(orient="index"): each row under its index
-    names = ", ".join(map(repr, value)) or "nothing in it"
-    raise DataError(f"{source}: holds one object with {short(names)}; expected a list of rows")
+    raise DataError(f"{source}: holds one object with {listed(value)}; expected a list of rows")
 
 
 def _rows_of_columns(value: dict[str, Any], columns: dict[str, Any], source: str) -> list[Any]:
     """Rows of an object with columns: one row, lists, or pandas' objects {index: value}."""
     if all(isinstance(column, dict) for column in columns.values()):
         if len({tuple(column) for column in columns.values()}) > 1:
-            raise DataError(f"{source}: the columns {', '.join(map(repr, columns))} have different indices")
+            raise DataError(f"{source}: the columns {listed(columns)} have different indices")
         value = {name: list(column.values()) for name, column in value.items() if isinstance(column, dict)}
     elif not all(isinstance(column, list) for column in columns.values()):
         return [value]
