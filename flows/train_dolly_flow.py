@@ -42,7 +42,7 @@ from gpu_profile import gpu_profile
 
 from training.consts import CONFIG, DEMO, INSTALLED, METRICS_FILE, ROOT, SAMPLE_INSTRUCTIONS, SAMPLES_FILE
 from training.data.demo_rows import demo_rows
-from training.data.formats import PARQUET, decode, decompressed
+from training.data.formats import suffix_of
 from training.errors import DataError, MachineError, ModelError, OptionsError, TrainingFailedError
 from training.files import local_path, write_file
 from training.launch.local import deepspeed_command, launch, shell_command
@@ -240,13 +240,13 @@ class TrainDollyFlow(FlowSpec):
         chosen = preset_options(family, self.ranks)
         rows = {}
         if self.training_file is not None:
-            rows["training_dataset"] = f"{self.folder}/rows{_suffix(self.training_file, '.csv')}"
+            rows["training_dataset"] = f"{self.folder}/rows{suffix_of(self.training_file, '.csv')}"
         # The demo saves no checkpoints, but the flow must be able to resume it.
         dataset = rows.get("training_dataset", DEMO)
         chosen |= demo_options(self.ranks, dataset) | {"save_steps": 100} if demo else {"epochs": 1.0}
         chosen |= {name: value for name in OPTIONS if (value := getattr(self, name)) is not None} | rows
         self.prompts = self.sample_prompts or _default_prompts(demo)
-        chosen["sample_prompts"] = f"{self.folder}/prompts{_suffix(self.prompts, '.txt')}"
+        chosen["sample_prompts"] = f"{self.folder}/prompts{suffix_of(self.prompts, '.txt')}"
         target = self.dbfs_output_root  # an empty one is reported below
         chosen["dbfs_output_dir"] = target and f"{target.rstrip('/')}/{Path(self.folder).name}"
         words = option_words(chosen | {"local_output_dir": self.output, "resume": "auto"})
@@ -352,17 +352,6 @@ def _runs_folder(root: str | None) -> Path:
         return Path(root or "~/dolly_training").expanduser().absolute()
     except RuntimeError as error:
         raise OptionsError(f"--local-training-root {root}: {error}. Name a folder of your own") from error
-
-
-def _suffix(content: bytes, otherwise: str) -> str:
-    """The file suffix that the content implies, because Metaflow does not keep a file's name.
-
-    Raises DataError if a compressed file is damaged or a text is in no known encoding.
-    """
-    content = decompressed(content, "the file")
-    if content.startswith(PARQUET):
-        return ".parquet"
-    return ".json" if decode(content, "the file").lstrip().startswith(("[", "{")) else otherwise
 
 
 def _default_prompts(demo: bool) -> bytes:

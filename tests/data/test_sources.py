@@ -15,6 +15,7 @@ import pytest
 from conftest import jsonl, rows_of, write
 from transformers import PreTrainedTokenizerBase
 
+from training.data.formats import suffix_of
 from training.data.ledger import Ledger
 from training.data.rows import Columns, local_files, read_columns
 from training.data.tokens import prepare_dataset
@@ -163,6 +164,21 @@ def test_a_file_that_is_not_what_its_name_says_is_named(
     tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     assert message in refusal(Path(write(tmp_path / name, content)))
+
+
+@pytest.mark.parametrize(
+    ("content", "suffix"),
+    [
+        (b"PAR1\x15", ".parquet"),
+        (b"\xef\xbb\xbf\n [{}]", ".json"),
+        (b'{"a": 1}', ".json"),
+        (gzip.compress(b'{"a": 1}'), ".json"),
+        ("[{}]".encode("utf-16"), ".json"),
+        (b"a,b", ".csv"),
+    ],
+)
+def test_the_suffix_of_a_file_is_detected_from_its_content(content: bytes, suffix: str) -> None:
+    assert suffix_of(content, ".csv") == suffix
 
 
 # --- missing values, numbers and other columns ----------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,18 +86,3 @@ def test_a_checkpoint_in_the_callers_folder_becomes_absolute_and_auto_stays(
         (tmp_path / folder).mkdir()
     assert parse(flow, "", []).resume == "auto"
     assert parse(flow, "--resume checkpoint-3", []).resume == str(tmp_path / "checkpoint-3")
-
-
-@pytest.mark.parametrize(
-    ("content", "suffix"),
-    [
-        (b"PAR1\x15", ".parquet"),
-        (b"\xef\xbb\xbf\n [{}]", ".json"),
-        (b'{"a": 1}', ".json"),
-        (gzip.compress(b'{"a": 1}'), ".json"),
-        ("[{}]".encode("utf-16"), ".json"),
-        (b"a,b", ".csv"),
-    ],
-)
-def test_the_suffix_of_a_file_is_detected_from_its_content(flow: Any, content: bytes, suffix: str) -> None:
-    assert flow._suffix(content, ".csv") == suffix

@@ -53,6 +53,17 @@ def decompressed(content: bytes, source: str) -> bytes:
     return content
 
 
+def suffix_of(content: bytes, otherwise: str) -> str:
+    """The suffix of a file whose name was not kept, by its content; `otherwise` if it is neither Parquet nor JSON.
+
+    Raises DataError if a compressed file is damaged or a text is in no known encoding.
+    """
+    content = decompressed(content, "the file")
+    if content.startswith(PARQUET):
+        return ".parquet"
+    return ".json" if decode(content, "the file").lstrip().startswith(("[", "{")) else otherwise
+
+
 def refuse_disguise(content: bytes, source: str) -> None:
     """Raises DataError if a file is named like data but is something else, such as a web page."""
     start = content[:200].removeprefix(codecs.BOM_UTF8).lstrip().lower()
