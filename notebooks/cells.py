@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
-from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError
+from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError, printable
 from training.files import DBFS, local_path
 from training.machine.catalogue import FAMILIES, Machine
 from training.options.trainer_options import TrainingOptions
@@ -260,7 +260,7 @@ def generate_answers(model: str, rows: Sequence[Mapping[str, str]]) -> list[str]
     import torch
     import transformers
 
-    from training.model.generation import generate_responses, load_model_tokenizer_for_generate, printable
+    from training.model.generation import generate_responses, load_model_tokenizer_for_generate
 
     transformers.utils.logging.disable_progress_bar()
     loaded, tokenizer = load_model_tokenizer_for_generate(model)
@@ -271,7 +271,7 @@ def generate_answers(model: str, rows: Sequence[Mapping[str, str]]) -> list[str]
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return [printable(text) for text in texts]
+    return texts
 
 
 @dataclass(frozen=True)
@@ -285,7 +285,7 @@ class Table:
         style = "text-align: left; vertical-align: top; white-space: pre-wrap; overflow-wrap: anywhere"
         rows = []
         for kind, texts in [("th", self.headings), *(("td", row) for row in self.rows)]:
-            cells = (f'<{kind} style="{style}">{html.escape(text)}</{kind}>' for text in texts)
+            cells = (f'<{kind} style="{style}">{html.escape(printable(text))}</{kind}>' for text in texts)
             rows.append(f"<tr>{''.join(cells)}</tr>")
         return f'<table style="width: 100%">{"".join(rows)}</table>'
 
@@ -296,7 +296,7 @@ class Table:
             lines.append(first)
             for heading, text in zip(self.headings[1:], cells, strict=True):
                 lines.append(f"  {heading:<{width}}  {' '.join(text.split())}")
-        return "\n".join(lines)
+        return printable("\n".join(lines))
 
 
 def answers_by_step(samples: Sequence[Mapping[str, Any]]) -> Table:

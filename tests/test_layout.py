@@ -13,7 +13,7 @@ FILES = {
     for file in sorted((ROOT / folder).rglob("*.py"))
 }
 # Packages ("rooms") that each package may import besides itself. Commands, flows and notebooks may import all.
-BASE_MODULES = {"consts", "errors", "files", "ranks", "pictures"}
+BASE_MODULES = {"consts", "console", "errors", "files", "ranks", "pictures"}
 ALLOWED_IMPORTS = {
     **dict.fromkeys(BASE_MODULES, BASE_MODULES),
     **dict.fromkeys(("data", "options", "machine", "storage"), BASE_MODULES),

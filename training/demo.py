@@ -13,13 +13,15 @@ import click
 import torch
 import transformers
 
+from training.console import set_up_console
 from training.consts import DEMO, GREEDY, METRICS_FILE
 from training.data.demo_rows import demo_rows
 from training.data.held_out import split_held_out
 from training.data.tokens import prepare_dataset
+from training.errors import printable
 from training.files import duration
 from training.launch.local import deepspeed_command, launch_environment, shell_command
-from training.model.generation import generate_responses, load_model_tokenizer_for_generate, printable
+from training.model.generation import generate_responses, load_model_tokenizer_for_generate
 from training.model.loading import max_positions
 from training.pictures import PictureFile, draw_demo
 from training.plan.presets import demo_options
@@ -55,7 +57,7 @@ def held_out_rows(
 def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
     """The greedy answers of the model in `folder`."""
     model, tokenizer = load_model_tokenizer_for_generate(folder)
-    responses = generate_responses(
+    return generate_responses(
         [row["instruction"] for row in rows],
         [row["input"] for row in rows],
         model=model,
@@ -64,7 +66,6 @@ def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
         max_new_tokens=MAX_NEW_TOKENS,
         **GREEDY,
     )
-    return [printable(response) for response in responses]
 
 
 def examples(rows: list[dict[str, str]], before: list[str], after: list[str]) -> list[tuple[str, ...]]:
@@ -87,7 +88,7 @@ def table(shown: list[tuple[str, ...]]) -> str:
         f"{instruction[:52]:<54}{before[:18]:<20}{'=' if after == expected else '!'} {after[:44]}"
         for instruction, before, after, expected in shown
     ]
-    return "\n".join([f"{'instruction':<54}{'before':<20}  after ('=': correct)", *lines])
+    return printable("\n".join([f"{'instruction':<54}{'before':<20}  after ('=': correct)", *lines]))
 
 
 def exact_match(rows: list[dict[str, str]], responses: list[str]) -> float:
@@ -114,6 +115,7 @@ def main(
 ) -> None:
     """Train the demo model and show its answers. TRAINER_OPTIONS are passed to training.trainer."""
     start = time.monotonic()
+    set_up_console()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     gpus = torch.cuda.device_count()

@@ -1,17 +1,42 @@
-"""All errors whose message is shown to the user."""
+"""All errors whose message is shown to the user, and `printable`, which makes any text harmless to show."""
 
 from __future__ import annotations
 
+import unicodedata
 
-class OptionsError(ValueError):
+
+def printable(text: object) -> str:
+    """The text without characters that change a terminal or mislead its reader.
+
+    Rows, answers, file names and messages of servers may hold anything. Control sequences, changes of the writing
+    direction, invisible characters and lone surrogates become U+FFFD; special spaces become plain ones. Only what is
+    shown changes, never what is stored.
+    """
+    return "".join(map(_shown, str(text)))
+
+
+def _shown(character: str) -> str:
+    if character.isprintable() or character in "\n\t":
+        return character
+    return " " if unicodedata.category(character) == "Zs" else "\N{REPLACEMENT CHARACTER}"
+
+
+class _Shown:
+    """The message is printable: it may repeat text of a row, the name of a file or the answer of a server."""
+
+    def __str__(self) -> str:
+        return printable(super().__str__())
+
+
+class OptionsError(_Shown, ValueError):
     """The options contradict each other or do not suit this machine. `problems` holds every reason."""
 
     def __init__(self, *problems: str):
-        self.problems = list(problems)
+        self.problems = [printable(problem) for problem in problems]
         super().__init__("\n".join(f"  - {problem}" for problem in problems))
 
 
-class DataError(ValueError):
+class DataError(_Shown, ValueError):
     """The dataset cannot be used. The message names the file, the row and the fix."""
 
 
@@ -25,23 +50,23 @@ class TooFewRowsError(DataError):
         )
 
 
-class DuplicateKeyError(ValueError):
+class DuplicateKeyError(_Shown, ValueError):
     """A JSON object has the same key twice."""
 
 
-class ModelError(ValueError):
+class ModelError(_Shown, ValueError):
     """The model or its tokenizer cannot be used. The message says why and how to fix it."""
 
 
-class MachineError(ValueError):
+class MachineError(_Shown, ValueError):
     """The machine is unknown or cannot train. The message lists the known ones."""
 
 
-class FolderBusyError(RuntimeError):
+class FolderBusyError(_Shown, RuntimeError):
     """Another process writes into the folder. The message says which one and what to do."""
 
 
-class PublishError(RuntimeError):
+class PublishError(_Shown, RuntimeError):
     """The model could not be published. The message says why and what to type. The source is unchanged."""
 
 
@@ -49,7 +74,7 @@ class SourceError(PublishError):
     """A file of the source model cannot be read, or has changed during the copy."""
 
 
-class TrainingError(RuntimeError):
+class TrainingError(_Shown, RuntimeError):
     """Training cannot continue. The message names the step, the reason and what to do. The last checkpoint is valid.
 
     Either all ranks raise it and rank 0 prints it, or one rank raises it with `alone` and prints it.
@@ -64,7 +89,7 @@ class Interrupted(KeyboardInterrupt):
     """SIGTERM or Ctrl-C outside the training steps, where there is no step to finish."""
 
 
-class TrackingError(RuntimeError):
+class TrackingError(_Shown, RuntimeError):
     """The finished model could not be logged. The message says why. The model is unchanged."""
 
 
@@ -72,7 +97,7 @@ class UnfinishedRunError(ModelError, PublishError, TrackingError):
     """The folder holds no finished run, so its model cannot be loaded, published or logged. The message says why."""
 
 
-class TrainingFailedError(RuntimeError):
+class TrainingFailedError(_Shown, RuntimeError):
     """The training command ended with an exit code other than 0. The message has its meaning and the last lines.
 
     Attributes:
@@ -88,21 +113,21 @@ class TrainingFailedError(RuntimeError):
         return "\n".join([str(self), *getattr(self, "__notes__", [])]).splitlines()
 
 
-class NotebookSourceError(ValueError):
+class NotebookSourceError(_Shown, ValueError):
     """The file is not a Databricks notebook, or a cell cannot run elsewhere. The message names the cell."""
 
 
-class RunRefusedError(RuntimeError):
+class RunRefusedError(_Shown, RuntimeError):
     """A cell of the notebook refuses to run. The message says why and what to choose instead."""
 
     _render_traceback_ = TrainingFailedError._render_traceback_
 
 
-class NotebookFailedError(RuntimeError):
+class NotebookFailedError(_Shown, RuntimeError):
     """A cell failed or the notebook was stopped. The console shows why."""
 
 
 def first_line(error: Exception) -> str:
     """The type and first line of an error. If that line ends with ":", the second line as well."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or ["no message"]
+    lines = [line.strip() for line in printable(error).splitlines() if line.strip()] or ["no message"]
     return f"{type(error).__name__}: {' '.join(lines[: 2 if lines[0].endswith(':') else 1])}"

@@ -19,8 +19,10 @@ import torch
 import transformers
 from transformers import TextStreamer, set_seed
 
+from training.console import set_up_console
 from training.consts import GREEDY, MAX_NEW_TOKENS
 from training.data.rows import read_prompts
+from training.errors import printable
 from training.files import writable
 from training.model.generation import (
     BATCH_SIZE,
@@ -34,6 +36,13 @@ from training.model.loading import DTYPES
 __all__ = ["generate_response", "generate_responses", "load_model_tokenizer_for_generate", "main"]
 
 STDIN = STDOUT = "-"  # as INSTRUCTION and as --output
+
+
+class PrintableStreamer(TextStreamer):
+    """Shows an answer as it is generated."""
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        super().on_finalized_text(printable(text), stream_end)
 
 
 @click.command()
@@ -81,6 +90,7 @@ STDIN = STDOUT = "-"  # as INSTRUCTION and as --output
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository.")
 def main(**typed: Any) -> None:
     """Answer INSTRUCTION, and show the answer while it is written. The INSTRUCTION - is read from standard input."""
+    set_up_console()
     _answer(**typed)
 
 
@@ -116,7 +126,7 @@ def _answer(
         if file is not None or output is not None:
             _answer_as_json(prompts, output or STDOUT, batch_size, **loaded)
         else:
-            streamer = TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
+            streamer = PrintableStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
             generate_response(*prompts[0], streamer=streamer, **loaded)
     except torch.OutOfMemoryError:
         _end("the GPU ran out of memory. Lower --max-new-tokens" + (" or --batch-size" if file else ""))
@@ -125,7 +135,7 @@ def _answer(
 
 
 def _end(reason: str) -> NoReturn:
-    print(f"Cannot answer: {reason}", file=sys.stderr)
+    print(f"Cannot answer: {printable(reason)}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from training.console import set_up_console
 from training.errors import NotebookFailedError, NotebookSourceError, RunRefusedError
 from training.files import write_file
 
@@ -212,6 +213,7 @@ def write(notebook: NotebookNode, out: Path) -> None:
 @click.option("--no-run", is_flag=True, help="Convert the notebook to Jupyter's format without running it.")
 def main(notebook: Path, chosen: tuple[str, ...], out: Path, no_run: bool) -> None:
     """Run every cell of NOTEBOOK, a file in Databricks' source format. Exits with 1 if a cell failed."""
+    set_up_console()
     try:
         import nbclient  # noqa: F401
     except ImportError as error:

@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import click
 
+from training.errors import printable
 from training.files import writable
 
 # Persistent memory is blue, what ZeRO communicates green, what depends on the batch orange, the rest grey.
@@ -79,7 +80,7 @@ def draw_memory(parts_gib: dict[str, float], room_gib: float, device: str, title
     axes.set_ylim(-0.3, 0.5)
     axes.set_yticks([])
     axes.set_xlabel(f"GiB of each {device}")
-    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_title(printable(title), fontsize=11, loc="left", parse_math=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
@@ -115,7 +116,7 @@ def draw_run(entries: Sequence[dict[str, Any]], title: str, file: str | IO[bytes
         panels[panel].yaxis.set_major_locator(MaxNLocator(4))
     for axes in panels.values():
         _step_axis(axes, entries)
-    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
+    figure.suptitle(printable(title), fontsize=11, x=0.01, ha="left", parse_math=False)
     figure.savefig(file, dpi=110, format="png")
 
 
@@ -138,7 +139,7 @@ def draw_demo(
     table.set_title(result, fontsize=10, loc="left")
     for line, cells in enumerate([EXAMPLE_COLUMNS, *examples], start=-1):
         correct = cells[2] == cells[3]
-        for (x, width), text in zip(EXAMPLE_LAYOUT, cells, strict=True):
+        for (x, width), text in zip(EXAMPLE_LAYOUT, map(printable, cells), strict=True):
             after = line >= 0 and x == EXAMPLE_LAYOUT[2][0]
             table.text(
                 x,
@@ -148,6 +149,7 @@ def draw_demo(
                 weight="bold" if line < 0 else "normal",
                 va="center",
                 fontsize=9,
+                parse_math=False,  # a text may hold $
             )
         table.axhline(line + 1, color="#d0d0d0", linewidth=0.8)
     figure.suptitle("The demo: a small GPT-J learns to follow instructions", fontsize=12, x=0.03, ha="left")

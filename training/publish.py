@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from training.console import set_up_console
 from training.errors import PublishError
 from training.storage.copy import publish
 
@@ -32,7 +33,7 @@ from training.storage.copy import publish
 )
 def main(folder: Path, target: str) -> None:
     """Copy a finished model to TARGET, or continue an interrupted copy."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    set_up_console(logging.INFO)
     try:
         publish(folder.expanduser(), target)
     except PublishError as error:

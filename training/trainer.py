@@ -10,7 +10,6 @@ whole recipe. This module does not import torch, so that errors in the options a
 from __future__ import annotations
 
 import logging
-import sys
 from typing import Any
 
 from training.launch.supervisor import supervise
@@ -23,6 +22,7 @@ if __name__ == "__main__":
 import click
 
 from training import ranks
+from training.console import set_up_console
 from training.errors import Interrupted
 from training.launch.exits import run_and_exit
 from training.options.command_line import GroupedCommand, click_options, value_problems
@@ -70,9 +70,7 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
 def main(ctx: click.Context, **values: Any) -> None:
     """Fine-tune a causal language model to follow instructions. The defaults are those of Dolly v1."""
     main_process = ranks.is_main_process()
-    logging.basicConfig(
-        level=logging.WARNING if main_process else logging.ERROR, format="%(message)s", stream=sys.stdout
-    )
+    set_up_console(logging.WARNING if main_process else logging.ERROR)
     if main_process:  # other loggers stay at WARNING: setuptools logs its gcc commands
         logger.setLevel(logging.INFO)
     with exit_with_message(values["local_output_dir"], values["rank_timeout"]):

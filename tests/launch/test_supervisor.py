@@ -47,7 +47,7 @@ class Supervised:
     def __init__(self, folder: Path, rank_code: str, **how: object) -> None:
         package = folder / "training"
         package.mkdir()
-        for name in ("__init__.py", "consts.py", "launch"):
+        for name in ("__init__.py", "consts.py", "errors.py", "launch"):
             (package / name).symlink_to(ROOT / "training" / name)
         (package / "trainer.py").write_text(str(how.pop("first", "")) + STAND_IN + textwrap.dedent(rank_code))
         environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "DOLLY_SUPERVISED")}

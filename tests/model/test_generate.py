@@ -25,7 +25,6 @@ from training.data.prompt import render_prompt
 from training.data.rows import Columns
 from training.data.tokens import encode_rows
 from training.errors import ModelError
-from training.model import generation
 from training.model.generation import (
     generate_response,
     generate_responses,
@@ -309,10 +308,6 @@ def test_the_command_runs_from_the_shell(answering_folder: Path) -> None:
         "-m", "training.generate", "--model", answering_folder, "--max-new-tokens", "20", "Greet."
     )
     assert (result.returncode, result.stdout) == (0, "AB\n"), result.stderr
-
-
-def test_control_characters_are_replaced_in_printed_text() -> None:
-    assert generation.printable("Bel\x1b[2J\x07l\nÄé") == "Bel\ufffd[2J\ufffdl\nÄé"
 
 
 @pytest.mark.parametrize(

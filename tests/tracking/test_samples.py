@@ -31,6 +31,7 @@ from training.options.trainer_options import TrainingOptions, steps_between_samp
 from training.storage import metrics
 from training.storage.copy import model_files
 from training.tracking import callbacks, samples
+from training.tracking.progress import print_line
 from training.tracking.samples import Samples
 
 PROMPTS = [("Say 3.", ""), ("Say 4 please.", ""), ("Count the words.", "red blue\ngreen")]
@@ -338,12 +339,12 @@ def test_metrics_and_samples_are_published_with_the_model(sampled: Path) -> None
 
 
 def test_control_characters_are_not_printed_and_long_lists_are_cut(
-    samples_of: Callable[..., Samples], tmp_path: Path
+    samples_of: Callable[..., Samples], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     samples = samples_of([(f"Say {n}.", "") for n in range(12)])
-    text = samples._format_answers(
-        TrainerState(global_step=3, max_steps=9), ["\x1b[2Jclear\r", "", *["x"] * 10], 1.0
-    )
+    answers = ["\x1b[2Jclear\r", "", *["x"] * 10]
+    print_line(samples._format_answers(TrainerState(global_step=3, max_steps=9), answers, 1.0))
+    text = capsys.readouterr().out
     assert "�[2Jclear�" in text
     assert "\n  Say 1.\n      (nothing)\n" in text
     assert "Say 9." in text

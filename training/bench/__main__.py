@@ -18,6 +18,7 @@ import transformers
 
 from training.bench.measure import POSITIONS, Choices, compare, model_config
 from training.bench.shares import ALL_RECIPES
+from training.console import set_up_console
 from training.consts import DEMO, GIB
 from training.data.tokens import prepare_dataset
 from training.errors import DataError, ModelError, first_line
@@ -209,6 +210,7 @@ def main(
     **typed: Any,
 ) -> None:
     """Compare padded and packed training on this machine."""
+    set_up_console()
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()

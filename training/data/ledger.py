@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from training.errors import DataError
+from training.errors import DataError, printable
 from training.files import write_json
 
 EMPTY_RESPONSE = "empty response"
@@ -72,7 +72,7 @@ class Ledger:
             rows = ", ".join(map(self.place, self.first_dropped_rows[reason]))
             lines.append(f"  dropped {count:,}: {reason} (first rows: {rows})")
         lines.append("  tokens a row: " + "  ".join(f"{k}: {v:,}" for k, v in self.length_histogram.items()))
-        return "\n".join(lines)
+        return printable("\n".join(lines))  # the names of files and columns
 
 
 def length_histogram(sizes: np.ndarray) -> dict[str, int]:

@@ -21,6 +21,7 @@ from types import FrameType
 from typing import IO
 
 from training.consts import SUPERVISED
+from training.errors import printable
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, LOST_PEER, REFUSED, exit_meaning
 
 LAST_LINES = 15
@@ -124,7 +125,7 @@ def remove_shared_buffer(folder: Path = Path("/dev/shm")) -> None:
 
 def _report(event: str, last: collections.deque[bytes]) -> None:
     lines = b"".join(list(last)).decode(errors="replace").splitlines()
-    shown = "".join(f"  {line}\n" for line in lines if line.strip()) or "  (none)\n"
+    shown = "".join(f"  {printable(line)}\n" for line in lines if line.strip()) or "  (none)\n"
     _write(f"\n{event}\nIts last lines:\n{shown}")
 
 

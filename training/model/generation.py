@@ -124,11 +124,6 @@ def answer_batch(
     return [text.strip() for text in texts]
 
 
-def printable(text: str) -> str:
-    """Replaces control characters, which could change the terminal: an untrained model may generate any."""
-    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
-
-
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase,
     instructions: Sequence[str],

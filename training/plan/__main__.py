@@ -20,6 +20,7 @@ from typing import Any
 
 import click
 
+from training.console import set_up_console
 from training.errors import DataError, MachineError, ModelError, OptionsError
 from training.machine.catalogue import MACHINES, find_machine
 from training.machine.local import this_machine
@@ -86,6 +87,7 @@ def main(
     --deepspeed, --per-device-train-batch-size and --gradient-accumulation-steps default to the values for the machine's
     GPU family. --local-output-dir is the folder that the run would write to. --model is short for --input-model.
     """
+    set_up_console()
     problems = value_problems(ctx)
     if price is not None and not math.isfinite(price):
         problems.append(f"--price {price}: expected a finite number")
@@ -95,7 +97,7 @@ def main(
         raise click.UsageError("\n".join(problems))
     if plot:
         draw(plan, plot)
-    click.echo(json.dumps(as_json(plan, price), indent=2) if json_ else as_table(plan, price))
+    print(json.dumps(as_json(plan, price), indent=2) if json_ else as_table(plan, price))
     if not plan.fits and not json_:
         raise SystemExit(1)  # so that `plan && train` does not train
 

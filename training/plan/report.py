@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from training.errors import printable
 from training.pictures import draw_memory
 from training.plan.fit import Plan
 
@@ -94,8 +95,8 @@ def as_table(plan: Plan, price: float | None) -> str:
     if plan.fits:
         left = machine.gpu_memory_gib - total
         room = "" if machine.is_cpu else f", with {left:.1f} GiB of each {device} left"
-        return "\n".join([*lines, f"FITS{room}", f"  {plan.command}"])
-    return "\n".join([*lines, "DOES NOT FIT", *(f"  {problem}" for problem in plan.problems)])
+        return printable("\n".join([*lines, f"FITS{room}", f"  {plan.command}"]))
+    return printable("\n".join([*lines, "DOES NOT FIT", *(f"  {problem}" for problem in plan.problems)]))
 
 
 def _line(name: str, value: float, available: float | None = None) -> str:

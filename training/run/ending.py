@@ -26,6 +26,7 @@ from training.errors import (
     OptionsError,
     PublishError,
     TrainingError,
+    printable,
 )
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, LOST_PEER, REFUSED
 
@@ -184,4 +185,4 @@ def _end(message: str, code: int) -> NoReturn:
 
 
 def _print(message: str) -> None:
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)

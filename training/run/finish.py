@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from training.consts import DEMO, SAMPLE_INSTRUCTIONS, WEIGHTS
 from training.data.ledger import Ledger
 from training.data.prompt import END_KEY
-from training.errors import ModelError, TrainingError
+from training.errors import ModelError, TrainingError, printable
 from training.files import duration
 from training.model.verify import verify_model
 from training.options.settings import Settings
@@ -74,13 +74,13 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> No
         if "-nc-" in data_licence
         else "Both licences apply to every use of the model."
     )
-    changed = "\n".join(f"| `{key}` | `{value}` |" for key, value in options.items())
+    changed = "\n".join(f"| `{key}` | {_code(value)} |" for key, value in options.items())
     content = f"""---
 {data.to_yaml()}
 ---
-# {folder.name}
+# {_line(folder.name)}
 
-`{base}` (licence: {base_licence}) fine-tuned to follow instructions on `{dataset}` (licence: {data_licence}),
+{_code(base)} (licence: {base_licence}) fine-tuned to follow instructions on {_code(dataset)} (licence: {data_licence}),
 with the recipe of Databricks' first Dolly. {limit}
 
 Held-out loss, nats a response token: {losses["before"]:.4f} before training, **{losses["after"]:.4f}** after
@@ -108,6 +108,15 @@ It answers one instruction at a time, stops at `{END_KEY}`, and like its base it
 {changed}
 """
     ModelCard(content).save(folder / "README.md")
+
+
+def _line(text: object) -> str:
+    return " ".join(printable(text).split())
+
+
+def _code(text: object) -> str:
+    """A Markdown code span, also in a table: the name of a file may hold anything."""
+    return "`" + _line(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def finish(settings: Settings, ledger: Ledger, record: dict[str, Any], last: Path) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import click
 
+from training.console import set_up_console
 from training.errors import TrackingError
 from training.tracking.mlflow_model import log_finished
 from training.tracking.mlflow_server import tracking_problems
@@ -29,7 +30,7 @@ from training.tracking.mlflow_server import tracking_problems
 )
 def main(folder: Path, name: str | None) -> None:
     """Log a finished model to the active MLflow tracking URI, or complete an interrupted attempt. Does not train."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+    set_up_console(logging.INFO)
     problems = tracking_problems("--name", name)
     try:
         if problems:

@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 from transformers import TrainerCallback, TrainerState
 
 from training.consts import SUPERVISED
+from training.errors import printable
 from training.files import duration
 
 
@@ -62,5 +63,5 @@ def step_label(state: TrainerState) -> str:
 
 def print_line(text: str) -> None:
     """Prints above the progress bar, if any."""
-    tqdm.write(text, file=sys.stdout)
+    tqdm.write(printable(text), file=sys.stdout)
     sys.stdout.flush()

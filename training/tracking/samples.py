@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from training.consts import GREEDY, SAMPLE_TOKENS
-from training.model.generation import answer_batch, printable, prompt_ids
+from training.errors import printable
+from training.model.generation import answer_batch, prompt_ids
 from training.model.loading import max_positions
 from training.ranks import broadcast
 from training.storage import metrics
@@ -92,7 +93,7 @@ class Samples(TrainerCallback):
         for log in (callback for callback in callbacks if isinstance(callback, TensorBoardLog)):
             for number, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):
                 # Indented text is code in Markdown, which is shown unchanged.
-                texts = _prompt_text(prompt, 2), answer
+                texts = printable(_prompt_text(prompt, 2)), printable(answer)
                 blocks = (textwrap.indent(text or "(nothing)", "    ") for text in texts)
                 text = "\n\nanswer:\n\n".join(blocks)
                 log.add_text(f"answers/{number:03}", text, state.global_step)
@@ -116,8 +117,8 @@ class Samples(TrainerCallback):
     def _format_answers(self, state: TrainerState, answers: list[str], seconds: float) -> str:
         lines = [f"{step_label(state)}  epoch {state.epoch or 0:.2f}  answers of the model, {seconds:.1f} s"]
         for prompt, answer in list(zip(self.prompts, answers, strict=True))[:MAX_PRINTED]:
-            lines.append(textwrap.indent(printable(_prompt_text(prompt)), "  "))
-            lines.append(textwrap.indent(printable(answer) or "(nothing)", "      "))
+            lines.append(textwrap.indent(_prompt_text(prompt), "  "))
+            lines.append(textwrap.indent(answer or "(nothing)", "      "))
         if len(answers) > MAX_PRINTED:
             lines.append(f"  and {len(answers) - MAX_PRINTED} more in {self.file}")
         return "\n".join(lines)
