@@ -131,3 +131,10 @@ def first_line(error: Exception) -> str:
     """The type and first line of an error. If that line ends with ":", the second line as well."""
     lines = [line.strip() for line in printable(error).splitlines() if line.strip()] or ["no message"]
     return f"{type(error).__name__}: {' '.join(lines[: 2 if lines[0].endswith(':') else 1])}"
+
+
+def own_code_problem(name: str, error: Exception) -> str | None:
+    """The sentence for a model or tokenizer that transformers refuses because it brings its own code; else None."""
+    if "trust_remote_code" not in str(error):
+        return None
+    return f"{name}: it brings its own code. Read the code, and add --trust-remote-code if you trust it"

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from training.errors import DataError, OptionsError, TrainingError
+from training.errors import DataError, ModelError, OptionsError, TrainingError
 
 
 def world_size() -> int:
@@ -55,7 +55,7 @@ def on_rank_0(function: Callable[[], Any]) -> Any:
             result = function()
         except OptionsError as error:
             problems = error.problems
-        except DataError as error:
+        except (DataError, ModelError) as error:
             problems = [str(error)]
     result, problems = broadcast((result, problems))
     if problems is not None:

@@ -28,11 +28,11 @@ from transformers import (
 from tests.conftest import resolved
 from training.data.ledger import Ledger
 from training.errors import ModelError
-from training.model.verify import verify_model
+from training.model.tokenizer import generation_config
+from training.model.verify import save_model, verify_model
 from training.options.trainer_options import TrainingOptions
 from training.run.finish import place_model, write_model_card
 from training.run.identity import new_record
-from training.run.saving import save_model
 from training.storage import checkpoint
 
 
@@ -42,7 +42,8 @@ def make_record(tmp_path: Path, **options: Any) -> dict[str, Any]:
 
 
 def save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, shard: str) -> None:
-    save_model(model, model.state_dict(), tokenizer, folder, shard)
+    save_model(model, model.state_dict(), generation_config(tokenizer), folder, shard)
+    tokenizer.save_pretrained(folder)
 
 
 # --- weights, tokenizer, generation config -----------------------------------------------------------

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
@@ -333,12 +334,60 @@ def test_code_in_a_model_folder_runs_only_with_trust_remote_code(base_folder: Pa
         "from transformers import GPTJConfig\n"
         "class OwnConfig(GPTJConfig):\n    model_type = 'own'\n"
     )
-    with pytest.raises(ModelError):
+    with pytest.raises(
+        ModelError, match=r"it brings its own code. .* add --trust-remote-code if you trust it$"
+    ):
         load_config(name)
     load_tokenizer(name)  # needs none of the code
     assert not executed.exists()
     assert load_config(name, trust_remote_code=True).model_type == "own"
     assert executed.exists()
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"n_layer": 10**10}, "num_hidden_layers is 10000000000, expected 1 to 1,000"),
+        ({"n_layer": 0}, "num_hidden_layers is 0, expected 1 to 1,000"),
+        ({"n_layer": -1}, "num_hidden_layers is -1, expected 1 to 1,000"),
+        ({"vocab_size": 0}, "vocab_size is 0, expected 1 to"),
+    ],
+)
+def test_sizes_that_no_model_has_are_refused_before_anything_is_built(
+    base_folder: Path, tmp_path: Path, entries: dict, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        load_config(edited_copy(base_folder, tmp_path / "odd", **entries))
+
+
+def test_an_adapter_without_its_base_is_refused_with_the_name_of_the_base(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(
+        '{"peft_type": "LORA", "base_model_name_or_path": "a/base"}'
+    )
+    (tmp_path / "adapter_model.safetensors").touch()
+    for config in ("", "{}"):  # some come with a config.json
+        if config:
+            (tmp_path / "config.json").write_text(config)
+        with pytest.raises(
+            ModelError, match=r"it is a LoRA adapter on a/base, not a model. Merge it into its base"
+        ):
+            load_config(str(tmp_path))
+
+
+def test_a_folder_without_tokenizer_files_is_refused_with_what_is_missing(
+    base_folder: Path, tmp_path: Path
+) -> None:
+    shutil.copy(base_folder / "config.json", tmp_path)
+    with pytest.raises(
+        ModelError, match=r"no tokenizer files in the folder \(tokenizer.json .*Copy those of its base"
+    ):
+        load_tokenizer(str(tmp_path))
+
+
+def test_the_positions_of_a_config_may_have_another_name() -> None:
+    assert max_positions(AutoConfig.for_model("mpt", max_seq_len=256)) == 256
+    assert max_positions(AutoConfig.for_model("whisper", max_target_positions=448)) == 448
+    assert max_positions(AutoConfig.for_model("xlnet")) == 1024, "its own is -1: there is no limit"
 
 
 # --- the demo model ----------------------------------------------------------------------------------

@@ -29,7 +29,8 @@ from tests.data.test_collator import packed, padded
 from tests.run.test_trainer import deepspeed, run
 from tests.run.zero3_packing import KINDS, answers
 from training.consts import DEMO, IGNORE_INDEX
-from training.model.packing import Packing, compare_packed_with_alone, packing_of, prepare_for_packing
+from training.model.packing import Packing, compare_packed_with_alone, packing_of
+from training.model.tokenizer import load_tokenizer
 from training.model.twin import HEADS, POSITIONS, VOCABULARY, WINDOW, shrunken_config, shrunken_twin
 from training.options.trainer_options import TrainingOptions
 from training.plan.model_shape import BUILT_IN
@@ -212,10 +213,10 @@ def test_a_forward_without_shift_labels_gets_the_chunked_loss_if_its_head_is_a_p
 
 def test_one_rank_with_an_obstacle_pads_the_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "gather", lambda mine: [mine, Packing("older libraries"), Packing(None)])
-    options = TrainingOptions(local_output_dir="x", input_model=DEMO)
-    assert prepare.agreed_packing(options) == Packing("older libraries", response_loss=False)
+    options, tokenizer = TrainingOptions(local_output_dir="x", input_model=DEMO), load_tokenizer(DEMO)
+    assert prepare.agreed_packing(options, tokenizer) == Packing("older libraries", response_loss=False)
     monkeypatch.setattr(prepare, "gather", lambda mine: [mine, mine])
-    assert prepare.agreed_packing(options) == Packing(**PACKS)
+    assert prepare.agreed_packing(options, tokenizer) == Packing(**PACKS)
 
 
 # --- the same result everywhere -----------------------------------------------------------------------
@@ -329,7 +330,7 @@ def padded_gradient(model: PreTrainedModel, batch: dict[str, torch.Tensor]) -> t
 def relative_difference(model: PreTrainedModel, documents: list[dict]) -> float:
     """Relative difference between the packed gradient, with what the architecture supports, and the padded one."""
     expected = padded_gradient(model, padded(documents))
-    prepare_for_packing(model, packing_of(model.config))
+    packing_of(model.config).prepare(model)
     model(**packed(documents)).loss.backward()
     return ((gradient(model) - expected).norm() / expected.norm()).item()
 
@@ -364,7 +365,7 @@ def test_a_model_with_the_chunked_loss_generates_as_before_and_is_saved_as_trans
         "use_cache": True,
     }
     expected = model.generate(**prompt)
-    prepare_for_packing(model, Packing(**PACKS))
+    Packing(**PACKS).prepare(model)
     assert torch.equal(model.generate(**prompt), expected)
     model.save_pretrained(tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]

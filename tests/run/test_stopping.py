@@ -271,7 +271,11 @@ def test_a_nan_or_infinite_loss_ends_the_run_with_step_rank_and_rows(
     ("held_out", "message"),
     [
         (False, r"step 2: 1 tensors of the model hold NaN .*transformer.wte.weight"),
-        (True, "step 0: the held-out loss is NaN or infinite"),
+        (
+            True,
+            "step 0: the held-out loss of the base model .*base is NaN or infinite before any training. Its weights hold "
+            "NaN or infinite numbers in transformer.wte.weight. Download it again, or name another base model$",
+        ),
     ],
     ids=["in no row", "in a held-out row"],
 )

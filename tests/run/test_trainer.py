@@ -373,9 +373,7 @@ def test_another_architecture_is_packed_only_if_it_keeps_documents_apart(
         warning,
     )
     loaded = []
-    monkeypatch.setattr(
-        loading.AutoModelForCausalLM, "from_pretrained", lambda *args, **kwargs: loaded.append(args)
-    )
+    monkeypatch.setattr(steps, "load_model", lambda *args: loaded.append(args))
     with pytest.raises(
         OptionsError, match=r"rows of .* cannot be packed: .* Lower --per-device-train-batch-size"
     ):

@@ -20,7 +20,7 @@ from training.data.batching import GlobalBatchSampler
 from training.data.collator import split_packed_batch
 from training.launch.exits import run_and_exit
 from training.launch.supervisor import remove_shared_buffer
-from training.model.packing import packing_of, prepare_for_packing
+from training.model.packing import packing_of
 from training.run.operators import compile_operators
 
 WORLD_SIZE = 2
@@ -62,7 +62,7 @@ def compare(
 
     model = AutoModelForCausalLM.from_pretrained(folder).train()
     assert all(parameter.numel() == 0 for parameter in model.parameters()), "the model is not sharded"
-    prepare_for_packing(model, packing_of(model.config))
+    packing_of(model.config).prepare(model)
     if checkpointing:
         model.gradient_checkpointing_enable(checkpointing)
     engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=CONFIG)

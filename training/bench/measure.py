@@ -55,7 +55,7 @@ from training.machine.flops import (
 )
 from training.machine.local import peak_memory_gib
 from training.model.loading import DTYPES
-from training.model.packing import packing_of, prepare_for_packing
+from training.model.packing import packing_of
 
 PASSES = 3  # runs of each timed step
 POSITIONS = 2048
@@ -193,7 +193,7 @@ def build_model(choices: Choices, packed: bool) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_config(config, **eager)
     model = model.to(device=choices.device, dtype=DTYPES[choices.precision]).train()
     if packed:
-        prepare_for_packing(model, packing_of(config))
+        packing_of(config).prepare(model)
     return model
 
 

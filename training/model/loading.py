@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from transformers import (
@@ -18,33 +20,45 @@ from transformers import (
     set_seed,
 )
 
-from training.errors import ModelError, first_line
+from training.errors import ModelError, first_line, own_code_problem
 from training.model.demo_model import model_folder
+from training.model.twin import set_cache
 
 logger = logging.getLogger(__name__)
 
+ADAPTER_CONFIG = "adapter_config.json"  # the package peft writes it
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-DEFAULT_POSITIONS = 1024  # for a config without max_position_embeddings
+DEFAULT_POSITIONS = 1024  # for a config without a maximum
+# The maximum under the names of older configs; transformers maps most of them to the first.
+_POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions", "context_length")
+MOST_LAYERS = 1000  # a larger number is a mistake, and would be built for hours
 
 
 def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Loads the config without the weights. Raises ModelError if it is missing, broken or not of a causal LM."""
     name = model_folder(name)
+    _refuse_adapter(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise ModelError(
-            f"{name}: no model could be found ({first_line(error)}). "
+            own_code_problem(name, error)
+            or f"{name}: no model could be found ({first_line(error)}). "
             "Expected a folder with config.json, or a model's name on the Hub"
         ) from error
     try:
-        max_positions(config)
+        problem = _size_problem(config)
         architectures = [str(kind) for kind in config.architectures or []]
     except Exception as error:  # values of the wrong type
         raise ModelError(
             f"{name}: its config.json is broken ({first_line(error)}). Correct it, or download the model again"
         ) from error
-    if type(config) not in AutoModelForCausalLM._model_mapping and not trust_remote_code:
+    if problem:
+        raise ModelError(
+            f"{name}: its config.json is broken ({problem}). Correct it, or download the model again"
+        )
+    own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
         raise ModelError(
             f"{name}: a {config.model_type} model is not a causal language model. Name another one"
         )
@@ -56,9 +70,46 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     return config
 
 
+def _refuse_adapter(name: str) -> None:
+    """Raises ModelError for a folder with the difference to a model (LoRA and others) instead of a model."""
+    folder = Path(name)
+    file = folder / ADAPTER_CONFIG
+    if not file.is_file() or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
+        return
+    try:
+        base = json.loads(file.read_text())["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError):
+        base = "another model"
+    raise ModelError(
+        f"{name}: it is a LoRA adapter on {base}, not a model. Merge it into its base first (merge_and_unload of "
+        "the package peft), and name the folder of the merged model"
+    )
+
+
+def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config of the language model that answers, for a config that may also describe other parts."""
+    return config.get_text_config(decoder=True)
+
+
+def _size_problem(config: PreTrainedConfig) -> str | None:
+    """Describes a size that no model has; None if there is none."""
+    text = text_config(config)
+    sizes = [
+        (key, getattr(text, key, None), most)
+        for key, most in (("num_hidden_layers", MOST_LAYERS), ("hidden_size", 2**20), ("vocab_size", 2**24))
+    ]
+    for key, value, most in sizes:
+        if isinstance(value, int) and not 1 <= value <= most:
+            return f"{key} is {value}, expected 1 to {most:,}"
+    max_positions(config)  # raises for a value that is no number
+    return None
+
+
 def max_positions(config: PreTrainedConfig) -> int:
     """Maximum number of tokens per row."""
-    return int(getattr(config.get_text_config(), "max_position_embeddings", None) or DEFAULT_POSITIONS)
+    text = text_config(config)
+    numbers = [int(getattr(text, key, None) or 0) for key in _POSITIONS]
+    return next((number for number in numbers if number > 0), DEFAULT_POSITIONS)
 
 
 def load_model(
@@ -86,8 +137,8 @@ def load_model(
                 ignore_mismatched_sizes=True,  # reported below by name
             )
             _check_shapes(name, loading_info["mismatched_keys"])
-            _check_vocabulary(name, tokenizer, model.config.get_text_config().vocab_size)
-            grow_embedding(model, max(tokenizer.get_vocab().values()) + 1, seed)  # the ids may have gaps
+            _check_vocabulary(name, tokenizer, embedding_rows(model))
+            grow_embedding(model, rows_needed(tokenizer), seed)
     except ModelError:
         raise
     except Exception as error:  # from torch, safetensors, pickle or an invalid config
@@ -100,7 +151,7 @@ def load_model(
             f"{name}: {len(missing)} tensors are missing from the weight files, the first: "
             f"{', '.join(missing[:3])}. Download the model again, or compare its config.json with the weights"
         )
-    model.config.use_cache = False  # useless in training; saving turns it on again
+    set_cache(model.config, False)  # useless in training; saving turns it on again
     return model
 
 
@@ -151,14 +202,25 @@ def _return_freed_memory() -> Iterator[None]:
             mallopt(m_trim_threshold, 64 * mib)
 
 
+def rows_needed(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Rows that an embedding needs for every token. The ids may have gaps."""
+    return max(tokenizer.get_vocab().values()) + 1
+
+
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Rows of the input embedding, also under ZeRO-3."""
+    return int(model.get_input_embeddings().num_embeddings)
+
+
 def grow_embedding(model: PreTrainedModel, tokens: int, seed: int) -> None:
     """Grows the embedding to `tokens` rows. Never shrinks it: GPT-J has more rows than its base vocabulary.
 
     The new rows come from the model's own initialiser, as Dolly's did. Each rank draws them before sharding, so all
     ranks use the same seed.
     """
-    if tokens <= model.config.get_text_config().vocab_size:
+    rows = embedding_rows(model)
+    if tokens <= rows:
         return
-    logger.info("embedding grows from %d to %d rows", model.config.get_text_config().vocab_size, tokens)
+    logger.info("embedding grows from %d to %d rows", rows, tokens)
     set_seed(seed)
     model.resize_token_embeddings(tokens, mean_resizing=False)

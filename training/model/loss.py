@@ -11,11 +11,12 @@ from inspect import signature
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from training.consts import LOSS_CHUNK_BYTES
+from training.consts import IGNORE_INDEX, LOSS_CHUNK_BYTES
 
 
 class _CrossEntropy(torch.autograd.Function):
@@ -148,9 +149,48 @@ def with_response_loss(architecture: Any) -> Any:
         items = shift_labels.numel() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=self.get_output_embeddings()(kept[0], shift_labels[0], items))
 
-    return type(
-        architecture.__name__, (architecture,), {"forward": forward, "__module__": architecture.__module__}
-    )
+    return _subclass(architecture, forward)
+
+
+@cache
+def with_padded_loss(architecture: Any) -> Any:
+    """A subclass that computes the loss of a padded batch from its logits, for an architecture without such a loss.
+
+    Some do not shift the labels, and some do not take the number of labels in the global batch.
+    """
+
+    @wraps(architecture.forward)
+    def forward(
+        self: PreTrainedModel,
+        input_ids: torch.Tensor | None = None,
+        *args: Any,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Like the parent's forward, but the loss of `labels (rows, tokens)` is that of the next tokens' logits."""
+        output = architecture.forward(self, input_ids, *args, **kwargs)
+        if labels is None:
+            return output
+        logits, targets = output.logits[:, :-1].float(), labels[:, 1:]
+        loss = F.cross_entropy(
+            logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+        )
+        items = (targets != IGNORE_INDEX).sum() if num_items_in_batch is None else num_items_in_batch
+        return CausalLMOutputWithPast(loss=loss / items)
+
+    return _subclass(architecture, forward)
+
+
+def _subclass(architecture: Any, forward: Any) -> Any:
+    # Without accepts_loss_kwargs the Trainer would not pass num_items_in_batch to a parent without **kwargs.
+    members = {"forward": forward, "accepts_loss_kwargs": True, "__module__": architecture.__module__}
+    return type(architecture.__name__, (architecture,), members)
+
+
+def use_padded_loss(model: PreTrainedModel) -> None:
+    """Makes a loaded model compute the loss of padded batches from its logits, in place."""
+    model.__class__ = with_padded_loss(type(model))  # type: ignore[arg-type]
 
 
 def use_response_loss(model: PreTrainedModel) -> bool:

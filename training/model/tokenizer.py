@@ -37,13 +37,23 @@ from training.data.prompt import (
     render_prompt,
     response_piece,
 )
-from training.errors import ModelError, first_line
+from training.errors import ModelError, first_line, own_code_problem
 from training.model.demo_model import model_folder
+
+# Files of which a folder with a tokenizer has at least one.
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*tok*.json")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, adds control tokens and chat template, and sets EOS as the pad token. Raises ModelError."""
     name = model_folder(name)
+    if Path(name).is_dir() and not any(
+        file.match(kind) for file in Path(name).iterdir() for kind in TOKENIZER_FILES
+    ):
+        raise ModelError(
+            f"{name}: no tokenizer could be loaded: there are no tokenizer files in the folder (tokenizer.json and "
+            "tokenizer_config.json, or tokenizer.model). Copy those of its base model into it"
+        )
     try:
         if _is_bare_bpe(name):
             tokenizer = GPT2TokenizerFast.from_pretrained(name)
@@ -56,7 +66,8 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
                 "Type pip install sentencepiece protobuf"
             ) from error
         raise ModelError(
-            f"{name}: no tokenizer could be loaded ({first_line(error)}). "
+            own_code_problem(name, error)
+            or f"{name}: no tokenizer could be loaded ({first_line(error)}). "
             "Expected a folder with tokenizer.json, or a model's name on the Hub"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or not tokenizer.is_fast:

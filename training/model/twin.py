@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -26,14 +27,17 @@ MAX_WEIGHTS = 2e8  # 1.6 GB in float64, on every rank; copies of the usual archi
 
 _TOKEN = re.compile(r"_token_(id|index)$")
 _KEY_HEADS = re.compile(r"(key_value|kv)_(n_)?heads(_kv)?$")
+# Numbers that belong to the width: the heads of Mamba's layers have a fixed size.
+_PROPORTIONAL = re.compile(r"^(mamba_n_heads|mamba_num_heads|mamba_d_ssm|num_heads)$")
 _INNER = re.compile(r"(intermediate_size\w*|n_inner|ffn_dim|ffn_hidden_size|d_ff)$")
 # The largest number that a key of config.json may have in the copy, by the pattern of the key. The first match counts.
 _LIMITS = (
     (re.compile(r"(window|chunk|floor_scale)(?!.*(layers|pattern|feed_forward))"), WINDOW),
-    (re.compile(r"(position\w*|n_ctx|seq_len\w*|seq_length)$"), POSITIONS),
+    (re.compile(r"(position\w*|n_ctx|seq_len\w*|seq_length|(context|model_max)_length)$"), POSITIONS),
     (re.compile(r"^vocab_size"), VOCABULARY),
     (_TOKEN, VOCABULARY - 1),
     (re.compile(r"(num|n)_(local_|routed_)?experts$"), EXPERTS),
+    (re.compile(r"(encoder|decoder)_layers$"), LAYERS),
 )
 
 
@@ -52,72 +56,146 @@ def shrunken_twin(
         "trust_remote_code": trust_remote_code,
         "experts_implementation": "eager",
     }
-    with torch.random.fork_rng(devices=[]), _without_zero3():
+    weights = meta_model(small, trust_remote_code).num_parameters()
+    if weights > MAX_WEIGHTS:
+        raise ValueError(f"it would have {weights:,} weights")
+    with torch.random.fork_rng(devices=[]), without_zero3():
         torch.default_generator.manual_seed(0)  # not torch.manual_seed, which would seed the GPUs too
-        with torch.device("meta"):
-            weights = AutoModelForCausalLM.from_config(copy.deepcopy(small), **choices).num_parameters()
-        if weights > MAX_WEIGHTS:
-            raise ValueError(f"it would have {weights:,} weights")
         model = AutoModelForCausalLM.from_config(small, **choices)
     model = model.to("cpu", torch.float64).eval()
     _set_random_weights(model)
     return model
 
 
+def meta_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of `config` without memory for its weights, built by this process alone, also under ZeRO-3."""
+    with without_zero3(), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=trust_remote_code)
+
+
 def shrunken_config(config: PreTrainedConfig, heads: int) -> PreTrainedConfig:
     """A copy of `config` with few layers and small widths. Settings that decide which tokens attend to which are kept."""
     small = copy.deepcopy(config)
     _shrink(small, heads)
-    small.use_cache = False  # with a cache transformers does not look for packed rows
+    set_cache(small, False)
     return small
 
 
-def _shrink(config: PreTrainedConfig, most_heads: int, widths: tuple[Any, Any] = (None, None)) -> None:
-    """Shrinks `config` in place, and the configs in it. `widths` are the outer config's width before and after."""
+def set_cache(config: PreTrainedConfig, use: bool) -> list[PreTrainedConfig]:
+    """Turns the cache on or off in `config` and the configs in it. Returns those in which it was different.
+
+    With a cache, transformers does not look for packed rows, and their documents would attend to each other.
+    """
+    inner = [value for value in vars(config).values() if isinstance(value, PreTrainedConfig)]
+    changed = [small for part in inner for small in set_cache(part, use)]
+    if getattr(config, "use_cache", use) != use:
+        config.use_cache = use
+        changed.append(config)
+    return changed
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    """Widths and numbers of heads of a config before and after it is shrunk; None where it has none."""
+
+    width: int | None = None
+    small_width: int | None = None
+    heads: int | None = None
+    few_heads: int | None = None
+
+
+def _sizes(config: PreTrainedConfig, most_heads: int, outer: _Sizes) -> _Sizes:
+    """The sizes of `config`; those of the `outer` config if it has no width of its own."""
     width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
-    layers = getattr(config, "num_hidden_layers", None)
-    few_heads, small_width = None, None
     if not isinstance(width, int):
-        width, small_width = widths
-    elif isinstance(heads, int):
-        few_heads = min(heads, most_heads)
-        small_width = few_heads * (getattr(config, "head_dim", None) or width // heads)
-    else:  # recurrent, without attention
-        small_width = min(width, VOCABULARY)
-    kept = _kept_layers(config, layers)
+        return outer
+    if not isinstance(heads, int):  # recurrent, without attention
+        return _Sizes(width, min(width, VOCABULARY))
+    few = min(heads, most_heads)
+    return _Sizes(width, few * (getattr(config, "head_dim", None) or width // heads), heads, few)
+
+
+def _shrink(config: PreTrainedConfig, most_heads: int, outer: _Sizes = _Sizes()) -> None:
+    """Shrinks `config` in place, and the configs in it."""
+    of_layers = None
+    if config.is_heterogeneous:  # its attributes can be read only without the sizes of single layers
+        of_layers = copy.deepcopy(config._heterogeneity_spec.per_layer_overrides)
+        config.per_layer_config = None
+    layers = getattr(config, "num_hidden_layers", None)
+    sizes = _sizes(config, most_heads, outer)
+    kept = _kept_layers(config, layers, most_heads // HEADS)
     for name, value in list(vars(config).items()):
         if isinstance(value, PreTrainedConfig):
-            _shrink(value, most_heads, (width, small_width))
+            _shrink(value, most_heads, sizes)
         elif isinstance(value, list | tuple) and layers and len(value) == layers:
             setattr(config, name, value[:kept])
         elif isinstance(value, list) and _TOKEN.search(name):
             setattr(config, name, [min(token, VOCABULARY - 1) for token in value])
-        elif isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-            continue
-        elif limits := [limit for pattern, limit in _LIMITS if pattern.search(name)]:
-            setattr(config, name, min(value, limits[0]))
-        elif _KEY_HEADS.search(name) and few_heads:
-            setattr(config, name, few_heads if value == heads else 1)
-        elif small_width and (value == width or _INNER.search(name)):
-            setattr(config, name, small_width)
-    if few_heads:
-        config.num_attention_heads = few_heads
+        else:
+            setattr(config, name, _shrunk(name, value, sizes))
+    if sizes.few_heads and sizes is not outer:
+        config.num_attention_heads = sizes.few_heads
+    if kept and (
+        stack := getattr(config, "num_layers_per_stack", None)
+    ):  # HRM-Text runs its stacks several times
+        config.num_layers_per_stack, kept = 1, layers // stack
     if kept:
-        config.num_hidden_layers = kept
+        with suppress(NotImplementedError):  # ProphetNet computes it
+            config.num_hidden_layers = kept
+        if getattr(config, "num_kv_shared_layers", 0):
+            config.num_kv_shared_layers = kept // 2
+        if of_layers is not None:
+            config.per_layer_config = {
+                number: {name: _shrunk(name, value, sizes) for name, value in changes.items()}
+                for number, changes in of_layers.items()
+                if number < kept
+            }
 
 
-def _kept_layers(config: PreTrainedConfig, layers: Any) -> Any:
-    """Number of layers of the copy: at least LAYERS, and enough to have each kind of layer once."""
+def _shrunk(name: str, value: Any, sizes: _Sizes) -> Any:
+    """The value that the key `name` of a config has in the copy."""
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        return value
+    if limits := [limit for pattern, limit in _LIMITS if pattern.search(name)]:
+        return min(value, limits[0])
+    if _KEY_HEADS.search(name) and sizes.few_heads:
+        return sizes.few_heads if value == sizes.heads else max(1, sizes.few_heads // 2)
+    if sizes.small_width and sizes.width:
+        if value == sizes.width or _INNER.search(name):
+            return sizes.small_width
+        if _PROPORTIONAL.search(name):
+            return max(1, value * sizes.small_width // sizes.width)
+    return value
+
+
+def _kept_layers(config: PreTrainedConfig, layers: Any, times: int) -> Any:
+    """Number of layers of the copy: at least LAYERS, and enough to have each kind of layer `times` times, if it has."""
     if not isinstance(layers, int):
         return None
+    types = getattr(config, "layer_types", None)  # some compute it
     lists = [
         value
-        for value in [*vars(config).values(), getattr(config, "layer_types", None)]  # some compute it
+        for value in [*vars(config).values(), types]
         if isinstance(value, list | tuple) and len(value) == layers
         if len(set(map(repr, value))) <= MAX_KINDS
     ]
     kinds = [repr(kind) for kind in zip(*lists, strict=True)]  # of each layer
-    return min(layers, max([LAYERS, *(kinds.index(kind) + 1 for kind in kinds)]))
+    least = [LAYERS * times]
+    for kind in set(kinds):
+        least.append([number for number, other in enumerate(kinds, start=1) if other == kind][:times][-1])
+    if getattr(config, "num_kv_shared_layers", 0) and types:
+        # The last layers use keys and values of the last layer of their type before them.
+        least += [2 * (types.index(kind) + 1) for kind in types]
+    return min(layers, max(least))
+
+
+def small_random_rows(lengths: Sequence[int], tokens: int = VOCABULARY) -> list[torch.Tensor]:
+    """Rows `(1, length) int64` of random tokens, the same in every process. The last token of each is the last id."""
+    generator = torch.Generator().manual_seed(1)
+    rows = [torch.randint(1, tokens, (1, length), generator=generator) for length in lengths]
+    for row in rows:
+        row[:, -1] = tokens - 1
+    return rows
 
 
 def _set_random_weights(model: PreTrainedModel) -> None:
@@ -133,7 +211,7 @@ def _set_random_weights(model: PreTrainedModel) -> None:
 
 
 @contextmanager
-def _without_zero3() -> Iterator[None]:
+def without_zero3() -> Iterator[None]:
     """Hides DeepSpeed's config from transformers, which would otherwise shard the copy over all ranks."""
     alive = deepspeed._hf_deepspeed_config_weak_ref
     deepspeed.unset_hf_deepspeed_config()

@@ -1,21 +1,49 @@
-"""Checks that a saved folder holds a complete model that can answer."""
+"""Saves a model, and checks that a saved folder holds a complete model that can answer."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from training.consts import GREEDY, SAMPLE_INSTRUCTIONS, WEIGHTS
 from training.data.prompt import CONTROL_TOKENS, END_KEY
 from training.errors import ModelError, first_line
+from training.model.twin import set_cache
 
 
-def not_finite(state_dict: dict[str, torch.Tensor]) -> list[str]:
-    """Names of the tensors with NaN or infinite values."""
-    return [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
+def save_model(
+    model: PreTrainedModel,
+    state_dict: dict[str, torch.Tensor],
+    generation: GenerationConfig,
+    folder: Path,
+    max_shard_size: str,
+) -> None:
+    """Writes a model's weights, gathered as `state_dict`, with its config and the `generation` settings."""
+    former = model.generation_config
+    cached, model.generation_config = set_cache(model.config, True), generation
+    try:
+        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
+    finally:  # with a cache, transformers would let packed rows attend to each other
+        model.generation_config = former
+        for config in cached:
+            config.use_cache = False
+    for file in folder.glob(f"*{WEIGHTS}"):  # safetensors writes files that only the owner can read
+        shutil.copymode(folder / "config.json", file)
+
+
+def not_finite(state_dict: dict[str, torch.Tensor], model: PreTrainedModel) -> list[str]:
+    """Names of the tensors with NaN or infinite values. A buffer may be infinite: Gemma 4 stores limits in some."""
+    buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
+    return [
+        name
+        for name, tensor in state_dict.items()
+        if not torch.isfinite(tensor).all()
+        if name.rpartition(".")[2] not in buffers or torch.isnan(tensor).any()
+    ]
 
 
 def verify_model(folder: Path, trust_remote_code: bool = False) -> None:
@@ -27,8 +55,8 @@ def verify_model(folder: Path, trust_remote_code: bool = False) -> None:
     """
     problems: list[str] = []
     try:
-        problems += _weight_problems(folder, trust_remote_code)
-        problems += _answer_problems(folder, trust_remote_code)
+        problems += weight_problems(folder, trust_remote_code)
+        problems += _model_problems(folder, trust_remote_code)
     except Exception as error:  # tokenizers raises a bare Exception for a broken file
         problems.append(first_line(error))
     if problems:
@@ -39,7 +67,7 @@ def verify_model(folder: Path, trust_remote_code: bool = False) -> None:
         )
 
 
-def _weight_problems(folder: Path, trust_remote_code: bool) -> list[str]:
+def weight_problems(folder: Path, trust_remote_code: bool) -> list[str]:
     """Problems of the tensors in the files. Ignores names: transformers renames some when it saves and loads."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     with torch.device("meta"):
@@ -57,17 +85,15 @@ def _weight_problems(folder: Path, trust_remote_code: bool) -> list[str]:
                 found += tensor.numel()
                 if tensor.numel() == 0:
                     problems.append(f"{name} is empty")
-                elif not torch.isfinite(tensor).all():
+                elif not_finite({name: tensor}, model):
                     problems.append(f"{name} holds NaN or infinite numbers")
     if found != expected:
         problems.append(f"its files hold {found:,} numbers, but its config describes {expected:,}")
     return problems
 
 
-@torch.inference_mode()
-def _answer_problems(folder: Path, trust_remote_code: bool) -> list[str]:
-    """Problems of the loaded model. Missing weights are reported, as transformers would initialise them at random."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+def load_stock(folder: Path, trust_remote_code: bool) -> tuple[PreTrainedModel, list[str]]:
+    """(model, problems) as stock transformers loads it. It would initialise missing weights at random."""
     model, loading_info = AutoModelForCausalLM.from_pretrained(
         folder,
         dtype="auto",
@@ -75,13 +101,19 @@ def _answer_problems(folder: Path, trust_remote_code: bool) -> list[str]:
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # reported below
     )
-    model.eval()
     problems = [f"{name} is missing" for name in sorted(loading_info["missing_keys"])]
     problems += [f"{name} is not of this architecture" for name in sorted(loading_info["unexpected_keys"])]
     problems += [
         f"{name} has the shape {list(found)}, but the config describes {list(expected)}"
         for name, found, expected in sorted(loading_info["mismatched_keys"])
     ]
+    return model.eval(), problems
+
+
+def _model_problems(folder: Path, trust_remote_code: bool) -> list[str]:
+    """Problems of the loaded model and its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model, problems = load_stock(folder, trust_remote_code)
     if problems:
         return problems
     rows, stop_ids = model.get_input_embeddings().num_embeddings, model.generation_config.eos_token_id
@@ -100,6 +132,12 @@ def _answer_problems(folder: Path, trust_remote_code: bool) -> list[str]:
     prompt = tokenizer.apply_chat_template(
         [{"role": "user", "content": SAMPLE_INSTRUCTIONS[0]}], add_generation_prompt=True, return_tensors="pt"
     )["input_ids"]
+    return answer_problems(model, prompt)
+
+
+@torch.inference_mode()
+def answer_problems(model: PreTrainedModel, prompt: torch.Tensor) -> list[str]:
+    """Problems of the greedy answer to a `prompt (1, tokens) int64`."""
     answer = model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
@@ -108,6 +146,5 @@ def _answer_problems(folder: Path, trust_remote_code: bool) -> list[str]:
         output_logits=True,
         return_dict_in_generate=True,
     )
-    if not all(torch.isfinite(logits).all() for logits in answer.logits):
-        problems.append("its answer has NaN or infinite logits")
-    return problems
+    finite = all(torch.isfinite(logits).all() for logits in answer.logits)
+    return [] if finite else ["its answer has NaN or infinite logits"]

@@ -61,6 +61,7 @@ def _long_name(word: str) -> str:
     "max_steps",
     "test_size",
     "save_total_limit",
+    "trust_remote_code",
     # default: those of the GPU family
     deepspeed=None,
     per_device_train_batch_size=None,

@@ -104,7 +104,12 @@ def plan_run(settings: Settings, lengths: Lengths, model: ModelShape, machine: M
 
 def with_packing(model: ModelShape, packing: Packing) -> ModelShape:
     """The shape with the result of `packing_of` for the model's architecture."""
-    return replace(model, obstacle=packing.obstacle, response_loss=packing.response_loss)
+    return replace(
+        model,
+        obstacle=packing.obstacle,
+        response_loss=packing.response_loss,
+        positions=packing.row_limit(model.positions),
+    )
 
 
 def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine) -> Plan:

@@ -33,19 +33,14 @@ def model_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
 
 def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
     """Shape from transformers' config and the parameters of a model on the meta device."""
-    import torch
-    from transformers import AutoModelForCausalLM
-    from transformers.models.auto.auto_factory import _get_model_class
-
     from training.machine.flops import model_parameters
-    from training.model.loading import load_config, max_positions
+    from training.model.loading import embedding_rows, load_config, max_positions, text_config
+    from training.model.twin import meta_model
 
     config = load_config(name, trust_remote_code)
     try:
-        with torch.device("meta"):
-            # Not from_config: under ZeRO-3 it is a collective operation, and only one rank plans.
-            model = _get_model_class(config, AutoModelForCausalLM._model_mapping)(config)
-        text, folder = config.get_text_config(), Path(name)
+        model = meta_model(config, trust_remote_code)
+        text, folder = text_config(config), Path(name)
         parameters = sum(parameter.numel() for parameter in model.parameters())
         sizes = [getattr(text, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim")]
         inner = next(filter(None, sizes), 4 * text.hidden_size)
@@ -61,7 +56,7 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
             inner=max(inner)
             if isinstance(inner, list)
             else inner,  # some have a list, one size for each layer
-            vocabulary=model.get_input_embeddings().num_embeddings,
+            vocabulary=embedding_rows(model),
             positions=max_positions(config),
             file_bytes=sum(file.stat().st_size for file in files) or 2 * parameters,
             downloaded=not folder.is_dir(),

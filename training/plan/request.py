@@ -38,10 +38,16 @@ def plan_options(
 def model_of(options: TrainingOptions) -> ModelShape:
     """The shape of the run's base model, with what its architecture allows. Raises ModelError for an unknown model."""
     model = model_shape(options.input_model, options.trust_remote_code)
-    if options.batching != "packed" or is_built_in(model.name):
+    if is_built_in(model.name):
         return model
     from training.model.loading import load_config
-    from training.model.packing import packing_of
+    from training.model.packing import Packing, packing_of
+    from training.model.trial import try_model
 
-    config = load_config(options.input_model, options.trust_remote_code)
-    return with_packing(model, packing_of(config, options.trust_remote_code))
+    name, trust_remote_code = options.input_model, options.trust_remote_code
+    config = load_config(name, trust_remote_code)
+    packing = Packing("padded rows were requested")
+    if options.batching == "packed":
+        packing = packing_of(config, trust_remote_code)
+    # Without the tokenizer it is not known whether the embedding grows.
+    return with_packing(model, try_model(name, config, packing, False, trust_remote_code))

@@ -21,7 +21,7 @@ from training.machine.local import peak_memory_gib
 from training.options.settings import Batching
 from training.run import saving
 from training.run.ending import StopRequest
-from training.run.step_guard import StepGuard
+from training.run.step_guard import StepGuard, describe_bad_base
 
 
 class CompletionTrainer(Trainer):
@@ -115,6 +115,8 @@ class CompletionTrainer(Trainer):
         summed = self.accelerator.reduce(summed)
         loss = (summed[0] / summed[1]).item()
         if not math.isfinite(loss):
+            if self.state.global_step == 0:
+                raise TrainingError(describe_bad_base(self.model, self.args.fp16))
             raise TrainingError(
                 f"step {self.state.global_step}: the held-out loss is NaN or infinite. Look at the held-out rows "
                 "and at the base model; if they are correct, lower --lr. This step is not saved. "

@@ -20,9 +20,10 @@ from training.data.held_out import held_out_size, in_words, split_held_out
 from training.data.ledger import Ledger
 from training.data.tokens import marked_sample, prepare_dataset
 from training.launch.supervisor import remove_shared_buffer
-from training.model.loading import load_config, max_positions
+from training.model.loading import load_config, max_positions, rows_needed, text_config
 from training.model.packing import Packing, packing_of
 from training.model.tokenizer import load_tokenizer, saved_form
+from training.model.trial import try_model
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.ranks import gather, on_rank_0
@@ -54,8 +55,11 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     _quiet_libraries()
     args = _form_process_group(settings)
     recorded = on_rank_0(lambda: recorded_test_size(options))
-    with args.main_process_first(desc="data and tokenizer"):  # rank 0 fills the caches, the others read them
-        tokenizer, rows, ledger = tokenised_rows(options)
+    with args.main_process_first(desc="tokenizer"):  # rank 0 fills the caches, the others read them
+        tokenizer = run_tokenizer(options)
+    packing = agreed_packing(options, tokenizer)
+    with args.main_process_first(desc="data"):
+        tokenizer, rows, ledger = tokenised_rows(options, tokenizer, packing)
         test_size = held_out_size(options.test_size, len(rows), recorded)
         train_rows, held_out_rows = split_held_out(rows, test_size, options.seed)
     if isinstance(options.max_tokens_per_device, int):
@@ -65,18 +69,24 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     logger.info("%s", ledger)
     logger.info("%s", in_words(test_size, len(rows), options.test_size, recorded))
     logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
-    prepared = Prepared(args, tokenizer, train_rows, held_out_rows, ledger, agreed_packing(options))
+    prepared = Prepared(args, tokenizer, train_rows, held_out_rows, ledger, packing)
     return settings.with_test_size(test_size), prepared
 
 
-def agreed_packing(options: TrainingOptions) -> Packing:
-    """What the model's architecture supports on all ranks. If one rank has an obstacle, no rank packs."""
-    if options.batching != "packed":
-        return Packing("padded rows were requested")
-    config = load_config(options.input_model, options.trust_remote_code)
-    answers = gather(packing_of(config, options.trust_remote_code))
-    obstacle = next((answer.obstacle for answer in answers if answer.obstacle), None)
-    return Packing(obstacle, all(answer.response_loss for answer in answers))
+def agreed_packing(options: TrainingOptions, tokenizer: PreTrainedTokenizerBase) -> Packing:
+    """What the model's architecture supports on all ranks. If one rank has an obstacle, no rank packs.
+
+    Raises OptionsError if the model could not be trained, saved or reloaded.
+    """
+    name, trust_remote_code = options.input_model, options.trust_remote_code
+    config = load_config(name, trust_remote_code)
+    packing = Packing("padded rows were requested")
+    if options.batching == "packed":
+        answers = gather(packing_of(config, trust_remote_code))
+        obstacle = next((answer.obstacle for answer in answers if answer.obstacle), None)
+        packing = Packing(obstacle, all(answer.response_loss for answer in answers))
+    grows = rows_needed(tokenizer) > (text_config(config).vocab_size or 0)
+    return on_rank_0(lambda: try_model(name, config, packing, grows, trust_remote_code))
 
 
 def _form_process_group(settings: Settings) -> TrainingArguments:
@@ -136,14 +146,22 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     )
 
 
+def run_tokenizer(options: TrainingOptions) -> PreTrainedTokenizerBase:
+    """The base model's tokenizer with the control tokens, as stock transformers will load it from the saved folder."""
+    config = load_config(options.input_model, options.trust_remote_code)
+    tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
+    return saved_form(tokenizer, config, options.trust_remote_code)
+
+
 def tokenised_rows(
     options: TrainingOptions,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    packing: Packing = Packing(),  # noqa: B008  (frozen)
 ) -> tuple[PreTrainedTokenizerBase, datasets.Dataset, Ledger]:
     """(tokenizer, rows, ledger) of a run; model and --max-length limit the rows (see `prepare_dataset`)."""
     config = load_config(options.input_model, options.trust_remote_code)
-    positions = max_positions(config)
-    tokenizer = load_tokenizer(options.input_model, options.trust_remote_code)
-    tokenizer = saved_form(tokenizer, config, options.trust_remote_code)
+    positions = packing.row_limit(max_positions(config))
+    tokenizer = tokenizer or run_tokenizer(options)
     rows, ledger = prepare_dataset(
         options.training_dataset,
         tokenizer,

@@ -5,7 +5,6 @@ All ranks call these functions at the same step; `trainer` is the CompletionTrai
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,13 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.consts import WEIGHTS
 from training.errors import TrainingError
 from training.files import free_bytes, size_in_words, write_json
 from training.model.tokenizer import generation_config
-from training.model.verify import not_finite
+from training.model.verify import not_finite, save_model
 from training.ranks import gather, raise_together
 from training.run.ending import lost_peer
 from training.storage import checkpoint
@@ -84,33 +81,16 @@ def save_weights(trainer: Any, folder: Path) -> list[str]:
     raise_together(_bad_weights(trainer, weights) if main else None)
     if main:
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
-        save_model(model, weights, trainer.processing_class, folder, trainer.max_shard_size)
+        tokenizer = trainer.processing_class
+        save_model(model, weights, generation_config(tokenizer), folder, trainer.max_shard_size)
+        tokenizer.save_pretrained(folder)
         names = checkpoint.files_of(folder)
     trainer.accelerator.wait_for_everyone()  # files that other ranks write later are not the model's
     return names
 
 
-def save_model(
-    model: PreTrainedModel,
-    state_dict: dict[str, torch.Tensor],
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-    max_shard_size: str,
-) -> None:
-    """Writes a model's weights, gathered as `state_dict`, with tokenizer and generation config."""
-    training = model.config.use_cache, model.generation_config
-    model.config.use_cache, model.generation_config = True, generation_config(tokenizer)
-    try:
-        model.save_pretrained(folder, state_dict=state_dict, max_shard_size=max_shard_size)
-    finally:  # with a cache, transformers would let packed rows attend to each other
-        model.config.use_cache, model.generation_config = training
-    tokenizer.save_pretrained(folder)
-    for file in folder.glob(f"*{WEIGHTS}"):  # safetensors writes files that only the owner can read
-        shutil.copymode(folder / "config.json", file)
-
-
 def _bad_weights(trainer: Any, weights: dict[str, torch.Tensor]) -> str | None:
-    names = not_finite(weights)
+    names = not_finite(weights, trainer.accelerator.unwrap_model(trainer.model_wrapped))
     if not names:
         return None
     return (

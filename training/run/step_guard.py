@@ -5,9 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 from training.errors import TrainingError
+from training.ranks import gather
 from training.run.ending import StopRequest
 
 # Limit of consecutive fp16 steps that are skipped for an overflow. Each halves the loss scale of 2^16 (with DeepSpeed
@@ -90,3 +98,21 @@ class StepGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.request.computing = False
+
+
+def describe_bad_base(model: PreTrainedModel, fp16: bool) -> str:
+    """Message for a base model whose loss is NaN or infinite before any step. All ranks call it."""
+    here = [
+        name
+        for name, parameter in model.named_parameters()
+        if not torch.isfinite(getattr(parameter, "ds_tensor", parameter)).all()  # ds_tensor: a rank's shard
+    ]
+    names = sorted({name for of_rank in gather(here) for name in of_rank})
+    message = f"step 0: the held-out loss of the base model {model.name_or_path} is NaN or infinite before any training. "
+    if names:
+        more = f" and {len(names) - 1} more tensors" if len(names) > 1 else ""
+        return message + (
+            f"Its weights hold NaN or infinite numbers in {names[0]}{more}. Download it again, or name another base model"
+        )
+    advice = "Train in bf16, because fp16 overflows in many models. " if fp16 else ""
+    return message + f"Its weights are finite. {advice}Look at the held-out rows, or name another base model"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel, set_seed
@@ -17,13 +17,12 @@ from training.data.rows import read_prompts
 from training.errors import ModelError, OptionsError
 from training.machine.flops import peak_flops
 from training.model.loading import DTYPES, load_model, max_positions
-from training.model.packing import prepare_for_packing
+from training.model.loss import use_padded_loss
 from training.options.settings import Settings
 from training.options.trainer_options import steps_between_samples
 from training.ranks import on_rank_0
 from training.run.completion_trainer import CompletionTrainer
 from training.run.ending import StopRequest, lost_peer, out_of_memory
-from training.run.prepare import Prepared
 from training.run.resume import RestoreOnResume
 from training.run.start import Start
 from training.run.step_guard import AT_MINIMUM
@@ -31,6 +30,9 @@ from training.storage import checkpoint
 from training.storage.metrics import drop_entries_after
 from training.tracking.callbacks import trackers
 from training.tracking.samples import Samples
+
+if TYPE_CHECKING:
+    from training.run.prepare import Prepared
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +93,9 @@ def build_trainer(settings: Settings, prepared: Prepared, request: StopRequest) 
         args.activation_checkpointing, args.activation_checkpointing_kwargs = True, {"use_reentrant": False}
     model = _load(settings, prepared)
     if settings.packed:
-        prepare_for_packing(model, prepared.packing)
+        prepared.packing.prepare(model)
+    elif prepared.packing.padded_loss:
+        use_padded_loss(model)
     collator = DataCollatorForPackedRows if settings.packed else DataCollatorForCompletionOnlyLM
     trainer = CompletionTrainer(
         model=model,
