@@ -54,7 +54,7 @@ OURS["run_demo.sh"] = OURS["training.demo"]
 # The flow, whose command line is Metaflow's:
 FLOW = "flows/train_dolly_flow.py"
 OURS["flows/model_on_s3.py"] = ROOT / "flows" / "model_on_s3.py"
-# Python's tools, and one of macOS, whose options cannot be read here:
+# Python's tools, and programs whose options cannot be read here:
 PYTHON_TOOLS = {
     "run_pytest.sh": ["pytest"],  # passes its arguments on
     "pytest": ["pytest"],
@@ -66,7 +66,7 @@ PYTHON_TOOLS = {
     "mypy": ["mypy"],
     "tensorboard": ["tensorboard.main"],
 }
-FOREIGN = {"xcode-select": {"--install"}}
+FOREIGN = {"xcode-select": {"--install"}, "uv venv": {"--python", "--quiet"}}
 PROGRAMS = re.compile(
     "|".join(map(re.escape, [*OURS, FLOW, *PYTHON_TOOLS, *FOREIGN]))
     + r"|(?<![-\w])(?:deepspeed|torchrun|python)\b"

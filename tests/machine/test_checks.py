@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import errno
-import importlib.metadata
 import os
-import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,7 +13,6 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -211,97 +207,6 @@ def test_a_missing_ninja_is_reported_with_its_install_or_path_command(
     executable(tmp_path / "venv" / "bin" / "ninja")  # an environment that is not activated
     (problem,) = tool_problems()
     assert problem.endswith(f"Type export PATH={tmp_path}/venv/bin:$PATH")
-
-
-def sourcing(path: Path, interpreter: str, programs: str, needed: Path | str, then: str) -> dict[str, Any]:
-    """Arguments of subprocess: sources config/environment.sh with only `interpreter` and `programs` on PATH."""
-    executable(path / interpreter, f'#!/bin/sh\nexec {sys.executable} "$@"\n')
-    for name in ("bash", *programs.split()):
-        (path / name).symlink_to(shutil.which(name))
-    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(path)}
-    script = f"set -euo pipefail; . config/environment.sh $0; {then}"
-    return {"args": ["bash", "-c", script, str(needed)], "env": environment}
-
-
-def test_the_scripts_refuse_to_start_without_a_compiler(tmp_path: Path) -> None:
-    needed = tmp_path / "requirements.txt"
-    needed.write_text(f"click=={importlib.metadata.version('click')}\n")
-    script = sourcing(tmp_path / "bin", "python", "ninja", needed, "echo ready")
-    result = subprocess.run(**script, cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1
-    assert "a C++ compiler, c++, is not on PATH" in result.stderr
-    assert "ready" not in result.stdout
-    executable(tmp_path / "bin" / "c++")
-    result = subprocess.run(**script, cwd=ROOT, capture_output=True, text=True)
-    assert (result.returncode, result.stdout) == (0, "ready\n"), result.stderr
-
-
-def checkout_script(checkout: Path, *words: str, **variables: str) -> dict[str, Any]:
-    """Arguments of subprocess: sources environment.sh in a checkout without an active environment, and prints pip's path."""
-    path = checkout.parent / "bin"
-    if not checkout.exists():
-        checkout.mkdir()
-        for name in ("config", "training"):
-            (checkout / name).symlink_to(ROOT / name)
-        (checkout / "requirements.txt").touch()
-        executable(path / "python3", f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')  # but no python
-        executable(path / "c++")
-        for name in ("bash", "ninja", "rm", "uname", "cksum"):
-            (path / name).symlink_to(shutil.which(name))
-    code = 'set -euo pipefail; . config/environment.sh requirements.txt "$@"; python -m pip --version'
-    environment = {name: value for name, value in os.environ.items() if name != "CXX"} | {"PATH": str(path)}
-    return {"args": ["bash", "-c", code, "-", *words], "cwd": checkout, "env": environment | variables}
-
-
-def test_an_environment_whose_creation_was_killed_is_created_again(tmp_path: Path) -> None:
-    checkout = tmp_path / "repository"
-    with subprocess.Popen(**checkout_script(checkout), start_new_session=True) as first:
-        while not list(checkout.glob(".venv/lib/*/site-packages/pip")):  # activate comes after pip
-            assert first.poll() is None
-            time.sleep(0.01)
-        os.killpg(first.pid, signal.SIGKILL)
-    assert not (checkout / ".venv" / "bin" / "activate").exists()
-    result = subprocess.run(**checkout_script(checkout), capture_output=True, text=True)
-    assert (result.returncode, result.stderr) == (0, "")
-    assert str(checkout / ".venv") in result.stdout
-
-
-def test_a_checkout_with_a_space_in_its_path_gets_an_environment_without(tmp_path: Path) -> None:
-    checkout, cache = tmp_path / "with a space", tmp_path / "cache"
-    result = subprocess.run(
-        **checkout_script(checkout, XDG_CACHE_HOME=str(cache)), capture_output=True, text=True, umask=0o077
-    )
-    assert (result.returncode, result.stderr) == (0, "")
-    [venv] = cache.glob("dolly/*/venv")
-    assert result.stdout.startswith(
-        f"The path of this folder has a space, so its environment is {venv}\nCreating the"
-    )
-    assert str(venv / "lib") in result.stdout.splitlines()[-1]
-    result = subprocess.run(
-        **checkout_script(checkout, XDG_CACHE_HOME=str(checkout)), capture_output=True, text=True
-    )
-    assert result.returncode == 1
-    assert "Type export XDG_CACHE_HOME=/a/folder/without/spaces" in result.stderr
-    assert not list(checkout.glob("dolly"))
-
-
-def test_an_environment_of_uv_without_pip_gets_pip(tmp_path: Path) -> None:
-    pip = pytest.importorskip("ensurepip").version()
-    start = checkout_script(checkout := tmp_path / "repository")
-    (checkout / "requirements.txt").write_text(f"pip=={pip}\n")  # bundled, so no network is needed
-    subprocess.run([sys.executable, "-m", "venv", "--without-pip", checkout / ".venv"], check=True)
-    result = subprocess.run(**start, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    assert str(checkout / ".venv") in result.stdout.splitlines()[-1]
-
-
-def test_a_fresh_environment_replaces_the_old_one(tmp_path: Path) -> None:
-    start = checkout_script(checkout := tmp_path / "repository", "fresh")
-    executable(checkout / ".venv" / "bin" / "python")
-    executable(tmp_path / "bin" / "python3", "#!/bin/sh\nexit 1\n")  # so that no environment is created
-    result = subprocess.run(**start, capture_output=True, text=True)
-    assert "Python 3.11 or newer was not found" in result.stderr
-    assert not (checkout / ".venv").exists()
 
 
 def toolkit(home: Path, release: str, header: str = "include/cuda_runtime.h") -> Path:
