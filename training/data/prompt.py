@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from typing import Any
 
 INTRO = (
     "Below is an instruction that describes a task. "
@@ -133,6 +134,16 @@ def chat_template(start: str, special_tokens: Iterable[str]) -> str:
     return re.sub(
         "|".join(words), lambda match: json.dumps(words[match.group()], ensure_ascii=False), template
     )
+
+
+def response_template(eos: str) -> dict[str, Any]:
+    """What transformers needs to find the answer in a generated text, up to the end key or EOS."""
+    end = "|".join(map(re.escape, (END_KEY, eos)))
+    return {
+        "defaults": {"role": "assistant", "content": ""},
+        "start_anchor": RESPONSE_KEY,
+        "fields": {"content": {"close_pattern": rf"\s*(?:{end})"}},
+    }
 
 
 def _spaced(token: str) -> str:

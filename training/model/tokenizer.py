@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 from tokenizers.processors import TemplateProcessing
 from transformers import (
@@ -36,6 +37,7 @@ from training.data.prompt import (
     question,
     render_prompt,
     response_piece,
+    response_template,
 )
 from training.errors import ModelError, first_line, own_code_problem
 from training.model.demo_model import model_folder
@@ -234,12 +236,18 @@ def saved_form(
     transformers builds some classes anew when it loads them, and forgets options of theirs that it did not save. Such a
     tokenizer is returned as the general class, which is loaded as it was. Raises ModelError if that fails too.
     """
+    from transformers.cli.serving.utils import get_response_template  # imports much of transformers
+
+    # For some architectures `transformers serve` assumes the chat format of the original, and would answer with the prompt.
+    if get_response_template(tokenizer, SimpleNamespace(config=config)):
+        tokenizer.response_template = response_template(tokenizer.eos_token)
     if _is_loaded_as_saved(tokenizer, config, trust_remote_code):
         return tokenizer
     general = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
         extra_special_tokens=tokenizer.extra_special_tokens,
         chat_template=tokenizer.chat_template,
+        response_template=tokenizer.response_template,
         name_or_path=tokenizer.name_or_path,
         **tokenizer.special_tokens_map,
         **{name: getattr(tokenizer, name) for name in KEPT},
