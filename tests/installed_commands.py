@@ -14,7 +14,7 @@ from typing import Any
 from click.testing import CliRunner
 
 from training import demo
-from training.errors import OptionsError
+from training.errors import OptionsError, install_extra
 from training.launch.spark import spark_problems
 from training.options.command_line import value_problems
 from training.options.deepspeed import read_json
@@ -70,6 +70,7 @@ def main() -> None:
         "demo": answer("training.demo", *"--num-gpus 1 --local-output-dir out".split(), *FEW_STEPS.split()),
         "packages": [importlib.import_module("training").__path__[0], Path(cells.__file__).parents[1].name],
         "missing": missing,
+        "extra": install_extra("s3"),
         "own": own,
         "plan": answer("training.plan", "--machine", "8xA100-40GB"),
         "notebook": answer("training.notebook", "notebooks/train_dolly.py", "--out", "new.ipynb", "--no-run"),

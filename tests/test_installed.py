@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 from importlib.metadata import version
 from pathlib import Path
 from zipfile import ZipFile
@@ -115,6 +116,8 @@ def test_the_commands_of_the_pages_run_from_an_installed_wheel_in_another_folder
     assert answers["missing"].endswith(
         "Available are: " + ", ".join(str(packages / "training" / "config" / name) for name in CONFIGS)
     )
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert answers["extra"] == f"python -m pip install {extras['s3'][0]}"
     assert answers["own"] == {"of": "the working folder"}
     for command in ("demo", "plan", "notebook", "generate", "publish"):
         assert answers[command][0] == 0, answers[command]

@@ -1,8 +1,12 @@
-"""All errors whose message is shown to the user, and `printable`, which makes any text harmless to show."""
+"""All errors whose message is shown to the user, and what their messages are made of: printable text, pip commands."""
 
 from __future__ import annotations
 
+import importlib.metadata
+import re
+import shutil
 import unicodedata
+from importlib.util import find_spec
 
 
 def printable(text: object) -> str:
@@ -19,6 +23,23 @@ def _shown(character: str) -> str:
     if character.isprintable() or character in "\n\t":
         return character
     return " " if unicodedata.category(character) == "Zs" else "\N{REPLACEMENT CHARACTER}"
+
+
+def pip_install(*packages: str) -> str:
+    """The command that installs packages here: an environment of uv has no pip."""
+    pip = "uv pip" if find_spec("pip") is None and shutil.which("uv") else "python -m pip"
+    return " ".join([pip, "install", *packages])
+
+
+def install_extra(extra: str) -> str:
+    """The command that installs an extra of pyproject.toml, also where the package came from a wheel."""
+    try:
+        required = importlib.metadata.requires("dolly") or []
+    except importlib.metadata.PackageNotFoundError:
+        required = []
+    of_extra = re.compile(rf"""([^;]+?)\s*;.*extra == ["']{extra}["']""")
+    packages = [match[1] for line in required if (match := of_extra.match(line))]
+    return pip_install(*packages or [f"'.[{extra}]'"])
 
 
 class _Shown:

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from training.console import set_up_console
-from training.errors import NotebookFailedError, NotebookSourceError, RunRefusedError
+from training.errors import NotebookFailedError, NotebookSourceError, RunRefusedError, install_extra
 from training.files import write_file
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ MAGIC = re.compile(r"^# MAGIC ?")
 SAME_MAGIC = re.compile(r"%(pip|load_ext|tensorboard)\b")  # works in Databricks and in Jupyter
 WIDGET = re.compile(r"dbutils\.widgets\.(?:text|dropdown)\(\s*[\"'](\w+)")
 WIDGET_VALUES = "DOLLY_WIDGETS"  # environment variable with the widgets' values, as JSON
-INSTALL_EXTRA = "Type pip install '.[notebook]'"
 KERNEL_START_TIMEOUT = 600  # seconds; a busy machine is slow
 
 
@@ -217,7 +216,9 @@ def main(notebook: Path, chosen: tuple[str, ...], out: Path, no_run: bool) -> No
     try:
         import nbclient  # noqa: F401
     except ImportError as error:
-        raise click.ClickException(f"{error.name} is not installed. {INSTALL_EXTRA}") from error
+        raise click.ClickException(
+            f"{error.name} is not installed. Type {install_extra('notebook')}"
+        ) from error
     if out.suffix != ".ipynb":  # never overwrite the source
         raise click.UsageError(f"--out {out}: expected a name that ends with .ipynb")
     try:

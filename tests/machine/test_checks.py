@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib.metadata
 import os
 import signal
 import sys
@@ -18,7 +19,7 @@ import pytest
 import torch
 
 from tests.conftest import mounted, python
-from training import files
+from training import errors, files
 from training.files import SCRATCH, disk_problems, free_bytes, writable
 from training.machine import environment, kernels
 from training.machine.environment import cuda_toolkit_problems, mismatches, tool_problems, version_problems
@@ -110,6 +111,24 @@ def test_an_installed_wheel_reads_the_pins_from_its_metadata(installed, tmp_path
     assert version_problems(tmp_path / "absent.txt") == [
         "Wrong package versions: torch 2.12.0 instead of 2.13.0. Type python -m pip install torch==2.13.0"
     ]
+
+
+def test_advice_names_packages_where_there_is_no_repository_and_uv_where_there_is_no_pip(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    required = [
+        "torch==2.13.0",
+        's3fs==2026.9.0; extra == "s3"',
+        'a==1; extra == "mlflow"',
+        "b==2 ; extra == 'mlflow'",
+    ]
+    monkeypatch.setattr(importlib.metadata, "requires", lambda name: required)
+    assert errors.install_extra("s3") == "python -m pip install s3fs==2026.9.0"
+    assert errors.install_extra("mlflow") == "python -m pip install a==1 b==2"
+    executable(tmp_path / "uv")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(errors, "find_spec", lambda name: None)
+    assert errors.install_extra("spark") == "uv pip install '.[spark]'"
 
 
 def test_the_checks_run_without_installed_packages_and_accept_missing_pins() -> None:

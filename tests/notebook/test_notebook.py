@@ -403,7 +403,7 @@ def test_a_missing_package_is_reported_with_the_pip_command(
     monkeypatch.setitem(sys.modules, "nbclient", None)
     result = invoke(NOTEBOOK, tmp_path / "out.ipynb")
     assert result.exit_code == 1
-    assert "nbclient is not installed. Type pip install '.[notebook]'" in result.output
+    assert "nbclient is not installed. Type python -m pip install '.[notebook]'" in result.output
 
 
 def test_an_unexecuted_notebook_contains_the_values_of_set(tmp_path: Path) -> None:

@@ -156,7 +156,7 @@ def test_a_missing_s3fs_is_reported_with_the_extra_that_installs_it(
     monkeypatch.delitem(_registry, "s3", raising=False)
     monkeypatch.setitem(sys.modules, "s3fs", None)
     [problem] = target_problems("s3://models/x")
-    assert problem == "s3://models/x: s3fs is not installed. Type pip install '.[s3]'"
+    assert problem == "s3://models/x: s3fs is not installed. Type python -m pip install '.[s3]'"
     with pytest.raises(PublishError, match="s3fs is not installed"):
         publish(finished, "s3://models/x")
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from training.consts import INSTALLED, ROOT
-from training.errors import OptionsError, TrainingFailedError
+from training.errors import OptionsError, TrainingFailedError, install_extra
 from training.files import SCRATCH, nearest_existing
 from training.launch.exits import exit_meaning
 from training.launch.local import LAST_LINES, TRAINER
@@ -145,7 +145,7 @@ def _cluster_problems(ranks: int, use_gpu: bool) -> list[str]:
     except ImportError:
         return [
             "pyspark is not installed. Use Databricks Runtime ML 14 or newer, or type "
-            "python -m pip install '.[spark]'"
+            f"{install_extra('spark')}"
         ]
     session = SparkSession.getActiveSession()
     if session is None:

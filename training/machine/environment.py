@@ -15,6 +15,7 @@ import sysconfig
 from pathlib import Path
 
 from training.consts import ROOT
+from training.errors import pip_install
 
 # Training uses internals of these packages, or its results depend on them, so their versions must match the pins.
 EXACT = ("torch", "transformers", "accelerate", "deepspeed")
@@ -41,7 +42,7 @@ def version_problems(requirements: Path = ROOT / "requirements.txt") -> list[str
         return []
     descriptions, needed = zip(*differing, strict=True)
     packages = f"-r {shlex.quote(str(requirements))}" if requirements.exists() else " ".join(needed)
-    return [f"Wrong package versions: {'; '.join(descriptions)}. Type python -m pip install {packages}"]
+    return [f"Wrong package versions: {'; '.join(descriptions)}. Type {pip_install(packages)}"]
 
 
 def mismatches(requirements: str) -> list[str]:
@@ -92,7 +93,7 @@ def tool_problems() -> list[str]:
     if not shutil.which("ninja"):
         folder = Path(sys.executable).parent
         installed = (folder / "ninja").exists()
-        fix = f"export PATH={shlex.quote(str(folder))}:$PATH" if installed else "python -m pip install ninja"
+        fix = f"export PATH={shlex.quote(str(folder))}:$PATH" if installed else pip_install("ninja")
         missing.append(("ninja is not on PATH", fix))
     return [
         f"DeepSpeed compiles C++ operators, but {description}. Type {fix}" for description, fix in missing

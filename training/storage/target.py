@@ -15,7 +15,7 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from training.consts import RUN_FILE
-from training.errors import PublishError, UnfinishedRunError
+from training.errors import PublishError, UnfinishedRunError, install_extra
 from training.files import digest, local_path, mounted_store, writable
 from training.storage.record import finished_run
 
@@ -115,7 +115,7 @@ def _open_url(target: str) -> Target:
     try:
         fsspec.get_filesystem_class(protocol)
     except ImportError as error:
-        missing = "s3fs is not installed. Type pip install '.[s3]'" if protocol in BUCKETS else error
+        missing = f"s3fs is not installed. Type {install_extra('s3')}" if protocol in BUCKETS else error
         raise PublishError(f"{target}: {missing}") from error
     except ValueError as error:
         raise PublishError(f"{target}: there is no file system '{protocol}'. {NEW_TARGET}") from error

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from training.errors import install_extra
 from training.files import writable
 
 if TYPE_CHECKING:
@@ -164,7 +165,7 @@ def tracking_problems(flag: str, name: str | None) -> list[str]:
     """Problems that prevent logging to MLflow or registering under `name`, the value of `flag`. Contacts no server: one
     that is down may answer later."""
     if find_spec("mlflow") is None:
-        return ["MLflow is not installed. Type pip install '.[mlflow]', or leave --mlflow out"]
+        return [f"MLflow is not installed. Type {install_extra('mlflow')}, or leave --mlflow out"]
     problems, uri = [], tracking_uri()
     part = r"[^\s/:.]{1,255}"
     if name is not None and not re.fullmatch(rf"{part}(\.{part}\.{part})?", name):
@@ -244,7 +245,7 @@ def _database_problems(uri: str) -> list[str]:
         url.get_dialect().import_dbapi()
     except ImportError as error:
         own = error.name in ("alembic", "sqlalchemy")
-        fix = "Type pip install '.[mlflow]'" if own else "Install that driver with pip"
+        fix = f"Type {install_extra('mlflow')}" if own else "Install that driver with pip"
         return [f"Python has no module {error.name}, which MLflow needs for this database. {fix}"]
     except Exception:  # its message repeats the value
         return [f"is not a valid address; {EXPECTED}"]
