@@ -7,6 +7,7 @@ control tokens. The expected values never come from `training`.
 from __future__ import annotations
 
 import csv
+import gzip
 import io
 import itertools
 import json
@@ -195,6 +196,26 @@ def as_objects(draw: Any, rows: list[Row], columns: tuple[str, str, str], nulls:
     return objects
 
 
+def json_text(draw: Any, objects: list[dict], **options: Any) -> str:
+    """A list, an object with the list, columns, or objects one after the other."""
+    form = draw(st.sampled_from(["list", "data", "columns", "stream"]))
+    names = {name: None for item in objects for name in item}
+    columns = {name: [item.get(name) for item in objects] for name in names}
+    value = {"list": objects, "data": {"version": 1, "data": objects}, "columns": columns}.get(form)
+    return (
+        " ".join(json.dumps(item, **options) for item in objects)
+        if value is None
+        else json.dumps(value, **options)
+    )
+
+
+COMPRESSED = (
+    (bytes, ""),
+    (gzip.compress, ".gz"),
+    (lambda content: pa.Codec("zstd").compress(content, asbytes=True), ".zst"),
+)
+
+
 def csv_bytes(lines: list[list[str]], quoting: int = csv.QUOTE_ALL, end: str = "\n") -> bytes:
     text = io.StringIO(newline="")
     csv.writer(text, quoting=quoting, lineterminator=end).writerows(lines)
@@ -218,7 +239,7 @@ def good_files(draw: Any) -> File:
     if kind == "json":
         objects = as_objects(draw, rows, columns)
         indent = draw(st.none() | st.just(1))
-        content = bom + json.dumps(objects, ensure_ascii=ascii_only, indent=indent).encode()
+        content = bom + json_text(draw, objects, ensure_ascii=ascii_only, indent=indent).encode()
     elif kind == "jsonl":
         between = draw(st.sampled_from(["\n", "\r\n", "\n\n", "\n \n"]))
         lines = [json.dumps(item, ensure_ascii=ascii_only) for item in as_objects(draw, rows, columns)]
@@ -233,7 +254,9 @@ def good_files(draw: Any) -> File:
         strings, compression = draw(st.sampled_from(kinds_of_text)), draw(st.sampled_from(COMPRESSIONS))
         values = {name: pa.array([item[name] for item in fields], strings) for name in columns}
         content = parquet_bytes(pa.table(values), compression=compression)
-    return File(f"{draw(stems)}.{suffix}", content, rows=rows)
+    name = f"{draw(stems)}.{suffix}"
+    packed, ending = draw(st.sampled_from(COMPRESSED))
+    return File(name + draw(st.sampled_from(["", ending])), packed(content), rows=rows)
 
 
 @st.composite
@@ -354,11 +377,11 @@ def damaged_files(draw: Any) -> File:
 def parse_independently(path: Path) -> list[Row] | None:
     """Parses a file without `training.data.rows`. Returns None if it has no usable rows."""
     with suppress(Exception):
-        content = path.read_bytes()
+        content = unpacked(path.read_bytes())
         text = "" if content[:4] == b"PAR1" else content.decode(encoding_of(content))
         if content[:4] == b"PAR1":
-            objects = pq.read_table(path).to_pylist()
-        elif path.suffix.lower() == ".csv":
+            objects = pq.read_table(io.BytesIO(content)).to_pylist()
+        elif path.name.lower().removesuffix(".gz").removesuffix(".zst").endswith(".csv"):
             csv.field_size_limit(2**31 - 1)
             objects = list(csv.DictReader(io.StringIO(text, newline=""), strict=True))
         else:
@@ -373,6 +396,14 @@ def parse_independently(path: Path) -> list[Row] | None:
         if all(isinstance(text, str) for row in rows for text in row):
             return rows
     return None
+
+
+def unpacked(content: bytes) -> bytes:
+    if content[:2] == b"\x1f\x8b":
+        return gzip.GzipFile(fileobj=io.BytesIO(content)).read()
+    if content[:4] == b"\x28\xb5\x2f\xfd":
+        return pa.input_stream(pa.BufferReader(content), compression="zstd").read()
+    return content
 
 
 def encoding_of(content: bytes) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,9 +156,28 @@ DISGUISES = {
     "another compression": ("x.jsonl.bz2", b"BZh9", "cannot read '.bz2' files"),
     "bzip2 in disguise": ("x.jsonl", b"BZh91AY&SY", "compressed with bzip2"),
     "quotes as Spark escapes them": ("x.csv", b'instruction,output\n"a \\"b\\", c",d\n', "(Spark: option('escape', '\"'))"),
+    "semicolons": ("x.csv", b"instruction;input;output\na;b;c\n", "Found 'instruction;input;output'. Separate the fields with "
+                   "commas, not ';'"),
+    "tabs": ("x.csv", b"instruction\toutput\na\tb\n", "Separate the fields with commas, not '\\t'"),
     "ragged rows": ("x.csv", b"instruction,output\na,b\nc\nd,e\nf,g,h\n", "line 3: 1 fields, but the header has 2. 2 lines "
                     "are like this; the first: 3, 5"),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://bucket/rows.jsonl", "https://host/rows.csv?raw=1", "hf://datasets/a/b/c.json"]
+)
+def test_a_url_is_refused_with_what_to_do(url: str) -> None:
+    with pytest.raises(
+        DataError, match=r"is a URL\. Copy it to a local file or folder, and name that"
+    ) as error:
+        read_columns(url)
+    assert str(error.value).startswith(url)
+
+
+def test_a_path_of_databricks_file_system_is_its_mount(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(DataError, match=r"^/dbfs/data/rows\.jsonl: no such file"):
+        read_columns("dbfs:/data/rows.jsonl")
 
 
 @pytest.mark.parametrize(("name", "content", "message"), DISGUISES.values(), ids=DISGUISES)
@@ -185,7 +206,7 @@ def test_the_suffix_of_a_file_is_detected_from_its_content(content: bytes, suffi
 
 # Rows 1 and 2 are good. In the others a value is missing.
 WITH_GAPS = [
-    {"instruction": "a", "input": " \n", "output": "b", "system": "Be kind.", "text": "rendered"},
+    {"instruction": "a", "input": " \n", "output": "b", "system": "Be kind."},
     {"instruction": "c", "input": float("nan"), "output": "d"},
     {"instruction": "e", "input": "", "output": None},
     {"instruction": None, "input": None, "output": "f"},
@@ -250,6 +271,15 @@ def test_a_refusal_lists_its_first_ten_rows_and_their_number(tmp_path: Path) -> 
         "[]": "row 5: list [] is not an object with named columns",
     }.items():
         assert refusal(Path(write(tmp_path / "x.jsonl", LINES + f"{row}\n" * 12))) == message + more
+
+
+def test_a_column_named_text_is_left_out_in_silence_only_if_it_is_the_rendered_row(tmp_path: Path) -> None:
+    rendered = [
+        row | {"text": f"### Instruction: {row['instruction']} ### Response: {row['output']}"} for row in ROWS
+    ]
+    assert read_columns(jsonl(tmp_path / "x.jsonl", rendered)).not_read == []
+    article = [row | {"text": "An article."} for row in ROWS]
+    assert read_columns(jsonl(tmp_path / "x.jsonl", article)).not_read == ["the columns 'text'"]
 
 
 OTHER_SHAPES = {
@@ -345,6 +375,18 @@ def test_a_changed_part_of_a_folder_is_tokenised_again(
     assert kept == [8, 7, 10]
 
 
+def test_a_folder_may_have_more_parts_than_a_process_may_open(tmp_path: Path) -> None:
+    parts = {f"part-{n:05}.parquet": (parquet, ROWS[:1]) for n in range(80)}
+    folder = folder_of(tmp_path / "rows", parts)
+    read_columns(str(folder))  # imports what it needs
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 40, hard))
+    try:
+        assert len(read_columns(str(folder))) == 80
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_spark_writes_empty_parts_leaves_out_nulls_and_makes_folders_of_partitions(tmp_path: Path) -> None:
     folder = folder_of(
         tmp_path / "rows",
@@ -373,7 +415,7 @@ def test_the_split_train_of_a_folder_is_read_and_the_others_are_named(tmp_path: 
     columns = read_columns(str(folder))
     assert columns == READ
     assert columns.not_read == ["the files 'README.md', 'test-00000-of-00001.parquet'"]
-    assert [file.name[:5] for file in local_files(str(folder)) or []] == ["train", "train"]
+    assert [name[:5] for name in local_files(str(folder)) or {}] == ["train", "train"]
 
 
 def test_a_folder_of_one_split_is_read_whole(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_an_unreadable_record_is_none(tmp_path: Path, content: str | None) -> No
             ["--lr-scheduler-type was constant, but is now constant_with_warmup", "--warmup-steps was 0, but is now 9"],
         ),
         ({"bf16": None, "fp16": True}, ["the precision was bf16, but is now fp16"]),
-        ({"rows": "other"}, ["the rows differ: another --training-dataset, --test-size, --max-length or "
+        ({"rows": "other"}, ["the rows differ: another --training-dataset or part of it, --test-size, --max-length or "
                              "--keep-truncated, another prompt (training/data/prompt.py), or the file has changed "
                              "(it was tatsu-lab/alpaca)"]),
         ({"world_size": 4}, ["the global batch was 64 rows, but is now 32. Type --gradient-accumulation-steps 2"]),

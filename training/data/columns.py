@@ -16,7 +16,7 @@ COLUMN_NAMES = {
     "output": ("output", "response"),
 }
 KNOWN = frozenset(name for names in COLUMN_NAMES.values() for name in names)
-RENDERED = "text"  # Alpaca's whole row as one text: not read, and nothing is lost
+RENDERED = "text"  # Alpaca's whole row as one text: nothing is lost if it is not read
 REQUIRED = ("instruction", "output")  # columns of training rows
 REQUIRED_COLUMNS_HELP = (
     "expected instruction and output (as in Alpaca; input is optional), "
@@ -66,10 +66,21 @@ def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) 
             values = table.values(name) if name in table.names else [None] * table.count
             getattr(columns, key).extend(_texts(values, key, table.source))
         columns.not_read += table.not_read
-    unread = [name for name in names if name not in matched.values() and name != RENDERED]
+    unread = [name for name in names if name not in matched.values()]
+    if RENDERED in unread and _is_rendered(tables[0], columns.output):
+        unread.remove(RENDERED)
     if unread:
         columns.not_read.insert(0, f"the columns {listed(unread)}")
     return columns
+
+
+def _is_rendered(table: Table, outputs: Sequence[str]) -> bool:
+    """Whether each text is the rendered row: it holds the output. The first rows are compared."""
+    try:
+        first = zip(table.values(RENDERED)[:100], outputs, strict=False)
+    except DataError:  # text that cannot be read
+        return False
+    return all(isinstance(text, str) and output.strip() in text for text, output in first)
 
 
 def _match_columns(found: list[str], source: str, required: tuple[str, ...]) -> dict[str, str | None]:

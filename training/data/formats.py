@@ -10,10 +10,12 @@ import gzip
 import io
 import sys
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from training.data.table import Table, and_more
+from training.data.table import Table, and_more, short
 from training.errors import DataError
 
 GZIP, ZSTD, PARQUET = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
@@ -114,6 +116,11 @@ def csv_table(text: str, source: str) -> Table:
             f"{source}, line {line}: broken CSV: {error}. Inside quotes, write a quote as two quotes "
             "(Spark: option('escape', '\"'))"
         )
+    separator = next((mark for mark in ";\t|" if len(header) == 1 and mark in header[0]), None)
+    if separator:
+        raise DataError(
+            f"{source}: Found {short(repr(header[0]))}. Separate the fields with commas, not {separator!r}"
+        )
     if ragged:
         more = and_more([line for line, _ in ragged], "lines")
         raise DataError(
@@ -135,21 +142,22 @@ def csv_table(text: str, source: str) -> Table:
 def parquet_table(file: Path | io.BytesIO, source: str) -> Table:
     import pyarrow.parquet
 
-    def unreadable(error: Exception) -> DataError:
-        return DataError(f"{source}: not a readable Parquet file ({error})")
+    @contextmanager
+    def opened() -> Iterator[Any]:
+        """The file, closed after each use: a folder may have more files than a process may open."""
+        try:
+            with pyarrow.parquet.ParquetFile(file) as parquet:
+                yield parquet
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{source}: not a readable Parquet file ({error})") from error
 
     def values(name: str) -> list[Any]:
-        try:
-            column = opened.read(columns=[name]).column(name)
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise unreadable(error) from error
+        with opened() as parquet:
+            column = parquet.read(columns=[name]).column(name)
         return arrow_values(column, source)
 
-    try:
-        opened = pyarrow.parquet.ParquetFile(file)
-        return Table(source, opened.schema_arrow.names, opened.metadata.num_rows, values)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise unreadable(error) from error
+    with opened() as parquet:
+        return Table(source, parquet.schema_arrow.names, parquet.metadata.num_rows, values)
 
 
 def arrow_values(column: Any, source: str) -> list[Any]:

@@ -26,6 +26,7 @@ from training.data.formats import (
 from training.data.json_rows import json_table, table_of
 from training.data.table import Table, and_more, kind_of, listed
 from training.errors import DataError, TooFewRowsError
+from training.files import local_path
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
 PROMPT_KINDS = (".txt", ".json", ".jsonl")
@@ -68,17 +69,20 @@ def check_selection(source: str, selection: Mapping[str, str]) -> None:
         )
 
 
-def local_files(source: str) -> list[Path] | None:
-    """The files that hold the rows of `source`; None if it is no local file or folder. Raises DataError."""
+def local_files(source: str) -> dict[str, Path] | None:
+    """The files that hold the rows of `source`; None if it is no local file or folder. Raises DataError.
+
+    The keys are what matters of their names: in a folder the name, else the kind.
+    """
     path = None if source == DEMO else _local_path(source)
     try:
         if path is None or not (path.is_file() or path.is_dir()):
             return None
         if path.is_file():
-            return [path]
-        if is_saved_dataset(path):
-            return sorted(file for file in path.rglob("*") if file.is_file())
-        return parts_of(path, KINDS).files
+            return {kind_of(path): path}
+        saved = is_saved_dataset(path)
+        files = sorted(filter(Path.is_file, path.rglob("*"))) if saved else parts_of(path, KINDS).files
+        return {str(file.relative_to(path)): file for file in files}
     except OSError as error:
         raise DataError(f"{source}: cannot be read ({error})") from error
 
@@ -87,9 +91,12 @@ def _local_path(source: str) -> Path | None:
     """The path of a local file or folder, also of one that is missing; None for a name on the Hub."""
     if not source.strip():  # not the current folder
         return None
+    if "://" in source:
+        raise DataError(f"{source}: is a URL. Copy it to a local file or folder, and name that")
     try:
-        path = Path(source).expanduser()
-        return path if path.exists() or kind_of(path) in KINDS else None
+        path = local_path(source)
+        is_local = path.exists() or kind_of(path) in KINDS or source.startswith("dbfs:")
+        return path if is_local else None
     except (OSError, RuntimeError, ValueError) as error:
         # a name that is too long, a folder without permission, an unknown ~user, a null byte
         raise DataError(f"{source}: cannot be read ({error})") from error

@@ -27,7 +27,6 @@ from training.data.ledger import (
 )
 from training.data.prompt import END_KEY, RESPONSE_KEY, response_piece
 from training.data.rows import Columns, check_selection, local_files, read_columns
-from training.data.table import kind_of
 from training.errors import DataError
 from training.files import fingerprint, write_folder
 
@@ -114,7 +113,7 @@ def prepare_dataset(
     check_selection(source, selection or {})
     files = local_files(source)
     columns = None if files else read_columns(source, selection)
-    target = root / _fingerprint(source, columns or files or [], tokenizer, max_length, keep_truncated)
+    target = root / _fingerprint(source, columns or files or {}, tokenizer, max_length, keep_truncated)
     cached = _read_cache(target)
     if cached is None:
         with _garbage_collection_paused():
@@ -164,21 +163,17 @@ def _read_cache(target: Path) -> tuple[datasets.Dataset, Ledger] | None:
 
 def _fingerprint(
     source: str,
-    data: Columns | list[Path],
+    data: Columns | dict[str, Path],
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     keep_truncated: bool,
 ) -> str:
     """Cache key of the tokenised rows. It changes with everything that affects them.
 
-    Local files enter with their bytes, so that ranks which only read the cache need not parse them. The ledger names
-    the files of a folder, so their names enter as well.
+    Local files enter with their bytes, so that ranks which only read the cache need not parse them, and with the keys
+    of `local_files`, because the ledger names the files of a folder.
     """
-    parts: list[Path | str] = [repr(data)]
-    if isinstance(data, list):
-        folder = Path(source).expanduser()
-        names = [str(file.relative_to(folder)) if file != folder else kind_of(file) for file in data]
-        parts = [repr(names), *data]
+    parts = [repr(list(data)), *data.values()] if isinstance(data, dict) else [repr(data)]
     state = repr((tokenizers.__version__, surrounding_ids(tokenizer), max_length, keep_truncated))
     try:
         return fingerprint(*SOURCES, *parts, _vocabulary(tokenizer), state)

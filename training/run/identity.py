@@ -114,7 +114,7 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
         )
     if former.get("rows") and now.get("rows") and former["rows"] != now["rows"]:
         found.append(
-            "the rows differ: another --training-dataset, --test-size, --max-length or --keep-truncated, another "
+            "the rows differ: another --training-dataset or part of it, --test-size, --max-length or --keep-truncated, another "
             f"prompt (training/data/prompt.py), or the file has changed (it was {before.get('training_dataset')})"
         )
     return found
