@@ -23,6 +23,7 @@ from training.errors import TrainingFailedError
 from training.launch.local import deepspeed_command, launch
 from training.machine.catalogue import find_machine
 from training.options.command_line import option_words
+from training.options.trainer_options import TrainingOptions
 from training.plan.presets import DEMO_RECIPE, preset_options
 
 ROOT = Path(__file__).parents[2]
@@ -199,6 +200,16 @@ def test_default_widgets_are_dollys_run_and_gpu_family_cpu_is_the_demo(tmp_path:
     assert cell_functions.read_widgets(widgets(dbfs_output_root="s3://b/f")).published.startswith(
         "s3://b/f/dolly__"
     )
+
+
+def test_the_widgets_choose_a_part_of_a_dataset_on_the_hub() -> None:
+    chosen = cell_functions.read_widgets(
+        widgets(training_dataset="a/b", dataset_split=" test ", dataset_revision="v1")
+    )
+    part = {"dataset_split": "test", "dataset_revision": "v1"}
+    assert chosen.dataset_options == {"training_dataset": "a/b"} | part
+    options = TrainingOptions(local_output_dir="out", **chosen.dataset_options)
+    assert options.dataset_selection == chosen.dataset_selection == {"split": "test", "revision": "v1"}
 
 
 def test_relative_paths_of_datasets_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,15 @@ def test_deepspeed_without_a_launcher_or_a_file_is_refused(tmp_path: Path) -> No
     assert problem == f"--deepspeed names no file. Type --deepspeed {BF16_JSON}"
 
 
+def test_a_part_of_a_dataset_that_is_not_on_the_hub_is_refused(tmp_path: Path) -> None:
+    chosen = {"training_dataset": "demo", "dataset_split": "test", "dataset_revision": "v1"}
+    [problem] = problems_of(options(tmp_path, **chosen))
+    assert problem.startswith(
+        "--training-dataset demo: is not on the Hub, so --dataset-split and --dataset-revision"
+    )
+    assert problems_of(options(tmp_path, **chosen | {"training_dataset": "a/b"})) == []
+
+
 @launched
 def test_two_different_deepspeed_files_are_refused_but_not_the_same_one_twice(tmp_path: Path) -> None:
     twice = options(tmp_path, deepspeed=BF16_JSON, deepspeed_config=BF16_JSON)
