@@ -93,8 +93,13 @@ def test_the_commands_of_the_pages_run_from_an_installed_wheel_in_another_folder
     wheel: Path, tmp_path: Path
 ) -> None:
     run(sys.executable, "-m", "venv", "--without-pip", "venv", cwd=tmp_path)
+    # The environment lies in the repository of another project, with files of its own.
+    git = ("git", "-c", "user.name=a", "-c", "user.email=a@b")
+    run("git", "init", "--quiet", cwd=tmp_path)
+    run(*git, "commit", "--quiet", "--allow-empty", "--message", "another project", cwd=tmp_path)
     [packages] = tmp_path.glob("venv/lib/python3*/site-packages")
     (packages / "outer.pth").write_text(sysconfig.get_path("purelib"))
+    (packages / "requirements.txt").write_text("torch==0.0.1\n")
     words = ("install", "--quiet", "--no-deps", "--target", packages, wheel)
     run(sys.executable, "-m", "pip", *words, cwd=tmp_path)
     work, python = tmp_path / "work", tmp_path / "venv" / "bin" / "python"
@@ -124,4 +129,5 @@ def test_the_commands_of_the_pages_run_from_an_installed_wheel_in_another_folder
     assert "--deepspeed config/ds_z3_bf16_config.json" in answers["plan"][1]
     assert answers["sources"] == [str(packages / "training")]
     assert (work / "copy" / "run.json").is_file()
+    assert json.loads((work / "out" / "run.json").read_text())["git_commit"] is None
     assert (work / "new.ipynb").is_file()

@@ -7,12 +7,26 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.run.completion_trainer import StepCounter
+from training.tracking.callbacks import TensorBoardLog
 from training.tracking.progress import ProgressLog, duration
 
 ROWS = [
     {"input_ids": [11, 12, 13, 14, 15], "response_start": 3},
     {"input_ids": [21, 22, 23], "response_start": 2},
 ]
+
+
+@pytest.mark.parametrize("error", [PermissionError("Permission denied"), Exception("TensorFlow's")])
+def test_tensorboard_that_cannot_write_ends_no_training(error, tmp_path, monkeypatch, caplog):
+    def refuse(*of, **how):
+        raise error
+
+    monkeypatch.setattr("transformers.integrations.TensorBoardCallback.on_train_begin", refuse)
+    log = TensorBoardLog(tmp_path / "runs")
+    log.on_train_begin(None, None, None)
+    log.add_text("answers/000", "never written", 1)
+    [record] = caplog.records
+    assert record.getMessage() == f"{tmp_path}/runs: no more TensorBoard logs ({error}); training continues"
 
 
 @pytest.mark.parametrize(

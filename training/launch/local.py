@@ -81,7 +81,7 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        errors="replace",
+        errors="backslashreplace",  # can be printed on a terminal that knows only ASCII
         start_new_session=True,  # so that only this function forwards a terminal's Ctrl-C
     )
     interrupted = False

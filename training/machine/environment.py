@@ -14,7 +14,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from training.consts import ROOT
+from training.consts import CONFIG
 from training.errors import pip_install
 
 # Training uses internals of these packages, or its results depend on them, so their versions must match the pins.
@@ -24,7 +24,11 @@ EXACT = ("torch", "transformers", "accelerate", "deepspeed")
 NOT_IMPORTED = ("matplotlib", "ninja")
 
 
-def version_problems(requirements: Path = ROOT / "requirements.txt") -> list[str]:
+# Beside config/. An installed wheel has none, and a file of that name in site-packages would not be ours.
+REQUIREMENTS = CONFIG.parent / "requirements.txt"
+
+
+def version_problems(requirements: Path = REQUIREMENTS) -> list[str]:
     """Packages imported by training whose version differs from the pin. Reads only metadata.
 
     Packages outside EXACT may differ in the patch release.

@@ -15,6 +15,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from training.consts import INSTALLED
 from training.files import local_path
 from training.options.settings import Settings
 from training.options.trainer_options import SCHEDULES, TrainingOptions, flag_of
@@ -129,6 +130,8 @@ def _same_batch(rows: Any, options: dict[str, Any], world_size: int) -> str:
 
 
 def _git_commit() -> str | None:
+    if INSTALLED:  # the environment may lie in the repository of another project
+        return None
     try:
         result = subprocess.run(
             ["git", "rev-parse", "HEAD"],

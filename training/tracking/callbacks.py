@@ -73,7 +73,7 @@ class TensorBoardLog(TensorBoardCallback):
             return
         try:
             write(*args, **kwargs)
-        except OSError as error:
+        except Exception as error:  # OSError, or TensorFlow's errors where it is installed
             self.disabled = True
             folder = self.logging_dir
             logger.warning("%s: no more TensorBoard logs (%s); training continues", folder, error)
