@@ -22,6 +22,7 @@ import click
 
 from training.consts import RUN_FILE
 from training.files import file_digest
+from training.options.command_line import PathName
 
 FLOW = "TrainDollyFlow"
 LEFTOVER = "metaflow.s3." + 8 * "[a-z0-9_]"  # S3(tmproot=...) copies into a mkdtemp folder
@@ -179,12 +180,12 @@ def _digest(file: Path) -> dict[str, Any] | None:
 @click.command()
 @click.argument("run_id")
 @click.option(
-    "--to", "folder", required=True, type=click.Path(path_type=Path), metavar="FOLDER", help="A new folder."
+    "--to", "folder", required=True, type=PathName("output"), metavar="FOLDER", help="A new folder."
 )
-def main(run_id: str, folder: Path) -> None:
+def main(run_id: str, folder: str) -> None:
     """Fetch the model of the flow's run RUN_ID to FOLDER. The same command continues an interrupted copy."""
     try:
-        fetch(run_id, folder.expanduser())
+        fetch(run_id, Path(folder))
     except ImportError:
         sys.exit(NO_METAFLOW)
     except StoreError as error:

@@ -44,7 +44,7 @@ from training.consts import CONFIG, DEMO, INSTALLED, METRICS_FILE, ROOT, SAMPLE_
 from training.data.demo_rows import demo_rows
 from training.data.formats import suffix_of
 from training.errors import DataError, MachineError, ModelError, OptionsError, TrainingFailedError
-from training.files import local_path, write_file
+from training.files import expanded, local_path, path_problem, write_file
 from training.launch.local import deepspeed_command, launch, shell_command
 from training.machine.catalogue import FAMILIES, Machine
 from training.machine.local import this_machine
@@ -347,11 +347,11 @@ def _is_remote() -> bool:
 
 
 def _runs_folder(root: str | None) -> Path:
-    """The absolute folder of the runs. Raises OptionsError if its ~user does not exist."""
-    try:
-        return Path(root or "~/dolly_training").expanduser().absolute()
-    except RuntimeError as error:
-        raise OptionsError(f"--local-training-root {root}: {error}. Name a folder of your own") from error
+    """The absolute folder of the runs. Raises OptionsError if there can be no such folder."""
+    folder = expanded(root or "~/dolly_training")
+    if problem := path_problem(folder, "output"):
+        raise OptionsError(f"--local-training-root {root}: {problem}")
+    return Path(folder).absolute()
 
 
 def _default_prompts(demo: bool) -> bytes:

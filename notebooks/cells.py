@@ -15,12 +15,18 @@ from typing import Any
 
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
 from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError, printable
-from training.files import DBFS, local_path
+from training.files import DBFS, PathKind, expanded, local_path, path_problem
 from training.machine.catalogue import FAMILIES, Machine
 from training.options.trainer_options import TrainingOptions
 from training.plan.presets import DEMO_RECIPE, preset_options
 from training.run.preflight import destination_problems
 
+PATHS: dict[str, PathKind] = {
+    "input_model": "model",
+    "training_dataset": "dataset",
+    "local_training_root": "output",
+    "dbfs_output_root": "target",
+}
 DATASET_PARTS = ("config", "split", "revision")  # each has the widget dataset_<part>
 
 
@@ -88,6 +94,10 @@ def read_widgets(widgets: Any) -> Choices:
         problems.append(f"{name} {values[name]}: expected a {whole}number above 0")
         return default
 
+    for name, kind in PATHS.items():
+        if values[name] and (problem := path_problem(values[name], kind)):
+            problems.append(f"{name} {values[name]}: {problem}")
+            values[name] = default_training_root() if kind == "output" else ""
     demo = values["gpu_family"] == "cpu"
     model = _absolute_path(values["input_model"]) or (DEMO if demo else DEFAULT_INPUT_MODEL)
     dataset = _absolute_path(values["training_dataset"]) or (DEMO if demo else DEFAULT_TRAINING_DATASET)
@@ -131,7 +141,7 @@ def read_widgets(widgets: Any) -> Choices:
 
 def _absolute_path(value: str) -> str:
     """The name of a model or dataset. Paths become absolute, because training runs in another folder."""
-    path = Path(value).expanduser()
+    path = Path(expanded(value))
     return str(path.resolve()) if value not in ("", DEMO) and path.exists() else value
 
 

@@ -23,6 +23,7 @@ from training.files import duration
 from training.launch.local import deepspeed_command, launch_environment, shell_command
 from training.model.generation import generate_responses, load_model_tokenizer_for_generate
 from training.model.loading import max_positions
+from training.options.command_line import PathName
 from training.pictures import PictureFile, draw_demo
 from training.plan.presets import demo_options
 from training.storage import metrics
@@ -105,7 +106,12 @@ def exact_match(rows: list[dict[str, str]], responses: list[str]) -> float:
     default=None,
     help="Number of ranks.  [default: number of GPUs, or 2 ranks on the CPU]",
 )
-@click.option("--local-output-dir", default=None, help="[default: ~/dolly_training/demo__<timestamp>]")
+@click.option(
+    "--local-output-dir",
+    type=PathName("output"),
+    default=None,
+    help="[default: ~/dolly_training/demo__<timestamp>]",
+)
 @click.option(
     "--plot", type=PictureFile(), metavar="FILE.png", help="Draw the losses and some answers into this file."
 )

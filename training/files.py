@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -11,7 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 DBFS = "/dbfs"
 MOUNTS = (DBFS, "/Volumes")  # Databricks object stores: files are written sequentially and cannot be changed
@@ -192,6 +193,77 @@ def size_in_words(count: int) -> str:
 def local_path(folder: str) -> Path:
     """The local path of a folder as typed by a user: dbfs:/x becomes /dbfs/x, ~ is expanded."""
     return Path(re.sub("^dbfs:/*", f"{DBFS}/", folder)).expanduser()
+
+
+# What an option names. A model or a dataset may also be a name on the Hub, a target a URL. A source is a file that exists.
+PathKind = Literal["model", "dataset", "source", "file", "folder", "checkpoint", "output", "target"]
+URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
+HUB_PAGE = re.compile(r"https?://(?:www\.)?huggingface\.co/(?:datasets/)?([\w.-]+/[\w.-]+)")
+_INSTEAD: dict[PathKind, str] = {
+    "model": "Name a folder with config.json, or a model on the Hub",
+    "dataset": "Name a file, a folder of files, or a dataset on the Hub",
+    "source": "Name a file on this machine",
+    "file": "Name a file on this machine",
+    "folder": "Name a folder on this machine",
+    "checkpoint": "Type never, auto, or the folder of a checkpoint",
+    "output": "Name a folder of your own",
+    "target": "Name a folder of your own",
+}
+
+
+def expanded(path: str) -> str:
+    """A typed path with ~ replaced by the home folder; unchanged if there is none. A shell leaves --option=~/x as it is."""
+    return os.path.expanduser(path) if path.startswith("~") and "\0" not in path else path
+
+
+def path_problem(path: str, kind: PathKind) -> str | None:
+    """Why a typed path cannot be used, with what to type instead; None if it can.
+
+    It asks whether a file or folder can have this name. Only a model, a source and a folder must exist: other files are
+    read later, by readers that say more.
+    """
+    path, reason = expanded(path), None
+    if "\0" in path:
+        return f"holds a null byte. {_INSTEAD[kind]}"
+    if path.startswith("~"):
+        return f"there is no user {path[1:].split('/')[0]!r}. {_INSTEAD[kind]}"
+    if URL.match(path):
+        return _url_problem(path, kind)
+    try:
+        is_folder = Path(path).is_dir()
+        os.stat(path)
+    except OSError as error:
+        if error.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES):
+            reason = f"cannot be used ({error.strerror})"
+        elif kind == "folder" or (kind == "model" and not is_hub_name(path)):
+            reason = "no such folder"
+        elif kind == "source":
+            reason = "no such file"
+    else:
+        if is_folder and kind in ("source", "file"):
+            reason = "is a folder, but a file is needed"
+        elif not is_folder and kind in ("model", "folder", "output"):
+            reason = "is a file, but a folder is needed"
+    return f"{reason}. {_INSTEAD[kind]}" if reason else None
+
+
+def _url_problem(url: str, kind: PathKind) -> str | None:
+    if kind == "target":
+        return None
+    page = HUB_PAGE.match(url)
+    if page and kind in ("model", "dataset"):
+        return f"is a web page. Type {page[1]}"
+    if kind == "output":
+        return (
+            "is a URL. Training needs a local disk, and the finished model can be copied to the URL. "
+            f"{_INSTEAD[kind]}"
+        )
+    return f"is a URL. {_INSTEAD[kind]}"
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether a model or a dataset on the Hub can have this name: NAME or OWNER/NAME."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name, re.ASCII))
 
 
 def mounted_store(path: Path) -> Path | None:

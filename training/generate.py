@@ -31,6 +31,7 @@ from training.model.generation import (
     load_model_tokenizer_for_generate,
 )
 from training.model.loading import DTYPES
+from training.options.command_line import CollectedOption, CollectingCommand, PathName, value_problems
 
 # The public API for Python programs.
 __all__ = ["generate_response", "generate_responses", "load_model_tokenizer_for_generate", "main"]
@@ -45,7 +46,7 @@ class PrintableStreamer(TextStreamer):
         super().on_finalized_text(printable(text), stream_end)
 
 
-@click.command()
+@click.command(cls=CollectingCommand)
 @click.argument("instruction", required=False)
 @click.option(
     "--model",
@@ -57,12 +58,16 @@ class PrintableStreamer(TextStreamer):
 @click.option(
     "--prompts",
     "file",
+    cls=CollectedOption,
+    type=PathName("file"),
     metavar="FILE",
     help="Answer every instruction of a file instead: a .txt file with one per line, or a .json or .jsonl file with "
     "instruction and input. The answers are lines of JSON, in the file's order.",
 )
 @click.option(
     "--output",
+    cls=CollectedOption,
+    type=PathName("file"),
     metavar="FILE",
     help="Write the answers as lines of JSON to a new file, each batch when it is complete.  [default: standard output]",
 )
@@ -88,13 +93,15 @@ class PrintableStreamer(TextStreamer):
     help="[default: half precision on a GPU, fp32 on a CPU]",
 )
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository.")
-def main(**typed: Any) -> None:
+@click.pass_context
+def main(ctx: click.Context, **typed: Any) -> None:
     """Answer INSTRUCTION, and show the answer while it is written. The INSTRUCTION - is read from standard input."""
     set_up_console()
-    _answer(**typed)
+    _answer(value_problems(ctx), **typed)
 
 
 def _answer(
+    typing_errors: list[str],
     instruction: str | None,
     path: str,
     context: str | None,
@@ -110,7 +117,7 @@ def _answer(
     """Checks what was typed, loads the model and answers. Ends with exit code 2 if that is not possible."""
     if instruction == STDIN:
         instruction = _read_stdin()
-    if problems := _problems(instruction, context, file, output):
+    if problems := [*typing_errors, *_problems(instruction, context, file, output)]:
         raise click.UsageError("\n".join(problems))
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -26,6 +26,7 @@ import click
 from training.console import set_up_console
 from training.errors import NotebookFailedError, NotebookSourceError, RunRefusedError, install_extra
 from training.files import write_file
+from training.options.command_line import PathName
 
 if TYPE_CHECKING:
     from nbformat import NotebookNode
@@ -200,17 +201,17 @@ def write(notebook: NotebookNode, out: Path) -> None:
 
 
 @click.command(context_settings={"max_content_width": 110})
-@click.argument("notebook", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("notebook", type=PathName("source"))
 @click.option("--set", "chosen", multiple=True, metavar="WIDGET=VALUE", help="Set a widget of the notebook.")
 @click.option(
     "--out",
     required=True,
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=PathName("file"),
     metavar="FILE.ipynb",
     help="Jupyter notebook with the outputs; written after each cell.",
 )
 @click.option("--no-run", is_flag=True, help="Convert the notebook to Jupyter's format without running it.")
-def main(notebook: Path, chosen: tuple[str, ...], out: Path, no_run: bool) -> None:
+def main(notebook: str, chosen: tuple[str, ...], out: str, no_run: bool) -> None:
     """Run every cell of NOTEBOOK, a file in Databricks' source format. Exits with 1 if a cell failed."""
     set_up_console()
     try:
@@ -219,10 +220,11 @@ def main(notebook: Path, chosen: tuple[str, ...], out: Path, no_run: bool) -> No
         raise click.ClickException(
             f"{error.name} is not installed. Type {install_extra('notebook')}"
         ) from error
-    if out.suffix != ".ipynb":  # never overwrite the source
+    source, target = Path(notebook), Path(out)
+    if target.suffix != ".ipynb":  # never overwrite the source
         raise click.UsageError(f"--out {out}: expected a name that ends with .ipynb")
     try:
-        cells = read_source(notebook.read_text(encoding="utf-8"))
+        cells = read_source(source.read_text(encoding="utf-8"))
     except (NotebookSourceError, UnicodeDecodeError) as error:
         raise click.UsageError(f"{notebook}: {error}") from error
     known = widget_names(cells)
@@ -233,8 +235,8 @@ def main(notebook: Path, chosen: tuple[str, ...], out: Path, no_run: bool) -> No
         )
     set_widgets(cells, dict(choice.partition("=")[::2] for choice in chosen))
     try:
-        out.absolute().parent.mkdir(parents=True, exist_ok=True)
-        write(cells, out)
+        target.absolute().parent.mkdir(parents=True, exist_ok=True)
+        write(cells, target)
     except OSError as error:
         raise click.UsageError(
             f"--out {out}: cannot be written ({error.strerror}). Name a file in a folder of your own"
@@ -242,7 +244,7 @@ def main(notebook: Path, chosen: tuple[str, ...], out: Path, no_run: bool) -> No
     if no_run:
         return
     try:
-        run(cells, notebook.absolute().parent, out)
+        run(cells, source.absolute().parent, target)
     except NotebookFailedError as error:
         print(f"{notebook}: {error}. The outputs are in {out}", file=sys.stderr)
         sys.exit(1)

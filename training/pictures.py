@@ -10,7 +10,7 @@ from typing import IO, Any
 import click
 
 from training.errors import printable
-from training.files import writable
+from training.files import expanded, writable
 
 # Persistent memory is blue, what ZeRO communicates green, what depends on the batch orange, the rest grey.
 COLOURS = {
@@ -37,7 +37,7 @@ class PictureFile(click.ParamType):
     name = "FILE.png"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
-        file = Path(value)
+        file = Path(expanded(value))
         if not self._is_writable(file):
             self.fail(
                 f"{value}: expected a file that ends in .png, .pdf or .svg, in a folder that exists and can be written",

@@ -12,30 +12,34 @@ import click
 
 from training.console import set_up_console
 from training.errors import PublishError
+from training.options.command_line import CheckedCommand, CollectedOption, PathName
 from training.storage.copy import publish
 
 
-@click.command()
+@click.command(cls=CheckedCommand)
 @click.option(
     "--model",
     "folder",
+    cls=CollectedOption,
     required=True,
-    type=click.Path(path_type=Path),
+    type=PathName("folder"),
     metavar="FOLDER",
     help="The --local-output-dir of a finished run.",
 )
 @click.option(
     "--to",
     "target",
+    cls=CollectedOption,
     required=True,
+    type=PathName("target"),
     metavar="TARGET",
     help="A new local folder, /dbfs/..., /Volumes/..., or a URL such as s3://bucket/folder.",
 )
-def main(folder: Path, target: str) -> None:
+def main(folder: str, target: str) -> None:
     """Copy a finished model to TARGET, or continue an interrupted copy."""
     set_up_console(logging.INFO)
     try:
-        publish(folder.expanduser(), target)
+        publish(Path(folder), target)
     except PublishError as error:
         print(f"Cannot publish: {error}", file=sys.stderr)
         sys.exit(2)

@@ -74,8 +74,12 @@ def test_invalid_values_are_reported_together_with_earlier_problems(flow: Any) -
     problems = ["one more"]
     parse(flow, "--epochs many --seed -1", problems)
     assert [problem.split()[0] for problem in problems] == ["one", "Invalid", "Invalid"]
-    with pytest.raises(OptionsError, match=r"one more\n.*No such option '--epoch'"):
-        parse(flow, "--epoch 3", ["one more"])
+    problems = ["one more"]
+    parse(flow, "--epoch 3 --lr fast", problems)
+    assert problems[1] == "No such option '--epoch'. Type --epochs"
+    assert len(problems) == 3
+    with pytest.raises(OptionsError, match=r"one more\n.*No closing quotation"):
+        parse(flow, "--epochs '3", ["one more"])
 
 
 def test_a_checkpoint_in_the_callers_folder_becomes_absolute_and_auto_stays(

@@ -227,8 +227,13 @@ def test_the_command_reports_in_one_line_why_it_cannot_answer(
 ) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"status": "running"}))
     for model, tokens, message in (
-        (tmp_path / "none", "20", "no tokenizer could be loaded"),
-        (300 * "x", "20", ""),
+        (
+            tmp_path / "none",
+            "20",
+            "none: no such folder. Name a folder with config.json, or a model on the Hub",
+        ),
+        (300 * "x", "20", "cannot be used (File name too long)"),
+        ("~nobody-here/x", "20", "there is no user 'nobody-here'"),
         (tmp_path, "20", "its training did not finish"),
         (answering_folder, "256", "Ask for fewer new tokens"),
     ):

@@ -219,8 +219,8 @@ RATES_BAD = ("x", "", "nan", "inf", "-inf", "1e999", "-1", "-1e-9", "1,5", "½",
 HUGE = "9" * 30
 # option -> (valid values, invalid values)
 VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "--input-model": (("demo", "gpt2", "Ä B", "a:b"), ("", " ", "a\udce4")),
-    "--training-dataset": (("demo", "tatsu-lab/alpaca", "Ä B.json", "x" * 300), ("", "\n", "a\udce4")),
+    "--input-model": (("demo", "gpt2", "a/b.c"), ("", " ", "a\udce4", "Ä B", "a:b", "/no/x", "~nobody-here/x", "https://x.y/z", "a\0b")),
+    "--training-dataset": (("demo", "tatsu-lab/alpaca", "Ä B.json"), ("", "\n", "a\udce4", "x" * 300, "s3://b/c.json")),
     "--max-length": (("8", "2048", HUGE), (*WHOLE_NUMBERS_BAD, "7", "0")),
     "--max-dropped-fraction": (("0", "1", "0.5", "1e-300"), (*RATES_BAD, "1.0001")),
     "--test-size": (("1", "٣", " 4 ", HUGE), (*WHOLE_NUMBERS_BAD, "0")),

@@ -322,7 +322,7 @@ def test_a_model_that_cannot_be_packed_is_planned_with_padded_rows_and_a_warning
          "1 row, but at least 2 are needed: one to train on and one to hold out"),
         (["--machine", "8xH100", "--model", "demo", "--training-dataset", "one.jsonl", "--dataset-split", "test"],
          "one.jsonl: is not on the Hub, so --dataset-split would be ignored. Leave it out"),
-        (["--machine", "8xH100", "--input-model", "/no/such/model"], "no model could be found"),
+        (["--machine", "8xH100", "--input-model", "/no/such/model"], "/no/such/model: no such folder"),
         (["--machine", "8xH100", "--input-model", "./negative"], "vocab_size is -1, expected 1 to"),
         (["--machine", "8xH100", "--input-model", "./t5"], "t5 model is not a causal language model"),
         (["--machine", "8xH100", "--batching", "padded", "--max-tokens-per-device", 9], "splits packed rows"),

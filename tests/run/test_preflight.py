@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,12 @@ import pytest
 from conftest import fake_gpus
 
 from tests.conftest import problems_of
-from training.errors import OptionsError
+from training.errors import OptionsError, printable
 from training.files import SCRATCH
 from training.options.deepspeed import read_json
 from training.options.trainer_options import TrainingOptions
+from training.run.start import find_start
+from training.storage import checkpoint
 
 BF16_JSON = "config/ds_z3_bf16_config.json"
 FP16_JSON = "config/ds_z3_fp16_offload_config.json"
@@ -292,7 +295,7 @@ def test_a_folder_that_cannot_exist_is_refused(
     monkeypatch.chdir(tmp_path)
     Path("loop").symlink_to("loop")
     [problem] = problems_of(options(tmp_path, **{option: folder}))
-    assert folder in problem
+    assert printable(folder) in problem
     assert "Name a folder of your own" in problem
 
 
@@ -305,6 +308,7 @@ def test_empty_values_and_names_that_are_not_utf8_are_refused(tmp_path: Path, op
         options(tmp_path, **{option: f"{tmp_path}/zeile\udce4"})
     )  # Latin-1 on a Linux disk
     assert problem.startswith(f"{flag} '{tmp_path}/zeile\\udce4': is not UTF-8")
+    (tmp_path / "Zeile-ä").mkdir()
     assert problems_of(options(tmp_path, **{option: f"{tmp_path}/Zeile-ä"})) == []
 
 
@@ -335,6 +339,31 @@ def test_an_output_folder_without_write_permission_is_refused(tmp_path: Path, be
     locked.mkdir(mode=0o500)
     [problem] = problems_of(options(tmp_path, local_output_dir=str(locked / below)))
     assert problem.startswith(f"--local-output-dir {locked / below}: cannot be written")
+
+
+def test_the_folder_of_a_run_is_answered_with_its_newest_complete_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "a run"
+    for step in (2, 10, 12):
+        (run / f"checkpoint-{step}").mkdir(parents=True)
+        if step < 12:  # the last one was cut off
+            checkpoint.write_manifest(run / f"checkpoint-{step}", None, [], {})
+    [problem] = problems_of(options(tmp_path, resume=str(run)))
+    newest = f"Type --resume '{run}/checkpoint-10', the newest complete checkpoint there"
+    assert problem == f"--resume {run}: is not the folder of a checkpoint. {newest}"
+    with pytest.raises(OptionsError, match=re.escape(f"it was not written to the end. {newest}")):
+        find_start(tmp_path / "out", options(tmp_path, resume=f"{run}/checkpoint-12"), {}, 20)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert problems_of(options(tmp_path, resume="~/a run/checkpoint-10")) == []
+    (run / "run.json").touch()
+    [problem] = problems_of(options(tmp_path, resume=str(run), local_output_dir=str(run)))
+    assert problem.endswith("Type --resume auto for the newest complete checkpoint")
+    (tmp_path / "other").mkdir()
+    [problem] = problems_of(options(tmp_path, resume=str(tmp_path / "other")))
+    assert "There is no complete checkpoint to continue from. Leave --resume out" in problem
+    [problem] = problems_of(options(tmp_path, resume="none"))
+    assert problem == "--resume none: no such folder. Type never, auto, or the folder of a checkpoint"
 
 
 def test_a_dangling_link_and_a_folder_below_proc_are_refused_as_output(

@@ -26,6 +26,7 @@ from training.machine.local import free_host_gib
 from training.model.loading import DTYPES
 from training.model.packing import packing_of
 from training.model.tokenizer import load_tokenizer
+from training.options.command_line import PathName
 from training.pictures import PictureFile
 from training.plan.model_shape import gptj_shape
 
@@ -168,6 +169,7 @@ def _memory_problems(choices: Choices) -> list[str]:
 @click.command()
 @click.option(
     "--training-dataset",
+    type=PathName("dataset"),
     default=DEMO,
     show_default=True,
     help="Dataset, as in the trainer's --training-dataset.",

@@ -19,7 +19,7 @@ from typing import Any
 
 from training.consts import INSTALLED, ROOT
 from training.errors import OptionsError, TrainingFailedError, install_extra
-from training.files import SCRATCH, nearest_existing
+from training.files import SCRATCH, expanded, nearest_existing
 from training.launch.exits import exit_meaning
 from training.launch.local import LAST_LINES, TRAINER
 from training.options.command_line import option_words
@@ -122,7 +122,7 @@ def spark_problems(
         value = str(options.get(name) or "")
         is_path = name.endswith("_dir") or value.startswith((".", "~")) or os.path.exists(value)
         if value and is_path and "://" not in value and not Path(value).is_absolute():
-            full = Path(value).expanduser().absolute()
+            full = Path(expanded(value)).absolute()
             problems.append(
                 f"{flag_of(name)} {value}: is a relative path, and the nodes have other working folders. Type {full}"
             )

@@ -52,7 +52,7 @@ def _link(family: str, device_name: str) -> str:
 
 def free_disk_gib(folder: str | Path) -> float:
     """Free space of the disk of `folder`, which need not exist; infinite if the disk does not report it."""
-    free = free_bytes(Path(folder).expanduser())
+    free = free_bytes(Path(folder))
     return math.inf if free is None else free / GIB
 
 

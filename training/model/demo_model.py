@@ -15,7 +15,7 @@ from training.consts import DEMO, ROOT
 from training.data.demo_rows import DEMO_SEED, Row, demo_rows
 from training.data.prompt import prompt_pieces, response_piece
 from training.errors import ModelError, first_line
-from training.files import fingerprint, write_folder
+from training.files import expanded, fingerprint, path_problem, write_folder
 
 # The model's files depend on these sources: an edit creates a new model.
 SOURCES = [Path(__file__), *(ROOT / "training" / "data" / name for name in ("demo_rows.py", "prompt.py"))]
@@ -75,9 +75,14 @@ def _train_bpe(rows: list[Row]) -> tuple[dict[str, int], list[tuple[str, str]]]:
 
 
 def model_folder(name: str) -> str:
-    """Returns `name`, or for "demo" the folder of the demo model, created on first use. Raises ModelError."""
+    """The name of a model on the Hub, or the path of a folder; for "demo" that of the demo model, created on first use.
+
+    Raises ModelError if there is no such folder, or if the demo model cannot be created.
+    """
     if name != DEMO:
-        return name
+        if problem := path_problem(name, "model"):
+            raise ModelError(f"{name}: {problem}")
+        return expanded(name)
     target = Path(HF_HOME) / "dolly" / f"demo-{fingerprint(*SOURCES, transformers_version)}"
     if not target.is_dir():
         try:

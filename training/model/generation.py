@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from training.consts import DEFAULT_SEED, MAX_NEW_TOKENS, RUN_FILE, SAMPLING
 from training.data.encoding import encode_prompts
 from training.data.prompt import RESPONSE_KEY
+from training.files import expanded
 from training.model.attention import use_packed_attention
 from training.model.loading import load_model, max_positions
 from training.model.tokenizer import generation_config, load_tokenizer
@@ -40,6 +41,7 @@ def load_model_tokenizer_for_generate(
     Defaults: half precision on a GPU, float32 on a CPU. Raises ModelError if one of them cannot be loaded, or if the
     training in this folder is not finished.
     """
+    path = expanded(path)
     if os.path.isfile(Path(path) / RUN_FILE):  # os.path.isfile returns False where Path.is_file could raise
         finished_run(Path(path))
     device = device or best_device()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from training.consts import RUN_FILE
 from training.errors import OptionsError
-from training.files import PARTIAL, SCRATCH, WRITER_FILES, local_path, mounted_store, writable
+from training.files import PARTIAL, SCRATCH, WRITER_FILES, local_path, mounted_store, path_problem, writable
 from training.options.trainer_options import SCHEDULES, TrainingOptions, flag_of, steps_between_samples
 
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -27,9 +27,10 @@ def option_problems(options: TrainingOptions) -> list[str]:
         if isinstance(value, str) and option.name not in ("deepspeed", "deepspeed_config"):
             if not value.strip():  # e.g. from an unset shell variable
                 problems.append(f"{flag} is empty. Give a value, or leave the option out")
-            elif not value.isascii() and value.encode(errors="replace").decode() != value:
+            elif not _is_utf8(value):
                 # Writing the model card, after training, would fail: it is UTF-8.
                 problems.append(f"{flag} {value!r}: is not UTF-8. Rename the file or folder")
+    problems += path_problems(options).values()
     if options.warmup_steps and not SCHEDULES[options.lr_scheduler_type].warms_up:
         problems.append(
             f"--lr-scheduler-type {options.lr_scheduler_type} has no warm-up, so --warmup-steps "
@@ -60,6 +61,22 @@ def option_problems(options: TrainingOptions) -> list[str]:
     return problems
 
 
+def path_problems(options: TrainingOptions) -> dict[str, str]:
+    """Problems of the paths of files and folders, by the name of the field. Files are not read."""
+    problems = {}
+    for option in fields(options):
+        kind, path = option.metadata.get("path"), getattr(options, option.name) or ""
+        if not kind or not path.strip() or not _is_utf8(path):  # reported above
+            continue
+        if problem := path_problem(path, kind):
+            problems[option.name] = f"{flag_of(option.name)} {path}: {problem}"
+    return problems
+
+
+def _is_utf8(text: str) -> bool:
+    return text.isascii() or text.encode(errors="replace").decode() == text
+
+
 # --- folders ------------------------------------------------------------------------------------------
 
 
@@ -88,10 +105,3 @@ def _has_files(folder: Path) -> bool:
     """Whether the folder has any files other than those of a start that was killed."""
     leftovers = (*WRITER_FILES, f"{RUN_FILE}{PARTIAL}")
     return any(file.name not in leftovers and not file.name.startswith(SCRATCH) for file in folder.iterdir())
-
-
-def resume_problems(options: TrainingOptions) -> list[str]:
-    """Whether --resume names a checkpoint folder that does not exist."""
-    if options.resume in ("never", "auto") or Path(options.resume).expanduser().is_dir():
-        return []
-    return [f"--resume {options.resume}: no such folder. Type never, auto, or the folder of a checkpoint"]

@@ -2,16 +2,95 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
 from typing import Any
 
 import click
 
+from training.files import PathKind, expanded, path_problem
+from training.options.other_names import advice_for
 from training.options.trainer_options import TrainingOptions, flag_of
 
 
-class GroupedCommand(click.Command):
+class PathName(click.ParamType):
+    """A file or folder, or what else the option may name (`files.path_problem`). The value is text with ~ expanded."""
+
+    def __init__(self, kind: PathKind) -> None:
+        self.kind, self.name = kind, kind
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if value.strip() and (problem := path_problem(value, self.kind)):
+            self.fail(f"{value}: {problem}", param, ctx)
+        return expanded(value)
+
+
+class CollectingCommand(click.Command):
+    """A command that stores unknown options and misplaced values, so that its callback reports all problems together."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.allow_extra_args = True
+        left, problems = list(args), ctx.meta.setdefault(__name__, [])
+        while (
+            True
+        ):  # click stops at the first problem of the words; it converts no value before they are parsed
+            try:
+                extra = super().parse_args(ctx, list(left))
+                break
+            except click.NoSuchOption as error:
+                typed = _remove(left, error.option_name, ctx, with_value=True)
+                problems.append(f"No such option '{typed}'. {advice_for(typed, self._flags(ctx))}")
+            except click.BadOptionUsage as error:
+                _remove(left, error.option_name, ctx, with_value=False)
+                problems.append(error.format_message())
+        problems += [_extra_problem(word, left, self._flags(ctx)) for word in extra]
+        return []
+
+    def _flags(self, ctx: click.Context) -> list[str]:
+        names = (name for option in self.get_params(ctx) for name in (*option.opts, *option.secondary_opts))
+        return [name for name in names if name.startswith("-")]
+
+
+def _remove(words: list[str], flag: str, ctx: click.Context, with_value: bool) -> str:
+    """Removes a flag from the words, and the value after it. Returns the flag as it was typed."""
+    normalize = ctx.token_normalize_func or str
+    for at, word in enumerate(words):
+        typed = word.split("=")[0]
+        prefix = typed[: len(typed) - len(typed.lstrip("-"))]
+        same = prefix + normalize(typed.lstrip("-")) == flag
+        if prefix and (same or (prefix == "-" and typed.startswith(flag))):  # click names -lr as -l
+            following = words[at + 1 : at + 2]
+            has_value = with_value and "=" not in word and following and not _is_flag(following[0])
+            del words[at : at + 1 + bool(has_value)]
+            return typed
+    raise AssertionError(f"click reported {flag}, which was not typed")
+
+
+def _is_flag(word: str) -> bool:
+    return word.startswith("-") and not re.fullmatch(r"-[0-9.]+(e-?[0-9]+)?", word)
+
+
+def _extra_problem(word: str, words: list[str], flags: list[str]) -> str:
+    """Why a word that is no option and no value of one is refused."""
+    before = words[words.index(word) - 1] if word in words[1:] else ""
+    if before in flags:
+        other = f"--no-{before[2:]}"
+        choices = f"{before} or {other}" if other in flags else f"{before} alone"
+        return f"{before} takes no value, but {word!r} follows it. Type {choices}"
+    return f"{word!r} belongs to no option. Put quotation marks around a value that has spaces"
+
+
+class CheckedCommand(CollectingCommand):
+    """A command whose callback runs only if every word and every value could be parsed."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        if problems := value_problems(ctx):
+            raise click.UsageError("\n".join(problems), ctx)
+        return super().invoke(ctx)
+
+
+class GroupedCommand(CollectingCommand):
     """A command whose --help lists the options by group."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
@@ -43,7 +122,7 @@ class CollectedOption(click.Option):
 
 
 def value_problems(ctx: click.Context) -> list[str]:
-    """Errors of the values on the command line: not a number, out of range, missing."""
+    """Problems of the command line: unknown options, and values that are missing, not a number or out of range."""
     return list(ctx.meta.get(__name__, []))
 
 
@@ -70,6 +149,8 @@ def some_click_options(*names: str, **defaults: Any) -> Callable[[Callable[..., 
 def _click_option(option: Field[Any], default: Any) -> Callable[..., Any]:
     settings = dict(option.metadata)
     settings.pop("group")
+    if kind := settings.pop("path", None):
+        settings["type"] = PathName(kind)
     flag = settings.pop("flag", flag_of(option.name))
     if option.type == "bool" and not option.default:
         settings |= {"is_flag": True, "show_default": False}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING, dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from fractions import Fraction
 from functools import partial
 from typing import Any
@@ -20,6 +20,7 @@ from training.consts import (
     SAMPLE_TOKENS,
 )
 from training.errors import OptionsError
+from training.files import expanded
 
 # Larger numbers are typing errors: ten years at 10,000 steps an hour are fewer than 10**9 steps.
 MAX_EPOCHS, MAX_STEPS = 10_000, 10**9
@@ -72,12 +73,16 @@ class TrainingOptions:
     """The options of `training.trainer`, one field per option. The command line is generated from these fields."""
 
     input_model: str = _data(
-        DEFAULT_INPUT_MODEL, f"Base model: a name on the Hub, a local folder, or '{DEMO}'.", metavar="MODEL"
+        DEFAULT_INPUT_MODEL,
+        f"Base model: a name on the Hub, a local folder, or '{DEMO}'.",
+        metavar="MODEL",
+        path="model",
     )
     training_dataset: str = _data(
         DEFAULT_TRAINING_DATASET,
         f"A name on the Hub, a .json, .jsonl, .csv or .parquet file, a folder of them, or '{DEMO}'.",
         metavar="DATASET",
+        path="dataset",
     )
     dataset_config: str | None = _data(
         None, "Configuration of a dataset on the Hub that has several.", metavar="NAME"
@@ -186,9 +191,10 @@ class TrainingOptions:
         is_flag=False,
         flag_value="",
         metavar="FILE",
+        path="file",
     )
     deepspeed_config: str | None = _devices(
-        None, "Same as --deepspeed; passed by Spark's launcher.", metavar="FILE"
+        None, "Same as --deepspeed; passed by Spark's launcher.", metavar="FILE", path="file"
     )
     local_rank: int = _devices(
         -1,
@@ -209,11 +215,13 @@ class TrainingOptions:
         "Folder for model, checkpoints and logs, on a local disk: a new one, or with --resume that of the run.",
         required=True,
         metavar="FOLDER",
+        path="output",
     )
     dbfs_output_dir: str | None = _output(
         None,
         "Copy the finished model to DBFS, a Volume, any folder, or a URL such as s3://bucket/folder.",
         metavar="TARGET",
+        path="target",
     )
     logging_steps: int = _output(10, "Steps between log lines.", type=click.IntRange(1), metavar="STEPS")
     eval_steps: int = _output(
@@ -225,6 +233,7 @@ class TrainingOptions:
         "file with one per line, or a .json or .jsonl file with instruction and input. The answers are greedy, at "
         f"most {SAMPLE_TOKENS} tokens long.",
         metavar="FILE",
+        path="file",
     )
     sample_every: str | None = _output(
         None,
@@ -238,6 +247,7 @@ class TrainingOptions:
         "never: start a new run. auto: continue from the newest complete checkpoint in --local-output-dir, if any. "
         "Or the folder of a checkpoint.",
         metavar="never|auto|FOLDER",
+        path="checkpoint",
     )
     force: bool = _output(
         False,
@@ -260,6 +270,12 @@ class TrainingOptions:
         "Register the finished model under this name (Unity Catalog: catalog.schema.model). Implies --mlflow.",
         metavar="NAME",
     )
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if "path" in option.metadata and isinstance(value, str):
+                object.__setattr__(self, option.name, expanded(value))
 
     @property
     def deepspeed_json(self) -> str | None:

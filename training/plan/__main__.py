@@ -25,7 +25,12 @@ from training.errors import DataError, MachineError, ModelError, OptionsError
 from training.machine.catalogue import MACHINES, find_machine
 from training.machine.local import this_machine
 from training.options.checks import option_problems
-from training.options.command_line import CollectedOption, some_click_options, value_problems
+from training.options.command_line import (
+    CollectedOption,
+    CollectingCommand,
+    some_click_options,
+    value_problems,
+)
 from training.options.deepspeed import read_json
 from training.options.deepspeed_checks import file_problems, precision_problems
 from training.options.trainer_options import TrainingOptions
@@ -44,7 +49,9 @@ def _long_name(word: str) -> str:
     return "input-model" if word == "model" else word
 
 
-@click.command(context_settings={"max_content_width": 110, "token_normalize_func": _long_name})
+@click.command(
+    cls=CollectingCommand, context_settings={"max_content_width": 110, "token_normalize_func": _long_name}
+)
 @_option(
     "--machine", metavar="NAME", help=f"Machine to plan for: {', '.join(MACHINES)}.  [default: this machine]"
 )
@@ -138,8 +145,6 @@ def _collect_errors(problems: list[str]) -> Iterator[None]:
         problems += error.problems
     except (MachineError, ModelError, DataError) as error:
         problems.append(str(error))
-    except RuntimeError as error:  # an unknown user in ~user
-        problems.append(f"--local-output-dir: {error} Name a folder of your own")
 
 
 if __name__ == "__main__":

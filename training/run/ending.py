@@ -28,6 +28,7 @@ from training.errors import (
     TrainingError,
     printable,
 )
+from training.files import expanded
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, LOST_PEER, REFUSED
 
 # Errors of a full or broken disk, which are no bugs of this code.
@@ -137,7 +138,7 @@ def exit_with_message(output: str | None, rank_timeout: int) -> Iterator[None]:
         _end(f"Training ended at {error}" if error.alone or ranks.is_main_process() else "", CANNOT_CONTINUE)
     except Interrupted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may send it again during shutdown
-        started = (Path(os.path.expanduser(output or "")) / RUN_FILE).exists()
+        started = (Path(expanded(output or "")) / RUN_FILE).exists()
         again = "with --resume auto" if started else "again"  # the command may hold --resume FOLDER
         _end(
             f"Stopped. To continue, type the same command {again}" if ranks.is_main_process() else "",

@@ -19,8 +19,9 @@ from training.machine.environment import version_problems
 from training.options import checks, deepspeed_checks
 from training.options.deepspeed import read_json
 from training.options.settings import Settings, resolve
-from training.options.trainer_options import TrainingOptions
+from training.options.trainer_options import TrainingOptions, flag_of
 from training.ranks import is_main_process, on_rank_0, ranks_on_this_host, world_size
+from training.storage import checkpoint
 from training.storage.target import target_problems
 from training.tracking.mlflow_server import tracking_problems
 
@@ -39,7 +40,10 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
     """
     problems, config = [*typing_errors, *checks.option_problems(options)], None
     settings: Settings | None = None
-    if options.deepspeed_json:
+    if options.deepspeed_json and not checks.path_problems(options).keys() & {
+        "deepspeed",
+        "deepspeed_config",
+    }:
         try:
             config = read_json(options.deepspeed_json)
         except OptionsError as error:
@@ -82,26 +86,39 @@ def destination_problems(options: TrainingOptions) -> list[str]:
         return problems
     if options.logs_to_mlflow:
         problems += tracking_problems("--mlflow-model-name", options.mlflow_model_name or None)
-    for flag, folder, find in (
-        ("--local-output-dir", options.local_output_dir, checks.output_problems),
-        ("--dbfs-output-dir", options.dbfs_output_dir, _publishing_problems),
-        ("--resume", options.resume, checks.resume_problems),
+    unusable = checks.path_problems(options)  # reported by option_problems
+    for name, find in (
+        ("local_output_dir", checks.output_problems),
+        ("dbfs_output_dir", _publishing_problems),
+        ("resume", _resume_problems),
     ):
-        if not (folder or "").strip():  # reported already, or not requested
+        folder = getattr(options, name) or ""
+        if name in unusable or not folder.strip():  # reported already, or not requested
             continue
         try:
             problems += find(options)
-        except (OSError, RuntimeError, ValueError) as error:
-            # a parent that cannot be entered, a name that is too long, ~nobody, circular links, a null byte
-            reason = error.strerror if isinstance(error, OSError) else error
-            problems.append(f"{flag} {folder}: cannot be written ({reason}). Name a folder of your own")
+        except OSError as error:  # a parent that cannot be entered
+            problems.append(
+                f"{flag_of(name)} {folder}: cannot be written ({error.strerror}). Name a folder of your own"
+            )
     return problems
+
+
+def _resume_problems(options: TrainingOptions) -> list[str]:
+    """A problem if --resume names no folder, or the folder of a run instead of a checkpoint's."""
+    if options.resume in ("never", "auto"):
+        return []
+    folder = Path(options.resume)
+    if not folder.is_dir():
+        return [f"--resume {folder}: no such folder. Type never, auto, or the folder of a checkpoint"]
+    if checkpoint.is_checkpoint(folder.resolve()):
+        return []
+    advice = checkpoint.resume_advice(folder, local_path(options.local_output_dir or ""))
+    return [f"--resume {folder}: is not the folder of a checkpoint. {advice}"]
 
 
 def _publishing_problems(options: TrainingOptions) -> list[str]:
     target, output = str(options.dbfs_output_dir), None
-    if "://" not in target:
-        local_path(target).resolve()  # raises for circular links
     with suppress(OSError, RuntimeError, ValueError):  # reported for --local-output-dir
         output = local_path(options.local_output_dir or "").resolve()
     return [f"--dbfs-output-dir {problem}" for problem in target_problems(target, output)]
@@ -119,6 +136,8 @@ def selection_problems(options: TrainingOptions) -> list[str]:
 def prompt_problems(options: TrainingOptions) -> list[str]:
     """Problems of the file of --sample-prompts. Only rank 0 reads it."""
     if not is_main_process() or not (options.sample_prompts or "").strip():
+        return []
+    if "sample_prompts" in checks.path_problems(options):
         return []
     try:
         read_prompts(str(options.sample_prompts))

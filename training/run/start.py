@@ -187,14 +187,12 @@ def _start_without_record(output: Path, options: TrainingOptions, named: Path | 
 
 def _named_checkpoint(resume: str, output: Path) -> Path:
     """The checkpoint that --resume names. Raises OptionsError if it is damaged or newer ones would be lost."""
-    named, output = Path(resume).expanduser().resolve(), output.resolve()
+    named, output = Path(resume).resolve(), output.resolve()
     problems = ["it is not a checkpoint"]
     if named in checkpoint.checkpoints(named.parent):
         problems = checkpoint.problems_of(named)
     if problems:
-        raise OptionsError(
-            f"--resume {resume}: {problems[0]}. Type --resume auto for the newest complete checkpoint"
-        )
+        raise OptionsError(f"--resume {resume}: {problems[0]}. {checkpoint.resume_advice(named, output)}")
     others = [folder for folder in checkpoint.checkpoints(output) if folder != named]
     record = read_run_record(output)
     same_run = (

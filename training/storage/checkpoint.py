@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import re
+import shlex
 import shutil
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -33,13 +34,28 @@ def step_of(checkpoint: Path) -> int:
 
 def checkpoints(output: Path) -> list[Path]:
     """The folders `checkpoint-<step>` of a run, complete or not, sorted by step."""
-    found = [f for f in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", f.name) and f.is_dir()]
-    return sorted(found, key=step_of)
+    return sorted(filter(is_checkpoint, output.glob("checkpoint-*")), key=step_of)
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether this is a folder `checkpoint-<step>`, complete or not."""
+    return bool(re.fullmatch(r"checkpoint-\d+", folder.name)) and folder.is_dir()
 
 
 def any_complete(output: Path) -> bool:
     """Whether a run has a checkpoint that was written to its end."""
     return any(map(read_manifest, checkpoints(output)))
+
+
+def resume_advice(named: Path, output: Path) -> str:
+    """What to type instead of --resume `named`, from which a run in `output` cannot continue."""
+    run = named if checkpoints(named) else named.parent
+    if run.resolve() == output.resolve():
+        return "Type --resume auto for the newest complete checkpoint"
+    complete = [folder for folder in checkpoints(run) if folder != named and read_manifest(folder)]
+    if complete:
+        return f"Type --resume {shlex.quote(str(complete[-1]))}, the newest complete checkpoint there"
+    return "There is no complete checkpoint to continue from. Leave --resume out to begin at step 0"
 
 
 def files_of(folder: Path) -> list[str]:

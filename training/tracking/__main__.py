@@ -12,30 +12,32 @@ import click
 
 from training.console import set_up_console
 from training.errors import TrackingError
+from training.options.command_line import CheckedCommand, CollectedOption, PathName
 from training.tracking.mlflow_model import log_finished
 from training.tracking.mlflow_server import tracking_problems
 
 
-@click.command()
+@click.command(cls=CheckedCommand)
 @click.option(
     "--model",
     "folder",
+    cls=CollectedOption,
     required=True,
-    type=click.Path(path_type=Path),
+    type=PathName("folder"),
     metavar="FOLDER",
     help="The --local-output-dir of a finished run, or a complete copy of it.",
 )
 @click.option(
     "--name", default=None, help="Register the model under this name; catalog.schema.model for Unity Catalog."
 )
-def main(folder: Path, name: str | None) -> None:
+def main(folder: str, name: str | None) -> None:
     """Log a finished model to the active MLflow tracking URI, or complete an interrupted attempt. Does not train."""
     set_up_console(logging.INFO)
     problems = tracking_problems("--name", name)
     try:
         if problems:
             raise TrackingError("\n".join(problems))
-        log_finished(folder.expanduser(), name)
+        log_finished(Path(folder), name)
     except TrackingError as error:
         print(f"Cannot log: {error}", file=sys.stderr)
         sys.exit(2)
