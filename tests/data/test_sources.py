@@ -83,7 +83,7 @@ JSON_FAULTS = {
         "line 1: broken JSON: Expecting ',' delimiter at column 134 in row 3",
     ),
     "a comma too many": (f"{ONE_LINE[:-1]},\n]", "line 2: broken JSON: Expecting value at column 1 in row 5"),
-    "a key twice in a list": ('[{"a": 1}, {"a": 1, "a": 2}]', "column 'a' appears twice in one row in row 2"),
+    "a key twice in a list": ('[{"a": 1}, {"a": 1, "a": 2}]', "column 'a' appears twice in row 2"),
     "a list and more": (f"{ONE_LINE}\n{ONE_LINE}]", "line 2: broken JSON: Extra data at column 1"),
     "a tab in a string": (
         LINES.replace("Say 1", "Say\t1"),
@@ -257,6 +257,7 @@ def test_numbers_and_booleans_are_read_as_their_text(tmp_path: Path) -> None:
         (pa.array([0.1, None], pa.float32()), ["0.1", ""]),
         (pa.array([True, False]), ["true", "false"]),
         (pa.array(["1", "2"]).dictionary_encode(), ["1", "2"]),
+        (pa.array([1, 2]).dictionary_encode(), ["1", "2"]),
     ):
         table = pa.table({"instruction": ["a", "b"], "output": values})
         pyarrow.parquet.write_table(table, tmp_path / "x.parquet")
@@ -497,6 +498,14 @@ def test_revision_configuration_and_split_of_a_hub_dataset_are_passed_on(
         split = arguments["split"]
         if split == "tset":
             raise ValueError("Unknown split \"tset\". Should be one of ['train', 'test'].")
+        if split == "two":
+            raise ValueError(
+                "Config name is missing. Please pick one among the available configs: ['en', 'fr']"
+            )
+        if split == "old":
+            raise datasets.exceptions.DatasetNotFoundError(
+                "Revision 'v9' doesn't exist for dataset 'a/b' on the Hub."
+            )
         data = datasets.Dataset.from_list(ROWS if split == "train" else ROWS[:2])
         data.info.splits = datasets.SplitDict.from_split_dict(
             {"train": {"name": "train"}, "test": {"name": "test"}}
@@ -510,8 +519,13 @@ def test_revision_configuration_and_split_of_a_hub_dataset_are_passed_on(
         assert ledger.rows_kept == kept
         assert ledger.not_read == [f"the splits {other!r}"]
     assert requests == [{"split": "train"}, {"name": "en", "split": "test", "revision": "v1"}]
-    with pytest.raises(DataError, match=r"one of \['train', 'test'\]..\. Choose one with --dataset-split"):
-        read_columns("a/b", {"split": "tset"})
+    for wrong, advice in (
+        ({"split": "tset"}, r"one of \['train', 'test'\]..\. Choose one with --dataset-split"),
+        ({"split": "two"}, r"available configs: \['en', 'fr'\]\)\. Choose one with --dataset-config"),
+        ({"split": "old"}, r"'v9' doesn't exist.*\. Choose one with --dataset-revision"),
+    ):
+        with pytest.raises(DataError, match=advice):
+            read_columns("a/b", wrong)
 
 
 def test_a_part_of_a_local_source_is_refused_because_it_would_be_ignored(

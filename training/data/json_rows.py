@@ -176,7 +176,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) < len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise DuplicateKeyError(f"column {repeated!r} appears twice in one row")
+        raise DuplicateKeyError(f"column {repeated!r} appears twice")
     return row
 
 

@@ -65,7 +65,8 @@ class Ledger:
         ]
         if self.files:
             names = list(self.files)
-            lines.append(f"  from {len(names):,} files: {names[0]}{f' to {names[-1]}' if names[1:] else ''}")
+            last = f" to {names[-1]}" if names[1:] else ""
+            lines.append(f"  from {len(names):,} file{'s' if last else ''}: {names[0]}{last}")
         if self.not_read:
             lines.append(f"  not read: {'; '.join(self.not_read)}")
         for reason, count in self.dropped.items():

@@ -239,10 +239,11 @@ def _read_hub(name: str, selection: Mapping[str, str]) -> tuple[list[Table], lis
         dataset = datasets.load_dataset(name, split=split, **arguments)
     except Exception as error:  # the Hub client raises a dozen unrelated types
         advice = f"Without network access, use a local {kinds} file or '{DEMO}'"
-        if isinstance(error, ValueError) and "split" in str(error).lower():
-            advice = "Choose one with --dataset-split"
-        elif isinstance(error, ValueError) and "config" in str(error).lower():
-            advice = "Choose one with --dataset-config"
+        if isinstance(error, ValueError | FileNotFoundError):  # not those of the network
+            for part in ("revision", "split", "config"):
+                if part in str(error).lower():
+                    advice = f"Choose one with --dataset-{part}"
+                    break
         raise DataError(
             f"{name}: not a local file, and could not be loaded from the Hub ({type(error).__name__}: {error}). "
             f"{advice}"
