@@ -10,17 +10,16 @@ It does not import torch at module level, because every task and every refresh o
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shlex
 import signal
 import socket
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 # In Metaflow's package all files lie in one folder.
@@ -30,7 +29,17 @@ from model_on_s3 import NO_METAFLOW, StoreError, push, root_problems
 
 try:
     import metaflow
-    from metaflow import Config, FlowSpec, IncludeFile, Parameter, config_expr, current, resources, step
+    from metaflow import (
+        Config,
+        FlowSpec,
+        IncludeFile,
+        JSONType,
+        Parameter,
+        config_expr,
+        current,
+        resources,
+        step,
+    )
     from metaflow.exception import MetaflowException
     from metaflow.metaflow_config import DATATOOLS_S3ROOT
 except ImportError:
@@ -38,11 +47,10 @@ except ImportError:
 
 import click
 import pod
+from flow_parameters import default_prompts, file_in_run, option, typed_names
 from gpu_profile import gpu_profile
 
 from training.consts import CONFIG, DEMO, INSTALLED, METRICS_FILE, ROOT, SAMPLE_INSTRUCTIONS, SAMPLES_FILE
-from training.data.demo_rows import demo_rows
-from training.data.formats import suffix_of
 from training.errors import DataError, MachineError, ModelError, OptionsError, TrainingFailedError
 from training.files import expanded, local_path, path_problem, write_file
 from training.launch.local import deepspeed_command, launch, shell_command
@@ -52,6 +60,7 @@ from training.options.checks import option_problems
 from training.options.command_line import GroupedCommand, click_options, option_words, value_problems
 from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions, flag_of
+from training.options.wording import FLOW, PARAMETERS, worded
 from training.plan.fit import Plan, plan_run
 from training.plan.presets import demo_options, preset_options
 from training.plan.request import model_of
@@ -64,11 +73,6 @@ from training.storage.record import finished_run
 # The package of an installed wheel has config/ inside, and the pins in its metadata.
 SOURCES = [ROOT / "training", *([] if INSTALLED else [CONFIG, ROOT / "requirements.txt"])]
 SUFFIXES = [".py", ".json", ".txt"]
-# The trainer's options that are parameters of the flow. All others go into --trainer-options.
-OPTIONS = (
-    "input_model", "training_dataset", "dataset_config", "dataset_split", "dataset_revision", "test_size", "epochs",
-    "max_steps", "lr", "seed", "sample_every",
-)  # fmt: skip
 
 
 class RunRefusedError(MetaflowException):
@@ -76,7 +80,7 @@ class RunRefusedError(MetaflowException):
 
     headline = "Cannot train"
 
-    def __init__(self, problems: list[str]):
+    def __init__(self, problems: Iterable[str]):
         super().__init__("\n" + "\n".join(f"  - {problem}" for problem in problems))
 
 
@@ -88,16 +92,6 @@ class StepFailedError(MetaflowException):
     def __init__(self, error: Exception):
         command = f"python flows/train_dolly_flow.py resume --origin-run-id {current.run_id}"
         super().__init__(f"{error}\nWhen the cause is fixed, type {command}")
-
-
-def option(name: str, default: str = "", parameter: Any = Parameter, **settings: Any) -> Any:
-    """A flow parameter for an option of the trainer, with its help. `default`: shown if the flow's default differs."""
-    known = TrainingOptions.__dataclass_fields__[name]
-    kinds: dict[str, Any] = {"int": {"type": int}, "float": {"type": float}}
-    kind = kinds.get(known.type.split()[0], {})  # the first of "int | None"
-    shown = default or known.default
-    note = "" if shown is None else f"  [default: {shown}]"
-    return parameter(flag_of(name)[2:], help=known.metadata["help"] + note, **kind, **settings)
 
 
 @metaflow.package_sources([str(source) for source in SOURCES], suffixes=SUFFIXES)
@@ -141,6 +135,12 @@ class TrainDollyFlow(FlowSpec):
     seed = option("seed")
     sample_prompts = option("sample_prompts", "Dolly's five", IncludeFile, is_text=False)
     sample_every = option("sample_every")
+    file_names = Parameter(
+        "file-names",
+        type=JSONType,
+        default=typed_names,
+        help="Names of --training-file and --sample-prompts in messages, in JSON.  [default: as they are typed]",
+    )
     local_training_root = Parameter(
         "local-training-root",
         help="Folder in which the run's folder is made. On a cluster use storage that all pods share, or a resume starts at step 0."
@@ -158,6 +158,7 @@ class TrainDollyFlow(FlowSpec):
     def start(self) -> None:
         """Checks options, rows and plan before a GPU is paid for."""
         remote = _is_remote()
+        self.names: dict[str, str] = {}  # of the user's files in the run's folder, as they were typed
         problems = root_problems()
         if remote and not (DATATOOLS_S3ROOT or self.dbfs_output_root or self.local_training_root):
             problems.append(
@@ -182,13 +183,13 @@ class TrainDollyFlow(FlowSpec):
             plan = self._plan(options, machine)
         except (DataError, MachineError, ModelError, OptionsError) as error:
             reasons = error.problems if isinstance(error, OptionsError) else [str(error)]
-            raise RunRefusedError(problems + reasons) from error
+            raise RunRefusedError(map(self._worded, problems + reasons)) from error
         if plan.problems and not options.force:
             problems += plan.problems
             if remote and (advice := pod.advice(plan, self.requested)):
                 problems.append(advice)
         if problems:
-            raise RunRefusedError(problems)
+            raise RunRefusedError(map(self._worded, problems))
         self.next(self.train)
 
     @gpu_profile(run_folder="output")
@@ -205,7 +206,7 @@ class TrainDollyFlow(FlowSpec):
         command = deepspeed_command(chosen, self.ranks)
         print(f"Running on {self.host}:\n  {shell_command(command)}", flush=True)
         try:
-            launch(command, self.cpu_ranks)
+            launch(command, self.cpu_ranks, FLOW)
         except TrainingFailedError as error:
             raise StepFailedError(error) from error
         finally:
@@ -240,30 +241,42 @@ class TrainDollyFlow(FlowSpec):
         chosen = preset_options(family, self.ranks)
         rows = {}
         if self.training_file is not None:
-            rows["training_dataset"] = f"{self.folder}/rows{suffix_of(self.training_file, '.csv')}"
+            rows["training_dataset"] = self._own_file("training_file", self.training_file)
         # The demo saves no checkpoints, but the flow must be able to resume it.
         dataset = rows.get("training_dataset", DEMO)
         chosen |= demo_options(self.ranks, dataset) | {"save_steps": 100} if demo else {"epochs": 1.0}
-        chosen |= {name: value for name in OPTIONS if (value := getattr(self, name)) is not None} | rows
-        self.prompts = self.sample_prompts or _default_prompts(demo)
-        chosen["sample_prompts"] = f"{self.folder}/prompts{suffix_of(self.prompts, '.txt')}"
+        chosen |= {name: value for name in PARAMETERS if (value := getattr(self, name)) is not None} | rows
+        self.prompts = default_prompts(demo) if self.sample_prompts is None else self.sample_prompts
+        chosen["sample_prompts"] = self._own_file("sample_prompts", self.prompts)
         target = self.dbfs_output_root  # an empty one is reported below
         chosen["dbfs_output_dir"] = target and f"{target.rstrip('/')}/{Path(self.folder).name}"
         words = option_words(chosen | {"local_output_dir": self.output, "resume": "auto"})
         options = _parse_options(words, self.trainer_options, problems)
         if options.local_output_dir != self.output:
             problems.append(
-                "--local-output-dir is set by the flow. Type --local-training-root to choose where its folder is made"
+                "--trainer-options '--local-output-dir ...': the flow chooses this folder. Type --local-training-root "
+                "to choose where it is made"
             )
         problems += option_problems(options)
         if not remote:  # a pod has a disk of its own
-            own = "--dbfs-output-root" if target else "--dbfs-output-dir"
-            for problem in destination_problems(options):  # renamed to the flow's parameters
-                problem = problem.replace("--local-output-dir", "--local-training-root")
-                problems.append(problem.replace("--dbfs-output-dir", own))
+            problems += destination_problems(options)
         if problems:
             raise OptionsError(*problems)
         return options
+
+    def _own_file(self, parameter: str, content: bytes) -> str:
+        """Path of a user's file in the run's folder. Messages call the file as it was typed."""
+        name = self.file_names.get(parameter)
+        path = file_in_run(self.folder, parameter, content, name)
+        self.names[path] = name or flag_of(parameter)
+        return path
+
+    def _worded(self, text: str) -> str:
+        """A message of the trainer in the flow's words."""
+        for path, name in self.names.items():
+            text = text.replace(path, name)
+        own_rows = self.training_file is not None and not self.training_dataset
+        return worded(text.replace("--training-dataset", "--training-file") if own_rows else text, FLOW)
 
     def _machine_problems(self, machine: Machine, family: str, remote: bool) -> list[str]:
         """Conflicts of the parameters with the machine or with each other."""
@@ -309,6 +322,7 @@ class TrainDollyFlow(FlowSpec):
         lengths = row_lengths(options.training_dataset, rows["length"][:], rows["response_start"][:])
         settings = resolve(options, self.ranks, FAMILIES[machine.family].precision)
         plan = plan_run(settings, lengths, model_of(options), machine)
+        ledger.source = self.names.get(ledger.source, ledger.source)
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)
         held_out = in_words(test_size, len(rows), options.test_size)
         print(f"{ledger}\n{held_out}\n\n{as_table(plan, price=None)}", flush=True)
@@ -318,9 +332,8 @@ class TrainDollyFlow(FlowSpec):
         """Writes the user's rows and prompts into the run's folder: each pod has its own disk."""
         for name, content in (("sample_prompts", self.prompts), ("training_dataset", self.training_file)):
             file = Path(self.options[name])
-            if content is not None and file.parent == Path(
-                self.folder
-            ):  # not a file named in --trainer-options
+            # not a file named in --trainer-options
+            if content is not None and file.is_relative_to(self.folder):
                 file.parent.mkdir(parents=True, exist_ok=True)
                 write_file(file, content)
 
@@ -352,15 +365,6 @@ def _runs_folder(root: str | None) -> Path:
     if problem := path_problem(folder, "output"):
         raise OptionsError(f"--local-training-root {root}: {problem}")
     return Path(folder).absolute()
-
-
-def _default_prompts(demo: bool) -> bytes:
-    """The default sample prompts: Dolly's five, or some of the demo's rows."""
-    prompts = [{"instruction": instruction} for instruction in SAMPLE_INSTRUCTIONS]
-    if demo:
-        rows = demo_rows()
-        prompts = [{key: row[key] for key in ("instruction", "input")} for row in rows[:: len(rows) // 5]]
-    return json.dumps(prompts).encode()
 
 
 def _parse_options(words: list[str], more: str, problems: list[str]) -> TrainingOptions:

@@ -18,6 +18,7 @@ from training.errors import MachineError, OptionsError, RunRefusedError, Unfinis
 from training.files import DBFS, PathKind, expanded, local_path, path_problem
 from training.machine.catalogue import FAMILIES, Machine
 from training.options.trainer_options import TrainingOptions
+from training.options.wording import NOTEBOOK, worded
 from training.plan.presets import DEMO_RECIPE, preset_options
 from training.run.preflight import destination_problems
 
@@ -157,7 +158,7 @@ def find_machine(choices: Choices) -> Machine:
     try:
         machine = this_machine(choices.output, choices.num_gpus)
     except MachineError as error:
-        raise RunRefusedError(f"num_gpus {choices.num_gpus}: {error}. Leave it empty for all") from error
+        raise RunRefusedError(worded(f"{error}. Leave it empty for all", NOTEBOOK)) from error
     if machine.is_cpu and choices.gpu_family != "cpu":
         raise RunRefusedError(
             f"gpu_family {choices.gpu_family}: this machine has no GPU. Attach the notebook to a machine with GPUs "
@@ -190,7 +191,7 @@ def check_plan(
             return "", problems + error.problems
         # The training cell prints the command.
         table = as_table(plan, None).removesuffix(f"\n  {plan.command}")
-        return table, problems + plan.problems
+        return table, problems + ([] if planned.force else plan.problems)
 
     try:
         table, problems = plan_of(recipe)
@@ -202,8 +203,10 @@ def check_plan(
                 problems.append(f"In this notebook: choose gpu_family {name}, which fits")
                 break
     except (DataError, ModelError) as error:
-        raise RunRefusedError(str(error)) from error
-    raise RunRefusedError("\n".join([table, "", *problems]).strip())
+        raise RunRefusedError(worded(str(error), NOTEBOOK)) from error
+    raise RunRefusedError(
+        "\n".join([table, "", *(worded(problem, NOTEBOOK) for problem in problems)]).strip()
+    )
 
 
 def resume_advice(choices: Choices) -> str:
@@ -244,8 +247,9 @@ def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, str]]
         test_size = held_out_size(run.test_size, len(rows), recorded)
         columns = read_columns(run.training_dataset, run.dataset_selection)
     except (DataError, ModelError) as error:
-        raise RunRefusedError(str(error)) from error
-    print(f"{ledger}\n{in_words(test_size, len(rows), run.test_size, recorded)}")
+        raise RunRefusedError(worded(str(error), NOTEBOOK)) from error
+    print(ledger)
+    print(worded(in_words(test_size, len(rows), run.test_size, recorded), NOTEBOOK))
     numbers = split_held_out(rows, test_size, run.seed)[1]["row"][:count]
     return [
         {key: getattr(columns, key)[number - 1] for key in ("instruction", "input", "output")}

@@ -108,6 +108,7 @@ if choices.test_size:
     options["test_size"] = choices.test_size
 if choices.mlflow_model_name:
     options["mlflow_model_name"] = choices.mlflow_model_name
+# Any other option of the trainer is a line here, such as options["save_steps"] = 50
 print(cells.check_plan(options, recipe, ranks, machine, choices.gpu_family))
 
 # COMMAND ----------
@@ -148,18 +149,19 @@ options["sample_prompts"] = cells.write_prompts(choices, prompts)
 
 from training.errors import OptionsError, RunRefusedError, TrainingFailedError
 from training.launch.local import deepspeed_command, launch, shell_command
+from training.options.wording import NOTEBOOK, worded
 
 try:
     if choices.num_nodes > 1:
         from training.launch.spark import launch_on_spark
 
-        launch_on_spark(recipe | options, choices.num_nodes, num_gpus, use_gpu=not machine.is_cpu)
+        launch_on_spark(recipe | options, choices.num_nodes, num_gpus, not machine.is_cpu, NOTEBOOK)
     else:
         command = deepspeed_command(recipe | options, num_gpus)
         print(shell_command(command), flush=True)
-        launch(command, cpu_ranks=num_gpus if machine.is_cpu else 0)
+        launch(command, num_gpus if machine.is_cpu else 0, NOTEBOOK)
 except OptionsError as error:  # the cluster cannot train
-    raise RunRefusedError(f"Cannot train:\n{error}") from error
+    raise RunRefusedError(worded(f"Cannot train:\n{error}", NOTEBOOK)) from error
 except TrainingFailedError as error:
     error.add_note(cells.resume_advice(choices))
     raise

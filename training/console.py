@@ -5,24 +5,33 @@ from __future__ import annotations
 import io
 import logging
 import sys
+from collections.abc import Callable
 
 from training.errors import printable
 
 
-class _Formatter(logging.Formatter):
+class MessageFormatter(logging.Formatter):
+    """Messages alone, printable. `worded` rewords warnings; other lines may show the user's rows, which stay."""
+
+    def __init__(self, worded: Callable[[str], str] = str):
+        super().__init__("%(message)s")
+        self.worded = worded
+
     def format(self, record: logging.LogRecord) -> str:
-        return printable(super().format(record))
+        text = super().format(record)
+        return printable(self.worded(text) if record.levelno >= logging.WARNING else text)
 
 
-def set_up_console(level: int | None = None) -> None:
+def set_up_console(level: int | None = None, worded: Callable[[str], str] = str) -> None:
     """Each command calls it first. Log messages are printable, also those of libraries.
 
     With a level they go to stdout; without, only warnings are shown, on stderr, because stdout holds the answer.
-    A terminal that knows only ASCII gets other characters as escapes such as \\xab, instead of a UnicodeEncodeError.
+    `worded` puts the advice of warnings into other words. A terminal that knows only ASCII gets other characters as
+    escapes such as \\xab, instead of a UnicodeEncodeError.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     handler = logging.StreamHandler(sys.stderr if level is None else sys.stdout)
-    handler.setFormatter(_Formatter("%(message)s"))
+    handler.setFormatter(MessageFormatter(worded))
     logging.basicConfig(level=level or logging.WARNING, handlers=[handler])

@@ -9,13 +9,15 @@ whole recipe. This module does not import torch, so that errors in the options a
 
 from __future__ import annotations
 
+import importlib
 import logging
 from typing import Any
 
 from training.launch.supervisor import supervise
 
 if __name__ == "__main__":
-    supervise()  # before the imports below, which the small supervisor process does not need
+    # Before the imports below, which the small supervisor process needs only to report a rank that died.
+    supervise(lambda text: importlib.import_module("training.options.wording").worded(text))
     # The launcher has already logged this; every rank would log it again when it imports DeepSpeed.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
 
@@ -27,8 +29,10 @@ from training.errors import Interrupted
 from training.launch.exits import run_and_exit
 from training.options.command_line import GroupedCommand, click_options, value_problems
 from training.options.trainer_options import TrainingOptions
+from training.options.wording import worded
 from training.run import preflight
-from training.run.ending import StopRequest, exit_with_message
+from training.run.ending import exit_with_message
+from training.run.failures import StopRequest
 
 logger = logging.getLogger("training")
 
@@ -70,7 +74,7 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
 def main(ctx: click.Context, **values: Any) -> None:
     """Fine-tune a causal language model to follow instructions. The defaults are those of Dolly v1."""
     main_process = ranks.is_main_process()
-    set_up_console(logging.WARNING if main_process else logging.ERROR)
+    set_up_console(logging.WARNING if main_process else logging.ERROR, worded)
     if main_process:  # other loggers stay at WARNING: setuptools logs its gcc commands
         logger.setLevel(logging.INFO)
     with exit_with_message(values["local_output_dir"], values["rank_timeout"]):

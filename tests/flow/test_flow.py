@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -218,7 +219,7 @@ def test_all_problems_are_reported_together_before_training(metaflow: Metaflow, 
         "--gpu-family a10: this machine has no GPU. Type --gpu-family cpu",
         "--training-file and --training-dataset: give only one of them",
         "--epochs nan: expected a finite number",
-        "--warmup-steps 5 would be ignored",
+        "--trainer-options '--warmup-steps 5' would be ignored",
         "--local-training-root /proc/runs/",
     ):
         assert problem in output, output
@@ -364,14 +365,24 @@ def in_a_pod(s3_server: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 @pytest.mark.slow
 def test_own_rows_are_read_by_file_name_and_by_content(metaflow: Metaflow, tmp_path: Path) -> None:
-    """A --test-size of more than half of the rows ends the run in `start` and shows that the rows were read."""
+    """Refusals end the run in `start`, show that the rows were read, and name rows and options as they were typed."""
     (tmp_path / "own.csv").write_text("instruction,output\n" + "Say a.,a\n" * 30)
-    words = ["run", "--gpu-family", "cpu", "--input-model", "demo", "--trainer-options", "--test-size 40"]
-    for source in (["--training-dataset", "own.csv"], ["--training-file", "own.csv"]):
-        code, output = metaflow.run(*words, *source)
+    words = ["run", "--gpu-family", "cpu", "--input-model", "demo"]
+    for more, problem in (
+        (
+            ["--training-dataset", "own.csv", "--test-size", "40"],
+            "- --test-size 40 is more than half of the 30 rows. Type --test-size 3,",
+        ),
+        (
+            ["--training-file", "own.csv", "--trainer-options", "--max-length 9"],
+            "Correct the rows, raise --trainer-options '--max-length'",
+        ),
+    ):
+        code, output = metaflow.run(*words, *more)
         assert code == 1
-        assert "--test-size 40 is more than half of the 30 rows. Type --test-size 3," in output, output
-    kept = next((tmp_path / "dolly_training").glob("*/rows.csv"))
+        assert problem in output, output
+    assert " own.csv: 30 rows read" in output, "not the name of the copy"
+    kept = next((tmp_path / "dolly_training").glob("*/rows/own.csv"))
     assert kept.read_bytes() == (tmp_path / "own.csv").read_bytes()
     assert json.loads(next((tmp_path / "dolly_training").glob("*/prompts.json")).read_text())
 
@@ -458,6 +469,7 @@ def test_a_killed_run_is_resumed_to_the_same_weights_and_pushed_once_a_bucket_ex
     output += process.communicate(timeout=300)[0]
     assert process.returncode == 1
     assert "Training ended with exit code" in output
+    assert re.search(r"Rank \d ended: killed.* Continue with resume instead of run", output), output
     assert "resume --origin-run-id" in output
     model = next((tmp_path / "dolly_training").glob("*/model"))
     assert (model / "checkpoint-3" / "manifest.json").exists()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +23,15 @@ def flow(monkeypatch: pytest.MonkeyPatch) -> Any:
     import train_dolly_flow
 
     return train_dolly_flow
+
+
+def stand_in(flow: Any, **typed: Any) -> Any:
+    """A run of the flow with these parameters, whose machine has no problems."""
+    nothing = dict.fromkeys((*flow.PARAMETERS, "sample_prompts", "training_file", "dbfs_output_root"))
+    run = SimpleNamespace(**nothing | {"trainer_options": "", "file_names": {}, "names": {}} | typed)
+    run._machine_problems = lambda *of: []
+    run._own_file = partial(flow.TrainDollyFlow._own_file, run)
+    return run
 
 
 def parse(flow: Any, more: str, problems: list[str]) -> TrainingOptions:
@@ -63,10 +74,8 @@ def test_a_parameter_has_the_type_and_the_help_of_its_option(
 def test_the_demos_number_of_held_out_rows_is_for_the_demos_rows(
     flow: Any, tmp_path: Path, typed: dict[str, Any], test_size: int | None
 ) -> None:
-    nothing = dict.fromkeys((*flow.OPTIONS, "sample_prompts", "training_file", "dbfs_output_root"))
-    own = {"gpu_family": "cpu", "trainer_options": "", "ranks": 2, "folder": str(tmp_path / "run")}
-    run = SimpleNamespace(**{**nothing, **own, "output": f"{tmp_path}/run/model", **typed})
-    run._machine_problems = lambda *of: []
+    run = stand_in(flow, **{"gpu_family": "cpu", "ranks": 2, "folder": str(tmp_path / "run")} | typed)
+    run.output = f"{tmp_path}/run/model"
     assert flow.TrainDollyFlow._options(run, find_machine("8xA100-40GB"), True).test_size == test_size
 
 
@@ -90,3 +99,25 @@ def test_a_checkpoint_in_the_callers_folder_becomes_absolute_and_auto_stays(
         (tmp_path / folder).mkdir()
     assert parse(flow, "", []).resume == "auto"
     assert parse(flow, "--resume checkpoint-3", []).resume == str(tmp_path / "checkpoint-3")
+
+
+@pytest.mark.parametrize(
+    "words", [["--training-file", "my/own.json"], ["--training-file=my/own.json", "--lr", "1"]]
+)
+def test_own_rows_keep_their_suffix_and_are_called_as_they_were_typed(
+    flow: Any, monkeypatch: pytest.MonkeyPatch, words: list[str]
+) -> None:
+    monkeypatch.setattr("sys.argv", ["flow.py", "run", *words])
+    names = json.loads(flow.typed_names())
+    assert names == {"training_file": "my/own.json"}
+    content = b"// a comment"
+    run = stand_in(flow, folder="/root/run", file_names=names, training_file=content)
+    assert flow.file_in_run("/run", "training_file", b'{"a": 1}', None) == "/run/rows.json", (
+        "no name is known"
+    )
+    path = run._own_file("training_file", content)
+    assert path == "/root/run/rows/own.json", "with this suffix the comment is not taken for CSV"
+    problem = f"{path}, line 1: broken. Or name another --training-dataset with --max-length 9"
+    assert flow.TrainDollyFlow._worded(run, problem) == (
+        "my/own.json, line 1: broken. Or name another --training-file with --trainer-options '--max-length 9'"
+    )

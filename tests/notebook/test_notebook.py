@@ -258,6 +258,11 @@ def test_dollys_run_fits_on_eight_a100s() -> None:
     )
     assert "= 64 a step" in table
     assert table.splitlines()[-1].startswith("FITS, with")
+    line = dolly(
+        per_device_train_batch_size=4
+    )  # as a line of the cell, it counts more than the family's recipe
+    table = cell_functions.check_plan(line, preset_options("a100", 8), 8, find_machine("8xA100-40GB"), "a100")
+    assert "4 rows a device x 8 x 1 = 32 a step" in table
 
 
 def test_a_gpu_family_that_does_not_fit_is_refused_with_numbers_and_one_that_fits() -> None:
@@ -279,10 +284,11 @@ def test_problems_of_output_folder_and_mlflow_are_reported_with_the_plan(
     wrong = dolly(local_output_dir="/dbfs/x/dolly__a", mlflow_model_name="a/b")
     with pytest.raises(errors.RunRefusedError) as refused:
         cell_functions.check_plan(wrong, preset_options("a100", 8), 8, find_machine("8xA100-40GB"), "a100")
-    assert "--local-output-dir /dbfs/x/dolly__a: DBFS and Volumes do not support random writes" in str(
-        refused.value
+    message = (
+        "/dbfs/x/dolly__a in the widget local_training_root: DBFS and Volumes do not support random writes"
     )
-    assert "--mlflow-model-name 'a/b': expected one word" in str(refused.value)
+    assert message in str(refused.value)
+    assert "'a/b' in the widget mlflow_model_name: expected one word" in str(refused.value)
 
 
 def test_a_gpu_family_is_refused_on_a_machine_without_gpus(tmp_path: Path) -> None:
@@ -333,7 +339,9 @@ def test_rows_are_held_out_by_the_trainers_rule_by_the_widget_or_as_before_a_res
     assert "30 of 300 rows are held out" in capsys.readouterr().out
     assert prepared()[1] == DEMO_RECIPE["test_size"]
     assert prepared(training_dataset=own, test_size="50")[1] == 50
-    with pytest.raises(errors.RunRefusedError, match="200 is more than half of the 300 rows"):
+    with pytest.raises(
+        errors.RunRefusedError, match="200 in the widget test_size is more than half of the 300 rows"
+    ):
         prepared(training_dataset=own, test_size="200")
     (tmp_path / "dolly__a").mkdir()
     record = {"status": "finished", "options": {"test_size": 200}}

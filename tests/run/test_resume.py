@@ -28,7 +28,7 @@ from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.run import prepare, resume, steps
 from training.run.completion_trainer import CompletionTrainer
-from training.run.ending import StopRequest
+from training.run.failures import StopRequest
 from training.run.identity import new_record
 from training.run.resume import apply_rates, reshard, separate_step_counts
 from training.run.start import Start, find_start

@@ -32,7 +32,7 @@ from training.launch.exits import CANNOT_CONTINUE
 from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions
 from training.run import completion_trainer, finish, saving, steps
-from training.run.ending import StopRequest, default_sigterm, lost_peer, timed_out
+from training.run.failures import StopRequest, default_sigterm, lost_peer, timed_out
 from training.run.step_guard import OVERFLOWS_IN_A_ROW, StepGuard
 from training.storage import checkpoint
 from training.trainer import train

@@ -20,6 +20,7 @@ from training.consts import INSTALLED, ROOT
 from training.errors import TrainingFailedError
 from training.launch.exits import exit_meaning, oom_kills
 from training.options.command_line import option_words
+from training.options.wording import COMMAND, worded
 
 LAST_LINES = 20
 LAST_WIDTH = 400  # longest repeated line, in characters: one line of DeepSpeed's contains the whole command
@@ -64,19 +65,20 @@ def shell_command(command: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
+def launch(command: Sequence[str], cpu_ranks: int = 0, typed: str | None = None) -> None:
     """Runs the command and shows each line as it is printed. Raises TrainingFailedError if its exit code is not 0.
 
     The command runs in the repository's folder, where it finds the package, so paths of data and outputs must be
     absolute. After Ctrl-C, or a notebook's Interrupt, it finishes its step and saves; a second one kills it.
 
-    `cpu_ranks` is the number of ranks that share this machine's cores; 0 if they use GPUs.
+    `cpu_ranks` is the number of ranks that share this machine's cores; 0 if they use GPUs. `typed` is the command that
+    a person typed: advice is in its words (options/wording.py).
     """
     kills_before = oom_kills()
     last: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
     process = subprocess.Popen(
         [sys.executable, "-c", _STARTER, *command],
-        env=launch_environment(cpu_ranks),
+        env=launch_environment(cpu_ranks) | ({COMMAND: typed} if typed else {}),
         cwd=None if INSTALLED else ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -103,7 +105,7 @@ def launch(command: Sequence[str], cpu_ranks: int = 0) -> None:
         out_of_memory = None if kills_before is None or kills is None else kills > kills_before
         meaning = "interrupted" if interrupted else exit_meaning(code, out_of_memory)
         raise TrainingFailedError(
-            f"Training ended with exit code {code}: {meaning}\nIts last lines:\n{''.join(last).rstrip()}",
+            f"Training ended with exit code {code}: {worded(meaning, typed)}\nIts last lines:\n{''.join(last).rstrip()}",
             code,
         )
 

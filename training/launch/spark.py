@@ -25,6 +25,7 @@ from training.launch.local import LAST_LINES, TRAINER
 from training.options.command_line import option_words
 from training.options.deepspeed import read_json
 from training.options.trainer_options import flag_of
+from training.options.wording import worded
 
 FIRST_WORKER_WAIT = 120.0  # seconds to wait for the first worker of a new cluster
 NEXT_WORKER_WAIT = 15.0  # seconds to wait for each further worker
@@ -33,7 +34,11 @@ IGNORE_TLS = "deepspeed.spark.distributor.ignoreSsl"
 
 
 def launch_on_spark(
-    options: Mapping[str, Any], num_nodes: int, gpus_per_node: int, use_gpu: bool = True
+    options: Mapping[str, Any],
+    num_nodes: int,
+    gpus_per_node: int,
+    use_gpu: bool = True,
+    typed: str | None = None,
 ) -> None:
     """Trains with `options` (names of TrainingOptions) on `num_nodes` x `gpus_per_node` ranks of the cluster.
 
@@ -42,6 +47,7 @@ def launch_on_spark(
 
     Args:
         use_gpu: False trains on `gpus_per_node` CPU ranks per node, as for the demo.
+        typed: the command that a person typed: the advice of the errors is in its words (options/wording.py).
 
     Raises:
         OptionsError: before training starts, with every problem of options and cluster.
@@ -72,14 +78,15 @@ def launch_on_spark(
             deepspeedConfig=_deepspeed_config(options),
         )
         words = option_words({name: value for name, value in options.items() if name != "deepspeed"})
-        _run_in_thread(session, partial(distributor.run, "-m", TRAINER, *words))
+        _run_in_thread(session, partial(distributor.run, "-m", TRAINER, *words), typed)
     except OptionsError:
         raise
     except Exception as error:  # from Py4J, PySpark or Spark Connect: the rank's output inside pages of Java
-        raise training_failure(str(error)) from None
+        failure = training_failure(str(error))
+        raise TrainingFailedError(worded(str(failure), typed), failure.code) from None
 
 
-def _run_in_thread(session: Any, job: Callable[[], Any]) -> None:
+def _run_in_thread(session: Any, job: Callable[[], Any], typed: str | None) -> None:
     """Runs a Spark job in its own thread. In the main thread an interrupt could break the connection to Spark in the
     middle of a reply, and the job could no longer be cancelled."""
     group = f"dolly-{uuid.uuid4().hex}"
@@ -94,10 +101,8 @@ def _run_in_thread(session: Any, job: Callable[[], Any]) -> None:
         try:
             running.result()
         except KeyboardInterrupt:
-            print(
-                "Interrupted. The ranks have 30 seconds to finish their step and save. Continue with resume auto",
-                flush=True,
-            )
+            text = "Interrupted. The ranks have 30 seconds to finish their step and save. Continue with --resume auto"
+            print(worded(text, typed), flush=True)
             with suppress(Exception):
                 session.sparkContext.cancelJobGroup(group)
             raise
@@ -260,7 +265,7 @@ def training_failure(text: str) -> TrainingFailedError:
     _, separator, output = text.partition("included below: ")
     if not separator:  # no rank failed: a node was lost, or the job was cancelled
         reason = " ".join(_JAVA.split(text)[0].split())
-        return TrainingFailedError(f"Spark ended the training: {reason}\nContinue with resume auto")
+        return TrainingFailedError(f"Spark ended the training: {reason}\nContinue with --resume auto")
     output = _JAVA.split(output)[0]
     code = int(match[1]) if (match := re.search(r"^\s*exitcode\s*: (-?\d+)", output, re.MULTILINE)) else 1
     last = "\n".join(_TORCHRUN.split(output)[0].rstrip().splitlines()[-LAST_LINES:])

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import IO
@@ -31,8 +32,11 @@ REPORT_HANG_AFTER = 25  # seconds after SIGTERM until a rank that hangs is repor
 EXPECTED_EXITS = (0, REFUSED, CANNOT_CONTINUE, INTERRUPTED, LOST_PEER)  # the rank has reported the reason
 
 
-def supervise() -> None:
-    """In the process that a launcher or a user starts: runs the rank as a child and exits. In the rank: returns."""
+def supervise(worded: Callable[[str], str] = str) -> None:
+    """In the process that a launcher or a user starts: runs the rank as a child and exits. In the rank: returns.
+
+    `worded` puts the advice of an exit code into the words of the command that was typed.
+    """
     if SUPERVISED in os.environ:
         return
     rank = os.environ.get("RANK", "0")
@@ -70,7 +74,7 @@ def supervise() -> None:
         if rank == "0":
             _write("Stopped before training started. To train, type the same command again\n")
     if code not in EXPECTED_EXITS:
-        _report(f"Rank {rank} ended: {exit_meaning(code)}", last)
+        _report(worded(f"Rank {rank} ended: {exit_meaning(code)}"), last)
     # Shells and launchers expect 128 + n for signal n.
     os._exit(128 - code if code < 0 else code)
 

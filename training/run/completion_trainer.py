@@ -20,7 +20,7 @@ from training.machine.flops import layer_tokens, model_parameters, training_flop
 from training.machine.local import peak_memory_gib
 from training.options.settings import Batching
 from training.run import saving
-from training.run.ending import StopRequest
+from training.run.failures import StopRequest
 from training.run.step_guard import StepGuard, describe_bad_base
 
 

@@ -26,8 +26,9 @@ from training.model.tokenizer import load_tokenizer, saved_form
 from training.model.trial import try_model
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
+from training.options.wording import worded
 from training.ranks import gather, on_rank_0
-from training.run.ending import default_sigterm
+from training.run.failures import default_sigterm
 from training.run.identity import recorded_test_size
 from training.run.operators import compile_operators
 
@@ -67,7 +68,7 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     row = train_rows[0]
     sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
     logger.info("%s", ledger)
-    logger.info("%s", in_words(test_size, len(rows), options.test_size, recorded))
+    logger.info("%s", worded(in_words(test_size, len(rows), options.test_size, recorded)))
     logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
     prepared = Prepared(args, tokenizer, train_rows, held_out_rows, ledger, packing)
     return settings.with_test_size(test_size), prepared

@@ -19,7 +19,7 @@ from training.files import free_bytes, size_in_words, write_json
 from training.model.tokenizer import generation_config
 from training.model.verify import not_finite, save_model
 from training.ranks import gather, raise_together
-from training.run.ending import lost_peer
+from training.run.failures import lost_peer
 from training.storage import checkpoint
 from training.tracking.progress import print_line
 

@@ -16,7 +16,7 @@ from transformers import (
 
 from training.errors import TrainingError
 from training.ranks import gather
-from training.run.ending import StopRequest
+from training.run.failures import StopRequest
 
 # Limit of consecutive fp16 steps that are skipped for an overflow. Each halves the loss scale of 2^16 (with DeepSpeed
 # not the first), so the scale is about 1 by then and cannot be the cause.

@@ -22,7 +22,7 @@ from training.options.settings import Settings
 from training.options.trainer_options import steps_between_samples
 from training.ranks import on_rank_0
 from training.run.completion_trainer import CompletionTrainer
-from training.run.ending import StopRequest, lost_peer, out_of_memory
+from training.run.failures import StopRequest, lost_peer, out_of_memory
 from training.run.resume import RestoreOnResume
 from training.run.start import Start
 from training.run.step_guard import AT_MINIMUM

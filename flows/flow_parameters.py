@@ -1,0 +1,54 @@
+"""Parameters of the flow: options of the trainer, and the user's own files, whose names Metaflow does not keep."""
+
+from __future__ import annotations
+
+import json
+import sys
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from metaflow import Parameter
+
+from training.consts import SAMPLE_INSTRUCTIONS
+from training.data.demo_rows import demo_rows
+from training.data.formats import suffix_of
+from training.options.trainer_options import TrainingOptions, flag_of
+
+# Parameters that are files: the folder of the run that keeps the file, and its suffix if nothing else tells it.
+FILES = {"training_file": ("rows", ".csv"), "sample_prompts": ("prompts", ".txt")}
+
+
+def option(name: str, default: str = "", parameter: Any = Parameter, **settings: Any) -> Any:
+    """A flow parameter for an option of the trainer, with its help. `default`: shown if the flow's default differs."""
+    known = TrainingOptions.__dataclass_fields__[name]
+    kinds: dict[str, Any] = {"int": {"type": int}, "float": {"type": float}}
+    kind = kinds.get(known.type.split()[0], {})  # the first of "int | None"
+    shown = default or known.default
+    note = "" if shown is None else f"  [default: {shown}]"
+    return parameter(flag_of(name)[2:], help=known.metadata["help"] + note, **kind, **settings)
+
+
+def typed_names(context: Any = None) -> str:
+    """The names of the user's files on this command line, as JSON. Metaflow calls it when a run is started."""
+    names = {}
+    for name in FILES:
+        for word, following in pairwise([*sys.argv, ""]):
+            if word == flag_of(name) or word.startswith(f"{flag_of(name)}="):
+                names[name] = following if word == flag_of(name) else word.partition("=")[2]
+    return json.dumps(names)
+
+
+def file_in_run(folder: str, parameter: str, content: bytes, name: str | None) -> str:
+    """Where a run keeps a user's file: under its own name if that is known, else with a suffix that fits the content."""
+    kept, suffix = FILES[parameter]
+    return f"{folder}/{kept}/{Path(name).name}" if name else f"{folder}/{kept}{suffix_of(content, suffix)}"
+
+
+def default_prompts(demo: bool) -> bytes:
+    """The default sample prompts: Dolly's five, or some of the demo's rows."""
+    prompts = [{"instruction": instruction} for instruction in SAMPLE_INSTRUCTIONS]
+    if demo:
+        rows = demo_rows()
+        prompts = [{key: row[key] for key in ("instruction", "input")} for row in rows[:: len(rows) // 5]]
+    return json.dumps(prompts).encode()
