@@ -351,9 +351,10 @@ def test_code_in_a_model_folder_runs_only_with_trust_remote_code(base_folder: Pa
         ({"n_layer": 0}, "num_hidden_layers is 0, expected 1 to 1,000"),
         ({"n_layer": -1}, "num_hidden_layers is -1, expected 1 to 1,000"),
         ({"vocab_size": 0}, "vocab_size is 0, expected 1 to"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"its weights are quantized \(gptq\)"),
     ],
 )
-def test_sizes_that_no_model_has_are_refused_before_anything_is_built(
+def test_impossible_sizes_and_quantized_weights_are_refused_before_anything_is_built(
     base_folder: Path, tmp_path: Path, entries: dict, message: str
 ) -> None:
     with pytest.raises(ModelError, match=message):

@@ -131,6 +131,22 @@ def test_a_recurrent_model_and_one_with_a_list_of_layer_numbers_get_a_small_copy
     assert shrunken_config(bamba, HEADS).num_hidden_layers == 5, "its first recurrent layer is the fifth"
 
 
+def test_the_small_copy_keeps_sizes_of_single_layers_shared_keys_and_inner_heads() -> None:
+    gemma = shrunken_config(AutoConfig.for_model("gemma4_text"), HEADS)
+    assert (gemma.num_hidden_layers, gemma.layer_types.count("full_attention")) == (6, 1)
+    assert (gemma.per_layer_config[4].head_dim, gemma.per_layer_config[5].head_dim) == (256, 512)
+    shared = shrunken_config(AutoConfig.for_model("gemma3n_text"), HEADS)
+    assert (shared.num_hidden_layers, shared.num_kv_shared_layers) == (15, 7)
+    whisper = AutoConfig.for_model(
+        "whisper", d_model=1280, encoder_attention_heads=20, decoder_attention_heads=20
+    )
+    assert shrunken_config(whisper, HEADS).decoder_attention_heads == HEADS
+    dbrx = AutoConfig.for_model("dbrx", n_heads=48, d_model=6144, attn_config={"kv_n_heads": 8})
+    assert shrunken_config(dbrx, HEADS).attn_config.kv_n_heads == 1
+    composite = AutoConfig.for_model("qwen3_5")
+    assert not shrunken_config(composite, HEADS).text_config.use_cache
+
+
 def test_a_copy_that_would_stay_large_or_has_no_finite_logits_is_refused_in_words() -> None:
     large = AutoConfig.for_model("llama", num_attention_heads=2, hidden_size=2**16)  # head size 32,768
     assert "it would have" in str(packing_of(large).obstacle)

@@ -57,6 +57,12 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
         raise ModelError(
             f"{name}: its config.json is broken ({problem}). Correct it, or download the model again"
         )
+    if quantized := getattr(config, "quantization_config", None):
+        method = quantized.get("quant_method") if isinstance(quantized, dict) else quantized
+        raise ModelError(
+            f"{name}: its weights are quantized ({method}), and such weights cannot be trained. "
+            "Name the model from which they were made"
+        )
     own_code = trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in AutoModelForCausalLM._model_mapping and not own_code:
         raise ModelError(

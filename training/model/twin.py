@@ -26,7 +26,7 @@ MAX_KINDS = 4
 MAX_WEIGHTS = 2e8  # 1.6 GB in float64, on every rank; copies of the usual architectures have up to 7e7
 
 _TOKEN = re.compile(r"_token_(id|index)$")
-_KEY_HEADS = re.compile(r"(key_value|kv)_(n_)?heads(_kv)?$")
+_KEY_HEADS = re.compile(r"(key_value|kv)_(n_)?heads(_kv)?$|^(encoder|decoder)_attention_heads$")
 # Numbers that belong to the width: the heads of Mamba's layers have a fixed size.
 _PROPORTIONAL = re.compile(r"^(mamba_n_heads|mamba_num_heads|mamba_d_ssm|num_heads)$")
 _INNER = re.compile(r"(intermediate_size\w*|n_inner|ffn_dim|ffn_hidden_size|d_ff)$")

@@ -40,10 +40,14 @@ def model_of(options: TrainingOptions) -> ModelShape:
     model = model_shape(options.input_model, options.trust_remote_code)
     if is_built_in(model.name):
         return model
+    import transformers
+
     from training.model.loading import load_config
     from training.model.packing import Packing, packing_of
     from training.model.trial import try_model
 
+    transformers.utils.logging.disable_progress_bar()  # the small copy is saved and loaded
+    transformers.logging.set_verbosity_error()
     name, trust_remote_code = options.input_model, options.trust_remote_code
     config = load_config(name, trust_remote_code)
     packing = Packing("padded rows were requested")
