@@ -247,3 +247,11 @@ def test_a_sentencepiece_model_without_its_package_is_refused_with_what_to_insta
     monkeypatch.setattr("training.model.tokenizer.is_sentencepiece_available", lambda: False)
     with pytest.raises(ModelError, match=r"Type pip install sentencepiece protobuf"):
         load_tokenizer(str(tmp_path))
+
+
+def test_mistrals_tekken_file_is_a_tokenizer(tmp_path: Path) -> None:
+    config = {"pattern": "a", "version": "v3", "default_vocab_size": 1, "default_num_special_tokens": 0}
+    content = {"config": config | {"num_vocab_tokens": 1}, "vocab": [], "special_tokens": []}
+    (tmp_path / "tekken.json").write_text(json.dumps(content))
+    with pytest.raises(ModelError, match=r"has no EOS token"):  # the file is read, but names none
+        load_tokenizer(str(tmp_path))

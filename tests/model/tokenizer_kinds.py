@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaTokenizer, PreTrainedTokenizerFast, T5Tokenizer
 
@@ -106,8 +106,9 @@ def prepend(folder: Path) -> None:
     vocabulary, merges = sentencepiece_bpe()
     backend = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    backend.add_special_tokens([AddedToken("<s>", normalized=True)])
     general(folder, backend, "<s>")
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace('"normalized": false', '"normalized": true'))
 
 
 def unigram(folder: Path, scheme: str, before: str = "", after: str = "") -> None:

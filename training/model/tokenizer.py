@@ -43,7 +43,7 @@ from training.errors import ModelError, first_line, own_code_problem
 from training.model.demo_model import model_folder
 
 # Files of which a folder with a tokenizer has at least one.
-TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*tok*.json")
+TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*tok*.json", "tekken.json")
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -120,7 +120,7 @@ def _remove_suffix(tokenizer: PreTrainedTokenizerBase) -> None:
         tokenizer.add_eos_token = False
     before, after = surrounding_ids(tokenizer)
     if after:
-        tokens = tokenizer.convert_ids_to_tokens(before)
+        tokens = _texts(tokenizer, before)
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single=[*tokens, "$A"],
             pair=[*tokens, "$A", "$B"],
@@ -128,10 +128,15 @@ def _remove_suffix(tokenizer: PreTrainedTokenizerBase) -> None:
         )
 
 
+def _texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+    """Added tokens as they stand in a text. `convert_ids_to_tokens` may give them a "▁"."""
+    return [tokenizer.added_tokens_decoder[id].content for id in ids]
+
+
 def _chat_start(tokenizer: PreTrainedTokenizerBase) -> str:
     """The text before a chat's first turn that gives the ids which the tokenizer puts before every text."""
     before, _ = surrounding_ids(tokenizer)
-    start = "".join(tokenizer.convert_ids_to_tokens(before))
+    start = "".join(_texts(tokenizer, before))
     head, _ = prompt_pieces("", None)
     expected = tokenizer(head)["input_ids"]
     # SentencePiece tokenizers may encode the first word of a text as if a space came before it.
