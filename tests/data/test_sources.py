@@ -299,6 +299,10 @@ OTHER_SHAPES = {
         "instruction and response (as in dolly-15k; context is optional). Rename 'prompt' to 'instruction' and "
         "'completion' to 'output'",
     ),
+    "columns of other names": (
+        {"instructions": ["a", "b"], "inputs": ["c", "d"], "outputs": ["e", "f"]},
+        "Found 'instructions', 'inputs', 'outputs'; expected",
+    ),
     "capitals": ([{"Instruction": "a", "Response": "b"}], "Rename 'Instruction' to 'instruction' and 'Response'"),
     "a row as the header": ([{"x" * 90: "a"}], f"Found '{'x' * 36}...; expected"),
     "many columns": ([{f"c{n}": 1 for n in range(30)}], "'c19' and 10 more; expected"),

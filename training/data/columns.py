@@ -25,7 +25,7 @@ REQUIRED_COLUMNS_HELP = (
 # Names of other projects, in lower case: what to rename, and how conversations are recognised.
 OTHER_NAMES = {
     "instruction": ("instruction", "instructions", "prompt", "question", "query"),
-    "output": ("output", "response", "completion", "answer", "target"),
+    "output": ("output", "outputs", "response", "responses", "completion", "answer", "target"),
 }
 CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "dialogue")
 

@@ -136,6 +136,8 @@ def _rows_of_value(value: Any, source: str, known: Set[str]) -> tuple[list[Any],
     lists = {name: rows for name, rows in value.items() if isinstance(rows, list)}
     if lists:
         chosen = "train" if "train" in lists else next(iter(lists))
+        if len(lists) > 1 and not any(isinstance(row, dict) for rows in lists.values() for row in rows[:1]):
+            return _rows_of_columns(value, lists, source), []  # columns with names of another project
         if len(lists) > 1 and chosen != "train":
             raise DataError(
                 f"{source}: holds the lists {listed(lists)}; expected one list of rows. "
