@@ -105,6 +105,18 @@ def test_options_that_do_not_change_the_result_are_no_difference(changed: dict[s
     assert differences(record_of(), record_of(**changed)) == []
 
 
+def test_other_rows_of_a_run_of_an_earlier_version_are_explained() -> None:
+    former = record_of()
+    for name in ("dataset_config", "dataset_split", "dataset_revision"):
+        del former["options"][name]
+    assert differences(former, record_of()) == []
+    [difference] = differences(former, record_of(rows="other"))
+    assert (
+        "also trained on blank inputs and instructions: finish the run with it, or start a new one"
+        in difference
+    )
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_decaying_schedule_must_keep_its_end(schedule: str) -> None:
     former, now = record_of(lr_scheduler_type=schedule), record_of(lr_scheduler_type=schedule, epochs=1.0)

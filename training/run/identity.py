@@ -114,9 +114,17 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
             f"{_same_batch(former.get('global_batch'), after, now['world_size'])}"
         )
     if former.get("rows") and now.get("rows") and former["rows"] != now["rows"]:
+        # Runs without this option are of a version that read rows in another way.
+        earlier = (
+            ""
+            if "dataset_split" in before
+            else ". An earlier version, as that of this run, also trained on blank inputs and instructions: finish the run "
+            "with it, or start a new one"
+        )
         found.append(
             "the rows differ: another --training-dataset or part of it, --test-size, --max-length or --keep-truncated, another "
             f"prompt (training/data/prompt.py), or the file has changed (it was {before.get('training_dataset')})"
+            f"{earlier}"
         )
     return found
 
