@@ -90,13 +90,13 @@ def test_the_predicted_step_time_of_the_demo_is_within_the_stated_range(
         rate = cpu_rate(MODEL.width, ranks=1)
     finally:
         torch.set_num_threads(threads)
-    lengths = dataset_lengths(DEMO, MODEL)
     options = TrainingOptions(
         **demo_options(ranks)
         | {"batching": batching, "test_size": 20, "local_output_dir": "x"}
         | {"deepspeed": BF16 if ranks > 1 else None}
     )
     settings = resolve(options, ranks, "fp32").with_plan_choices(False, None, batching)
+    lengths = dataset_lengths(options, MODEL)
     load = epoch_load(lengths, settings)
     seconds = step_seconds(MODEL, replace(CPU, flops=rate), settings, load, lengths.response_share)
     predicted, measured = sum(seconds.values()), (many - few) / 40

@@ -13,10 +13,13 @@ from tests.conftest import jsonl, rows_of, settings_of_a_run
 from training import consts
 from training.consts import PAD_TO_MULTIPLE_OF
 from training.data.tokens import prepare_dataset
+from training.errors import DataError
 from training.model.tokenizer import load_tokenizer
+from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import (
     ALPACA_HISTOGRAM,
     ALPACA_RESPONSE_SHARE,
+    ALPACA_ROWS,
     Lengths,
     alpaca_lengths,
     epoch_load,
@@ -101,10 +104,26 @@ def test_a_users_dataset_is_measured_by_row_lengths_and_response_share(tmp_path,
     assert lengths.tokens.tolist() == [10, 30]
     assert lengths.response_share == 0.5
     rows = [row | {"instruction": "a" * n} for n, row in enumerate(rows_of(40), start=1)]
-    lengths = dataset_lengths(jsonl(tmp_path / "rows.jsonl", rows), model_shape(str(base_folder)))
+    file, model = jsonl(tmp_path / "rows.jsonl", rows), model_shape(str(base_folder))
+    options = TrainingOptions(local_output_dir="x", training_dataset=file)
+    lengths = dataset_lengths(options, model)
     assert len(lengths.tokens) == 40
     assert lengths.tokens[-1] > lengths.tokens[0]
     assert 0 < lengths.response_share < 0.5
+    shorter = replace(options, max_length=int(lengths.tokens[-3]))
+    assert len(dataset_lengths(shorter, model).tokens) == 38
+
+
+def test_alpacas_rows_are_limited_to_the_longest_row_as_in_training():
+    options, model = TrainingOptions(local_output_dir="x", max_length=301), model_shape("EleutherAI/gpt-j-6B")
+    tokens = dataset_lengths(options, model).tokens
+    assert tokens.max() == 293, "the middle of the last bin"
+    assert 51_000 < len(tokens) < ALPACA_ROWS
+    assert len(dataset_lengths(replace(options, keep_truncated=True), model).tokens) == ALPACA_ROWS
+    with pytest.raises(
+        DataError, match=r"more than 100 tokens .* Raise --max-length, or raise --max-dropped-fraction"
+    ):
+        dataset_lengths(replace(options, max_length=100), model)
 
 
 # --- an epoch ----------------------------------------------------------------------------------------

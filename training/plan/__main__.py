@@ -44,6 +44,26 @@ from training.plan.request import plan_options
 _option = partial(click.option, cls=CollectedOption)
 
 
+# The trainer's options that change its plan, or that a message about model or rows may ask for.
+OPTIONS = (
+    "input_model",
+    "training_dataset",
+    "dataset_config",
+    "dataset_split",
+    "dataset_revision",
+    "max_length",
+    "keep_truncated",
+    "max_dropped_fraction",
+    "batching",
+    "max_tokens_per_device",
+    "gradient_checkpointing",
+    "max_steps",
+    "test_size",
+    "save_total_limit",
+    "trust_remote_code",
+)
+
+
 def _long_name(word: str) -> str:
     """Expands --model to --input-model."""
     return "input-model" if word == "model" else word
@@ -57,18 +77,7 @@ def _long_name(word: str) -> str:
 )
 @_option("--num-gpus", type=int, help="Number of devices.  [default: all; 2 CPU ranks]")
 @some_click_options(
-    "input_model",
-    "training_dataset",
-    "dataset_config",
-    "dataset_split",
-    "dataset_revision",
-    "batching",
-    "max_tokens_per_device",
-    "gradient_checkpointing",
-    "max_steps",
-    "test_size",
-    "save_total_limit",
-    "trust_remote_code",
+    *OPTIONS,
     # default: those of the GPU family
     deepspeed=None,
     per_device_train_batch_size=None,

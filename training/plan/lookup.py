@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from training.consts import DEFAULT_TRAINING_DATASET, DEMO, WEIGHTS
-from training.errors import ModelError, first_line
+from training.errors import DataError, ModelError, first_line
+from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import Lengths, alpaca_lengths, row_lengths
 from training.plan.model_shape import BUILT_IN, ModelShape, gptj_shape
 
@@ -68,15 +69,14 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
         ) from error
 
 
-def dataset_lengths(dataset: str, model: ModelShape, selection: Mapping[str, str] | None = None) -> Lengths:
-    """Row lengths of a dataset. Alpaca's are built in; others are tokenised with the model's tokenizer.
+def dataset_lengths(options: TrainingOptions, model: ModelShape) -> Lengths:
+    """Row lengths of the run's dataset. Alpaca's are built in; others are tokenised with the model's tokenizer.
 
-    `selection` is that of `read_columns`.
-
-    Raises DataError or ModelError if the dataset or the tokenizer cannot be loaded.
+    Raises DataError or ModelError if the dataset or the tokenizer cannot be loaded, or too many rows are dropped.
     """
-    if dataset == DEFAULT_TRAINING_DATASET and not selection:
-        return alpaca_lengths()
+    dataset, longest = options.training_dataset, min(options.max_length or model.positions, model.positions)
+    if dataset == DEFAULT_TRAINING_DATASET and not options.dataset_selection:
+        return _limited(alpaca_lengths(), longest, options)
     import datasets
     import transformers
 
@@ -85,5 +85,26 @@ def dataset_lengths(dataset: str, model: ModelShape, selection: Mapping[str, str
 
     datasets.disable_progress_bars()  # keep the output a plain table
     transformers.utils.logging.disable_progress_bar()
-    rows, _ = prepare_dataset(dataset, load_tokenizer(model.name), model.positions, selection=selection)
+    rows, _ = prepare_dataset(
+        dataset,
+        load_tokenizer(model.name, options.trust_remote_code),
+        longest,
+        options.keep_truncated,
+        options.max_dropped_fraction,
+        selection=options.dataset_selection,
+    )
     return row_lengths(dataset, rows["length"][:], rows["response_start"][:])
+
+
+def _limited(lengths: Lengths, longest: int, options: TrainingOptions) -> Lengths:
+    """Drops or cuts rows of more than `longest` tokens, as training does. Raises DataError if too many are dropped."""
+    if options.keep_truncated:
+        return replace(lengths, tokens=lengths.tokens.clip(max=longest))
+    kept = lengths.tokens[lengths.tokens <= longest]
+    dropped = 1 - len(kept) / len(lengths.tokens)
+    if dropped > options.max_dropped_fraction:
+        raise DataError(
+            f"{lengths.source}: {dropped:.0%} of the rows have more than {longest} tokens and would be dropped, more than "
+            f"{options.max_dropped_fraction:.0%}. Raise --max-length, or raise --max-dropped-fraction"
+        )
+    return replace(lengths, tokens=kept)

@@ -28,7 +28,7 @@ def plan_options(
         raise OptionsError(
             f"a {' or '.join(family.devices)} cannot compute in bf16. Type --deepspeed {family.deepspeed}"
         )
-    lengths = dataset_lengths(options.training_dataset, model, options.dataset_selection)
+    lengths = dataset_lengths(options, model)
     held_out = held_out_size(options.test_size, len(lengths.tokens), recorded_test_size)
     if recorded_test_size is not None:
         settings = settings.with_test_size(held_out)
