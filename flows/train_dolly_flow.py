@@ -58,12 +58,11 @@ from training.machine.catalogue import FAMILIES, Machine
 from training.machine.local import this_machine
 from training.options.checks import option_problems
 from training.options.command_line import GroupedCommand, click_options, option_words, value_problems
-from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions, flag_of
 from training.options.wording import FLOW, PARAMETERS, worded
 from training.plan.fit import Plan, plan_run
 from training.plan.presets import demo_options, preset_options
-from training.plan.request import model_of
+from training.plan.request import checked_settings, model_of
 from training.run.preflight import destination_problems, prompt_problems
 from training.storage import metrics
 from training.storage.copy import model_digests
@@ -320,7 +319,7 @@ class TrainDollyFlow(FlowSpec):
         _, rows, ledger = tokenised_rows(options)
         test_size = held_out_size(options.test_size, len(rows))
         lengths = row_lengths(options.training_dataset, rows["length"][:], rows["response_start"][:])
-        settings = resolve(options, self.ranks, FAMILIES[machine.family].precision)
+        settings = checked_settings(options, self.ranks, FAMILIES[machine.family].precision)
         plan = plan_run(settings, lengths, model_of(options), machine)
         ledger.source = self.names.get(ledger.source, ledger.source)
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)

@@ -108,12 +108,15 @@ def fingerprint(*parts: Path | str) -> str:
 # --- space and paths ----------------------------------------------------------------------------------
 
 
-def disk_problems(needs: Mapping[Path, int], labels: Mapping[Path, str]) -> list[str]:
+def disk_problems(
+    needs: Mapping[Path, int], labels: Mapping[Path, str], remedies: Mapping[Path, str] | None = None
+) -> list[str]:
     """Reports file systems with too little free space.
 
     Args:
         needs: bytes that will be written below each path, which need not exist yet.
         labels: content of each path, such as {Path("/disk/out/checkpoints"): "2 checkpoints"}.
+        remedies: what to type for each path, such as {Path("/disk/out/checkpoints"): "lower --save-total-limit"}.
     """
     by_device: dict[int, list[Path]] = {}
     for path in needs:
@@ -124,10 +127,12 @@ def disk_problems(needs: Mapping[Path, int], labels: Mapping[Path, str]) -> list
         if free is None or needed <= free:
             continue
         purposes = ", ".join(f"{size_in_words(needs[path])} for {labels[path]} ({path})" for path in paths)
+        advice = dict.fromkeys(
+            (remedies or {}).get(path, "use a larger disk") for path in paths if needs[path]
+        )
         problems.append(
             f"{_mount_point(paths[0])} has {size_in_words(free)} free, but {size_in_words(needed)} are needed: {purposes}. "
-            f"Free {size_in_words(needed - free)} there, lower --save-total-limit, or use a larger disk "
-            "(--local-output-dir, and HF_HOME for downloads)"
+            f"Free {size_in_words(needed - free)} there, or {', or '.join(advice)}"
         )
     return problems
 

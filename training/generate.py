@@ -117,7 +117,12 @@ def _answer(
     """Checks what was typed, loads the model and answers. Ends with exit code 2 if that is not possible."""
     if instruction == STDIN:
         instruction = _read_stdin()
-    if problems := [*typing_errors, *_problems(instruction, context, file, output)]:
+    problems = [*typing_errors, *_problems(instruction, context, file, output)]
+    if greedy and seed is not None:
+        problems.append(f"--seed {seed}: has no effect with --greedy. Leave one of them out")
+    if file is None and batch_size != BATCH_SIZE:
+        problems.append(f"--batch-size {batch_size}: has no effect without --prompts. Leave it out")
+    if problems:
         raise click.UsageError("\n".join(problems))
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

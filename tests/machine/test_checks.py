@@ -401,11 +401,13 @@ def test_the_needs_of_one_disk_are_added_up(tmp_path: Path, monkeypatch: pytest.
     fake_statvfs(monkeypatch, blocks=100 * GIB // 4096, available=60 * GIB // 4096)
     model, steps = tmp_path / "new" / "model", tmp_path / "new" / "checkpoints"
     labels = {model: "the finished model", steps: "2 checkpoints"}
-    assert disk_problems({model: 12 * GIB, steps: 48 * GIB}, labels) == []
-    (problem,) = disk_problems({model: 12 * GIB, steps: 49 * GIB}, labels)
+    remedies = {model: "name another folder", steps: "lower --save-total-limit"}
+    assert disk_problems({model: 12 * GIB, steps: 48 * GIB}, labels, remedies) == []
+    (problem,) = disk_problems({model: 12 * GIB, steps: 49 * GIB}, labels, remedies)
     assert (
         f"has 60.0 GiB free, but 61.0 GiB are needed: 12.0 GiB for the finished model ({model}), "
-        f"49.0 GiB for 2 checkpoints ({steps}). Free 1.0 GiB there, lower --save-total-limit" in problem
+        f"49.0 GiB for 2 checkpoints ({steps}). Free 1.0 GiB there, or name another folder, or lower --save-total-limit"
+        in problem
     )
 
 

@@ -320,6 +320,8 @@ def test_the_command_runs_from_the_shell(answering_folder: Path) -> None:
     [
         (["--seed", "-1"], "-1 is not in the range 0<=x<=4294967295"),
         (["--input", "\udcff"], "--input '\\udcff': is not UTF-8"),
+        (["--greedy", "--seed", "1"], "--seed 1: has no effect with --greedy"),
+        (["--batch-size", "3"], "--batch-size 3: has no effect without --prompts"),
         (["--prompts", "a.txt"], "Leave out INSTRUCTION and --input"),
         (["--output", "/proc/answers.jsonl"], "--output /proc/answers.jsonl: cannot be written"),
         (["--output", "/none/such/answers.jsonl"], "cannot be written. Name a file in a folder of your own"),

@@ -294,6 +294,8 @@ def contradictions(values: dict[str, str], switches: list[str]) -> list[str]:
         needed.append("--warmup-steps")
     if value("--batching", "packed") == "padded" and value("--max-tokens-per-device", "auto") != "auto":
         needed.append("--max-tokens-per-device")
+    if value("--rank-timeout", "1800") != "1800":  # there is no launcher
+        needed.append("--rank-timeout")
     if on["fp16"]:
         needed.append("--bf16 and --fp16 exclude each other" if on["bf16"] else "fp16 needs a CUDA GPU")
     return needed

@@ -14,6 +14,7 @@ from training.machine.catalogue import FAMILIES
 from training.options.deepspeed import Zero, read_zero
 from training.options.trainer_options import TrainingOptions
 from training.plan.presets import preset_options, rows_and_accumulation
+from training.plan.request import checked_settings
 
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
 
@@ -39,6 +40,27 @@ def test_presets_name_shipped_deepspeed_files_of_their_precision():
             config = json.loads((ROOT / file).read_text())
             assert config[preset.precision]["enabled"] is True
             assert ("offload" in file) == ("offload_optimizer" in config["zero_optimization"])
+
+
+def test_notebook_flow_and_plan_refuse_a_deepspeed_file_as_the_trainer_does(tmp_path):
+    file = tmp_path / "own.json"
+    file.write_text(
+        json.dumps(
+            {"zero_optimization": {"stage": 2, "zenflow": {"topk_ratio": 0.1}}, "fp16": {"enabled": True}}
+        )
+    )
+    chosen = TrainingOptions(local_output_dir="x", deepspeed=str(file), bf16=True)
+    with pytest.raises(OptionsError) as refused:
+        checked_settings(chosen, 8, "bf16")
+    for problem in (
+        "zenflow",
+        "leaves out train_micro_batch_size_per_gpu",
+        "leaves out gradient_clipping",
+        "trains in fp16",
+    ):
+        assert sum(problem in line and str(file) in line for line in refused.value.problems) == 1
+    shipped = TrainingOptions(local_output_dir="x", deepspeed=BF16)
+    assert checked_settings(shipped, 8, "bf16").zero.stage == 3
 
 
 def test_an_unknown_family_and_zero_devices_are_refused():

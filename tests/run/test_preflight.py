@@ -11,14 +11,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
 import pytest
 from conftest import fake_gpus
 
-from tests.conftest import problems_of
-from training.errors import OptionsError, printable
+from tests.conftest import jsonl, problems_of, rows_of
+from training.errors import DataError, OptionsError, printable
 from training.files import SCRATCH
 from training.options.deepspeed import read_json
 from training.options.trainer_options import TrainingOptions
+from training.run.prepare import tokenised_rows
 from training.run.start import find_start
 from training.storage import checkpoint
 
@@ -54,6 +56,35 @@ def test_a_part_of_a_dataset_that_is_not_on_the_hub_is_refused(tmp_path: Path) -
         "--training-dataset demo: is not on the Hub, so --dataset-split and --dataset-revision"
     )
     assert problems_of(options(tmp_path, **chosen | {"training_dataset": "a/b"})) == []
+
+
+def test_a_timeout_for_other_ranks_is_refused_without_a_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [problem] = problems_of(options(tmp_path, rank_timeout=60))
+    assert problem.startswith("--rank-timeout 60: has no effect without a launcher")
+    monkeypatch.setenv("RANK", "0")
+    assert problems_of(options(tmp_path, rank_timeout=60)) == []
+
+
+def test_a_length_beyond_the_models_is_refused_and_raising_it_is_advised_only_where_it_helps(
+    tmp_path: Path, base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    rows = [row | {"output": "blue " * (100 * (n % 2) + 1)} for n, row in enumerate(rows_of(40))]
+    source = {"input_model": str(base_folder), "training_dataset": jsonl(tmp_path / "rows.jsonl", rows)}
+    with pytest.raises(
+        OptionsError, match=r"--max-length 4096: a row of .* has at most 256 tokens\. Type --max-length 256"
+    ):
+        tokenised_rows(options(tmp_path, **source, max_length=4096))
+    for length, words in (
+        (None, "Correct the rows, or raise --max-dropped-fraction"),
+        (200, "Correct the rows, raise --max-length to at most 256, or raise --max-dropped-fraction"),
+        (16, "Correct the rows, raise --max-length to at most 256"),
+    ):
+        with pytest.raises(DataError) as refused:
+            tokenised_rows(options(tmp_path, **source, max_length=length))
+        assert str(refused.value).splitlines()[-1] == words
 
 
 @launched

@@ -83,12 +83,24 @@ def length_histogram(sizes: np.ndarray) -> dict[str, int]:
     return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
 
 
-def check_dropped(ledger: Ledger, limit: float) -> None:
-    """Raises DataError if no row is kept, or if more than the fraction `limit` of the rows is dropped."""
+def check_dropped(ledger: Ledger, limit: float, positions: int | None = None) -> None:
+    """Raises DataError if no row is kept, or if more than the fraction `limit` of the rows is dropped.
+
+    `positions`: largest --max-length that the model allows; None if it cannot be raised.
+    """
     dropped = sum(ledger.dropped.values())
     if ledger.rows_kept == 0 or dropped > limit * ledger.rows_read:
+        advice = "Correct the rows"
+        if (
+            positions
+            and positions > ledger.max_length
+            and {PROMPT_TOO_LONG, RESPONSE_CUT} & set(ledger.dropped)
+        ):
+            advice += f", raise --max-length to at most {positions}"
+        if ledger.rows_kept:
+            advice += ", or raise --max-dropped-fraction"
         raise DataError(
             f"{dropped:,} of {ledger.rows_read:,} rows would be dropped, more than "
             f"{limit:.0%} (--max-dropped-fraction {limit:g}).\n{ledger}\n"
-            "Correct the rows, raise --max-length, or raise --max-dropped-fraction"
+            f"{advice}"
         )

@@ -95,11 +95,13 @@ def prepare_dataset(
     max_dropped_fraction: float = 0.1,
     cache_root: Path | None = None,
     selection: Mapping[str, str] | None = None,
+    positions: int | None = None,
 ) -> tuple[datasets.Dataset, Ledger]:
     """Tokenises the rows of `source`, or reads them from the cache.
 
     The first call writes the cache; later calls and other ranks read it. Its key covers data, prompt, tokenizer,
-    `max_length` and `keep_truncated`. `selection` is that of `read_columns`.
+    `max_length` and `keep_truncated`. `selection` is that of `read_columns`, `positions` that of
+    `check_dropped`.
 
     Returns:
         (rows, ledger). The rows are memory-mapped, in the order of the source:
@@ -131,7 +133,7 @@ def prepare_dataset(
             raise DataError(f"{target}: the tokenised rows were written but cannot be read. Check the disk")
     rows, ledger = cached
     ledger.source = source  # the cached rows may come from another path with the same content
-    check_dropped(ledger, max_dropped_fraction)
+    check_dropped(ledger, max_dropped_fraction, positions)
     return rows, ledger
 
 

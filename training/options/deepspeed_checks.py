@@ -12,8 +12,12 @@ from training.options.trainer_options import TrainingOptions
 
 
 def launch_problems(options: TrainingOptions) -> list[str]:
-    """Problems of --deepspeed itself: no file, two files, no launcher, or turned off by the environment."""
+    """Problems of --deepspeed and of the launcher: no file, two files, no launcher, or turned off by the environment."""
     problems = []
+    if options.rank_timeout != TrainingOptions.rank_timeout and "RANK" not in os.environ:
+        problems.append(
+            f"--rank-timeout {options.rank_timeout}: has no effect without a launcher, as there is one rank. Leave it out"
+        )
     if options.deepspeed is not None and not options.deepspeed_json:
         problems.append("--deepspeed names no file. Type --deepspeed config/ds_z3_bf16_config.json")
     if options.deepspeed and options.deepspeed_config and options.deepspeed != options.deepspeed_config:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from training.data.held_out import held_out_size
 from training.errors import OptionsError
 from training.machine.catalogue import Machine, find_family
-from training.options.settings import resolve
+from training.options.deepspeed_checks import file_problems, precision_problems
+from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions
 from training.plan.fit import Plan, plan_run, with_packing
 from training.plan.lookup import dataset_lengths, is_built_in, model_shape
@@ -23,7 +24,7 @@ def plan_options(
     ModelError or DataError if the model or the dataset cannot be used.
     """
     family, model = find_family(machine.family), model_of(options)
-    settings = resolve(options, ranks, family.precision)
+    settings = checked_settings(options, ranks, family.precision)
     if family.precision == "fp16" and settings.precision == "bf16":
         raise OptionsError(
             f"a {' or '.join(family.devices)} cannot compute in bf16. Type --deepspeed {family.deepspeed}"
@@ -33,6 +34,16 @@ def plan_options(
     if recorded_test_size is not None:
         settings = settings.with_test_size(held_out)
     return plan_run(settings, lengths, model, machine)
+
+
+def checked_settings(options: TrainingOptions, ranks: int, best_precision: str) -> Settings:
+    """`resolve`. Raises OptionsError with every problem for which a run of `ranks` ranks refuses the DeepSpeed file."""
+    settings = resolve(options, ranks, best_precision)
+    if settings.deepspeed is not None:
+        problems = file_problems(options, settings.deepspeed, ranks)
+        if problems := problems + precision_problems(options, settings.deepspeed):
+            raise OptionsError(*problems)
+    return settings
 
 
 def model_of(options: TrainingOptions) -> ModelShape:

@@ -222,7 +222,11 @@ def _disk_problems(options: TrainingOptions, plan: Plan) -> list[str]:
         output / "model": int(plan.disk_gib["model"] * GIB),
     }
     labels = dict(zip(needs, ("the base model", "checkpoints", "the model"), strict=True))
+    larger = "name a --local-output-dir on a larger disk"
+    fewer = "lower --save-total-limit" if options.save_total_limit > 1 else larger
+    remedies = dict(zip(needs, ("type export HF_HOME=/a/larger/disk", fewer, larger), strict=True))
     if options.dbfs_output_dir and "://" not in options.dbfs_output_dir:
         published = local_path(options.dbfs_output_dir)
         needs[published], labels[published] = needs[output / "model"], "its copy"
-    return disk_problems(needs, labels)
+        remedies[published] = "name another --dbfs-output-dir"
+    return disk_problems(needs, labels, remedies)

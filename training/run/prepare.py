@@ -19,6 +19,7 @@ from training.data.batching import check_token_budget
 from training.data.held_out import held_out_size, in_words, split_held_out
 from training.data.ledger import Ledger
 from training.data.tokens import marked_sample, prepare_dataset
+from training.errors import OptionsError
 from training.launch.supervisor import remove_shared_buffer
 from training.model.loading import load_config, max_positions, rows_needed, text_config
 from training.model.packing import Packing, packing_of
@@ -159,17 +160,26 @@ def tokenised_rows(
     tokenizer: PreTrainedTokenizerBase | None = None,
     packing: Packing = Packing(),  # noqa: B008  (frozen)
 ) -> tuple[PreTrainedTokenizerBase, datasets.Dataset, Ledger]:
-    """(tokenizer, rows, ledger) of a run; model and --max-length limit the rows (see `prepare_dataset`)."""
+    """(tokenizer, rows, ledger) of a run; model and --max-length limit the rows (see `prepare_dataset`).
+
+    Raises OptionsError if --max-length is more than the model's rows can have.
+    """
     config = load_config(options.input_model, options.trust_remote_code)
     positions = packing.row_limit(max_positions(config))
+    if options.max_length and options.max_length > positions:
+        raise OptionsError(
+            f"--max-length {options.max_length}: a row of {options.input_model} has at most {positions} tokens. "
+            f"Type --max-length {positions}, or leave it out"
+        )
     tokenizer = tokenizer or run_tokenizer(options)
     rows, ledger = prepare_dataset(
         options.training_dataset,
         tokenizer,
-        min(options.max_length or positions, positions),
+        options.max_length or positions,
         options.keep_truncated,
         options.max_dropped_fraction,
         selection=options.dataset_selection,
+        positions=positions,
     )
     return tokenizer, rows, ledger
 

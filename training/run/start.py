@@ -252,5 +252,5 @@ def _check_resumable(folder: Path, options: TrainingOptions, steps: int) -> None
     if step > steps or (step == steps and not measured):
         raise OptionsError(
             f"--resume: {folder} is at step {step}, and the run would end at {steps}. "
-            f"Raise --epochs or --max-steps to end at {step if measured else step + 1} or later"
+            f"Raise {'--max-steps' if options.max_steps else '--epochs'} to end at {step if measured else step + 1} or later"
         )
