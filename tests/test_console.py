@@ -15,7 +15,7 @@ import pytest
 from notebooks.cells import answers_by_step
 from tests.conftest import jsonl, python, write
 from training import errors, pictures
-from training.console import set_up_console
+from training.console import set_up_console, typed_text
 from training.data.ledger import Ledger
 from training.errors import DataError, OptionsError, TrainingFailedError, first_line, printable
 from training.run.finish import write_model_card
@@ -30,6 +30,16 @@ def test_only_what_could_mislead_is_replaced() -> None:
     assert printable("une question\u00a0?\u3000\u202f.") == "une question ?  ."
     assert not HARMFUL & set(printable(NASTY))
     assert printable(NASTY).encode()
+
+
+def test_a_typed_text_is_read_as_utf8(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [typed_text(word) for word in ("Größe", "half \udcc3", "\ud800")] == [
+        "Größe",
+        "half \udcc3",
+        "\ud800",
+    ]
+    monkeypatch.setattr(os, "fsencode", lambda word: word.encode("ascii", "surrogateescape"))
+    assert typed_text("Gr\udcc3\udcb6\udcc3\udc9fe") == "Größe"
 
 
 def test_every_error_and_log_message_is_printable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,10 +106,12 @@ def run(command, *words, code=0):
 
 run(trainer.main, *f"--input-model demo --training-dataset {rows} --test-size 2 --max-steps 1".split(),
     "--sample-prompts", rows, "--local-output-dir", out)
-run(generate.main, "--model", out, "--max-new-tokens", "8", "Größe?")
-run(publish.main, "--model", out, "--to", out + "-\\udcc3\\udca9")  # é, as Python reads it from such a terminal
+run(generate.main, "--model", out, "--max-new-tokens", "8", "Gr\\udcc3\\udcb6\\udcc3\\udc9fe?")  # Größe, in UTF-8
+run(publish.main, "--model", out, "--to", out + "-\\udcc3\\udca9")  # é
+named = rows.replace("rows.jsonl", "\\udcc3\\udca9.jsonl")
+run(trainer.main, "--training-dataset", named, "--local-output-dir", out + "-none", code=2)
 run(plan, "--input-model", "demo", "--training-dataset", rows, "--machine", "8xA100-40GB", "--test-size", "2")
-run(bench, "--training-dataset", "« none » \\x1b[2J.jsonl", code=2)
+run(bench, "--training-dataset", "\\udcc2\\udcab none \\x1b[2J.jsonl", code=2)
 demo.subprocess.run = lambda *words, **how: type("Ended", (), {"returncode": 0})
 demo.held_out_rows = lambda *of: [{"instruction": "Größe", "input": "\\x1b[2J", "output": "é"}]
 run(demo.main, "--local-output-dir", out)
@@ -112,6 +124,7 @@ def test_no_command_fails_or_harms_on_a_terminal_that_knows_only_ascii(tmp_path:
     nasty = NASTY.replace("\ud800", "")  # such rows are refused
     texts = [{"instruction": f"Say {n} {nasty}", "input": "", "output": f"{nasty} {n}"} for n in range(8)]
     rows, out = jsonl(tmp_path / "rows.jsonl", texts), tmp_path / "out"
+    (tmp_path / "é.jsonl").write_text("{}")
     ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
     script = write(tmp_path / "commands.py", COMMANDS)
     paths = {"PYTHONPATH": str(Path(__file__).parents[1])}
@@ -119,6 +132,7 @@ def test_no_command_fails_or_harms_on_a_terminal_that_knows_only_ascii(tmp_path:
     text = result.stdout.decode("ascii") + result.stderr.decode()  # click's own errors are always UTF-8
     assert result.returncode == 0, text
     assert r"\xab ended \xbb" in text
+    assert r"/\udcc3\udca9.jsonl': is not UTF-8. Type export PYTHONUTF8=1" in text
     assert r"\xab\ufffd[31mred\ufffd[0m" in text, "the row as the model sees it"
     assert not HARMFUL & set(text)
     samples = [json.loads(line) for line in (out / "samples.jsonl").read_text().splitlines()]

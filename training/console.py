@@ -1,9 +1,10 @@
-"""Prepares stdout and stderr of a command, so that every text can be shown."""
+"""Prepares stdout and stderr of a command, so that every text can be shown, and reads text that was typed."""
 
 from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -35,3 +36,11 @@ def set_up_console(level: int | None = None, worded: Callable[[str], str] = str)
     handler = logging.StreamHandler(sys.stderr if level is None else sys.stdout)
     handler.setFormatter(MessageFormatter(worded))
     logging.basicConfig(level=level or logging.WARNING, handlers=[handler])
+
+
+def typed_text(word: str) -> str:
+    """A word of the command line. Where the terminal knows only ASCII, Python has read its UTF-8 as surrogates."""
+    try:
+        return os.fsencode(word).decode()
+    except UnicodeError:  # it is not UTF-8, or does not come from the command line
+        return word

@@ -19,7 +19,7 @@ import torch
 import transformers
 from transformers import TextStreamer, set_seed
 
-from training.console import set_up_console
+from training.console import set_up_console, typed_text
 from training.consts import GREEDY, MAX_NEW_TOKENS
 from training.data.rows import read_prompts
 from training.errors import printable
@@ -115,6 +115,7 @@ def _answer(
     trust_remote_code: bool,
 ) -> None:
     """Checks what was typed, loads the model and answers. Ends with exit code 2 if that is not possible."""
+    instruction, context = (text and typed_text(text) for text in (instruction, context))
     if instruction == STDIN:
         instruction = _read_stdin()
     problems = [*typing_errors, *_problems(instruction, context, file, output)]

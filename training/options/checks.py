@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -29,7 +30,9 @@ def option_problems(options: TrainingOptions) -> list[str]:
                 problems.append(f"{flag} is empty. Give a value, or leave the option out")
             elif not _is_utf8(value):
                 # Writing the model card, after training, would fail: it is UTF-8.
-                problems.append(f"{flag} {value!r}: is not UTF-8. Rename the file or folder")
+                ascii_only = sys.getfilesystemencoding() != "utf-8"
+                fix = "Type export PYTHONUTF8=1" if ascii_only else "Rename the file or folder"
+                problems.append(f"{flag} {value!r}: is not UTF-8. {fix}")
     problems += path_problems(options).values()
     if options.warmup_steps and not SCHEDULES[options.lr_scheduler_type].warms_up:
         problems.append(
