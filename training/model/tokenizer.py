@@ -116,8 +116,6 @@ def _prepare(tokenizer: PreTrainedTokenizerBase) -> None:
 
 def _remove_suffix(tokenizer: PreTrainedTokenizerBase) -> None:
     """Stops the tokenizer from putting an EOS after every text: a prompt would end with it."""
-    if getattr(tokenizer, "add_eos_token", False):
-        tokenizer.add_eos_token = False
     before, after = surrounding_ids(tokenizer)
     if after:
         tokens = _texts(tokenizer, before)

@@ -118,8 +118,8 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
         earlier = (
             ""
             if "dataset_split" in before
-            else ". An earlier version, as that of this run, also trained on blank inputs and instructions: finish the run "
-            "with it, or start a new one"
+            else ". An earlier version, as that of this run, also trained on blank inputs and instructions, and gave "
+            "tokenizers such as Llama's other ids: finish the run with it, or start a new one"
         )
         found.append(
             "the rows differ: another --training-dataset or part of it, --test-size, --max-length or --keep-truncated, another "
