@@ -112,8 +112,8 @@ def test_other_rows_of_a_run_of_an_earlier_version_are_explained() -> None:
     assert differences(former, record_of()) == []
     [difference] = differences(former, record_of(rows="other"))
     assert (
-        "also trained on blank inputs and instructions: finish the run with it, or start a new one"
-        in difference
+        "also trained on blank inputs and instructions, and gave tokenizers such as Llama's other ids: "
+        "finish the run with it, or start a new one" in difference
     )
 
 
