@@ -141,6 +141,10 @@ def _answer(
         else:
             streamer = PrintableStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
             generate_response(*prompts[0], streamer=streamer, **loaded)
+    except OSError as error:  # a full disk
+        if output in (None, STDOUT):
+            raise
+        _end(f"--output {output}: could not be written ({error.strerror}). Make room, and name a new file")
     except torch.OutOfMemoryError:
         _end("the GPU ran out of memory. Lower --max-new-tokens" + (" or --batch-size" if file else ""))
     except ValueError as error:  # includes DataError and ModelError

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -294,6 +296,23 @@ def test_each_line_of_json_has_the_answer_that_its_prompt_gets_alone(
     code, _, err = ask(*written)
     assert code == 2
     assert "exists already. Name a new file" in err
+
+
+def test_a_full_disk_is_reported_with_the_output_and_not_as_a_traceback(
+    ask: Callable[..., tuple[int, str, str]],
+    answering_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(generate, "generate_responses", full)
+    code, _, err = ask("--model", str(answering_folder), "--output", str(tmp_path / "a.jsonl"), "Greet.")
+    assert (code, err) == (
+        2, f"Cannot answer: --output {tmp_path}/a.jsonl: could not be written (No space left on device). "
+        "Make room, and name a new file\n",
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("typed", [b"Greet.\n", "\ufeffGreet\nall of them.".encode()])

@@ -15,7 +15,7 @@ import pytest
 
 from tests.conftest import resolved
 from training.options.trainer_options import TrainingOptions
-from training.run.identity import differences, new_record, rows_digest
+from training.run.identity import differences, new_record, recorded_test_size, rows_digest
 from training.storage.record import read_run_record, write_run_record
 
 
@@ -54,6 +54,21 @@ def test_an_unreadable_record_is_none(tmp_path: Path, content: str | None) -> No
     if content is not None:
         (tmp_path / "run.json").write_text(content)
     assert read_run_record(tmp_path) is None
+
+
+def test_the_number_of_held_out_rows_comes_from_the_run_that_is_continued(tmp_path: Path) -> None:
+    def recorded(resume: str, **record: Any) -> int | None:
+        write_run_record(tmp_path, {"status": "running", "options": {"test_size": 9}} | record)
+        return recorded_test_size(TrainingOptions(local_output_dir=str(tmp_path), resume=resume))
+
+    assert recorded("never", status="finished") is None
+    assert recorded("auto") is None, "without a checkpoint it starts at step 0, maybe with other rows"
+    assert recorded("auto", status="finished") == 9
+    assert recorded("auto", begun_from="/other/checkpoint-3") == 9
+    assert recorded(str(tmp_path / "checkpoint-3")) == 9
+    assert recorded("auto", status="finished", options={}) is None
+    (tmp_path / "run.json").unlink()
+    assert recorded_test_size(TrainingOptions(local_output_dir=str(tmp_path), resume="auto")) is None
 
 
 # --- differences that change the result ------------------------------------------------------------

@@ -449,9 +449,8 @@ def test_a_damaged_newer_checkpoint_is_written_again(
     assert not any(map(checkpoint.problems_of, checkpoint.checkpoints(output)))
 
 
-@pytest.mark.parametrize("typed", [None, 60])
 def test_a_run_of_an_earlier_version_that_held_out_more_than_half_is_resumed(
-    train_small: TrainFunction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, typed: int | None
+    train_small: TrainFunction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The earlier version took every number below that of the rows, typed or not, and recorded it in the options.
 
@@ -466,9 +465,10 @@ def test_a_run_of_an_earlier_version_that_held_out_more_than_half_is_resumed(
     for name in ("dataset_config", "dataset_split", "dataset_revision"):
         assert former["options"].pop(name) is None
     (output / "run.json").write_text(json.dumps(former))
-    record, seen = train_small(output, test_size=typed)
-    assert (record["status"], record["options"]["test_size"]) == ("finished", 60)
-    assert seen[0][0] == 2, "the step after checkpoint-2"
+    for typed, status, first in ((None, "stopped", 2), (60, "finished", 3)):
+        record, seen = train_small(output, test_size=typed, stop_at=3 if status == "stopped" else None)
+        assert (record["status"], record["options"]["test_size"]) == (status, 60)
+        assert seen[0][0] == first, "the step after the checkpoint"
 
 
 def test_the_record_has_the_number_of_held_out_rows_that_was_chosen(
