@@ -111,8 +111,10 @@ def prepend(folder: Path) -> None:
     file.write_text(file.read_text().replace('"normalized": false', '"normalized": true'))
 
 
-def unigram(folder: Path, scheme: str, before: str = "", after: str = "") -> None:
+def unigram(folder: Path, scheme: str, before: str = "", after: str = "", nfkc: bool = False) -> None:
     backend = Tokenizer(models.Unigram(unigram_pieces(), unk_id=0))
+    if nfkc:
+        backend.normalizer = normalizers.NFKC()
     backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
     backend.decoder = decoders.Metaspace(prepend_scheme=scheme)
     general(folder, backend, before, after)
@@ -138,7 +140,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "byte-level with [gMASK]<sop>": lambda folder: byte_level(folder, "[gMASK] <sop>"),
     "byte-level with EOS at the end": lambda folder: byte_level(folder, "<bos>", "<|endoftext|>"),
     "byte-level with special tokens that are no words": lambda folder: byte_level(
-        folder, extra_special_tokens=["***", "\N{PILE OF POO}", "»", '"q', "[\n"]
+        folder, extra_special_tokens=["***", "\N{PILE OF POO}", "⇒", '"q', "[\n"]
     ),
     "byte-level that splits special tokens": lambda folder: byte_level(folder, split_special_tokens=True),
     "llama": llama,
@@ -157,6 +159,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     ),
     "prepend": prepend,
     "unigram first": lambda folder: unigram(folder, "first", "<s>"),
+    "unigram first with NFKC": lambda folder: unigram(folder, "first", "<s>", nfkc=True),
     "unigram always with EOS at the end": lambda folder: unigram(folder, "always", after="</s>"),
     "T5's class": t5,
     "words only": words_only,

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from typing import Any
-from uuid import uuid4
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
@@ -17,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from training.data.prompt import INSTRUCTION_KEY, prompt_pieces
 
-# Copies of backends, made by `_text_backend`; None if a tokenizer needs none.
+# Made by `_text_backend`; None if a tokenizer needs no copy.
 _COPIES: WeakKeyDictionary[PreTrainedTokenizerBase, Tokenizer | None] = WeakKeyDictionary()
 
 
@@ -60,6 +59,15 @@ def guarded_tokens(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     return [token for token in special_tokens(tokenizer) if token != unknown]
 
 
+def tokens_in_reach(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """The guarded tokens that the model itself has among its pieces, so that their text becomes them."""
+    tokens = guarded_tokens(tokenizer)
+    ids = _encode(tokenizer.backend_tokenizer, tokens)
+    return [
+        token for token, own in zip(tokens, ids, strict=True) if tokenizer.convert_tokens_to_ids(token) in own
+    ]
+
+
 def _encode(backend: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
     """Calls the Rust tokenizer directly, because `tokenizer(texts)` spends half of its time on offsets and masks.
 
@@ -74,42 +82,19 @@ def _encode(backend: Tokenizer, texts: Iterable[str]) -> list[list[int]]:
 def _text_backend(tokenizer: PreTrainedTokenizerBase) -> Tokenizer:
     """The tokenizer's backend, or a copy of it where text after a control token would get other ids than in stock use.
 
-    Two kinds need a copy. SentencePiece tokenizers ("Metaspace") may mark the first word of a text as if a space came
-    before it. A model may also have the text of a special token, such as "</s>", among its ordinary pieces.
+    SentencePiece tokenizers ("Metaspace") may mark the first word of a text as if a space came before it.
     """
     if tokenizer not in _COPIES:
-        backend = tokenizer.backend_tokenizer
-        special = guarded_tokens(tokenizer)
-        reached = [
-            token
-            for token, ids in zip(special, _encode(backend, special), strict=True)
-            if backend.token_to_id(token) in ids
-        ]
-        pre_tokenizer = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else None
-        first = any(part.get("prepend_scheme") == "first" for part in _parts(pre_tokenizer))
-        _COPIES[tokenizer] = _copy(backend, reached) if reached or first else None
+        backend, copy = tokenizer.backend_tokenizer, None
+        state = json.loads(backend.pre_tokenizer.__getstate__()) if backend.pre_tokenizer else None
+        if any(part.get("prepend_scheme") == "first" for part in _parts(state)):
+            state = json.loads(backend.to_str())
+            for part in _parts(state["pre_tokenizer"]):
+                if part.get("prepend_scheme") == "first":
+                    part["prepend_scheme"] = "never"
+            copy = Tokenizer.from_str(json.dumps(state))
+        _COPIES[tokenizer] = copy
     return _COPIES[tokenizer] or tokenizer.backend_tokenizer
-
-
-def _copy(backend: Tokenizer, hidden: list[str]) -> Tokenizer:
-    """A copy that encodes a text as if it followed another, and that cannot encode any text as a `hidden` token."""
-    state = json.loads(backend.to_str())
-    for part in _parts(state["pre_tokenizer"]):
-        if part.get("prepend_scheme") == "first":
-            part["prepend_scheme"] = "never"
-    state["added_tokens"] = [token for token in state["added_tokens"] if token["content"] not in hidden]
-    state["post_processor"] = None  # may name a hidden token
-    model = state["model"]
-    names = {token: f"{uuid4()}{token}" for token in hidden}  # no text has this name
-    if isinstance(model["vocab"], list):  # Unigram: [piece, score] in the order of ids
-        model["vocab"] = [[names.get(piece, piece), score] for piece, score in model["vocab"]]
-    else:
-        model["vocab"] = {names.get(piece, piece): id for piece, id in model["vocab"].items()}
-    if model.get("merges"):
-        prefix = len(model.get("continuing_subword_prefix") or "")
-        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
-        model["merges"] = [(a, b) for a, b in pairs if names.keys().isdisjoint((a, b, a + b[prefix:]))]
-    return Tokenizer.from_str(json.dumps(state))
 
 
 def _parts(pre_tokenizer: dict[str, Any] | None) -> list[dict[str, Any]]:

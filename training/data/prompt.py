@@ -128,7 +128,7 @@ def chat_template(start: str, special_tokens: Iterable[str]) -> str:
         "AFTER_RESPONSE": after_response,
         "RESPONSE_KEY": RESPONSE_KEY,
         "END_KEY": END_KEY,
-        "SPECIAL_TOKENS": [[token, _spaced(token)] for token in special_tokens],
+        "SPECIAL_TOKENS": [[token, spaced(token)] for token in special_tokens],
     }
     template = _CHAT_TEMPLATE.strip().replace("PLAIN", _PLAIN)
     return re.sub(
@@ -146,7 +146,7 @@ def response_template(eos: str) -> dict[str, Any]:
     }
 
 
-def _spaced(token: str) -> str:
+def spaced(token: str) -> str:
     """The token with a space inside, before its first letter if that breaks it."""
-    spaced = re.sub(r"^(\W*)", r"\1 ", token)
-    return spaced if token not in spaced else f"{token[:1]} {token[1:]}" if len(token) > 1 else " "
+    broken = re.sub(r"^(\W*)", r"\1 ", token)
+    return broken if token not in broken else f"{token[:1]} {token[1:]}" if len(token) > 1 else " "

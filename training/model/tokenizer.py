@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 
+from tokenizers import normalizers
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     AutoTokenizer,
@@ -26,6 +27,7 @@ from training.data.encoding import (
     guarded_tokens,
     special_tokens,
     surrounding_ids,
+    tokens_in_reach,
 )
 from training.data.prompt import (
     CONTROL_TOKENS,
@@ -38,6 +40,7 @@ from training.data.prompt import (
     render_prompt,
     response_piece,
     response_template,
+    spaced,
 )
 from training.errors import ModelError, first_line, own_code_problem
 from training.model.demo_model import model_folder
@@ -111,7 +114,22 @@ def _prepare(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens(
         {"extra_special_tokens": list(CONTROL_TOKENS)}, replace_extra_special_tokens=False
     )
+    _break_tokens_in_texts(tokenizer)
     tokenizer.chat_template = chat_template(_chat_start(tokenizer), special_tokens(tokenizer))
+
+
+def _break_tokens_in_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Puts a space into the text of special tokens that the model has among its pieces, as SentencePiece's "</s>".
+
+    This comes after normalisation, so "</s>" in other letters that are normalised to it is broken as well. Special
+    tokens are found before, so those of a prompt stay.
+    """
+    backend = tokenizer.backend_tokenizer
+    steps = [normalizers.Replace(token, spaced(token)) for token in tokens_in_reach(tokenizer)]
+    if steps:
+        backend.normalizer = normalizers.Sequence(
+            [*([backend.normalizer] if backend.normalizer else []), *steps]
+        )
 
 
 def _remove_suffix(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -163,7 +181,9 @@ def _check_control_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None
 def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raises ModelError unless the text of each special token stays text, in rows and in chats."""
     tokens = guarded_tokens(tokenizer)
-    turns = [{"role": "user", "content": text} for text in (" ".join(tokens), "".join(tokens))]
+    texts = [" ".join(tokens), "".join(tokens)]
+    texts += [texts[0].translate(FULL_WIDTH), texts[0].upper(), texts[0].lower()]
+    turns = [{"role": "user", "content": text} for text in texts]
     chat = Counter(tokenizer.apply_chat_template(turns)["input_ids"])
     expected = Counter(surrounding_ids(tokenizer)[0])
     expected[tokenizer.convert_tokens_to_ids(INSTRUCTION_KEY)] += len(turns)
@@ -175,6 +195,9 @@ def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None
                 "end a row early. Use a model with another tokenizer"
             )
 
+
+# ASCII to letters that many normalizers turn back into ASCII.
+FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
 
 # Settings of a tokenizer, besides its tokens, that the saved files must hold.
 KEPT = (
@@ -275,7 +298,7 @@ def _is_loaded_as_saved(
         except Exception:  # as many types as in load_tokenizer
             return False
         same_side = loaded.padding_side == tokenizer.padding_side
-        return same_side and _stock_ids(loaded) == _stock_ids(tokenizer)
+        return same_side and _stock_ids(loaded) == _stock_ids(tokenizer) and not tokens_in_reach(loaded)
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
