@@ -300,7 +300,10 @@ def test_a_pickle_is_not_run(base_folder: Path, load: Load, tmp_path: Path) -> N
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, bpe_folder: Path) -> None:
-    for name in (str(tmp_path), str(tmp_path / "none"), "nobody/nothing"):
+    for load in (load_config, load_tokenizer):
+        with pytest.raises(ModelError, match=r"none: no such folder\. Name a folder with config.json"):
+            load(str(tmp_path / "none"))
+    for name in (str(tmp_path), "nobody/nothing"):
         with pytest.raises(
             ModelError, match=r"no model could be found .* Expected a folder with config.json"
         ):
