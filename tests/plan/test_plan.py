@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from transformers import GPTNeoXConfig, OPTConfig, T5Config
+from transformers import GPTNeoXConfig, OpenAIGPTConfig, OPTConfig, T5Config
 
-from tests.conftest import jsonl, resolved, rows_of
+from tests.conftest import jsonl, resolved, rows_of, settings_of_a_run
 from training.consts import GIB
+from training.errors import OptionsError
 from training.machine.catalogue import MACHINES, find_machine
 from training.machine.local import this_machine
 from training.options.trainer_options import TrainingOptions
@@ -418,3 +419,18 @@ def test_the_token_budget_on_a_cpu_leaves_memory_for_saving(gib):
     )
     rows = Lengths("rows", np.full(5000, 50), 0.1)
     assert plan_run(resolved(options, 1, machine.family), rows, demo, machine).fits
+
+
+def test_a_model_without_gradient_checkpointing_is_planned_without_it_and_refused_with_it(tmp_path):
+    OpenAIGPTConfig(n_embd=64, n_layer=2, n_head=2).save_pretrained(tmp_path)
+    shape = model_shape(str(tmp_path))
+    assert not shape.checkpointing
+    machine, auto = find_machine("4xA10"), settings_of_a_run(ranks=4, per_device_train_batch_size=8)
+    plan = plan_run(auto, alpaca_lengths(), replace(shape, layers=10**6), machine)
+    assert not plan.fits
+    assert plan.settings.checkpointing is False
+    assert "--gradient-checkpointing" not in str(plan.changes)
+    with pytest.raises(
+        OptionsError, match="--gradient-checkpointing on: transformers has none for openai-gpt models"
+    ):
+        plan_run(replace(auto, checkpointing=True), alpaca_lengths(), shape, machine)

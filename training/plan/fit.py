@@ -91,6 +91,11 @@ def plan_run(settings: Settings, lengths: Lengths, model: ModelShape, machine: M
             f"packed: {model.obstacle}. Lower --per-device-train-batch-size and raise --gradient-accumulation-steps "
             "instead"
         )
+    if settings.checkpointing is True and not model.checkpointing:
+        raise OptionsError(
+            f"--gradient-checkpointing on: transformers has none for {model.kind} models. "
+            "Type --gradient-checkpointing off"
+        )
     plan = _compute_plan(settings, lengths, model, machine)
     if plan.settings.batching == "length":
         packed = epoch_load(lengths, replace(settings, batching="packed"))
@@ -122,7 +127,9 @@ def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machi
     saving = host["training"] - local * CPU_PROCESS_GIB
     room = (machine.host_gib - saving) / local if cpu else machine.gpu_memory_gib
     if settings.checkpointing == "auto":
-        recompute = auto_gradient_checkpointing(model, settings, load, share, room, cpu)
+        recompute = model.checkpointing and auto_gradient_checkpointing(
+            model, settings, load, share, room, cpu
+        )
         settings = replace(settings, checkpointing=recompute)
     if settings.max_tokens == "auto":
         budget = auto_max_tokens_per_device(model, settings, load, share, room, cpu)
@@ -228,7 +235,8 @@ def _apply_change(settings: Settings, change: Change) -> Settings:
 
 
 def _checkpointing_option(plan: Plan) -> dict[str, Any]:
-    return {} if plan.settings.checkpointing else {"gradient_checkpointing": "on"}
+    possible = plan.model.checkpointing and not plan.settings.checkpointing
+    return {"gradient_checkpointing": "on"} if possible else {}
 
 
 def _offload_option(plan: Plan) -> dict[str, Any]:

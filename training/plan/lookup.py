@@ -61,6 +61,7 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
             positions=max_positions(config),
             file_bytes=sum(file.stat().st_size for file in files) or 2 * parameters,
             downloaded=not folder.is_dir(),
+            checkpointing=model.supports_gradient_checkpointing,
             gated=any("gate_proj" in part for part, _ in model.named_modules()),
         )
     except Exception as error:  # of torch or transformers, for sizes that are no sizes

@@ -18,6 +18,7 @@ class ModelShape:
         downloaded: whether the weight files are first downloaded into the cache.
         obstacle: why rows cannot be packed; None if they can (model/packing.py).
         response_loss: whether the chunked loss of loss.py can be used.
+        checkpointing: whether transformers has gradient checkpointing for it.
     """
 
     name: str
@@ -35,6 +36,7 @@ class ModelShape:
     gated: bool = False
     obstacle: str | None = None
     response_loss: bool = True
+    checkpointing: bool = True
 
 
 def _shape(
