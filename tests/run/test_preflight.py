@@ -162,6 +162,10 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}},
         "sets zero_optimization.offload_param, which DeepSpeed ignores at stage 2. Remove it, or set the stage to 3",
     ),
+    "stage 0 in 16 bits": (
+        {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}},
+        "trains in bf16 at stage 0, where the first steps of DeepSpeed's Adam are too small. Set zero_optimization",
+    ),
     "no gather": ({"zero_optimization": {"stage": 3}}, "would save an empty model: set zero_optimization"),
     "both precisions": (
         {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
