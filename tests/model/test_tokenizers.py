@@ -8,11 +8,19 @@ from pathlib import Path
 from zipfile import ZipFile
 
 import pytest
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 from transformers import AutoTokenizer, GPT2Config, LlamaConfig, PreTrainedTokenizerBase
 
 from tests.conftest import cached_wheel
-from tests.model.tokenizer_kinds import KINDS, byte_level, byte_level_bpe, general, llama, unigram
+from tests.model.tokenizer_kinds import (
+    KINDS,
+    byte_level,
+    byte_level_bpe,
+    general,
+    llama,
+    unigram,
+    unigram_pieces,
+)
 from training.data.encoding import encode_text, guarded_tokens, surrounding_ids
 from training.data.ledger import Ledger
 from training.data.prompt import INPUT_KEY, render_prompt
@@ -189,6 +197,15 @@ def test_a_tokenizer_whose_parts_cannot_agree_with_the_whole_is_refused(tmp_path
         r"^.*: its tokenizer gives other ids for a whole prompt \(\['.*\]\) than for the parts between its control "
         r"tokens \(\['.*\]\), so servers would not ask .* Use a model with another tokenizer$"
     )
+    with pytest.raises(ModelError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
+def test_thousands_of_ordinary_pieces_that_are_special_are_refused_at_once(tmp_path: Path) -> None:
+    names = [f"word{n}" for n in range(1001)]
+    backend = Tokenizer(models.Unigram([*unigram_pieces(), *((name, -1.0) for name in names)], unk_id=0))
+    general(tmp_path, backend, extra_special_tokens=names)
+    message = r"1,00\d special tokens, such as 'word1000', are ordinary pieces of its model"
     with pytest.raises(ModelError, match=message):
         load_tokenizer(str(tmp_path))
 

@@ -82,7 +82,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
     if tokenizer.eos_token_id is None:
         raise ModelError(f"{name}: its tokenizer has no EOS token. Set eos_token in tokenizer_config.json")
     try:
-        _prepare(tokenizer)
+        _prepare(tokenizer, name)
         _check_control_tokens(tokenizer, name)
         _check_ids(tokenizer, name)
         _check_special_tokens(tokenizer, name)
@@ -103,7 +103,7 @@ def _is_bare_bpe(name: str) -> bool:
     )
 
 
-def _prepare(tokenizer: PreTrainedTokenizerBase) -> None:
+def _prepare(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Adds what Dolly needs, and sets what stock transformers needs to generate with the saved tokenizer."""
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.padding_side = "left"  # a batch of prompts must end with their last tokens
@@ -114,18 +114,24 @@ def _prepare(tokenizer: PreTrainedTokenizerBase) -> None:
     tokenizer.add_special_tokens(
         {"extra_special_tokens": list(CONTROL_TOKENS)}, replace_extra_special_tokens=False
     )
-    _break_tokens_in_texts(tokenizer)
+    _break_tokens_in_texts(tokenizer, name)
     tokenizer.chat_template = chat_template(_chat_start(tokenizer), special_tokens(tokenizer))
 
 
-def _break_tokens_in_texts(tokenizer: PreTrainedTokenizerBase) -> None:
+def _break_tokens_in_texts(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Puts a space into the text of special tokens that the model has among its pieces, as SentencePiece's "</s>".
 
     This comes after normalisation, so "</s>" in other letters that are normalised to it is broken as well. Special
     tokens are found before, so those of a prompt stay.
     """
+    tokens = tokens_in_reach(tokenizer)
+    if len(tokens) > MOST_BROKEN:
+        raise ModelError(
+            f"{name}: {len(tokens):,} special tokens, such as {tokens[-1]!r}, are ordinary pieces of its model, so no text "
+            'could have them. Set "special" to true only for control tokens in tokenizer.json'
+        )
     backend = tokenizer.backend_tokenizer
-    steps = [normalizers.Replace(token, spaced(token)) for token in tokens_in_reach(tokenizer)]
+    steps = [normalizers.Replace(token, spaced(token)) for token in tokens]
     if steps:
         backend.normalizer = normalizers.Sequence(
             [*([backend.normalizer] if backend.normalizer else []), *steps]
@@ -195,6 +201,8 @@ def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None
                 "end a row early. Use a model with another tokenizer"
             )
 
+
+MOST_BROKEN = 1000  # each costs a search in every text
 
 # ASCII to letters that many normalizers turn back into ASCII.
 FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
