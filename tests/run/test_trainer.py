@@ -331,7 +331,9 @@ def test_auto_checkpointing_is_on_only_if_memory_is_short_and_a_resume_keeps_it(
 
 def test_each_disk_is_checked_for_the_files_that_it_will_hold(tmp_path, monkeypatch):
     needed = {}
-    monkeypatch.setattr(preflight, "disk_problems", lambda needs, labels, *_: needed.update(needs) or ["full"])
+    monkeypatch.setattr(
+        preflight, "disk_problems", lambda needs, labels, *_: needed.update(needs) or ["full"]
+    )
     with pytest.raises(OptionsError, match="full"):
         train_demo(tmp_path / "out", max_steps=1, dbfs_output_dir=str(tmp_path / "copy"))
     checkpoints, model = needed[tmp_path / "out" / "checkpoints"], needed[tmp_path / "out" / "model"]
