@@ -111,6 +111,8 @@ def test_missing_zero_settings_have_deepspeeds_defaults():
     assert read_zero({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}) == Zero(
         stage=2
     )
+    for value in (10**400, float("nan"), float("inf")):  # refused, but by the checks of the file
+        assert read_zero({"zero_optimization": {"stage": value, "sub_group_size": value}}) == Zero(stage=0)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     theirs = DeepSpeedZeroConfig(stage=3)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 
 from training.consts import CONFIG
 from training.errors import OptionsError
-from training.options.deepspeed_keys import canonical
+from training.options.deepspeed_keys import canonical, is_number
 
 
 def read_json(path: str) -> dict[str, Any]:
@@ -44,10 +45,9 @@ def read_json(path: str) -> dict[str, Any]:
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    for key in keys:
-        if keys.count(key) > 1:
-            raise ValueError(f"{key!r} appears twice")
+    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if repeated:
+        raise ValueError(f"{repeated[0]!r} appears twice")
     return dict(pairs)
 
 
@@ -88,7 +88,7 @@ def read_zero(config: Mapping[str, Any]) -> Zero:
 
     def number(key: str, default: float) -> float:
         value = zero.get(key, default)
-        return float(value) if isinstance(value, int | float) else default
+        return float(value) if is_number(value) else default
 
     return Zero(
         stage=int(number("stage", 0)),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -66,13 +67,19 @@ class Key:
         """Whether the value has the key's type and is within its limits."""
         if self.auto and _equal(value, "auto"):
             return True
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if self.kind in ("whole", "number"):
+            number = is_number(value)
             whole = number and (self.kind == "number" or value == int(value))
             return whole and self.least <= value <= self.most
         if self.kind == "word":
             return isinstance(value, str) and (not self.choices or value in self.choices)
         return isinstance(value, {"switch": bool, "list": list, "section": dict}.get(self.kind, object))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number. JSON also has integers that are too large for a float."""
+    is_numeric = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_numeric and abs(value) <= sys.float_info.max
 
 
 def _equal(value: Any, other: Any) -> bool:
