@@ -97,6 +97,14 @@ def test_csv_fields_may_hold_quotes_newlines_null_bytes_and_a_megabyte(tmp_path:
     assert read_columns(path) == Columns(['a\n"b",\n', "c"], ["", ""], [long, "d\0e"])
 
 
+def test_csv_of_spreadsheets_may_have_empty_lines_before_the_header_and_columns_without_names(
+    tmp_path: Path,
+) -> None:
+    columns = read_columns(write(tmp_path / "rows.csv", "\n\r\n,instruction,output,,\n1,a,b,,\n2,c,d,,\n"))
+    assert columns == Columns(["a", "c"], ["", ""], ["b", "d"])
+    assert columns.not_read == ["the columns ''"]
+
+
 def test_the_demo_rows_need_no_file() -> None:
     columns = read_columns(DEMO)
     assert len(columns) > 1000
@@ -193,6 +201,11 @@ BAD_FILES = {
         "x.csv",
         b"instruction,output,output\na,b,c\n",
         "line 1: column 'output' appears twice",
+    ),
+    "JSON under the name of CSV": (
+        "x.csv",
+        f"[{GOOD}]".encode(),
+        "is JSON, not CSV. Let its name end in .json",
     ),
     "too few fields": ("x.csv", b"instruction,output\na,b\nc\n", "line 3: 1 fields, but the header has 2"),
     "an unclosed quote": ("x.csv", b'instruction,output\na,b\nc,"d\n', "line 3: broken CSV"),

@@ -84,6 +84,10 @@ JSON_FAULTS = {
     ),
     "a comma too many": (f"{ONE_LINE[:-1]},\n]", "line 2: broken JSON: Expecting value at column 1 in row 5"),
     "a key twice in a list": ('[{"a": 1}, {"a": 1, "a": 2}]', "column 'a' appears twice in row 2"),
+    "a key twice among very many": (
+        json.dumps(dict.fromkeys(range(200_000)))[:-1] + ', "199999": 2}',
+        "column '199999' appears twice",
+    ),
     "a list and more": (f"{ONE_LINE}\n{ONE_LINE}]", "line 2: broken JSON: Extra data at column 1"),
     "a tab in a string": (
         LINES.replace("Say 1", "Say\t1"),
@@ -153,6 +157,7 @@ DISGUISES = {
     "half of a gzip": ("x.jsonl.gz", gzip.compress(LINES.encode())[:-9], "broken gzip"),
     "damaged gzip": ("x.jsonl", b"\x1f\x8b\x08\0\0\0\0\0\0\3" + b"no gzip", "broken gzip"),
     "half of a zstd": ("x.jsonl.zst", zstd(LINES.encode())[:-9], "broken zstd"),
+    "gzip in zstd": ("x.jsonl.gz.zst", zstd(gzip.compress(LINES.encode())), "compressed twice. Unpack it once"),
     "another compression": ("x.jsonl.bz2", b"BZh9", "cannot read '.bz2' files"),
     "bzip2 in disguise": ("x.jsonl", b"BZh91AY&SY", "compressed with bzip2"),
     "quotes as Spark escapes them": ("x.csv", b'instruction,output\n"a \\"b\\", c",d\n', "(Spark: option('escape', '\"'))"),
@@ -281,6 +286,9 @@ def test_a_column_named_text_is_left_out_in_silence_only_if_it_is_the_rendered_r
     assert read_columns(jsonl(tmp_path / "x.jsonl", rendered)).not_read == []
     article = [row | {"text": "An article."} for row in ROWS]
     assert read_columns(jsonl(tmp_path / "x.jsonl", article)).not_read == ["the columns 'text'"]
+    twice = pa.Table.from_pylist(rendered).append_column("text", [["An article."] * 4])
+    pyarrow.parquet.write_table(twice, tmp_path / "x.parquet")
+    assert read_columns(str(tmp_path / "x.parquet")).not_read == ["the columns 'text'"]
 
 
 OTHER_SHAPES = {
@@ -421,6 +429,21 @@ def test_the_split_train_of_a_folder_is_read_and_the_others_are_named(tmp_path: 
     assert columns == READ
     assert columns.not_read == ["the files 'README.md', 'test-00000-of-00001.parquet'"]
     assert [name[:5] for name in local_files(str(folder)) or {}] == ["train", "train"]
+
+
+def test_a_folder_that_spark_partitioned_by_split_gives_the_split_train(tmp_path: Path) -> None:
+    names = ("split=test/part-0.json", "split=train/part-0.json")
+    folder = folder_of(tmp_path / "rows", dict.fromkeys(names, (jsonl, ROWS)))
+    columns = read_columns(str(folder))
+    assert columns == READ
+    assert columns.not_read == ["the files 'split=test/part-0.json'"]
+
+
+def test_a_link_to_a_folder_around_it_is_refused_because_its_rows_would_be_read_again(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path / "rows", {"a=1/part-0.json": (jsonl, ROWS)})
+    for link in ("b=1", "b=2"):  # each would double the files at every level
+        (folder / "a=1" / link).symlink_to(folder)
+    assert "a=1/b=1: is a link to a folder that it is in. Remove it" in refusal(folder)
 
 
 def test_a_folder_of_one_split_is_read_whole(tmp_path: Path) -> None:

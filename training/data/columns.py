@@ -76,6 +76,8 @@ def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) 
 
 def _is_rendered(table: Table, outputs: Sequence[str]) -> bool:
     """Whether each text is the rendered row: it holds the output. The first rows are compared."""
+    if table.names.count(RENDERED) != 1:
+        return False
     try:
         first = zip(table.values(RENDERED)[:100], outputs, strict=False)
     except DataError:  # text that cannot be read

@@ -73,6 +73,8 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
         if not entry.is_dir():
             files.append(entry)
         elif "=" in entry.name:
+            if folder.resolve().is_relative_to(entry.resolve()):
+                raise DataError(f"{entry}: is a link to a folder that it is in. Remove it")
             more_files, more_inner = _entries(entry)
             files, inner = files + more_files, inner + more_inner
         else:
@@ -82,7 +84,7 @@ def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
 
 def _train_split(folder: Path, files: list[Path]) -> list[Path]:
     """The files of the split train if the names tell splits apart, else all files."""
-    splits = {file: _split_of(file) for file in files}
+    splits = {file: _split_of(file.relative_to(folder)) for file in files}
     names = set(splits.values())
     if len(names) == 1 or names.isdisjoint(TEST_SPLITS):
         return files
@@ -96,7 +98,13 @@ def _train_split(folder: Path, files: list[Path]) -> list[Path]:
 
 
 def _split_of(file: Path) -> str:
-    """The split that a word of a name says: "test" for test-00000-of-00001.parquet and alpaca_test.json."""
+    """The split that a word of a name says: "test" for test-00000-of-00001.parquet and alpaca_test.json.
+
+    Spark's partitionBy("split") says it in the name of a folder: split=test.
+    """
+    for part in file.parts[:-1]:
+        if part.startswith("split=") and part[6:] in (TRAIN, *TEST_SPLITS):
+            return part[6:]
     words = re.split(r"[^a-z]+", file.name.lower().split(".")[0])
     found = [word for word in words if word == TRAIN or word in TEST_SPLITS]
     return found[0] if found else ""

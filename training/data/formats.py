@@ -8,6 +8,7 @@ import codecs
 import csv
 import gzip
 import io
+import re
 import sys
 import zlib
 from collections.abc import Iterator
@@ -35,6 +36,8 @@ DISGUISES = {
     b"pk\x03\x04": "a ZIP archive or an Excel file. Unpack it, or save the sheet as CSV",
     b"bzh": "compressed with bzip2. Unpack it, or use gzip or zstd",
     b"\xfd7zxz\0": "compressed with xz. Unpack it, or use gzip or zstd",
+    GZIP: "compressed twice. Unpack it once",
+    ZSTD: "compressed twice. Unpack it once",
     b"arrow1": "an Arrow file. Write it as Parquet",
 }
 
@@ -95,6 +98,8 @@ def decode(content: bytes, source: str) -> str:
 
 
 def csv_table(text: str, source: str) -> Table:
+    if re.match(r'\s*(\[\s*)?\{\s*"', text):
+        raise DataError(f"{source}: is JSON, not CSV. Let its name end in .json")
     csv.field_size_limit(sys.maxsize)  # the default refuses fields over 128 KiB
     rows: list[list[str]] = []
     ragged: list[tuple[int, int]] = []
@@ -103,7 +108,7 @@ def csv_table(text: str, source: str) -> Table:
     problem = ""
     header: list[str] = []
     try:
-        header = next(reader, [])
+        header = next(filter(None, reader), [])  # not an empty line
         line = reader.line_num + 1
         for fields in reader:
             if fields and len(fields) != len(header):
@@ -128,8 +133,8 @@ def csv_table(text: str, source: str) -> Table:
         )
     if problem:
         raise DataError(problem)
-    if len(set(header)) < len(header):
-        name = next(column for column in header if header.count(column) > 1)
+    # Spreadsheets write empty columns, which have no names.
+    if name := next((column for column in header if column.strip() and header.count(column) > 1), None):
         raise DataError(f"{source}, line 1: column {name!r} appears twice in the header")
 
     def values(name: str) -> list[str]:
