@@ -43,6 +43,31 @@ def test_all_unknown_options_and_wrong_values_are_reported_with_the_other_proble
     assert len(lines) == 1 + 11
 
 
+ODD_WORDS = {
+    "a dash and a value": (["-=x"], "No such option '-'. Did you mean --lr"),
+    "a value that looks like an option": (
+        ["--deepspeed=-x.json"],
+        "No such option '--deepspeed=-x.json'. Did you mean --deepspeed or --deepspeed_config",
+    ),
+    "an option as the value of another": (
+        ["--lr", "--epochs", "1"],
+        "'1' belongs to no option. Put quotation marks around a value that has spaces",
+    ),
+    "a word that is also a value": (
+        ["--max-length", "8", "stray", "8"],
+        "'8' belongs to no option. Put quotation marks around a value that has spaces",
+    ),
+    "a switch before it": (["--seed", "8", "--force", "8"], "--force takes no value, but '8' follows it. Type --force alone"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "problem"), ODD_WORDS.values(), ids=ODD_WORDS)
+def test_odd_words_are_answered_with_what_is_wrong(words: list[str], problem: str) -> None:
+    result = CliRunner().invoke(trainer.main, ["--local-output-dir", "new", *words])
+    assert problem in [line.removeprefix("  - ") for line in result.output.splitlines()]
+    assert "takes no value" in problem or "takes no value" not in result.output
+
+
 # Alpaca's command line, TRL's, LLaMA-Factory's, open-instruct's and transformers' run_clm: theirs -> ours.
 THEIRS = {
     "--model_name_or_path": "--input-model", "--data_path": "--training-dataset", "--output_dir": "--local-output-dir",

@@ -44,11 +44,17 @@ class CollectingCommand(click.Command):
             except click.BadOptionUsage as error:
                 _remove(left, error.option_name, ctx, with_value=False)
                 problems.append(error.format_message())
-        problems += [_extra_problem(word, left, self._flags(ctx)) for word in extra]
+        problems += [_extra_problem(word, left, self._flags(ctx, only_switches=True)) for word in extra]
         return []
 
-    def _flags(self, ctx: click.Context) -> list[str]:
-        names = (name for option in self.get_params(ctx) for name in (*option.opts, *option.secondary_opts))
+    def _flags(self, ctx: click.Context, only_switches: bool = False) -> list[str]:
+        """The names of the options; `only_switches`: of those that take no value."""
+        names = (
+            name
+            for option in self.get_params(ctx)
+            if not only_switches or getattr(option, "is_flag", False)
+            for name in (*option.opts, *option.secondary_opts)
+        )
         return [name for name in names if name.startswith("-")]
 
 
@@ -59,24 +65,27 @@ def _remove(words: list[str], flag: str, ctx: click.Context, with_value: bool) -
         typed = word.split("=")[0]
         prefix = typed[: len(typed) - len(typed.lstrip("-"))]
         same = prefix + normalize(typed.lstrip("-")) == flag
-        if prefix and (same or (prefix == "-" and typed.startswith(flag))):  # click names -lr as -l
+        if prefix and (same or (prefix == "-" and word.startswith(flag))):  # click names -lr as -l
             following = words[at + 1 : at + 2]
             has_value = with_value and "=" not in word and following and not _is_flag(following[0])
             del words[at : at + 1 + bool(has_value)]
             return typed
-    raise AssertionError(f"click reported {flag}, which was not typed")
+    # click reads the value of an option that may have none, as in --deepspeed=-x, as an option of its own.
+    at = next(at for at, word in enumerate(words) if word.partition("=")[2].startswith(flag))
+    return words.pop(at)
 
 
 def _is_flag(word: str) -> bool:
     return word.startswith("-") and not re.fullmatch(r"-[0-9.]+(e-?[0-9]+)?", word)
 
 
-def _extra_problem(word: str, words: list[str], flags: list[str]) -> str:
+def _extra_problem(word: str, words: list[str], switches: list[str]) -> str:
     """Why a word that is no option and no value of one is refused."""
-    before = words[words.index(word) - 1] if word in words[1:] else ""
-    if before in flags:
+    pairs = zip(words, words[1:], strict=False)
+    before = next((first for first, second in pairs if second == word and first in switches), None)
+    if before:
         other = f"--no-{before[2:]}"
-        choices = f"{before} or {other}" if other in flags else f"{before} alone"
+        choices = f"{before} or {other}" if other in switches else f"{before} alone"
         return f"{before} takes no value, but {word!r} follows it. Type {choices}"
     return f"{word!r} belongs to no option. Put quotation marks around a value that has spaces"
 
