@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, fields
+from itertools import pairwise
 from typing import Any
 
 import click
@@ -81,8 +82,7 @@ def _is_flag(word: str) -> bool:
 
 def _extra_problem(word: str, words: list[str], switches: list[str]) -> str:
     """Why a word that is no option and no value of one is refused."""
-    pairs = zip(words, words[1:], strict=False)
-    before = next((first for first, second in pairs if second == word and first in switches), None)
+    before = next((first for first, second in pairwise(words) if second == word and first in switches), None)
     if before:
         other = f"--no-{before[2:]}"
         choices = f"{before} or {other}" if other in switches else f"{before} alone"
