@@ -236,13 +236,13 @@ class TrainDollyFlow(FlowSpec):
         """
         family = self.gpu_family or machine.family
         problems = self._machine_problems(machine, family, remote)
-        demo = family == "cpu" and {self.input_model, self.training_dataset} <= {None, DEMO}
+        demo = family == "cpu" and self.input_model in (None, DEMO)
         chosen = preset_options(family, self.ranks)
         rows = {}
         if self.training_file is not None:
             rows["training_dataset"] = self._own_file("training_file", self.training_file)
         # The demo saves no checkpoints, but the flow must be able to resume it.
-        dataset = rows.get("training_dataset", DEMO)
+        dataset = rows.get("training_dataset", self.training_dataset or DEMO)
         chosen |= demo_options(self.ranks, dataset) | {"save_steps": 100} if demo else {"epochs": 1.0}
         chosen |= {name: value for name in PARAMETERS if (value := getattr(self, name)) is not None} | rows
         self.prompts = default_prompts(demo) if self.sample_prompts is None else self.sample_prompts

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from training.consts import DEFAULT_INPUT_MODEL, DEMO
 from training.errors import OptionsError
 from training.machine.catalogue import find_machine
 from training.options.trainer_options import TrainingOptions
@@ -62,21 +63,24 @@ def test_a_parameter_has_the_type_and_the_help_of_its_option(
 
 
 @pytest.mark.parametrize(
-    ("typed", "test_size"),
+    ("typed", "model", "test_size"),
     [
-        ({}, 400),
-        ({"training_file": b"[]"}, None),
-        ({"training_file": b"[]", "test_size": 30}, 30),
-        ({"training_file": b"[]", "test_size": 30, "trainer_options": "--test-size 20"}, 20),
-        ({"gpu_family": "a100"}, None),
+        ({}, DEMO, 400),
+        ({"training_file": b"[]"}, DEMO, None),
+        ({"training_file": b"[]", "test_size": 30}, DEMO, 30),
+        ({"training_file": b"[]", "test_size": 30, "trainer_options": "--test-size 20"}, DEMO, 20),
+        ({"training_dataset": "/data/rows.csv"}, DEMO, None),
+        ({"input_model": "EleutherAI/pythia-70m"}, "EleutherAI/pythia-70m", None),
+        ({"gpu_family": "a100"}, DEFAULT_INPUT_MODEL, None),
     ],
 )
-def test_the_demos_number_of_held_out_rows_is_for_the_demos_rows(
-    flow: Any, tmp_path: Path, typed: dict[str, Any], test_size: int | None
+def test_a_cpu_trains_the_demos_model_and_its_number_of_held_out_rows_is_for_the_demos_rows(
+    flow: Any, tmp_path: Path, typed: dict[str, Any], model: str, test_size: int | None
 ) -> None:
     run = stand_in(flow, **{"gpu_family": "cpu", "ranks": 2, "folder": str(tmp_path / "run")} | typed)
     run.output = f"{tmp_path}/run/model"
-    assert flow.TrainDollyFlow._options(run, find_machine("8xA100-40GB"), True).test_size == test_size
+    options = flow.TrainDollyFlow._options(run, find_machine("8xA100-40GB"), True)
+    assert (options.input_model, options.test_size) == (model, test_size)
 
 
 def test_invalid_values_are_reported_together_with_earlier_problems(flow: Any) -> None:

@@ -69,8 +69,8 @@ def out_of_memory(error: Exception) -> str | None:
     if isinstance(error, torch.OutOfMemoryError) or "CUDA out of memory" in text:
         return (
             f"ran out of GPU memory ({text.splitlines()[0].split('. GPU')[0]}). Type "
-            "--gradient-checkpointing on. If it is on, type --max-tokens-per-device 2048, or half the "
-            "--per-device-train-batch-size with twice the --gradient-accumulation-steps. "
+            "--gradient-checkpointing on. If it is on, type half the --per-device-train-batch-size with twice the "
+            "--gradient-accumulation-steps or, if rows are packed, --max-tokens-per-device 2048. "
             "--resume auto continues from the last checkpoint"
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
