@@ -175,6 +175,9 @@ def _problems(
     for name, text in (("INSTRUCTION", instruction), ("--input", context)):
         if text and text.encode(errors="replace").decode() != text:
             problems.append(f"{name} {text!r}: is not UTF-8")
+    for name, path in (("--prompts", file), ("--output", output)):
+        if path is not None and not path.strip():  # e.g. from an unset shell variable
+            return [*problems, f"{name} is empty. Give a value, or leave the option out"]
     if file is not None and (instruction is not None or context is not None):
         problems.append("--prompts has instructions and inputs of its own. Leave out INSTRUCTION and --input")
     elif file is None and not (instruction or "").strip():

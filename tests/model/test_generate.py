@@ -341,6 +341,8 @@ def test_the_command_runs_from_the_shell(answering_folder: Path) -> None:
         (["--input", "\udcff"], "--input '\\udcff': is not UTF-8"),
         (["--greedy", "--seed", "1"], "--seed 1: has no effect with --greedy"),
         (["--batch-size", "3"], "--batch-size 3: has no effect without --prompts"),
+        (["--prompts", ""], "--prompts is empty. Give a value, or leave the option out"),
+        (["--output", " "], "--output is empty. Give a value, or leave the option out"),
         (["--prompts", "a.txt"], "Leave out INSTRUCTION and --input"),
         (["--output", "/proc/answers.jsonl"], "--output /proc/answers.jsonl: cannot be written"),
         (["--output", "/none/such/answers.jsonl"], "cannot be written. Name a file in a folder of your own"),

@@ -310,9 +310,17 @@ def test_a_folder_without_a_model_is_refused(tmp_path: Path, bpe_folder: Path) -
             load_config(name)
         with pytest.raises(ModelError, match="no tokenizer could be loaded"):
             load_tokenizer(name)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelError, match="not a valid JSON file"):
-        load_config(str(tmp_path))
+    for content, problem in (
+        ("{", "not a valid JSON file"),
+        ("{}", "Should have a `model_type` key"),
+        ('{"model_type": "gptj", "n_layer": "2"}', "Field 'n_layer' expected int"),
+    ):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(
+            ModelError,
+            match=rf"its config.json cannot be used \(.*{problem}.*\)\. Correct it, or name another",
+        ):
+            load_config(str(tmp_path))
 
 
 def test_models_that_attend_to_later_tokens_are_refused(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ def tried(kind: str, packing: Packing = PADDED, **changes: Any) -> Packing:
     ("kind", "changes", "reason"),
     [
         ("bert", {}, 'its tokens see later ones, as in an encoder; if it was trained as a decoder, set "is_decoder"'),
+        ("gpt_neox", {"hidden_size": 64, "num_attention_heads": 4, "layer_norm_eps": float("nan")}, "its logits are not finite"),
         ("xlnet", {}, "its tokens see later ones"),
         ("moshi", {"audio_vocab_size": 32}, "stock transformers loads another model than was saved (its files hold"),
         ("xlstm", {"num_heads": 8}, "its embedding cannot grow by the control tokens (AttributeError"),

@@ -41,11 +41,12 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        raise ModelError(
-            own_code_problem(name, error)
-            or f"{name}: no model could be found ({first_line(error)}). "
-            "Expected a folder with config.json, or a model's name on the Hub"
-        ) from error
+        reason = f"no model could be found ({first_line(error)}). Expected a folder with config.json, or a model's name on the Hub"
+        if (Path(name) / "config.json").is_file():
+            reason = (
+                f"its config.json cannot be used ({first_line(error)}). Correct it, or name another model"
+            )
+        raise ModelError(own_code_problem(name, error) or f"{name}: {reason}") from error
     try:
         problem = _size_problem(config)
         architectures = [str(kind) for kind in config.architectures or []]
