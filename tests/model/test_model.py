@@ -151,6 +151,15 @@ def test_a_tokenizer_without_eos_or_with_invalid_settings_is_refused(
         load_tokenizer(name)
 
 
+@pytest.mark.parametrize("kind", ["GPT2Tokenizer", "LlamaTokenizer", "T5Tokenizer", "GemmaTokenizer"])
+def test_settings_of_a_tokenizer_without_its_vocabulary_are_refused(tmp_path: Path, kind: str) -> None:
+    settings = {"tokenizer_class": kind, "eos_token": "</s>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text('{"model_type": "gptj"}')
+    with pytest.raises(ModelError, match=r"its tokenizer has no vocabulary.* Copy tokenizer.json"):
+        load_tokenizer(str(tmp_path))
+
+
 def bare_bpe(bpe_folder: Path, folder: Path, last_id: int) -> str:
     """GPT-2's two files, with the last entry of the vocabulary moved to another id."""
     shutil.copytree(bpe_folder, folder)

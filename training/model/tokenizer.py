@@ -83,6 +83,7 @@ def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedToke
         raise ModelError(f"{name}: its tokenizer has no EOS token. Set eos_token in tokenizer_config.json")
     try:
         _prepare(tokenizer, name)
+        _check_vocabulary(tokenizer, name)
         _check_control_tokens(tokenizer, name)
         _check_ids(tokenizer, name)
         _check_special_tokens(tokenizer, name)
@@ -168,6 +169,16 @@ def _chat_start(tokenizer: PreTrainedTokenizerBase) -> str:
     return start
 
 
+def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
+    """Raises ModelError for a tokenizer without words. transformers makes one if the folder has only its settings."""
+    words = tokenizer.get_vocab().keys() - special_tokens(tokenizer)
+    if len(words) < MIN_WORDS:
+        raise ModelError(
+            f"{name}: its tokenizer has no vocabulary, so text would be lost. Copy tokenizer.json (or tokenizer.model) of its "
+            "base model into the folder"
+        )
+
+
 def _check_control_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raises ModelError unless each control token has one id of its own."""
     vocabulary = tokenizer.get_vocab()
@@ -203,6 +214,9 @@ def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None
 
 
 MOST_BROKEN = 1000  # each costs a search in every text
+
+# A vocabulary has at least its letters. Those that transformers makes have at most "▁".
+MIN_WORDS = 5
 
 # ASCII to letters that many normalizers turn back into ASCII.
 FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
