@@ -11,6 +11,7 @@ import io
 import re
 import sys
 import zlib
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,7 +135,8 @@ def csv_table(text: str, source: str) -> Table:
     if problem:
         raise DataError(problem)
     # Spreadsheets write empty columns, which have no names.
-    if name := next((column for column in header if column.strip() and header.count(column) > 1), None):
+    counts = Counter(column for column in header if column.strip())
+    if name := next((column for column, count in counts.items() if count > 1), None):
         raise DataError(f"{source}, line 1: column {name!r} appears twice in the header")
 
     def values(name: str) -> list[str]:
