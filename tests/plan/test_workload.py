@@ -13,7 +13,7 @@ from tests.conftest import jsonl, rows_of, settings_of_a_run
 from training import consts
 from training.consts import PAD_TO_MULTIPLE_OF
 from training.data.tokens import prepare_dataset
-from training.errors import DataError
+from training.errors import DataError, OptionsError
 from training.model.tokenizer import load_tokenizer
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import (
@@ -120,10 +120,13 @@ def test_alpacas_rows_are_limited_to_the_longest_row_as_in_training():
     assert tokens.max() == 293, "the middle of the last bin"
     assert 51_000 < len(tokens) < ALPACA_ROWS
     assert len(dataset_lengths(replace(options, keep_truncated=True), model).tokens) == ALPACA_ROWS
-    with pytest.raises(
-        DataError, match=r"more than 100 tokens .* Raise --max-length, or raise --max-dropped-fraction"
-    ):
+    advice = r"more than 100 tokens .* Raise --max-length to at most 2048, or raise --max-dropped-fraction"
+    with pytest.raises(DataError, match=advice):
         dataset_lengths(replace(options, max_length=100), model)
+    with pytest.raises(DataError, match=r"more than 10%\. Raise --max-dropped-fraction"):
+        dataset_lengths(replace(options, max_length=None), replace(model, positions=100))
+    with pytest.raises(OptionsError, match=r"a row of .* has at most 2048 tokens\. Type --max-length 2048"):
+        dataset_lengths(replace(options, max_length=2049), model)
 
 
 # --- an epoch ----------------------------------------------------------------------------------------

@@ -76,6 +76,15 @@ def path_problems(options: TrainingOptions) -> dict[str, str]:
     return problems
 
 
+def check_max_length(options: TrainingOptions, positions: int) -> None:
+    """Raises OptionsError if --max-length is more than the `positions` that a row of the model can have."""
+    if options.max_length and options.max_length > positions:
+        raise OptionsError(
+            f"--max-length {options.max_length}: a row of {options.input_model} has at most {positions} tokens. "
+            f"Type --max-length {positions}, or leave it out"
+        )
+
+
 def _is_utf8(text: str) -> bool:
     return text.isascii() or text.encode(errors="replace").decode() == text
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from training.consts import DEFAULT_TRAINING_DATASET, DEMO, WEIGHTS
 from training.errors import DataError, ModelError, first_line
+from training.options.checks import check_max_length
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import Lengths, alpaca_lengths, row_lengths
 from training.plan.model_shape import BUILT_IN, ModelShape, gptj_shape
@@ -73,11 +74,13 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
 def dataset_lengths(options: TrainingOptions, model: ModelShape) -> Lengths:
     """Row lengths of the run's dataset. Alpaca's are built in; others are tokenised with the model's tokenizer.
 
-    Raises DataError or ModelError if the dataset or the tokenizer cannot be loaded, or too many rows are dropped.
+    Raises DataError or ModelError if the dataset or the tokenizer cannot be loaded, or too many rows are dropped, and
+    OptionsError if --max-length is more than the model can hold.
     """
-    dataset, longest = options.training_dataset, min(options.max_length or model.positions, model.positions)
+    check_max_length(options, model.positions)
+    dataset, longest = options.training_dataset, options.max_length or model.positions
     if dataset == DEFAULT_TRAINING_DATASET and not options.dataset_selection:
-        return _limited(alpaca_lengths(), longest, options)
+        return _limited(alpaca_lengths(), longest, options, model.positions)
     import datasets
     import transformers
 
@@ -93,19 +96,21 @@ def dataset_lengths(options: TrainingOptions, model: ModelShape) -> Lengths:
         options.keep_truncated,
         options.max_dropped_fraction,
         selection=options.dataset_selection,
+        positions=model.positions,
     )
     return row_lengths(dataset, rows["length"][:], rows["response_start"][:])
 
 
-def _limited(lengths: Lengths, longest: int, options: TrainingOptions) -> Lengths:
+def _limited(lengths: Lengths, longest: int, options: TrainingOptions, positions: int) -> Lengths:
     """Drops or cuts rows of more than `longest` tokens, as training does. Raises DataError if too many are dropped."""
     if options.keep_truncated:
         return replace(lengths, tokens=lengths.tokens.clip(max=longest))
     kept = lengths.tokens[lengths.tokens <= longest]
     dropped = 1 - len(kept) / len(lengths.tokens)
     if dropped > options.max_dropped_fraction:
+        raised = f"Raise --max-length to at most {positions}, or raise" if longest < positions else "Raise"
         raise DataError(
             f"{lengths.source}: {dropped:.0%} of the rows have more than {longest} tokens and would be dropped, more than "
-            f"{options.max_dropped_fraction:.0%}. Raise --max-length, or raise --max-dropped-fraction"
+            f"{options.max_dropped_fraction:.0%}. {raised} --max-dropped-fraction"
         )
     return replace(lengths, tokens=kept)

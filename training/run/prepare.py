@@ -19,12 +19,12 @@ from training.data.batching import check_token_budget
 from training.data.held_out import held_out_size, in_words, split_held_out
 from training.data.ledger import Ledger
 from training.data.tokens import marked_sample, prepare_dataset
-from training.errors import OptionsError
 from training.launch.supervisor import remove_shared_buffer
 from training.model.loading import load_config, max_positions, rows_needed, text_config
 from training.model.packing import Packing, packing_of
 from training.model.tokenizer import load_tokenizer, saved_form
 from training.model.trial import try_model
+from training.options.checks import check_max_length
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.options.wording import worded
@@ -166,11 +166,7 @@ def tokenised_rows(
     """
     config = load_config(options.input_model, options.trust_remote_code)
     positions = packing.row_limit(max_positions(config))
-    if options.max_length and options.max_length > positions:
-        raise OptionsError(
-            f"--max-length {options.max_length}: a row of {options.input_model} has at most {positions} tokens. "
-            f"Type --max-length {positions}, or leave it out"
-        )
+    check_max_length(options, positions)
     tokenizer = tokenizer or run_tokenizer(options)
     rows, ledger = prepare_dataset(
         options.training_dataset,
