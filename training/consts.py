@@ -25,6 +25,7 @@ SAMPLE_INSTRUCTIONS = (
     "Give me a list of 5 science fiction books I should read next.",
 )
 PAD_TO_MULTIPLE_OF = 8  # as in Dolly v1: tensor cores work on tiles of 8
+MOST_TOKENS = 2**24  # of a vocabulary; a larger number is a mistake, and would fill memory
 
 # Memory of one chunk of float32 logits. With a vocabulary of 50,400 this is 1,331 tokens, the responses of 21 average
 # Alpaca rows. So most batches are one chunk, and summing weight gradients over chunks seldom adds rounding.

@@ -169,10 +169,12 @@ def bare_bpe(bpe_folder: Path, folder: Path, last_id: int) -> str:
     return str(folder)
 
 
-def test_a_vocabulary_with_a_duplicate_id_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
+def test_a_vocabulary_with_a_duplicate_or_a_huge_id_is_refused(bpe_folder: Path, tmp_path: Path) -> None:
     size = len(json.loads((bpe_folder / "vocab.json").read_text()))
     with pytest.raises(ModelError, match=r"gives two tokens the same id"):
         load_tokenizer(bare_bpe(bpe_folder, tmp_path / "gap", size))  # the next free id by count is taken
+    with pytest.raises(ModelError, match=r"the id 2,147,483,648, expected less than 16,777,216"):
+        load_tokenizer(bare_bpe(bpe_folder, tmp_path / "huge", 2**31))  # its embedding would fill memory
 
 
 def test_the_embedding_has_room_for_the_largest_id_when_ids_have_gaps(

@@ -20,6 +20,7 @@ from transformers import (
     set_seed,
 )
 
+from training.consts import MOST_TOKENS
 from training.errors import ModelError, first_line, own_code_problem
 from training.model.demo_model import model_folder
 from training.model.twin import set_cache
@@ -103,7 +104,11 @@ def _size_problem(config: PreTrainedConfig) -> str | None:
     text = text_config(config)
     sizes = [
         (key, getattr(text, key, None), most)
-        for key, most in (("num_hidden_layers", MOST_LAYERS), ("hidden_size", 2**20), ("vocab_size", 2**24))
+        for key, most in (
+            ("num_hidden_layers", MOST_LAYERS),
+            ("hidden_size", 2**20),
+            ("vocab_size", MOST_TOKENS),
+        )
     ]
     for key, value, most in sizes:
         if isinstance(value, int) and not 1 <= value <= most:

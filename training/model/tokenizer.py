@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.utils import is_sentencepiece_available
 
-from training.consts import MAX_NEW_TOKENS, SAMPLING
+from training.consts import MAX_NEW_TOKENS, MOST_TOKENS, SAMPLING
 from training.data.encoding import (
     encode_prompts,
     encode_text,
@@ -176,6 +176,12 @@ def _check_vocabulary(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
         raise ModelError(
             f"{name}: its tokenizer has no vocabulary, so text would be lost. Copy tokenizer.json (or tokenizer.model) of its "
             "base model into the folder"
+        )
+    token, id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if id >= MOST_TOKENS:
+        raise ModelError(
+            f"{name}: its tokenizer gives {token!r} the id {id:,}, expected less than {MOST_TOKENS:,}. "
+            "Use the tokenizer files of the base model"
         )
 
 
