@@ -144,10 +144,15 @@ def _model_artifact(run_id: str) -> dict[str, Any]:
 
     namespace(None)  # runs of all users
     try:
-        model = Run(f"{FLOW}/{run_id}")["train"].task.data.model
+        run = Run(f"{FLOW}/{run_id}")
+    except MetaflowException as error:
+        raise StoreError(f"run {run_id}: {error}. Type the run-id that the flow printed") from error
+    try:
+        model = run["train"].task.data.model
     except (MetaflowException, KeyError, AttributeError) as error:
+        step = "train" if "train" in run else "start"
         raise StoreError(
-            f"run {run_id}: has no model ({error}). Type python flows/train_dolly_flow.py logs {run_id}/train"
+            f"run {run_id}: has no model. Type python flows/train_dolly_flow.py logs {run_id}/{step}"
         ) from error
     if not model.get("s3"):
         raise StoreError(

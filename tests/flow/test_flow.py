@@ -437,7 +437,9 @@ def test_the_pushed_model_is_fetched_by_run_id_and_answers(
     assert not (tmp_path / "other" / "run.json").exists()
     code, output = metaflow.run("123", "--to", tmp_path / "none", file=FETCH)
     assert code == 1
-    assert "run 123: has no model" in output
+    assert (
+        "run 123: Run('TrainDollyFlow/123') does not exist. Type the run-id that the flow printed" in output
+    )
     assert "Traceback" not in output
 
 

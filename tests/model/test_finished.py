@@ -139,10 +139,11 @@ def test_the_card_of_local_model_and_data_links_to_nothing_on_the_hub(tmp_path: 
     model.mkdir()
     rows.touch()
     record = make_record(tmp_path, input_model=str(model), training_dataset=str(rows))
-    write_model_card(tmp_path, record, Ledger("x", 8))
+    write_model_card(tmp_path, record | {"steps": 1, "world_size": 1}, Ledger("x", 8))
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.base_model is card.data.datasets is card.data.language is None
     assert "licence: unknown" in card.text
+    assert "1 step on 1 device in bf16" in card.text
 
 
 # --- verified from the files alone -------------------------------------------------------------------

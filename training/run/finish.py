@@ -75,6 +75,7 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> No
         else "Both licences apply to every use of the model."
     )
     changed = "\n".join(f"| `{key}` | {_code(value)} |" for key, value in options.items())
+    steps, devices = record["steps"], record["world_size"]
     content = f"""---
 {data.to_yaml()}
 ---
@@ -84,7 +85,7 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> No
 with the recipe of Databricks' first Dolly. {limit}
 
 Held-out loss, nats a response token: {losses["before"]:.4f} before training, **{losses["after"]:.4f}** after
-{record["steps"]:,} steps on {record["world_size"]} devices in {record["precision"]}.
+{steps:,} step{"s" * (steps != 1)} on {devices} device{"s" * (devices != 1)} in {record["precision"]}.
 
 ```python
 from transformers import pipeline
