@@ -444,6 +444,12 @@ def test_a_link_to_a_folder_around_it_is_refused_because_its_rows_would_be_read_
     for link in ("b=1", "b=2"):  # each would double the files at every level
         (folder / "a=1" / link).symlink_to(folder)
     assert "a=1/b=1: is a link to a folder that it is in. Remove it" in refusal(folder)
+    other = folder_of(tmp_path / "other", {"a.json": (jsonl, ROWS)})
+    (other / "c=1").symlink_to(folder)
+    (folder / "a=1" / "b=1").unlink()
+    (folder / "a=1" / "b=2").unlink()
+    (folder / "a=1" / "b=1").symlink_to(other)
+    assert "a=1/b=1/c=1: is a link to a folder that it is in" in refusal(folder)
 
 
 def test_a_folder_of_one_split_is_read_whole(tmp_path: Path) -> None:

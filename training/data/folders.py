@@ -63,19 +63,20 @@ def parts_of(folder: Path, kinds: Collection[str]) -> Parts:
     return Parts(chosen, [str(file.relative_to(folder)) for file in sorted(unread)])
 
 
-def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+def _entries(folder: Path, above: Collection[Path] = ()) -> tuple[list[Path], list[Path]]:
     """(files, folders) in order of name. Folders that Spark names column=value are opened."""
     files: list[Path] = []
     inner: list[Path] = []
+    around = (*above, folder.resolve())
     for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
         if entry.name.startswith(("_", ".")):
             continue
         if not entry.is_dir():
             files.append(entry)
         elif "=" in entry.name:
-            if folder.resolve().is_relative_to(entry.resolve()):
+            if entry.resolve() in around:
                 raise DataError(f"{entry}: is a link to a folder that it is in. Remove it")
-            more_files, more_inner = _entries(entry)
+            more_files, more_inner = _entries(entry, around)
             files, inner = files + more_files, inner + more_inner
         else:
             inner.append(entry)
