@@ -209,6 +209,7 @@ BAD_FILES = {
     ),
     "too few fields": ("x.csv", b"instruction,output\na,b\nc\n", "line 3: 1 fields, but the header has 2"),
     "an unclosed quote": ("x.csv", b'instruction,output\na,b\nc,"d\n', "line 3: broken CSV"),
+    "spaces in a header": ("x.csv", b"instruction, output\na, b\n", "Rename ' output' to 'output'"),
     "csv without columns": ("x.csv", b"a,b\n1,2\n", "Found 'a', 'b'"),
     "not Parquet": ("x.parquet", b"PAR1 but not Parquet", "not a readable Parquet file"),
     "unknown suffix": ("x.txt", b"instruction", "cannot read '.txt' files. Expected one of .json"),

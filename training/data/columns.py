@@ -102,7 +102,7 @@ def _match_columns(found: list[str], source: str, required: tuple[str, ...]) -> 
     if not missing:
         return matched
     expected = REQUIRED_COLUMNS_HELP if required == REQUIRED else "expected instruction; input is optional"
-    lower = {name.lower(): name for name in reversed(found)}
+    lower = {name.strip().lower(): name for name in reversed(found)}
     chat = next((lower[name] for name in CONVERSATIONS if name in lower), None)
     if chat is None and {"role", "content"} <= lower.keys():
         chat = lower["content"]
