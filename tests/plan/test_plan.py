@@ -318,7 +318,7 @@ def test_a_model_that_cannot_be_packed_is_planned_with_padded_rows_and_a_warning
         (["--machine", "8xH100", "--deepspeed", "none.json"], "Available are"),
         (["--machine", "8xH100", "--deepspeed", "odd.json"], "sets zero_optimization 7, expected an object"),
         (["--local-output-dir", "~nobody-of-that-name/x"], "Name a folder of your own"),
-        (["--machine", "8xH100", "--model", "demo", "--training-dataset", "none.jsonl"], "none.jsonl"),
+        (["--machine", "8xH100", "--input-model", "not/looked-up", "--training-dataset", "none.jsonl"], "none.jsonl: no such file"),
         (["--machine", "8xH100", "--model", "demo", "--training-dataset", "one.jsonl"],
          "1 row, but at least 2 are needed: one to train on and one to hold out"),
         (["--machine", "8xH100", "--model", "demo", "--training-dataset", "one.jsonl", "--dataset-split", "test"],

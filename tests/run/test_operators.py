@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,6 +53,23 @@ def test_a_process_that_hangs_while_compiling_is_waited_for_only_until_the_timeo
         pytest.raises(OptionsError, match=r"for 1 s \(--rank-timeout\) and hangs. Find it \(fuser '?/"),
     ):
         compile_operators({}, timeout=1)
+
+
+def test_a_compilation_is_announced_and_a_compiled_operator_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    builders = [
+        SimpleNamespace(name="slow", load=lambda: time.sleep(0.5)),
+        SimpleNamespace(name="quick", load=int),
+    ]
+    monkeypatch.setattr(operators, "_builders", lambda config: builders)
+    monkeypatch.setattr(operators, "NOTICE_AFTER", 0.2)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    with caplog.at_level("INFO"):
+        compile_operators({})
+    [message] = caplog.messages
+    assert message.startswith("compiling DeepSpeed's operator slow, which takes a minute or two, once")
+    assert message.endswith("/slow")
 
 
 @pytest.mark.parametrize("reason", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])

@@ -58,6 +58,15 @@ def test_a_part_of_a_dataset_that_is_not_on_the_hub_is_refused(tmp_path: Path) -
     assert problems_of(options(tmp_path, **chosen | {"training_dataset": "a/b"})) == []
 
 
+def test_missing_rows_are_reported_with_the_other_problems(tmp_path: Path) -> None:
+    for missing in (str(tmp_path / "none.jsonl"), str(tmp_path / "none"), "./none"):
+        problems = problems_of(options(tmp_path, training_dataset=missing, max_shard_size="5"))
+        assert len(problems) == 2
+        assert problems[1].startswith(
+            f"--training-dataset {missing}: no such file. Expected a .json, .jsonl,"
+        )
+
+
 def test_a_timeout_for_other_ranks_is_refused_without_a_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

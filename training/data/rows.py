@@ -40,7 +40,7 @@ def read_columns(source: str, selection: Mapping[str, str] | None = None) -> Col
 
     Raises DataError, with file and row, if a required column is missing or a value is not text.
     """
-    check_selection(source, selection or {})
+    check_source(source, selection or {})
     path = None if source == DEMO else _local_path(source)
     files: dict[str, int] = {}
     not_read: list[str] = []
@@ -60,13 +60,25 @@ def read_columns(source: str, selection: Mapping[str, str] | None = None) -> Col
     return columns
 
 
-def check_selection(source: str, selection: Mapping[str, str]) -> None:
-    """Raises DataError if a part of a dataset on the Hub is requested, but the source is not on the Hub."""
-    if selection and (source == DEMO or _local_path(source) is not None):
+def check_source(source: str, selection: Mapping[str, str]) -> None:
+    """Raises DataError if a local `source` is missing, or if a part of it is requested as of a dataset on the Hub."""
+    path = None if source == DEMO else _local_path(source)
+    missing = not path.exists() if path is not None else _is_no_name(source)
+    if missing:
+        raise DataError(
+            f"{path or source}: no such file. Expected a {', '.join(KINDS)} file, a folder of them, the name of a dataset on the "
+            f"Hub, or '{DEMO}'"
+        )
+    if selection and (source == DEMO or path is not None):
         flags = " and ".join(f"--dataset-{name}" for name in selection)
         raise DataError(
             f"{source}: is not on the Hub, so {flags} would be ignored. Leave it out, or name a dataset on the Hub"
         )
+
+
+def _is_no_name(source: str) -> bool:
+    """Whether `source` cannot be the name of a dataset on the Hub, and so is a path."""
+    return source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
 def local_files(source: str) -> dict[str, Path] | None:
@@ -222,10 +234,6 @@ def _read_hub(name: str, selection: Mapping[str, str]) -> tuple[list[Table], lis
     import datasets
 
     kinds = ", ".join(KINDS)
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
-        raise DataError(
-            f"{name}: no such file. Expected a {kinds} file, a folder of them, or the name of a dataset on the Hub"
-        )
     # `datasets` reads a name such as "csv" as a file format, and would load any such file in the working folder.
     modules = Path(datasets.__file__).parent / "packaged_modules"
     if not name.strip() or os.path.isdir(modules / name):  # False if the name is too long

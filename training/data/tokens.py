@@ -26,7 +26,7 @@ from training.data.ledger import (
     length_histogram,
 )
 from training.data.prompt import END_KEY, RESPONSE_KEY, response_piece
-from training.data.rows import Columns, check_selection, local_files, read_columns
+from training.data.rows import Columns, check_source, local_files, read_columns
 from training.errors import DataError
 from training.files import fingerprint, write_folder
 
@@ -112,7 +112,7 @@ def prepare_dataset(
             cache cannot be written.
     """
     root = cache_root or Path(datasets.config.HF_DATASETS_CACHE) / "dolly"
-    check_selection(source, selection or {})
+    check_source(source, selection or {})
     files = local_files(source)
     columns = None if files else read_columns(source, selection)
     target = root / _fingerprint(source, columns or files or {}, tokenizer, max_length, keep_truncated)

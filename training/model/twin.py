@@ -154,6 +154,8 @@ def _shrink(config: PreTrainedConfig, most_heads: int, outer: _Sizes = _Sizes())
 
 def _shrunk(name: str, value: Any, sizes: _Sizes) -> Any:
     """The value that the key `name` of a config has in the copy."""
+    if name == "n_inner" and value is None:  # GPT-2 and GPT-J: 4 times the width
+        return sizes.small_width
     if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
         return value
     if limits := [limit for pattern, limit in _LIMITS if pattern.search(name)]:

@@ -28,7 +28,7 @@ def option_problems(options: TrainingOptions) -> list[str]:
         if isinstance(value, str) and option.name not in ("deepspeed", "deepspeed_config"):
             if not value.strip():  # e.g. from an unset shell variable
                 problems.append(f"{flag} is empty. Give a value, or leave the option out")
-            elif not _is_utf8(value):
+            elif not is_utf8(value):
                 # Writing the model card, after training, would fail: it is UTF-8.
                 ascii_only = sys.getfilesystemencoding() != "utf-8"
                 fix = "Type export PYTHONUTF8=1" if ascii_only else "Rename the file or folder"
@@ -69,7 +69,7 @@ def path_problems(options: TrainingOptions) -> dict[str, str]:
     problems = {}
     for option in fields(options):
         kind, path = option.metadata.get("path"), getattr(options, option.name) or ""
-        if not kind or not path.strip() or not _is_utf8(path):  # reported above
+        if not kind or not path.strip() or not is_utf8(path):  # reported above
             continue
         if problem := path_problem(path, kind):
             problems[option.name] = f"{flag_of(option.name)} {path}: {problem}"
@@ -85,7 +85,8 @@ def check_max_length(options: TrainingOptions, positions: int) -> None:
         )
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Whether a typed name can be written to the model card."""
     return text.isascii() or text.encode(errors="replace").decode() == text
 
 

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import torch
@@ -21,6 +22,8 @@ from training.options.deepspeed import read_zero
 from training.run.lock import system_lock
 
 logger = logging.getLogger(__name__)
+
+NOTICE_AFTER = 3.0  # seconds; a compiled operator is loaded in less
 
 
 def compile_operators(config: dict[str, Any], timeout: float = -1) -> None:
@@ -36,37 +39,56 @@ def compile_operators(config: dict[str, Any], timeout: float = -1) -> None:
 
     Raises OptionsError if the compilation fails, or if another process blocks it for `timeout` seconds.
     """
-    warned = False
+    can_lock = True
     for builder in _builders(config):
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
-        file = folder / "one-rank-at-a-time.lock"
+        with _notice(builder.name, folder):
+            can_lock = _compile(builder, folder, timeout, can_lock)
+
+
+def _compile(builder: Any, folder: Path, timeout: float, warn: bool) -> bool:
+    """Compiles or loads one operator in its folder. Returns whether the folder's file system has locks."""
+    file = folder / "one-rank-at-a-time.lock"
+    try:
+        lock = system_lock(file, timeout)
+    except Timeout as error:
+        raise OptionsError(
+            f"another process has been compiling DeepSpeed's operator {builder.name} for {timeout:.0f} s "
+            f"(--rank-timeout) and hangs. Find it (fuser {shlex.quote(str(file))}), stop it, and start again"
+        ) from error
+    if lock is None and warn:
+        logger.warning(
+            "%s: its file system has no locks. If this start hangs, a rank was killed while it compiled: stop "
+            "it, and type rm %s/*/lock, or export TORCH_EXTENSIONS_DIR=/a/folder/on/a/local/disk",
+            folder.parent,
+            shlex.quote(str(folder.parent)),
+        )
+    with lock or nullcontext(), _quote_torch_libraries():
+        if lock is not None:
+            (folder / "lock").unlink(missing_ok=True)
         try:
-            lock = system_lock(file, timeout)
-        except Timeout as error:
+            builder.load()
+        except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+            lines = str(error).splitlines()
+            reason = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else "")
             raise OptionsError(
-                f"another process has been compiling DeepSpeed's operator {builder.name} for {timeout:.0f} s "
-                f"(--rank-timeout) and hangs. Find it (fuser {shlex.quote(str(file))}), stop it, and start again"
+                f"DeepSpeed's operator {builder.name} could not be compiled or loaded: {reason.strip()}. "
+                f"It needs a compiler for C++20, such as g++ 11. Then type rm -r {shlex.quote(str(folder))}"
             ) from error
-        if lock is None and not warned:
-            logger.warning(
-                "%s: its file system has no locks. If this start hangs, a rank was killed while it compiled: stop "
-                "it, and type rm %s/*/lock, or export TORCH_EXTENSIONS_DIR=/a/folder/on/a/local/disk",
-                folder.parent,
-                shlex.quote(str(folder.parent)),
-            )
-            warned = True
-        with lock or nullcontext(), _quote_torch_libraries():
-            if lock is not None:
-                (folder / "lock").unlink(missing_ok=True)
-            try:
-                builder.load()
-            except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
-                lines = str(error).splitlines()
-                reason = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else "")
-                raise OptionsError(
-                    f"DeepSpeed's operator {builder.name} could not be compiled or loaded: {reason.strip()}. "
-                    f"It needs a compiler for C++20, such as g++ 11. Then type rm -r {shlex.quote(str(folder))}"
-                ) from error
+    return lock is not None
+
+
+@contextmanager
+def _notice(name: str, folder: Path) -> Iterator[None]:
+    """Says what takes so long, also if another rank compiles."""
+    words = "compiling DeepSpeed's operator %s, which takes a minute or two, once; it is kept in %s"
+    timer = Timer(NOTICE_AFTER, logger.info, (words, name, folder))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 @contextmanager

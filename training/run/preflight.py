@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.consts import GIB
-from training.data.rows import check_selection, read_prompts
+from training.data.rows import check_source, read_prompts
 from training.errors import DataError, OptionsError
 from training.files import disk_problems, duration, local_path
 from training.machine import kernels
@@ -53,7 +53,7 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
         problems += deepspeed_checks.file_problems(options, config, world_size())
     contradictions = deepspeed_checks.precision_problems(options, config or {})
     problems += contradictions
-    problems += selection_problems(options) + prompt_problems(options)
+    problems += dataset_problems(options) + prompt_problems(options)
     problems += destination_problems(options) + version_problems()
     if not typing_errors:
         problems += _machine_problems(config)
@@ -124,10 +124,12 @@ def _publishing_problems(options: TrainingOptions) -> list[str]:
     return [f"--dbfs-output-dir {problem}" for problem in target_problems(target, output)]
 
 
-def selection_problems(options: TrainingOptions) -> list[str]:
-    """A problem if --dataset-split and its like would be ignored."""
+def dataset_problems(options: TrainingOptions) -> list[str]:
+    """A problem if the file of the rows is missing, or if --dataset-split and its like would be ignored."""
+    if not checks.is_utf8(options.training_dataset):  # reported by option_problems
+        return []
     try:
-        check_selection(options.training_dataset, options.dataset_selection)
+        check_source(options.training_dataset, options.dataset_selection)
     except DataError as error:
         return [f"--training-dataset {error}"]
     return []
