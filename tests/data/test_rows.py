@@ -102,7 +102,7 @@ def test_csv_of_spreadsheets_may_have_empty_lines_before_the_header_and_columns_
 ) -> None:
     columns = read_columns(write(tmp_path / "rows.csv", "\n\r\n,instruction,output,,\n1,a,b,,\n2,c,d,,\n"))
     assert columns == Columns(["a", "c"], ["", ""], ["b", "d"])
-    assert columns.not_read == ["the columns ''"]
+    assert columns.not_read == ["the column ''"]
 
 
 def test_the_demo_rows_need_no_file() -> None:

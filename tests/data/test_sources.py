@@ -48,7 +48,7 @@ JSON_FORMS = {
     "an object with the list and more": ({"version": 1, "data": ROWS}, ["'version' beside 'data'"]),
     "splits": ({"test": ROWS[:1], "train": ROWS}, ["'test' beside 'train'"]),
     "columns": (columns_of(ROWS), []),
-    "columns and a column more": (columns_of(ROWS) | {"n": [1] * 4}, ["the columns 'n'"]),
+    "columns and a column more": (columns_of(ROWS) | {"n": [1] * 4}, ["the column 'n'"]),
     "columns by index, as pandas writes them": (
         {name: {str(i): text for i, text in enumerate(column)} for name, column in columns_of(ROWS).items()},
         [],
@@ -285,10 +285,10 @@ def test_a_column_named_text_is_left_out_in_silence_only_if_it_is_the_rendered_r
     ]
     assert read_columns(jsonl(tmp_path / "x.jsonl", rendered)).not_read == []
     article = [row | {"text": "An article."} for row in ROWS]
-    assert read_columns(jsonl(tmp_path / "x.jsonl", article)).not_read == ["the columns 'text'"]
+    assert read_columns(jsonl(tmp_path / "x.jsonl", article)).not_read == ["the column 'text'"]
     twice = pa.Table.from_pylist(rendered).append_column("text", [["An article."] * 4])
     pyarrow.parquet.write_table(twice, tmp_path / "x.parquet")
-    assert read_columns(str(tmp_path / "x.parquet")).not_read == ["the columns 'text'"]
+    assert read_columns(str(tmp_path / "x.parquet")).not_read == ["the column 'text'"]
 
 
 OTHER_SHAPES = {
@@ -436,7 +436,7 @@ def test_a_folder_that_spark_partitioned_by_split_gives_the_split_train(tmp_path
     folder = folder_of(tmp_path / "rows", dict.fromkeys(names, (jsonl, ROWS)))
     columns = read_columns(str(folder))
     assert columns == READ
-    assert columns.not_read == ["the files 'split=test/part-0.json'"]
+    assert columns.not_read == ["the file 'split=test/part-0.json'"]
 
 
 def test_a_link_to_a_folder_around_it_is_refused_because_its_rows_would_be_read_again(tmp_path: Path) -> None:
@@ -508,7 +508,7 @@ def test_a_folder_that_save_to_disk_wrote_is_read(tmp_path: Path, tokenizer: Pre
     assert read_columns(str(tmp_path / "one")) == READ
     assert read_columns(str(tmp_path / "two")) == READ
     _, ledger = prepare_dataset(str(tmp_path / "two"), tokenizer, 256, cache_root=tmp_path / "cache")
-    assert ledger.not_read == ["the splits 'test'"]
+    assert ledger.not_read == ["the split 'test'"]
     assert refusal(tmp_path / "none").startswith(
         "has the splits 'test', 'dev', and no train. Name the folder"
     )
@@ -550,7 +550,7 @@ def test_revision_configuration_and_split_of_a_hub_dataset_are_passed_on(
     for chosen, kept, other in ((None, 4, "test"), (selection, 2, "train")):
         _, ledger = prepare_dataset("a/b", tokenizer, 256, cache_root=tmp_path, selection=chosen)
         assert ledger.rows_kept == kept
-        assert ledger.not_read == [f"the splits {other!r}"]
+        assert ledger.not_read == [f"the split {other!r}"]
     assert requests == [{"split": "train"}, {"name": "en", "split": "test", "revision": "v1"}]
     for wrong, advice in (
         ({"split": "tset"}, r"one of \['train', 'test'\]..\. Choose one with --dataset-split"),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.data.table import Number, Table, and_more, listed, short_repr
+from training.data.table import Number, Table, and_more, listed, named, short_repr
 from training.errors import DataError
 
 # Alpaca's name first, then dolly-15k's.
@@ -70,7 +70,7 @@ def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) 
     if RENDERED in unread and _is_rendered(tables[0], columns.output):
         unread.remove(RENDERED)
     if unread:
-        columns.not_read.insert(0, f"the columns {listed(unread)}")
+        columns.not_read.insert(0, named("column", unread))
     return columns
 
 

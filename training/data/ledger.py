@@ -23,7 +23,7 @@ class Ledger:
 
     Attributes:
         files: rows of each file of a folder, in the order of the rows.
-        not_read: what the source holds besides instruction, input and output, such as "the columns 'category'".
+        not_read: what the source holds besides instruction, input and output, such as "the column 'category'".
     """
 
     source: str

@@ -24,7 +24,7 @@ from training.data.formats import (
     refuse_disguise,
 )
 from training.data.json_rows import json_table, table_of
-from training.data.table import Table, and_more, kind_of, listed
+from training.data.table import Table, and_more, kind_of, listed, named
 from training.errors import DataError, TooFewRowsError
 from training.files import local_path
 
@@ -204,7 +204,7 @@ def _read_folder(folder: Path) -> tuple[list[Table], list[str], dict[str, int]]:
                 f"{table.source}: has the columns {listed(table.names)}, but {Path(tables[0].source).name} has "
                 f"{listed(tables[0].names)}. The files of a folder need the same columns"
             )
-    not_read = [f"the files {listed(parts.not_read)}"] if parts.not_read else []
+    not_read = [named("file", parts.not_read)] if parts.not_read else []
     return tables, not_read, {str(Path(t.source).relative_to(folder)): t.count for t in tables}
 
 
@@ -226,7 +226,7 @@ def _read_saved(folder: Path) -> tuple[list[Table], list[str]]:
             f"{folder}: has the splits {listed(saved)}, and no train. Name the folder of one: {folder / next(iter(saved))}"
         )
     others = [name for name in saved if name != TRAIN]
-    return [_table_of_dataset(saved[TRAIN], str(folder))], [f"the splits {listed(others)}"] if others else []
+    return [_table_of_dataset(saved[TRAIN], str(folder))], [named("split", others)] if others else []
 
 
 def _read_hub(name: str, selection: Mapping[str, str]) -> tuple[list[Table], list[str]]:
@@ -257,7 +257,7 @@ def _read_hub(name: str, selection: Mapping[str, str]) -> tuple[list[Table], lis
             f"{advice}"
         ) from error
     others = [other for other in dataset.info.splits or () if other not in split]
-    return [_table_of_dataset(dataset, name)], [f"the splits {listed(others)}"] if others else []
+    return [_table_of_dataset(dataset, name)], [named("split", others)] if others else []
 
 
 def _table_of_dataset(dataset: Any, source: str) -> Table:

@@ -65,6 +65,11 @@ def listed(names: Sequence[str] | Mapping[str, Any]) -> str:
     return f"{shown}{more}" or "none"
 
 
+def named(noun: str, names: Sequence[str]) -> str:
+    """Names in quotes after their noun: the column 'a', the columns 'a', 'b'."""
+    return f"the {noun}{'s' if len(names) > 1 else ''} {listed(names)}"
+
+
 def kind_of(path: Path) -> str:
     """The suffix that names the kind of a file: ".jsonl" of rows.JSONL.gz."""
     suffixes = [suffix.lower() for suffix in path.suffixes]

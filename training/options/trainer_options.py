@@ -240,7 +240,12 @@ class TrainingOptions:
         "Steps (100) or epochs (1epoch, 0.5epochs) between answers to --sample-prompts.  [default: 1epoch]",
         metavar="STEPS|EPOCHS",
     )
-    save_steps: int = _output(200, "Steps between checkpoints. The held-out loss is computed at each.", type=click.IntRange(1), metavar="STEPS")
+    save_steps: int = _output(
+        200,
+        "Steps between checkpoints. The held-out loss is computed at each.",
+        type=click.IntRange(1),
+        metavar="STEPS",
+    )
     save_total_limit: int = _output(2, "Checkpoints to keep.", type=click.IntRange(1), metavar="CHECKPOINTS")
     resume: str = _output(
         "never",

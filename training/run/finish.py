@@ -74,7 +74,9 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> No
         if "-nc-" in data_licence
         else "Both licences apply to every use of the model."
     )
-    changed = "\n".join(f"| `{key}` | {_code(value)} |" for key, value in options.items() if value is not None)
+    changed = "\n".join(
+        f"| `{key}` | {_code(value)} |" for key, value in options.items() if value is not None
+    )
     steps, devices = record["steps"], record["world_size"]
     content = f"""---
 {data.to_yaml()}
