@@ -220,7 +220,7 @@ HUGE = "9" * 30
 # option -> (valid values, invalid values)
 VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "--input-model": (("demo", "gpt2", "a/b.c"), ("", " ", "a\udce4", "Ä B", "a:b", "/no/x", "~nobody-here/x", "https://x.y/z", "a\0b")),
-    "--training-dataset": (("demo", "tatsu-lab/alpaca", "Ä B.json"), ("", "\n", "a\udce4", "x" * 300, "s3://b/c.json")),
+    "--training-dataset": (("demo", "tatsu-lab/alpaca", "Ä B.json"), ("", "\n", "a\udce4", "x" * 300, "s3://b/c.json", "none.json", "./none")),
     "--max-length": (("8", "2048", HUGE), (*WHOLE_NUMBERS_BAD, "7", "0")),
     "--max-dropped-fraction": (("0", "1", "0.5", "1e-300"), (*RATES_BAD, "1.0001")),
     "--test-size": (("1", "٣", " 4 ", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
@@ -316,7 +316,7 @@ def accepted_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[Tr
     monkeypatch.chdir(tmp_path)
     for folder in ("full", "empty"):
         (tmp_path / folder).mkdir()
-    for file in ("full/model.safetensors", "a_file"):
+    for file in ("full/model.safetensors", "a_file", "Ä B.json"):
         (tmp_path / file).touch()
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "broken.json").write_text("{")
