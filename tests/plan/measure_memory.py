@@ -17,6 +17,7 @@ from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.integrations import HfDeepSpeedConfig
 
+from training.launch.exits import run_and_exit
 from training.launch.supervisor import remove_shared_buffer
 from training.options.deepspeed import read_json
 from training.run.operators import compile_operators
@@ -110,4 +111,5 @@ def main(path: str, out: str, *shapes: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*[argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")])
+    words = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    run_and_exit(lambda: main(*words))
