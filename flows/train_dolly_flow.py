@@ -309,7 +309,7 @@ class TrainDollyFlow(FlowSpec):
         import datasets
         import transformers
 
-        from training.data.held_out import held_out_size, in_words
+        from training.data.held_out import held_out_message, held_out_size
         from training.plan.epoch import row_lengths
         from training.plan.report import as_json, as_table
         from training.run.prepare import tokenised_rows
@@ -323,7 +323,7 @@ class TrainDollyFlow(FlowSpec):
         plan = plan_run(settings, lengths, model_of(options), machine)
         ledger.source = self.names.get(ledger.source, ledger.source)
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)
-        held_out = in_words(test_size, len(rows), options.test_size)
+        held_out = held_out_message(test_size, len(rows), options.test_size)
         print(f"{ledger}\n{held_out}\n\n{as_table(plan, price=None)}", flush=True)
         return plan
 

@@ -234,7 +234,7 @@ def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, str]]
     Returns the first `count` held-out rows as {instruction, input, output}. Raises RunRefusedError if the rows or the
     model cannot be used.
     """
-    from training.data.held_out import held_out_size, in_words, split_held_out
+    from training.data.held_out import held_out_message, held_out_size, split_held_out
     from training.data.rows import read_columns
     from training.errors import DataError, ModelError
     from training.run.identity import recorded_test_size
@@ -249,7 +249,7 @@ def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, str]]
     except (DataError, ModelError) as error:
         raise RunRefusedError(worded(str(error), NOTEBOOK)) from error
     print(ledger)
-    print(worded(in_words(test_size, len(rows), run.test_size, recorded), NOTEBOOK))
+    print(worded(held_out_message(test_size, len(rows), run.test_size, recorded), NOTEBOOK))
     numbers = split_held_out(rows, test_size, run.seed)[1]["row"][:count]
     return [
         {key: getattr(columns, key)[number - 1] for key in ("instruction", "input", "output")}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from training.data.held_out import default_size, held_out_size, in_words, split_held_out
+from training.data.held_out import default_size, held_out_message, held_out_size, split_held_out
 from training.errors import DataError
 
 
@@ -49,9 +49,12 @@ def test_a_resume_keeps_the_number_of_its_run_unless_another_one_is_typed() -> N
 
 
 def test_the_log_says_where_the_number_comes_from() -> None:
-    assert in_words(50, 1001, 50) == "50 of 1,001 rows are held out"
-    assert in_words(100, 1001, None) == "100 of 1,001 rows are held out; --test-size chooses another number"
-    assert in_words(1000, 1001, None, 1000).endswith("are held out, as in the run that is resumed")
+    assert held_out_message(50, 1001, 50) == "50 of 1,001 rows are held out"
+    assert (
+        held_out_message(100, 1001, None)
+        == "100 of 1,001 rows are held out; --test-size chooses another number"
+    )
+    assert held_out_message(1000, 1001, None, 1000).endswith("are held out, as in the run that is resumed")
 
 
 def test_the_split_is_the_same_as_dollys() -> None:

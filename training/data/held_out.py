@@ -39,7 +39,7 @@ def held_out_size(typed: int | None, rows: int, recorded: int | None = None) -> 
     return typed
 
 
-def in_words(size: int, rows: int, typed: int | None, recorded: int | None = None) -> str:
+def held_out_message(size: int, rows: int, typed: int | None, recorded: int | None = None) -> str:
     """Says how many rows are held out and, if the number was not typed, where it comes from."""
     why = "" if typed == size else "; --test-size chooses another number"
     if why and size == recorded:

@@ -16,7 +16,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from training.data.batching import check_token_budget
-from training.data.held_out import held_out_size, in_words, split_held_out
+from training.data.held_out import held_out_message, held_out_size, split_held_out
 from training.data.ledger import Ledger
 from training.data.tokens import marked_sample, prepare_dataset
 from training.launch.supervisor import remove_shared_buffer
@@ -69,7 +69,7 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     row = train_rows[0]
     sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
     logger.info("%s", ledger)
-    logger.info("%s", worded(in_words(test_size, len(rows), options.test_size, recorded)))
+    logger.info("%s", worded(held_out_message(test_size, len(rows), options.test_size, recorded)))
     logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
     prepared = Prepared(args, tokenizer, train_rows, held_out_rows, ledger, packing)
     return settings.with_test_size(test_size), prepared
