@@ -126,10 +126,11 @@ def _publishing_problems(options: TrainingOptions) -> list[str]:
 
 def dataset_problems(options: TrainingOptions) -> list[str]:
     """A problem if the file of the rows is missing, or if --dataset-split and its like would be ignored."""
-    if not checks.is_utf8(options.training_dataset):  # reported by option_problems
+    name = options.training_dataset
+    if "training_dataset" in checks.path_problems(options) or not checks.is_utf8(name):  # reported already
         return []
     try:
-        check_source(options.training_dataset, options.dataset_selection)
+        check_source(name, options.dataset_selection)
     except DataError as error:
         return [f"--training-dataset {error}"]
     return []
