@@ -31,6 +31,7 @@ from training.model.generation import (
     load_model_tokenizer_for_generate,
 )
 from training.model.loading import DTYPES
+from training.options.checks import is_utf8
 from training.options.command_line import CollectedOption, CollectingCommand, PathName, value_problems
 
 # The public API for Python programs.
@@ -173,7 +174,7 @@ def _problems(
     """What is wrong with the options, before anything is read or loaded."""
     problems = []
     for name, text in (("INSTRUCTION", instruction), ("--input", context)):
-        if text and text.encode(errors="replace").decode() != text:
+        if text and not is_utf8(text):
             problems.append(f"{name} {text!r}: is not UTF-8")
     for name, path in (("--prompts", file), ("--output", output)):
         if path is not None and not path.strip():  # e.g. from an unset shell variable

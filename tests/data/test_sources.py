@@ -71,7 +71,7 @@ def test_objects_one_after_the_other_and_a_single_object_are_rows(tmp_path: Path
     for between in ("\n", "", "\n\n", " "):
         text = between.join(json.dumps(row, indent=2) for row in ROWS)
         assert read_columns(write(tmp_path / "x.json", text)) == READ
-    joined = LINES.replace("}\n", "}", 1)  # two files of which the first had no line break at its end
+    joined = LINES.replace("}\n", "}", 1)  # two files, joined: the first ends without a line break
     assert read_columns(write(tmp_path / "x.jsonl", joined)) == READ
     assert read_columns(write(tmp_path / "x.json", json.dumps(ROWS[0], indent=1))).output == ["0"]
 

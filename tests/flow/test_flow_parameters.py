@@ -115,12 +115,12 @@ def test_own_rows_keep_their_suffix_and_are_called_as_they_were_typed(
     names = json.loads(flow.typed_names())
     assert names == {"training_file": "my/own.json"}
     content = b"// a comment"
-    run = stand_in(flow, folder="/root/run", file_names=names, training_file=content)
+    run = stand_in(flow, folder="/runs/a", file_names=names, training_file=content)
     assert flow.file_in_run("/run", "training_file", b'{"a": 1}', None) == "/run/rows.json", (
         "no name is known"
     )
     path = run._own_file("training_file", content)
-    assert path == "/root/run/rows/own.json", "with this suffix the comment is not taken for CSV"
+    assert path == "/runs/a/rows/own.json", "with this suffix the comment is not taken for CSV"
     problem = f"{path}, line 1: broken. Or name another --training-dataset with --max-length 9"
     assert flow.TrainDollyFlow._worded(run, problem) == (
         "my/own.json, line 1: broken. Or name another --training-file with --trainer-options '--max-length 9'"

@@ -26,7 +26,7 @@ from training.data.formats import (
 from training.data.json_rows import json_table, table_of
 from training.data.table import Table, and_more, kind_of, listed, named
 from training.errors import DataError, TooFewRowsError
-from training.files import local_path
+from training.files import is_hub_name, local_path
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
 PROMPT_KINDS = (".txt", ".json", ".jsonl")
@@ -63,7 +63,7 @@ def read_columns(source: str, selection: Mapping[str, str] | None = None) -> Col
 def check_source(source: str, selection: Mapping[str, str]) -> None:
     """Raises DataError if a local `source` is missing, or if a part of it is requested as of a dataset on the Hub."""
     path = None if source == DEMO else _local_path(source)
-    missing = not path.exists() if path is not None else _is_no_name(source)
+    missing = not path.exists() if path is not None else source.strip() and not is_hub_name(source)
     if missing:
         raise DataError(
             f"{path or source}: no such file. Expected a {', '.join(KINDS)} file, a folder of them, the name of a dataset on the "
@@ -74,11 +74,6 @@ def check_source(source: str, selection: Mapping[str, str]) -> None:
         raise DataError(
             f"{source}: is not on the Hub, so {flags} would be ignored. Leave it out, or name a dataset on the Hub"
         )
-
-
-def _is_no_name(source: str) -> bool:
-    """Whether `source` cannot be the name of a dataset on the Hub, and so is a path."""
-    return source.startswith((".", "/", "~")) or source.count("/") > 1
 
 
 def local_files(source: str) -> dict[str, Path] | None:

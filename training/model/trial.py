@@ -155,9 +155,8 @@ def _lost_positions(twin: PreTrainedModel, tokens: int) -> int:
     """Number of the config's positions that no row can use."""
     with _because("its code fails on a row as long as its positions"):
         for lost in range(MOST_LOST_POSITIONS + 1):
-            row = torch.full(
-                (1, POSITIONS - lost), tokens - 2
-            )  # no padding, which has no position in RoBERTa
+            # Without the padding's token, which has no position in RoBERTa.
+            row = torch.full((1, POSITIONS - lost), tokens - 2)
             try:
                 twin(input_ids=row, attention_mask=torch.ones_like(row))
             except Exception:  # an index beyond a table of positions, or a mask that is too small

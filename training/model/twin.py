@@ -135,9 +135,8 @@ def _shrink(config: PreTrainedConfig, most_heads: int, outer: _Sizes = _Sizes())
             setattr(config, name, _shrunk(name, value, sizes))
     if sizes.few_heads and sizes is not outer:
         config.num_attention_heads = sizes.few_heads
-    if kept and (
-        stack := getattr(config, "num_layers_per_stack", None)
-    ):  # HRM-Text runs its stacks several times
+    # HRM-Text runs its stacks several times.
+    if kept and (stack := getattr(config, "num_layers_per_stack", None)):
         config.num_layers_per_stack, kept = 1, layers // stack
     if kept:
         with suppress(NotImplementedError):  # ProphetNet computes it

@@ -86,7 +86,7 @@ def check_max_length(options: TrainingOptions, positions: int) -> None:
 
 
 def is_utf8(text: str) -> bool:
-    """Whether a typed name can be written to the model card."""
+    """Whether typed text can be written to a file: it has no halves of surrogate pairs."""
     return text.isascii() or text.encode(errors="replace").decode() == text
 
 

@@ -33,9 +33,8 @@ class CollectingCommand(click.Command):
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         ctx.allow_extra_args = True
         left, problems = list(args), ctx.meta.setdefault(__name__, [])
-        while (
-            True
-        ):  # click stops at the first problem of the words; it converts no value before they are parsed
+        # click stops at the first problem of the words. It converts no value before they are parsed.
+        while True:
             try:
                 extra = super().parse_args(ctx, list(left))
                 break

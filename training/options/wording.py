@@ -19,9 +19,8 @@ import click
 
 from training.options.trainer_options import TrainingOptions, flag_of
 
-COMMAND = (
-    "DOLLY_COMMAND"  # environment variable that tells the ranks which command was typed; unset: the trainer
-)
+# Environment variable that tells the ranks which command was typed; unset: the trainer.
+COMMAND = "DOLLY_COMMAND"
 NOTEBOOK, FLOW = "notebook", "flow"
 CELL = "Does it fit?"  # the notebook's cell that sets the options
 
