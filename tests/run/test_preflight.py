@@ -65,6 +65,9 @@ def test_missing_rows_are_reported_with_the_other_problems(tmp_path: Path) -> No
         assert problems[1].startswith(
             f"--training-dataset {missing}: no such file. Expected a .json, .jsonl,"
         )
+    for wrong in ("s3://b/c.json", "~nobody-here/rows.json", "x" * 300):
+        [problem] = problems_of(options(tmp_path, training_dataset=wrong))
+        assert problem.startswith(f"--training-dataset {wrong}: ")
 
 
 def test_a_timeout_for_other_ranks_is_refused_without_a_launcher(
