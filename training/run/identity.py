@@ -59,7 +59,7 @@ def new_record(settings: Settings, rows: str | None = None) -> dict[str, Any]:
         "rows": rows,
         "python": platform.python_version(),
         "versions": versions,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
     }
 
 
@@ -137,7 +137,8 @@ def _same_batch(rows: Any, options: dict[str, Any], world_size: int) -> str:
     return f". Type --gradient-accumulation-steps {rows // at_once}"
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
+    """The commit of this repository; None in an installed wheel, or without git."""
     if INSTALLED:  # the environment may lie in the repository of another project
         return None
     try:

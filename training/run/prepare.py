@@ -55,7 +55,7 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     """
     options = settings.options
     _quiet_libraries()
-    args = _form_process_group(settings)
+    args = form_process_group(settings)
     recorded = on_rank_0(lambda: recorded_test_size(options))
     with args.main_process_first(desc="tokenizer"):  # rank 0 fills the caches, the others read them
         tokenizer = run_tokenizer(options)
@@ -91,7 +91,7 @@ def agreed_packing(options: TrainingOptions, tokenizer: PreTrainedTokenizerBase)
     return on_rank_0(lambda: try_model(name, config, packing, grows, trust_remote_code))
 
 
-def _form_process_group(settings: Settings) -> TrainingArguments:
+def form_process_group(settings: Settings) -> TrainingArguments:
     """Compiles DeepSpeed's operators, forms the process group, and returns the Trainer's arguments."""
     timeout = settings.options.rank_timeout
     if settings.deepspeed is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,12 +87,20 @@ def forget_later_steps(output: Path, start: Start) -> None:
             drop_entries_after(output / name, start.step, start.folder.parent / name)
 
 
-def build_trainer(settings: Settings, prepared: Prepared, request: StopRequest) -> CompletionTrainer:
-    """Loads the model and builds the Trainer, without transformers' own log output."""
+def build_trainer(
+    settings: Settings,
+    prepared: Prepared,
+    request: StopRequest,
+    load: Callable[[Settings, Prepared], PreTrainedModel] | None = None,
+) -> CompletionTrainer:
+    """Loads the model and builds the Trainer, without transformers' own log output.
+
+    `load` makes the model in place of the files of --input-model: the check of a GPU trains random weights.
+    """
     args, options, pad = prepared.args, settings.options, prepared.tokenizer.pad_token_id
     if settings.checkpointing:
         args.activation_checkpointing, args.activation_checkpointing_kwargs = True, {"use_reentrant": False}
-    model = _load(settings, prepared)
+    model = (load or _load)(settings, prepared)
     if settings.packed:
         prepared.packing.prepare(model)
     elif prepared.packing.padded_loss:
