@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -40,10 +42,32 @@ def not_finite(state_dict: dict[str, torch.Tensor], model: PreTrainedModel) -> l
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
     return [
         name
-        for name, tensor in state_dict.items()
-        if not torch.isfinite(tensor).all()
-        if name.rpartition(".")[2] not in buffers or torch.isnan(tensor).any()
+        for name, largest in zip(state_dict, largest_magnitudes(state_dict.values()), strict=True)
+        if math.isnan(largest) or (math.isinf(largest) and name.rpartition(".")[2] not in buffers)
     ]
+
+
+def largest_magnitudes(tensors: Iterable[torch.Tensor]) -> list[float]:
+    """The largest absolute value of each tensor: NaN if it holds NaN, else infinite if it holds an infinite number.
+
+    0 for tensors of integers and empty tensors. Waits once for the device. `torch.aminmax` reads weights at memory
+    speed, and torch.isfinite on a CPU does not: in bf16 it takes more than ten times as long.
+    """
+    found = [_largest_magnitude(tensor.detach()) for tensor in tensors]
+    device = next((value.device for value in found if value.device.type != "cpu"), "cpu")
+    return torch.stack([value.to(device) for value in found]).tolist() if found else []
+
+
+def _largest_magnitude(tensor: torch.Tensor) -> torch.Tensor:
+    """float64 () on the tensor's device."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
+    has_no_nan = not tensor.is_floating_point() or tensor.dtype == torch.float4_e2m1fn_x2
+    if has_no_nan or tensor.numel() == 0:
+        return torch.zeros((), dtype=torch.float64, device=tensor.device)
+    if tensor.element_size() == 1:  # aminmax knows no float8; bf16 holds all of its values
+        tensor = tensor.to(torch.bfloat16)
+    return torch.stack(torch.aminmax(tensor)).double().abs().max()  # all three keep NaN
 
 
 def verify_model(folder: Path, trust_remote_code: bool = False) -> None:
@@ -80,13 +104,10 @@ def weight_problems(folder: Path, trust_remote_code: bool) -> list[str]:
     found, problems = 0, []
     for file in sorted(folder.glob(f"*{WEIGHTS}")):
         with safe_open(file, framework="pt") as weights:
-            for name in weights.keys():  # noqa: SIM118  (not a dict)
-                tensor = weights.get_tensor(name)
-                found += tensor.numel()
-                if tensor.numel() == 0:
-                    problems.append(f"{name} is empty")
-                elif not_finite({name: tensor}, model):
-                    problems.append(f"{name} holds NaN or infinite numbers")
+            tensors = {name: weights.get_tensor(name) for name in weights.keys()}  # noqa: SIM118  (not a dict)
+        found += sum(tensor.numel() for tensor in tensors.values())
+        problems += [f"{name} is empty" for name, tensor in tensors.items() if tensor.numel() == 0]
+        problems += [f"{name} holds NaN or infinite numbers" for name in not_finite(tensors, model)]
     if found != expected:
         problems.append(f"its files hold {found:,} numbers, but its config describes {expected:,}")
     return problems

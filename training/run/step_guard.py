@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers import (
 )
 
 from training.errors import TrainingError
+from training.model.verify import largest_magnitudes
 from training.ranks import gather
 from training.run.failures import StopRequest
 
@@ -102,11 +104,9 @@ class StepGuard(TrainerCallback):
 
 def describe_bad_base(model: PreTrainedModel, fp16: bool) -> str:
     """Message for a base model whose loss is NaN or infinite before any step. All ranks call it."""
-    here = [
-        name
-        for name, parameter in model.named_parameters()
-        if not torch.isfinite(getattr(parameter, "ds_tensor", parameter)).all()  # ds_tensor: a rank's shard
-    ]
+    weights = {name: _own_numbers(parameter) for name, parameter in model.named_parameters()}
+    largest = zip(weights, largest_magnitudes(weights.values()), strict=True)
+    here = [name for name, magnitude in largest if not math.isfinite(magnitude)]
     names = sorted({name for of_rank in gather(here) for name in of_rank})
     message = f"step 0: the held-out loss of the base model {model.name_or_path} is NaN or infinite before any training. "
     if names:
@@ -116,3 +116,12 @@ def describe_bad_base(model: PreTrainedModel, fp16: bool) -> str:
         )
     advice = "Train in bf16, because fp16 overflows in many models. " if fp16 else ""
     return message + f"Its weights are finite. {advice}Look at the held-out rows, or name another base model"
+
+
+def _own_numbers(parameter: Any) -> torch.Tensor:
+    """The parameter, or this rank's shard of it under ZeRO-3, without the padding: that memory was never written."""
+    shard = getattr(parameter, "ds_tensor", None)
+    if shard is None:
+        return parameter
+    behind = parameter.ds_numel - parameter.ds_zero_partition_rank * shard.numel()
+    return shard[: max(0, behind)]
