@@ -315,7 +315,7 @@ def test_the_readmes_machines_have_the_minutes_and_dollars_of_the_plan() -> None
     for machine, options, minutes, published, dollars in rows:
         name = re.findall(r"`(\w[\w.]+)`", machine)[0]
         answer = json.loads(CliRunner().invoke(plan_command, ["--machine", name, "--json"]).stdout)
-        hours = answer["hours_per_epoch"]["expected"]
+        hours = answer["hours"]["expected"]
         assert (int(machine.split("×")[0]), int(minutes)) == (answer["num_gpus"], round(60 * hours)), name
         for option in re.findall(r"--[\w-]+ \S+", options.strip("`")):
             assert option in answer["command"], (name, option)

@@ -170,7 +170,8 @@ def test_every_machine_and_model_size_can_be_planned(name):
         options = TrainingOptions(local_output_dir="x", **chosen)
         plan = plan_run(resolved(options, machine.count, machine.family), alpaca_lengths(), model, machine)
         assert plan.fits == (plan.problems == [])
-        assert 0 < plan.hours_per_epoch["expected"] < 1000
+        assert 0 < plan.hours["expected"] < 1000
+        assert plan.hours["expected"] == pytest.approx(sum(plan.run_seconds.values()) / 3600)
 
 
 # --- the command -------------------------------------------------------------------------------------
@@ -235,31 +236,42 @@ def test_dollys_run_is_planned_in_seconds_without_network_or_torch():
         assert answer[kind]["total"] == pytest.approx(sum(parts)), kind
     host = answer["host_memory_gib"]
     assert host["total"] == max(host["loading"], host["training"])
-    hours = answer["hours_per_epoch"]
+    hours = answer["hours"]
     assert hours["low"] < hours["expected"] < hours["high"]
-    assert answer["cost_per_epoch"]["expected"] == pytest.approx(32.77 * hours["expected"])
+    assert answer["cost"]["expected"] == pytest.approx(32.77 * hours["expected"])
+    assert sum(answer["run_seconds"].values()) == pytest.approx(3600 * hours["expected"])
     assert answer["command"].startswith("deepspeed --num_gpus 8 --module training.trainer")
-    assert (answer["steps"], answer["hours"], answer["cost"]) == (797, hours, answer["cost_per_epoch"])
+    assert answer["steps"] == 797
 
 
 @pytest.mark.parametrize(
     ("options", "steps"), [(["--epochs", 10], 7970), (["--epochs", 0.5], 399), (["--max-steps", 100], 100)]
 )
-def test_time_and_price_are_given_for_the_run_and_for_an_epoch(options, steps):
+def test_time_and_price_are_those_of_the_complete_run_and_its_parts(options, steps):
     machine = ["--machine", "8xA100-40GB", "--price", 32.77]
     answer = json.loads(run_cli(*machine, *options, "--json").output)
     assert answer["steps"] == steps
+    assert answer["run_seconds"]["steps"] == pytest.approx(steps * sum(answer["step_seconds"].values()))
     for bound in ("low", "expected", "high"):
-        epoch, run = answer["hours_per_epoch"][bound], answer["hours"][bound]
-        assert run / epoch == pytest.approx(steps / 797, rel=0.05), (
-            "the run has one extra held-out loss, before the first step"
-        )
-        assert answer["cost"][bound] == pytest.approx(32.77 * run)
+        assert answer["cost"][bound] == pytest.approx(32.77 * answer["hours"][bound])
     table = run_cli(*machine, *options).output
-    assert f"the complete run, {steps:,} steps\n" in table
+    unit, size = ("hours", 3600) if answer["hours"]["expected"] >= 2 else ("minutes", 60)
+    assert f"the run of {steps:,} steps, {unit}\n" in table
+    for name, seconds in answer["run_seconds"].items():
+        assert bool(seconds) == bool(re.search(rf"^  {name} +{seconds / size:,.1f}$", table, re.MULTILINE))
+    assert re.search(rf"^  total +{3600 * answer['hours']['expected'] / size:,.1f}$", table, re.MULTILINE)
     assert f"{answer['cost']['expected']:,.2f}, between {answer['cost']['low']:,.2f}" in table
     assert " ".join(map(str, options)) in answer["command"]
-    assert "the complete run" not in run_cli(*machine, "--epochs", 1).output
+
+
+def test_a_short_run_has_sensible_units_and_a_singular_step(tmp_path):
+    rows = jsonl(tmp_path / "rows.jsonl", rows_of(20))
+    table = run_cli(
+        "--machine", "8xH100", "--model", "demo", "--training-dataset", rows, "--test-size", 2
+    ).output
+    assert "  1 step of " in table
+    assert "the run of 1 step, seconds\n" in table
+    assert not re.search(r"\b1 steps| 0\.00 s|\b0 seconds", table), table
 
 
 def test_a_run_that_does_not_fit_ends_with_code_1_and_the_option_that_makes_it_fit(tmp_path):
@@ -360,7 +372,7 @@ def test_the_demo_is_planned_on_this_machine(tmp_path):
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert (answer["gpu"], answer["num_gpus"], answer["global_batch_rows"]) == ("CPU", 2, 64)
-    assert 0 < answer["hours_per_epoch"]["expected"] < 1
+    assert 0 < answer["hours"]["expected"] < 1
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert (
         "CPU rank" in run_cli("--input-model", "demo", "--training-dataset", "demo", "--num-gpus", 1).output
@@ -393,7 +405,7 @@ def test_predictions_are_within_a_factor_of_1_5_of_published_runs_and_match_the_
     rows = [line for line in page.splitlines() if re.search(r"\| \d\.\d\d \[[12]\] \|", line)]
     for (machine, deepspeed, hours), row in zip(PUBLISHED, rows, strict=True):
         padded, packed = dolly_plan(machine, deepspeed=deepspeed, **DOLLY), dolly_plan(machine)
-        theirs, ours = padded.hours_per_epoch["expected"], packed.hours_per_epoch["expected"]
+        theirs, ours = padded.hours["expected"], packed.hours["expected"]
         assert 1 / 1.5 < theirs / hours < 1.5, machine
         assert padded.fits
         assert packed.fits

@@ -42,7 +42,7 @@ def test_a_new_family_with_a_gpu_and_a_machine_can_be_planned(tmp_path: Path) ->
     assert answer["fits"] is True
     assert (answer["gpu"], answer["num_gpus"], answer["precision"]) == ("B200", 8, "bf16")
     assert "--deepspeed config/ds_z3_bf16_config.json" in answer["command"]
-    assert 0 < answer["hours_per_epoch"]["expected"] < 1
+    assert 0 < answer["hours"]["expected"] < 1
     assert "8xB200" in run_in(tree, "training.plan", "--help").stdout
 
 

@@ -11,14 +11,11 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPTJConfig, GPTJForCausalL
 from tests.conftest import settings_of_a_run
 from training.machine import flops
 from training.machine.catalogue import find_machine
-from training.options.deepspeed import Zero
 from training.plan.epoch import alpaca_lengths, epoch_load
 from training.plan.lookup import model_shape
-from training.plan.model_shape import gptj_shape
-from training.plan.timing import run_hours, step_seconds
+from training.plan.timing import evaluation_seconds, host_seconds, step_seconds
 
 GPTJ = model_shape("EleutherAI/gpt-j-6B")
-TINY = gptj_shape("tiny", layers=2, width=8, heads=2, vocabulary=100)
 
 
 def test_model_parameters_counts_layers_and_head_without_the_embedding():
@@ -68,38 +65,79 @@ def test_flops_match_the_formula_of_narayanan_et_al():
     assert counted == pytest.approx(expected)
 
 
+OFFLOADED = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+A100 = find_machine("8xA100-40GB")
+
+
+def seconds_of(settings, machine=A100, slowest_tokens=1000.0, **load_values):
+    """`step_seconds` of GPT-J-6B with labels at no token and without attention scores."""
+    load = replace(
+        epoch_load(alpaca_lengths(), settings),
+        slowest_tokens=slowest_tokens,
+        slowest_scores=0.0,
+        **load_values,
+    )
+    return step_seconds(GPTJ, machine, settings, load, response_share=0.0)
+
+
 def test_seconds_of_a_step_match_a_hand_computed_case():
-    machine = find_machine("8xA100-40GB")
-    settings = settings_of_a_run(ranks=8, checkpointing=False, zero=Zero(stage=3, offload_optimizer=True))
-    load = replace(epoch_load(alpaca_lengths(), settings), slowest_tokens=1000.0, slowest_scores=0.0)
-    seconds = step_seconds(GPTJ, machine, settings, load, response_share=0.0)
+    settings = settings_of_a_run(ranks=8, checkpointing=False)
+    seconds = seconds_of(settings)
     tokens_in_layers = 1000 * (1 - 10 / 12 / 28)
-    assert seconds["compute"] == pytest.approx(6 * tokens_in_layers * GPTJ.layer_parameters / (312e12 * 0.22))
+    assert seconds["compute"] == pytest.approx(6 * tokens_in_layers * GPTJ.layer_parameters / (312e12 * 0.5))
     assert seconds["gathering"] == pytest.approx(3 * 2 * GPTJ.parameters * 7 / 8 / 200e9)
-    assert seconds["optimizer"] == pytest.approx(GPTJ.parameters / 1.2e9)
-    checkpointed = step_seconds(
-        GPTJ, machine, replace(settings, checkpointing=True), load, response_share=0.0
+    assert seconds["optimizer"] == pytest.approx(GPTJ.parameters / 8 * 60 / (312e12 / 200))
+    assert seconds["waiting for the host"] == 0, (
+        "28 x 3.9 ms x 1.3 = 0.14 s are less than the device's 0.34 s"
     )
-    assert checkpointed["compute"] == pytest.approx(4 / 3 * seconds["compute"]), (
-        "one more forward pass of the layers"
-    )
+    offloaded = seconds_of(replace(settings, deepspeed=OFFLOADED))
+    assert offloaded == seconds | {"optimizer": pytest.approx(GPTJ.parameters / 1.2e9)}
+    checkpointed = seconds_of(replace(settings, checkpointing=True))
+    assert checkpointed["compute"] == pytest.approx(4 / 3 * seconds["compute"]), "one more forward pass"
+    padded = seconds_of(replace(settings, batching="padded"), slowest_tokens=1000)
+    assert padded["compute"] > seconds["compute"] / 0.6, "also the head and the last layer at every token"
+    assert seconds_of(replace(settings, ranks=1))["gathering"] == 0
+
+
+def test_accumulation_and_split_shares_repeat_what_happens_in_every_micro_step():
+    settings = settings_of_a_run(ranks=8, checkpointing=False)
+    once = seconds_of(settings)
     # Each part of a split share gathers the weights again. Accumulation repeats everything except the optimizer.
-    split = step_seconds(GPTJ, machine, replace(settings, max_tokens=400), load, response_share=0.0)
-    assert split["gathering"] == pytest.approx(3 * seconds["gathering"])
+    assert seconds_of(replace(settings, max_tokens=400))["gathering"] == pytest.approx(3 * once["gathering"])
     accumulated = replace(settings, options=replace(settings.options, gradient_accumulation_steps=2))
-    twice = step_seconds(GPTJ, machine, accumulated, load, response_share=0.0)
-    assert twice == {
-        "compute": 2 * seconds["compute"],
-        "gathering": 2 * seconds["gathering"],
-        "optimizer": seconds["optimizer"],
-    }
-    alone = step_seconds(GPTJ, machine, replace(settings, ranks=1), load, response_share=0.0)
-    assert alone["gathering"] == 0
+    twice = {"compute": 2 * once["compute"], "gathering": 2 * once["gathering"]}
+    assert seconds_of(accumulated) == once | twice
+    # ZeRO-2 reduces gradients in each micro-step, and gathers the weights once.
+    stage_2 = replace(settings, deepspeed={"zero_optimization": {"stage": 2}})
+    assert seconds_of(stage_2)["gathering"] == pytest.approx(2 / 3 * once["gathering"])
+    stage_2 = replace(accumulated, deepspeed={"zero_optimization": {"stage": 2}})
+    assert seconds_of(stage_2)["gathering"] == pytest.approx(once["gathering"])
 
 
-def test_hours_of_an_epoch_are_its_steps_and_its_held_out_losses():
-    settings = settings_of_a_run(ranks=8, checkpointing=False, test_size=640, eval_steps=50)
-    load = replace(epoch_load(alpaca_lengths(), settings), steps=100)
-    seconds = {"compute": 3.0, "gathering": 3.0, "optimizer": 0.0}
-    # 640 rows are ten batches: ten forward passes of 1 s and ten times one of three gatherings, evaluated three times.
-    assert run_hours(GPTJ, settings, load, seconds, 100) == pytest.approx((100 * 6 + 3 * (10 + 10)) / 3600)
+def test_a_fast_gpu_waits_for_the_host():
+    settings = settings_of_a_run(ranks=8, checkpointing=False)
+    fast = replace(A100, family="h100", flops=989.5e12, link="nvlink4")
+    seconds = seconds_of(settings, fast, slowest_tokens=100)
+    host = host_seconds(GPTJ, fast, settings)
+    assert host == pytest.approx(1.3 * 28 * 3.9e-3)
+    assert sum(seconds.values()) == pytest.approx(host + seconds["optimizer"]), (
+        "the longer of host and device"
+    )
+    # Half the work of the device changes nothing, as long as the host takes longer.
+    assert sum(seconds_of(settings, fast, slowest_tokens=50).values()) == pytest.approx(sum(seconds.values()))
+    slow = replace(A100, family="v100", flops=125e12)
+    assert host_seconds(GPTJ, slow, settings) == pytest.approx(host + 1.3 * 28 * 8 * 0.11e-3), (
+        "one call of attention for each of 8 documents"
+    )
+    assert host_seconds(GPTJ, replace(A100, family="cpu"), settings) == 0
+
+
+def test_an_evaluation_is_a_forward_pass_of_the_held_out_rows():
+    settings = settings_of_a_run(ranks=8, checkpointing=False, test_size=640)
+    load = epoch_load(alpaca_lengths(), settings)
+    step = {"compute": 6.0}
+    # 640 rows are ten batches of 64 rows: 2 s each, and one transfer of the weights each.
+    expected = 20 + 10 * 2 * GPTJ.parameters * 7 / 8 / 200e9
+    assert evaluation_seconds(GPTJ, A100, settings, load, step) == pytest.approx(expected)
+    bound_by_host = evaluation_seconds(GPTJ, A100, settings, load, {"compute": 0.0})
+    assert bound_by_host == pytest.approx(10 * max(1.3 * 28 * 3.9e-3 / 3, (expected - 20) / 10))

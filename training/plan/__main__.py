@@ -59,7 +59,11 @@ OPTIONS = (
     "gradient_checkpointing",
     "max_steps",
     "test_size",
+    "per_device_eval_batch_size",
+    "eval_steps",
+    "save_steps",
     "save_total_limit",
+    "dbfs_output_dir",
     "trust_remote_code",
 )
 

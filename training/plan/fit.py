@@ -24,8 +24,9 @@ from training.plan.memory import (
     peak_activation_bytes,
 )
 from training.plan.model_shape import ModelShape
+from training.plan.overhead import checkpoint_seconds, checkpoints, evaluations, finish_seconds, start_seconds
 from training.plan.presets import rows_and_accumulation
-from training.plan.timing import CPU_RANGE, GPU_RANGE, cpu_rate, run_hours, step_seconds
+from training.plan.timing import CPU_RANGE, GPU_RANGE, cpu_rate, evaluation_seconds, step_seconds
 
 if TYPE_CHECKING:
     from training.model.packing import Packing
@@ -42,8 +43,9 @@ class Plan:
         host_memory_gib: "loading" and "training".
         disk_gib: by part.
         step_seconds: seconds of one optimizer step by part.
-        hours_per_epoch: "low", "expected", "high".
-        steps, hours: of the complete run; `hours` has the keys of `hours_per_epoch`.
+        steps: of the complete run.
+        run_seconds: seconds of the complete run by part, in the order in which they pass; `steps` of them are "steps".
+        hours: "low", "expected", "high" of the complete run; "expected" is the sum of `run_seconds`.
         shortages: maps "GPU memory", "host memory" or "disk" to a sentence; empty if the run fits.
         changes: maps each shortage to the smallest change that removes it.
         command: the command that starts this run.
@@ -59,8 +61,8 @@ class Plan:
     host_memory_gib: dict[str, float]
     disk_gib: dict[str, float]
     step_seconds: dict[str, float]
-    hours_per_epoch: dict[str, float]
     steps: int
+    run_seconds: dict[str, float]
     hours: dict[str, float]
     shortages: dict[str, str]
     changes: dict[str, str]
@@ -144,11 +146,8 @@ def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machi
     steps = settings.options.max_steps or math.ceil(settings.options.epochs * load.steps)
     stored = disk(model, settings, steps)
     seconds = step_seconds(model, machine, settings, load, share)
-    factor = CPU_RANGE if cpu else GPU_RANGE
-    epoch, run = (
-        {"low": hours / factor, "expected": hours, "high": hours * factor}
-        for hours in (run_hours(model, settings, load, seconds, count) for count in (load.steps, steps))
-    )
+    parts = _run_seconds(model, machine, settings, load, seconds, steps)
+    hours, factor = sum(parts.values()) / 3600, CPU_RANGE if cpu else GPU_RANGE
     return Plan(
         model=model,
         machine=machine,
@@ -159,13 +158,33 @@ def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machi
         host_memory_gib=host,
         disk_gib=stored,
         step_seconds=seconds,
-        hours_per_epoch=epoch,
         steps=steps,
-        hours=run,
+        run_seconds=parts,
+        hours={"low": hours / factor, "expected": hours, "high": hours * factor},
         shortages=_shortages(machine, sum(gpu.values()), host, sum(stored.values())),
         changes={},
         command=training_command(settings),
     )
+
+
+def _run_seconds(
+    model: ModelShape,
+    machine: Machine,
+    settings: Settings,
+    load: Load,
+    step: dict[str, float],
+    steps: int,
+) -> dict[str, float]:
+    """Seconds of a run of `steps` steps by part, in the order in which they pass."""
+    evaluation = evaluation_seconds(model, machine, settings, load, step)
+    checkpoint = sum(checkpoint_seconds(model, machine, settings).values())
+    return {
+        **start_seconds(model, machine, settings, load),
+        "steps": steps * sum(step.values()),
+        "evaluations": evaluations(settings, steps) * evaluation,
+        "checkpoints": checkpoints(settings, steps) * checkpoint,
+        **finish_seconds(model, settings),
+    }
 
 
 def _shortages(

@@ -40,12 +40,11 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "computed_tokens_per_epoch": load.computed_tokens,
         "paced_tokens_per_epoch": load.paced_tokens,
         "step_seconds": plan.step_seconds,
-        "hours_per_epoch": plan.hours_per_epoch,
         "steps": plan.steps,
+        "run_seconds": plan.run_seconds,
         "hours": plan.hours,
     }
     if price is not None:
-        answer["cost_per_epoch"] = {key: price * hours for key, hours in plan.hours_per_epoch.items()}
         answer["cost"] = {key: price * hours for key, hours in plan.hours.items()}
     return answer
 
@@ -80,15 +79,13 @@ def as_table(plan: Plan, price: float | None) -> str:
         *(_line(name, value) for name, value in plan.disk_gib.items()),
         _line("total", sum(plan.disk_gib.values()), machine.disk_gib),
         "an epoch",
-        f"  {load.steps:,} steps of {sum(seconds.values()):.2f} s: "
-        + ", ".join(f"{name} {value:.2f}" for name, value in seconds.items() if value),
+        f"  {_number(load.steps, 'step')} of {_short_time(sum(seconds.values()))}: "
+        + ", ".join(f"{name} {_short_time(value)}" for name, value in seconds.items() if value),
         f"  {load.real_tokens:,} real tokens of {load.computed_tokens:,} computed "
         f"({load.real_tokens / load.computed_tokens:.0%}); {load.real_tokens / load.paced_tokens:.0%} "
         "of what the devices could compute in the time of the slowest",
-        _time_and_cost(plan.hours_per_epoch, price),
+        *_run_lines(plan, price),
     ]
-    if plan.steps != load.steps:
-        lines += [f"the complete run, {plan.steps:,} steps", _time_and_cost(plan.hours, price)]
     lines.append("")
     if plan.warning:
         lines.append(f"WARNING: {plan.warning}")
@@ -108,18 +105,36 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} billion" if parameters >= 1e8 else f"{parameters / 1e6:.2f} million"
 
 
-def _time(hours: float) -> str:
-    if hours >= 2:
-        return f"{hours:,.1f} hours"
-    return f"{60 * hours:.0f} minutes" if hours >= 1 / 30 else f"{3600 * hours:.0f} seconds"
+def _number(count: int, noun: str) -> str:
+    return f"{count:,} {noun}{'s' * (count != 1)}"
 
 
-def _time_and_cost(hours: dict[str, float], price: float | None) -> str:
-    line = f"  {_time(hours['expected'])}, between {_time(hours['low'])} and {_time(hours['high'])}"
-    if price is None:
-        return line
-    low, expected, high = (f"{price * hours[key]:,.2f}" for key in ("low", "expected", "high"))
-    return f"{line}; at {price:g} an hour it costs {expected}, between {low} and {high}"
+def _short_time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"
+
+
+def time_unit(seconds: float) -> tuple[str, float]:
+    """The unit in which a person reads a run of this length, and its seconds."""
+    if seconds >= 2 * 3600:
+        return "hours", 3600.0
+    return ("minutes", 60.0) if seconds >= 120 else ("seconds", 1.0)
+
+
+def _run_lines(plan: Plan, price: float | None) -> list[str]:
+    """The time of the complete run by part, its range, and its cost."""
+    unit, size = time_unit(3600 * plan.hours["expected"])
+    digits = 0 if unit == "seconds" else 1
+    bounds = [f"{3600 * plan.hours[key] / size:,.{digits}f}" for key in ("low", "expected", "high")]
+    line = f"  between {bounds[0]} and {bounds[2]} {unit}"
+    if price is not None:
+        low, expected, high = (f"{price * plan.hours[key]:,.2f}" for key in ("low", "expected", "high"))
+        line += f"; at {price:g} an hour it costs {expected}, between {low} and {high}"
+    return [
+        f"the run of {_number(plan.steps, 'step')}, {unit}",
+        *(f"  {name:<28}{part / size:>9,.{digits}f}" for name, part in plan.run_seconds.items() if part),
+        f"  {'total':<28}{bounds[1]:>9}",
+        line,
+    ]
 
 
 def draw(plan: Plan, file: Path) -> None:

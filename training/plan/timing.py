@@ -1,7 +1,8 @@
-"""Predicts the time of a step in seconds and of a run in hours.
+"""Predicts the seconds of a step and of an evaluation, by part.
 
-A GPU's rate is a fitted share of the peak in its data sheet; a CPU's is a fitted share of its measured rate. The parts
-of a step are added up; any overlap on GPUs is included in the fitted share."""
+On a GPU the host queues the kernels ahead of the device, so a step takes the longer of the two. The device's kernels and
+its communication are added up: overlap is not assumed. On a CPU host and device are the same, and one fitted share of
+the measured rate includes both."""
 
 from __future__ import annotations
 
@@ -17,10 +18,28 @@ if TYPE_CHECKING:
     from training.plan.epoch import Load
     from training.plan.model_shape import ModelShape
 
-# Parameters per second that DeepSpeed's CPU Adam updates when the optimizer is offloaded, transfers included. One value
-# for all hosts, fitted to the published runs. DeepSpeed's ZeRO-Offload tutorial has 3.1 s per step for 3e9 parameters
-# (bind_cores_to_rank), which is 0.97e9.
+# Share of a GPU family's `share_of_peak` that padded rows reach, with the eager attention of 2023: float32 scores and
+# five kernels for gelu_new. Fitted to the published runs, together with OFFLOADED_ADAM.
+PADDED_SHARE = 0.6
+
+# Parameters per second that DeepSpeed's CPU Adam updates when the optimizer is offloaded, transfers included: one value
+# for all hosts, fitted to the published runs. DeepSpeed's pull request 7474 has complete steps of 3.1 s for 3e9
+# parameters, and of 2.4 s with bind_cores_to_rank: at least 1.0e9 and 1.3e9.
 OFFLOADED_ADAM = 1.2e9
+
+# Bytes of device memory that one update of a parameter moves: float32 gradient, norm, Adam on three states, the copy to
+# 16 bit. Counted in DeepSpeed's stage3.py. Memory moves one byte in the time of about 200 FLOPs at the peak (A100: 312e12
+# / 1.56e12; 117 to 295 for the other GPUs, NVIDIA's data sheets).
+UPDATE_BYTES, FLOPS_PER_BYTE = 60, 200
+
+# Seconds of Python and PyTorch to queue the forward and backward pass of one layer, by ZeRO stage: measured on CPU for a
+# GPT-J of 28 layers of tiny width, one rank. ZeRO-3 has blocks as leaf modules and buckets of the shipped file.
+HOST_LAYER = {0: 1.3e-3, 1: 2.3e-3, 2: 2.7e-3, 3: 3.9e-3}
+# The same for one document of a packed row, where attention is one call for each document: a GPU without bf16.
+HOST_DOCUMENT = 0.11e-3
+# Launching a kernel takes longer than running it on tiny tensors, and the cores of cloud machines are slower: an
+# assumption.
+HOST_FACTOR = 1.3
 
 # Accuracy: the published GPU runs and the demo measured on a CPU are within this factor of the prediction.
 GPU_RANGE, CPU_RANGE = 1.5, 2.0
@@ -29,16 +48,31 @@ GPU_RANGE, CPU_RANGE = 1.5, 2.0
 def step_seconds(
     model: ModelShape, machine: Machine, settings: Settings, load: Load, response_share: float
 ) -> dict[str, float]:
-    """Seconds of one optimizer step by part: compute, gathering, optimizer.
+    """Seconds of one optimizer step by part: compute, gathering, optimizer, waiting for the host. Their sum is the step.
 
     Gathering: in every micro-step ZeRO-3 gathers the 16-bit weights for the forward and for the backward pass, and
     reduces gradients of the same size: 3 x 2 bytes x parameters x (ranks - 1) / ranks per device (Rajbhandari et al.
-    2020, section 7). Without ZeRO-3 only gradients are reduced, once per step: 2 x that size.
+    2020, section 7). ZeRO-2 reduces gradients in every micro-step and gathers weights once per step. The others reduce
+    gradients once per step: 2 x that size.
     """
-    size, ranks, accumulation = settings.number_bytes, settings.ranks, settings.accumulation
+    micro_steps = settings.accumulation * _parts(settings, load)
+    compute = settings.accumulation * _flops(model, settings, load, response_share) / _rate(machine, settings)
+    transfers = {3: 3 * micro_steps, 2: micro_steps + 1}.get(settings.zero.stage, 2)
+    gathering = transfers * _weights_seconds(model, machine, settings)
+    host = micro_steps * host_seconds(model, machine, settings)
+    return {
+        "compute": compute,
+        "gathering": gathering,
+        "optimizer": _optimizer_seconds(model, machine, settings),
+        "waiting for the host": max(0.0, host - compute - gathering),
+    }
+
+
+def _flops(model: ModelShape, settings: Settings, load: Load, response_share: float) -> float:
+    """FLOPs of the slowest device in one micro-step."""
     tokens = load.slowest_tokens
     labels = tokens * (response_share if settings.packed else 1.0)
-    flops = training_flops(
+    return training_flops(
         model.layer_parameters,
         model.vocabulary * model.width,
         model.width,
@@ -46,35 +80,63 @@ def step_seconds(
         layer_tokens(tokens, labels, model.layers) if model.kind == "gptj" else tokens,
         labels,
         load.slowest_scores,
-        passes=4 if settings.checkpointing is True else 3,
+        passes=_passes(settings),
     )
-    moved = 2 * size * model.parameters * (ranks - 1) / ranks
-    if settings.zero.stage == 3:
-        budget = settings.max_tokens
-        parts = math.ceil(tokens / budget) if isinstance(budget, int) else 1
-        moved *= 1.5 * accumulation * parts
-    return {
-        "compute": accumulation * flops / (machine.flops * find_family(machine.family).share_of_peak),
-        "gathering": moved / LINKS[machine.link],
-        "optimizer": model.parameters / OFFLOADED_ADAM if settings.zero.offload_optimizer else 0.0,
-    }
 
 
-def run_hours(
-    model: ModelShape, settings: Settings, load: Load, seconds: dict[str, float], steps: int
+def _passes(settings: Settings) -> int:
+    """Cost of a micro-step's layers in forward passes."""
+    return 4 if settings.checkpointing is True else 3
+
+
+def _parts(settings: Settings, load: Load) -> int:
+    """Parts into which a device's rows are split, because they have more than `max_tokens`."""
+    budget = settings.max_tokens
+    return math.ceil(load.slowest_tokens / budget) if isinstance(budget, int) else 1
+
+
+def _rate(machine: Machine, settings: Settings) -> float:
+    """FLOP/s that forward and backward reach on a device."""
+    padded = PADDED_SHARE if not (settings.packed or machine.is_cpu) else 1.0
+    return machine.flops * find_family(machine.family).share_of_peak * padded
+
+
+def _weights_seconds(model: ModelShape, machine: Machine, settings: Settings) -> float:
+    """Seconds to send the weights, or gradients, once between all devices."""
+    moved = settings.number_bytes * model.parameters * (settings.ranks - 1) / settings.ranks
+    return moved / LINKS[machine.link]
+
+
+def _optimizer_seconds(model: ModelShape, machine: Machine, settings: Settings) -> float:
+    if settings.zero.offload_optimizer:
+        return model.parameters / OFFLOADED_ADAM
+    shard = model.parameters / (settings.ranks if settings.zero.stage else 1)
+    return 0.0 if machine.is_cpu else shard * UPDATE_BYTES * FLOPS_PER_BYTE / machine.flops
+
+
+def host_seconds(model: ModelShape, machine: Machine, settings: Settings) -> float:
+    """Seconds that the host needs to queue one micro-step on a GPU; 0 on a CPU, whose fitted share includes them."""
+    if machine.is_cpu:
+        return 0.0
+    family, layer = find_family(machine.family), HOST_LAYER[settings.zero.stage]
+    if settings.packed and family.precision != "bf16":
+        layer += settings.rows * HOST_DOCUMENT
+    return HOST_FACTOR * layer * model.layers * _passes(settings) / 3
+
+
+def evaluation_seconds(
+    model: ModelShape, machine: Machine, settings: Settings, load: Load, step: dict[str, float]
 ) -> float:
-    """Hours of a run: its steps, and the held-out loss before the first step and every `eval_steps`.
+    """Seconds to compute the held-out loss once. `step` comes from `step_seconds`.
 
-    Held-out rows need only the forward pass: a third of a step's compute (a quarter with checkpointing) and one of its
-    three weight transfers.
+    Held-out rows need only the forward pass: its share of a step's compute, and with ZeRO-3 one transfer of the weights
+    for each batch.
     """
-    options = settings.options
-    forward = seconds["compute"] / (4 if settings.checkpointing is True else 3)
-    batches = math.ceil(load.held_out / (settings.ranks * options.per_device_eval_batch_size))
-    evaluation = forward * load.held_out / settings.global_batch
-    evaluation += batches * seconds["gathering"] / settings.accumulation / 3
-    evaluations = steps / options.eval_steps + 1
-    return (steps * sum(seconds.values()) + evaluations * evaluation) / 3600
+    batches = math.ceil(load.held_out / (settings.ranks * settings.options.per_device_eval_batch_size))
+    compute = step["compute"] / _passes(settings) * load.held_out / settings.global_batch
+    gathering = batches * _weights_seconds(model, machine, settings) if settings.zero.stage == 3 else 0.0
+    host = batches * host_seconds(model, machine, settings) / _passes(settings)
+    return max(compute + gathering, host)
 
 
 def cpu_rate(width: int, ranks: int) -> float:

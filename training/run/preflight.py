@@ -196,14 +196,12 @@ def _plan_choices(
     if plan.warning:
         logger.warning("%s", plan.warning)
     logger.info(
-        "the plan: %.2f GiB a device, checkpointing %s; an epoch in %s to %s, the run in %s to %s",
+        "the plan: %.2f GiB a device, checkpointing %s; the run in %s to %s; its steps take %s of %s",
         sum(plan.gpu_memory_gib.values()),
         "on" if plan.settings.checkpointing else "off",
-        *(
-            duration(3600 * hours[bound])
-            for hours in (plan.hours_per_epoch, plan.hours)
-            for bound in ("low", "high")
-        ),
+        *(duration(3600 * plan.hours[bound]) for bound in ("low", "high")),
+        duration(plan.run_seconds["steps"]),
+        duration(3600 * plan.hours["expected"]),
     )
     return plan.settings.plan_choices
 

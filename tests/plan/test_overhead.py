@@ -1,0 +1,93 @@
+"""Seconds of a run outside its steps: against hand-computed cases and against the Trainer's own decisions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.conftest import settings_of_a_run
+from training.machine.catalogue import find_machine
+from training.options.deepspeed import Zero
+from training.plan import overhead
+from training.plan.epoch import alpaca_lengths, epoch_load
+from training.plan.lookup import model_shape
+from training.plan.overhead import (
+    checkpoint_seconds,
+    checkpoints,
+    evaluations,
+    finish_seconds,
+    start_seconds,
+)
+
+GPTJ = model_shape("EleutherAI/gpt-j-6B")
+N = GPTJ.parameters
+A100 = find_machine("8xA100-40GB")
+CPU = replace(A100, family="cpu", count=2, gpu_memory_gib=0.0)
+
+
+@pytest.mark.parametrize(
+    ("eval_steps", "save_steps", "steps"),
+    [(100, 200, 797), (100, 200, 800), (180, 100_000, 357), (50, 70, 700), (1, 1, 5), (10, 3, 1), (7, 5, 36)],
+)
+def test_held_out_losses_and_checkpoints_are_counted_as_the_trainer_makes_them(eval_steps, save_steps, steps):
+    """Before step 1, every --eval-steps, at every checkpoint; a checkpoint every --save-steps and at the end."""
+    settings = settings_of_a_run(eval_steps=eval_steps, save_steps=save_steps)
+    saved = {step for step in range(1, steps + 1) if step % save_steps == 0} | {steps}
+    measured = {step for step in range(1, steps + 1) if step % eval_steps == 0} | saved | {0}
+    assert (evaluations(settings, steps), checkpoints(settings, steps)) == (len(measured), len(saved))
+
+
+def test_dollys_run_has_nine_held_out_losses_and_four_checkpoints():
+    settings = settings_of_a_run(ranks=8)
+    assert (evaluations(settings, 797), checkpoints(settings, 797)) == (9, 4)
+
+
+def test_a_checkpoint_is_collected_written_flushed_and_hashed():
+    seconds = checkpoint_seconds(GPTJ, A100, settings_of_a_run(ranks=8))
+    assert seconds == pytest.approx(
+        {
+            "gathering": 2 * N / 3e9,
+            "checking": 2 * N / 5.7e9,
+            "writing the model": 2 * N / 1.2e9,
+            # one of eight shards of 12 bytes a parameter, from the device
+            "writing the optimizer": 12 * N / 8 * (1 / 1.1e9 + 1 / 3e9),
+            "flushing": 14 * N / 2e9,
+            "hashing": 12 * N / 8 / 0.47e9,
+        }
+    )
+    assert 60 < sum(seconds.values()) < 110
+    host = settings_of_a_run(ranks=8, zero=Zero(stage=3, offload_optimizer=True))
+    offloaded = checkpoint_seconds(GPTJ, A100, host)
+    assert offloaded["writing the optimizer"] == pytest.approx(12 * N / 8 / 1.1e9), "it is in host memory"
+    nodes = checkpoint_seconds(GPTJ, A100, settings_of_a_run(ranks=16))
+    assert nodes["flushing"] == pytest.approx((2 + 12 / 2) * N / 2e9), "each machine has half of the shards"
+    alone = checkpoint_seconds(GPTJ, A100, settings_of_a_run(ranks=1))
+    assert alone["hashing"] == pytest.approx(12 * N / 0.47e9), "one file, one thread"
+    whole = settings_of_a_run(ranks=8, zero=Zero(stage=0))
+    assert checkpoint_seconds(GPTJ, A100, whole)["writing the optimizer"] == pytest.approx(
+        8 * N * (1 / 1.1e9 + 1 / 3e9)
+    ), "without ZeRO rank 0 writes all of Adam's moments"
+    assert checkpoint_seconds(GPTJ, CPU, host)["gathering"] == 0, "there is no device to copy from"
+
+
+def test_the_start_counts_the_download_only_for_a_model_of_the_hub():
+    settings = settings_of_a_run(ranks=8)
+    load = epoch_load(alpaca_lengths(), settings)
+    seconds = start_seconds(GPTJ, A100, settings, load)
+    assert seconds["download"] == pytest.approx(4 * N / 0.3e9)
+    assert seconds["loading"] == pytest.approx(4 * N / overhead.LOADING)
+    local = start_seconds(replace(GPTJ, downloaded=False), A100, settings, load)
+    assert local == seconds | {"download": 0}
+    alone = settings_of_a_run(ranks=1, per_device_train_batch_size=64)
+    assert seconds["start"] - start_seconds(GPTJ, A100, alone, load)["start"] == overhead.NCCL_SECONDS
+
+
+def test_publishing_is_counted_only_if_the_run_publishes():
+    settings = settings_of_a_run(ranks=8)
+    assert finish_seconds(GPTJ, settings)["publishing"] == 0
+    published = finish_seconds(GPTJ, settings_of_a_run(ranks=8, dbfs_output_dir="/dbfs/dolly"))
+    assert published["publishing"] == pytest.approx(2 * N * (1 / 0.47e9 + 2 / 0.2e9)), (
+        "hashed, written, read back"
+    )
+    assert published["verification"] == finish_seconds(GPTJ, settings)["verification"]

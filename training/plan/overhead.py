@@ -1,0 +1,97 @@
+"""Predicts the seconds of a run outside its steps and evaluations: start, loading, checkpoints, the finished folder.
+
+Each function returns seconds by part, in the order in which they pass. Rates are bytes per second. "Measured" means on
+CPU, on the machine of docs/evidence.md. The other rates are assumptions."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from training.machine.catalogue import Machine
+    from training.options.settings import Settings
+    from training.plan.epoch import Load
+    from training.plan.model_shape import ModelShape
+
+# Launcher, supervisor, imports and the test of the architecture on two ranks and two cores: measured, seconds.
+START_SECONDS = 15.0
+NCCL_SECONDS = 10.0  # CUDA contexts and NCCL's first collective on several GPUs: an assumption
+TOKENISED_ROWS = 13_000  # rows per second: measured, 50,000 rows in 3.8 s
+
+DOWNLOAD = 0.3e9  # from the Hub: an assumption
+LOADING = 0.7e9  # one process reads a file, converts it and hands out the shards
+DEVICE_TO_HOST = 3e9  # to memory that is not pinned, PCIe 4: an assumption
+FINITE = 5.7e9  # torch.aminmax of bf16 on one thread: measured 5.7e9 to 11e9
+SAFETENSORS = 1.2e9  # writing a weight file from host memory into the page cache: measured 1.2e9 to 2.2e9
+TORCH_SAVE = 1.1e9  # the same for a shard of the optimizer: measured 1.1e9 to 1.3e9
+DISK = 2e9  # fsync: an assumption. A local NVMe drive writes 1e9 to 2e9; machines with eight GPUs have up to eight
+# SHA-256 on one thread: measured with the CPU's SHA instructions switched off. Intel's CPUs before Ice Lake (p3dn, p4d)
+# have none; with them 1.5e9 to 1.9e9 were measured.
+HASH = 0.47e9
+SHARD = 5e9  # default of --max-shard-size; a file is hashed by one thread
+HASH_THREADS = 4  # of digests in storage/checkpoint.py
+ANSWER = 2e9  # weights, for a prompt and four answer tokens on the cores of a GPU machine: an assumption
+PUBLISHING = 0.2e9  # writing to DBFS, a Volume or S3, and reading back: an assumption, the same for both
+
+
+def start_seconds(model: ModelShape, machine: Machine, settings: Settings, load: Load) -> dict[str, float]:
+    """Seconds before the first evaluation: start, download of the model, loading.
+
+    Under ZeRO-3 rank 0 reads the file and hands out shards; otherwise every rank of a machine reads it for itself.
+    """
+    rows = load.held_out + load.steps * settings.global_batch
+    several = not machine.is_cpu and settings.ranks > 1
+    return {
+        "start": START_SECONDS + several * NCCL_SECONDS + rows / TOKENISED_ROWS,
+        "download": model.file_bytes / DOWNLOAD if model.downloaded else 0.0,
+        "loading": model.file_bytes / LOADING,
+    }
+
+
+def checkpoint_seconds(model: ModelShape, machine: Machine, settings: Settings) -> dict[str, float]:
+    """Seconds of one checkpoint by part (run/saving.py). All ranks wait until the last one has finished it.
+
+    Rank 0 collects and writes the model, then each rank writes its shard of the optimizer, then the files are flushed
+    and hashed by all ranks. A rank's shard is one file. Without ZeRO rank 0 writes all of the optimizer.
+    """
+    weights = settings.weight_bytes * model.parameters
+    states = settings.checkpoint_bytes * model.parameters - weights
+    shard = states / (settings.ranks if settings.zero.stage else 1)
+    local = min(settings.ranks, machine.count) if settings.zero.stage else 1
+    copied = 0.0 if machine.is_cpu else 1 / DEVICE_TO_HOST
+    from_device = 0.0 if settings.zero.offload_optimizer else copied
+    return {
+        "gathering": weights * copied,
+        "checking": weights / FINITE,
+        "writing the model": weights / SAFETENSORS,
+        "writing the optimizer": shard * (1 / TORCH_SAVE + from_device),
+        "flushing": (weights + local * shard) / DISK,
+        "hashing": max(shard, min(weights, SHARD)) / HASH,
+    }
+
+
+def finish_seconds(model: ModelShape, settings: Settings) -> dict[str, float]:
+    """Seconds after the last checkpoint: verification on rank 0's CPU, and publishing if it was requested.
+
+    Verification hashes the model's files, reads them for NaN, loads the model and lets it answer (run/finish.py).
+    Publishing hashes the files on one thread, writes them and reads them back (storage/copy.py).
+    """
+    weights = settings.weight_bytes * model.parameters
+    hashing = max(min(weights, SHARD), weights / HASH_THREADS) / HASH
+    loading = weights / SAFETENSORS
+    published = weights * (1 / HASH + 2 / PUBLISHING) if settings.options.dbfs_output_dir else 0.0
+    return {"verification": hashing + weights / FINITE + loading + weights / ANSWER, "publishing": published}
+
+
+def evaluations(settings: Settings, steps: int) -> int:
+    """How often the held-out loss is computed: before step 1, every eval_steps, at each checkpoint, at the end."""
+    options = settings.options
+    both = steps // math.lcm(options.eval_steps, options.save_steps)
+    within = steps // options.eval_steps + steps // options.save_steps - both
+    return 1 + within + bool(steps % options.eval_steps and steps % options.save_steps)
+
+
+def checkpoints(settings: Settings, steps: int) -> int:
+    """How many checkpoints are written: every save_steps, and at the end."""
+    return math.ceil(steps / settings.options.save_steps)
