@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from training.consts import IGNORE_INDEX
+from training.data.batching import Documents, document_lengths
 from training.data.collator import (
     DataCollatorForCompletionOnlyLM,
     DataCollatorForPackedRows,
@@ -64,7 +65,12 @@ def test_the_packed_batch_is_the_one_in_the_docstring() -> None:
     assert batch["labels"].tolist() == [[-100, -100, -100, 14, 15, -100, -100, 23, -100, 32, 33, 34]]
     assert batch["logits_to_keep"].tolist() == [2, 3, 6, 8, 9, 10]
     assert batch["shift_labels"].tolist() == [[14, 15, 23, 32, 33, 34]]
-    assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
+    assert batch["cu_seq_lens_q"].tolist() == [0, 5, 8, 12]
+    assert batch["documents"] == Documents(lengths=(5, 3, 4), labels=(2, 1, 3))
+    assert {name: value.dtype for name, value in batch.items() if name != "documents"} == {
+        "input_ids": torch.int64, "position_ids": torch.int64, "labels": torch.int64,
+        "logits_to_keep": torch.int64, "shift_labels": torch.int64, "cu_seq_lens_q": torch.int32,
+    }  # fmt: skip
 
 
 def test_a_pad_token_inside_the_text_is_attended_to_and_has_a_label() -> None:
@@ -93,6 +99,8 @@ def test_an_empty_share_becomes_one_token_without_a_loss() -> None:
     assert batch["labels"].tolist() == [[-100]]
     assert batch["logits_to_keep"].shape == (0,)
     assert batch["shift_labels"].shape == (1, 0)
+    assert batch["cu_seq_lens_q"].tolist() == [0, 1]
+    assert batch["documents"] == Documents(lengths=(1,), labels=(0,))
 
 
 def test_a_packed_batch_is_split_by_rows_and_an_empty_part_has_no_loss() -> None:
@@ -101,12 +109,41 @@ def test_a_packed_batch_is_split_by_rows_and_an_empty_part_has_no_loss() -> None
     assert first["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
     assert first["logits_to_keep"].tolist() == [0, 1, 2, 5]
     assert first["shift_labels"].tolist() == [[32, 33, 34, 23]]
+    assert first["cu_seq_lens_q"].tolist() == [0, 4, 7]
+    assert first["documents"] == Documents(lengths=(4, 3), labels=(3, 1))
     assert second["input_ids"].tolist() == [[11, 12, 13, 14, 15]]
     assert second["shift_labels"].tolist() == [[14, 15]]
     *_, empty = split_packed_batch(packed(THREE_ROWS), 4)
     assert empty["input_ids"].tolist() == [[11]]
     assert empty["labels"].tolist() == [[-100]]
     assert empty["logits_to_keep"].shape == (0,)
+    assert empty["documents"] == Documents(lengths=(1,), labels=(0,))
+
+
+@settings(deadline=None)  # a busy machine is slow
+@given(row_lists, st.integers(1, 7))
+def test_a_part_is_the_packed_batch_of_its_rows(rows: list[dict], micro_steps: int) -> None:
+    """Rows are recognised by their tokens: each row's are its own number."""
+    for number, row in enumerate(rows):
+        row["input_ids"] = [number] * len(row["input_ids"])
+    for part in split_packed_batch(packed(rows), micro_steps):
+        numbers = [part["input_ids"][0, start].item() for start in part["cu_seq_lens_q"][:-1]]
+        if part["documents"].labels == (0,):  # a part without rows
+            assert part["input_ids"].tolist() == [[rows[0]["input_ids"][0]]]
+            continue
+        expected = packed([rows[number] for number in numbers])
+        assert part.keys() == expected.keys()
+        assert part["documents"] == expected["documents"]
+        assert all(torch.equal(part[name], expected[name]) for name in part.keys() - {"documents"})
+
+
+@settings(deadline=None)
+@given(row_lists)
+def test_the_lengths_on_the_host_are_those_of_the_positions(rows: list[dict]) -> None:
+    batch = packed(rows)
+    assert list(batch["documents"].lengths) == document_lengths(batch["position_ids"])
+    assert batch["cu_seq_lens_q"].diff().tolist() == document_lengths(batch["position_ids"])
+    assert sum(batch["documents"].labels) == batch["shift_labels"].numel()
 
 
 @settings(deadline=None)  # a busy machine is slow

@@ -13,7 +13,8 @@ from transformers.models.gptj import modeling_gptj as gptj
 from tests.data.test_collator import PAD, THREE_ROWS, packed, padded
 from tests.run.test_trainer import deepspeed, run
 from training import consts
-from training.data.collator import document_lengths, split_packed_batch
+from training.data.batching import document_lengths
+from training.data.collator import split_packed_batch
 from training.model.attention import rotary_sin_cos, rotate, use_packed_attention
 from training.model.loss import use_response_loss
 

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -75,14 +77,39 @@ def deal_in_order(rows: int, shares: int) -> list[Share]:
     return [list(range(start, end)) for start, end in zip([0, *ends], ends, strict=False)]
 
 
+@dataclass(frozen=True)
+class Documents:
+    """Sizes of the rows in a packed row. They stay on the host: to read them from the device, a step must wait for it.
+
+    Neither a tensor nor a collection, so it passes unchanged through everything that moves a batch to a device.
+
+    Attributes:
+        lengths: tokens of each row, in order.
+        labels: number of labels of each row; they are those of its last tokens.
+    """
+
+    lengths: tuple[int, ...]
+    labels: tuple[int, ...]
+
+
 def document_lengths(position_ids: torch.Tensor) -> list[int]:
     """Token counts of the rows in a packed row. A row starts wherever `position_ids (1, tokens)` is 0.
+
+    On a GPU this waits for the device. A batch of the collator has them in its Documents.
 
     [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]  ->  [5, 3, 4]
     """
     starts = (position_ids[0] == 0).nonzero()[:, 0].tolist()
     ends = [*starts[1:], position_ids.shape[1]]
     return [end - start for start, end in zip(starts, ends, strict=True)]
+
+
+def offsets(lengths: Sequence[int], device: torch.device | str) -> torch.Tensor:
+    """Where each row of a packed row begins, and where the last one ends: `(rows + 1,) int32`. Waits for no device.
+
+    [5, 3, 4]  ->  [0, 5, 8, 12]
+    """
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
 
 
 class GlobalBatchSampler(BatchRebalanceSampler):

@@ -6,17 +6,19 @@ labels over all ranks and accumulation steps, so it normalises both alike."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from transformers import DataCollatorWithFlattening
 
 from training.consts import IGNORE_INDEX, PAD_TO_MULTIPLE_OF
-from training.data.batching import deal_by_tokens, document_lengths
+from training.data.batching import Documents, deal_by_tokens, offsets
 
 Row = dict[str, Any]
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 
 
 def completion_labels(row: Row) -> list[int]:
@@ -87,7 +89,8 @@ class DataCollatorForPackedRows:
 
     There is no attention mask: a row starts where `position_ids` restarts at 0, and the attention must respect that
     (`training/model/attention.py`). `logits_to_keep` are the positions whose next token has a label, and `shift_labels`
-    are these labels. The names are those of transformers, so that any causal LM accepts the batch.
+    are these labels. The names are those of transformers. `cu_seq_lens_q` are the offsets of the rows, for attention on
+    the device; `documents` has the same on the host. A model that `training/model/packing.py` has prepared accepts them.
 
     These three rows:
 
@@ -102,41 +105,72 @@ class DataCollatorForPackedRows:
         labels        (1, tokens)  -100 -100 -100   14   15 -100 -100   23 -100   32   33   34
         logits_to_keep  (labels,)               2    3              6         8    9   10
         shift_labels  (1, labels)              14   15             23        32   33   34
+
+    and, beside them,
+
+        cu_seq_lens_q  (rows + 1,) int32   0 5 8 12
+        documents                          Documents(lengths=(5, 3, 4), labels=(2, 1, 3))
     """
 
     pad_token_id: int  # used only if the share is empty
 
     def __call__(self, rows: list[Row]) -> Batch:
         rows = rows or _placeholder_rows(self.pad_token_id)
-        flatten = DataCollatorWithFlattening()
-        return _with_loss_positions(
-            flatten([{"input_ids": row["input_ids"], "labels": completion_labels(row)} for row in rows])
+        batch = DataCollatorWithFlattening()(
+            [{"input_ids": row["input_ids"], "labels": completion_labels(row)} for row in rows]
         )
-
-
-def _with_loss_positions(batch: Batch) -> Batch:
-    """Adds `logits_to_keep (labels,)` and `shift_labels (1, labels)` to a packed batch."""
-    targets = (batch["labels"][0] != IGNORE_INDEX).nonzero()[:, 0]
-    return batch | {"logits_to_keep": targets - 1, "shift_labels": batch["labels"][:, targets]}
+        targets = (batch["labels"][0] != IGNORE_INDEX).nonzero()[:, 0]
+        lengths = [len(row["input_ids"]) for row in rows]
+        labels = [max(len(row["input_ids"]) - max(row["response_start"], 1), 0) for row in rows]
+        return batch | {
+            "logits_to_keep": targets - 1,
+            "shift_labels": batch["labels"][:, targets],
+            "cu_seq_lens_q": offsets(lengths, "cpu"),
+            "documents": Documents(tuple(lengths), tuple(labels)),
+        }
 
 
 def split_packed_batch(batch: Batch, micro_steps: int) -> list[Batch]:
-    """Splits a packed batch by rows into `micro_steps` packed batches of nearly equal token count.
+    """Splits a packed batch by rows into `micro_steps` packed batches of nearly equal token count. Waits for no device.
 
     Every label is in exactly one part, so losses and gradients of the parts sum to those of the batch. A part without
     rows is the batch's first token, which has no loss.
     """
-    lengths = document_lengths(batch["position_ids"])
-    rows = torch.arange(sum(lengths), device=batch["input_ids"].device).split(lengths)
+    documents = batch["documents"]
+    tokens, targets = _slices(documents.lengths), _slices(documents.labels)
     parts = []
-    for share in deal_by_tokens(lengths, micro_steps):
-        tokens = torch.cat([rows[i] for i in share]) if share else rows[0][:1]
-        part = {name: batch[name][:, tokens] for name in ("input_ids", "position_ids", "labels")}
-        parts.append(_with_loss_positions(part))
+    for share in deal_by_tokens(documents.lengths, micro_steps):
+        if share:
+            parts.append(_part(batch, [tokens[row] for row in share], [targets[row] for row in share]))
+        else:
+            parts.append(_part(batch, [slice(0, 1)], [slice(0, 0)]))
     return parts
 
 
-def count_labels(batch: dict[str, torch.Tensor]) -> torch.Tensor:
+def _slices(sizes: Sequence[int]) -> list[slice]:
+    """[5, 3]  ->  [slice(0, 5), slice(5, 8)]"""
+    return [slice(start, stop) for start, stop in pairwise([0, *accumulate(sizes)])]
+
+
+def _part(batch: Batch, tokens: list[slice], targets: list[slice]) -> Batch:
+    """The packed batch of some rows of `batch`, given the slices of their tokens and of their labels."""
+    lengths = [row.stop - row.start for row in tokens]
+    part = {
+        name: torch.cat([batch[name][:, row] for row in tokens], dim=1)
+        for name in ("input_ids", "position_ids", "labels")
+    }
+    part["shift_labels"] = torch.cat([batch["shift_labels"][:, row] for row in targets], dim=1)
+    starts = accumulate(lengths, initial=0)
+    moves = [start - row.start for start, row in zip(starts, tokens, strict=False)]
+    keep = [batch["logits_to_keep"][row] + move for row, move in zip(targets, moves, strict=True)]
+    return part | {
+        "logits_to_keep": torch.cat(keep),
+        "cu_seq_lens_q": offsets(lengths, batch["input_ids"].device),
+        "documents": Documents(tuple(lengths), tuple(row.stop - row.start for row in targets)),
+    }
+
+
+def count_labels(batch: Batch) -> torch.Tensor:
     """Number of tokens with a loss in a batch, an int64 scalar."""
     labels = batch["shift_labels"] if "shift_labels" in batch else batch["labels"][:, 1:]
     return (labels != IGNORE_INDEX).sum()

@@ -143,13 +143,29 @@ def with_response_loss(architecture: Any) -> Any:
             return architecture.forward(self, input_ids, *args, **kwargs)
         keep, base = kwargs["logits_to_keep"], self.base_model
         if "keep" in signature(base.forward).parameters:  # our GPT-J computes only these in its last layer
-            kept = base(input_ids, position_ids=kwargs["position_ids"], keep=keep).last_hidden_state
+            names = ("position_ids", "cu_seq_lens_q", "documents")
+            kept = base(input_ids, keep=keep, **{name: kwargs.get(name) for name in names}).last_hidden_state
         else:
             kept = base(input_ids, position_ids=kwargs["position_ids"]).last_hidden_state[:, keep]
         items = shift_labels.numel() if num_items_in_batch is None else num_items_in_batch
         return CausalLMOutputWithPast(loss=self.get_output_embeddings()(kept[0], shift_labels[0], items))
 
     return _subclass(architecture, forward)
+
+
+@cache
+def with_own_loss(architecture: Any) -> Any:
+    """A subclass that takes a packed batch and computes its parent's loss: it hands on only what transformers' models take."""
+
+    @wraps(architecture.forward)
+    def forward(
+        self: PreTrainedModel, *args: Any, cu_seq_lens_q: Any = None, documents: Any = None, **kwargs: Any
+    ) -> Any:
+        return architecture.forward(self, *args, **kwargs)
+
+    return type(
+        architecture.__name__, (architecture,), {"forward": forward, "__module__": architecture.__module__}
+    )
 
 
 @cache
@@ -191,6 +207,11 @@ def _subclass(architecture: Any, forward: Any) -> Any:
 def use_padded_loss(model: PreTrainedModel) -> None:
     """Makes a loaded model compute the loss of padded batches from its logits, in place."""
     model.__class__ = with_padded_loss(type(model))  # type: ignore[arg-type]
+
+
+def use_own_loss(model: PreTrainedModel) -> None:
+    """Makes a loaded model take the collator's packed batches, with its own loss, in place."""
+    model.__class__ = with_own_loss(type(model))  # type: ignore[arg-type]
 
 
 def use_response_loss(model: PreTrainedModel) -> bool:

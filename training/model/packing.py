@@ -15,7 +15,7 @@ from training.consts import PAD_TO_MULTIPLE_OF
 from training.data.collator import DataCollatorForPackedRows
 from training.errors import first_line
 from training.model.attention import use_packed_attention
-from training.model.loss import use_response_loss
+from training.model.loss import use_own_loss, use_response_loss
 from training.model.twin import HEADS, POSITIONS, VOCABULARY, WINDOW, shrunken_twin
 
 # Tokens of each document in the test row. Some documents are longer than each window of the small copy, and one fills
@@ -55,6 +55,8 @@ class Packing:
         use_packed_attention(model)
         if self.response_loss:
             use_response_loss(model)
+        else:
+            use_own_loss(model)
 
 
 def packing_of(config: PreTrainedConfig, trust_remote_code: bool = False) -> Packing:
@@ -83,6 +85,7 @@ def compare_packed_with_alone(model: PreTrainedModel) -> Packing:
     response tokens. Changes the model's classes. Raises whatever the model raises for a packed row.
     """
     use_packed_attention(model)
+    use_own_loss(model)
     generator = torch.Generator().manual_seed(1)
     documents = [
         torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in DOCUMENT_LENGTHS
