@@ -18,7 +18,7 @@ ALLOWED_IMPORTS = {
     **dict.fromkeys(BASE_MODULES, BASE_MODULES),
     **dict.fromkeys(("data", "options", "machine", "storage"), BASE_MODULES),
     "model": BASE_MODULES | {"data", "storage"},
-    "launch": BASE_MODULES | {"options", "storage"},
+    "launch": BASE_MODULES | {"options", "machine", "storage"},
     "plan": BASE_MODULES | {"data", "options", "machine", "model"},
     "tracking": BASE_MODULES | {"data", "options", "storage", "model"},
     "run": BASE_MODULES | {"data", "options", "machine", "storage", "model", "launch", "plan", "tracking"},

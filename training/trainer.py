@@ -14,10 +14,12 @@ import logging
 from typing import Any
 
 from training.launch.supervisor import supervise
+from training.machine.allocator import use_expandable_segments
 
 if __name__ == "__main__":
     # Before the imports below, which the small supervisor process needs only to report a rank that died.
     supervise(lambda text: importlib.import_module("training.options.wording").worded(text))
+    use_expandable_segments()
     # The launcher has already logged this; every rank would log it again when it imports DeepSpeed.
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
 

@@ -5,6 +5,7 @@ Imports neither torch nor transformers, so that the driver needs little memory b
 from __future__ import annotations
 
 import collections
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -17,9 +18,11 @@ from pathlib import Path
 from typing import Any
 
 from training.consts import INSTALLED, ROOT
-from training.errors import TrainingFailedError
+from training.errors import OptionsError, TrainingFailedError
 from training.launch.exits import exit_meaning, oom_kills
+from training.machine.cores import binding_words
 from training.options.command_line import option_words
+from training.options.deepspeed import read_json, read_zero
 from training.options.wording import COMMAND, worded
 
 LAST_LINES = 20
@@ -42,6 +45,8 @@ os.execvp(sys.argv[1], sys.argv[1:])
 def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
     """The `deepspeed` command for these options (names of TrainingOptions) on one node.
 
+    With an offloaded optimizer each rank gets cores of its own, where that works.
+
     Raises ModuleNotFoundError if DeepSpeed is not installed.
     """
     if importlib.util.find_spec("deepspeed") is None:
@@ -53,7 +58,15 @@ def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
         port = str(probe.getsockname()[1])
     # --quiet: the launcher prints only errors.
     words = ["--num_gpus", str(num_gpus), "--master_port", port, "--quiet", "--module", TRAINER]
-    return [*DEEPSPEED, *words, *option_words(options)]
+    bound = binding_words(num_gpus) if _offloads_optimizer(options.get("deepspeed")) else ()
+    return [*DEEPSPEED, *bound, *words, *option_words(options)]
+
+
+def _offloads_optimizer(json_file: str | None) -> bool:
+    """Whether a DeepSpeed JSON offloads the optimizer; the trainer reports a file that cannot be read."""
+    with contextlib.suppress(OptionsError):
+        return bool(json_file) and read_zero(read_json(str(json_file))).offload_optimizer
+    return False
 
 
 def shell_command(command: Sequence[str]) -> str:

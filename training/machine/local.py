@@ -12,6 +12,8 @@ from training.errors import MachineError
 from training.files import free_bytes
 from training.machine.catalogue import PEAK_FLOPS, Machine, family_of, find_family, matches_family, peak_of
 
+THIS_MACHINE = "this machine"  # its name in the plan
+
 
 def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machine:
     """This machine's devices, free host memory and free disk (of `folder`). Imports torch.
@@ -24,7 +26,7 @@ def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machi
     host, disk = free_host_gib(), free_disk_gib(folder)
     if not torch.cuda.is_available():
         return Machine(
-            "this machine", "cpu", "CPU", 2 if num_gpus is None else num_gpus, 0.0, 0.0, "none", host, disk
+            THIS_MACHINE, "cpu", "CPU", 2 if num_gpus is None else num_gpus, 0.0, 0.0, "none", host, disk
         )
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if num_gpus and num_gpus > len(devices):
@@ -32,7 +34,7 @@ def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machi
     smallest = min(devices, key=lambda device: device.total_memory)
     family = family_of(smallest.name, has_bf16=smallest.major >= 8)
     return Machine(
-        name="this machine",
+        name=THIS_MACHINE,
         family=family,
         gpu=smallest.name,
         count=num_gpus or len(devices),

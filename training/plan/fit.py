@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import shlex
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from training.consts import GIB
 from training.errors import OptionsError
 from training.machine.catalogue import GPUS, Machine, find_family
+from training.machine.cores import binding_words
+from training.machine.local import THIS_MACHINE
 from training.options.command_line import option_words
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions, flag_of
@@ -48,7 +51,6 @@ class Plan:
         hours: "low", "expected", "high" of the complete run; "expected" is the sum of `run_seconds`.
         shortages: maps "GPU memory", "host memory" or "disk" to a sentence; empty if the run fits.
         changes: maps each shortage to the smallest change that removes it.
-        command: the command that starts this run.
         warning: what padding costs, if packing was requested and the model cannot be packed; else empty.
     """
 
@@ -66,12 +68,18 @@ class Plan:
     hours: dict[str, float]
     shortages: dict[str, str]
     changes: dict[str, str]
-    command: str
     warning: str = ""
 
     @property
     def fits(self) -> bool:
         return not self.shortages
+
+    @property
+    def command(self) -> str:
+        """The command that starts this run. On this machine it binds the ranks of an offloaded optimizer to cores."""
+        here = self.machine.name == THIS_MACHINE and not self.machine.is_cpu
+        bound = binding_words(self.settings.ranks) if here and self.settings.zero.offload_optimizer else ()
+        return training_command(self.settings, bound)
 
     @property
     def problems(self) -> list[str]:
@@ -163,7 +171,6 @@ def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machi
         hours={"low": hours / factor, "expected": hours, "high": hours * factor},
         shortages=_shortages(machine, sum(gpu.values()), host, sum(stored.values())),
         changes={},
-        command=training_command(settings),
     )
 
 
@@ -309,11 +316,15 @@ def _machine_changes(failed: Plan) -> list[Change]:
     return changes
 
 
-def training_command(settings: Settings) -> str:
-    """The shell command that starts this run, without options that have the trainer's defaults."""
+def training_command(settings: Settings, launcher_options: Sequence[str] = ()) -> str:
+    """The shell command that starts this run, without options that have the trainer's defaults.
+
+    `launcher_options` are options of `deepspeed`, which a run without it leaves out.
+    """
     options = settings.options
     if options.deepspeed_json:
-        words = ["deepspeed", "--num_gpus", str(settings.ranks), "--module", "training.trainer"]
+        words = ["deepspeed", *launcher_options, "--num_gpus", str(settings.ranks)]
+        words += ["--module", "training.trainer"]
     elif settings.ranks > 1:
         words = ["torchrun", f"--nproc_per_node={settings.ranks}", "-m", "training.trainer"]
     else:
