@@ -29,6 +29,7 @@ from training import ranks
 from training.console import set_up_console
 from training.errors import Interrupted
 from training.launch.exits import run_and_exit
+from training.machine.local import gpu_memory_taken_gib
 from training.options.command_line import GroupedCommand, click_options, value_problems
 from training.options.trainer_options import TrainingOptions
 from training.options.wording import worded
@@ -46,6 +47,7 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
     record's status is "finished", or "stopped" if `request` was received.
     """
     settings = preflight.check(options)  # reports all problems together, before anything expensive
+    taken = gpu_memory_taken_gib()  # by other processes: this one has no CUDA context yet
     from training.run import finish, prepare, start, steps
 
     request = request or StopRequest()
@@ -55,7 +57,7 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
         start_point, record = start.find(settings, prepared, last)  # step 0, or a complete checkpoint
         if start_point.finished:
             return finish.deliver_again(settings, record)
-        settings = preflight.check_plan(settings, prepared, start_point.earlier_choices)
+        settings = preflight.check_plan(settings, prepared, start_point.earlier_choices, taken)
         record["decided"] = settings.plan_choices
         start_point = start.write(settings, prepared, start_point, record, last)
         if start_point.step < last and steps.run_steps(settings, prepared, start_point, record, request):

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
+import torch
 
 from training.consts import GIB
 from training.errors import MachineError
 from training.machine.catalogue import FAMILIES, GPUS, LINKS, MACHINES, PEAK_FLOPS, family_of, find_machine
-from training.machine.local import free_host_gib, this_machine
+from training.machine.local import free_host_gib, gpu_memory_taken_gib, this_machine
 
 
 @pytest.mark.parametrize(
@@ -91,3 +93,42 @@ def test_free_memory_respects_the_containers_limit_without_cached_files(tmp_path
     )
     assert free_host_gib(container) == 0.75
     assert free_host_gib(cgroup(tmp_path / "v2", "max\n", "1\n", "")) == pytest.approx(unlimited, abs=1)
+
+
+@pytest.fixture
+def two_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """torch sees the second and the third of three A100s; the file nvidia-smi in the returned folder answers for all."""
+    gpus = [
+        SimpleNamespace(name="NVIDIA A100-SXM4-40GB", major=8, total_memory=int(39.4 * GIB), uuid=uuid)
+        for uuid in ("bbb-2", "ccc-3")
+    ]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(gpus))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", gpus.__getitem__)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'GPU-aaa-1, 40000'\necho 'GPU-bbb-2, 3'\necho 'GPU-ccc-3, 10240'\n")
+    smi.chmod(0o755)
+    return smi
+
+
+def test_the_gpu_with_the_least_free_memory_counts_without_what_other_processes_use(two_gpus: Path) -> None:
+    assert gpu_memory_taken_gib() == [pytest.approx(3 / 1024), 10.0], (
+        "found by the GPU's id, not by its number"
+    )
+    machine = this_machine()
+    assert (machine.count, machine.gpu_memory_gib, machine.taken_gib) == (2, pytest.approx(29.4), 10.0)
+    assert this_machine(num_gpus=1).gpu_memory_gib == pytest.approx(39.4, abs=0.01), (
+        "the launcher uses the first"
+    )
+    # A rank asked before its own context existed, and that answer counts.
+    assert this_machine(taken_gib=[0.0, 2.0]).gpu_memory_gib == pytest.approx(37.4)
+
+
+@pytest.mark.parametrize("answer", ["echo 'GPU-bbb-2, [N/A]'", "exit 9", "echo No devices were found"])
+def test_without_an_answer_of_nvidia_smi_all_memory_counts_as_free(two_gpus: Path, answer: str) -> None:
+    two_gpus.write_text(f"#!/bin/sh\n{answer}\n")
+    assert gpu_memory_taken_gib() == [0.0, 0.0]
+    assert this_machine().gpu_memory_gib == pytest.approx(39.4)
+    two_gpus.unlink()
+    assert this_machine().taken_gib == 0.0

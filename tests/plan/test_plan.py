@@ -130,6 +130,17 @@ def test_the_advice_is_the_smallest_change_of_options_that_makes_the_run_fit(mac
     assert "GPU memory" not in dolly_plan(machine, count, machine_changes={"count": count}, **fixed).shortages
 
 
+def test_memory_that_other_processes_use_is_named_with_what_to_do():
+    busy = dolly_plan("8xA100-40GB", machine_changes={"gpu_memory_gib": 9.4, "taken_gib": 30.0})
+    assert busy.shortages["GPU memory"].endswith(
+        "more than its free 9.4, because other processes use 30.0 (nvidia-smi lists them)"
+    )
+    advice = "It fits on these GPUs if the other processes on them end"
+    assert busy.changes["GPU memory"] == advice, "before offloading, which is ten times as slow"
+    too_small = dolly_plan("4xA10", deepspeed=BF16, machine_changes={"gpu_memory_gib": 20, "taken_gib": 2})
+    assert too_small.changes["GPU memory"] == f"Type --deepspeed {BF16_OFFLOAD}"
+
+
 def test_more_ranks_than_gpus_are_planned_on_several_machines():
     one, two = dolly_plan("8xV100-32GB"), dolly_plan("8xV100-32GB", num_gpus=16)
     assert two.settings.ranks == 16

@@ -271,7 +271,9 @@ def test_a_token_budget_below_the_longest_row_is_refused_before_training(tmp_pat
 def small_host(monkeypatch: pytest.MonkeyPatch, gib: float) -> None:
     """Makes this machine report `gib` of free host memory."""
     found = local.this_machine
-    monkeypatch.setattr(local, "this_machine", lambda *args: replace(found(*args), host_gib=gib))
+    monkeypatch.setattr(
+        local, "this_machine", lambda *args, **more: replace(found(*args, **more), host_gib=gib)
+    )
 
 
 def test_a_run_that_does_not_fit_is_refused_before_weights_load_unless_forced(tmp_path, monkeypatch, caplog):
@@ -296,10 +298,10 @@ def test_ranks_on_one_host_share_its_memory_even_with_separate_launchers(tmp_pat
     _, prepared = prepare.prepare(resolve(options, 1, "fp32"))
     run = resolve(options, 8, "fp32")
     monkeypatch.setattr(preflight, "ranks_on_this_host", lambda: 2)
-    assert preflight.check_plan(run, prepared, None)
+    assert preflight.check_plan(run, prepared, None, [])
     monkeypatch.setattr(preflight, "ranks_on_this_host", lambda: 8)
     with pytest.raises(OptionsError, match=r"host memory: .* more than the 4\.0 of this machine"):
-        preflight.check_plan(run, prepared, None)
+        preflight.check_plan(run, prepared, None, [])
 
 
 def test_too_little_memory_while_loading_is_not_reported_as_a_model_error(tmp_path, monkeypatch):

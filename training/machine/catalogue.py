@@ -107,6 +107,7 @@ class Machine:
         gpu: key of GPUS, a device's own name, or "CPU".
         count: number of GPUs; on a CPU machine number of ranks.
         gpu_memory_gib: usable memory of one GPU; 0 on a CPU machine, whose ranks use host memory.
+        taken_gib: memory of that GPU that other processes use; `gpu_memory_gib` is without it.
         flops: peak FLOP/s of one device in 16 bit; 0 on a CPU machine until it is measured.
         link: key of LINKS.
         host_gib, disk_gib: total host memory and disk; for this machine, the free part.
@@ -121,6 +122,7 @@ class Machine:
     link: str
     host_gib: float
     disk_gib: float
+    taken_gib: float = 0.0
 
     @property
     def is_cpu(self) -> bool:

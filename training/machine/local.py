@@ -1,10 +1,12 @@
-"""This machine: its devices, free host memory, free disk, and the peak memory of this process."""
+"""This machine: its devices and their free memory, free host memory, free disk, and the peak memory of this process."""
 
 from __future__ import annotations
 
 import math
 import resource
+import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from training.consts import GIB
@@ -15,11 +17,16 @@ from training.machine.catalogue import PEAK_FLOPS, Machine, family_of, find_fami
 THIS_MACHINE = "this machine"  # its name in the plan
 
 
-def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machine:
-    """This machine's devices, free host memory and free disk (of `folder`). Imports torch.
+def this_machine(
+    folder: str | Path = ".", num_gpus: int | None = None, taken_gib: Sequence[float] | None = None
+) -> Machine:
+    """This machine's devices and their free memory, free host memory and free disk (of `folder`). Imports torch.
 
-    Without a GPU the devices are `num_gpus` CPU ranks, by default two as in the demo. If the GPUs differ, the smallest
-    one counts, because ZeRO shards evenly. Raises MachineError if the machine has fewer than `num_gpus` GPUs.
+    Without a GPU the devices are `num_gpus` CPU ranks, by default two as in the demo. If the GPUs differ, the one with
+    the least free memory counts, because ZeRO shards evenly. Raises MachineError if the machine has fewer than `num_gpus`
+    GPUs.
+
+    `taken_gib` comes from an earlier call of `gpu_memory_taken_gib`.
     """
     import torch
 
@@ -31,19 +38,48 @@ def this_machine(folder: str | Path = ".", num_gpus: int | None = None) -> Machi
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if num_gpus and num_gpus > len(devices):
         raise MachineError(f"--num-gpus {num_gpus}: this machine has {len(devices)} GPUs")
-    smallest = min(devices, key=lambda device: device.total_memory)
-    family = family_of(smallest.name, has_bf16=smallest.major >= 8)
+    used = devices[:num_gpus]  # the launchers start with the first
+    taken = gpu_memory_taken_gib() if taken_gib is None else taken_gib
+    free = [device.total_memory / GIB - gib for device, gib in zip(used, taken, strict=False)]
+    smallest = min(range(len(used)), key=free.__getitem__)
+    name, has_bf16 = used[smallest].name, used[smallest].major >= 8
+    family = family_of(name, has_bf16=has_bf16)
     return Machine(
         name=THIS_MACHINE,
         family=family,
-        gpu=smallest.name,
+        gpu=name,
         count=num_gpus or len(devices),
-        gpu_memory_gib=smallest.total_memory / GIB,
-        flops=peak_of(smallest.name) or PEAK_FLOPS["A10"],
-        link=_link(family, smallest.name),
+        gpu_memory_gib=max(0.0, free[smallest]),
+        flops=peak_of(name) or PEAK_FLOPS["A10"],
+        link=_link(family, name),
         host_gib=host,
         disk_gib=disk,
+        taken_gib=taken[smallest],
     )
+
+
+def gpu_memory_taken_gib() -> list[float]:
+    """GiB of each visible GPU that running processes use; 0 where nvidia-smi does not say, as for a MIG device.
+
+    torch.cuda.mem_get_info would create a CUDA context on every GPU, which takes about 0.5 GiB of each for as long as this
+    process lives. A rank calls this function before it creates its own context, which the plan counts separately.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    query = ["nvidia-smi", "--query-gpu=uuid,memory.used", "--format=csv,noheader,nounits"]  # MiB
+    try:
+        listed = subprocess.run(query, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        listed = ""
+    lines = (line.split(",") for line in listed.splitlines())
+    used = {line[0].strip(): line[-1].strip() for line in lines}
+    found = [
+        used.get(f"GPU-{torch.cuda.get_device_properties(i).uuid}", "")
+        for i in range(torch.cuda.device_count())
+    ]
+    return [int(mib) / 1024 if mib.isdigit() else 0.0 for mib in found]  # "[N/A]" where it is not supported
 
 
 def _link(family: str, device_name: str) -> str:

@@ -34,6 +34,8 @@ from training.plan.timing import CPU_RANGE, GPU_RANGE, cpu_rate, evaluation_seco
 if TYPE_CHECKING:
     from training.model.packing import Packing
 
+NOTICED_GIB = 0.1  # an idle GPU may report a few MiB as used
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -199,14 +201,16 @@ def _shortages(
 ) -> dict[str, str]:
     """Describes what the machine lacks, in numbers. A CPU rank has no memory of its own."""
     phase, gpu_room = max(host_gib, key=host_gib.__getitem__), machine.gpu_memory_gib
+    others = f", because other processes use {machine.taken_gib:.1f} (nvidia-smi lists them)"
+    taken = others if machine.taken_gib >= NOTICED_GIB else ""
     needs = (
-        ("GPU memory", gpu_gib, math.inf if machine.is_cpu else gpu_room, f"on each {machine.gpu}", ""),
+        ("GPU memory", gpu_gib, math.inf if machine.is_cpu else gpu_room, f"on each {machine.gpu}", taken),
         ("host memory", host_gib[phase], machine.host_gib, f"while {phase}", f" of {machine.name}"),
         ("disk", disk_gib, machine.disk_gib, "for checkpoints, model and cache", f" of {machine.name}"),
     )
     return {
         kind: f"{kind}: {needed:.1f} GiB are needed {purpose}, {needed - room:.1f} more than "
-        f"{'the' if owner else 'its'} {room:.1f}{owner}"
+        f"{'the' if kind != 'GPU memory' else 'its free' if owner else 'its'} {room:.1f}{owner}"
         for kind, needed, room, purpose, owner in needs
         if needed > room
     }
@@ -216,7 +220,11 @@ def _nearest_changes(failed: Plan, settings: Settings, lengths: Lengths) -> dict
     """For each shortage, the first change that removes it and adds no other. Options come before other machines."""
     candidates = [
         (change.advice, _compute_plan(_apply_change(settings, change), lengths, failed.model, change.machine))
-        for change in [*_option_changes(failed), *_machine_changes(failed)]
+        for change in [
+            *_without_other_processes(failed),
+            *_option_changes(failed),
+            *_machine_changes(failed),
+        ]
     ]
     nearest = {
         "GPU memory": f"No nearby change is enough: {failed.model.name} needs more or larger GPUs",
@@ -270,6 +278,14 @@ def _offload_option(plan: Plan) -> dict[str, Any]:
     return {"deepspeed": offload} if offload and not plan.settings.zero.offload_optimizer else {}
 
 
+def _without_other_processes(failed: Plan) -> list[Change]:
+    """The same GPUs, after the other processes on them have ended."""
+    machine = failed.machine
+    alone = replace(machine, gpu_memory_gib=machine.gpu_memory_gib + machine.taken_gib, taken_gib=0.0)
+    change = Change({}, failed.settings.ranks, alone, "these GPUs if the other processes on them end")
+    return [change] if machine.taken_gib >= NOTICED_GIB else []
+
+
 def _option_changes(failed: Plan) -> list[Change]:
     """Changes of options only, smallest first."""
     settings, machine, recompute = failed.settings, failed.machine, _checkpointing_option(failed)
@@ -303,10 +319,12 @@ def _machine_changes(failed: Plan) -> list[Change]:
     ranks = settings.ranks
     if machine.is_cpu:
         return []
+    total = machine.gpu_memory_gib + machine.taken_gib
+    larger = replace(machine, taken_gib=0.0)
     changes = [
-        Change(recompute, ranks, replace(machine, gpu=name, gpu_memory_gib=gpu.memory_gib), f"{ranks} {name}")
+        Change(recompute, ranks, replace(larger, gpu=name, gpu_memory_gib=gpu.memory_gib), f"{ranks} {name}")
         for name, gpu in GPUS.items()
-        if gpu.family == machine.family and gpu.memory_gib > machine.gpu_memory_gib + 1
+        if gpu.family == machine.family and gpu.memory_gib > total + 1
     ]
     for count in (count for count in (2, 3, 4, 8, 16, 32) if count > ranks):
         rows, steps = rows_and_accumulation(settings.global_batch, count, settings.batching)

@@ -20,7 +20,7 @@ from training.options import checks, deepspeed_checks
 from training.options.deepspeed import read_json
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions, flag_of
-from training.ranks import is_main_process, on_rank_0, ranks_on_this_host, world_size
+from training.ranks import gather, is_main_process, on_rank_0, ranks_on_this_host, world_size
 from training.storage import checkpoint
 from training.storage.target import target_problems
 from training.tracking.mlflow_server import tracking_problems
@@ -152,22 +152,32 @@ def prompt_problems(options: TrainingOptions) -> list[str]:
 # --- the plan -----------------------------------------------------------------------------------------
 
 
-def check_plan(settings: Settings, prepared: Prepared, earlier: dict[str, Any] | None) -> Settings:
+def check_plan(
+    settings: Settings, prepared: Prepared, earlier: dict[str, Any] | None, taken_gib: Sequence[float]
+) -> Settings:
     """Replaces "auto" by the plan for rank 0's machine. Raises OptionsError if the run does not fit.
 
     A resumed run replaces "auto" by the `earlier` choices, because other choices would change the last digits of its
     losses. Typed values override them.
+
+    `taken_gib` is `gpu_memory_taken_gib` from before this rank's CUDA context. The GPU with the least free memory counts.
     """
     ranks_here = ranks_on_this_host()
+    taken = max(gather(taken_gib[prepared.args.device.index or 0] if taken_gib else 0.0))
     return settings.with_plan_choices(
-        **on_rank_0(lambda: _plan_choices(settings, prepared, ranks_here, earlier or {}))
+        **on_rank_0(lambda: _plan_choices(settings, prepared, ranks_here, taken, earlier or {}))
     )
 
 
 def _plan_choices(
-    settings: Settings, prepared: Prepared, ranks_here: int, earlier: dict[str, Any]
+    settings: Settings, prepared: Prepared, ranks_here: int, taken: float, earlier: dict[str, Any]
 ) -> dict[str, Any]:
-    """The plan's choices for a machine with `ranks_here` ranks, even if each rank sees only its own GPU."""
+    """The plan's choices for a machine with `ranks_here` ranks, even if each rank sees only its own GPU.
+
+    `taken` GiB of each GPU are used by other processes.
+    """
+    import torch
+
     from training.machine.local import this_machine
     from training.plan.epoch import row_lengths
     from training.plan.fit import plan_run, with_packing
@@ -181,7 +191,8 @@ def _plan_choices(
         settings = settings.without_packing()
     options = settings.options
     # _disk_problems checks each disk on its own.
-    machine = replace(this_machine(settings.output), count=ranks_here, disk_gib=math.inf)
+    gpus = [taken] * torch.cuda.device_count()
+    machine = replace(this_machine(settings.output, taken_gib=gpus), count=ranks_here, disk_gib=math.inf)
     lengths = row_lengths(
         options.training_dataset,
         *(prepared.train_rows[c][:] + prepared.held_out_rows[c][:] for c in ("length", "response_start")),
