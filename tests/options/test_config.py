@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
+from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
 from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
@@ -18,11 +19,13 @@ from training.options.trainer_options import TrainingOptions
 from training.run.prepare import training_arguments
 
 ROOT = Path(__file__).parents[2]
-# file -> (precision, whether the optimizer is in host memory)
+# file -> (ZeRO stage, precision, whether the optimizer is in host memory)
 EXPECTED = {
-    "ds_z3_bf16_config.json": ("bf16", False),
-    "ds_z3_bf16_offload_config.json": ("bf16", True),
-    "ds_z3_fp16_offload_config.json": ("fp16", True),
+    "ds_z3_bf16_config.json": (3, "bf16", False),
+    "ds_z3_bf16_offload_config.json": (3, "bf16", True),
+    "ds_z3_fp16_config.json": (3, "fp16", False),
+    "ds_z3_fp16_offload_config.json": (3, "fp16", True),
+    "ds_z2_bf16_config.json": (2, "bf16", False),
 }
 FILES = pytest.mark.parametrize("name", EXPECTED)
 
@@ -55,15 +58,15 @@ def filled(options: TrainingOptions) -> dict[str, Any]:
 
 @FILES
 def test_deepspeed_parses_stage_precision_and_offload_and_no_auto_remains(name: str, tmp_path: Path) -> None:
-    precision, offload = EXPECTED[name]
+    stage, precision, offload = EXPECTED[name]
     assert '"auto"' in (ROOT / "config" / name).read_text()
     completed = filled(options(name, tmp_path))
     assert '"auto"' not in json.dumps(completed)
     config = DeepSpeedConfig(completed)
-    assert config.zero_optimization_stage == 3
+    assert config.zero_optimization_stage == stage
     assert config.bfloat16_config.enabled is (precision == "bf16")
     assert config.float16_config.enabled is (precision == "fp16")
-    assert config.zero_config.gather_16bit_weights_on_model_save is True
+    assert config.zero_config.gather_16bit_weights_on_model_save is (stage == 3)
     assert config.scheduler_name is None
     assert (config.train_batch_size, config.train_micro_batch_size_per_gpu) == (8, 8)
     assert config.gradient_accumulation_steps == 1
@@ -88,15 +91,49 @@ def test_a_file_is_accepted_with_its_precision_as_option_and_without(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
-    precision, _ = EXPECTED[name]
+    _, precision, _ = EXPECTED[name]
     assert problems_of(options(name, tmp_path, **{precision: True} if explicit else {})) == []
 
 
-def test_the_files_differ_only_in_precision_and_offload() -> None:
+def test_the_files_differ_only_in_stage_precision_and_offload() -> None:
     assert {file.name for file in (ROOT / "config").glob("*.json")} == set(EXPECTED)
-    first, *others = (json.loads((ROOT / "config" / name).read_text()) for name in EXPECTED)
-    for config in (first, *others):
+    configs = [json.loads((ROOT / "config" / name).read_text()) for name in EXPECTED]
+    scales = [config["fp16"] for config in configs if "fp16" in config]
+    assert scales == [scales[0]] * 2
+    for config in configs:
         for key in ("bf16", "fp16", "optimizer"):
             config.pop(key, None)
         config["zero_optimization"].pop("offload_optimizer", None)
-    assert others == [first, first]
+    first, *others, stage_2 = configs
+    assert others == [first] * 3
+    assert stage_2.pop("zero_optimization")["stage"] == 2
+    first.pop("zero_optimization")
+    assert stage_2 == first
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (_, precision, _) in EXPECTED.items() if precision == "fp16"]
+)
+def test_the_loss_scale_of_fp16_starts_at_2_to_the_16th_and_follows_overflows(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DeepSpeed's own scaler with the file's values. The first overflow is forgiven (hysteresis 2)."""
+    monkeypatch.setattr("deepspeed.comm.get_rank", lambda: 1)  # there are no ranks; the first one would log
+    config = DeepSpeedConfig(filled(options(name, tmp_path))).float16_config
+    assert (config.enabled, config.auto_cast, config.loss_scale) == (True, False, 0), (
+        "0: the scale is dynamic"
+    )
+    scaler = CreateLossScaler(
+        dtype=torch.float16,
+        static_loss_scale=config.loss_scale,
+        dynamic_scaling=config.loss_scale == 0,
+        dynamic_loss_args=config.dynamic_loss_scale_args(),
+    )
+    scales = [scaler.loss_scale]
+    for overflow in (True, True, True, *[False] * 2002):
+        scaler.update_scale(overflow)
+        scales.append(scaler.loss_scale)
+    assert scales[:4] == [2**16, 2**16, 2**15, 2**14]
+    steps_up = [step - 3 for step in range(4, len(scales)) if scales[step] > scales[step - 1]]
+    assert steps_up == [1001, 2001], "after a window of 1,000 steps without an overflow"
+    assert (scales[-1], config.min_loss_scale) == (2**16, 1)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from transformers import GPTJConfig, GPTJForCausalLM
 
 from tests.conftest import resolved, settings_of_a_run
+from tests.plan.peak import peak_bytes
 from tests.run.test_trainer import deepspeed, run
 from training import consts
 from training.consts import GIB, LOSS_CHUNK_BYTES
@@ -36,9 +38,10 @@ from training.plan.memory import (
     offloaded_gradient_bytes,
     state_bytes,
 )
-from training.plan.model_shape import gptj_shape
+from training.plan.model_shape import ModelShape, gptj_shape
 
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
+ZERO_2 = "config/ds_z2_bf16_config.json"
 GPTJ = model_shape("EleutherAI/gpt-j-6B")
 TINY = gptj_shape("tiny", layers=2, width=8, heads=2, vocabulary=100)
 OFFLOAD = Zero(stage=3, offload_optimizer=True, pinned=True)
@@ -113,6 +116,21 @@ def test_float32_gradients_of_the_optimizer_step_count_beyond_freed_activations(
     )
 
 
+def test_zero_2_holds_whole_weights_two_buckets_and_copies_its_whole_shard_of_the_gradients():
+    zero = Zero(stage=2, bucket=1e8, sub_group=1e3)
+    run = {"per_device_train_batch_size": 1, "test_size": 1, "checkpointing": True}
+    parts = memory(settings_of_a_run(ranks=2, zero=zero, **run))
+    share = GPTJ.parameters / 2
+    expected = {"weights": 4 * share, "gradients": 2 * share, "optimizer": 12 * share, "gathered layers": 0}
+    assert {part: parts[part] for part in expected} == {part: n / GIB for part, n in expected.items()}
+    assert parts["communication"] == 2 * (2 * 1e8 + 50400 * 4096) / GIB
+    freed = sum(parts[part] for part in ("activations", "logits and loss", "communication"))
+    assert parts["optimizer step"] == pytest.approx(6 * share / GIB - freed)
+    on_cpu = device_memory(TINY, settings_of_a_run(ranks=2, zero=zero, checkpointing=True),
+                           epoch_load(alpaca_lengths(), settings_of_a_run(ranks=2)), 0.5, cpu=True)  # fmt: skip
+    assert on_cpu["communication"] == 2 * (2 * TINY.parameters + 100 * 8) / GIB, "only written pages count"
+
+
 def test_a_token_budget_limits_activations_down_to_one_row():
     whole = settings_of_a_run(ranks=8, checkpointing=False, test_size=1)
     sizes = [
@@ -152,6 +170,9 @@ def test_host_memory_of_offloaded_optimizers_and_of_loading_without_zero():
     assert on_two_machines == pytest.approx(
         (6 * GPTJ.parameters + 8 * (2**31 + 2**30) + 2 * GPTJ.parameters) / GIB + 24
     )
+    whole = host_memory(GPTJ, settings_of_a_run(ranks=16, zero=Zero(stage=2)), local_ranks=8)["loading"]
+    expected = 4 * GPTJ.parameters + 8 * 2 * GPTJ.parameters  # the file once, 16-bit weights of each rank
+    assert whole == pytest.approx(expected / GIB + 24)
     loading = host_memory(GPTJ, settings_of_a_run(ranks=8, zero=Zero()))["loading"]
     assert loading == pytest.approx(
         8 * (4 * GPTJ.parameters / GIB + 3.0)
@@ -174,7 +195,9 @@ def test_disk_counts_download_model_and_one_checkpoint_more_than_are_kept():
         "one checkpoint, at the last step"
     )
     assert disk(TINY, settings, steps=150)["cache"] == 0.5, "a local model is not downloaded"
-    assert settings_of_a_run(ranks=1, zero=Zero(), precision="bf16").checkpoint_bytes == 12
+    for stage, bytes_a_parameter in ((0, 12), (1, 16), (2, 16), (3, 14)):
+        found = settings_of_a_run(ranks=1, zero=Zero(stage=stage), precision="bf16").checkpoint_bytes
+        assert found == bytes_a_parameter, stage
 
 
 # --- against measurements ----------------------------------------------------------------------------
@@ -232,25 +255,6 @@ def test_predicted_layer_bytes_are_within_4_percent_of_what_autograd_keeps(packe
     assert layer_bytes(shape, tokens, 176, dtype.itemsize, packed) == pytest.approx(measured, rel=0.04)
 
 
-def peak_bytes(function: Callable[[], Any]) -> int:
-    """Peak bytes of tensors allocated while `function` runs."""
-    from torch.profiler import ProfilerActivity, profile
-
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    allocations: list[tuple[int, int]] = []
-
-    def collect(nodes: Any) -> None:
-        for node in nodes:
-            if node.tag.name == "Allocation":  # frees are allocations of negative size
-                allocations.append((node.start_time_ns, node.extra_fields.alloc_size))
-            collect(node.children)
-
-    collect(profiler.profiler.kineto_results.experimental_event_tree())
-    alive = np.cumsum([size for _, size in sorted(allocations, key=lambda event: event[0])])
-    return int(alive.max())
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(256, 8, 8, 512), (256, 2, 8, 20_000)], ids=["deep", "large vocabulary"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -291,26 +295,36 @@ SHAPES = [(128, 2, 4, 1000), (256, 4, 8, 5000), (512, 6, 8, 20_000)]  # width, l
     "config",
     [pytest.param(BF16, id="on device"), pytest.param(BF16_OFFLOAD, id="offloaded", marks=pytest.mark.long)],
 )
-def test_predicted_model_state_is_within_10_percent_of_real_zero3_ranks(config, ranks, tmp_path):
+def test_predicted_model_state_is_within_10_percent_of_real_zero_ranks(config, ranks, tmp_path):
     shapes = [",".join(map(str, shape)) for shape in SHAPES]
-    result = run(deepspeed(ranks, "tests.plan.measure_memory"), config, tmp_path / "bytes", *shapes)
+    files = [config, ZERO_2] if config == BF16 else [config]
+    result = run(deepspeed(ranks, "tests.plan.measure_memory"), ",".join(files), tmp_path / "bytes", *shapes)
     assert result.returncode == 0, result.stdout
-    settings = resolved(TrainingOptions(local_output_dir="x", deepspeed=config), ranks, "cpu")
+    for rank in range(ranks):
+        measured = json.loads((tmp_path / f"bytes.rank{rank}").read_text())
+        for (file, shape), sizes in zip(product(files, SHAPES), measured, strict=True):
+            compare_with_measured(file, ranks, gptj_shape("small", shape[1], shape[0], *shape[2:]), sizes)
+
+
+def compare_with_measured(file: str, ranks: int, facts: ModelShape, sizes: dict[str, Any]) -> None:
+    settings = resolved(TrainingOptions(local_output_dir="x", deepspeed=file), ranks, "cpu")
     # The ranks' device is the CPU, so offloaded state is also counted as device memory.
     held = settings.deepspeed["zero_optimization"] | {"offload_optimizer": {}}
     on_device = replace(settings, deepspeed=settings.deepspeed | {"zero_optimization": held})
-    for rank in range(ranks):
-        measured = json.loads((tmp_path / f"bytes.rank{rank}").read_text())
-        for (width, layers, heads, vocabulary), sizes in zip(SHAPES, measured, strict=True):
-            facts = gptj_shape("small", layers, width, heads, vocabulary)
-            assert facts.parameters == sizes["parameters"]
-            predicted = state_bytes(facts, on_device)
-            for part in ("weights", "gradients", "optimizer"):
-                print(f"{width} x {layers}, rank {rank} {part}: {predicted[part] / sizes[part]:.3f}")
-                assert predicted[part] == pytest.approx(sizes[part], rel=0.1), (part, rank)
-            if settings.zero.offload_optimizer:
-                buffers = sizes["float32 gradients"] + sizes["gradients"]
-                assert sum(offloaded_gradient_bytes(facts, settings)) == pytest.approx(buffers, rel=0.1)
+    assert facts.parameters == sizes["parameters"]
+    predicted = state_bytes(facts, on_device)
+    for part in ("weights", "gradients", "optimizer"):
+        print(f"{file}, width {facts.width}, {part}: {predicted[part] / sizes[part]:.3f}")
+        assert predicted[part] == pytest.approx(sizes[part], rel=0.1), (file, part)
+    if settings.zero.offload_optimizer:
+        buffers = sizes["float32 gradients"] + sizes["gradients"]
+        assert sum(offloaded_gradient_bytes(facts, settings)) == pytest.approx(buffers, rel=0.1)
+    elif (
+        settings.precision == "bf16"
+    ):  # the copies of the gradients in the optimizer step; one sub-group holds all
+        assert sizes["step"] == pytest.approx(6 * facts.parameters / ranks, rel=0.05)
+    if settings.zero.stage == 2:  # gradients to their owner, weights to all
+        assert sizes["sent"] == pytest.approx(2 * 2 * facts.parameters * (1 - 1 / ranks), rel=0.01)
 
 
 @pytest.mark.slow
@@ -322,5 +336,7 @@ def test_real_zero3_ranks_gather_layers_up_to_max_live_parameters(tmp_path):
         (sizes,) = json.loads((tmp_path / f"bytes.rank{rank}").read_text())
         print(f"rank {rank}: {sizes['gathered'] / limit:.2f} times the limit is gathered at once")
         assert sizes["parameters"] > 5 * limit
+        # Weights for the forward and the backward pass, gradients to their owner: half as much again as ZeRO-2.
+        assert sizes["sent"] == pytest.approx(3 * 2 * sizes["parameters"] / 2, rel=0.05)
         # The limit is exceeded by one parameter; the largest has 4 x 512^2.
         assert sizes["gathered"] == pytest.approx(limit + 4 * 512**2, rel=0.1)

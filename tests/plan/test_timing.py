@@ -107,11 +107,14 @@ def test_accumulation_and_split_shares_repeat_what_happens_in_every_micro_step()
     accumulated = replace(settings, options=replace(settings.options, gradient_accumulation_steps=2))
     twice = {"compute": 2 * once["compute"], "gathering": 2 * once["gathering"]}
     assert seconds_of(accumulated) == once | twice
-    # ZeRO-2 reduces gradients in each micro-step, and gathers the weights once.
-    stage_2 = replace(settings, deepspeed={"zero_optimization": {"stage": 2}})
-    assert seconds_of(stage_2)["gathering"] == pytest.approx(2 / 3 * once["gathering"])
-    stage_2 = replace(accumulated, deepspeed={"zero_optimization": {"stage": 2}})
-    assert seconds_of(stage_2)["gathering"] == pytest.approx(once["gathering"])
+    # ZeRO-2 reduces gradients in each micro-step, and gathers the weights once. ZeRO-1 does both once.
+    for stage, all_reduce, one_step, two_micro_steps in (
+        (2, False, 2, 3), (2, True, 3, 5), (1, False, 2, 2), (1, True, 3, 3), (0, True, 2, 2)
+    ):  # fmt: skip
+        zero = {"zero_optimization": {"stage": stage, "use_multi_rank_bucket_allreduce": all_reduce}}
+        for run, transfers in ((settings, one_step), (accumulated, two_micro_steps)):
+            found = seconds_of(replace(run, deepspeed=zero))["gathering"]
+            assert found == pytest.approx(transfers / 3 * once["gathering"]), (stage, all_reduce)
 
 
 def test_a_fast_gpu_waits_for_the_host():

@@ -68,7 +68,8 @@ def offloads(zero: Mapping[str, Any], section: str) -> bool:
 class Zero:
     """The memory settings of a DeepSpeed configuration. Stage 0 is training without DeepSpeed.
 
-    `live_parameters`, `sub_group` and `bucket` count parameters; a bucket of 0 is transformers' "auto": width^2.
+    `live_parameters`, `sub_group` and `bucket` count parameters; a bucket of 0 is transformers' "auto": width^2. With
+    `all_reduce` stages 1 and 2 send each reduced gradient to all ranks, not only to the one that keeps it.
     """
 
     stage: int = 0
@@ -78,6 +79,7 @@ class Zero:
     live_parameters: float = 1e9
     sub_group: float = 1e9
     bucket: float = 0
+    all_reduce: bool = True
 
 
 def read_zero(config: Mapping[str, Any]) -> Zero:
@@ -98,4 +100,5 @@ def read_zero(config: Mapping[str, Any]) -> Zero:
         live_parameters=number("stage3_max_live_parameters", 1e9),
         sub_group=number("sub_group_size", 1e9),
         bucket=number("reduce_bucket_size", 0),
+        all_reduce=zero.get("use_multi_rank_bucket_allreduce", True) is not False,
     )

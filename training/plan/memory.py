@@ -128,9 +128,11 @@ def device_memory(
     bucket, even a module without parameters (`fetch_sub_module` in partitioned_param_coordinator.py; measured on real
     ranks). A single rank holds all weights anyway. Without ZeRO this part is autocast's 16-bit copy of the weights.
     "communication": gradients in transit. With ZeRO a bucket and the largest gradient, which is the embedding's;
-    without it torch's DistributedDataParallel copies all gradients into buckets.
-    "optimizer step": float32 copies of the gradients (DeepSpeed makes one per sub-group), beyond the memory that
-    activations, logits and gathered layers have freed by then.
+    stages 1 and 2 fill a second bucket meanwhile (stage_1_and_2.py, setup_buckets). Without ZeRO torch's
+    DistributedDataParallel copies all gradients into buckets.
+    "optimizer step": float32 copies of the gradients, and 16-bit ones on the way (DeepSpeed copies one sub-group at a
+    time, at stages 1 and 2 a rank's whole shard), beyond the memory that activations, logits, gathered layers and buckets
+    have freed by then.
     """
     zero, size = settings.zero, settings.number_bytes
     activations, loss = peak_activation_bytes(
@@ -144,13 +146,17 @@ def device_memory(
     elif zero.stage == 0 and size == 2:
         gathered = size * model.parameters
     if zero.stage:
-        communication = size * ((zero.bucket or model.width**2) + model.vocabulary * model.width)
+        bucket = zero.bucket or model.width**2
+        if cpu:  # the system gives memory only to the part of a bucket that is written
+            bucket = min(bucket, model.parameters)
+        communication = size * ((1 if zero.stage == 3 else 2) * bucket + model.vocabulary * model.width)
     elif settings.ranks > 1:
         communication = settings.weight_bytes * model.parameters
     freed = activations + loss + gathered + communication
     step = 0.0
     if zero.stage and size == 2 and not zero.offload_optimizer:
-        step = max(0.0, (4 + size) * min(model.parameters / settings.ranks, zero.sub_group) - freed)
+        shard = model.parameters / settings.ranks
+        step = max(0.0, (4 + size) * (min(shard, zero.sub_group) if zero.stage == 3 else shard) - freed)
     parts |= {
         "gathered layers": gathered,
         "activations": activations,
@@ -212,8 +218,9 @@ def host_memory(
     """Host GiB while "loading" and "training", for `local_ranks` ranks on a machine (all ranks if None).
 
     Loading: with ZeRO-3 only rank 0 reads the file (transformers' `_load_state_dict_into_zero3_model`), and every rank
-    keeps its shard on its device. Without it every rank holds a full float32 model. The full file is counted, although
-    the system could reclaim the pages of a memory-mapped file.
+    keeps its shard on its device. Otherwise every rank holds a full model until it is on the device: in 16 bit at stages
+    1 and 2, else in float32. The ranks of a machine map the file and share its pages. With ZeRO the full file is counted,
+    although the system could reclaim them. Measured on one rank, a float32 file: the file's pages and 2 bytes a parameter.
 
     Training: an offloaded optimizer holds per parameter float32 master weights (4 bytes), moments (8), and two copies
     of the gradients, in float32 (4) and in the model's precision (2). If pinned, the two copies are rounded up to a
@@ -224,7 +231,7 @@ def host_memory(
     local = local_ranks or settings.ranks
     shards = count * local / settings.ranks
     processes = local * (CPU_PROCESS_GIB if cpu else GPU_PROCESS_GIB)
-    loading = model.file_bytes if zero.stage == 3 else local * 4 * count
+    loading = (model.file_bytes if zero.stage else 0) + (0 if zero.stage == 3 else local * size * count)
     training = 0.0
     if zero.offload_optimizer:
         buffers = offloaded_gradient_bytes(model, settings)

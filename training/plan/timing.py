@@ -52,12 +52,14 @@ def step_seconds(
 
     Gathering: in every micro-step ZeRO-3 gathers the 16-bit weights for the forward and for the backward pass, and
     reduces gradients of the same size: 3 x 2 bytes x parameters x (ranks - 1) / ranks per device (Rajbhandari et al.
-    2020, section 7). ZeRO-2 reduces gradients in every micro-step and gathers weights once per step. The others reduce
-    gradients once per step: 2 x that size.
+    2020, section 7). ZeRO-2 reduces gradients in every micro-step and gathers weights once per step, ZeRO-1 both once.
+    Their gradients count twice if they are sent to all ranks. Without ZeRO they are, once per step.
     """
     micro_steps = settings.accumulation * _parts(settings, load)
     compute = settings.accumulation * _flops(model, settings, load, response_share) / _rate(machine, settings)
-    transfers = {3: 3 * micro_steps, 2: micro_steps + 1}.get(settings.zero.stage, 2)
+    zero = settings.zero
+    reduced = 2 if zero.all_reduce else 1
+    transfers = {3: 3 * micro_steps, 2: reduced * micro_steps + 1, 1: reduced + 1}.get(zero.stage, 2)
     gathering = transfers * _weights_seconds(model, machine, settings)
     host = micro_steps * host_seconds(model, machine, settings)
     return {
