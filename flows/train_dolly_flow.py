@@ -18,7 +18,7 @@ import socket
 import sys
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -60,7 +60,7 @@ from training.options.checks import option_problems
 from training.options.command_line import GroupedCommand, click_options, option_words, value_problems
 from training.options.trainer_options import TrainingOptions, flag_of
 from training.options.wording import FLOW, PARAMETERS, worded
-from training.plan.fit import Plan, plan_run
+from training.plan.fit import Plan, plan_files, plan_run
 from training.plan.presets import demo_options, preset_options
 from training.plan.request import checked_settings, model_of
 from training.run.preflight import destination_problems, prompt_problems
@@ -320,11 +320,14 @@ class TrainDollyFlow(FlowSpec):
         test_size = held_out_size(options.test_size, len(rows))
         lengths = row_lengths(options.training_dataset, rows["length"][:], rows["response_start"][:])
         settings = checked_settings(options, self.ranks, FAMILIES[machine.family].precision)
-        plan = plan_run(settings, lengths, model_of(options), machine)
+        model = model_of(options)
+        plan = plan_run(settings, lengths, model, machine)
+        plan = replace(plan, files=plan_files(settings, lengths, model, machine, settings.precision))
         ledger.source = self.names.get(ledger.source, ledger.source)
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)
         held_out = held_out_message(test_size, len(rows), options.test_size)
-        print(f"{ledger}\n{held_out}\n\n{as_table(plan, price=None)}", flush=True)
+        table = worded(as_table(plan, price=None).removesuffix(plan.command), FLOW)
+        print(f"{ledger}\n{held_out}\n\n{table}{plan.command if plan.fits else ''}", flush=True)
         return plan
 
     def _write_files(self) -> None:

@@ -190,7 +190,7 @@ def check_plan(
         except OptionsError as error:
             return "", problems + error.problems
         # The training cell prints the command.
-        table = as_table(plan, None).removesuffix(f"\n  {plan.command}")
+        table = worded(as_table(plan, None).removesuffix(f"\n  {plan.command}"), NOTEBOOK)
         return table, problems + ([] if planned.force else plan.problems)
 
     try:

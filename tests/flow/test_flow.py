@@ -118,11 +118,11 @@ def metaflow(s3_server: str, tmp_path: Path) -> Metaflow:
 # --- resources of a pod -----------------------------------------------------------------------------
 
 
-def test_an_eight_v100_pod_has_host_memory_for_the_offloaded_optimizer_and_a_cpu_pod_little() -> None:
+def test_an_eight_a10_pod_has_host_memory_for_the_offloaded_optimizer_and_a_cpu_pod_little() -> None:
     little = pod.resources("cpu", {})
     assert (little["gpu"], little["cpu"], little["memory"] < 16_000) == (None, 2, True)
-    requested = pod.resources("8xV100-32GB", {})
-    plan = pod.plan_for(pod.machine_of("8xV100-32GB"))
+    requested = pod.resources("g5.48xlarge", {})
+    plan = pod.plan_for(pod.machine_of("g5.48xlarge"))
     needed = max(plan.host_memory_gib.values())
     assert (requested["gpu"], requested["cpu"], requested["shared_memory"]) == (8, 32, 16 * 1024)
     assert requested["memory"] * 1e6 / GIB > needed + 16, "used /dev/shm counts as memory"

@@ -258,6 +258,8 @@ def test_dollys_run_fits_on_eight_a100s() -> None:
     )
     assert "= 64 a step" in table
     assert table.splitlines()[-1].startswith("FITS, with")
+    faster = 'The fastest that fits: type options["deepspeed"] = "config/ds_z2_bf16_config.json"'
+    assert f'\n{faster} (options: the cell "Does it fit?")\n' in table
     line = dolly(
         per_device_train_batch_size=4
     )  # as a line of the cell, it counts more than the family's recipe

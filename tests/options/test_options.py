@@ -20,7 +20,7 @@ from training.ranks import is_main_process, world_size
 from training.run import ending, preflight
 
 BF16_JSON = "config/ds_z3_bf16_config.json"
-FP16_JSON = "config/ds_z3_fp16_offload_config.json"
+FP16_JSON = "config/ds_z3_fp16_config.json"
 
 pytestmark = pytest.mark.usefixtures("in_repository_root")
 

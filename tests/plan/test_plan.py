@@ -34,7 +34,8 @@ from training.plan.request import plan_options
 
 ROOT = Path(__file__).parents[2]
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
-FP16_OFFLOAD = "config/ds_z3_fp16_offload_config.json"
+FP16, FP16_OFFLOAD = "config/ds_z3_fp16_config.json", "config/ds_z3_fp16_offload_config.json"
+ZERO_2 = "config/ds_z2_bf16_config.json"
 GPTJ = model_shape("EleutherAI/gpt-j-6B")
 # Published times of one epoch of Dolly's padded recipe: machine, DeepSpeed configuration, hours.
 PUBLISHED = [
@@ -76,11 +77,14 @@ def run_cli(*arguments: object):
 
 @pytest.mark.parametrize("host_gb", [48, 128])
 def test_eight_ranks_with_offload_do_not_fit_on_a_small_host(host_gb):
-    small = dolly_plan("8xV100-32GB", machine_changes={"host_gib": host_gb * 1e9 / GIB})
+    small = dolly_plan(
+        "8xV100-32GB", machine_changes={"host_gib": host_gb * 1e9 / GIB}, deepspeed=FP16_OFFLOAD
+    )
     assert list(small.shortages) == ["host memory"]
     needed = max(small.host_memory_gib.values())
-    assert f"Use a machine with {math.ceil(needed)} GiB of free host memory" in small.problems[0]
-    assert dolly_plan("8xV100-32GB", machine_changes={"host_gib": needed + 1}).fits
+    advice = f"Use a machine with {math.ceil(needed)} GiB of free host memory"
+    assert small.changes["host memory"] == (advice if host_gb == 48 else f"Type --deepspeed {FP16}")
+    assert dolly_plan("8xV100-32GB", machine_changes={"host_gib": needed + 1}, deepspeed=FP16_OFFLOAD).fits
 
 
 def test_each_shortage_has_its_own_advice():
@@ -113,6 +117,8 @@ def test_each_shortage_has_its_own_advice():
         ),
         ("2xA10", {"deepspeed": None, "bf16": True}, f"Type --deepspeed {BF16_OFFLOAD}"),
         ("a2-highgpu-2g", {}, f"Type --deepspeed {BF16_OFFLOAD}"),
+        ("4xA10", {"deepspeed": ZERO_2}, f"Type --deepspeed {BF16_OFFLOAD}"),
+        ("a2-highgpu-4g", {"deepspeed": ZERO_2}, f"Type --deepspeed {BF16}"),
         ("a2-highgpu-1g", {}, r"It fits on 3 A100-40GB with --per-device-train-batch-size 11 .*"),
     ],
 )  # fmt: skip
@@ -142,7 +148,7 @@ def test_memory_that_other_processes_use_is_named_with_what_to_do():
 
 
 def test_more_ranks_than_gpus_are_planned_on_several_machines():
-    one, two = dolly_plan("8xV100-32GB"), dolly_plan("8xV100-32GB", num_gpus=16)
+    one, two = (dolly_plan("8xV100-32GB", num_gpus=ranks, deepspeed=FP16_OFFLOAD) for ranks in (8, 16))
     assert two.settings.ranks == 16
     assert two.host_memory_gib["training"] < one.host_memory_gib["training"], "host memory is per machine"
 
@@ -197,7 +203,7 @@ def test_every_machine_and_model_size_can_be_planned(name):
         ("8xA100-40GB", 8, {"max_tokens_per_device": 700, "lr": 2e-5}, "deepspeed",
          {"max_tokens_per_device": 700, "lr": 2e-5}),
         ("2xA10", 2, {}, "deepspeed", {"deepspeed": BF16_OFFLOAD, "per_device_train_batch_size": 16}),
-        ("8xV100-32GB", 8, {"batching": "padded"}, "deepspeed", {"deepspeed": FP16_OFFLOAD, "batching": "padded"}),
+        ("8xV100-32GB", 8, {"batching": "padded"}, "deepspeed", {"deepspeed": FP16, "batching": "padded"}),
         ("8xA100-40GB", 8, {"bf16": False, "fp16": True, "deepspeed": None}, "torchrun --nproc_per_node=8 -m",
          {"fp16": True, "bf16": False}),
         ("8xA100-40GB", 1, {"deepspeed": None}, "python -m", {}),
@@ -218,6 +224,70 @@ def test_the_command_starts_every_rank_and_the_trainer_can_parse_it(
     }
     if not options and ranks == 8:
         assert words == f"--epochs 1 --deepspeed {BF16} --local-output-dir OUTPUT"
+
+
+# --- the shipped DeepSpeed files ---------------------------------------------------------------------
+
+
+def compared(machine: str, *more: object) -> tuple[dict[str, Any], str]:
+    """(the plan as JSON, as a table)"""
+    words = ["--machine", machine, *more]
+    return json.loads(run_cli(*words, "--json").stdout), run_cli(*words).output
+
+
+def test_the_plan_compares_the_shipped_files_and_names_the_fastest_that_fits():
+    answer, table = compared("8xA100-40GB")
+    files = answer["deepspeed_files"]
+    assert list(files) == [ZERO_2, BF16, BF16_OFFLOAD]
+    assert all(file["fits"] for file in files.values())
+    assert files[ZERO_2]["hours"] < files[BF16]["hours"] < files[BF16_OFFLOAD]["hours"]
+    assert (
+        files[ZERO_2]["gpu_memory_gib"]
+        > files[BF16]["gpu_memory_gib"]
+        > files[BF16_OFFLOAD]["gpu_memory_gib"]
+    )
+    assert files[BF16]["hours"] == answer["hours"]["expected"], "ZeRO-3 stays the default"
+    assert f"--deepspeed {BF16} " in answer["command"]
+    assert answer["fastest_deepspeed_file"] == ZERO_2
+    assert f"\nThe fastest that fits: type --deepspeed {ZERO_2}\n" in table
+    _, chosen = compared("8xA100-40GB", "--deepspeed", ZERO_2)
+    assert "\nThe run uses the fastest that fits.\n" in chosen
+    assert f"--deepspeed {ZERO_2} " in chosen.splitlines()[-1]
+
+
+def test_files_that_do_not_fit_are_marked_and_not_named():
+    answer, table = compared("4xA10")
+    assert [file["fits"] for file in answer["deepspeed_files"].values()] == [False, False, True]
+    assert answer["fastest_deepspeed_file"] == BF16_OFFLOAD
+    assert len(re.findall(rf"^  ({ZERO_2}|{BF16}) .* does not fit$", table, re.MULTILINE)) == 2
+    answer, table = compared("g5.xlarge")
+    assert answer["fastest_deepspeed_file"] is None
+    assert "fastest" not in table
+
+
+def test_v100_trains_without_offload_where_that_fits():
+    answer, _ = compared("8xV100-32GB")
+    files = answer["deepspeed_files"]
+    assert list(files) == [FP16, FP16_OFFLOAD]
+    assert files[FP16]["hours"] < files[FP16_OFFLOAD]["hours"]
+    assert answer["fastest_deepspeed_file"] == FP16
+    assert f"--deepspeed {FP16} " in answer["command"]
+    few = dolly_plan("8xV100-32GB", num_gpus=2)
+    assert few.changes["GPU memory"] == f"Type --deepspeed {FP16_OFFLOAD}"
+    assert dolly_plan("8xV100-32GB", num_gpus=2, deepspeed=FP16_OFFLOAD).fits
+
+
+def test_there_is_nothing_to_compare_on_a_cpu_or_in_a_typed_precision(tmp_path):
+    demo = {
+        "input_model": "demo",
+        "training_dataset": "demo",
+        "local_output_dir": "OUTPUT",
+        "deepspeed": BF16,
+    }
+    here = replace(this_machine(tmp_path, 2), flops=1e11)
+    assert plan_options(TrainingOptions(**demo), 2, here).files == {}
+    typed = TrainingOptions(**demo, per_device_train_batch_size=8, bf16=True)
+    assert plan_options(typed, 8, find_machine("8xA100-40GB")).files == {}
 
 
 # --- the command line --------------------------------------------------------------------------------
@@ -350,7 +420,9 @@ def test_a_model_that_cannot_be_packed_is_planned_with_padded_rows_and_a_warning
         (["--machine", "8xH100", "--input-model", "./negative"], "vocab_size is -1, expected 1 to"),
         (["--machine", "8xH100", "--input-model", "./t5"], "t5 model is not a causal language model"),
         (["--machine", "8xH100", "--batching", "padded", "--max-tokens-per-device", 9], "splits packed rows"),
-        (["--machine", "8xV100-32GB", "--deepspeed", BF16], "a V100 cannot compute in bf16"),
+        (["--machine", "8xV100-32GB", "--deepspeed", BF16], f"cannot compute in bf16. Type --deepspeed {FP16}"),
+        (["--machine", "8xV100-32GB", "--num-gpus", 2, "--deepspeed", ZERO_2],
+         f"a V100 cannot compute in bf16. Type --deepspeed {FP16_OFFLOAD}"),
         (["--machine", "8xH100", "--test-size", 60000], "--test-size 60000 is more than half of the 52,002 rows. Type --test-size 1000"),
         (["--machine", "8xH100", "--epochs", "nan"], "--epochs nan: expected a finite number"),
         (["--machine", "8xH100", "--epochs", "1e300"], "1e+300 is not in the range 0<x<=10000"),

@@ -13,7 +13,7 @@ from training.errors import MachineError, OptionsError
 from training.machine.catalogue import FAMILIES
 from training.options.deepspeed import Zero, read_zero
 from training.options.trainer_options import TrainingOptions
-from training.plan.presets import preset_options, rows_and_accumulation
+from training.plan.presets import preset_options, rows_and_accumulation, shipped_files
 from training.plan.request import checked_settings
 
 BF16, BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
@@ -36,10 +36,14 @@ def test_presets_keep_the_global_batch_for_one_to_eight_devices():
 
 def test_presets_name_shipped_deepspeed_files_of_their_precision():
     for preset in (family for name, family in FAMILIES.items() if name != "cpu"):
-        for file in filter(None, (preset.deepspeed, preset.offload)):
+        shipped = shipped_files(preset.precision)
+        assert {preset.deepspeed, preset.offload} <= set(shipped)
+        for file in shipped:
             config = json.loads((ROOT / file).read_text())
             assert config[preset.precision]["enabled"] is True
             assert ("offload" in file) == ("offload_optimizer" in config["zero_optimization"])
+            assert f"ds_z{config['zero_optimization']['stage']}_{preset.precision}_" in file
+    assert [len(shipped_files(precision)) for precision in ("bf16", "fp16", "fp32")] == [3, 2, 0]
 
 
 def test_notebook_flow_and_plan_refuse_a_deepspeed_file_as_the_trainer_does(tmp_path):

@@ -25,7 +25,7 @@ from training.run.start import find_start
 from training.storage import checkpoint
 
 BF16_JSON = "config/ds_z3_bf16_config.json"
-FP16_JSON = "config/ds_z3_fp16_offload_config.json"
+FP16_JSON = "config/ds_z3_fp16_config.json"
 
 pytestmark = pytest.mark.usefixtures("in_repository_root")
 
@@ -256,9 +256,9 @@ def test_a_deepspeed_file_that_is_not_a_json_object_is_refused(
     ("file", "precision", "message"),
     [
         (BF16_JSON, {"fp16": True}, "--fp16, but config/ds_z3_bf16_config.json trains in bf16"),
-        (FP16_JSON, {"bf16": True}, "--bf16, but config/ds_z3_fp16_offload_config.json trains in fp16"),
+        (FP16_JSON, {"bf16": True}, "--bf16, but config/ds_z3_fp16_config.json trains in fp16"),
         (BF16_JSON, {"bf16": False}, "--no-bf16, but config/ds_z3_bf16_config.json has bf16.enabled true"),
-        (FP16_JSON, {"fp16": False}, "--no-fp16, but config/ds_z3_fp16_offload_config.json has fp16.enabled"),
+        (FP16_JSON, {"fp16": False}, "--no-fp16, but config/ds_z3_fp16_config.json has fp16.enabled"),
     ],
 )
 def test_a_precision_that_contradicts_the_deepspeed_file_is_refused(
@@ -275,7 +275,10 @@ def test_a_precision_that_the_device_lacks_is_refused(
     assert problem.startswith("fp16 needs a CUDA GPU")
     fake_gpus(monkeypatch, bf16=False)
     [problem] = problems_of(options(tmp_path, bf16=True))
-    assert "Tesla V100-SXM2-32GB cannot compute in bf16. Use --deepspeed config/ds_z3_fp16" in problem
+    assert (
+        "Tesla V100-SXM2-32GB cannot compute in bf16. Use --deepspeed config/ds_z3_fp16_config.json, or --fp16"
+        in problem
+    )
     assert problems_of(options(tmp_path, fp16=True)) == []
 
 

@@ -55,12 +55,12 @@ class Family:
 
 
 _BF16, _BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
-_FP16_OFFLOAD = "config/ds_z3_fp16_offload_config.json"
+_FP16, _FP16_OFFLOAD = "config/ds_z3_fp16_config.json", "config/ds_z3_fp16_offload_config.json"
 FAMILIES = {
     "a100": Family(("A100",), "bf16", _BF16, _BF16_OFFLOAD, "nvlink3", 0.5),
     "h100": Family(("H100", "H200"), "bf16", _BF16, _BF16_OFFLOAD, "nvlink4", 0.45),
     "a10": Family(("A10",), "bf16", _BF16_OFFLOAD, _BF16_OFFLOAD, "pcie", 0.5),
-    "v100": Family(("V100",), "fp16", _FP16_OFFLOAD, _FP16_OFFLOAD, "nvlink2", 0.32),
+    "v100": Family(("V100",), "fp16", _FP16, _FP16_OFFLOAD, "nvlink2", 0.32),
     # CPU ranks, for the demo and the tests. They use host memory, and their peak speed is measured. The demo reaches
     # 0.2 to 0.6 of it, on one and two ranks (tests/plan/test_plan_cpu_time.py).
     "cpu": Family((), "fp32", _BF16, None, "none", 0.35),
@@ -198,7 +198,7 @@ def find_machine(name: str) -> Machine:
 def family_of(device_name: str, has_bf16: bool) -> str:
     """The GPU family (key of FAMILIES) of a torch.cuda.get_device_name().
 
-    An unknown GPU gets the family with the lowest memory use: a10, or v100 if it lacks bf16.
+    An unknown GPU gets a family whose plan it can follow: a10, which needs the least memory, or v100 if it lacks bf16.
     """
     for name, family in FAMILIES.items():
         if matches_family(family, device_name) and (has_bf16 or family.precision != "bf16"):

@@ -134,7 +134,7 @@ def precision_problems(precision: str) -> list[str]:
     if precision == "bf16" and cuda and best_precision() != "bf16":
         return [
             f"{torch.cuda.get_device_name()} cannot compute in bf16. "
-            "Use --deepspeed config/ds_z3_fp16_offload_config.json, or --fp16"
+            "Use --deepspeed config/ds_z3_fp16_config.json, or --fp16"
         ]
     return []
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from training.consts import GIB
@@ -28,7 +28,7 @@ from training.plan.memory import (
 )
 from training.plan.model_shape import ModelShape
 from training.plan.overhead import checkpoint_seconds, checkpoints, evaluations, finish_seconds, start_seconds
-from training.plan.presets import rows_and_accumulation
+from training.plan.presets import rows_and_accumulation, shipped_files
 from training.plan.timing import CPU_RANGE, GPU_RANGE, cpu_rate, evaluation_seconds, step_seconds
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ class Plan:
         shortages: maps "GPU memory", "host memory" or "disk" to a sentence; empty if the run fits.
         changes: maps each shortage to the smallest change that removes it.
         warning: what padding costs, if packing was requested and the model cannot be packed; else empty.
+        files: the plans of this run with each shipped DeepSpeed file of its precision; empty if they are not compared.
     """
 
     model: ModelShape
@@ -71,6 +72,7 @@ class Plan:
     shortages: dict[str, str]
     changes: dict[str, str]
     warning: str = ""
+    files: dict[str, Plan] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:
@@ -117,6 +119,30 @@ def plan_run(settings: Settings, lengths: Lengths, model: ModelShape, machine: M
             f"The devices compute {plan.load.paced_tokens / packed.paced_tokens:.1f} times as many tokens",
         )
     return plan if plan.fits else replace(plan, changes=_nearest_changes(plan, settings, lengths))
+
+
+def plan_files(
+    settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine, precision: str
+) -> dict[str, Plan]:
+    """The plan of the run with each shipped file of a precision. Empty on a CPU, or if the run uses no DeepSpeed."""
+    options = settings.options
+    if machine.is_cpu or not options.deepspeed_json or (options.bf16, options.fp16) != (None, None):
+        return {}
+    return {
+        file: plan_run(
+            resolve(replace(options, deepspeed=file, deepspeed_config=None), settings.ranks, precision),
+            lengths,
+            model,
+            machine,
+        )
+        for file in shipped_files(precision)
+    }
+
+
+def fastest(plans: dict[str, Plan]) -> str | None:
+    """The file with the shortest run among those that fit; None if none fits."""
+    hours = {file: plan.hours["expected"] for file, plan in plans.items() if plan.fits}
+    return min(hours, key=hours.__getitem__, default=None)
 
 
 def with_packing(model: ModelShape, packing: Packing) -> ModelShape:
@@ -295,6 +321,9 @@ def _option_changes(failed: Plan) -> list[Change]:
         slow = replace(settings, checkpointing=True)
         budget = auto_max_tokens_per_device(failed.model, slow, failed.load, 0.0, room, machine.is_cpu)
         changes.append(recompute | {"max_tokens_per_device": budget} if budget else {})
+    own_file, offloaded = find_family(machine.family).deepspeed, settings.zero.offload_optimizer
+    if settings.zero.stage in (1, 2):  # stage 3 also divides the weights
+        changes.append({"deepspeed": own_file})
     if settings.options.save_total_limit > 1:
         changes.append({"save_total_limit": 1})
     for rows in (2**i for i in reversed(range(6)) if 2**i < settings.rows):
@@ -302,7 +331,6 @@ def _option_changes(failed: Plan) -> list[Change]:
         changes.append(
             {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | recompute
         )
-    own_file, offloaded = find_family(machine.family).deepspeed, settings.zero.offload_optimizer
     if (settings.zero.stage == 0 and ranks > 1) or (
         offloaded and own_file != settings.options.deepspeed_json
     ):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from training.consts import DEMO, GLOBAL_BATCH
+from training.consts import CONFIG, DEMO, GLOBAL_BATCH
 from training.errors import MachineError
 from training.machine.catalogue import find_family
+from training.options.deepspeed import enabled, read_json
 
 DOLLY_ROWS = 8  # micro batch of a device, as in Dolly
 PACKED_ROWS = 16  # packed rows need less memory; 16 of them halve the number of weight gathers
@@ -40,6 +41,12 @@ def preset_options(family: str, num_gpus: int, batching: str = "packed") -> dict
         "gradient_checkpointing": "auto",  # on only if memory is short without it
         "batching": batching,
     }
+
+
+def shipped_files(precision: str) -> list[str]:
+    """The files of config/ that train in "bf16" or "fp16", as --deepspeed takes them."""
+    names = [f"config/{file.name}" for file in sorted(CONFIG.glob("*.json"))]
+    return [name for name in names if enabled(read_json(name), precision)]
 
 
 # The demo model starts from random weights, so it needs a higher learning rate and more epochs than a pretrained one.

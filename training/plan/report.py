@@ -8,7 +8,7 @@ from typing import Any
 
 from training.errors import printable
 from training.pictures import draw_memory
-from training.plan.fit import Plan
+from training.plan.fit import Plan, fastest
 
 
 def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
@@ -40,6 +40,15 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "computed_tokens_per_epoch": load.computed_tokens,
         "paced_tokens_per_epoch": load.paced_tokens,
         "step_seconds": plan.step_seconds,
+        "deepspeed_files": {
+            file: {
+                "fits": other.fits,
+                "gpu_memory_gib": sum(other.gpu_memory_gib.values()),
+                "hours": other.hours["expected"],
+            }
+            for file, other in plan.files.items()
+        },
+        "fastest_deepspeed_file": fastest(plan.files),
         "steps": plan.steps,
         "run_seconds": plan.run_seconds,
         "hours": plan.hours,
@@ -89,11 +98,29 @@ def as_table(plan: Plan, price: float | None) -> str:
     lines.append("")
     if plan.warning:
         lines.append(f"WARNING: {plan.warning}")
+    lines += _file_lines(plan)
     if plan.fits:
         left = machine.gpu_memory_gib - total
         room = "" if machine.is_cpu else f", with {left:.1f} GiB of each {device} left"
         return printable("\n".join([*lines, f"FITS{room}", f"  {plan.command}"]))
     return printable("\n".join([*lines, "DOES NOT FIT", *(f"  {problem}" for problem in plan.problems)]))
+
+
+def _file_lines(plan: Plan) -> list[str]:
+    """The shipped DeepSpeed files with memory and time, and what to type for the fastest one."""
+    if not plan.files:
+        return []
+    unit, size = time_unit(3600 * plan.hours["expected"])
+    lines = [f"{'DeepSpeed file':<40}{'GiB':>9}{unit:>9}"]
+    for file, other in plan.files.items():
+        gib, time = sum(other.gpu_memory_gib.values()), 3600 * other.hours["expected"] / size
+        lines.append(f"  {file:<38}{gib:>9.2f}{time:>9,.1f}{'' if other.fits else '  does not fit'}")
+    best = fastest(plan.files)
+    if best == plan.settings.options.deepspeed_json:
+        lines.append("The run uses the fastest that fits.")
+    elif best:
+        lines.append(f"The fastest that fits: type --deepspeed {best}")
+    return [*lines, ""]
 
 
 def _line(name: str, value: float, available: float | None = None) -> str:

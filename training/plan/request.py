@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from training.data.held_out import held_out_size
 from training.data.rows import check_source
 from training.errors import OptionsError
@@ -9,7 +11,7 @@ from training.machine.catalogue import Machine, find_family
 from training.options.deepspeed_checks import file_problems, precision_problems
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions
-from training.plan.fit import Plan, plan_run, with_packing
+from training.plan.fit import Plan, fastest, plan_files, plan_run, with_packing
 from training.plan.lookup import dataset_lengths, is_built_in, model_shape
 from training.plan.model_shape import ModelShape
 
@@ -27,15 +29,18 @@ def plan_options(
     check_source(options.training_dataset, options.dataset_selection)  # before the model is looked up
     family, model = find_family(machine.family), model_of(options)
     settings = checked_settings(options, ranks, family.precision)
-    if family.precision == "fp16" and settings.precision == "bf16":
-        raise OptionsError(
-            f"a {' or '.join(family.devices)} cannot compute in bf16. Type --deepspeed {family.deepspeed}"
-        )
     lengths = dataset_lengths(options, model)
     held_out = held_out_size(options.test_size, len(lengths.tokens), recorded_test_size)
     if recorded_test_size is not None:
         settings = settings.with_test_size(held_out)
-    return plan_run(settings, lengths, model, machine)
+    if family.precision == "fp16" and settings.precision == "bf16":
+        possible = plan_files(settings, lengths, model, machine, "fp16")
+        raise OptionsError(
+            f"a {' or '.join(family.devices)} cannot compute in bf16. "
+            f"Type --deepspeed {fastest(possible) or family.offload}"
+        )
+    plan = plan_run(settings, lengths, model, machine)
+    return replace(plan, files=plan_files(settings, lengths, model, machine, settings.precision))
 
 
 def checked_settings(options: TrainingOptions, ranks: int, best_precision: str) -> Settings:
