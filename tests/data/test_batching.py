@@ -175,6 +175,27 @@ def test_a_row_longer_than_the_token_budget_is_refused_with_what_to_type() -> No
     check_token_budget([100, 600, 612, 500], 612)
 
 
+@pytest.mark.parametrize("deal", ["packed", "length"])
+def test_the_shares_of_a_step_on_all_ranks_are_those_that_the_ranks_iterate(deal: str) -> None:
+    lengths = [3 + i % 7 for i in range(61)]  # 4 global batches, the last of 13 rows
+    options = {"global_batch_size": 16, "world_size": 2, "accumulation": 2, "deal": deal}
+    iterated: list[list[list[list[int]]]] = []  # [rank][epoch][micro-step]
+    for rank in range(2):
+        mine = sampler(lengths, rank, **options)
+        epochs = []
+        for epoch in range(2):
+            mine.set_epoch(epoch)
+            epochs.append(list(mine))
+        iterated.append(epochs)
+    planner = sampler(lengths, 0, **options)
+    for step in (5, 0, 7, 3, 4):  # in any order
+        epoch, within = divmod(step, 4)
+        shares = planner.shares_of_step(step)
+        assert shares == [
+            [iterated[rank][epoch][2 * within + micro_step] for rank in range(2)] for micro_step in range(2)
+        ]
+
+
 def test_the_trainer_accepts_the_sampler_and_sets_its_epoch(tmp_path: Path, base_folder: Path) -> None:
     lengths = [3 + i % 7 for i in range(21)]
     rows = Dataset.from_list([{"input_ids": [i] * n, "response_start": 1} for i, n in enumerate(lengths)])

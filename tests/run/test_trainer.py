@@ -9,6 +9,7 @@ import shutil
 import socket
 import subprocess
 import sys
+from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from training.bench.waits import Wait, WaitsPerStep
 from training.data.collator import DataCollatorForCompletionOnlyLM
 from training.data.held_out import split_held_out
 from training.data.prompt import CONTROL_TOKENS
@@ -254,13 +256,47 @@ def test_thirty_packed_and_thirty_padded_steps_have_the_same_losses(tmp_path):
     assert losses["packed"][-1] < losses["packed"][-2] - 1, "the model learns"
 
 
-def test_a_token_budget_does_not_change_the_training(tmp_path):
-    losses = {}
+@pytest.fixture(scope="module")
+def watched_runs(tmp_path_factory: pytest.TempPathFactory) -> dict[object, tuple[Path, list[list[Wait]]]]:
+    """By token budget: the folder of a run of 4 steps, and the waits of each but the last. Each step logs."""
+    runs = {}
+    build = steps.build_trainer
     for budget in ("auto", 150):
-        folder = tmp_path / str(budget)
-        train_demo(folder, max_steps=8, lr=1e-3, max_tokens_per_device=budget)
-        losses[budget] = logged(folder, "loss") + logged(folder, "grad_norm")
+        folder = tmp_path_factory.mktemp(str(budget))
+        watch = WaitsPerStep(torch.device("cpu"))
+
+        def build_watched(*args, watch=watch, **kwargs):
+            trainer = build(*args, **kwargs)
+            trainer.add_callback(watch)
+            return trainer
+
+        with pytest.MonkeyPatch.context() as patch, closing(watch):
+            patch.setattr(steps, "build_trainer", build_watched)
+            train_demo(
+                folder / "out", max_steps=4, lr=1e-3, gradient_accumulation_steps=2, eval_steps=100,
+                max_tokens_per_device=budget, gradient_checkpointing="on",
+            )  # fmt: skip
+        runs[budget] = folder / "out", watch.steps()
+    return runs
+
+
+def test_a_token_budget_does_not_change_the_training(watched_runs):
+    losses = {
+        budget: logged(folder, "loss") + logged(folder, "grad_norm")
+        for budget, (folder, _) in watched_runs.items()
+    }
     assert losses[150] == pytest.approx(losses["auto"], rel=1e-4)
+
+
+def test_our_code_waits_for_the_device_at_most_twice_in_a_step_that_logs(watched_runs):
+    """Once for the guard against NaN and signals, once for the speed figures; also with accumulation and splits."""
+    for _, per_step in watched_runs.values():
+        assert len(per_step) == 3
+        for waits in per_step:
+            places = [wait.place for wait in waits if wait.owner == "training"]
+            # The loss compares its factor with 1 on a CPU only.
+            on_gpu = [place for place in places if not re.match(r"training\.model\.loss:\d+ backward", place)]
+            assert [place.split()[-1] for place in on_gpu] == ["on_step_end", "log"]
 
 
 def test_a_token_budget_below_the_longest_row_is_refused_before_training(tmp_path):

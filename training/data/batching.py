@@ -8,6 +8,7 @@ labels in the whole global batch."""
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -147,6 +148,7 @@ class GlobalBatchSampler(BatchRebalanceSampler):
             lengths, global_batch_size, world_size, accumulation, seed=seed, rank=rank, drop_last=False
         )
         self.deal = deal
+        self.planned: tuple[int, list[Share]] | None = None  # epoch and its global batches
 
     def global_batches(self) -> Iterator[Share]:
         """Yields the global batches of the epoch as row indices, in shuffled order."""
@@ -154,6 +156,15 @@ class GlobalBatchSampler(BatchRebalanceSampler):
         order = torch.randperm(len(self.lengths), generator=generator).tolist()
         for start in range(0, len(order), self.effective_batch_size):
             yield order[start : start + self.effective_batch_size]
+
+    def shares_of_step(self, step: int) -> list[list[Share]]:
+        """The shares of an optimizer step of the run, counted from 0 over all epochs: `[accumulation step][rank]`."""
+        steps = math.ceil(len(self.lengths) / self.effective_batch_size)
+        epoch, step = divmod(step, steps)
+        if self.planned is None or self.planned[0] != epoch:
+            self.set_epoch(epoch)
+            self.planned = epoch, list(self.global_batches())
+        return self.micro_batches(self.planned[1][step])
 
     def micro_batches(self, global_batch: Share) -> list[list[Share]]:
         """The shares of one global batch, `[accumulation step][rank]`. Ranks of a step have similar token counts."""

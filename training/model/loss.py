@@ -110,7 +110,10 @@ class ResponseLossHead(nn.Linear):
         if targets is None:
             return super().forward(hidden)
         # Read here, because inside an autograd function is_grad_enabled() is always False.
-        items = torch.as_tensor(items, dtype=torch.float32, device=hidden.device)
+        if isinstance(items, torch.Tensor):
+            items = items.to(hidden.device, torch.float32)
+        else:  # as_tensor would copy it from the host, which waits for the device
+            items = torch.full((), items, dtype=torch.float32, device=hidden.device)
         return _CrossEntropy.apply(hidden, self.weight, self.bias, targets, items, torch.is_grad_enabled())
 
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
-from training.data.batching import GlobalBatchSampler, document_lengths, held_out_batches, micro_steps_needed
-from training.data.collator import count_labels, split_packed_batch
+from training.data.batching import GlobalBatchSampler, held_out_batches, micro_steps_needed
+from training.data.collator import Batch, count_labels, split_packed_batch
 from training.errors import TrainingError
 from training.machine.flops import layer_tokens, model_parameters, training_flops
 from training.machine.local import peak_memory_gib
@@ -62,6 +62,8 @@ class CompletionTrainer(Trainer):
         self.checkpoint_bytes = checkpoint_bytes
         self.saved_bytes = 0  # of the last checkpoint
         self.begin, self.seconds_before = time.monotonic(), 0.0
+        # Not the sampler that the Trainer iterates: this one says which rows a step has on all ranks.
+        self.sampler = self._get_train_sampler()
         self.guard = StepGuard(self, request)
         self.add_callback(self.guard)
 
@@ -145,19 +147,20 @@ class CompletionTrainer(Trainer):
     def _parts(self, inputs: Any) -> list[Any]:
         if self.max_tokens is None:
             return [inputs]
-        needed = torch.tensor(
-            micro_steps_needed(document_lengths(inputs["position_ids"]), self.max_tokens),
-            device=self.args.device,
+        # Each rank computes the need of all ranks from the lengths of their rows. So none waits for another.
+        lengths = self.sampler.lengths
+        needed = max(
+            micro_steps_needed([lengths[row] for row in share], self.max_tokens)
+            for share in self.sampler.shares_of_step(self.state.global_step)[self.guard.micro_step]
         )
-        if self.args.world_size > 1:
-            torch.distributed.all_reduce(needed, op=torch.distributed.ReduceOp.MAX)
-        return split_packed_batch(inputs, int(needed)) if needed > 1 else [inputs]
+        return split_packed_batch(inputs, needed) if needed > 1 else [inputs]
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds speed, MFU and memory to the Trainer's training log. All ranks call it."""
         if "loss" in logs:
             sums, seconds = self.counter.take()
-            real, computed, labels, squares = self.accelerator.reduce(sums.to(self.args.device)).tolist()
+            sums = sums.to(self.args.device, non_blocking=True)
+            real, computed, labels, squares = self.accelerator.reduce(sums).tolist()
             devices = self.args.world_size
             tokens = layer_tokens(real, labels, self.shape[1])
             flops = training_flops(*self.parameters, *self.shape, tokens, labels, squares / 2)
@@ -188,13 +191,8 @@ class CompletionTrainer(Trainer):
 
     def describe_bad_loss(self, rank: int, micro_step: int) -> str:
         """Message that names the rows of the micro-step whose loss is NaN or infinite."""
-        finished_steps = self.state.global_step - 1
-        sampler = self._get_train_sampler()
-        per_epoch = -(-len(self.train_dataset) // sampler.effective_batch_size)
-        sampler.set_epoch(finished_steps // per_epoch)
-        batch = list(sampler.global_batches())[finished_steps % per_epoch]
         # With a token budget a share is computed in parts; all rows of the share are named.
-        share = sampler.micro_batches(batch)[min(micro_step, self.args.gradient_accumulation_steps - 1)][rank]
+        share = self.sampler.shares_of_step(self.state.global_step - 1)[micro_step][rank]
         rows = sorted(self.train_dataset["row"][row] for row in share)
         return (
             f"step {self.state.global_step}: the loss of rank {rank} is NaN or infinite. It was computing rows "
@@ -204,30 +202,32 @@ class CompletionTrainer(Trainer):
 
 
 class StepCounter:
-    """Counts what this rank computed since the last log line, on the device so that no step waits for it."""
+    """Counts what this rank computed since the last log line. No step waits for the device to learn it.
+
+    Packed batches bring their sizes on the host. Those of padded batches are summed on the device.
+    """
 
     def __init__(self) -> None:
         self.sums: torch.Tensor | None = None
         self.begin = time.perf_counter()
         self.started = False
 
-    def add(self, batch: dict[str, torch.Tensor]) -> None:
+    def add(self, batch: Batch) -> None:
         """Counts a batch: real tokens, computed tokens, labels, and the squared lengths of its rows.
 
         The first batch starts the clock, so loading, the first evaluation and sample answers do not count.
         """
         if not self.started:
             self.started, self.begin = True, time.perf_counter()
-        ids = batch["input_ids"]
-        if "position_ids" in batch:  # packed: the odd numbers up to 2n - 1 add up to n squared
-            real = torch.tensor(ids.numel(), device=ids.device)
-            squares = (2 * batch["position_ids"] + 1).sum()
+        computed = batch["input_ids"].numel()
+        if "documents" in batch:
+            documents = batch["documents"]
+            squares = sum(length**2 for length in documents.lengths)
+            counts = torch.tensor([computed, computed, sum(documents.labels), squares])
         else:
             lengths = batch["attention_mask"].sum(dim=1)
-            real, squares = lengths.sum(), (lengths**2).sum()
-        counts = torch.stack(
-            [real, torch.tensor(ids.numel(), device=ids.device), count_labels(batch), squares]
-        )
+            numbers = [lengths.sum(), lengths.new_full((), computed), count_labels(batch), (lengths**2).sum()]
+            counts = torch.stack(numbers)
         self.sums = counts if self.sums is None else self.sums + counts
 
     def skip(self, seconds: float) -> None:

@@ -63,10 +63,9 @@ class StepGuard(TrainerCallback):
     ) -> None:
         if self.bad_micro_step is None:
             return
-        report = torch.stack(
-            [self.bad_micro_step.new_tensor(int(self.request.received)), self.bad_micro_step]
-        )
-        ranks = self.trainer.accelerator.gather(report[None]).tolist()
+        stop = self.bad_micro_step.new_full((), int(self.request.received))
+        report = torch.stack([stop, self.bad_micro_step])
+        ranks = self.trainer.accelerator.gather(report[None]).tolist()  # the one wait for the device
         self.bad_micro_step, self.micro_step = None, 0
         bad = [(rank, micro_step) for rank, (_, micro_step) in enumerate(ranks) if micro_step >= 0]
         if bad:
