@@ -1,7 +1,7 @@
 """Predicts the seconds of a run outside its steps and evaluations: start, loading, checkpoints, the finished folder.
 
-Each function returns seconds by part, in the order in which they pass. Rates are bytes per second. "Measured" means on
-CPU, on the machine of docs/evidence.md. The other rates are assumptions."""
+Each function returns seconds by part, in the order in which they pass. Rates are bytes per second. "Measured" means in
+CPU time of one thread, on the machine of docs/evidence.md. The other rates are assumptions."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ if TYPE_CHECKING:
     from training.plan.epoch import Load
     from training.plan.model_shape import ModelShape
 
-# Launcher, supervisor, imports and the test of the architecture on two ranks and two cores: measured, seconds.
-START_SECONDS = 15.0
+START_SECONDS = 15.0  # launcher, supervisor, imports, test of the architecture: an assumption
 NCCL_SECONDS = 10.0  # CUDA contexts and NCCL's first collective on several GPUs: an assumption
 TOKENISED_ROWS = 13_000  # rows per second: measured, 50,000 rows in 3.8 s
 
 DOWNLOAD = 0.3e9  # from the Hub: an assumption
-LOADING = 0.7e9  # one process reads a file, converts it and hands out the shards
+LOADING = 0.7e9  # one process reads a file, converts it and hands out the shards: an assumption
 DEVICE_TO_HOST = 3e9  # to memory that is not pinned, PCIe 4: an assumption
-FINITE = 5.7e9  # torch.aminmax of bf16 on one thread: measured 5.7e9 to 11e9
-SAFETENSORS = 1.2e9  # writing a weight file from host memory into the page cache: measured 1.2e9 to 2.2e9
+FINITE = 5.7e9  # torch.aminmax of bf16: measured 5.7e9 to 11e9
+SAFETENSORS = 1.2e9  # writing a weight file from host memory into the page cache: measured up to 2.2e9
 TORCH_SAVE = 1.1e9  # the same for a shard of the optimizer: measured 1.1e9 to 1.3e9
 DISK = 2e9  # fsync: an assumption. A local NVMe drive writes 1e9 to 2e9; machines with eight GPUs have up to eight
-# SHA-256 on one thread: measured with the CPU's SHA instructions switched off. Intel's CPUs before Ice Lake (p3dn, p4d)
-# have none; with them 1.5e9 to 1.9e9 were measured.
+# SHA-256: measured with the CPU's SHA instructions switched off, 0.33e9 to 0.47e9. Intel's CPUs before Ice Lake (p3dn,
+# p4d) have none. With them 1.5e9 to 1.9e9 were measured.
 HASH = 0.47e9
 SHARD = 5e9  # default of --max-shard-size; a file is hashed by one thread
 HASH_THREADS = 4  # of digests in storage/checkpoint.py

@@ -198,6 +198,8 @@ def _plan_choices(
         *(prepared.train_rows[c][:] + prepared.held_out_rows[c][:] for c in ("length", "response_start")),
     )
     model = with_packing(model_shape(options.input_model, options.trust_remote_code), prepared.packing)
+    if model.downloaded and _is_cached(options.input_model):
+        model = replace(model, downloaded=False)
     plan = plan_run(settings, lengths, model, machine)
     problems = plan.problems + _disk_problems(options, plan)
     if problems and not options.force:
@@ -217,19 +219,22 @@ def _plan_choices(
     return plan.settings.plan_choices
 
 
+def _is_cached(model: str) -> bool:
+    """Whether a model of the Hub has been downloaded to this machine."""
+    from huggingface_hub import try_to_load_from_cache
+
+    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+    return any(isinstance(try_to_load_from_cache(model, file), str) for file in files)
+
+
 def _disk_problems(options: TrainingOptions, plan: Plan) -> list[str]:
     """Disks with too little free space for the base model, the checkpoints, the model and its copy."""
-    from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.constants import HF_HOME
 
     output = local_path(options.local_output_dir)
     existing = sum(file.stat().st_size for file in output.glob("checkpoint-*/**/*") if file.is_file())
-    files = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-    download = plan.model.downloaded and not any(
-        isinstance(try_to_load_from_cache(options.input_model, file), str) for file in files
-    )
     needs = {
-        Path(HF_HOME): plan.model.file_bytes if download else 0,
+        Path(HF_HOME): plan.model.file_bytes if plan.model.downloaded else 0,
         output / "checkpoints": max(0, int(plan.disk_gib["checkpoints"] * GIB) - existing),
         output / "model": int(plan.disk_gib["model"] * GIB),
     }
