@@ -53,6 +53,11 @@ EOS = "<|endoftext|>"
 POSITIONS = 256
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU that CUDA_VISIBLE_DEVICES names")
+
+
 def write(path: Path, content: str | bytes) -> str:
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     return str(path)
