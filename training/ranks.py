@@ -6,9 +6,12 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 from training.errors import DataError, ModelError, OptionsError, TrainingError
+
+SIGN_OF_LIFE_SECONDS = 5.0  # --rank-timeout is at least 10
 
 
 def world_size() -> int:
@@ -48,19 +51,36 @@ def gather(value: Any) -> list[Any]:
 
 
 def on_rank_0(function: Callable[[], Any]) -> Any:
-    """Runs `function` on rank 0 and returns its result on every rank. Raises its problems as OptionsError on every rank."""
-    result, problems = None, None
-    if is_main_process():
+    """Runs `function` on rank 0 and returns its result on every rank. Raises its problems as OptionsError on every rank.
+
+    The function may take longer than --rank-timeout. Every few seconds rank 0 tells the waiting ranks that it is alive.
+    """
+
+    def attempt() -> tuple[Any, list[str] | None]:
         try:
-            result = function()
+            return function(), None
         except OptionsError as error:
-            problems = error.problems
+            return None, error.problems
         except (DataError, ModelError) as error:
-            problems = [str(error)]
-    result, problems = broadcast((result, problems))
+            return None, [str(error)]
+
+    result, problems = attempt() if world_size() == 1 else _broadcast_outcome(attempt)
     if problems is not None:
         raise OptionsError(*problems)
     return result
+
+
+def _broadcast_outcome(attempt: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any]:
+    """The outcome of rank 0's attempt, on every rank. None is broadcast until it is there."""
+    outcome = None
+    if is_main_process():
+        attempted = ThreadPoolExecutor(1).submit(attempt)
+        while not wait([attempted], SIGN_OF_LIFE_SECONDS).done:
+            broadcast(None)
+        outcome = attempted.result()
+    while (received := broadcast(outcome)) is None:
+        pass
+    return received
 
 
 def raise_together(problem: str | None) -> None:

@@ -114,3 +114,23 @@ def test_a_command_keeps_its_exit_code_and_output_without_pythons_shutdown(
     assert result.returncode == code
     assert expected in result.stdout + result.stderr
     assert bool(result.stderr) == (code == 1)
+
+
+@pytest.mark.parametrize("end", ["sys.exit(75)", "1 / 0"])
+def test_a_failed_command_exits_before_its_objects_are_destroyed(end: str) -> None:
+    """The destructors of a model or a process group may wait for the device or for other ranks."""
+    words = f"""
+import sys
+from training.launch.exits import run_and_exit
+class Model:
+    def __del__(self): print("destroyed", flush=True)
+def command():
+    model = Model()
+    {end}
+run_and_exit(command)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", words], cwd=Path(__file__).parents[2], capture_output=True, text=True
+    )
+    assert result.returncode == (75 if "75" in end else 1)
+    assert result.stdout == ""

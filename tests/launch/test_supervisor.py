@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, LOST_PEER, REFUSED
-from training.launch.supervisor import remove_shared_buffer
+from training.launch.supervisor import remove_shared_buffer, sibling_supervisors
 
 ROOT = Path(__file__).parents[2]
 # A stand-in for training/trainer.py, because `supervise` starts `python -m training.trainer`.
@@ -280,3 +280,90 @@ def test_a_rank_that_hangs_is_killed_soon_after_sparks_worker_ends(supervised: S
     begin = time.monotonic()
     assert run.process.stdout.read() == ""
     assert time.monotonic() - begin < 30
+
+
+# --- the other ranks of a run ----------------------------------------------------------------------
+
+# Starts two ranks and prints how each ends, in order.
+LAUNCH_TWO = """
+import os, subprocess, sys, time
+ranks = {
+    rank: subprocess.Popen([sys.executable, "-m", "training.trainer"], env=os.environ | {"RANK": rank}) for rank in "01"
+}
+while ranks:
+    for rank in [rank for rank, process in ranks.items() if process.poll() is not None]:
+        print(rank, ranks.pop(rank).returncode, flush=True)
+    time.sleep(0.05)
+"""
+RUN = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29501", "WORLD_SIZE": "2"}
+# Rank 0 waits for rank 1 in a library: it handles no SIGTERM, and notices nothing.
+TWO_RANKS = """
+import pathlib
+if os.environ["RANK"] == "0":
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])
+    print("step 7", flush=True)
+    pathlib.Path("ready").touch()
+    time.sleep({seconds})
+    sys.exit(0)
+while not pathlib.Path("ready").exists(): time.sleep(0.05)
+{end}
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize(
+    ("end", "code", "report"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", 137, "Rank 1 ended: killed, most likely"),
+        ("print('why', file=sys.stderr); sys.exit(70)", CANNOT_CONTINUE, "why\n"),
+        ("1 / 0", 1, "Rank 1 ended: failed"),
+        ("sys.exit(76)", LOST_PEER, "Rank 0 was still running after another rank had given up waiting\nIts last lines:\n  step 7"),
+    ],
+    ids=["killed", "failed with a message", "failed with a traceback", "waited in vain"],
+)  # fmt: skip
+def test_a_rank_that_fails_ends_the_others_at_once_and_first(
+    supervised: Start, end: str, code: int, report: str
+) -> None:
+    begin = time.monotonic()
+    run = supervised(TWO_RANKS.format(seconds=60, end=end), command=python(LAUNCH_TWO), environment=RUN)
+    _, out, err = run.end()
+    assert out == f"step 7\n1 {code}\n0 {LOST_PEER}\n"
+    assert report in err
+    assert ("step 7" in err) == (code == LOST_PEER), (
+        "the lines of a rank that is not at fault are not repeated"
+    )
+    assert time.monotonic() - begin < 15
+
+
+@pytest.mark.parametrize("code", [0, REFUSED, INTERRUPTED])
+def test_a_rank_that_finishes_refuses_or_saves_leaves_the_others_alone(supervised: Start, code: int) -> None:
+    rank_code = TWO_RANKS.format(seconds=2, end=f"sys.exit({code})")
+    run = supervised(rank_code, command=python(LAUNCH_TWO), environment=RUN)
+    assert run.end() == (0, f"step 7\n1 {code}\n0 0\n", "")
+
+
+def test_only_supervisors_of_the_same_run_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in RUN.items():
+        monkeypatch.setenv(name, value)
+
+    def process(
+        pid: int, handled: int = signal.SIGUSR1, module: str = "training.trainer", **changed: str
+    ) -> None:
+        folder = tmp_path / str(pid)
+        folder.mkdir()
+        variables = RUN | {"RANK": "1"} | changed
+        (folder / "environ").write_text("\0".join(f"{name}={value}" for name, value in variables.items()))
+        (folder / "cmdline").write_text(f"python\0-m\0{module}\0--lr\0001")
+        (folder / "status").write_text(f"Name:\tpython\nSigCgt:\t{1 << handled - 1:016x}\n")
+
+    process(11)
+    process(12, MASTER_PORT="29502")  # another run
+    process(13, DOLLY_SUPERVISED="log")  # a rank
+    process(
+        14, handled=signal.SIGTERM
+    )  # torchrun in a Spark task, whose command line names the module as well
+    process(15, module="another.module")
+    process(os.getpid())
+    assert sibling_supervisors(tmp_path) == [11]
+    monkeypatch.delenv("MASTER_PORT")
+    assert sibling_supervisors(tmp_path) == []

@@ -26,11 +26,11 @@ from training.errors import Interrupted, OptionsError, TrainingError
 from training.files import WRITER_FILES, write_json
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
-from training.run import prepare, resume, steps
+from training.run import prepare, steps
 from training.run.completion_trainer import CompletionTrainer
 from training.run.failures import StopRequest
 from training.run.identity import new_record
-from training.run.resume import apply_rates, reshard, separate_step_counts
+from training.run.resume import apply_rates
 from training.run.start import Start, find_start
 from training.run.step_guard import StepGuard
 from training.run.steps import planned_steps
@@ -246,7 +246,7 @@ def test_a_run_from_another_runs_checkpoint_resumes_there_until_it_has_its_own(t
     assert start_of(tmp_path / "new").step == 8
 
 
-# --- conversion and removal ------------------------------------------------------------------------
+# --- removal ------------------------------------------------------------------------
 
 
 def test_only_checkpoints_and_entries_of_later_steps_are_removed(tmp_path: Path) -> None:
@@ -255,39 +255,6 @@ def test_only_checkpoints_and_entries_of_later_steps_are_removed(tmp_path: Path)
     (tmp_path / "runs").mkdir()
     steps.forget_later_steps(tmp_path, Start(tmp_path / "checkpoint-6"))
     assert sorted(f.name for f in tmp_path.iterdir()) == ["checkpoint-3", "checkpoint-6", "run.json", "runs"]
-
-
-def test_a_checkpoint_that_cannot_be_converted_is_refused_and_leaves_no_files(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Free disk is checked first."""
-    folder = tmp_path / "checkpoint-3"
-    (folder / "global_step3").mkdir(parents=True)
-    (folder / "global_step3" / "zero_pp_rank_0_mp_rank_00_optim_states.pt").write_bytes(b"no pickle" * 100)
-    before = contents(tmp_path)
-    with monkeypatch.context() as full:
-        full.setattr(resume, "free_bytes", lambda place: 1)
-        with pytest.raises(OptionsError, match="Make room, or use as many devices as before"):
-            reshard(folder, tmp_path)
-    with pytest.raises(OptionsError, match="DeepSpeed cannot convert") as error:
-        reshard(folder, tmp_path)
-    assert "Use as many as before" in str(error.value)
-    assert contents(tmp_path) == before
-    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint-3"]
-
-
-def test_each_parameter_group_counts_its_own_steps() -> None:
-    """DeepSpeed's universal load shares one tensor, so three groups would count three steps at once."""
-    parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(3)]
-    optimizer = torch.optim.AdamW([{"params": [parameter]} for parameter in parameters])
-    shared = torch.tensor(6.0)
-    for parameter in parameters:
-        parameter.grad = torch.ones(2)
-        moments = {"exp_avg": torch.zeros(2), "exp_avg_sq": torch.zeros(2)}
-        optimizer.state[parameter] = {"step": shared, **moments}
-    separate_step_counts(optimizer)
-    optimizer.step()
-    assert [float(optimizer.state[parameter]["step"]) for parameter in parameters] == [7.0, 7.0, 7.0]
 
 
 def test_the_second_parameter_group_keeps_no_decay() -> None:

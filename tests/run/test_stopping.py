@@ -27,8 +27,8 @@ from tests.run.test_trainer import BF16, deepspeed, record, run
 from training import files, trainer
 from training.data.held_out import split_held_out
 from training.data.tokens import prepare_dataset
-from training.errors import Interrupted, TrainingError
-from training.launch.exits import CANNOT_CONTINUE
+from training.errors import Interrupted, OptionsError, TrainingError
+from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, REFUSED
 from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions
 from training.run import completion_trainer, finish, saving, steps
@@ -384,6 +384,9 @@ def test_a_full_disk_after_the_last_step_is_reported_and_finishing_is_repeated(
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
+        (OptionsError("--lr 0: is no rate"), REFUSED, "Cannot train:\n  - --lr 0: is no rate"),
+        (TrainingError("step 3: a bad loss"), CANNOT_CONTINUE, "Training ended at step 3: a bad loss"),
+        (Interrupted(), INTERRUPTED, "Stopped. To continue, type the same command again"),
         (
             OSError(errno.ENOSPC, "No space left on device", "/disk/out/ledger.json"),
             CANNOT_CONTINUE,
@@ -413,11 +416,15 @@ def test_a_full_disk_after_the_last_step_is_reported_and_finishing_is_repeated(
     ids=lambda value: type(value).__name__,
 )
 def test_errors_that_a_user_can_fix_end_the_command_with_a_message(
-    request_: StopRequest, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int, message: str
+    request_: StopRequest, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, message: str
 ) -> None:
+    """The process group is left alone: NCCL's shutdown would wait for ranks that wait for this one."""
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", destroy := Mock())
     monkeypatch.setattr(trainer, "train", Mock(side_effect=error))
     monkeypatch.delenv("RANK", raising=False)
     result = CliRunner().invoke(trainer.main, ["--local-output-dir", "OUT"])
     assert result.exit_code == code
     assert message in result.output
     assert (result.exception is error) == (code == 1)
+    destroy.assert_not_called()

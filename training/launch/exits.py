@@ -103,18 +103,22 @@ def run_and_exit(command: Callable[[], object]) -> NoReturn:
     """Runs a click command and exits with its code, skipping Python's shutdown.
 
     During the shutdown, threads of gloo and torch may still use the interpreter. This sometimes aborts a rank whose run
-    has finished ("terminate called without an active exception"), or makes it hang.
+    has finished ("terminate called without an active exception"), or makes it hang. After an error it exits while the
+    traceback still holds the model and the process group, because their destructors may wait for the other ranks.
     """
-    code = 0
     try:
         command()
     except SystemExit as end:
-        code = end.code if isinstance(end.code, int) else int(end.code is not None)
         if isinstance(end.code, str):
             print(end.code, file=sys.stderr)
+        _exit(end.code if isinstance(end.code, int) else int(end.code is not None))
     except BaseException:
         sys.excepthook(*sys.exc_info())
-        code = 1
+        _exit(1)
+    _exit(0)
+
+
+def _exit(code: int) -> NoReturn:
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError, AttributeError):  # closed, or the process has none

@@ -2,7 +2,8 @@
 
 A rank that the system kills cannot report it, and the launchers only print `exits with return code = -9`. So
 `python -m training.trainer` starts itself again as a child and copies its output. If the child dies unexpectedly, it
-repeats the last lines with the meaning of the exit code. It imports neither torch nor transformers."""
+repeats the last lines with the meaning of the exit code. If the run cannot continue without the child, it ends the other
+ranks of this machine. It imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -30,6 +31,13 @@ REPEATED_CTRL_C = 1.0  # seconds in which a second SIGINT is the same Ctrl-C, fo
 KILL_AFTER = 30  # seconds that the launchers wait between SIGTERM and SIGKILL
 REPORT_HANG_AFTER = 25  # seconds after SIGTERM until a rank that hangs is reported, before it is killed
 EXPECTED_EXITS = (0, REFUSED, CANNOT_CONTINUE, INTERRUPTED, LOST_PEER)  # the rank has reported the reason
+# After these the other ranks end by themselves, or still have to save.
+HARMLESS_EXITS = (0, REFUSED, INTERRUPTED)
+# Another rank is the cause, which gets these seconds to end first: the launchers take the code of the first, and DeepSpeed's
+# polls every second. NCCL's watchdog aborts a rank whose collective has failed.
+CAUSED_BY_OTHERS = {LOST_PEER: 3, -signal.SIGABRT: 1}
+# What supervisors send to each other. Not SIGTERM: a rank would try to save, or wait in a library and never handle it.
+END_RANK, END_HANGING_RANK = signal.SIGUSR1, signal.SIGUSR2
 
 
 def supervise(worded: Callable[[str], str] = str) -> None:
@@ -52,6 +60,7 @@ def supervise(worded: Callable[[str], str] = str) -> None:
     hang_timer.daemon = True
     children: list[subprocess.Popen[bytes]] = []
     stops = _forward_signals(children, hang_timer)  # before the rank starts, or an early signal would be lost
+    kills = _listen_to_siblings(children, f"Rank {rank}", last)
     child = subprocess.Popen(
         command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, preexec_fn=_prepare_rank
     )
@@ -73,8 +82,12 @@ def supervise(worded: Callable[[str], str] = str) -> None:
         code = INTERRUPTED
         if rank == "0":
             _write("Stopped before training started. To train, type the same command again\n")
+    if code == -signal.SIGKILL and kills:
+        code = LOST_PEER
     if code not in EXPECTED_EXITS:
         _report(worded(f"Rank {rank} ended: {exit_meaning(code)}"), last)
+    if "RANK" in os.environ and code not in HARMLESS_EXITS:
+        _end_siblings(code, stops, kills)
     # Shells and launchers expect 128 + n for signal n.
     os._exit(128 - code if code < 0 else code)
 
@@ -171,6 +184,55 @@ def _forward_signals(children: list[subprocess.Popen[bytes]], hang_timer: thread
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, forward)
     return stops
+
+
+def _listen_to_siblings(
+    children: list[subprocess.Popen[bytes]], name: str, last: collections.deque[bytes]
+) -> list[int]:
+    """Kills the rank when the supervisor of another rank asks for it. Returns the list of these signals."""
+    kills: list[int] = []
+
+    def kill(number: int, frame: FrameType | None) -> None:
+        kills.append(number)
+        for child in children:
+            if child.poll() is None:
+                if number == END_HANGING_RANK:
+                    _report(f"{name} was still running after another rank had given up waiting", last)
+                child.kill()
+
+    for number in (END_RANK, END_HANGING_RANK):
+        signal.signal(number, kill)
+    return kills
+
+
+def _end_siblings(code: int, stops: list[float], kills: list[int]) -> None:
+    """Ends the other ranks of this run on this machine. They would wait for this one, and the launcher for them."""
+    end = time.monotonic() + CAUSED_BY_OTHERS.get(code, 0)
+    while not stops and time.monotonic() < end:
+        time.sleep(0.1)
+    for supervisor in [] if kills else sibling_supervisors():
+        with contextlib.suppress(OSError):  # it has just ended
+            os.kill(supervisor, END_HANGING_RANK if code in CAUSED_BY_OTHERS else END_RANK)
+
+
+def sibling_supervisors(processes: Path = Path("/proc")) -> list[int]:
+    """Supervisors of this run's other ranks on this machine, under any launcher. Empty where there is no /proc."""
+    run = {name: os.environ.get(name) for name in ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE")}
+    found = []
+    for process in processes.glob("[0-9]*") if all(run.values()) else ():
+        with contextlib.suppress(OSError):
+            entries = (process / "environ").read_bytes().decode(errors="replace").split("\0")
+            variables = dict(entry.partition("=")[::2] for entry in entries)
+            supervisor = b"training.trainer" in (process / "cmdline").read_bytes().split(b"\0")
+            if supervisor and SUPERVISED not in variables and run.items() <= variables.items():
+                found += [int(process.name)] * _handles(process, END_RANK)
+    return sorted(set(found) - {os.getpid()})
+
+
+def _handles(process: Path, number: int) -> bool:
+    """Whether a process has a handler for a signal (proc_pid_status(5)). A launcher has none, and would end."""
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)$", (process / "status").read_text(), re.MULTILINE)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
 def _prepare_rank() -> None:

@@ -34,14 +34,15 @@ from training.run.failures import lost_peer, out_of_memory, timed_out
 
 # Errors of a full or broken disk, which are no bugs of this code.
 FULL_OR_BROKEN = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
-# Seconds for the launcher to end the other ranks after one refused the run. Spark needs about 6.
-REFUSAL_GRACE = 12
-PEER_GRACE = 3  # seconds for the launcher, which polls every second, to see which rank ended first
+# Seconds that the other ranks wait for rank 0 to report what all have found, and to be ended. Spark needs about 6.
+RANK_0_GRACE = 12
 
 
 @contextmanager
 def exit_with_message(output: str | None, rank_timeout: int) -> Iterator[None]:
     """Turns each error that ends the run into a message and an exit code (launch/exits.py).
+
+    It leaves the process group alone. NCCL's shutdown waits for the other ranks, which may wait for this one.
 
     Args:
         output: the run's --local-output-dir, as it was typed.
@@ -52,13 +53,12 @@ def exit_with_message(output: str | None, rank_timeout: int) -> Iterator[None]:
     except PublishError as error:
         _end(f"Cannot publish:\n{error}", 1)
     except (OptionsError, DataError, ModelError, FolderBusyError) as error:
-        # Usually every rank finds the same problems: rank 0 reports them, and the launcher ends the waiting others. If
-        # the problems are on one node only, its ranks outlive the wait and report them.
-        if not ranks.is_main_process():
-            signal.signal(signal.SIGTERM, lambda *_: os._exit(REFUSED))
-            time.sleep(REFUSAL_GRACE)
+        # If the problems are on one node only, its ranks outlive the wait and report them.
+        _let_rank_0_report(REFUSED)
         _end(f"Cannot train:\n{error}", REFUSED)
     except TrainingError as error:
+        if not error.alone:
+            _let_rank_0_report(CANNOT_CONTINUE)
         _end(f"Training ended at {error}" if error.alone or ranks.is_main_process() else "", CANNOT_CONTINUE)
     except Interrupted:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher may send it again during shutdown
@@ -78,8 +78,13 @@ def exit_with_message(output: str | None, rank_timeout: int) -> Iterator[None]:
         )
     except (RuntimeError, MemoryError) as error:
         _end_of_libraries(error, rank_timeout)
-    finally:
-        ranks.end_process_group()
+
+
+def _let_rank_0_report(code: int) -> None:
+    """Waits on the other ranks: all found the same, rank 0 reports it, and its end ends them."""
+    if not ranks.is_main_process():
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(code))
+        time.sleep(RANK_0_GRACE)
 
 
 def _end_of_libraries(error: RuntimeError | MemoryError, rank_timeout: int) -> NoReturn:
@@ -96,18 +101,13 @@ def _end_of_libraries(error: RuntimeError | MemoryError, rank_timeout: int) -> N
     if not lost_peer(error):
         raise error
     waited = f"waited {rank_timeout} s (--rank-timeout) for" if timed_out(error) else "lost"
-    _print(
-        f"Rank {ranks.rank()} {waited} another rank. Look for its last message; a rank that hangs prints none"
+    _end(
+        f"Rank {ranks.rank()} {waited} another rank. Look for its last message; a rank that hangs prints none",
+        LOST_PEER,
     )
-    time.sleep(PEER_GRACE)
-    os._exit(LOST_PEER)
 
 
 def _end(message: str, code: int) -> NoReturn:
     if message:
-        _print(message)
+        print(printable(worded(message)), file=sys.stderr, flush=True)
     sys.exit(code)
-
-
-def _print(message: str) -> None:
-    print(printable(worded(message)), file=sys.stderr, flush=True)

@@ -13,6 +13,7 @@ from datetime import timedelta
 import datasets
 import torch
 import transformers
+from torch.distributed import distributed_c10d
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from training.data.batching import check_token_budget
@@ -34,6 +35,8 @@ from training.run.identity import recorded_test_size
 from training.run.operators import compile_operators
 
 logger = logging.getLogger(__name__)
+
+GPU_BACKENDS = "cpu:gloo,cuda:nccl"  # of the process group, by the device of the tensors
 
 
 @dataclass(frozen=True)
@@ -97,16 +100,28 @@ def form_process_group(settings: Settings) -> TrainingArguments:
     if settings.deepspeed is not None:
         compile_operators(settings.deepspeed, timeout)
     with default_sigterm():
-        if settings.deepspeed is not None and not torch.cuda.is_available():
-            import deepspeed
-
-            with redirect_stdout(io.StringIO()):  # each rank would print the loaded operators
-                deepspeed.init_distributed(
-                    dist_backend="gloo", auto_mpi_discovery=False, timeout=timedelta(seconds=timeout)
-                )
-            torch.distributed.barrier()  # now every rank has opened the shared buffers by name
-            remove_shared_buffer()  # now, because a killed run could not
+        if settings.deepspeed is not None:
+            connect_ranks(timedelta(seconds=timeout))
         return training_arguments(settings)
+
+
+def connect_ranks(timeout: timedelta) -> None:
+    """Forms the process group before transformers would. Objects go over gloo also on GPUs.
+
+    gloo notices at once that another rank has ended; NCCL waits until `timeout`.
+    """
+    import deepspeed
+
+    # DeepSpeed forms more groups, without a timeout; these are torch's defaults for them.
+    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
+    on_gpu = torch.cuda.is_available()
+    with redirect_stdout(io.StringIO()):  # each rank would print the loaded operators
+        deepspeed.init_distributed(
+            dist_backend=GPU_BACKENDS if on_gpu else "gloo", auto_mpi_discovery=False, timeout=timeout
+        )
+    if not on_gpu:
+        torch.distributed.barrier()  # now every rank has opened the shared buffers by name
+        remove_shared_buffer()  # now, because a killed run could not
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +12,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from training.errors import OptionsError
-from training.files import SCRATCH, free_bytes
-from training.launch.supervisor import kill_on_parent_death
+from training.run.reshard import RESHARDED
 from training.storage import checkpoint
-
-logger = logging.getLogger(__name__)
 
 
 class RestoreOnResume(TrainerCallback):
@@ -51,7 +43,7 @@ class RestoreOnResume(TrainerCallback):
         trainer._initial_global_step = 0  # so that the mean loss covers all steps
         trainer.seconds_before = progress["seconds"]
         if not same_ranks and trainer.is_deepspeed_enabled:
-            separate_step_counts(trainer.model_wrapped.optimizer.optimizer)
+            own_step_counts(trainer.model_wrapped.optimizer.optimizer)
         apply_rates(trainer.lr_scheduler, args.learning_rate, args.weight_decay)
         trainer.accelerator.wait_for_everyone()
         if state.is_world_process_zero:
@@ -84,58 +76,19 @@ class RestoreOnResume(TrainerCallback):
         sampler.set_epoch(state.global_step * args.gradient_accumulation_steps // len(sampler))
 
 
-# Folder for a checkpoint converted to another number of ranks; it exists only during the start.
-RESHARDED = f"{SCRATCH}resharded"
-
-
-def reshard(folder: Path, output: Path) -> Path:
-    """Converts a DeepSpeed checkpoint for any number of ranks and returns the new folder; `folder` is not changed.
-
-    Uses DeepSpeed's universal checkpoints (deepspeed.checkpoint.ds_to_universal). The new folder takes 12 bytes a
-    parameter until the run has started. Raises OptionsError if the conversion fails or the disk is too full.
-    """
-    target = output / RESHARDED
-    shutil.rmtree(target, ignore_errors=True)
-    [shards] = folder.glob("global_step*")
-    optimizer = sum(file.stat().st_size for file in shards.glob("*optim_states.pt"))
-    free = free_bytes(output)
-    if free is not None and free < 2 * optimizer:  # twice, for DeepSpeed's intermediate files
-        raise OptionsError(
-            f"--resume on another number of devices needs {2 * optimizer / 2**30:.1f} GiB in {output} during the "
-            f"start, and {free / 2**30:.1f} GiB are free. Make room, or use as many devices as before"
-        )
-    target.mkdir()
-    for name in ("trainer_state.json", "scheduler.pt", checkpoint.PROGRESS_FILE):
-        if (folder / name).is_file():
-            shutil.copyfile(folder / name, target / name)
-    logger.info("converting %s for another number of devices", folder)
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--input_folder", str(shards),
-               "--output_folder", str(target / f"{shards.name}_universal"), "--num_extract_workers", "1",
-               "--num_merge_workers", "1"]  # fmt: skip
-    # With these variables the conversion would wait for the other ranks.
-    rank_variables = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in rank_variables}
-    result = subprocess.run(
-        command, env=environment, capture_output=True, text=True, preexec_fn=kill_on_parent_death
-    )
-    if result.returncode:
-        shutil.rmtree(target, ignore_errors=True)
-        reason = (result.stderr.strip() or "no message").splitlines()[-1]
-        raise OptionsError(
-            f"--resume on another number of devices: DeepSpeed cannot convert {folder} ({reason}). Use as many as before"
-        )
-    return target
-
-
-def separate_step_counts(optimizer: torch.optim.Optimizer) -> None:
-    """Gives every parameter group its own step count after a start from a converted checkpoint (`reshard`).
+def own_step_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Gives every parameter its own step count after a start from a converted checkpoint (`reshard`).
 
     DeepSpeed 0.19.8 shares one tensor among all groups (load_hp_checkpoint_state_from_checkpoint_dir_stage3), and each
-    group increments it. Adam would then correct its bias for too many steps, and its steps would be too large.
+    group increments it. Adam would then correct its bias for too many steps, and its steps would be too large. It also
+    leaves the tensor on the CPU, which a fused Adam on a GPU refuses. Device and dtype follow the rule of torch's
+    Optimizer.load_state_dict (_process_value_according_to_param_policy).
     """
-    for state in optimizer.state.values():
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    for parameter, state in optimizer.state.items():
         if isinstance(state.get("step"), torch.Tensor):
-            state["step"] = state["step"].clone()
+            place = {"device": parameter.device, "dtype": torch.float32} if on_device else {}
+            state["step"] = state["step"].to(**place, copy=True)
 
 
 def apply_rates(scheduler: LambdaLR, lr: float, weight_decay: float) -> None:

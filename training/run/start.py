@@ -19,7 +19,7 @@ from training.options.trainer_options import TrainingOptions
 from training.ranks import is_main_process, on_rank_0
 from training.run.identity import differences, new_record, rows_digest
 from training.run.lock import one_writer
-from training.run.resume import RESHARDED, reshard
+from training.run.reshard import RESHARDED, reshard
 from training.storage import checkpoint
 from training.storage.record import read_run_record, write_run_record
 from training.storage.target import target_problems
