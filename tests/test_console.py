@@ -86,7 +86,7 @@ def test_notebook_model_card_and_pictures_show_any_text(tmp_path: Path) -> None:
     entries = [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 0.5}]
     pictures.draw_demo(entries, [(NASTY,) * 4], "half", tmp_path / "demo.png")
     pictures.draw_run(entries, NASTY, str(tmp_path / "run.png"))
-    pictures.draw_memory({"weights": 1.0}, 2.0, "A100", NASTY, tmp_path / "memory.png")
+    pictures.draw_plan({"weights": 1.0}, 2.0, "A100", {"steps": 1.0}, "hours", NASTY, tmp_path / "memory.png")
 
 
 COMMANDS = """

@@ -10,7 +10,12 @@ import click
 import pytest
 from matplotlib.image import imread
 
-from training.pictures import PictureFile, draw_run
+from training.machine.catalogue import find_machine
+from training.options.trainer_options import TrainingOptions
+from training.pictures import COLOURS, PictureFile, draw_plan, draw_run
+from training.plan.presets import preset_options
+from training.plan.report import draw
+from training.plan.request import plan_options
 
 TRAINED = {"step": 10, "loss": 2.0, "tokens_per_second": 900.0, "peak_memory_gib": 1.5}
 HELD_OUT = {"step": 10, "eval_loss": 1.9}
@@ -34,6 +39,21 @@ def test_both_losses_are_drawn_and_metrics_that_were_not_logged_get_no_panel() -
     short, trained, both = (file.getvalue() for file in files)
     assert trained != both
     assert imread(io.BytesIO(short)).shape[0] < imread(io.BytesIO(both)).shape[0]
+
+
+def test_a_plan_is_drawn_with_every_part_of_its_memory_and_time(tmp_path: Path) -> None:
+    plan = plan_options(
+        TrainingOptions(local_output_dir="x", dbfs_output_dir="/dbfs/x", **preset_options("a100", 8)),
+        8,
+        find_machine("8xA100-40GB"),
+    )
+    assert plan.gpu_memory_gib.keys() | plan.run_seconds.keys() == COLOURS.keys()
+    draw(plan, tmp_path / "plan.svg")
+    drawn = (tmp_path / "plan.svg").read_text()
+    for name, seconds in plan.run_seconds.items():
+        assert f"<!-- {name}  {seconds / 60:,.1f} -->" in drawn
+    draw_plan({"weights": 1.0}, 0.0, "CPU rank", {"steps": 0.1}, "seconds", "small", tmp_path / "small.png")
+    assert imread(tmp_path / "small.png").std() > 0.01
 
 
 def test_a_run_without_a_logged_step_raises() -> None:

@@ -1,4 +1,4 @@
-"""Charts: memory of a device by part, metrics of a run by step, losses and answers of the demo."""
+"""Charts: memory and time of a plan by part, metrics of a run by step, losses and answers of the demo."""
 
 from __future__ import annotations
 
@@ -23,6 +23,15 @@ COLOURS = {
     "communication": "#8fd0a8",
     "optimizer step": "#c6dbef",
     "context and fragmentation": "#b5b5b5",
+    # Time: training is blue, the held-out loss green, what is written orange, the rest grey.
+    "steps": "#1f4e8c",
+    "evaluations": "#2e8b57",
+    "checkpoints": "#e0701a",
+    "publishing": "#f5b067",
+    "start": "#b5b5b5",
+    "download": "#8c8c8c",
+    "loading": "#d0d0d0",
+    "verification": "#6b6b6b",
 }
 ENDINGS = (".png", ".pdf", ".svg")
 # The demo's table: headings, and for each column its x position and the number of characters shown.
@@ -59,32 +68,52 @@ class PictureFile(click.ParamType):
             return False
 
 
-def draw_memory(parts_gib: dict[str, float], room_gib: float, device: str, title: str, file: Path) -> None:
-    """Draws the memory of a device into `file`, whose suffix is the format. `room_gib` 0: no line for its capacity."""
+def draw_plan(
+    memory_gib: dict[str, float],
+    room_gib: float,
+    device: str,
+    time: dict[str, float],
+    unit: str,
+    title: str,
+    file: Path,
+) -> None:
+    """Draws the memory of a device and the time of a run, by part, into `file`, whose suffix is the format.
+
+    `room_gib` 0: no line for its capacity. `time` is in `unit`, in the order in which the parts pass.
+    """
     from matplotlib.figure import Figure
 
-    shown = {name: value for name, value in parts_gib.items() if value >= 0.005}
-    total = sum(shown.values())
-    figure = Figure(figsize=(10, 3.4), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(10, 5.2), layout="constrained")
+    memory_axes, time_axes = figure.subplots(2)
+    total = sum(memory_gib.values())
+    _draw_bar(memory_axes, memory_gib, 0.005, 2, max(total, room_gib))
+    if room_gib:
+        memory_axes.axvline(room_gib, color="black", linewidth=1.5)
+        side = "right" if room_gib > 0.5 * max(total, room_gib) else "left"
+        label = f" {device}: {room_gib:.1f} GiB "
+        memory_axes.annotate(label, (room_gib, 0.42), ha=side, va="center", fontsize=9)
+    memory_axes.set_xlabel(f"GiB of each {device}")
+    _draw_bar(time_axes, time, 0.0005 * sum(time.values()), 1, sum(time.values()))
+    time_axes.set_xlabel(f"{unit} of the run, {sum(time.values()):,.1f} in all")
+    memory_axes.set_title(printable(title), fontsize=11, loc="left", parse_math=False)
+    figure.savefig(file, dpi=150)
+
+
+def _draw_bar(axes: Any, parts: dict[str, float], least: float, digits: int, end: float) -> None:
+    """Draws parts of at least `least` one after the other as one bar, with a legend below."""
     left = 0.0
-    for name, value in shown.items():
-        label = f"{name}  {value:.2f}"
+    for name, value in parts.items():
+        if value < least:
+            continue
+        label = f"{name}  {value:,.{digits}f}"
         axes.barh(0, value, left=left, color=COLOURS[name], label=label, height=0.5, edgecolor="white")
         left += value
-    if room_gib:
-        axes.axvline(room_gib, color="black", linewidth=1.5)
-        side = "right" if room_gib > 0.5 * max(total, room_gib) else "left"
-        axes.annotate(f" {device}: {room_gib:.1f} GiB ", (room_gib, 0.42), ha=side, va="center", fontsize=9)
-    axes.set_xlim(0, 1.04 * max(total, room_gib))
+    axes.set_xlim(0, 1.04 * end)
     axes.set_ylim(-0.3, 0.5)
     axes.set_yticks([])
-    axes.set_xlabel(f"GiB of each {device}")
-    axes.set_title(printable(title), fontsize=11, loc="left", parse_math=False)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=4, fontsize=9, frameon=False)
-    figure.savefig(file, dpi=150)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.28), ncols=4, fontsize=9, frameon=False)
 
 
 def draw_run(entries: Sequence[dict[str, Any]], title: str, file: str | IO[bytes]) -> None:

@@ -1,7 +1,7 @@
 """Predicts whether a run fits on a machine, how long it takes and what it costs. Loads no weights.
 
     python -m training.plan --machine 8xA100-40GB                  Dolly's default run
-    python -m training.plan --machine g5.24xlarge --price 8.14 --plot memory.png
+    python -m training.plan --machine g5.24xlarge --price 8.14 --plot plan.png
     python -m training.plan                                        this machine
 
 Sizes are in GiB (2**30 bytes), times in hours or seconds. The trainer calls `plan_run` (training/plan/fit.py)."""
@@ -92,7 +92,7 @@ def _long_name(word: str) -> str:
 )
 @_option("--price", type=click.FloatRange(0), help="Price of the machine per hour, in any currency.")
 @_option("--json", "json_", is_flag=True, help="Print JSON instead of the table.")
-@_option("--plot", type=PictureFile(), metavar="FILE.png", help="Draw the memory per device, by part.")
+@_option("--plot", type=PictureFile(), metavar="FILE.png", help="Draw memory per device and time, by part.")
 @click.pass_context
 def main(
     ctx: click.Context,

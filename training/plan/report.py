@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from training.errors import printable
-from training.pictures import draw_memory
+from training.pictures import draw_plan
 from training.plan.fit import Plan, fastest
 
 
@@ -165,12 +165,15 @@ def _run_lines(plan: Plan, price: float | None) -> list[str]:
 
 
 def draw(plan: Plan, file: Path) -> None:
-    """Draws the memory of a device by part, against its capacity, into an image file."""
+    """Draws the memory of a device, against its capacity, and the time of the run by part into an image file."""
     settings, machine = plan.settings, plan.machine
-    draw_memory(
+    unit, size = time_unit(3600 * plan.hours["expected"])
+    draw_plan(
         plan.gpu_memory_gib,
         machine.gpu_memory_gib,
         "CPU rank" if machine.is_cpu else machine.gpu,
+        {name: seconds / size for name, seconds in plan.run_seconds.items()},
+        unit,
         f"{plan.model.name} on {machine.name}, {settings.batching}, "
         f"checkpointing {'on' if settings.checkpointing else 'off'}: "
         f"{sum(plan.gpu_memory_gib.values()):.1f} GiB, {'fits' if plan.fits else 'does not fit'}",
