@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.run.test_trainer import free_port
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, LOST_PEER, REFUSED
+from training.launch.local import DEEPSPEED as DEEPSPEED_COMMAND
 from training.launch.supervisor import remove_shared_buffer, sibling_supervisors
 
 ROOT = Path(__file__).parents[2]
@@ -45,7 +47,7 @@ DEEPSPEED = starts(python(LAUNCH, "deepspeed.launcher.launch"))
 
 class Supervised:
     def __init__(self, folder: Path, rank_code: str, **how: object) -> None:
-        package = folder / "training"
+        self.folder, package = folder, folder / "training"
         package.mkdir()
         for name in ("__init__.py", "consts.py", "errors.py", "launch"):
             (package / name).symlink_to(ROOT / "training" / name)
@@ -56,8 +58,8 @@ class Supervised:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | how
         self.process = subprocess.Popen(command, cwd=folder, env=environment, text=True, **pipes)
 
-    def end(self) -> tuple[int, str, str]:
-        out, err = self.process.communicate(timeout=30)
+    def end(self, seconds: float = 30) -> tuple[int, str, str]:
+        out, err = self.process.communicate(timeout=seconds)
         return self.process.returncode, out, err
 
 
@@ -340,6 +342,43 @@ def test_a_rank_that_finishes_refuses_or_saves_leaves_the_others_alone(supervise
     rank_code = TWO_RANKS.format(seconds=2, end=f"sys.exit({code})")
     run = supervised(rank_code, command=python(LAUNCH_TWO), environment=RUN)
     assert run.end() == (0, f"step 7\n1 {code}\n0 0\n", "")
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
+# Starts a launcher for each node and prints the exit codes.
+TWO_LAUNCHERS = """
+import subprocess, sys
+launchers = [subprocess.Popen([*sys.argv[1:], "--node_rank", node, "-m", "training.trainer"]) for node in "01"]
+print("launchers", *(launcher.wait() for launcher in launchers))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("launcher", ["deepspeed", "torchrun", "one torchrun a rank, as under Spark"])
+def test_no_launcher_waits_for_the_others_of_a_failed_rank(supervised: Start, launcher: str) -> None:
+    """Otherwise DeepSpeed's and torchrun wait 30 seconds for a rank that handles no SIGTERM."""
+    port = str(free_port())
+    command = {
+        "deepspeed": [
+            *DEEPSPEED_COMMAND,
+            "--num_gpus",
+            "2",
+            "--master_port",
+            port,
+            "--module",
+            "training.trainer",
+        ],
+        "torchrun": [*TORCHRUN, "--nproc_per_node=2", f"--master_port={port}", "-m", "training.trainer"],
+    }.get(
+        launcher,
+        python(TWO_LAUNCHERS, *TORCHRUN, "--nnodes=2", "--nproc_per_node=1", f"--master_port={port}"),
+    )
+    end = "pathlib.Path('ended').touch(); os.kill(os.getpid(), signal.SIGKILL)"
+    run = supervised(TWO_RANKS.format(seconds=60, end=end), command=command)
+    _, _, err = run.end(seconds=120)
+    assert "Rank 1 ended: killed, most likely" in err
+    assert time.time() - (run.folder / "ended").stat().st_mtime < 20
 
 
 def test_only_supervisors_of_the_same_run_are_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
