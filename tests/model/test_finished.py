@@ -28,9 +28,11 @@ from transformers import (
 from tests.conftest import resolved
 from training.data.ledger import Ledger
 from training.errors import ModelError
+from training.machine.cores import usable_cores
 from training.model.tokenizer import generation_config
 from training.model.verify import save_model, verify_model
 from training.options.trainer_options import TrainingOptions
+from training.run import finish
 from training.run.finish import place_model, write_model_card
 from training.run.identity import new_record
 from training.storage import checkpoint
@@ -261,6 +263,17 @@ def test_other_architectures_pass_verification_and_fail_when_damaged(
     change_weights(tmp_path, lambda weights: weights.pop(sorted(weights)[0]))
     with pytest.raises(ModelError, match="is missing"):
         verify_model(tmp_path)
+
+
+def test_a_finished_model_is_verified_on_every_core_also_where_a_rank_has_one_thread() -> None:
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        with finish._all_cores():
+            assert torch.get_num_threads() == usable_cores()
+        assert torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 # --- placing a checkpoint's model --------------------------------------------------------------------

@@ -20,7 +20,7 @@ from typing import Any
 from training.consts import INSTALLED, ROOT
 from training.errors import OptionsError, TrainingFailedError
 from training.launch.exits import exit_meaning, oom_kills
-from training.machine.cores import binding_words
+from training.machine.cores import binding_words, usable_cores
 from training.options.command_line import option_words
 from training.options.deepspeed import read_json, read_zero
 from training.options.wording import COMMAND, worded
@@ -127,7 +127,7 @@ def launch_environment(cpu_ranks: int = 0) -> dict[str, str]:
     """Environment of the command. Shares the cores among CPU ranks, which would each start a thread per core."""
     environment = os.environ | {"PATH": _path(), "PYTHONUNBUFFERED": "1"}
     if cpu_ranks:
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or cpu_ranks) // cpu_ranks)))
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, usable_cores() // cpu_ranks)))
     return environment
 
 

@@ -1,4 +1,4 @@
-"""Binds ranks to cores of this machine, with DeepSpeed's launcher and numactl, where that works."""
+"""Cores of this machine: how many, and binding ranks to them with DeepSpeed's launcher and numactl."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def binding_words(ranks: int) -> tuple[str, ...]:
     except (OSError, ValueError, subprocess.SubprocessError):  # ValueError: KMP_AFFINITY is set
         return ()
     return "--bind_cores_to_rank", "--bind_core_list", chosen
+
+
+def usable_cores() -> int:
+    """Number of CPUs that this process may use: in a container or a bound rank not all of the machine's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _numa_of_deepspeed() -> ModuleType | None:

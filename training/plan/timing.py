@@ -7,10 +7,10 @@ the measured rate includes both."""
 from __future__ import annotations
 
 import math
-import os
 from typing import TYPE_CHECKING
 
 from training.machine.catalogue import LINKS, Machine, find_family
+from training.machine.cores import usable_cores
 from training.machine.flops import layer_tokens, matmul_flops_per_second, training_flops
 
 if TYPE_CHECKING:
@@ -150,5 +150,5 @@ def cpu_rate(width: int, ranks: int) -> float:
     import torch
 
     rate = matmul_flops_per_second(torch.device("cpu"), torch.float32, width=min(width, 1024))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = usable_cores()
     return rate * min(1.0, cores / (ranks * torch.get_num_threads()))

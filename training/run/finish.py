@@ -6,10 +6,13 @@ import json
 import logging
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import torch
 from huggingface_hub import ModelCard, ModelCardData
 
 from training.consts import DEMO, SAMPLE_INSTRUCTIONS, WEIGHTS
@@ -17,6 +20,7 @@ from training.data.ledger import Ledger
 from training.data.prompt import END_KEY
 from training.errors import ModelError, TrainingError, printable
 from training.files import duration
+from training.machine.cores import usable_cores
 from training.model.verify import verify_model
 from training.options.settings import Settings
 from training.ranks import is_main_process
@@ -138,7 +142,8 @@ def finish(settings: Settings, ledger: Ledger, record: dict[str, Any], last: Pat
     record |= _outcome(chosen, last)
     try:
         place_model(chosen, output)
-        verify_model(output, options.trust_remote_code)
+        with _all_cores():
+            verify_model(output, options.trust_remote_code)
         shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
         write_model_card(output, record, ledger)
         write_run_record(output, record)
@@ -158,6 +163,17 @@ def finish(settings: Settings, ledger: Ledger, record: dict[str, Any], last: Pat
     )
     _deliver(settings)
     return record
+
+
+@contextmanager
+def _all_cores() -> Iterator[None]:
+    """Lets torch compute on every core, because the other ranks have ended. torchrun and Spark allow a rank one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, usable_cores()))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def deliver_again(settings: Settings, record: dict[str, Any]) -> dict[str, Any]:

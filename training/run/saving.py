@@ -18,7 +18,7 @@ from training.errors import TrainingError
 from training.files import free_bytes, size_in_words, write_json
 from training.model.tokenizer import generation_config
 from training.model.verify import not_finite, save_model
-from training.ranks import gather, raise_together
+from training.ranks import broadcast, gather, raise_together
 from training.run.failures import lost_peer
 from training.storage import checkpoint
 from training.tracking.progress import print_line
@@ -62,9 +62,9 @@ def _write_checkpoint(trainer: Any, folder: Path, write_files: Callable[[], None
         }
         write_json(folder / checkpoint.PROGRESS_FILE, progress)
     trainer.accelerator.wait_for_everyone()
-    names = checkpoint.files_of(folder)
-    own_names = names[trainer.args.process_index :: trainer.args.world_size]
-    digests = gather(checkpoint.digests(folder, own_names, flush=True))
+    # Rank 0 divides the files: on shared storage the ranks may see other sizes for a while.
+    shares = broadcast(checkpoint.equal_shares(folder, trainer.args.world_size) if main else None)
+    digests = gather(checkpoint.digests(folder, shares[trainer.args.process_index], flush=True))
     if main:
         losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
         files = {name: of_rank[name] for of_rank in digests for name in of_rank}

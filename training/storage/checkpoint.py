@@ -65,6 +65,21 @@ def files_of(folder: Path) -> list[str]:
     return sorted(name for name in names if name.removesuffix(PARTIAL) != MANIFEST_FILE)
 
 
+def equal_shares(folder: Path, ranks: int) -> list[list[str]]:
+    """The files of a checkpoint in `ranks` shares of about the same number of bytes, to be hashed in parallel.
+
+    Each file, the largest first, goes to the share with the fewest bytes.
+    """
+    sizes = {name: (folder / name).stat().st_size for name in files_of(folder)}
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    filled = [0] * ranks
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        emptiest = filled.index(min(filled))
+        shares[emptiest].append(name)
+        filled[emptiest] += sizes[name]
+    return shares
+
+
 def digests(folder: Path, names: Iterable[str], flush: bool = False) -> dict[str, dict[str, Any]]:
     """{name: {"size": bytes, "sha256": hex}} of files. With `flush`, fsyncs them first."""
     names = list(names)
