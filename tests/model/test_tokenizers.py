@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from importlib import import_module
 from pathlib import Path
+from unittest.mock import Mock
 from zipfile import ZipFile
 
 import pytest
@@ -268,3 +269,15 @@ def test_mistrals_tekken_file_is_a_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "tekken.json").write_text(json.dumps(content))
     with pytest.raises(ModelError, match=r"has no EOS token"):  # the file is read, but names none
         load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_that_cannot_be_loaded_again_is_refused_with_the_reason(
+    bpe_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokenizer = load_tokenizer(str(bpe_folder))
+    reason = OSError(24, "Too many open files")
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", Mock(side_effect=reason))
+    with pytest.raises(
+        ModelError, match=r"raises an error \(OSError: .*Too many open files\) once its tokenizer"
+    ):
+        saved_form(tokenizer, GPT2Config())

@@ -35,7 +35,7 @@ def test_all_unknown_options_and_wrong_values_are_reported_with_the_other_proble
         "'stray' belongs to no option. Put quotation marks around a value that has spaces",
         "Option '--force' does not take a value.",
         "Option '--save-steps' requires an argument.",
-        "Invalid value for '--epochs': 'one' is not a valid float range.",
+        "Invalid value for '--epochs': 'one' is not a number.",
         f"--local-output-dir {tmp_path / 'taken'}: is not empty, and training overwrites no files. Name a new folder",
     ):
         assert lines.count(problem) == 1, (problem, lines)
@@ -44,7 +44,9 @@ def test_all_unknown_options_and_wrong_values_are_reported_with_the_other_proble
 
 
 ODD_WORDS = {
-    "a dash and a value": (["-=x"], "No such option '-'. Did you mean --lr"),
+    "a dash and a value": (["-=x"], "No such option '-'. --help lists the options"),
+    "a word that only begins alike": (["--frobnicate"], "No such option '--frobnicate'. --help lists the options"),
+    "no whole number": (["--seed", "1.5"], "Invalid value for '--seed': '1.5' is not a whole number."),
     "a value that looks like an option": (
         ["--deepspeed=-x.json"],
         "No such option '--deepspeed=-x.json'. Did you mean --deepspeed or --deepspeed_config",

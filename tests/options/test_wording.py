@@ -90,7 +90,7 @@ def test_other_programs_options_and_quoted_ones_stay() -> None:
         "Type deepspeed --num_gpus 8 --module training.trainer ...",
         "--trainer-options '--epoch 3': No such option '--epoch'",
         "Start the container with --shm-size=16g",
-        "Invalid value for '--lr': 'x' is not a valid float",
+        "Invalid value for '--lr': 'x' is not a number",
     ):
         assert worded(text, FLOW) == worded(text, NOTEBOOK) == text
 

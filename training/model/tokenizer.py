@@ -295,7 +295,7 @@ def saved_form(
     # For some architectures `transformers serve` assumes the chat format of the original, and would answer with the prompt.
     if get_response_template(tokenizer, SimpleNamespace(config=config)):
         tokenizer.response_template = response_template(tokenizer.eos_token)
-    if _is_loaded_as_saved(tokenizer, config, trust_remote_code):
+    if not _change_when_loaded(tokenizer, config, trust_remote_code):
         return tokenizer
     general = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer,
@@ -306,27 +306,31 @@ def saved_form(
         **tokenizer.special_tokens_map,
         **{name: getattr(tokenizer, name) for name in KEPT},
     )
-    if _is_loaded_as_saved(general, config, trust_remote_code):
+    change = _change_when_loaded(general, config, trust_remote_code)
+    if not change:
         return general
     raise ModelError(
-        f"{tokenizer.name_or_path}: transformers gives other ids once its tokenizer ({type(tokenizer).__name__}) was "
-        "saved and loaded again. Use a model with another tokenizer"
+        f"{tokenizer.name_or_path}: {change} once its tokenizer ({type(tokenizer).__name__}) was saved and loaded again. "
+        "Use a model with another tokenizer"
     )
 
 
-def _is_loaded_as_saved(
+def _change_when_loaded(
     tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, trust_remote_code: bool
-) -> bool:
-    """Whether AutoTokenizer loads the saved tokenizer with the same ids, beside the model's config."""
+) -> str:
+    """What differs once AutoTokenizer loads the saved tokenizer beside the model's config; "" if nothing does."""
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)  # AutoTokenizer chooses the class with it
         tokenizer.save_pretrained(folder)
         try:
             loaded = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        except Exception:  # as many types as in load_tokenizer
-            return False
-        same_side = loaded.padding_side == tokenizer.padding_side
-        return same_side and _stock_ids(loaded) == _stock_ids(tokenizer) and not tokens_in_reach(loaded)
+        except Exception as error:  # as many types as in load_tokenizer
+            return f"transformers raises an error ({first_line(error)})"
+        if loaded.padding_side != tokenizer.padding_side:
+            return f"transformers pads on the {loaded.padding_side}"
+        if _stock_ids(loaded) != _stock_ids(tokenizer):
+            return "transformers gives other ids"
+        return "transformers reads special tokens in texts" if tokens_in_reach(loaded) else ""
 
 
 def generation_config(tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:

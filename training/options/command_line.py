@@ -117,6 +117,15 @@ class GroupedCommand(CollectingCommand):
                 formatter.write_dl(records)
 
 
+# click's words for the kind of a value, and ours.
+_KINDS = {
+    "float range": "number",
+    "integer range": "whole number",
+    "float": "number",
+    "integer": "whole number",
+}
+
+
 class CollectedOption(click.Option):
     """An option that stores its error instead of ending the parsing, so that all bad values are reported together."""
 
@@ -125,7 +134,10 @@ class CollectedOption(click.Option):
             return super().process_value(ctx, value)
         except click.BadParameter as error:  # includes MissingParameter
             error.param = error.param or self
-            ctx.meta.setdefault(__name__, []).append(error.format_message())
+            message = error.format_message()
+            for theirs, plain in _KINDS.items():
+                message = message.replace(f"is not a valid {theirs}", f"is not a {plain}")
+            ctx.meta.setdefault(__name__, []).append(message)
             return self.get_default(ctx) if not self.required else None
 
 

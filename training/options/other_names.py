@@ -93,5 +93,6 @@ def advice_for(flag: str, known: Collection[str]) -> str:
         return f"Type {ours}"
     if name in _OTHERWISE and "--lr" in known:  # the trainer
         return _OTHERWISE[name]
-    close = get_close_matches(f"--{flag.lstrip('-').replace('_', '-')}", sorted(known), n=2)
+    bare = {option.lstrip("-"): option for option in sorted(known)}  # the dashes would make all of them alike
+    close = [bare[match] for match in get_close_matches(flag.lstrip("-").replace("_", "-"), bare, n=2)]
     return f"Did you mean {' or '.join(close)}" if close else "--help lists the options"
