@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import re
 import shutil
 import unicodedata
@@ -40,6 +41,19 @@ def install_extra(extra: str) -> str:
     of_extra = re.compile(rf"""([^;]+?)\s*;.*extra == ["']{extra}["']""")
     packages = [match[1] for line in required if (match := of_extra.match(line))]
     return pip_install(*packages or [f"'.[{extra}]'"])
+
+
+def offline_note() -> str:
+    """The sentence about a name that is not found while downloads are switched off; "" if they are not."""
+    switched_off = os.environ.get("HF_HUB_OFFLINE", "").upper() in (
+        "1",
+        "ON",
+        "YES",
+        "TRUE",
+    )  # as huggingface_hub reads it
+    return (
+        ". HF_HUB_OFFLINE is set, so nothing is downloaded: type unset HF_HUB_OFFLINE" if switched_off else ""
+    )
 
 
 class _Shown:

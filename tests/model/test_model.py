@@ -31,7 +31,8 @@ from transformers import (
 )
 
 from training.data.encoding import encode_text
-from training.errors import ModelError
+from training.data.rows import read_columns
+from training.errors import DataError, ModelError
 from training.model import demo_model
 from training.model.demo_model import model_folder
 from training.model.loading import load_config, load_model, max_positions
@@ -308,6 +309,27 @@ def test_a_pickle_is_not_run(base_folder: Path, load: Load, tmp_path: Path) -> N
     assert not (tmp_path / "was_here").exists()
     torch.load(tmp_path / "pickle" / "pytorch_model.bin", weights_only=False)
     assert (tmp_path / "was_here").exists()  # the unsafe way does run it
+
+
+def test_a_name_that_is_not_found_offline_says_how_to_go_online(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def messages() -> list[str]:
+        found = []
+        for read, name in (
+            (load_config, "nobody/no"),
+            (read_columns, "nobody/no"),
+            (load_config, str(tmp_path)),
+        ):
+            with pytest.raises((ModelError, DataError)) as error:
+                read(name)
+            found.append(str(error.value))
+        return found
+
+    advice = "HF_HUB_OFFLINE is set, so nothing is downloaded: type unset HF_HUB_OFFLINE"
+    assert [advice in message for message in messages()] == [True, True, False]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    assert not any(advice in message for message in messages())
 
 
 def test_a_folder_without_a_model_is_refused(tmp_path: Path, bpe_folder: Path) -> None:

@@ -25,7 +25,7 @@ from training.data.formats import (
 )
 from training.data.json_rows import json_table, table_of
 from training.data.table import Table, and_more, kind_of, listed, named
-from training.errors import DataError, TooFewRowsError
+from training.errors import DataError, TooFewRowsError, offline_note
 from training.files import is_hub_name, local_path
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
@@ -249,7 +249,7 @@ def _read_hub(name: str, selection: Mapping[str, str]) -> tuple[list[Table], lis
                     break
         raise DataError(
             f"{name}: not a local file, and could not be loaded from the Hub ({type(error).__name__}: {error}). "
-            f"{advice}"
+            f"{advice}{offline_note()}"
         ) from error
     others = [other for other in dataset.info.splits or () if other not in split]
     return [_table_of_dataset(dataset, name)], [named("split", others)] if others else []

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from training.consts import MOST_TOKENS
-from training.errors import ModelError, first_line, own_code_problem
+from training.errors import ModelError, first_line, offline_note, own_code_problem
 from training.model.demo_model import model_folder
 from training.model.twin import set_cache
 
@@ -42,7 +42,10 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
-        reason = f"no model could be found ({first_line(error)}). Expected a folder with config.json, or a model's name on the Hub"
+        reason = (
+            f"no model could be found ({first_line(error)}). Expected a folder with config.json, or a model's name on the Hub"
+            f"{'' if Path(name).exists() else offline_note()}"
+        )
         if (Path(name) / "config.json").is_file():
             reason = (
                 f"its config.json cannot be used ({first_line(error)}). Correct it, or name another model"
