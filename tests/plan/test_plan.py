@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from transformers import GPTNeoXConfig, OpenAIGPTConfig, OPTConfig, T5Config
 
-from tests.conftest import jsonl, resolved, rows_of, settings_of_a_run
+from tests.conftest import jsonl, resolved, rows_of, settings_of_a_run, write
 from training.consts import GIB
 from training.errors import OptionsError
 from training.machine.catalogue import MACHINES, find_machine
@@ -235,7 +235,7 @@ def compared(machine: str, *more: object) -> tuple[dict[str, Any], str]:
     return json.loads(run_cli(*words, "--json").stdout), run_cli(*words).output
 
 
-def test_the_plan_compares_the_shipped_files_and_names_the_fastest_that_fits():
+def test_the_plan_compares_the_shipped_files_and_names_the_fastest_that_fits(tmp_path):
     answer, table = compared("8xA100-40GB")
     files = answer["deepspeed_files"]
     assert list(files) == [ZERO_2, BF16, BF16_OFFLOAD]
@@ -253,6 +253,12 @@ def test_the_plan_compares_the_shipped_files_and_names_the_fastest_that_fits():
     _, chosen = compared("8xA100-40GB", "--deepspeed", ZERO_2)
     assert "\nThe run uses the fastest that fits.\n" in chosen
     assert f"--deepspeed {ZERO_2} " in chosen.splitlines()[-1]
+    own = json.loads((ROOT / ZERO_2).read_text())
+    del own["zero_optimization"][
+        "use_multi_rank_bucket_allreduce"
+    ]  # gradients to all ranks, as DeepSpeed has it
+    _, slower = compared("8xA100-40GB", "--deepspeed", write(tmp_path / "own.json", json.dumps(own)))
+    assert f"\nThe fastest that fits: type --deepspeed {ZERO_2}\n" in slower
 
 
 def test_files_that_do_not_fit_are_marked_and_not_named():

@@ -36,12 +36,14 @@ def state_bytes(model: ModelShape, settings: Settings) -> dict[str, float]:
     float32 master weights and Adam's two moments. They are divided by the number of ranks from stage 3, 2 and 1 on. In
     float32 the weights are the master weights: 4 + 4 + 8. DeepSpeed accumulates gradients in the model's precision in
     one flat buffer (`grad_partitions_flat_buffer` in stage3.py), which is in host memory if the optimizer is offloaded.
+    Stage 2 adds up two such buffers if a step has several micro-steps (`all_grad_tensors` in stage_1_and_2.py).
     """
     zero, size = settings.zero, settings.weight_bytes
+    adds_up = zero.stage == 2 and (settings.accumulation > 1 or isinstance(settings.max_tokens, int))
     shard = {stage: model.parameters / (settings.ranks if zero.stage >= stage else 1) for stage in (1, 2, 3)}
     return {
         "weights": 0.0 if zero.offload_parameters else size * shard[3],
-        "gradients": 0.0 if zero.offload_optimizer else size * shard[2],
+        "gradients": 0.0 if zero.offload_optimizer else (2 if adds_up else 1) * size * shard[2],
         "optimizer": 0.0 if zero.offload_optimizer else (8 if size == 4 else 12) * shard[1],
     }
 

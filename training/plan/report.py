@@ -116,8 +116,8 @@ def _file_lines(plan: Plan) -> list[str]:
         gib, time = sum(other.gpu_memory_gib.values()), 3600 * other.hours["expected"] / size
         lines.append(f"  {file:<38}{gib:>9.2f}{time:>9,.1f}{'' if other.fits else '  does not fit'}")
     best = fastest(plan.files)
-    if best == plan.settings.options.deepspeed_json:
-        lines.append("The run uses the fastest that fits.")
+    if plan.fits and plan.hours["expected"] <= (plan.files[best] if best else plan).hours["expected"]:
+        lines.append("The run uses the fastest that fits.")  # it may be the user's own
     elif best:
         lines.append(f"The fastest that fits: type --deepspeed {best}")
     return [*lines, ""]

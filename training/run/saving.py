@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from training.errors import TrainingError
 from training.files import free_bytes, size_in_words, write_json
@@ -76,7 +77,7 @@ def _write_checkpoint(trainer: Any, folder: Path, write_files: Callable[[], None
 def save_weights(trainer: Any, folder: Path) -> list[str]:
     """Writes the gathered model with tokenizer and generation config. Returns the files' names on rank 0."""
     names: list[str] = []
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    weights = _whole_model(trainer)
     main = trainer.is_world_process_zero()
     raise_together(_bad_weights(trainer, weights) if main else None)
     if main:
@@ -87,6 +88,13 @@ def save_weights(trainer: Any, folder: Path) -> list[str]:
         names = checkpoint.files_of(folder)
     trainer.accelerator.wait_for_everyone()  # files that other ranks write later are not the model's
     return names
+
+
+def _whole_model(trainer: Any) -> dict[str, torch.Tensor]:
+    """The model's weights on rank 0. Under ZeRO-3 all ranks gather them; otherwise rank 0 has them, and copies them alone."""
+    if trainer.is_world_process_zero() or is_deepspeed_zero3_enabled():
+        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    return {}
 
 
 def _bad_weights(trainer: Any, weights: dict[str, torch.Tensor]) -> str | None:

@@ -84,6 +84,7 @@ def find(settings: Settings, prepared: Prepared, steps: int) -> tuple[Start, dic
         if start.finished:
             assert start.former is not None
             return start, start.former
+        _check_stage(start, settings)
         # A published copy of the shorter run is another model, and must not be replaced.
         if options.dbfs_output_dir and (problems := target_problems(options.dbfs_output_dir)):
             raise OptionsError(*(f"--dbfs-output-dir {problem}" for problem in problems))
@@ -169,6 +170,21 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
     _check_resumable(folder, options, steps)
     progress = json.loads((folder / checkpoint.PROGRESS_FILE).read_text())
     return Start(folder, former, len(progress["loss_sums"]))
+
+
+def _check_stage(start: Start, settings: Settings) -> None:
+    """Raises OptionsError if DeepSpeed cannot load the checkpoint: ZeRO-3 divides the weights, ZeRO-1 and ZeRO-2 do not."""
+    shards = [] if start.folder is None else list(start.folder.glob("global_step*/*model_states.pt"))
+    if not shards:
+        return
+    divided = any(file.name.startswith("zero_pp_rank_") for file in shards)
+    if divided != (settings.zero.stage == 3):
+        former = (start.former or {}).get("options", {}).get("deepspeed") or "FILE"
+        raise OptionsError(
+            f"--resume: {start.folder} was written with {'ZeRO-3' if divided else 'ZeRO-1 or ZeRO-2'}, and "
+            f"{settings.options.deepspeed_json} sets stage {settings.zero.stage}, which cannot load it. "
+            f"Type --deepspeed {former}"
+        )
 
 
 def _start_without_record(output: Path, options: TrainingOptions, named: Path | None) -> Start:
