@@ -46,7 +46,11 @@ EACH_DOCUMENT = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: 
 # Programs that the docs may run, by the name used there. Our modules that have a command:
 OURS = {
     "training."
-    + file.relative_to(ROOT / "training").with_suffix("").as_posix().removesuffix("/__main__"): file
+    + file.relative_to(ROOT / "training")
+    .with_suffix("")
+    .as_posix()
+    .removesuffix("/__main__")
+    .replace("/", "."): file
     for file in (ROOT / "training").rglob("*.py")
     if "\ndef main(" in file.read_text()
 }
@@ -68,7 +72,7 @@ PYTHON_TOOLS = {
 }
 FOREIGN = {"xcode-select": {"--install"}, "uv venv": {"--python", "--quiet"}}
 PROGRAMS = re.compile(
-    "|".join(map(re.escape, [*OURS, FLOW, *PYTHON_TOOLS, *FOREIGN]))
+    "|".join(map(re.escape, sorted([*OURS, FLOW, *PYTHON_TOOLS, *FOREIGN], key=len, reverse=True)))
     + r"|(?<![-\w])(?:deepspeed|torchrun|python)\b"
 )
 IN_A_FOLDER = r"(?:config|training|notebooks|flows|tests|docs|\.ci)/[\w./-]*\w"
