@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from tests.conftest import settings_of_a_run
 from training.machine.catalogue import find_machine
 from training.options.deepspeed import Zero
+from training.options.settings import resolve
+from training.options.trainer_options import TrainingOptions
 from training.plan import overhead
 from training.plan.epoch import alpaca_lengths, epoch_load
 from training.plan.lookup import model_shape
@@ -19,6 +22,7 @@ from training.plan.overhead import (
     finish_seconds,
     start_seconds,
 )
+from training.trainer import train
 
 GPTJ = model_shape("EleutherAI/gpt-j-6B")
 N = GPTJ.parameters
@@ -30,12 +34,31 @@ CPU = replace(A100, family="cpu", count=2, gpu_memory_gib=0.0)
     ("eval_steps", "save_steps", "steps"),
     [(100, 200, 797), (100, 200, 800), (180, 100_000, 357), (50, 70, 700), (1, 1, 5), (10, 3, 1), (7, 5, 36)],
 )
-def test_held_out_losses_and_checkpoints_are_counted_as_the_trainer_makes_them(eval_steps, save_steps, steps):
-    """Before step 1, every --eval-steps, at every checkpoint; a checkpoint every --save-steps and at the end."""
+def test_a_held_out_loss_comes_first_every_eval_steps_and_with_every_checkpoint(
+    eval_steps, save_steps, steps
+):
     settings = settings_of_a_run(eval_steps=eval_steps, save_steps=save_steps)
     saved = {step for step in range(1, steps + 1) if step % save_steps == 0} | {steps}
     measured = {step for step in range(1, steps + 1) if step % eval_steps == 0} | saved | {0}
     assert (evaluations(settings, steps), checkpoints(settings, steps)) == (len(measured), len(saved))
+
+
+def test_a_real_run_makes_as_many_held_out_losses_and_checkpoints_as_planned(tmp_path):
+    options = TrainingOptions(
+        input_model="demo",
+        training_dataset="demo",
+        test_size=8,
+        per_device_train_batch_size=2,
+        max_steps=7,
+        eval_steps=3,
+        save_steps=5,
+        local_output_dir=str(tmp_path / "run"),
+    )
+    train(options)
+    history = json.loads((tmp_path / "run" / "trainer_state.json").read_text())["log_history"]
+    made = sum("eval_loss" in entry for entry in history), len(list(tmp_path.glob("run/checkpoint-*")))
+    settings = resolve(options, 1, "fp32")
+    assert made == (evaluations(settings, 7), checkpoints(settings, 7)) == (5, 2)
 
 
 def test_dollys_run_has_nine_held_out_losses_and_four_checkpoints():
