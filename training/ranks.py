@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
-from training.errors import DataError, ModelError, OptionsError, TrainingError
+from training.errors import DataError, ModelError, OptionsError, TrainingError, first_line
 
 SIGN_OF_LIFE_SECONDS = 5.0  # --rank-timeout is at least 10
 
@@ -81,6 +81,32 @@ def _broadcast_outcome(attempt: Callable[[], tuple[Any, Any]]) -> tuple[Any, Any
     while (received := broadcast(outcome)) is None:
         pass
     return received
+
+
+def together(function: Callable[[], Any]) -> Any:
+    """Runs `function` on every rank and returns this rank's result. If it fails on one rank, it fails on all.
+
+    So no rank waits for a failed one in the next collective. All ranks must call it. Raises this rank's own error. If it
+    has none, raises that of the first rank that failed: OptionsError if a person can mend it, otherwise TrainingError.
+    """
+    result: Any = None
+    failure: Exception | None = None
+    problems: list[str] | str | None = None
+    try:
+        result = function()
+    except OptionsError as error:
+        failure, problems = error, error.problems
+    except (DataError, ModelError) as error:
+        failure, problems = error, [str(error)]
+    except Exception as error:
+        failure, problems = error, f"rank {rank()} failed: {first_line(error)}"
+    of_ranks = gather(problems)
+    if failure is not None:
+        raise failure
+    for problems in of_ranks:
+        if problems is not None:
+            raise TrainingError(problems) if isinstance(problems, str) else OptionsError(*problems)
+    return result
 
 
 def raise_together(problem: str | None) -> None:

@@ -6,9 +6,11 @@ import copy
 import io
 import logging
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import datasets
 import torch
@@ -29,7 +31,7 @@ from training.options.checks import check_max_length
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.options.wording import worded
-from training.ranks import gather, on_rank_0
+from training.ranks import gather, on_rank_0, together
 from training.run.failures import default_sigterm
 from training.run.identity import recorded_test_size
 from training.run.operators import compile_operators
@@ -60,22 +62,30 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     _quiet_libraries()
     args = form_process_group(settings)
     recorded = on_rank_0(lambda: recorded_test_size(options))
-    with args.main_process_first(desc="tokenizer"):  # rank 0 fills the caches, the others read them
-        tokenizer = run_tokenizer(options)
+    tokenizer = together(lambda: _on_rank_0_first(args, lambda: run_tokenizer(options)))
     packing = agreed_packing(options, tokenizer)
-    with args.main_process_first(desc="data"):
-        tokenizer, rows, ledger = tokenised_rows(options, tokenizer, packing)
+
+    def split_rows() -> tuple[Ledger, int, int, datasets.Dataset, datasets.Dataset]:
+        _, rows, ledger = tokenised_rows(options, tokenizer, packing)
         test_size = held_out_size(options.test_size, len(rows), recorded)
-        train_rows, held_out_rows = split_held_out(rows, test_size, options.seed)
+        return ledger, len(rows), test_size, *split_held_out(rows, test_size, options.seed)
+
+    ledger, count, test_size, train_rows, held_out_rows = together(lambda: _on_rank_0_first(args, split_rows))
     if isinstance(options.max_tokens_per_device, int):
         check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
     row = train_rows[0]
     sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
     logger.info("%s", ledger)
-    logger.info("%s", worded(held_out_message(test_size, len(rows), options.test_size, recorded)))
+    logger.info("%s", worded(held_out_message(test_size, count, options.test_size, recorded)))
     logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
     prepared = Prepared(args, tokenizer, train_rows, held_out_rows, ledger, packing)
     return settings.with_test_size(test_size), prepared
+
+
+def _on_rank_0_first(args: TrainingArguments, function: Callable[[], Any]) -> Any:
+    """Runs `function` on every rank; rank 0 fills the caches that the others read."""
+    with args.main_process_first():
+        return function()
 
 
 def agreed_packing(options: TrainingOptions, tokenizer: PreTrainedTokenizerBase) -> Packing:
@@ -84,7 +94,7 @@ def agreed_packing(options: TrainingOptions, tokenizer: PreTrainedTokenizerBase)
     Raises OptionsError if the model could not be trained, saved or reloaded.
     """
     name, trust_remote_code = options.input_model, options.trust_remote_code
-    config = load_config(name, trust_remote_code)
+    config = together(lambda: load_config(name, trust_remote_code))  # or one rank is missing in the gather
     packing = Packing("padded rows were requested")
     if options.batching == "packed":
         answers = gather(packing_of(config, trust_remote_code))
