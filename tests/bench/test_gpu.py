@@ -11,6 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+from tests.conftest import python
 from training.bench import check_numerics, gpu, short_runs
 from training.bench.lines import FAIL, NOT_APPLICABLE, PASS, Setup
 from training.bench.processes import Budget, Group, Line, run_group
@@ -163,3 +164,19 @@ def test_a_wrong_loss_or_gradient_of_the_loss_fails_its_line(setup, monkeypatch,
     assert check(setup).good
     monkeypatch.setattr(check_numerics, "_chunked_loss", lambda *inputs: wrong(right(*inputs)))
     assert not check(setup).good
+
+
+@pytest.mark.slow  # three processes import torch
+def test_the_command_checks_a_cpu(tmp_path):
+    file = tmp_path / "check.json"
+    names = ("loop", "varlen", "leak", "loss-fp16", "loss-bf16", "zero3")
+    chosen = [word for name in names for word in ("--only", name)]
+    result = python("-m", "training.bench.gpu", "--json", file, "--minutes", "20", *chosen)
+    assert result.returncode == 0, result.stdout + result.stderr
+    lines = {line["name"]: line for line in json.loads(file.read_text())["results"]}
+    assert list(lines) == ["machine", *names]
+    assert {name for name, line in lines.items() if line["status"] != PASS} == {"varlen"}
+    assert lines["varlen"]["status"] == NOT_APPLICABLE
+    assert lines["zero3"]["figures"]["tokens_per_second"] > 0
+    assert "| a step: ZeRO-3 | pass |" in result.stdout
+    assert "6 pass, 0 fail, 1 not applicable" in result.stdout
