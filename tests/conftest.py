@@ -87,6 +87,7 @@ def settings_of_a_run(
         "sub_group_size": zero.sub_group,
         "reduce_bucket_size": zero.bucket,
         "use_multi_rank_bucket_allreduce": zero.all_reduce,
+        "stage3_prefetch_bucket_size": zero.prefetch,
     }
     config = {"zero_optimization": {"stage": zero.stage, **sections}}
     chosen = TrainingOptions(**{"local_output_dir": "OUTPUT", "epochs": 1.0} | options)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPTJConfig, GPTJForCausalLM
+from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.gptj import modeling_gptj as gptj
 
 from tests.data.test_collator import PAD, THREE_ROWS, packed, padded
@@ -31,6 +31,16 @@ def random_rows(seed: int = 0, count: int = 5) -> list[dict]:
         }
         for n in lengths
     ]
+
+
+def tied_llama() -> LlamaForCausalLM:
+    """A Llama whose head is its embedding, so that the chunked loss and the embedding give one gradient."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True, use_cache=False, initializer_range=0.1,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).train()
 
 
 def eager_gptj(dtype: torch.dtype = torch.float32) -> GPTJForCausalLM:

@@ -11,10 +11,12 @@ import pytest
 import torch
 from deepspeed.runtime.config import DeepSpeedConfig
 from deepspeed.runtime.fp16.loss_scaler import CreateLossScaler
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from transformers import GPTJConfig, GPTJForCausalLM
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from tests.conftest import problems_of, resolved
+from training.options.deepspeed import fill_bucket_sizes, for_engine, read_zero
 from training.options.trainer_options import TrainingOptions
 from training.run.prepare import training_arguments
 
@@ -137,3 +139,26 @@ def test_the_loss_scale_of_fp16_starts_at_2_to_the_16th_and_follows_overflows(
     steps_up = [step - 3 for step in range(4, len(scales)) if scales[step] > scales[step - 1]]
     assert steps_up == [1001, 2001], "after a window of 1,000 steps without an overflow"
     assert (scales[-1], config.min_loss_scale) == (2**16, 1)
+
+
+def test_the_timer_that_waits_for_the_device_is_off_unless_the_file_turns_it_on(tmp_path: Path) -> None:
+    completed = filled(options("ds_z3_bf16_config.json", tmp_path))
+    assert DeepSpeedConfig(completed).timers_config.enabled is False
+    typed = {"timers": {"throughput": {"enabled": True}}, "wall_clock_breakdown": True}
+    assert for_engine(typed) == typed
+
+
+def test_auto_buckets_get_the_size_of_a_block_and_typed_sizes_stay() -> None:
+    auto = {"reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "stage": 3}
+    fill_bucket_sizes(auto, 1000)
+    assert auto == {"reduce_bucket_size": 1000, "stage3_prefetch_bucket_size": 900, "stage": 3}
+    typed: dict[str, Any] = {"reduce_bucket_size": 5, "stage": 2}
+    fill_bucket_sizes(typed, 1000)
+    assert typed == {"reduce_bucket_size": 5, "stage": 2}
+
+
+def test_the_plan_reads_the_sizes_that_deepspeed_would_use() -> None:
+    zero = read_zero({"zero_optimization": {"stage": 3, "reduce_bucket_size": "auto"}})
+    parsed = DeepSpeedZeroConfig()
+    assert (zero.bucket, zero.prefetch) == (0, parsed.prefetch_bucket_size)
+    assert read_zero({"zero_optimization": {"stage": 3}}).bucket == parsed.reduce_bucket_size

@@ -1,6 +1,8 @@
 """Measures the bytes that DeepSpeed's engine holds and sends in real steps. test_memory.py runs it on real ranks.
 
-deepspeed --num_gpus 2 --module tests.plan.measure_memory CONFIG[,CONFIG] OUT.json WIDTH,LAYERS,HEADS,VOCABULARY[,LIVE] ...
+deepspeed --num_gpus 2 --module tests.plan.measure_memory CONFIG[,CONFIG] OUT.json WIDTH,LAYERS,HEADS,VOCABULARY[,LIVE[,WHOLE]] ...
+
+LIVE limits the gathered parameters; WHOLE is 1 if blocks are handled as a whole.
 """
 
 from __future__ import annotations
@@ -22,12 +24,16 @@ from transformers.integrations import HfDeepSpeedConfig
 from tests.plan.peak import peak_bytes
 from training.launch.exits import run_and_exit
 from training.launch.supervisor import remove_shared_buffer
-from training.options.deepspeed import read_json
+from training.model.blocks import block_parameters, use_whole_blocks
+from training.options.deepspeed import fill_bucket_sizes, read_json
 from training.run.operators import compile_operators
 
 
-def filled_in(path: str, width: int, live: int | None) -> dict[str, Any]:
-    """A shipped configuration with its "auto" values filled in as transformers does, one row per rank."""
+def filled_in(path: str, width: int, live: int | None, block: int) -> dict[str, Any]:
+    """A shipped configuration with its "auto" values filled in as a run does, one row per rank.
+
+    `block`: parameters of a block that is handled as a whole, or 0.
+    """
     config = read_json(path)
     config |= {
         "train_micro_batch_size_per_gpu": 1,
@@ -36,17 +42,29 @@ def filled_in(path: str, width: int, live: int | None) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
     }
     del config["train_batch_size"]
-    config["zero_optimization"]["reduce_bucket_size"] = width**2
-    if config["zero_optimization"]["stage"] == 3:
-        config["zero_optimization"] |= {
+    zero = config["zero_optimization"]
+    sharded = zero["stage"] == 3
+    if block:
+        fill_bucket_sizes(zero, block)
+    sizes = {"reduce_bucket_size": width**2}
+    if sharded:
+        sizes |= {
             "stage3_prefetch_bucket_size": int(0.9 * width**2),
             "stage3_param_persistence_threshold": 10 * width,
         }
-    if live and config["zero_optimization"]["stage"] == 3:
+    zero |= {name: size for name, size in sizes.items() if zero[name] == "auto"}
+    if live and sharded:
         config["zero_optimization"] |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live}
     if "optimizer" in config:
         config["optimizer"]["params"] = {"lr": 1e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
     return config
+
+
+def gptj(width: int, layers: int, heads: int, vocabulary: int) -> GPTJConfig:
+    return GPTJConfig(
+        vocab_size=vocabulary, n_positions=64, n_embd=width, n_layer=layers, n_head=heads,
+        rotary_dim=width // heads, bos_token_id=0, eos_token_id=0, use_cache=False,
+    )  # fmt: skip
 
 
 def size(tensors: Any) -> int:
@@ -85,20 +103,31 @@ def count_sent_bytes() -> None:
 
 
 def measure(
-    path: str, width: int, layers: int, heads: int, vocabulary: int, live: int | None = None
+    path: str,
+    width: int,
+    layers: int,
+    heads: int,
+    vocabulary: int,
+    live: int | None = None,
+    whole: int = 0,
 ) -> dict[str, Any]:
-    """Bytes on this rank by part, after three optimizer steps; "gathered" counts parameters, "sent" is of one step."""
+    """Bytes on this rank by part, after three optimizer steps; "gathered" counts parameters, "sent" is of one step.
+
+    "transient" is the peak of what a forward and a backward pass allocate.
+    """
     global sent
-    config = filled_in(path, width, live)
+    block = 0
+    if whole:
+        with torch.device("meta"):
+            block = block_parameters(GPTJForCausalLM(gptj(width, layers, heads, vocabulary)))
+    config = filled_in(path, width, live, block)
     sharded = config["zero_optimization"]["stage"] == 3
     hf_config = HfDeepSpeedConfig(config)  # keep a reference: while it exists, new models are sharded
-    shape = GPTJConfig(
-        vocab_size=vocabulary, n_positions=64, n_embd=width, n_layer=layers, n_head=heads,
-        rotary_dim=width // heads, bos_token_id=0, eos_token_id=0, use_cache=False,
-    )  # fmt: skip
     torch.manual_seed(0)  # at stage 2 the ranks begin with the same weights
     with deepspeed.zero.Init(config_dict_or_path=config, enabled=sharded):
-        model = GPTJForCausalLM(shape)
+        model = GPTJForCausalLM(gptj(width, layers, heads, vocabulary))
+    if whole and sharded:
+        use_whole_blocks(model)
     parameters = list(model.parameters())
     optimizer = None if "optimizer" in config else torch.optim.AdamW(parameters, fused=True)
     engine, *_ = deepspeed.initialize(
@@ -116,9 +145,13 @@ def measure(
             module.register_forward_pre_hook(watch)
     zero, gradients, step = engine.optimizer, 0, 0
     ids = torch.randint(vocabulary, (1, 32))
+
+    def pass_both_ways() -> None:
+        engine.backward(engine(input_ids=ids, labels=ids).loss)
+
     for _ in range(3):  # DeepSpeed prefetches from the second step on
         sent = 0.0
-        engine.backward(engine(input_ids=ids, labels=ids).loss)
+        transient = peak_bytes(pass_both_ways)
         if not sharded:
             gradients = size(tensor for group in zero.averaged_gradients.values() for tensor in group)
         step = peak_bytes(engine.step)
@@ -133,6 +166,7 @@ def measure(
         "gathered": gathered,
         "step": step,
         "sent": sent,
+        "transient": transient,
     }
     engine.destroy()
     del hf_config

@@ -22,7 +22,7 @@ from training.consts import GIB, LOSS_CHUNK_BYTES
 from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.model.attention import use_packed_attention
 from training.model.loss import use_response_loss
-from training.options.deepspeed import Zero
+from training.options.deepspeed import LARGEST_BUCKET, Zero
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import Lengths, alpaca_lengths, epoch_load
@@ -37,6 +37,7 @@ from training.plan.memory import (
     loss_bytes,
     offloaded_gradient_bytes,
     state_bytes,
+    with_fastest_choices,
 )
 from training.plan.model_shape import ModelShape, gptj_shape
 
@@ -107,7 +108,10 @@ def test_float32_gradients_of_the_optimizer_step_count_beyond_freed_activations(
     freed = sum(
         parts[part] for part in ("gathered layers", "activations", "logits and loss", "communication")
     )
-    assert parts["optimizer step"] == pytest.approx(6e9 / GIB - freed)  # a sub-group has 1e9 parameters
+    bucket = 2 * 4096**2 / GIB  # stays
+    assert parts["optimizer step"] == pytest.approx(
+        6e9 / GIB - (freed - bucket)
+    )  # a sub-group has 1e9 parameters
     assert (
         memory(settings_of_a_run(ranks=2, per_device_train_batch_size=1, test_size=1, zero=OFFLOAD))[
             "optimizer step"
@@ -143,6 +147,25 @@ def test_a_token_budget_limits_activations_down_to_one_row():
     assert sizes[0] == sizes[1] > sizes[2] > sizes[3] == sizes[4]
 
 
+def test_communication_counts_buckets_and_copies_by_stage():
+    block, embedding, one = GPTJ.block, 50400 * 4096, 4096**2
+    plain = settings_of_a_run(ranks=8)
+    whole = replace(plain, whole_blocks=True)
+    assert memory(plain)["communication"] == 2 * (one + embedding) / GIB
+    # bucket, its copy, the largest gradient; a prefetched block and a parameter beyond nine tenths of it
+    assert memory(whole)["communication"] == 2 * (2 * block + embedding + int(0.9 * block) + 4 * one) / GIB
+    assert memory(replace(whole, ranks=1))["communication"] == 2 * (2 * block + embedding) / GIB
+    stage_2 = settings_of_a_run(ranks=8, zero=Zero(stage=2))
+    assert memory(stage_2)["communication"] == 2 * (2 * one + embedding) / GIB
+    assert memory(replace(stage_2, whole_blocks=True))["communication"] == 2 * (2 * block + embedding) / GIB
+    typed = settings_of_a_run(ranks=8, zero=Zero(stage=3, bucket=5e7, prefetch=4e7))
+    assert memory(typed)["communication"] == 2 * (5e7 + embedding) / GIB
+    assert (
+        memory(replace(typed, whole_blocks=True))["communication"]
+        == 2 * (1e8 + embedding + 4e7 + 4 * one) / GIB
+    )
+
+
 # --- auto --------------------------------------------------------------------------------------------
 
 
@@ -160,6 +183,37 @@ def test_the_auto_token_budget_is_the_most_that_fits_and_none_if_everything_fits
     assert auto_max_tokens_per_device(GPTJ, settings, load, 0.57, memory_gib=1.0) == load.peak_row
     padded = replace(settings, batching="padded")
     assert auto_max_tokens_per_device(GPTJ, padded, epoch_load(alpaca_lengths(), padded), 0.57, 1.0) is None
+
+
+def test_the_fastest_choice_that_fits_is_taken_and_the_smallest_always_remains():
+    settings = settings_of_a_run(ranks=8, checkpointing="auto", per_device_train_batch_size=32)
+    load = epoch_load(alpaca_lengths(), settings)
+
+    def total(checkpointing: bool, whole: bool) -> float:
+        choice = replace(settings, checkpointing=checkpointing, whole_blocks=whole)
+        return sum(device_memory(GPTJ, choice, load, 0.57).values())
+
+    def choice(gib: float, model: ModelShape = GPTJ, **changes: Any) -> tuple[Any, Any]:
+        chosen = with_fastest_choices(model, replace(settings, **changes), load, 0.57, gib)
+        return chosen.checkpointing, chosen.whole_blocks
+
+    order = [(False, True), (False, False), (True, True), (True, False)]
+    needs = [total(*pair) for pair in order]
+    assert needs == sorted(needs, reverse=True)
+    for pair, gib in zip(order, needs, strict=True):
+        assert choice(gib) == pair, "what fitted without whole blocks fits as before"
+    assert choice(1.0) == (True, False)
+    assert choice(99.0, checkpointing=True) == (True, True)
+    assert choice(99.0, checkpointing=False, whole_blocks=False) == (False, False), (
+        "a resumed run keeps its choice"
+    )
+    assert choice(99.0, replace(GPTJ, checkpointing=False)) == (False, True)
+    # Blocks that are no units, or too large, are handled a module at a time.
+    for block in (0, LARGEST_BUCKET + 1):
+        assert choice(99.0, replace(GPTJ, block=block)) == (False, False)
+    file = {"zero_optimization": {"stage": 3, "stage3_module_granularity_threshold": 10**6}}
+    for config in (None, file):
+        assert choice(999.0, deepspeed=config) == (False, False)
 
 
 # --- host and disk -----------------------------------------------------------------------------------

@@ -111,12 +111,13 @@ def test_precision_comes_from_options_then_deepspeed_file_then_gpu_family(
 
 
 def test_missing_zero_settings_have_deepspeeds_defaults():
-    assert read_zero({}) == Zero(stage=0)
-    assert read_zero({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "none"}}}) == Zero(
-        stage=2
-    )
+    buckets = {"bucket": 5e8, "prefetch": 5e7}
+    assert read_zero({}) == Zero(stage=0, **buckets)
+    stage_2 = {"stage": 2, "offload_optimizer": {"device": "none"}}
+    assert read_zero({"zero_optimization": stage_2}) == Zero(stage=2, **buckets)
     for value in (10**400, float("nan"), float("inf")):  # refused, but by the checks of the file
-        assert read_zero({"zero_optimization": {"stage": value, "sub_group_size": value}}) == Zero(stage=0)
+        section = {"stage": value, "sub_group_size": value, "reduce_bucket_size": value}
+        assert read_zero({"zero_optimization": section}) == Zero(stage=0, **buckets)
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     theirs = DeepSpeedZeroConfig(stage=3)

@@ -355,6 +355,7 @@ def test_auto_checkpointing_is_on_only_if_memory_is_short_and_a_resume_keeps_it(
         "gradient_checkpointing": False,
         "max_tokens_per_device": None,
         "batching": "packed",
+        "whole_blocks": False,
     }
     small_host(monkeypatch, 1.1)
     train_tight = partial(train_demo, tmp_path / "tight", per_device_train_batch_size=512, test_size=1000)
@@ -364,7 +365,7 @@ def test_auto_checkpointing_is_on_only_if_memory_is_short_and_a_resume_keeps_it(
     assert train_tight(max_steps=2, resume="auto")["decided"] == tight["decided"]
     typed = {"gradient_checkpointing": "off", "max_tokens_per_device": 4096}
     choices = train_tight(max_steps=3, resume="auto", **typed)["decided"]
-    assert choices == typed | {"gradient_checkpointing": False, "batching": "packed"}
+    assert choices == typed | {"gradient_checkpointing": False, "batching": "packed", "whole_blocks": False}
 
 
 def test_each_disk_is_checked_for_the_files_that_it_will_hold(tmp_path, monkeypatch):

@@ -1,26 +1,32 @@
 """Run by test_attention.py on two ranks: under ZeRO-3 packed rows give the gradients of padded eager attention.
 
+Blocks that ZeRO-3 handles as a whole give the same losses, gradients, norms and weights, bit for bit.
+
 deepspeed --num_gpus 2 --module tests.run.zero3_gradients FOLDER
 """
 
 from __future__ import annotations
 
 import sys
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
-from deepspeed.utils import safe_get_full_grad
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from deepspeed.utils import get_z3_leaf_modules, safe_get_full_fp32_param, safe_get_full_grad
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from tests.model.test_attention import VOCABULARY, eager_gptj, packed, padded, random_rows
+from tests.model.test_attention import eager_gptj, packed, padded, random_rows, tied_llama
 from training.data.batching import GlobalBatchSampler
 from training.data.collator import split_packed_batch
 from training.launch.exits import run_and_exit
 from training.launch.supervisor import remove_shared_buffer
+from training.model.blocks import block_parameters, use_whole_blocks
 from training.model.packing import packing_of
+from training.options.deepspeed import fill_bucket_sizes
 from training.run.operators import compile_operators
 
 WORLD_SIZE = 2
@@ -34,18 +40,9 @@ CONFIG = {
         "stage3_param_persistence_threshold": 0,
         "stage3_max_live_parameters": 0,
     },
-    "optimizer": {"type": "AdamW", "params": {"lr": 0.0, "torch_adam": True}},
+    "gradient_clipping": 1.0,
+    "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "torch_adam": True}},
 }
-
-
-def tied_llama() -> LlamaForCausalLM:
-    """A Llama whose head is its embedding, so that the chunked loss and the embedding give one gradient."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, use_cache=False, initializer_range=0.1,
-    )  # fmt: skip
-    return LlamaForCausalLM(config).train()
 
 
 def compare(
@@ -54,8 +51,13 @@ def compare(
     checkpointing: dict | None,
     row_count: int,
     micro_steps: int = 1,
-) -> None:
-    """Compares one optimizer step on two ranks with two accumulation steps with a single process."""
+    whole_blocks: bool = False,
+) -> dict[str, Any]:
+    """Compares one optimizer step on two ranks with two accumulation steps with a single process.
+
+    Returns the losses, the gradients, their norm and the new weights.
+    """
+    reference.zero_grad()
     rows = random_rows(seed=7, count=row_count)
     labels = sum(len(row["input_ids"]) - row["response_start"] for row in rows)
     reference(**padded(rows), num_items_in_batch=labels).loss.backward()
@@ -65,7 +67,18 @@ def compare(
     packing_of(model.config).prepare(model)
     if checkpointing:
         model.gradient_checkpointing_enable(checkpointing)
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=CONFIG)
+    config = deepcopy(CONFIG)
+    if whole_blocks:
+        use_whole_blocks(model)
+        config["zero_optimization"] |= {
+            "reduce_bucket_size": "auto",
+            "stage3_prefetch_bucket_size": "auto",
+            "stage3_max_live_parameters": 10**9,
+        }
+        fill_bucket_sizes(config["zero_optimization"], block_parameters(model))
+    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    assert len(get_z3_leaf_modules(model)) == whole_blocks * model.config.num_hidden_layers
+    step: dict[str, Any] = {}
 
     shares = GlobalBatchSampler(
         [len(row["input_ids"]) for row in rows], max(row_count, WORLD_SIZE * ACCUMULATION),
@@ -80,14 +93,28 @@ def compare(
     for i, part in enumerate(parts, start=1):
         engine.set_gradient_accumulation_boundary(i == len(parts))
         loss = engine(**part, num_items_in_batch=labels).loss
+        step[f"loss {i}"] = loss.detach().clone()
         # ZeRO averages over ranks, so the loss is multiplied by their number, as in transformers' Trainer.
         engine.backward(loss * WORLD_SIZE, scale_wrt_gas=False)
     for (name, parameter), expected in zip(model.named_parameters(), reference.parameters(), strict=True):
         gradient = safe_get_full_grad(parameter)
         difference = ((gradient - expected.grad).norm() / expected.grad.norm()).item()
         assert difference < 1e-5, f"{name}: {difference}"
+        step[f"gradient of {name}"] = gradient.clone()
     engine.step()
+    step["norm"] = torch.as_tensor(engine.get_global_grad_norm())
+    step |= {
+        name: safe_get_full_fp32_param(parameter).clone() for name, parameter in model.named_parameters()
+    }
     engine.destroy()
+    return step
+
+
+def same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    """Asserts that two steps are equal bit for bit."""
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different, different
 
 
 def main(folder: Path) -> None:
@@ -100,14 +127,19 @@ def main(folder: Path) -> None:
             tied_llama().save_pretrained(llama)
         dist.barrier()
         config = HfDeepSpeedConfig(CONFIG)  # while it exists, transformers shards models as they load
-        compare(eager_gptj(), gptj, checkpointing=None, row_count=9)
-        compare(eager_gptj(), gptj, checkpointing={"use_reentrant": False}, row_count=9)
-        compare(eager_gptj(), gptj, checkpointing=None, row_count=9, micro_steps=2)
-        compare(
-            eager_gptj(), gptj, checkpointing={"use_reentrant": True}, row_count=3
-        )  # one of four shares is empty
-        compare(tied_llama(), llama, checkpointing={"use_reentrant": False}, row_count=9)
-        compare(tied_llama(), llama, checkpointing=None, row_count=3)
+        recomputed = {"use_reentrant": False}
+        step = compare(eager_gptj(), gptj, None, row_count=9)
+        same(step, compare(eager_gptj(), gptj, None, row_count=9, whole_blocks=True))
+        # The backward pass computes the same numbers again, so checkpointing changes no bit either.
+        same(step, compare(eager_gptj(), gptj, recomputed, row_count=9))
+        same(step, compare(eager_gptj(), gptj, recomputed, row_count=9, whole_blocks=True))
+        parts = compare(eager_gptj(), gptj, None, row_count=9, micro_steps=2)
+        same(parts, compare(eager_gptj(), gptj, None, row_count=9, micro_steps=2, whole_blocks=True))
+        # One of four shares is empty.
+        compare(eager_gptj(), gptj, {"use_reentrant": True}, row_count=3, whole_blocks=True)
+        step = compare(tied_llama(), llama, recomputed, row_count=9)
+        same(step, compare(tied_llama(), llama, recomputed, row_count=9, whole_blocks=True))
+        compare(tied_llama(), llama, None, row_count=3)
         del config
         (folder / f"rank{dist.get_rank()}").write_text("passed")
     finally:

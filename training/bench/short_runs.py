@@ -50,7 +50,7 @@ def become_the_only_rank() -> None:
     os.environ.update(rank)
 
 
-def settings_of(setup: Setup, config: str | None, **options: Any) -> Settings:
+def settings_of(setup: Setup, config: str | None, whole_blocks: bool = True, **options: Any) -> Settings:
     """The settings of a training on one device, without checkpointing and splits; `config` is the DeepSpeed JSON."""
     precision: dict[str, Any] = {} if config else {setup.precision: True}
     chosen = TrainingOptions(
@@ -60,7 +60,8 @@ def settings_of(setup: Setup, config: str | None, **options: Any) -> Settings:
         **precision,
         **options,
     )
-    return resolve(chosen, 1, setup.precision).with_plan_choices(False, None, "packed")
+    whole = whole_blocks and config is not None
+    return resolve(chosen, 1, setup.precision).with_plan_choices(False, None, "packed", whole)
 
 
 def planned_gib(setup: Setup, settings: Settings, layers: int) -> dict[str, float]:

@@ -38,12 +38,14 @@ class Packing:
         response_loss: whether the chunked loss of loss.py equals the architecture's own.
         padded_loss: whether padded rows need the loss of loss.py, because its own is not that of the next tokens.
         lost_positions: positions of its config that no row can use (RoBERTa's table begins after its padding).
+        whole_blocks: whether ZeRO-3 may reduce the gradients of a block at once (blocks.py).
     """
 
     obstacle: str | None = None
     response_loss: bool = False
     padded_loss: bool = False
     lost_positions: int = 0
+    whole_blocks: bool = False
 
     def row_limit(self, positions: int) -> int:
         """Tokens of the longest row for a config with that many positions. A padded row's width is a multiple of 8."""

@@ -10,16 +10,17 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from training.consts import IGNORE_INDEX
-from training.data.collator import DataCollatorForCompletionOnlyLM
+from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data.prompt import CONTROL_TOKENS
 from training.errors import ModelError, first_line
+from training.model.blocks import blocks_are_units
 from training.model.loss import use_padded_loss
 from training.model.twin import (
     HEADS,
@@ -123,6 +124,10 @@ def _try_twin(twin: PreTrainedModel, packing: Packing, grows: bool, trust_remote
             with _because("its gradients cannot be computed"):
                 if not _trains(twin, rows):
                     raise _RefusedError("its loss is not that of the next tokens")
+    batch = _collated(
+        rows, DataCollatorForPackedRows if packing.obstacle is None else DataCollatorForCompletionOnlyLM
+    )
+    packing = replace(packing, whole_blocks=blocks_are_units(twin, batch))
     with TemporaryDirectory() as folder:
         _check_saved(twin, rows[0][:, :8], Path(folder), trust_remote_code)
     return packing
@@ -179,8 +184,13 @@ def _check_padding(twin: PreTrainedModel, rows: list[torch.Tensor]) -> None:
 
 
 def _padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    collator = DataCollatorForCompletionOnlyLM(pad_token_id=0)
-    return collator([{"input_ids": row[0].tolist(), "response_start": row.shape[1] // 2} for row in rows])
+    return _collated(rows, DataCollatorForCompletionOnlyLM)
+
+
+def _collated(rows: list[torch.Tensor], collator: Any) -> dict[str, torch.Tensor]:
+    return collator(pad_token_id=0)(
+        [{"input_ids": row[0].tolist(), "response_start": row.shape[1] // 2} for row in rows]
+    )
 
 
 def _trains(twin: PreTrainedModel, rows: list[torch.Tensor]) -> bool:

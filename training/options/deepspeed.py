@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -64,12 +65,44 @@ def offloads(zero: Mapping[str, Any], section: str) -> bool:
     return isinstance(value, dict) and value.get("device", "none") != "none"
 
 
+# Parameters of the largest block that is handled as a whole: also DeepSpeed's own size of a bucket of gradients. A rank
+# holds such a block in transit four times, in 16 bit 4 GB. The experts of a large mixture are more.
+LARGEST_BUCKET = 5 * 10**8
+
+
+def for_engine(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the DeepSpeed JSON with what the trainer adds to it.
+
+    DeepSpeed's throughput timer waits for the device twice a step, and prints nothing that the trainer does not log.
+    """
+    return {"timers": {"throughput": {"enabled": False}}} | copy.deepcopy(dict(config))
+
+
+def bucket_sizes(block: int) -> dict[str, int]:
+    """Parameters in DeepSpeed's buckets for a model whose blocks have `block` parameters, by key of zero_optimization.
+
+    A bucket of a block's size reduces its gradients in one call. DeepSpeed prefetches until the bucket is full and
+    exceeds it by one parameter, so nine tenths of a block prefetch one block. transformers' "auto" is width^2, a twelfth
+    of a block of GPT-J.
+    """
+    return {"reduce_bucket_size": block, "stage3_prefetch_bucket_size": int(0.9 * block)}
+
+
+def fill_bucket_sizes(zero: dict[str, Any], block: int) -> None:
+    """Replaces "auto" sizes of buckets in a zero_optimization section, in place. Sizes that the user typed stay."""
+    for key, size in bucket_sizes(block).items():
+        if zero.get(key) == "auto":
+            zero[key] = size
+
+
 @dataclass(frozen=True)
 class Zero:
     """The memory settings of a DeepSpeed configuration. Stage 0 is training without DeepSpeed.
 
-    `live_parameters`, `sub_group` and `bucket` count parameters; a bucket of 0 is transformers' "auto": width^2. With
+    `live_parameters`, `sub_group`, `bucket` (of gradients) and `prefetch` count parameters; a bucket of 0 is "auto":
+    `bucket_sizes` if blocks are handled as a whole, otherwise transformers' width^2 and nine tenths of it. With
     `all_reduce` stages 1 and 2 send each reduced gradient to all ranks, not only to the one that keeps it.
+    `leaf_threshold`: DeepSpeed chooses leaf modules by the file's stage3_module_granularity_threshold.
     """
 
     stage: int = 0
@@ -80,6 +113,8 @@ class Zero:
     sub_group: float = 1e9
     bucket: float = 0
     all_reduce: bool = True
+    prefetch: float = 0
+    leaf_threshold: bool = False
 
 
 def read_zero(config: Mapping[str, Any]) -> Zero:
@@ -92,6 +127,9 @@ def read_zero(config: Mapping[str, Any]) -> Zero:
         value = zero.get(key, default)
         return float(value) if is_number(value) else default
 
+    def bucket(key: str, default: float) -> float:
+        return 0.0 if zero.get(key) == "auto" else number(key, default)
+
     return Zero(
         stage=int(number("stage", 0)),
         offload_optimizer=offloaded,
@@ -99,6 +137,8 @@ def read_zero(config: Mapping[str, Any]) -> Zero:
         pinned=offloaded and zero["offload_optimizer"].get("pin_memory", True) is True,
         live_parameters=number("stage3_max_live_parameters", 1e9),
         sub_group=number("sub_group_size", 1e9),
-        bucket=number("reduce_bucket_size", 0),
+        bucket=bucket("reduce_bucket_size", 5e8),
+        prefetch=bucket("stage3_prefetch_bucket_size", 5e7),
+        leaf_threshold=number("stage3_module_granularity_threshold", 0) > 0,
         all_reduce=zero.get("use_multi_rank_bucket_allreduce", True) is not False,
     )

@@ -179,7 +179,7 @@ ZERO: Section = {
     "log_trace_cache_warnings": _switch(),
     "enable_sanity_checks": _switch(),
     "save_muon_momentum_buffer_in_memory": _unused("the optimizer is AdamW"),
-    "leaf_module": _unused("transformers chooses the leaf modules"),
+    "leaf_module": _unused("the trainer chooses the leaf modules: the model's blocks"),
     "mics_shard_size": _unused(DROPPED, only=-1),
     "mics_hierarchical_params_gather": _unused(DROPPED),
     "zeropp_loco_param": _unused(DROPPED),

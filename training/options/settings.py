@@ -27,6 +27,8 @@ class Settings:
         max_tokens: largest packed batch of a device, in tokens; None: no limit; "auto" until the plan chooses.
         batching: "packed" or "padded" as requested; "length" if packing was requested and the model's architecture
             cannot be packed: padded, with rows of similar length together.
+        whole_blocks: whether DeepSpeed gathers and reduces a block at a time; "auto" until the plan chooses. It costs
+            memory and saves the host time. Runs that have recorded no choice began without it.
     """
 
     options: TrainingOptions
@@ -36,6 +38,7 @@ class Settings:
     checkpointing: bool | Literal["auto"]
     max_tokens: int | str | None
     batching: Batching
+    whole_blocks: bool | Literal["auto"] = "auto"
 
     @property
     def plan_choices(self) -> dict[str, Any]:
@@ -44,14 +47,23 @@ class Settings:
             "gradient_checkpointing": self.checkpointing,
             "max_tokens_per_device": self.max_tokens,
             "batching": self.batching,
+            "whole_blocks": self.whole_blocks,
         }
 
     def with_plan_choices(
-        self, gradient_checkpointing: bool, max_tokens_per_device: int | None, batching: Batching
+        self,
+        gradient_checkpointing: bool,
+        max_tokens_per_device: int | None,
+        batching: Batching,
+        whole_blocks: bool = False,
     ) -> Settings:
         """These settings with the values that the plan has chosen."""
         return replace(
-            self, checkpointing=gradient_checkpointing, max_tokens=max_tokens_per_device, batching=batching
+            self,
+            checkpointing=gradient_checkpointing,
+            max_tokens=max_tokens_per_device,
+            batching=batching,
+            whole_blocks=whole_blocks,
         )
 
     def with_test_size(self, rows: int) -> Settings:

@@ -19,12 +19,12 @@ from training.options.trainer_options import TrainingOptions, flag_of
 from training.plan.epoch import Lengths, Load, epoch_load
 from training.plan.memory import (
     CPU_PROCESS_GIB,
-    auto_gradient_checkpointing,
     auto_max_tokens_per_device,
     device_memory,
     disk,
     host_memory,
     peak_activation_bytes,
+    with_fastest_choices,
 )
 from training.plan.model_shape import ModelShape
 from training.plan.overhead import checkpoint_seconds, checkpoints, evaluations, finish_seconds, start_seconds
@@ -42,7 +42,8 @@ class Plan:
     """Predicted memory, disk and time of a run on a machine.
 
     Attributes:
-        settings: the run's settings, with "auto" resolved: `checkpointing` is bool, `max_tokens` int or None.
+        settings: the run's settings, with "auto" resolved: `checkpointing` and `whole_blocks` are bool, `max_tokens` int
+            or None.
         gpu_memory_gib: memory of one device by part. On a CPU machine this is host memory and also counted there.
         activations_gib: activations and logits "with checkpointing" and "without checkpointing".
         host_memory_gib: "loading" and "training".
@@ -152,6 +153,7 @@ def with_packing(model: ModelShape, packing: Packing) -> ModelShape:
         obstacle=packing.obstacle,
         response_loss=packing.response_loss,
         positions=packing.row_limit(model.positions),
+        block=model.block if packing.whole_blocks else 0,
     )
 
 
@@ -164,11 +166,7 @@ def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machi
     # CPU ranks share host memory with each other and with the buffers for saving.
     saving = host["training"] - local * CPU_PROCESS_GIB
     room = (machine.host_gib - saving) / local if cpu else machine.gpu_memory_gib
-    if settings.checkpointing == "auto":
-        recompute = model.checkpointing and auto_gradient_checkpointing(
-            model, settings, load, share, room, cpu
-        )
-        settings = replace(settings, checkpointing=recompute)
+    settings = with_fastest_choices(model, settings, load, share, room, cpu)
     if settings.max_tokens == "auto":
         budget = auto_max_tokens_per_device(model, settings, load, share, room, cpu)
         settings = replace(settings, max_tokens=budget)

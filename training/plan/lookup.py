@@ -36,6 +36,7 @@ def model_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
 def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
     """Shape from transformers' config and the parameters of a model on the meta device."""
     from training.machine.flops import model_parameters
+    from training.model.blocks import block_parameters
     from training.model.loading import embedding_rows, load_config, max_positions, text_config
     from training.model.twin import meta_model
 
@@ -63,6 +64,7 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
             file_bytes=sum(file.stat().st_size for file in files) or 2 * parameters,
             downloaded=not folder.is_dir(),
             checkpointing=model.supports_gradient_checkpointing,
+            block=block_parameters(model),
             gated=any("gate_proj" in part for part, _ in model.named_modules()),
         )
     except Exception as error:  # of torch or transformers, for sizes that are no sizes

@@ -9,9 +9,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from training.consts import GIB, LOSS_CHUNK_BYTES
+from training.options.deepspeed import LARGEST_BUCKET, Zero, bucket_sizes
 
 if TYPE_CHECKING:
-    from training.options.deepspeed import Zero
     from training.options.settings import Settings
     from training.plan.epoch import Load
     from training.plan.model_shape import ModelShape
@@ -120,45 +120,75 @@ def peak_activation_bytes(
     )
 
 
+def whole_blocks_possible(model: ModelShape, settings: Settings) -> bool:
+    """Whether DeepSpeed can gather and reduce a block at a time. A file that chooses leaf modules itself is obeyed."""
+    zero = settings.zero
+    return zero.stage > 0 and 0 < model.block <= LARGEST_BUCKET and not zero.leaf_threshold
+
+
+def bucket_parameters(model: ModelShape, settings: Settings, cpu: bool) -> float:
+    """Parameters whose gradients fit into a bucket."""
+    bucket = settings.zero.bucket or (model.block if settings.whole_blocks is True else model.width**2)
+    # The system gives memory only to the part of a bucket that is written.
+    return min(bucket, model.parameters) if cpu else bucket
+
+
+def communication_bytes(model: ModelShape, settings: Settings, cpu: bool) -> float:
+    """Bytes of weights and gradients in transit, beyond the gathered layers.
+
+    With ZeRO: the bucket and the largest gradient, which is the embedding's. Stages 1 and 2 fill a
+    second bucket meanwhile (stage_1_and_2.py, setup_buckets). With whole blocks ZeRO-3 also copies the gradients of a bucket before it reduces them
+    (`reduce_scatter_coalesced`), and gathers a prefetched block into a buffer from which its weights are copied
+    (`AllGatherCoalescedHandle.wait`). Without ZeRO torch's DistributedDataParallel copies all gradients into buckets.
+    """
+    zero, size, whole = settings.zero, settings.number_bytes, settings.whole_blocks is True
+    if not zero.stage:
+        return settings.weight_bytes * model.parameters if settings.ranks > 1 else 0.0
+    bucket = bucket_parameters(model, settings, cpu)
+    largest = model.vocabulary * model.width
+    if zero.stage < 3:
+        return size * (2 * bucket + largest)
+    if not whole:
+        return size * (bucket + largest)
+    prefetched = zero.prefetch or bucket_sizes(model.block)["stage3_prefetch_bucket_size"]
+    copied = prefetched + max(model.width * model.inner, model.width**2) if settings.ranks > 1 else 0
+    return size * (bucket + min(bucket, model.block) + max(largest, model.block) + copied)
+
+
 def device_memory(
     model: ModelShape, settings: Settings, load: Load, response_share: float, cpu: bool = False
 ) -> dict[str, float]:
     """Peak GiB of one device in a step, by part. The device must have their sum.
 
     "gathered layers": ZeRO-3 prefetches until stage3_max_live_parameters are gathered, and exceeds the limit by one
-    parameter. The forward pass of a larger model always reaches the limit, because every module requests the next
-    bucket, even a module without parameters (`fetch_sub_module` in partitioned_param_coordinator.py; measured on real
-    ranks). A single rank holds all weights anyway. Without ZeRO this part is autocast's 16-bit copy of the weights.
-    "communication": gradients in transit. With ZeRO a bucket and the largest gradient, which is the embedding's;
-    stages 1 and 2 fill a second bucket meanwhile (stage_1_and_2.py, setup_buckets). Without ZeRO torch's
-    DistributedDataParallel copies all gradients into buckets.
+    parameter, or by a block if it gathers whole blocks. The forward pass of a larger model always reaches the limit,
+    because every module requests the next bucket, even a module without parameters (`fetch_sub_module` in
+    partitioned_param_coordinator.py; measured on real ranks). A single rank holds all weights anyway. Without ZeRO this part is autocast's 16-bit copy of the weights.
+    "communication": `communication_bytes`.
     "optimizer step": float32 copies of the gradients, and 16-bit ones on the way (DeepSpeed copies one sub-group at a
     time, at stages 1 and 2 a rank's whole shard), beyond the memory that activations, logits, gathered layers and buckets
-    have freed by then.
+    have freed by then. Stage 3 keeps its bucket.
     """
     zero, size = settings.zero, settings.number_bytes
     activations, loss = peak_activation_bytes(
         model, settings, load, response_share, settings.checkpointing is True
     )
     parts = state_bytes(model, settings)
-    gathered = communication = 0.0
+    gathered, communication = 0.0, communication_bytes(model, settings, cpu)
     if zero.stage == 3 and (settings.ranks > 1 or zero.offload_parameters):
         largest = model.width * max(model.vocabulary, model.inner)
+        if settings.whole_blocks is True:
+            largest = max(largest, model.block)
         gathered = size * min(model.parameters, zero.live_parameters + largest)
     elif zero.stage == 0 and size == 2:
         gathered = size * model.parameters
-    if zero.stage:
-        bucket = zero.bucket or model.width**2
-        if cpu:  # the system gives memory only to the part of a bucket that is written
-            bucket = min(bucket, model.parameters)
-        communication = size * ((1 if zero.stage == 3 else 2) * bucket + model.vocabulary * model.width)
-    elif settings.ranks > 1:
-        communication = settings.weight_bytes * model.parameters
     freed = activations + loss + gathered + communication
     step = 0.0
     if zero.stage and size == 2 and not zero.offload_optimizer:
         shard = model.parameters / settings.ranks
-        step = max(0.0, (4 + size) * (min(shard, zero.sub_group) if zero.stage == 3 else shard) - freed)
+        copies = (4 + size) * (min(shard, zero.sub_group) if zero.stage == 3 else shard)
+        kept = size * bucket_parameters(model, settings, cpu) if zero.stage == 3 else 0.0
+        step = max(0.0, copies - (freed - kept))
     parts |= {
         "gathered layers": gathered,
         "activations": activations,
@@ -172,20 +202,32 @@ def device_memory(
     }
 
 
-def auto_gradient_checkpointing(
+def with_fastest_choices(
     model: ModelShape,
     settings: Settings,
     load: Load,
     response_share: float,
     memory_gib: float,
     cpu: bool = False,
-) -> bool:
-    """Whether to use gradient checkpointing, because the largest share of rows does not fit without it.
+) -> Settings:
+    """`settings` with "auto" of checkpointing and whole blocks replaced by the fastest choice that fits.
 
-    Checkpointing comes before splitting a share, because each part of a split share gathers all weights again.
+    The smallest choice if none fits. Recomputing activations takes a third more time, which is more than the hooks of
+    all modules. It comes before splitting a share, because each part of a split share gathers all weights again.
     """
-    without = replace(settings, checkpointing=False)
-    return sum(device_memory(model, without, load, response_share, cpu).values()) > memory_gib
+    recompute = [settings.checkpointing is True]
+    if settings.checkpointing == "auto":
+        recompute = [False, True] if model.checkpointing else [False]
+    whole = [settings.whole_blocks is True]
+    if settings.whole_blocks == "auto":
+        whole = [True, False]
+    if not whole_blocks_possible(model, settings):
+        whole = [False]
+    choices = [replace(settings, checkpointing=on, whole_blocks=units) for on in recompute for units in whole]
+    for choice in choices:
+        if sum(device_memory(model, choice, load, response_share, cpu).values()) <= memory_gib:
+            return choice
+    return choices[-1]
 
 
 def auto_max_tokens_per_device(

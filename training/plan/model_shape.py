@@ -19,6 +19,7 @@ class ModelShape:
         obstacle: why rows cannot be packed; None if they can (model/packing.py).
         response_loss: whether the chunked loss of loss.py can be used.
         checkpointing: whether transformers has gradient checkpointing for it.
+        block: parameters of its largest block, or 0 if ZeRO-3 may not handle a block as a whole (model/blocks.py).
     """
 
     name: str
@@ -37,6 +38,7 @@ class ModelShape:
     obstacle: str | None = None
     response_loss: bool = True
     checkpointing: bool = True
+    block: int = 0
 
 
 def _shape(
@@ -75,6 +77,7 @@ def _shape(
         positions=positions,
         file_bytes=number_bytes * parameters,
         downloaded=downloaded,
+        block=(stack - 2 * width) // layers,
     )
 
 

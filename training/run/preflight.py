@@ -187,6 +187,8 @@ def _plan_choices(
         settings = replace(settings, checkpointing=earlier["gradient_checkpointing"])
     if earlier and settings.max_tokens == "auto":
         settings = replace(settings, max_tokens=earlier["max_tokens_per_device"])
+    if earlier:  # a run that recorded no choice began before blocks were handled as a whole
+        settings = replace(settings, whole_blocks=earlier.get("whole_blocks", False))
     if settings.packed and earlier.get("batching") == "length":
         settings = settings.without_packing()
     options = settings.options

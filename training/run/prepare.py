@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import logging
 import warnings
@@ -28,6 +27,7 @@ from training.model.packing import Packing, packing_of
 from training.model.tokenizer import load_tokenizer, saved_form
 from training.model.trial import try_model
 from training.options.checks import check_max_length
+from training.options.deepspeed import for_engine
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.options.wording import worded
@@ -109,6 +109,7 @@ def form_process_group(settings: Settings) -> TrainingArguments:
     timeout = settings.options.rank_timeout
     if settings.deepspeed is not None:
         compile_operators(settings.deepspeed, timeout)
+        _leave_out_profiler_marks()
     with default_sigterm():
         if settings.deepspeed is not None:
             connect_ranks(timedelta(seconds=timeout))
@@ -134,6 +135,13 @@ def connect_ranks(timeout: timedelta) -> None:
         remove_shared_buffer()  # now, because a killed run could not
 
 
+def _leave_out_profiler_marks() -> None:
+    """DeepSpeed marks its functions for NVIDIA's profiler, thousands of times a step, also if no profiler runs."""
+    from deepspeed.utils import nvtx
+
+    nvtx.enable_nvtx = False
+
+
 def training_arguments(settings: Settings) -> TrainingArguments:
     """The Trainer's arguments. Under ZeRO-3 they must stay alive while `from_pretrained` loads in shards."""
     options = settings.options
@@ -152,7 +160,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         bf16=settings.precision == "bf16",
         fp16=settings.precision == "fp16",
-        deepspeed=copy.deepcopy(settings.deepspeed),  # transformers replaces each "auto"
+        deepspeed=None if settings.deepspeed is None else for_engine(settings.deepspeed),
         use_cpu=not gpu,
         logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,  # the default hides a NaN loss in the log

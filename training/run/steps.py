@@ -17,8 +17,10 @@ from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollator
 from training.data.rows import read_prompts
 from training.errors import ModelError, OptionsError
 from training.machine.flops import peak_flops
+from training.model.blocks import block_parameters, use_whole_blocks
 from training.model.loading import DTYPES, load_model, max_positions
 from training.model.loss import use_padded_loss
+from training.options.deepspeed import fill_bucket_sizes
 from training.options.settings import Settings
 from training.options.trainer_options import steps_between_samples
 from training.ranks import on_rank_0
@@ -105,6 +107,10 @@ def build_trainer(
         prepared.packing.prepare(model)
     elif prepared.packing.padded_loss:
         use_padded_loss(model)
+    if settings.whole_blocks is True:
+        if settings.zero.stage == 3:
+            use_whole_blocks(model)
+        fill_bucket_sizes(args.hf_deepspeed_config.config["zero_optimization"], block_parameters(model))
     collator = DataCollatorForPackedRows if settings.packed else DataCollatorForCompletionOnlyLM
     trainer = CompletionTrainer(
         model=model,
