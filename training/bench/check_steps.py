@@ -41,7 +41,9 @@ OFFLOADED_STEPS = 10
 MOST_WAITS = 4  # of our code in a step
 
 
-def build(setup: Setup, settings: Settings, rows: list[dict[str, Any]], layers: int) -> CompletionTrainer:
+def build(
+    setup: Setup, settings: Settings, rows: list[dict[str, Any]], layers: int, whole_blocks: bool = True
+) -> CompletionTrainer:
     """The product's Trainer for random weights and rows. It neither evaluates nor saves."""
     if settings.deepspeed is not None:
         become_the_only_rank()
@@ -55,7 +57,7 @@ def build(setup: Setup, settings: Settings, rows: list[dict[str, Any]], layers: 
         data,
         data.select([0]),
         Ledger("random", POSITIONS),
-        Packing(response_loss=True),
+        Packing(response_loss=True, whole_blocks=whole_blocks),
     )
 
     def load(settings: Settings, prepared: prepare.Prepared) -> PreTrainedModel:
@@ -83,13 +85,15 @@ class Clock(TrainerCallback):
             self.seconds = (time.perf_counter() - self.begin) / TIMED
 
 
-def step_time(kind: str | None, setup: Setup) -> Finding:
+def step_time(kind: str | None, setup: Setup, whole_blocks: bool = True) -> Finding:
     """Seconds of a step, real tokens/s, MFU and peak memory of a shipped configuration; None: without DeepSpeed."""
     count = WARM_UP + TIMED
     config = None if kind is None else config_file(kind, setup.precision)
     # The first log line covers the warm-up.
     settings = settings_of(setup, config, max_steps=count, logging_steps=WARM_UP)
-    trainer = build(setup, settings, random_rows(count * setup.rows, setup.vocabulary), setup.layers)
+    trainer = build(
+        setup, settings, random_rows(count * setup.rows, setup.vocabulary), setup.layers, whole_blocks
+    )
     clock = Clock(trainer.args.device)
     trainer.add_callback(clock)
     trainer.train()
@@ -166,6 +170,7 @@ def offload(setup: Setup) -> Finding:
 
 
 CHECKS: dict[str, Check] = {
+    "zero3-plain": partial(step_time, "z3", whole_blocks=False),
     "zero3": partial(step_time, "z3"),
     "zero2": partial(step_time, "z2"),
     "alone": partial(step_time, None),

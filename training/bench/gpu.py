@@ -38,6 +38,7 @@ GROUPS = (
             Line("loss-bf16", "loss in chunks, bf16", 40),
         ),
     ),
+    Group(STEPS, (Line("zero3-plain", "a step: ZeRO-3 without leaf modules", 75),)),
     Group(STEPS, (Line("zero3", "a step: ZeRO-3", 75),)),
     Group(STEPS, (Line("zero2", "a step: ZeRO-2", 75),)),
     Group(STEPS, (Line("alone", "a step: without DeepSpeed", 75),)),
