@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
 from statistics import fmean
@@ -41,9 +42,7 @@ OFFLOADED_STEPS = 10
 MOST_WAITS = 4  # of our code in a step
 
 
-def build(
-    setup: Setup, settings: Settings, rows: list[dict[str, Any]], layers: int, whole_blocks: bool = True
-) -> CompletionTrainer:
+def build(setup: Setup, settings: Settings, rows: list[dict[str, Any]], layers: int) -> CompletionTrainer:
     """The product's Trainer for random weights and rows. It neither evaluates nor saves."""
     if settings.deepspeed is not None:
         become_the_only_rank()
@@ -57,7 +56,7 @@ def build(
         data,
         data.select([0]),
         Ledger("random", POSITIONS),
-        Packing(response_loss=True, whole_blocks=whole_blocks),
+        Packing(response_loss=True),
     )
 
     def load(settings: Settings, prepared: prepare.Prepared) -> PreTrainedModel:
@@ -91,9 +90,8 @@ def step_time(kind: str | None, setup: Setup, whole_blocks: bool = True) -> Find
     config = None if kind is None else config_file(kind, setup.precision)
     # The first log line covers the warm-up.
     settings = settings_of(setup, config, max_steps=count, logging_steps=WARM_UP)
-    trainer = build(
-        setup, settings, random_rows(count * setup.rows, setup.vocabulary), setup.layers, whole_blocks
-    )
+    settings = replace(settings, whole_blocks=whole_blocks and kind == "z3")
+    trainer = build(setup, settings, random_rows(count * setup.rows, setup.vocabulary), setup.layers)
     clock = Clock(trainer.args.device)
     trainer.add_callback(clock)
     trainer.train()
