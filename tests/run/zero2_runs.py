@@ -1,0 +1,87 @@
+"""Run by test_zero2.py on two ranks: several trainings in the same two processes, under ZeRO-3 and ZeRO-2.
+
+deepspeed --num_gpus 2 --module tests.run.zero2_runs FOLDER
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+
+from training import ranks
+from training.console import set_up_console
+from training.launch.exits import run_and_exit
+from training.options.trainer_options import TrainingOptions
+from training.trainer import train
+
+ZERO_3, ZERO_2 = "config/ds_z3_bf16_config.json", "config/ds_z2_bf16_config.json"
+COMMON: dict[str, Any] = {
+    "input_model": "demo",
+    "training_dataset": "demo",
+    "test_size": 20,
+    "max_steps": 6,
+    "logging_steps": 1,
+    "eval_steps": 2,
+    "save_steps": 2,
+    "save_total_limit": 100,
+    "lr": 1e-3,
+    "per_device_train_batch_size": 4,
+    "gradient_checkpointing": "off",
+}
+
+
+def runs(folder: Path) -> dict[str, dict[str, Any]]:
+    """The options of each run, by the name of its folder."""
+    resumed = {
+        "resume": str(folder / "zero-2" / "checkpoint-2"),
+        "final_model": "best",
+        "dbfs_output_dir": str(folder / "published"),
+    }
+    return {
+        "zero-3": {"deepspeed": ZERO_3},
+        "zero-2": {"deepspeed": ZERO_2},
+        "resumed": {"deepspeed": ZERO_2, **resumed},
+        "split": {"deepspeed": ZERO_2, "max_tokens_per_device": 100},
+        "accumulated": {
+            "deepspeed": ZERO_2,
+            "per_device_train_batch_size": 2,
+            "gradient_accumulation_steps": 2,
+        },
+    }
+
+
+def main(folder: str) -> None:
+    """Also writes gathered.json: the ranks that collected the weights of the whole model, by run."""
+    set_up_console(logging.WARNING)
+    if ranks.is_main_process():
+        logging.getLogger("training").setLevel(logging.INFO)
+    end_process_group, ranks.end_process_group = ranks.end_process_group, lambda: None
+    get_state_dict, gathered = Accelerator.get_state_dict, {}
+
+    def counted(*arguments: Any, **how: Any) -> Any:
+        gathered[name] = True
+        return get_state_dict(*arguments, **how)
+
+    Accelerator.get_state_dict = counted
+    for name, options in runs(Path(folder)).items():
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        train(TrainingOptions(**COMMON | {"local_output_dir": f"{folder}/{name}"} | options))
+        torch.distributed.barrier()  # rank 0 has finished the folder
+    by_rank = ranks.gather(gathered)
+    if ranks.is_main_process():
+        who = {name: [n for n, of in enumerate(by_rank) if of.get(name)] for name in ("zero-3", "zero-2")}
+        Path(folder, "gathered.json").write_text(json.dumps(who))
+    end_process_group()
+
+
+if __name__ == "__main__":
+    words = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+    run_and_exit(lambda: main(*words))
