@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from training import ranks
 from training.console import set_up_console
@@ -62,7 +63,8 @@ def main(folder: str) -> None:
     set_up_console(logging.WARNING)
     if ranks.is_main_process():
         logging.getLogger("training").setLevel(logging.INFO)
-    end_process_group, ranks.end_process_group = ranks.end_process_group, lambda: None
+    # The group lives on, but rank 0 must not shard the finished model when it verifies it.
+    end_process_group, ranks.end_process_group = ranks.end_process_group, unset_hf_deepspeed_config
     get_state_dict, gathered = Accelerator.get_state_dict, {}
 
     def counted(*arguments: Any, **how: Any) -> Any:

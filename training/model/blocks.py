@@ -84,15 +84,15 @@ def use_whole_blocks(model: nn.Module) -> None:
     """Makes each block a leaf module of ZeRO-3, in place, before DeepSpeed's engine is built.
 
     Only for blocks that are units. It does not matter whether the classes of the blocks have been replaced. Losses and
-    gradients stay the same, bit for bit: DeepSpeed's hooks on attention and MLP add up the gradients of a part's input
-    before they join those of other parts, and `_join_gradients` keeps this order of additions.
+    gradients stay the same, bit for bit: DeepSpeed's hook on a part adds up the gradients of its input before they join
+    those of other parts, and `_join_gradients` keeps this order of additions. torch's own modules use their input once.
     """
     from deepspeed.utils import set_z3_leaf_module
 
     for block in blocks_of(model):
         set_z3_leaf_module(block, True)
         for part in block.modules():
-            if part is not block and next(part.children(), None) is not None:
+            if part is not block and not type(part).__module__.startswith("torch.nn"):
                 part.register_forward_pre_hook(_join_gradients)
 
 
