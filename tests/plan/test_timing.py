@@ -118,7 +118,7 @@ def test_accumulation_and_split_shares_repeat_what_happens_in_every_micro_step()
 
 
 def test_a_fast_gpu_waits_for_the_host():
-    settings = settings_of_a_run(ranks=8, checkpointing=False)
+    settings = replace(settings_of_a_run(ranks=8, checkpointing=False), whole_blocks=True)
     fast = replace(A100, family="h100", flops=989.5e12, link="nvlink4")
     seconds = seconds_of(settings, fast, slowest_tokens=100)
     host = host_seconds(GPTJ, fast, settings)
@@ -133,10 +133,13 @@ def test_a_fast_gpu_waits_for_the_host():
         "one call of attention for each of 8 documents"
     )
     assert host_seconds(GPTJ, replace(A100, family="cpu"), settings) == 0
+    by_module = host_seconds(GPTJ, fast, replace(settings, whole_blocks=False))
+    assert by_module == pytest.approx(1.3 * 28 * 9.2e-3), "DeepSpeed's hooks on every module"
 
 
 def test_an_evaluation_is_a_forward_pass_of_the_held_out_rows():
     settings = settings_of_a_run(ranks=8, checkpointing=False, test_size=640)
+    settings = replace(settings, whole_blocks=True)
     load = epoch_load(alpaca_lengths(), settings)
     step = {"compute": 6.0}
     # 640 rows are ten batches of 64 rows: 2 s each, and one transfer of the weights each.

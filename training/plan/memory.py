@@ -136,8 +136,8 @@ def bucket_parameters(model: ModelShape, settings: Settings, cpu: bool) -> float
 def communication_bytes(model: ModelShape, settings: Settings, cpu: bool) -> float:
     """Bytes of weights and gradients in transit, beyond the gathered layers.
 
-    With ZeRO: the bucket and the largest gradient, which is the embedding's. Stages 1 and 2 fill a
-    second bucket meanwhile (stage_1_and_2.py, setup_buckets). With whole blocks ZeRO-3 also copies the gradients of a bucket before it reduces them
+    With ZeRO: the bucket and the largest gradient, which is the embedding's. Stages 1 and 2 fill a second bucket meanwhile
+    (stage_1_and_2.py, setup_buckets). With whole blocks ZeRO-3 also copies the gradients of a bucket before it reduces them
     (`reduce_scatter_coalesced`), and gathers a prefetched block into a buffer from which its weights are copied
     (`AllGatherCoalescedHandle.wait`). Without ZeRO torch's DistributedDataParallel copies all gradients into buckets.
     """
@@ -161,7 +161,7 @@ def device_memory(
     """Peak GiB of one device in a step, by part. The device must have their sum.
 
     "gathered layers": ZeRO-3 prefetches until stage3_max_live_parameters are gathered, and exceeds the limit by one
-    parameter, or by a block if it gathers whole blocks. The forward pass of a larger model always reaches the limit,
+    parameter, and by a block if it gathers whole blocks (measured on two ranks). The forward pass of a larger model always reaches the limit,
     because every module requests the next bucket, even a module without parameters (`fetch_sub_module` in
     partitioned_param_coordinator.py; measured on real ranks). A single rank holds all weights anyway. Without ZeRO this part is autocast's 16-bit copy of the weights.
     "communication": `communication_bytes`.
@@ -178,7 +178,7 @@ def device_memory(
     if zero.stage == 3 and (settings.ranks > 1 or zero.offload_parameters):
         largest = model.width * max(model.vocabulary, model.inner)
         if settings.whole_blocks is True:
-            largest = max(largest, model.block)
+            largest += model.block
         gathered = size * min(model.parameters, zero.live_parameters + largest)
     elif zero.stage == 0 and size == 2:
         gathered = size * model.parameters

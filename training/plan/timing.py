@@ -28,13 +28,14 @@ PADDED_SHARE = 0.6
 OFFLOADED_ADAM = 1.2e9
 
 # Bytes of device memory that one update of a parameter moves: float32 gradient, norm, Adam on three states, the copy to
-# 16 bit. Counted in DeepSpeed's stage3.py. Memory moves one byte in the time of about 200 FLOPs at the peak (A100: 312e12
-# / 1.56e12; 117 to 295 for the other GPUs, NVIDIA's data sheets).
+# 16 bit. An estimate from the operations of DeepSpeed's stage3.py. Memory moves one byte in the time of about 200 FLOPs at
+# the peak (A100: 312e12 / 1.56e12; 117 to 295 for the other GPUs, NVIDIA's data sheets).
 UPDATE_BYTES, FLOPS_PER_BYTE = 60, 200
 
 # Seconds of Python and PyTorch to queue the forward and backward pass of one layer, by ZeRO stage: measured on CPU for a
-# GPT-J of 28 layers of tiny width, one rank. ZeRO-3 has blocks as leaf modules and buckets of the shipped file.
+# GPT-J of 28 layers of tiny width, one rank. ZeRO-3 handles each block as a whole.
 HOST_LAYER = {0: 1.3e-3, 1: 2.3e-3, 2: 2.7e-3, 3: 3.9e-3}
+HOST_LAYER_BY_MODULE = 9.2e-3  # ZeRO-3 that gathers each module of a block on its own
 # The same for one document of a packed row, where attention is one call for each document: a GPU without bf16.
 HOST_DOCUMENT = 0.11e-3
 # Launching a kernel takes longer than running it on tiny tensors, and the cores of cloud machines are slower: an
@@ -121,6 +122,8 @@ def host_seconds(model: ModelShape, machine: Machine, settings: Settings) -> flo
     if machine.is_cpu:
         return 0.0
     family, layer = find_family(machine.family), HOST_LAYER[settings.zero.stage]
+    if settings.zero.stage == 3 and settings.whole_blocks is not True:
+        layer = HOST_LAYER_BY_MODULE
     if settings.packed and family.precision != "bf16":
         layer += settings.rows * HOST_DOCUMENT
     return HOST_FACTOR * layer * model.layers * _passes(settings) / 3

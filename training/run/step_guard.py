@@ -92,7 +92,7 @@ class StepGuard(TrainerCallback):
         return TrainingError(
             f"step {step}: the gradients have overflowed fp16 in {self.overflows_in_a_row} steps in a row, so nothing "
             "is learned. Lower --lr, or train in bf16 on a GPU that has it "
-            "(--deepspeed config/ds_z3_bf16_offload_config.json)"
+            "(--deepspeed config/ds_z3_bf16_config.json)"
         )
 
     def on_train_end(
