@@ -230,7 +230,8 @@ def test_a_forward_without_shift_labels_gets_the_chunked_loss_if_its_head_is_a_p
 def test_one_rank_with_an_obstacle_pads_the_rows_of_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prepare, "gather", lambda mine: [mine, Packing("older libraries"), Packing(None)])
     options, tokenizer = TrainingOptions(local_output_dir="x", input_model=DEMO), load_tokenizer(DEMO)
-    assert prepare.agreed_packing(options, tokenizer) == Packing("older libraries", response_loss=False)
+    agreed = prepare.agreed_packing(options, tokenizer)
+    assert (agreed.obstacle, agreed.response_loss) == ("older libraries", False)
     monkeypatch.setattr(prepare, "gather", lambda mine: [mine, mine])
     assert prepare.agreed_packing(options, tokenizer) == Packing(**PACKS)
 

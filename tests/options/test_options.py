@@ -203,7 +203,7 @@ def test_rank_0_reports_problems_at_once_and_other_ranks_after_a_grace_period(
     monkeypatch.setattr(ending.time, "sleep", waits.append)
     monkeypatch.setattr(ending.signal, "signal", lambda *_: None)  # or the next SIGTERM would end pytest
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank, grace in ((0, []), (1, [ending.REFUSAL_GRACE])):
+    for rank, grace in ((0, []), (1, [ending.RANK_0_GRACE])):
         waits.clear()
         monkeypatch.setenv("RANK", str(rank))
         result = run("--local-output-dir", str(tmp_path / "out"), "--bf16", "--fp16")
