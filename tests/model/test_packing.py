@@ -233,7 +233,7 @@ def test_one_rank_with_an_obstacle_pads_the_rows_of_all_ranks(monkeypatch: pytes
     agreed = prepare.agreed_packing(options, tokenizer)
     assert (agreed.obstacle, agreed.response_loss) == ("older libraries", False)
     monkeypatch.setattr(prepare, "gather", lambda mine: [mine, mine])
-    assert prepare.agreed_packing(options, tokenizer) == Packing(**PACKS)
+    assert prepare.agreed_packing(options, tokenizer) == Packing(**PACKS, whole_blocks=True)
 
 
 # --- the same result everywhere -----------------------------------------------------------------------
