@@ -1,4 +1,4 @@
-"""One line of the GPU check: what it is told, what it answers, and the process that computes it."""
+"""A line of the GPU check: its setup, its result, and the process that computes it."""
 
 from __future__ import annotations
 

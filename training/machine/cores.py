@@ -32,9 +32,8 @@ def binding_words(ranks: int) -> tuple[str, ...]:
     in_a_row = cores == list(range(cores[0], cores[-1] + 1))
     chosen = f"{cores[0]}-{cores[-1]}" if in_a_row and len(cores) > 1 else ",".join(map(str, cores))
     try:
-        with contextlib.redirect_stdout(
-            io.StringIO()
-        ):  # it prints advice if the package manager knows no numactl
+        # It prints advice if the package manager knows no numactl.
+        with contextlib.redirect_stdout(io.StringIO()):
             commands = [numa.get_numactl_cmd(chosen, ranks, rank)[1] for rank in range(ranks)]
         for command in commands:
             subprocess.run([*command, "true"], capture_output=True, check=True, timeout=60)

@@ -178,9 +178,8 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         label_names=["labels"],
         prediction_loss_only=True,
         dataloader_pin_memory=torch.cuda.is_available(),
-        accelerator_config={
-            "non_blocking": torch.cuda.is_available()
-        },  # a batch is copied while the GPU computes
+        # A batch is copied while the GPU computes.
+        accelerator_config={"non_blocking": torch.cuda.is_available()},
     )
 
 

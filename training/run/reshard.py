@@ -16,6 +16,7 @@ from torch.utils.serialization import config
 from training.errors import OptionsError
 from training.files import SCRATCH, free_bytes
 from training.launch.supervisor import kill_on_parent_death
+from training.machine.cores import usable_cores
 from training.machine.local import free_host_gib
 from training.storage import checkpoint
 
@@ -71,7 +72,7 @@ def conversion_workers(optimizer_bytes: int) -> int:
     A process holds one parameter's float32 numbers twice. No parameter of a large model is more than an eighth of it, so
     that is 1/12 of the optimizer's 12 bytes a parameter.
     """
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1
+    cores = usable_cores() if sys.platform == "linux" else 1
     return max(1, min(cores, int(free_host_gib() * 2**30 // (optimizer_bytes / 12))))
 
 
