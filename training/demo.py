@@ -21,6 +21,8 @@ from training.data.tokens import prepare_dataset
 from training.errors import printable
 from training.files import duration
 from training.launch.local import deepspeed_command, launch_environment, shell_command
+from training.machine.catalogue import find_family
+from training.machine.local import this_machine
 from training.model.generation import generate_responses, load_model_tokenizer_for_generate
 from training.model.loading import max_positions
 from training.options.command_line import PathName
@@ -34,10 +36,10 @@ PICTURE_EXAMPLES = 8
 MAX_NEW_TOKENS = 48
 
 
-def demo_command(output: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
-    """The command that trains the demo."""
+def demo_command(output: str, family: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
+    """The command that trains the demo on `ranks` devices of a family."""
     values = demo_options(ranks) | {
-        "deepspeed": "config/ds_z3_bf16_config.json",
+        "deepspeed": find_family(family).deepspeed,
         "local_output_dir": output,
     }
     try:
@@ -129,7 +131,7 @@ def main(
     output = local_output_dir or str(
         Path.home() / "dolly_training" / time.strftime("demo__%Y-%m-%dT%H-%M-%S")
     )
-    command = demo_command(output, ranks, trainer_options)
+    command = demo_command(output, this_machine(output).family, ranks, trainer_options)
     print(
         f"Running the command that you would type for the large model:\n  {shell_command(command)}",
         flush=True,

@@ -9,6 +9,7 @@ from statistics import fmean
 import pytest
 from click.testing import CliRunner
 
+from tests.conftest import jsonl, rows_of
 from training.bench.__main__ import main
 from training.bench.shares import (
     RECIPES,
@@ -104,8 +105,9 @@ def test_the_command_compares_all_recipes_and_draws_a_picture(tmp_path):
         ("--plot /no/such/folder/a.png", ["in a folder that exists and can be written"]),
     ],
 )
-def test_all_problems_of_the_options_are_reported_at_once(options, messages):
-    result = CliRunner().invoke(main, options.split())
+def test_all_problems_of_the_options_are_reported_at_once(options, messages, tmp_path):
+    rows = jsonl(tmp_path / "rows.jsonl", rows_of(100))
+    result = CliRunner().invoke(main, ["--training-dataset", rows, *options.split()])
     assert result.exit_code == 2
     for message in messages:
         assert message in result.output

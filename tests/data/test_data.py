@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import jsonl, rows_of
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import GPT2TokenizerFast, PreTrainedTokenizerBase
 
+from tests.conftest import jsonl, rows_of
 from training.data import ledger, tokens
 from training.data.ledger import Ledger
 from training.data.prompt import render_prompt

@@ -22,12 +22,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import EOS
 from hypothesis import example
 from hypothesis import strategies as st
 from tokenizers import ByteLevelBPETokenizer
 from transformers import PreTrainedTokenizerBase
 
+from tests.conftest import EOS
 from tests.options.test_fuzz import CONTROL, cases, fuzz
 from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data.ledger import Ledger

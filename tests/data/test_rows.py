@@ -14,9 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import jsonl, write
 from transformers import PreTrainedTokenizerBase
 
+from tests.conftest import jsonl, write
 from training.consts import DEMO
 from training.data.rows import Columns, read_columns
 from training.data.tokens import prepare_dataset

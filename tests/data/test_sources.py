@@ -14,9 +14,9 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
-from conftest import jsonl, rows_of, write
 from transformers import PreTrainedTokenizerBase
 
+from tests.conftest import jsonl, rows_of, write
 from training.data.formats import suffix_of
 from training.data.ledger import Ledger
 from training.data.rows import Columns, local_files, read_columns

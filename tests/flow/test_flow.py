@@ -390,7 +390,7 @@ def test_own_rows_are_read_by_file_name_and_by_content(metaflow: Metaflow, tmp_p
 @pytest.mark.slow
 def test_a_run_from_its_package_stores_plan_ledger_model_and_versions(in_a_pod: tuple[Metaflow, str]) -> None:
     metaflow, output = in_a_pod
-    assert "on this pod: 2 x CPU rank, bf16" in output
+    assert "on this pod: 2 x CPU rank, fp32" in output
     assert "step 8/8" in output, "the training output is shown"
     kept = metaflow.artifacts("ledger", "plan", "model", "versions", "record", "metrics", "samples", "ranks")
     assert kept["ledger"]["rows_kept"] == 6104

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.run.test_trainer import BF16, DEMO, TORCHRUN, deepspeed, free_port, record, run
+from tests.run.test_trainer import DEMO, FLOAT32, TORCHRUN, deepspeed, free_port, record, run
 from training.errors import OptionsError
 from training.launch.exits import REFUSED
 from training.launch.local import DEEPSPEED
 from training.launch.spark import launch_on_spark, node_problems, spark_problems, training_failure
 
 ROOT = Path(__file__).parents[2]
-OPTIONS = {"input_model": "demo", "training_dataset": "demo", "test_size": 100, "deepspeed": BF16}
+OPTIONS = {"input_model": "demo", "training_dataset": "demo", "test_size": 100, "deepspeed": FLOAT32}
 STEPS = {"max_steps": 6, "logging_steps": 2}
-FEW = [*DEMO, "--deepspeed", BF16, "--max-steps", 6, "--logging-steps", 2]
+FEW = [*DEMO, "--deepspeed", FLOAT32, "--max-steps", 6, "--logging-steps", 2]
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and listens on lo"),
@@ -183,7 +183,7 @@ def on_spark(tmp_path_factory: pytest.TempPathFactory) -> dict:
 
 def assert_same_model(output: Path, reference: Path) -> None:
     ours, theirs = record(output), record(reference)
-    assert (ours["world_size"], ours["precision"], ours["steps"]) == (2, "bf16", 6)
+    assert (ours["world_size"], ours["precision"], ours["steps"]) == (2, "fp32", 6)
     assert ours["held_out_loss"] == theirs["held_out_loss"]
     assert (output / "model.safetensors").read_bytes() == (reference / "model.safetensors").read_bytes()
 

@@ -255,19 +255,19 @@ def test_a_trained_llama_is_packed_on_one_and_two_ranks_in_bf16_and_float32(
     trained_llama: Path, tmp_path: Path
 ) -> None:
     rows = tmp_path / "rows.jsonl"
-    jsonl(rows, rows_of(12))
+    jsonl(rows, rows_of(6))
     options = [
         "--input-model",
         trained_llama,
         "--training-dataset",
         rows,
         "--test-size",
-        4,
+        2,
         "--max-steps",
         1,
         "--force",
     ]
-    options += ["--per-device-train-batch-size", 4, "--eval-steps", 100, "--local-output-dir"]
+    options += ["--per-device-train-batch-size", 1, "--eval-steps", 100, "--local-output-dir"]
     one = run([sys.executable, "-m", "training.trainer"], "--no-bf16", *options, tmp_path / "one")
     two = run(deepspeed(2), "--deepspeed", "config/ds_z3_bf16_config.json", *options, tmp_path / "two")
     for result, folder in ((one, "one"), (two, "two")):

@@ -88,7 +88,7 @@ def test_every_cell_runs_on_the_demo_and_publishes_a_model_that_answers(tmp_path
     run = Run(tmp_path, epochs="0.3")
     cells = finished_cells(run)
     trained = outputs(cells[cell_with(cells, "launch(command")])
-    assert "on 2 CPUs in bf16, DeepSpeed ZeRO-3" in trained
+    assert "on 2 CPUs in fp32, DeepSpeed ZeRO-3" in trained
     assert trained in run.printed  # printed during training
     assert len(trained.splitlines()) < 100, trained
     objects = displayed(cells[cell_with(cells, "draw_run")])

@@ -27,6 +27,7 @@ EXPECTED = {
     "ds_z3_bf16_offload_config.json": (3, "bf16", True),
     "ds_z3_fp16_config.json": (3, "fp16", False),
     "ds_z3_fp16_offload_config.json": (3, "fp16", True),
+    "ds_z3_fp32_config.json": (3, "fp32", False),
     "ds_z2_bf16_config.json": (2, "bf16", False),
 }
 FILES = pytest.mark.parametrize("name", EXPECTED)
@@ -94,7 +95,8 @@ def test_a_file_is_accepted_with_its_precision_as_option_and_without(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
     _, precision, _ = EXPECTED[name]
-    assert problems_of(options(name, tmp_path, **{precision: True} if explicit else {})) == []
+    typed = {"bf16": False} if precision == "fp32" else {precision: True}
+    assert problems_of(options(name, tmp_path, **typed if explicit else {})) == []
 
 
 def test_the_files_differ_only_in_stage_precision_and_offload() -> None:
@@ -107,7 +109,7 @@ def test_the_files_differ_only_in_stage_precision_and_offload() -> None:
             config.pop(key, None)
         config["zero_optimization"].pop("offload_optimizer", None)
     first, *others, stage_2 = configs
-    assert others == [first] * 3
+    assert others == [first] * 4
     assert stage_2.pop("zero_optimization")["stage"] == 2
     first.pop("zero_optimization")
     assert stage_2 == first

@@ -17,13 +17,12 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from conftest import EOS
 from deepspeed.runtime.config import DeepSpeedConfig
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from tests.conftest import problems_of
+from tests.conftest import EOS, problems_of
 from tests.options.test_config import filled
 from training import trainer
 from training.data.ledger import Ledger

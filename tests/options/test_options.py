@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from conftest import fake_gpus
 
+from tests.conftest import fake_gpus
 from training import trainer
 from training.machine import kernels
 from training.machine.kernels import best_precision

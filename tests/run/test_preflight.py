@@ -13,9 +13,8 @@ from typing import Any
 
 import datasets
 import pytest
-from conftest import fake_gpus
 
-from tests.conftest import jsonl, problems_of, rows_of
+from tests.conftest import fake_gpus, jsonl, problems_of, rows_of
 from training.errors import DataError, OptionsError, printable
 from training.files import SCRATCH
 from training.options.deepspeed import read_json

@@ -421,7 +421,7 @@ def test_a_run_resumed_in_another_folder_has_the_earlier_samples_and_metrics(
 
 @pytest.mark.long
 @pytest.mark.timeout(1800)
-def test_two_zero3_ranks_in_bf16_train_and_sample_the_same_when_killed_three_times(
+def test_two_zero3_ranks_train_and_sample_the_same_when_killed_three_times(
     rows: str, prompts: str, tmp_path: Path
 ) -> None:
     runs: list[Run] = []
@@ -449,7 +449,7 @@ def test_two_zero3_ranks_in_bf16_train_and_sample_the_same_when_killed_three_tim
         for started in runs:
             started.kill()
     answers = [e["response"] for e in metrics.read(samples)[-3:]]
-    assert answers == greedy(tmp_path / "with", torch.bfloat16)
+    assert answers == greedy(tmp_path / "with", torch.float32)
 
 
 @pytest.mark.slow

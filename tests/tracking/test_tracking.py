@@ -22,7 +22,7 @@ from packaging.utils import canonicalize_name
 
 from tests.conftest import problems_of, resolved
 from tests.run import test_trainer
-from tests.run.test_trainer import BF16, DEMO, deepspeed, free_port
+from tests.run.test_trainer import DEMO, FLOAT32, deepspeed, free_port
 from training.errors import OptionsError, TrackingError
 from training.model.generation import generate_response, load_model_tokenizer_for_generate
 from training.options.trainer_options import TrainingOptions
@@ -352,7 +352,7 @@ print(json.dumps({
 def test_two_ranks_log_one_run_and_its_model_answers_without_this_repository(server, client, tmp_path):
     out = tmp_path / "out"
     words = [
-        *DEMO, "--logging-steps", 1, "--deepspeed", BF16, "--max-steps", 4, "--eval-steps", 2,
+        *DEMO, "--logging-steps", 1, "--deepspeed", FLOAT32, "--max-steps", 4, "--eval-steps", 2,
         "--local-output-dir", out, "--mlflow-model-name", NAME,
     ]  # fmt: skip
     printed = run(*deepspeed(2), *words)

@@ -55,6 +55,7 @@ class Family:
 
 
 _BF16, _BF16_OFFLOAD = "config/ds_z3_bf16_config.json", "config/ds_z3_bf16_offload_config.json"
+_FP32 = "config/ds_z3_fp32_config.json"
 _FP16, _FP16_OFFLOAD = "config/ds_z3_fp16_config.json", "config/ds_z3_fp16_offload_config.json"
 FAMILIES = {
     "a100": Family(("A100",), "bf16", _BF16, _BF16_OFFLOAD, "nvlink3", 0.5),
@@ -62,8 +63,9 @@ FAMILIES = {
     "a10": Family(("A10",), "bf16", _BF16_OFFLOAD, _BF16_OFFLOAD, "pcie", 0.5),
     "v100": Family(("V100",), "fp16", _FP16, _FP16_OFFLOAD, "nvlink2", 0.32),
     # CPU ranks, for the demo and the tests. They use host memory, and their peak speed is measured. The demo reaches
-    # 0.2 to 0.6 of it, on one and two ranks (tests/plan/test_plan_cpu_time.py).
-    "cpu": Family((), "fp32", _BF16, None, "none", 0.35),
+    # 0.2 to 0.6 of it, on one and two ranks (tests/plan/test_plan_cpu_time.py). Most CPUs have no instructions for bf16,
+    # and compute it many times slower.
+    "cpu": Family((), "fp32", _FP32, None, "none", 0.35),
 }
 
 
