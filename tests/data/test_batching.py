@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 import tracemalloc
 from itertools import chain, islice, product
@@ -126,9 +127,13 @@ def test_on_real_rows_the_largest_of_8_shares_is_within_1_percent_of_the_mean(
 
 def test_dealing_500_000_rows_takes_less_than_3_seconds_and_200_mb(alpaca_lengths: list[int]) -> None:
     lengths = (alpaca_lengths * 400)[:500_000]
+    trace = sys.gettrace()  # of coverage, which makes it three times as slow
+    sys.settrace(None)
     start = time.process_time()
     shares = list(sampler(lengths, global_batch_size=64, world_size=8))
-    assert time.process_time() - start < 3
+    seconds = time.process_time() - start
+    sys.settrace(trace)
+    assert seconds < 3
     assert len(shares) == 7813
     tracemalloc.start()  # tracing is slow, so only for the first shares; the rest reuse the same memory
     for _ in islice(sampler(lengths, global_batch_size=64, world_size=8), 100):
