@@ -394,7 +394,7 @@ def test_a_run_whose_launcher_is_killed_or_stopped_saves_and_resumes(start, undi
         assert record(folder)["status"] == "stopped"
     ours, theirs = history(newest), history(undisturbed(2))
     same = [entry for entry in theirs if entry["step"] <= ours[-1]["step"] and "loss" in entry]
-    assert len(same) > 3
+    assert len(same) > 1
     assert [entry for entry in ours if "loss" in entry][: len(same)] == same
 
 
