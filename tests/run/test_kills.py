@@ -317,7 +317,7 @@ def test_two_ranks_resume_with_a_forced_learning_rate_and_weight_decay(start, un
     assert groups == [(1e-4, 0.5), (1e-4, 0.0)]
 
 
-@pytest.mark.parametrize(("before", "after", "step"), [(2, 1, 6), (1, 2, 6), (1, 2, 15)])
+@pytest.mark.parametrize(("before", "after", "step"), [(2, 1, 6), (1, 2, 15)])
 def test_a_run_resumes_on_another_number_of_ranks(start, undisturbed, folder, before, after, step):
     """Within rounding: the drift is like that between undisturbed runs on one and two ranks."""
     first_run = undisturbed(before)
