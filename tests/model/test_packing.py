@@ -26,7 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from tests.conftest import jsonl, rows_of
 from tests.data.test_collator import packed, padded
-from tests.run.test_trainer import deepspeed, run
+from tests.run.test_trainer import FLOAT32, deepspeed, run
 from tests.run.zero3_packing import KINDS, answers
 from training.consts import DEMO, IGNORE_INDEX
 from training.model.packing import Packing, compare_packed_with_alone, packing_of
@@ -251,9 +251,7 @@ def test_the_results_are_the_same_in_three_processes_and_two_precisions_also_und
 
 
 @pytest.mark.slow
-def test_a_trained_llama_is_packed_on_one_and_two_ranks_in_bf16_and_float32(
-    trained_llama: Path, tmp_path: Path
-) -> None:
+def test_a_trained_llama_is_packed_on_one_and_two_ranks(trained_llama: Path, tmp_path: Path) -> None:
     rows = tmp_path / "rows.jsonl"
     jsonl(rows, rows_of(6))
     options = [
@@ -269,7 +267,7 @@ def test_a_trained_llama_is_packed_on_one_and_two_ranks_in_bf16_and_float32(
     ]
     options += ["--per-device-train-batch-size", 1, "--eval-steps", 100, "--local-output-dir"]
     one = run([sys.executable, "-m", "training.trainer"], "--no-bf16", *options, tmp_path / "one")
-    two = run(deepspeed(2), "--deepspeed", "config/ds_z3_bf16_config.json", *options, tmp_path / "two")
+    two = run(deepspeed(2), "--deepspeed", FLOAT32, *options, tmp_path / "two")
     for result, folder in ((one, "one"), (two, "two")):
         assert result.returncode == 0, result.stdout[-4000:]
         assert "are padded" not in result.stdout

@@ -313,9 +313,13 @@ def test_predicted_layer_bytes_are_within_4_percent_of_what_autograd_keeps(packe
     assert layer_bytes(shape, tokens, 176, dtype.itemsize, packed) == pytest.approx(measured, rel=0.04)
 
 
+# Without instructions for bf16 it takes five minutes. The layer's bytes in bf16 are compared above.
+LONG_BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.long)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", [(256, 8, 8, 512), (256, 2, 8, 20_000)], ids=["deep", "large vocabulary"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [torch.float32, LONG_BF16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["no checkpointing", "checkpointing"])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "padded"])
 def test_predicted_activations_and_logits_are_within_a_quarter_of_the_measured_peak(
