@@ -383,9 +383,9 @@ def test_a_run_stopped_by_any_signal_finishes_its_step_saves_and_resumes_bit_for
 
 def test_a_run_whose_launcher_is_killed_or_stopped_saves_and_resumes(start, undisturbed, folder):
     """No process stays, and the ranks save. SIGTERM of DeepSpeed's launcher is tried above."""
-    for by, number in ((deepspeed, signal.SIGKILL), (torchrun, signal.SIGTERM)):
+    for by, number, logged in ((deepspeed, signal.SIGKILL, 2), (torchrun, signal.SIGTERM, 8)):
         run = start(folder, 2, "--resume", "auto", "--max-steps", 10_000, by=by)
-        assert run.wait_until(run.stepping), run.output
+        assert run.wait_until(lambda run=run, step=logged: f"step {step}/" in run.output), run.output
         run.process.send_signal(number)
         run.wait(60)
         assert run.output.count("type the same command with --resume auto") == 1, run.output
@@ -394,7 +394,7 @@ def test_a_run_whose_launcher_is_killed_or_stopped_saves_and_resumes(start, undi
         assert record(folder)["status"] == "stopped"
     ours, theirs = history(newest), history(undisturbed(2))
     same = [entry for entry in theirs if entry["step"] <= ours[-1]["step"] and "loss" in entry]
-    assert len(same) > 1
+    assert len(same) > 3
     assert [entry for entry in ours if "loss" in entry][: len(same)] == same
 
 
