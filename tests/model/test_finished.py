@@ -33,7 +33,8 @@ from training.model.tokenizer import generation_config
 from training.model.verify import save_model, verify_model
 from training.options.trainer_options import TrainingOptions
 from training.run import finish
-from training.run.finish import place_model, write_model_card
+from training.run.final_model import UNFINISHED, copy_files, place_files
+from training.run.finish import write_model_card
 from training.run.identity import new_record
 from training.storage import checkpoint
 
@@ -299,7 +300,12 @@ def test_the_placed_model_is_the_checkpoints_and_replaces_an_earlier_one(
 
     if not links:
         monkeypatch.setattr(os, "link", refuse)
-    place_model(source, output)
+    (output / UNFINISHED).mkdir()
+    (output / UNFINISHED / "model.safetensors").write_bytes(b"of a killed run")
+    copy_files(source, names, output / UNFINISHED)
+    assert (output / "config.json").read_bytes() == b"of an earlier model", "nothing is replaced yet"
+    place_files(output / UNFINISHED, output)
+    assert not (output / UNFINISHED).exists()
     assert checkpoint.files_of(output) == sorted([*names, "run.json"])
     assert all((output / name).read_bytes() == (source / name).read_bytes() for name in names)
     assert (output / "model.safetensors").samefile(source / "model.safetensors") is links

@@ -11,7 +11,7 @@ import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import Mock
 
@@ -31,7 +31,7 @@ from training.errors import Interrupted, OptionsError, TrainingError
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, REFUSED
 from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions
-from training.run import completion_trainer, finish, saving, steps
+from training.run import completion_trainer, final_model, finish, saving, steps
 from training.run.failures import StopRequest, default_sigterm, lost_peer, timed_out
 from training.run.step_guard import OVERFLOWS_IN_A_ROW, StepGuard
 from training.storage import checkpoint
@@ -353,19 +353,20 @@ def test_a_disk_that_fills_up_at_the_end_of_a_save_is_reported(
 
 
 @pytest.mark.parametrize(
-    "name",
+    ("module", "name"),
     [
-        "write_run_record",
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("place_model", "write_model_card")),
+        (finish, "write_run_record"),
+        pytest.param(final_model, "copy_files", marks=pytest.mark.slow),
+        pytest.param(finish, "write_model_card", marks=pytest.mark.slow),
     ],
 )
 def test_a_full_disk_after_the_last_step_is_reported_and_finishing_is_repeated(
-    begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch, name: str
+    begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch, module: ModuleType, name: str
 ) -> None:
     starts_running = name == "write_run_record"
     fill(
         monkeypatch,
-        finish,
+        module,
         name,
         lambda _, record, *__: not (starts_running and record["status"] == "running"),
     )

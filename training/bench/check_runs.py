@@ -15,7 +15,7 @@ from training.bench.short_runs import become_the_only_rank, config_file, has_dee
 from training.consts import DEMO, WEIGHTS
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions
-from training.run import finish, identity, prepare, start, steps
+from training.run import final_model, finish, identity, prepare, start, steps
 from training.run.failures import StopRequest
 from training.storage import checkpoint
 
@@ -94,9 +94,10 @@ def _run(settings: Settings, begin: start.Start) -> dict[str, Any]:
     settings.output.mkdir(parents=True, exist_ok=True)
     begin = start.write(settings, prepared, begin, record, LAST_STEP)
     steps.run_steps(settings, prepared, begin, record, StopRequest())
-    ranks.end_process_group()
     last = begin.last_checkpoint(settings.output, LAST_STEP)
-    return finish.finish(settings, prepared.ledger, record, last)
+    written = final_model.write_final_model(settings, last)
+    ranks.end_process_group()
+    return finish.finish(settings, prepared.ledger, record, last, *written)
 
 
 def _as_of_two_ranks(saved: Path, output: Path) -> Path:

@@ -183,8 +183,8 @@ class CompletionTrainer(Trainer):
         self.counter.skip(time.perf_counter() - begin)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Writes the checkpoint's model with tokenizer and generation config. All ranks call it."""
-        self.model_files = saving.save_weights(self, Path(output_dir or self.args.output_dir))
+        """Writes config, generation config and tokenizer, and without DeepSpeed the weights. All ranks call it."""
+        self.model_files = saving.save_model_files(self, Path(output_dir or self.args.output_dir))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         saving.save_checkpoint(self, lambda: super(CompletionTrainer, self)._save_checkpoint(model, trial))

@@ -1,10 +1,9 @@
-"""Finishes a run: copies a checkpoint's model to the output folder, verifies, describes and publishes it."""
+"""Finishes a run, once its model is written: verifies, describes and publishes it."""
 
 from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from training.consts import DEMO, SAMPLE_INSTRUCTIONS, WEIGHTS
+from training.consts import DEMO, SAMPLE_INSTRUCTIONS
 from training.data.ledger import Ledger
 from training.data.prompt import END_KEY
 from training.errors import ModelError, TrainingError, printable
@@ -25,7 +24,6 @@ from training.model.verify import verify_model
 from training.options.settings import Settings
 from training.ranks import is_main_process
 from training.storage import checkpoint
-from training.storage.checkpoint import read_manifest
 from training.storage.copy import publish
 from training.storage.record import write_run_record
 from training.tracking.mlflow_model import log_or_warn
@@ -40,22 +38,6 @@ LICENCES = {
     DEMO: "apache-2.0",
 }
 ENGLISH = ("tatsu-lab/alpaca", "databricks/databricks-dolly-15k", DEMO)  # data whose language is known
-
-
-def place_model(checkpoint: Path, output: Path) -> None:
-    """Puts a checkpoint's model into the output folder. Weights are hard links if possible, which cost no disk."""
-    manifest = read_manifest(checkpoint)
-    assert manifest is not None, f"{checkpoint} is not complete"
-    for old in output.glob(f"*{WEIGHTS}*"):  # of a shorter run, maybe with more shards
-        old.unlink()
-    for name in manifest["model"]:
-        (output / name).unlink(missing_ok=True)
-        try:
-            if not name.endswith(WEIGHTS):  # a file that a user may edit must not be a link
-                raise OSError
-            os.link(checkpoint / name, output / name)
-        except OSError:
-            shutil.copyfile(checkpoint / name, output / name)
 
 
 def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> None:
@@ -126,22 +108,21 @@ def _code(text: object) -> str:
     return "`" + _line(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
-def finish(settings: Settings, ledger: Ledger, record: dict[str, Any], last: Path) -> dict[str, Any]:
-    """Copies the last or best checkpoint's model to the output folder, verifies, describes and publishes it.
+def finish(
+    settings: Settings,
+    ledger: Ledger,
+    record: dict[str, Any],
+    last: Path,
+    chosen: Path,
+    weights: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    """Verifies, describes and publishes the model that `write_final_model` wrote from the checkpoint `chosen`.
 
     Only rank 0 calls it. It depends on files only, so a later command can repeat it if this one is killed.
     """
     options, output = settings.options, settings.output
-    chosen = (checkpoint.best(output) or last) if options.final_model == "best" else last
-    problems = checkpoint.problems_of(chosen, model_only=True)
-    if problems:
-        raise TrainingError(
-            f"its last step: the model in {chosen} cannot be used, because {problems[0]}. Remove that folder, and "
-            "type the same command with --resume auto"
-        )
-    record |= _outcome(chosen, last)
+    record |= _outcome(chosen, last) | {"weights": weights}
     try:
-        place_model(chosen, output)
         with _all_cores():
             verify_model(output, options.trust_remote_code)
         shutil.copyfile(last / "trainer_state.json", output / "trainer_state.json")
@@ -208,9 +189,4 @@ def _outcome(chosen: Path, last: Path) -> dict[str, Any]:
         "held_out_loss": {"before": held_out[min(held_out)], "after": manifest["eval_loss"]},
         "seconds": {"training": progress["seconds"]},
         "batching": progress["batching"],
-        "weights": {
-            name: file
-            for name, file in manifest["files"].items()
-            if name in manifest["model"] and name.endswith(WEIGHTS)
-        },
     }

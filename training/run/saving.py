@@ -1,4 +1,4 @@
-"""Saves checkpoints: a model that stock transformers loads, and last a manifest with the hash of every file.
+"""Saves checkpoints: what a resume and the finished model need, and last a manifest with the hash of every file.
 
 All ranks call these functions at the same step; `trainer` is the CompletionTrainer.
 """
@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from training.errors import TrainingError
 from training.files import free_bytes, size_in_words, write_json
@@ -28,7 +27,7 @@ from training.tracking.progress import print_line
 def save_checkpoint(trainer: Any, write_files: Callable[[], None]) -> None:
     """Writes a checkpoint, then its manifest, and only then removes older checkpoints.
 
-    `write_files` is transformers' own save, which calls `save_weights`.
+    `write_files` is transformers' own save, which calls `save_model_files`.
     """
     output, step = Path(trainer.args.output_dir), trainer.state.global_step
     folder = output / f"checkpoint-{step}"
@@ -74,15 +73,17 @@ def _write_checkpoint(trainer: Any, folder: Path, write_files: Callable[[], None
         trainer.saved_bytes = sum(file["size"] for file in files.values())
 
 
-def save_weights(trainer: Any, folder: Path) -> list[str]:
-    """Writes the gathered model with tokenizer and generation config. Returns the files' names on rank 0."""
+def save_model_files(trainer: Any, folder: Path) -> list[str]:
+    """Writes what the finished model needs besides DeepSpeed's shards: config, generation config and tokenizer.
+
+    Without DeepSpeed there are no shards, and the weights are written as well. Returns the files' names on rank 0.
+    """
     names: list[str] = []
-    weights = _whole_model(trainer)
-    main = trainer.is_world_process_zero()
-    raise_together(_bad_weights(trainer, weights) if main else None)
-    if main:
+    raise_together(_bad_weights(trainer))
+    if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         tokenizer = trainer.processing_class
+        weights = {} if trainer.is_deepspeed_enabled else model.state_dict()
         save_model(model, weights, generation_config(tokenizer), folder, trainer.max_shard_size)
         tokenizer.save_pretrained(folder)
         names = checkpoint.files_of(folder)
@@ -90,15 +91,13 @@ def save_weights(trainer: Any, folder: Path) -> list[str]:
     return names
 
 
-def _whole_model(trainer: Any) -> dict[str, torch.Tensor]:
-    """The model's weights on rank 0. Under ZeRO-3 all ranks gather them; otherwise rank 0 has them, and copies them alone."""
-    if trainer.is_world_process_zero() or is_deepspeed_zero3_enabled():
-        return trainer.accelerator.get_state_dict(trainer.model_wrapped)
-    return {}
-
-
-def _bad_weights(trainer: Any, weights: dict[str, torch.Tensor]) -> str | None:
-    names = not_finite(weights, trainer.accelerator.unwrap_model(trainer.model_wrapped))
+def _bad_weights(trainer: Any) -> str | None:
+    """Why the model must not be saved, or None. Each rank looks at its share of the weights."""
+    model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
+    of_ranks = gather(
+        not_finite(own_share(model, trainer.args.process_index, trainer.args.world_size), model)
+    )
+    names = sorted({name for found in of_ranks for name in found}, key=list(model.state_dict()).index)
     if not names:
         return None
     return (
@@ -106,6 +105,20 @@ def _bad_weights(trainer: Any, weights: dict[str, torch.Tensor]) -> str | None:
         f"{names[0]}. Look at the base model; if it is correct, lower --lr. This step is not saved. "
         f"{older_checkpoint(trainer.args.output_dir)}"
     )
+
+
+def own_share(model: torch.nn.Module, rank: int, ranks: int) -> dict[str, torch.Tensor]:
+    """This rank's part of the weights: its partition of each tensor under ZeRO-3, else every `ranks`-th tensor."""
+    share = {}
+    for number, (name, tensor) in enumerate(model.state_dict(keep_vars=True).items()):
+        if hasattr(tensor, "ds_tensor"):
+            begin = (
+                rank * tensor.ds_tensor.ds_numel
+            )  # the last partitions may end in padding, which is never written
+            share[name] = tensor.ds_tensor.flatten()[: max(0, tensor.ds_numel - begin)]
+        elif number % ranks == rank:
+            share[name] = tensor
+    return share
 
 
 def _lack_of_space(trainer: Any, output: Path) -> str | None:

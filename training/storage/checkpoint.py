@@ -3,8 +3,9 @@
 checkpoint-200/
   manifest.json          {"step": 200, "eval_loss": 1.23, "model": [name, ...],
                           "files": {name: {"size": bytes, "sha256": hex}, ...}, "sha256": of the entries above}
-  model*.safetensors     the model and tokenizer, loadable with stock transformers
-  global_step200/        DeepSpeed's shards of weights and optimizer; optimizer.pt without DeepSpeed
+  config.json ...        config and tokenizer of the model, listed under "model"
+  global_step200/        DeepSpeed's shards of weights and optimizer
+  model*.safetensors     the weights of a run without DeepSpeed, also listed under "model"; its optimizer.pt
   trainer_state.json     all metrics logged so far
   progress.json          loss summed since the last log line
   rng_state*.pth, scheduler.pt"""
@@ -110,14 +111,14 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     return manifest if intact and manifest["step"] == step_of(folder) else None
 
 
-def problems_of(folder: Path, model_only: bool = False) -> list[str]:
-    """Problems of a checkpoint, or of the model in it, one per file; [] if every byte is as written."""
+def problems_of(folder: Path, names: Iterable[str] | None = None) -> list[str]:
+    """Problems of a checkpoint, or of these files in it, one per file; [] if every byte is as written."""
     manifest = read_manifest(folder)
     if manifest is None:
         return ["it was not written to the end"]
     written, existing = manifest["files"], set(files_of(folder))
     missing, resized, same_size = [], [], []
-    for name in manifest["model"] if model_only else written:
+    for name in written if names is None else names:
         if name not in existing:
             missing.append(f"{name} is missing")
         elif (size := (folder / name).stat().st_size) != written[name]["size"]:
