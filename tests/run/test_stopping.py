@@ -32,6 +32,8 @@ from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, REFUSED
 from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions
 from training.run import completion_trainer, final_model, finish, saving, steps
+from training.run.background import NO_SAVE, Writer
+from training.run.completion_trainer import StepCounter
 from training.run.failures import StopRequest, default_sigterm, lost_peer, timed_out
 from training.run.step_guard import OVERFLOWS_IN_A_ROW, StepGuard
 from training.storage import checkpoint
@@ -79,15 +81,21 @@ def test_a_signal_during_training_lets_the_step_finish(request_: StopRequest, nu
 
 
 def guard_of(*ranks: tuple[int, int], skipped: bool = False, received: bool = False) -> StepGuard:
-    """A guard to which the other ranks report these (stop requested, bad micro-step)."""
+    """A guard to which the other ranks report these (stop requested, bad micro-step), and no save in flight."""
     request = StopRequest()
     request.received = received
+    reports = [(*of_rank, NO_SAVE) for of_rank in ranks]
     accelerator = SimpleNamespace(
-        gather=lambda mine: torch.cat([mine, torch.tensor(ranks, dtype=mine.dtype).reshape(-1, 2)]),
+        gather=lambda mine: torch.cat([mine, torch.tensor(reports, dtype=mine.dtype).reshape(-1, 3)]),
         optimizer_step_was_skipped=skipped,
     )
     trainer = SimpleNamespace(
-        accelerator=accelerator, describe_bad_loss=lambda *bad: f"rank, micro-step {bad}"
+        accelerator=accelerator,
+        describe_bad_loss=lambda *bad: f"rank, micro-step {bad}",
+        writer=Writer(background=True),
+        check_save=lambda reports: None,
+        finish_save=lambda: None,
+        counter=StepCounter(),
     )
     return StepGuard(trainer, request)
 

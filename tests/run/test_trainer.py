@@ -138,7 +138,8 @@ def test_log_record_ledger_and_card_describe_the_run(finished):
     assert printed.count("rows read") == 1
     assert "«" in printed
     assert "left" in printed
-    assert re.search(rf"^{finished}/checkpoint-6 saved: [\d.]+ MiB in [\d.]+ s$", printed, re.MULTILINE)
+    saved = r"saved: training waited [\d.]+ s; [\d.]+ MiB in [\d.]+ s"
+    assert re.search(rf"^{finished}/checkpoint-6 {saved}$", printed, re.MULTILINE)
     assert json.loads((finished / "ledger.json").read_text())["rows_kept"] > 4000
     card = (finished / "README.md").read_text()
     assert f"{run_record['held_out_loss']['after']:.4f}" in card

@@ -46,20 +46,6 @@ def test_the_manifest_names_every_file_with_size_and_checksum(tmp_path: Path) ->
     assert problems_of(folder) == []
 
 
-def test_the_ranks_hash_about_the_same_number_of_bytes(tmp_path: Path) -> None:
-    """By name, the even ranks of an fp16 run would get all of the optimizer's files."""
-    for rank in range(4):
-        for kind, size in (("mp_rank_00_model_states", 2_000), ("mp_rank_00_optim_states", 90_000)):
-            (tmp_path / f"zero_pp_rank_{rank}_{kind}.pt").write_bytes(bytes(size))
-    (tmp_path / "model.safetensors").write_bytes(bytes(30_000))
-    shares = checkpoint.equal_shares(tmp_path, 4)
-    assert sorted(name for share in shares for name in share) == checkpoint.files_of(tmp_path)
-    assert [sum("optim" in name for name in share) for share in shares] == [1, 1, 1, 1]
-    bytes_of = sorted(sum((tmp_path / name).stat().st_size for name in share) for share in shares)
-    assert bytes_of == [92_000, 92_000, 94_000, 120_000]
-    assert checkpoint.equal_shares(tmp_path / "empty", 2) == [[], []]
-
-
 def flip(file: Path, position: int = 3) -> None:
     content = bytearray(file.read_bytes())
     content[position] ^= 1

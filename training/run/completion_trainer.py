@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import datasets
 import torch
 from torch.utils.data import DataLoader
 from transformers import Trainer
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import EvalLoopOutput
 
 from training.data.batching import GlobalBatchSampler, held_out_batches, micro_steps_needed
@@ -20,6 +23,7 @@ from training.machine.flops import layer_tokens, model_parameters, training_flop
 from training.machine.local import peak_memory_gib
 from training.options.settings import Batching
 from training.run import saving
+from training.run.background import Writer
 from training.run.failures import StopRequest
 from training.run.step_guard import StepGuard, describe_bad_base
 
@@ -34,7 +38,12 @@ class CompletionTrainer(Trainer):
         max_shard_size: largest weight file of a checkpoint's model, as in "5GB".
         keep_checkpoints: number to keep; the newest and the best by held-out loss are always kept.
         checkpoint_bytes: estimated bytes of a checkpoint per parameter, used until one has been saved.
+        background_saves: write checkpoints in the background, from copies in host memory.
         request: whether SIGTERM or Ctrl-C was received.
+
+    Two attributes may be replaced by functions that know where else a checkpoint goes. `on_checkpoint_complete(folder)`
+    is called on rank 0, in the main thread, after a manifest was written. `is_being_copied(folder)` tells whether a
+    checkpoint must stay for now; the next save asks again. Both get the folder `checkpoint-<step>`.
     """
 
     def __init__(
@@ -46,6 +55,7 @@ class CompletionTrainer(Trainer):
         max_shard_size: str,
         keep_checkpoints: int,
         checkpoint_bytes: int,
+        background_saves: bool,
         request: StopRequest,
         **kwargs: Any,
     ) -> None:
@@ -61,6 +71,11 @@ class CompletionTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.checkpoint_bytes = checkpoint_bytes
         self.saved_bytes = 0  # of the last checkpoint
+        self.writer = Writer(background_saves)
+        self.save: saving.Save | None = None  # in flight
+        self.rotation: threading.Thread | None = None
+        self.on_checkpoint_complete: Callable[[Path], None] = lambda folder: None
+        self.is_being_copied: Callable[[Path], bool] = lambda folder: False
         self.begin, self.seconds_before = time.monotonic(), 0.0
         # Not the sampler that the Trainer iterates: this one says which rows a step has on all ranks.
         self.sampler = self._get_train_sampler()
@@ -184,10 +199,26 @@ class CompletionTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Writes config, generation config and tokenizer, and without DeepSpeed the weights. All ranks call it."""
-        self.model_files = saving.save_model_files(self, Path(output_dir or self.args.output_dir))
+        assert self.save is not None  # _save_checkpoint calls it
+        self.save.model = saving.save_model_files(self, Path(output_dir or self.args.output_dir))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.is_deepspeed_enabled:  # it writes through its own checkpoint engine
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            self.writer.save(self.optimizer.state_dict(), Path(output_dir, OPTIMIZER_NAME))
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         saving.save_checkpoint(self, lambda: super(CompletionTrainer, self)._save_checkpoint(model, trial))
+
+    def check_save(self, reports: list[int]) -> None:
+        """Completes the save in flight if it has ended; `reports` holds every rank's `writer.status`."""
+        saving.check(self, reports)
+
+    def finish_save(self) -> None:
+        """Waits for the save in flight, if there is one, and completes it."""
+        saving.finish(self)
 
     def describe_bad_loss(self, rank: int, micro_step: int) -> str:
         """Message that names the rows of the micro-step whose loss is NaN or infinite."""

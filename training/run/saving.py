@@ -1,58 +1,89 @@
-"""Saves checkpoints: what a resume and the finished model need, and last a manifest with the hash of every file.
+"""Saves checkpoints: each rank writes its files in the background, and a manifest with their hashes comes last.
 
 All ranks call these functions at the same step; `trainer` is the CompletionTrainer.
 """
 
 from __future__ import annotations
 
+import copy
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from safetensors import SafetensorError
+from transformers import TrainerState, modeling_utils
 
 from training.errors import TrainingError
 from training.files import free_bytes, size_in_words, write_json
 from training.model.tokenizer import generation_config
 from training.model.verify import not_finite, save_model
 from training.ranks import broadcast, gather, raise_together
+from training.run.background import FAILED, WRITTEN, Writer, deepspeed_checkpoint_engine
 from training.run.failures import lost_peer
 from training.storage import checkpoint
 from training.tracking.progress import print_line
 
 
-def save_checkpoint(trainer: Any, write_files: Callable[[], None]) -> None:
-    """Writes a checkpoint, then its manifest, and only then removes older checkpoints.
+@dataclass
+class Save:
+    """A checkpoint that is being written.
 
-    `write_files` is transformers' own save, which calls `save_model_files`.
+    Attributes:
+        state: the Trainer's state when it began.
+        model: names of the files of a model that stock transformers loads; on rank 0.
+        blocked: seconds that training has waited for this save so far.
+    """
+
+    folder: Path
+    step: int
+    state: TrainerState
+    eval_loss: float | None = None
+    model: list[str] | None = None
+    blocked: float = 0.0
+
+
+def save_checkpoint(trainer: Any, write_files: Callable[[], None]) -> None:
+    """Starts a checkpoint: copies what it holds, and lets a thread of each rank write it. `complete` ends it.
+
+    `write_files` is transformers' own save, which calls `save_model_files`. If host memory is too small for the copies, the
+    checkpoint is complete when this returns.
     """
     output, step = Path(trainer.args.output_dir), trainer.state.global_step
     folder = output / f"checkpoint-{step}"
     if checkpoint.read_manifest(folder) is not None:  # a resumed run was stopped before its first step
         return
+    finish(trainer)
     main = trainer.is_world_process_zero()
+    begin = time.monotonic()
     if main:
         checkpoint.remove(folder)  # left by a killed save
     raise_together(_lack_of_space(trainer, output) if main else None)
-    begin = time.monotonic()
+    trainer.save = Save(folder, step, copy.copy(trainer.state))
     with _reported(folder, step):
-        _write_checkpoint(trainer, folder, write_files)
-    if main:
-        seconds = time.monotonic() - begin
-        print_line(f"{folder} saved: {size_in_words(trainer.saved_bytes)} in {seconds:.1f} s")
-        checkpoint.rotate(output, trainer.keep_checkpoints)
-    trainer.accelerator.wait_for_everyone()
+        trainer.writer.begin(folder)
+        _write_files(trainer, folder, write_files)
+        trainer.writer.start()
+    trainer.save.blocked = time.monotonic() - begin
+    if not trainer.writer.background:
+        finish(trainer)
 
 
-def _write_checkpoint(trainer: Any, folder: Path, write_files: Callable[[], None]) -> None:
-    main, state = trainer.is_world_process_zero(), trainer.state
+def _write_files(trainer: Any, folder: Path, write_files: Callable[[], None]) -> None:
+    state = trainer.state
     # Each rank's loss since the last log line; a resumed run needs it for the next one.
     summed = trainer.accelerator.gather(trainer._tr_loss.detach().reshape(1)).double().tolist()
+    if trainer.is_deepspeed_enabled:
+        trainer.model_wrapped.checkpoint_engine = deepspeed_checkpoint_engine(trainer.writer)
     write_files()
-    if main:
+    losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
+    trainer.save.eval_loss = losses.get(state.global_step)
+    if trainer.is_world_process_zero():
         progress = {
             "loss_sums": summed,
             "logged_step": trainer._globalstep_last_logged,
@@ -61,16 +92,68 @@ def _write_checkpoint(trainer: Any, folder: Path, write_files: Callable[[], None
             "batching": trainer.batching,
         }
         write_json(folder / checkpoint.PROGRESS_FILE, progress)
-    trainer.accelerator.wait_for_everyone()
-    # Rank 0 divides the files: on shared storage the ranks may see other sizes for a while.
-    shares = broadcast(checkpoint.equal_shares(folder, trainer.args.world_size) if main else None)
-    digests = gather(checkpoint.digests(folder, shares[trainer.args.process_index], flush=True))
+
+
+def check(trainer: Any, reports: list[int]) -> None:
+    """Ends the save in flight if its files are written on all ranks, or if one has failed.
+
+    `reports` holds each rank's `writer.status`, the same on all ranks.
+    """
+    if FAILED in reports or set(reports) == {WRITTEN}:
+        _complete(trainer)
+
+
+def finish(trainer: Any) -> None:
+    """Waits for the save in flight, if there is one, and completes it."""
+    save, begin = trainer.save, time.monotonic()
+    if save is not None:
+        trainer.writer.join()
+        save.blocked += time.monotonic() - begin
+        _complete(trainer)
+    if trainer.rotation is not None:
+        trainer.rotation.join()
+        trainer.rotation = None
+
+
+def _complete(trainer: Any) -> None:
+    """Writes the manifest of the save in flight, and only then removes older checkpoints.
+
+    Raises TrainingError on all ranks if one rank could not write its files.
+    """
+    save, begin = trainer.save, time.monotonic()
+    trainer.save = None
+    ranks = gather(trainer.writer.take())
+    for written in ranks:
+        if written.problem is not None:
+            raise TrainingError(_not_written(save.folder, save.step, written.problem, written.full))
+    main = trainer.is_world_process_zero()
     if main:
-        losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
-        files = {name: of_rank[name] for of_rank in digests for name in of_rank}
-        loss = losses.get(state.global_step)
-        checkpoint.write_manifest(folder, loss, trainer.model_files, dict(sorted(files.items())))
+        files = {name: digest for written in ranks for name, digest in written.files.items()}
+        with _reported(save.folder, save.step):
+            # Small files, which transformers and DeepSpeed have written themselves.
+            small = [name for name in checkpoint.files_of(save.folder) if name not in files]
+            files |= checkpoint.digests(save.folder, small, flush=True)
+            model = save.model or []
+            checkpoint.write_manifest(save.folder, save.eval_loss, model, dict(sorted(files.items())))
         trainer.saved_bytes = sum(file["size"] for file in files.values())
+    trainer.saved_bytes = broadcast(trainer.saved_bytes)
+    seconds = max(written.seconds for written in ranks)
+    save.blocked += time.monotonic() - begin
+    logs = {"blocked_seconds": save.blocked, "written_bytes": trainer.saved_bytes}
+    trainer.callback_handler.on_log(trainer.args, save.state, trainer.control, logs)
+    if main:
+        print_line(
+            f"{save.folder} saved: training waited {save.blocked:.1f} s; "
+            f"{size_in_words(trainer.saved_bytes)} in {seconds:.1f} s"
+        )
+        trainer.on_checkpoint_complete(save.folder)
+        # In a thread, as removing large files takes seconds.
+        trainer.rotation = threading.Thread(target=_rotate, args=(trainer, save.folder.parent), daemon=True)
+        trainer.rotation.start()
+
+
+def _rotate(trainer: Any, output: Path) -> None:
+    checkpoint.rotate(output, trainer.keep_checkpoints, trainer.is_being_copied)
 
 
 def save_model_files(trainer: Any, folder: Path) -> list[str]:
@@ -84,11 +167,18 @@ def save_model_files(trainer: Any, folder: Path) -> list[str]:
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         tokenizer = trainer.processing_class
         weights = {} if trainer.is_deepspeed_enabled else model.state_dict()
-        save_model(model, weights, generation_config(tokenizer), folder, trainer.max_shard_size)
+        # transformers divides the weights into files; the writer writes them.
+        with patch.object(modeling_utils, "safe_save_file", _write_weights(trainer.writer)):
+            save_model(model, weights, generation_config(tokenizer), folder, trainer.max_shard_size)
         tokenizer.save_pretrained(folder)
-        names = checkpoint.files_of(folder)
+        names = sorted({*checkpoint.files_of(folder), *trainer.writer.names})
     trainer.accelerator.wait_for_everyone()  # files that other ranks write later are not the model's
     return names
+
+
+def _write_weights(writer: Writer) -> Callable[..., None]:
+    """A stand-in for safetensors.torch.save_file."""
+    return lambda tensors, file, metadata=None: writer.save_weights(tensors, Path(file), metadata or {})
 
 
 def _bad_weights(trainer: Any) -> str | None:
@@ -142,12 +232,13 @@ def _reported(folder: Path, step: int) -> Iterator[None]:
         if isinstance(error, TrainingError) or lost_peer(error):
             raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise TrainingError(
-            f"step {step}: {folder} could not be written ({reason}); "
-            f"{size_in_words(free_bytes(folder.parent) or 0)} are free there. Make room. "
-            f"{older_checkpoint(folder.parent)}",
-            alone=True,
-        ) from error
+        raise TrainingError(_not_written(folder, step, reason), alone=True) from error
+
+
+def _not_written(folder: Path, step: int, reason: str, room: bool = True) -> str:
+    """Message of a failed write; `room`: more room may help."""
+    free = f"; {size_in_words(free_bytes(folder.parent) or 0)} are free there. Make room" if room else ""
+    return f"step {step}: {folder} could not be written ({reason}){free}. {older_checkpoint(folder.parent)}"
 
 
 def older_checkpoint(output: str | Path) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import torch
 from transformers import (
     PreTrainedModel,
-    Trainer,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -32,10 +32,11 @@ AT_MINIMUM = "loss scale already at minimum"
 class StepGuard(TrainerCallback):
     """Lets the ranks agree at the end of each step whether to continue.
 
-    Each step gathers two numbers a rank: whether a stop was requested, and the micro-step with a NaN or infinite loss.
+    Each step gathers three numbers a rank: whether a stop was requested, the micro-step with a NaN or infinite loss, and
+    how far the save in flight is.
     """
 
-    def __init__(self, trainer: Trainer, request: StopRequest) -> None:
+    def __init__(self, trainer: Any, request: StopRequest) -> None:
         self.trainer = trainer
         self.request = request
         self.bad_micro_step: torch.Tensor | None = None
@@ -64,16 +65,21 @@ class StepGuard(TrainerCallback):
         if self.bad_micro_step is None:
             return
         stop = self.bad_micro_step.new_full((), int(self.request.received))
-        report = torch.stack([stop, self.bad_micro_step])
+        saved = self.bad_micro_step.new_full((), self.trainer.writer.status)
+        report = torch.stack([stop, self.bad_micro_step, saved])
         ranks = self.trainer.accelerator.gather(report[None]).tolist()  # the one wait for the device
         self.bad_micro_step, self.micro_step = None, 0
-        bad = [(rank, micro_step) for rank, (_, micro_step) in enumerate(ranks) if micro_step >= 0]
+        bad = [(rank, micro_step) for rank, (_, micro_step, _) in enumerate(ranks) if micro_step >= 0]
         if bad:
+            self.trainer.finish_save()  # a checkpoint of an earlier step
             raise TrainingError(self.trainer.describe_bad_loss(*bad[0]))
+        begin = time.perf_counter()
+        self.trainer.check_save([saved for _, _, saved in ranks])
+        self.trainer.counter.skip(time.perf_counter() - begin)
         self._count_overflow(state)
         if control.should_save:
             control.should_evaluate = True  # the best checkpoint is chosen by this loss
-        if any(stop for stop, _ in ranks):
+        if any(stop for stop, _, _ in ranks):
             self.stopped = True
             control.should_training_stop = control.should_save = True
             # Little time is left after a signal. A held-out loss that is due is measured at the resume.
@@ -99,6 +105,7 @@ class StepGuard(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.request.computing = False
+        self.trainer.finish_save()
 
 
 def describe_bad_base(model: PreTrainedModel, fp16: bool) -> str:

@@ -125,6 +125,7 @@ def build_trainer(
         max_shard_size=options.max_shard_size,
         keep_checkpoints=options.save_total_limit,
         checkpoint_bytes=settings.checkpoint_bytes,
+        background_saves=True,
         request=request,
     )
     trainer.remove_callback(PrinterCallback)

@@ -18,7 +18,7 @@ import math
 import re
 import shlex
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -64,21 +64,6 @@ def files_of(folder: Path) -> list[str]:
     files = (file for file in folder.rglob("*") if file.is_file())
     names = (file.relative_to(folder).as_posix() for file in files)
     return sorted(name for name in names if name.removesuffix(PARTIAL) != MANIFEST_FILE)
-
-
-def equal_shares(folder: Path, ranks: int) -> list[list[str]]:
-    """The files of a checkpoint in `ranks` shares of about the same number of bytes, to be hashed in parallel.
-
-    Each file, the largest first, goes to the share with the fewest bytes.
-    """
-    sizes = {name: (folder / name).stat().st_size for name in files_of(folder)}
-    shares: list[list[str]] = [[] for _ in range(ranks)]
-    filled = [0] * ranks
-    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        emptiest = filled.index(min(filled))
-        shares[emptiest].append(name)
-        filled[emptiest] += sizes[name]
-    return shares
 
 
 def digests(folder: Path, names: Iterable[str], flush: bool = False) -> dict[str, dict[str, Any]]:
@@ -139,10 +124,10 @@ def best(output: Path) -> Path | None:
     return min(reversed(losses), key=losses.__getitem__, default=None)
 
 
-def rotate(output: Path, limit: int) -> None:
+def rotate(output: Path, limit: int, is_in_use: Callable[[Path], bool] = lambda folder: False) -> None:
     """Removes the oldest checkpoints beyond `limit` and incomplete ones before the newest complete one.
 
-    Never removes the newest complete checkpoint or the best.
+    Never removes the newest complete checkpoint or the best, nor one in use.
     """
     found = checkpoints(output)
     complete = [folder for folder in found if read_manifest(folder) is not None]
@@ -152,7 +137,8 @@ def rotate(output: Path, limit: int) -> None:
     keep = {complete[-1], best(output) or complete[-1]}
     surplus = max(0, len(complete) - max(limit, len(keep)))
     for folder in incomplete + [folder for folder in complete if folder not in keep][:surplus]:
-        remove(folder)
+        if not is_in_use(folder):
+            remove(folder)
 
 
 def remove(folder: Path) -> None:

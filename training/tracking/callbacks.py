@@ -89,18 +89,23 @@ class MetricsLog(TrainerCallback):
     def __init__(self, file: Path, seconds: Callable[[], float]) -> None:
         self.file = file
         self.seconds = seconds
-        self.written: set[tuple[int, bool]] = set()
+        self.written: set[tuple[int, str]] = set()
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         # A held-out loss measured at a resume is in no checkpoint, so the next resume measures it again.
-        self.written = {(entry["step"], "eval_loss" in entry) for entry in metrics.read(self.file)}
+        self.written = {(entry["step"], _kind(entry)) for entry in metrics.read(self.file)}
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        held_out = "eval_loss" in logs
-        event = (state.global_step, held_out)
-        if event in self.written or not (held_out or "loss" in logs):
+        kind = _kind(logs)
+        event = (state.global_step, kind)
+        if event in self.written or not kind:
             return
         self.written.add(event)
-        values = {"eval_loss": logs["eval_loss"]} if held_out else logs
+        values = {"eval_loss": logs["eval_loss"]} if kind == "eval_loss" else logs
         position = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
         metrics.append(self.file, position | {"seconds": self.seconds()} | values)
+
+
+def _kind(entry: dict[str, Any]) -> str:
+    """The name of the figure that tells held-out losses, saves and training logs apart; "" for anything else."""
+    return next((name for name in ("eval_loss", "blocked_seconds", "loss") if name in entry), "")
