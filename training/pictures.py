@@ -31,6 +31,7 @@ COLOURS = {
     "start": "#b5b5b5",
     "download": "#8c8c8c",
     "loading": "#d0d0d0",
+    "model": "#8c6d31",
     "verification": "#6b6b6b",
 }
 ENDINGS = (".png", ".pdf", ".svg")

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner
 from transformers import GPTNeoXConfig, OpenAIGPTConfig, OPTConfig, T5Config
 
-from tests.conftest import jsonl, resolved, rows_of, settings_of_a_run, write
+from tests.conftest import jsonl, resolved, rows_of, settings_of_a_run
 from training.consts import GIB
 from training.errors import OptionsError
 from training.machine.catalogue import MACHINES, find_machine
@@ -92,12 +92,12 @@ def test_each_shortage_has_its_own_advice():
     host, disk = short.problems
     assert host.startswith("host memory: 46.5 GiB are needed")
     assert disk == (
-        "disk: 271.0 GiB are needed for checkpoints, model and cache, 71.0 more than the 200.0 of 8xA100-40GB. "
+        "disk: 237.2 GiB are needed for checkpoints, model and cache, 37.2 more than the 200.0 of 8xA100-40GB. "
         "Type --save-total-limit 1"
     )
     tiny_disk = dolly_plan("8xA100-40GB", machine_changes={"disk_gib": 100.0})
     assert tiny_disk.problems[0].endswith(
-        "Name a folder on a disk with 271 GiB free: --local-output-dir FOLDER"
+        "Name a folder on a disk with 238 GiB free: --local-output-dir FOLDER"
     )
 
 
@@ -235,30 +235,26 @@ def compared(machine: str, *more: object) -> tuple[dict[str, Any], str]:
     return json.loads(run_cli(*words, "--json").stdout), run_cli(*words).output
 
 
-def test_the_plan_compares_the_shipped_files_and_names_the_fastest_that_fits(tmp_path):
-    answer, table = compared("8xA100-40GB")
+def test_the_plan_compares_the_shipped_files_and_names_the_fastest_that_fits():
+    answer, chosen = compared("8xA100-40GB")
     files = answer["deepspeed_files"]
     assert list(files) == [ZERO_2, BF16, BF16_OFFLOAD]
     assert all(file["fits"] for file in files.values())
-    assert files[ZERO_2]["hours"] < files[BF16]["hours"] < files[BF16_OFFLOAD]["hours"]
+    assert files[BF16]["hours"] < files[ZERO_2]["hours"] < files[BF16_OFFLOAD]["hours"], (
+        "ZeRO-2 steps are faster, but its rank 0 writes the whole model into every checkpoint"
+    )
     assert (
         files[ZERO_2]["gpu_memory_gib"]
         > files[BF16]["gpu_memory_gib"]
         > files[BF16_OFFLOAD]["gpu_memory_gib"]
     )
-    assert files[BF16]["hours"] == answer["hours"]["expected"], "ZeRO-3 stays the default"
-    assert f"--deepspeed {BF16} " in answer["command"]
-    assert answer["fastest_deepspeed_file"] == ZERO_2
-    assert f"\nThe fastest that fits: type --deepspeed {ZERO_2}\n" in table
-    _, chosen = compared("8xA100-40GB", "--deepspeed", ZERO_2)
+    assert files[BF16]["hours"] == answer["hours"]["expected"], "ZeRO-3 is the default"
+    assert answer["fastest_deepspeed_file"] == BF16
     assert "\nThe run uses the fastest that fits.\n" in chosen
-    assert f"--deepspeed {ZERO_2} " in chosen.splitlines()[-1]
-    own = json.loads((ROOT / ZERO_2).read_text())
-    del own["zero_optimization"][
-        "use_multi_rank_bucket_allreduce"
-    ]  # gradients to all ranks, as DeepSpeed has it
-    _, slower = compared("8xA100-40GB", "--deepspeed", write(tmp_path / "own.json", json.dumps(own)))
-    assert f"\nThe fastest that fits: type --deepspeed {ZERO_2}\n" in slower
+    assert f"--deepspeed {BF16} " in chosen.splitlines()[-1]
+    _, other = compared("8xA100-40GB", "--deepspeed", ZERO_2)
+    assert f"\nThe fastest that fits: type --deepspeed {BF16}\n" in other
+    assert f"--deepspeed {ZERO_2} " in other.splitlines()[-1]
 
 
 def test_files_that_do_not_fit_are_marked_and_not_named():

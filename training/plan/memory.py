@@ -268,8 +268,8 @@ def host_memory(
 
     Training: an offloaded optimizer holds per parameter float32 master weights (4 bytes), moments (8), and two copies
     of the gradients, in float32 (4) and in the model's precision (2). If pinned, the two copies are rounded up to a
-    power of two, because PyTorch's pinned memory allocator does so (ATen/core/CachingHostAllocator.h). Saving gathers
-    the 16-bit model on rank 0 (2) and stages the devices' float32 states (4): an assumption.
+    power of two, because PyTorch's pinned memory allocator does so (ATen/core/CachingHostAllocator.h). Saving stages the
+    devices' float32 states (4): an assumption. At the end rank 0 loads the finished model to verify it (2).
     """
     zero, count, size = settings.zero, model.parameters, settings.weight_bytes
     local = local_ranks or settings.ranks

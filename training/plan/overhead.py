@@ -29,7 +29,7 @@ DISK = 2e9  # fsync: an assumption. A local NVMe drive writes 1e9 to 2e9; machin
 # p4d) have none. With them 1.5e9 to 1.9e9 were measured.
 HASH = 0.47e9
 SHARD = 5e9  # default of --max-shard-size; a file is hashed by one thread
-HASH_THREADS = 4  # of digests in storage/checkpoint.py
+WRITER_THREADS = 4  # of a rank in model/weight_files.py; a thread writes one file
 ANSWER = 2e9  # weights, for a prompt and four answer tokens on the cores of a GPU machine: an assumption
 PUBLISHING = 0.2e9  # writing to DBFS, a Volume or S3, and reading back: an assumption, the same for both
 
@@ -51,36 +51,42 @@ def start_seconds(model: ModelShape, machine: Machine, settings: Settings, load:
 def checkpoint_seconds(model: ModelShape, machine: Machine, settings: Settings) -> dict[str, float]:
     """Seconds of one checkpoint by part (run/saving.py). All ranks wait until the last one has finished it.
 
-    Rank 0 collects and writes the model, then each rank writes its shard of the optimizer, then the files are flushed
-    and hashed by all ranks. A rank's shard is one file. Without ZeRO rank 0 writes all of the optimizer.
+    Each rank writes its shard of weights and optimizer, then the files are flushed and hashed by all ranks. A rank's shard
+    is one file. Below stage 3 rank 0 also writes the whole model. Without ZeRO it writes all of the optimizer.
     """
     weights = settings.weight_bytes * model.parameters
-    states = settings.checkpoint_bytes * model.parameters - weights
+    whole = 0.0 if settings.zero.stage == 3 else weights
+    states = settings.checkpoint_bytes * model.parameters - whole
     shard = states / (settings.ranks if settings.zero.stage else 1)
     local = min(settings.ranks, machine.count) if settings.zero.stage else 1
     copied = 0.0 if machine.is_cpu else 1 / DEVICE_TO_HOST
     from_device = 0.0 if settings.zero.offload_optimizer else copied
     return {
-        "gathering": weights * copied,
-        "checking": weights / FINITE,
-        "writing the model": weights / SAFETENSORS,
-        "writing the optimizer": shard * (1 / TORCH_SAVE + from_device),
-        "flushing": (weights + local * shard) / DISK,
-        "hashing": max(shard, min(weights, SHARD)) / HASH,
+        "checking": weights / settings.ranks / FINITE,
+        "writing the model": whole * (1 / SAFETENSORS + copied),
+        "writing the shards": shard * (1 / TORCH_SAVE + from_device),
+        "flushing": (whole + local * shard) / DISK,
+        "hashing": max(shard, whole if settings.zero.stage else min(whole, SHARD)) / HASH,
     }
 
 
 def finish_seconds(model: ModelShape, settings: Settings) -> dict[str, float]:
-    """Seconds after the last checkpoint: verification on rank 0's CPU, and publishing if it was requested.
+    """Seconds after the last checkpoint: the model, its verification on rank 0's CPU, and publishing if it was requested.
 
-    Verification hashes the model's files, reads them for NaN, loads the model and lets it answer (run/finish.py).
+    Under DeepSpeed every rank reads, casts, hashes and writes its files of the model, on several threads, and the files
+    are flushed (run/final_model.py). Verification reads them for NaN, loads the model and lets it answer (run/finish.py).
     Publishing hashes the files on one thread, writes them and reads them back (storage/copy.py).
     """
     weights = settings.weight_bytes * model.parameters
-    hashing = max(min(weights, SHARD), weights / HASH_THREADS) / HASH
+    writers = settings.ranks * min(WRITER_THREADS, math.ceil(weights / settings.ranks / SHARD))
+    written = weights * (1 / DISK + (1 / SAFETENSORS + 1 / HASH) / writers) if settings.zero.stage else 0.0
     loading = weights / SAFETENSORS
     published = weights * (1 / HASH + 2 / PUBLISHING) if settings.options.dbfs_output_dir else 0.0
-    return {"verification": hashing + weights / FINITE + loading + weights / ANSWER, "publishing": published}
+    return {
+        "model": written,
+        "verification": weights / FINITE + loading + weights / ANSWER,
+        "publishing": published,
+    }
 
 
 def evaluations(settings: Settings, steps: int) -> int:
