@@ -109,6 +109,17 @@ def together(function: Callable[[], Any]) -> Any:
     return result
 
 
+def in_parallel(function: Callable[[], Any]) -> list[Any]:
+    """Runs `function` on every rank and returns all results, in order, on every rank. If it fails on one, it fails on all.
+
+    The function may take longer than --rank-timeout. Every few seconds all ranks tell each other that they are alive.
+    """
+    attempted = ThreadPoolExecutor(1).submit(function)
+    while not all(gather(bool(wait([attempted], SIGN_OF_LIFE_SECONDS).done))):
+        pass
+    return gather(together(attempted.result))
+
+
 def raise_together(problem: str | None) -> None:
     """Raises rank 0's problem, if any, as TrainingError on every rank."""
     if problem := broadcast(problem):

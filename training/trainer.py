@@ -48,7 +48,7 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
     """
     settings = preflight.check(options)  # reports all problems together, before anything expensive
     taken = gpu_memory_taken_gib()  # by other processes: this one has no CUDA context yet
-    from training.run import final_model, finish, prepare, start, steps
+    from training.run import final_model, finish, mirror, prepare, start, steps
 
     request = request or StopRequest()
     settings, prepared = prepare.prepare(settings)  # connects the ranks; loads tokenizer and rows
@@ -60,16 +60,19 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
         settings = preflight.check_plan(settings, prepared, start_point.earlier_choices, taken)
         record["decided"] = settings.plan_choices
         start_point = start.write(settings, prepared, start_point, record, last)
-        if start_point.step < last and steps.run_steps(settings, prepared, start_point, record, request):
-            return start.stopped(settings, record)
-        if any(ranks.gather(request.received)):  # after the last step
-            raise Interrupted
-        end = start_point.last_checkpoint(settings.output, last)
-        written = final_model.write_final_model(settings, end)
-        ranks.end_process_group()
-        if not ranks.is_main_process():
-            return record
-        return finish.finish(settings, prepared.ledger, record, end, *written)
+        with mirror.copying(settings, record, start_point.step, request) as copies:
+            if start_point.step < last and steps.run_steps(
+                settings, prepared, start_point, record, request, copies
+            ):
+                return start.stopped(settings, record)
+            if any(ranks.gather(request.received)):  # after the last step
+                raise Interrupted
+            end = start_point.last_checkpoint(settings.output, last)
+            written = final_model.write_final_model(settings, end)
+            ranks.end_process_group()
+            if not ranks.is_main_process():
+                return record
+            return finish.finish(settings, prepared.ledger, record, end, *written)
 
 
 @click.command(cls=GroupedCommand, context_settings={"max_content_width": 110})

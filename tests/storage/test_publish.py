@@ -27,8 +27,7 @@ from tests.storage.conftest import PUBLISHED, RUN, assert_complete, content, pub
 from training import files
 from training.errors import PublishError
 from training.storage import copy as copy_module
-from training.storage.copy import publish
-from training.storage.target import marker_of, target_problems
+from training.storage.copy import marker_of, publish, target_problems
 
 
 @pytest.fixture
@@ -75,7 +74,7 @@ def test_a_large_file_gets_a_log_line_and_a_progress_bar_on_a_terminal(
     finished: Path, tmp_path: Path
 ) -> None:
     program = (
-        "import sys; from training import files, publish; from training.storage import copy; files.LARGE = copy.LARGE = 2**20\n"
+        "import sys; from training import files, publish; from training.storage import write; files.LARGE = write.LARGE = 2**20\n"
         f"sys.argv = ['publish', '--model', {str(finished)!r}, '--to', sys.argv[1]]; publish.main()"
     )
     logged = python("-c", program, tmp_path / "logged")
@@ -201,14 +200,14 @@ def test_a_file_that_reads_back_wrong_is_rewritten_once_and_then_refused(
 
 def before_the_weights(monkeypatch: pytest.MonkeyPatch, act: Callable[[], Any]) -> None:
     """Calls `act` when the copy reaches the weights."""
-    real = copy_module._write
+    real = copy_module.write_checked
 
     def write(target: Any, name: str, *args: Any) -> None:
         if name == "model.safetensors":
             act()
         real(target, name, *args)
 
-    monkeypatch.setattr(copy_module, "_write", write)
+    monkeypatch.setattr(copy_module, "write_checked", write)
 
 
 @pytest.mark.parametrize(

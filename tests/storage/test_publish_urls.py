@@ -17,8 +17,7 @@ import pytest
 
 from tests.storage.conftest import ROOT, assert_complete, content, publish_command
 from training.errors import PublishError
-from training.storage.copy import publish
-from training.storage.target import marker_of, target_problems
+from training.storage.copy import marker_of, publish, target_problems
 
 KEYS = {"AWS_ACCESS_KEY_ID": "AKIASECRETKEYID", "AWS_SECRET_ACCESS_KEY": "wholly-secret", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
 

@@ -123,9 +123,16 @@ def spark_problems(
         problems += error.problems
     if not options.get("local_output_dir"):
         problems.append("--local-output-dir is missing. Name a folder on storage shared by all nodes")
-    for name in ("local_output_dir", "dbfs_output_dir", "training_dataset", "input_model", "resume"):
+    for name in (
+        "local_output_dir",
+        "dbfs_output_dir",
+        "checkpoint_to",
+        "training_dataset",
+        "input_model",
+        "resume",
+    ):
         value = str(options.get(name) or "")
-        is_path = name.endswith("_dir") or value.startswith((".", "~")) or os.path.exists(value)
+        is_path = name.endswith(("_dir", "_to")) or value.startswith((".", "~")) or os.path.exists(value)
         if value and is_path and "://" not in value and not Path(value).is_absolute():
             full = Path(expanded(value)).absolute()
             problems.append(

@@ -38,6 +38,7 @@ SAME = {
     "--rank-timeout": "ddp-timeout",
     "--local-output-dir": "output-dir output out out-dir save-dir save-path output-path output-folder output-directory",
     "--dbfs-output-dir": "publish-dir hub-model-id",
+    "--checkpoint-to": "remote-checkpoint-dir checkpoint-dir save-to remote-save-folder checkpoint-uri",
     "--logging-steps": "log-interval log-steps log-every",
     "--eval-steps": "evaluation-steps eval-interval eval-every",
     "--save-steps": "save-interval checkpoint-steps save-every checkpointing-steps",

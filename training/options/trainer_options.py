@@ -223,6 +223,13 @@ class TrainingOptions:
         metavar="TARGET",
         path="target",
     )
+    checkpoint_to: str | None = _output(
+        None,
+        "Also copy each checkpoint to DBFS, a Volume, any folder, or a URL such as s3://bucket/folder, in the background. "
+        "--resume auto continues from there on another machine.",
+        metavar="TARGET",
+        path="target",
+    )
     logging_steps: int = _output(10, "Steps between log lines.", type=click.IntRange(1), metavar="STEPS")
     eval_steps: int = _output(
         100, "Steps between evaluations of the held-out loss.", type=click.IntRange(1), metavar="STEPS"
@@ -249,7 +256,8 @@ class TrainingOptions:
     save_total_limit: int = _output(2, "Checkpoints to keep.", type=click.IntRange(1), metavar="CHECKPOINTS")
     resume: str = _output(
         "never",
-        "never: start a new run. auto: continue from the newest complete checkpoint in --local-output-dir, if any. "
+        "never: start a new run. auto: continue from the newest complete checkpoint in --local-output-dir or "
+        "--checkpoint-to, if any. "
         "Or the folder of a checkpoint.",
         metavar="never|auto|FOLDER",
         path="checkpoint",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import platform
 import subprocess
 import time
@@ -16,11 +17,15 @@ import datasets
 import numpy as np
 
 from training.consts import INSTALLED
+from training.errors import OptionsError
 from training.files import local_path
 from training.options.settings import Settings
 from training.options.trainer_options import SCHEDULES, TrainingOptions, flag_of
 from training.storage import checkpoint
 from training.storage.record import read_run_record
+from training.storage.remote import newer_copies
+
+logger = logging.getLogger(__name__)
 
 RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
 
@@ -70,10 +75,11 @@ def recorded_test_size(options: TrainingOptions) -> int | None:
     is_named = options.resume != "auto"
     folder = Path(options.resume).expanduser().resolve().parent if is_named else None
     folder = folder or local_path(options.local_output_dir)
-    record = read_run_record(folder)
+    copies = newer_copies(options.checkpoint_to, options.resume, folder)
+    record = copies.record if copies else read_run_record(folder)
     if record is None:
         return None
-    continues = is_named or record["status"] == "finished" or "begun_from" in record
+    continues = copies or is_named or record["status"] == "finished" or "begun_from" in record
     if not continues and not checkpoint.any_complete(folder):
         return None
     number = record["options"].get("test_size")
@@ -127,6 +133,19 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
             f"{earlier}"
         )
     return found
+
+
+def check_same_run(former: dict[str, Any], now: dict[str, Any], force: bool) -> None:
+    """Raises OptionsError if the options would change the result of the run that is resumed; warns with `force`."""
+    different = differences(former, now)
+    if different and not force:
+        raise OptionsError(
+            "--resume with these options would not continue the same run:\n    "
+            + "\n    ".join(different)
+            + "\n    Type the options of that run, or a new --local-output-dir; --force continues with the new values"
+        )
+    for difference in different:
+        logger.warning("--force: continuing although %s", difference)
 
 
 def _same_batch(rows: Any, options: dict[str, Any], world_size: int) -> str:

@@ -22,7 +22,8 @@ from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions, flag_of
 from training.ranks import gather, is_main_process, on_rank_0, ranks_on_this_host, world_size
 from training.storage import checkpoint
-from training.storage.target import target_problems
+from training.storage.copy import target_problems
+from training.storage.remote import store_problems
 from training.tracking.mlflow_server import tracking_problems
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def destination_problems(options: TrainingOptions) -> list[str]:
     for name, find in (
         ("local_output_dir", checks.output_problems),
         ("dbfs_output_dir", _publishing_problems),
+        ("checkpoint_to", _copying_problems),
         ("resume", _resume_problems),
     ):
         folder = getattr(options, name) or ""
@@ -122,6 +124,16 @@ def _publishing_problems(options: TrainingOptions) -> list[str]:
     with suppress(OSError, RuntimeError, ValueError):  # reported for --local-output-dir
         output = local_path(options.local_output_dir or "").resolve()
     return [f"--dbfs-output-dir {problem}" for problem in target_problems(target, output)]
+
+
+def _copying_problems(options: TrainingOptions) -> list[str]:
+    target = str(options.checkpoint_to)
+    if options.dbfs_output_dir and target.rstrip("/") == options.dbfs_output_dir.rstrip("/"):
+        return [
+            f"--checkpoint-to {target}: is the same folder as --dbfs-output-dir, which holds the model. Name another folder"
+        ]
+    problems = store_problems(target, local_path(options.local_output_dir or ""), options.resume)
+    return [f"--checkpoint-to {problem}" for problem in problems]
 
 
 def dataset_problems(options: TrainingOptions) -> list[str]:

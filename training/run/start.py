@@ -17,12 +17,13 @@ from training.options.checks import output_problems
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.ranks import is_main_process, on_rank_0
-from training.run.identity import differences, new_record, rows_digest
+from training.run.fetch import FETCHED, fetch_newest
+from training.run.identity import check_same_run, new_record, rows_digest
 from training.run.lock import one_writer
 from training.run.reshard import RESHARDED, reshard
 from training.storage import checkpoint
+from training.storage.copy import target_problems
 from training.storage.record import read_run_record, write_run_record
-from training.storage.target import target_problems
 
 if TYPE_CHECKING:
     from training.run.prepare import Prepared
@@ -76,8 +77,11 @@ def find(settings: Settings, prepared: Prepared, steps: int) -> tuple[Start, dic
     """(start, record) of a run of `steps` steps. Raises OptionsError on every rank if rank 0 finds a problem."""
     options, output = settings.options, settings.output
 
+    def of_this_run() -> dict[str, Any]:
+        return new_record(settings, rows_digest(prepared.train_rows, prepared.held_out_rows))
+
     def on_disk() -> tuple[Start, dict[str, Any]]:
-        record = new_record(settings, rows_digest(prepared.train_rows, prepared.held_out_rows))
+        record = of_this_run()
         if problems := output_problems(options):  # another run may have ended in the meantime
             raise OptionsError(*problems)
         start = find_start(output, options, record, steps)
@@ -94,6 +98,7 @@ def find(settings: Settings, prepared: Prepared, steps: int) -> tuple[Start, dic
             record["begun_from"] = str(start.folder)
         return start, record
 
+    fetch_newest(settings, lambda former: check_same_run(former, of_this_run(), options.force))
     return on_rank_0(on_disk)
 
 
@@ -102,7 +107,8 @@ def write(settings: Settings, prepared: Prepared, start: Start, record: dict[str
     output = settings.output
 
     def on_disk() -> Start:
-        shutil.rmtree(output / RESHARDED, ignore_errors=True)  # left by a start that was killed
+        for name in (RESHARDED, FETCHED):  # left by a start that was killed
+            shutil.rmtree(output / name, ignore_errors=True)
         loaded = start.folder
         changed = settings.deepspeed is not None and start.saved_ranks != settings.ranks
         if loaded and changed and start.step < steps:
@@ -150,15 +156,7 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
                 f"--resume: the run in {output} has no checkpoint of its own yet, and the one it started from, "
                 f"{named}, cannot be used: {problems[0]}. Restore it, or name a new --local-output-dir"
             )
-    different = differences(former, now)
-    if different and not options.force:
-        raise OptionsError(
-            "--resume with these options would not continue the same run:\n    "
-            + "\n    ".join(different)
-            + "\n    Type the options of that run, or a new --local-output-dir; --force continues with the new values"
-        )
-    for difference in different:
-        logger.warning("--force: continuing although %s", difference)
+    check_same_run(former, now, options.force)
     if finished and former["steps"] == steps and former["options"].get("final_model") == options.final_model:
         return Start(former=former, finished=True)
     folder = named or _newest_intact(output)

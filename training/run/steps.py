@@ -27,7 +27,6 @@ from training.ranks import on_rank_0
 from training.run.completion_trainer import CompletionTrainer
 from training.run.failures import StopRequest, lost_peer, out_of_memory
 from training.run.resume import RestoreOnResume
-from training.run.start import Start
 from training.run.step_guard import AT_MINIMUM
 from training.storage import checkpoint
 from training.storage.metrics import drop_entries_after
@@ -35,7 +34,9 @@ from training.tracking.callbacks import trackers
 from training.tracking.samples import Samples
 
 if TYPE_CHECKING:
+    from training.run.mirror import Mirror
     from training.run.prepare import Prepared
+    from training.run.start import Start
 
 logger = logging.getLogger(__name__)
 
@@ -51,9 +52,17 @@ def steps_per_epoch(settings: Settings, rows: int) -> int:
 
 
 def run_steps(
-    settings: Settings, prepared: Prepared, start: Start, record: dict[str, Any], request: StopRequest
+    settings: Settings,
+    prepared: Prepared,
+    start: Start,
+    record: dict[str, Any],
+    request: StopRequest,
+    copies: Mirror | None = None,
 ) -> bool:
-    """Trains from `start` to the last step and its checkpoint. Returns True if a signal stopped it earlier."""
+    """Trains from `start` to the last step and its checkpoint. Returns True if a signal stopped it earlier.
+
+    `copies` copies each checkpoint to --checkpoint-to.
+    """
     args = prepared.args
     if start.folder is not None:
         args.eval_on_start = False  # it was measured before step 1
@@ -61,6 +70,8 @@ def run_steps(
     if start.loaded != start.folder:
         args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
     trainer = build_trainer(settings, prepared, request)
+    if copies is not None:
+        trainer.on_checkpoint_complete, trainer.is_being_copied = copies.wake, copies.is_copying
     samples = _samples(trainer, settings)
     if args.process_index == 0:
         forget_later_steps(settings.output, start)

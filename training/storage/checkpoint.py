@@ -25,6 +25,8 @@ from typing import Any
 
 from training.files import PARTIAL, file_digest, write_json
 
+Losses = dict[int, float | None]  # held-out losses of complete checkpoints, by step
+
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 
@@ -66,6 +68,20 @@ def files_of(folder: Path) -> list[str]:
     return sorted(name for name in names if name.removesuffix(PARTIAL) != MANIFEST_FILE)
 
 
+def shares_of(sizes: dict[str, int], ranks: int) -> list[list[str]]:
+    """The files of these `sizes` in `ranks` shares of about the same number of bytes.
+
+    Each file, the largest first, goes to the share with the fewest bytes.
+    """
+    shares: list[list[str]] = [[] for _ in range(ranks)]
+    filled = [0] * ranks
+    for name in sorted(sizes, key=sizes.__getitem__, reverse=True):
+        emptiest = filled.index(min(filled))
+        shares[emptiest].append(name)
+        filled[emptiest] += sizes[name]
+    return shares
+
+
 def digests(folder: Path, names: Iterable[str], flush: bool = False) -> dict[str, dict[str, Any]]:
     """{name: {"size": bytes, "sha256": hex}} of files. With `flush`, fsyncs them first."""
     names = list(names)
@@ -79,7 +95,12 @@ def write_manifest(
 ) -> None:
     """Completes a checkpoint. `model` names the files of the finished model; `files` comes from `digests`."""
     manifest = {"step": step_of(folder), "eval_loss": eval_loss, "model": model, "files": files}
-    write_json(folder / MANIFEST_FILE, manifest | {"sha256": _checksum(manifest)})
+    write_json(folder / MANIFEST_FILE, sealed(manifest))
+
+
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """The manifest with its own checksum, as it is written."""
+    return manifest | {"sha256": _checksum(manifest)}
 
 
 def _checksum(manifest: dict[str, Any]) -> str:
@@ -89,11 +110,19 @@ def _checksum(manifest: dict[str, Any]) -> str:
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """The manifest; None if it is missing or damaged, which means that the checkpoint is incomplete."""
     try:
-        manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    except (OSError, ValueError):
+        return parse_manifest((folder / MANIFEST_FILE).read_bytes(), step_of(folder))
+    except OSError:
+        return None
+
+
+def parse_manifest(content: bytes, step: int) -> dict[str, Any] | None:
+    """The manifest of the checkpoint of this step from the bytes of its file; None if they are damaged."""
+    try:
+        manifest = json.loads(content)
+    except ValueError:
         return None
     intact = isinstance(manifest, dict) and manifest.pop("sha256", None) == _checksum(manifest)
-    return manifest if intact and manifest["step"] == step_of(folder) else None
+    return manifest if intact and manifest["step"] == step else None
 
 
 def problems_of(folder: Path, names: Iterable[str] | None = None) -> list[str]:
@@ -116,12 +145,27 @@ def problems_of(folder: Path, names: Iterable[str] | None = None) -> list[str]:
 
 def best(output: Path) -> Path | None:
     """The complete checkpoint with the lowest held-out loss, the newest if equal; None if none has a finite loss."""
-    losses: dict[Path, float] = {}
-    for folder in checkpoints(output):
-        loss = (read_manifest(folder) or {}).get("eval_loss")
-        if loss is not None and math.isfinite(loss):
-            losses[folder] = loss
-    return min(reversed(losses), key=losses.__getitem__, default=None)
+    step = best_step(_losses(output))
+    return None if step is None else output / f"checkpoint-{step}"
+
+
+def best_step(losses: Losses) -> int | None:
+    """The step with the lowest held-out loss, the newest if equal; None if none has a finite loss."""
+    finite = {step: loss for step, loss in losses.items() if loss is not None and math.isfinite(loss)}
+    return min(sorted(finite, reverse=True), key=finite.__getitem__, default=None)
+
+
+def surplus(losses: Losses, limit: int) -> list[int]:
+    """The oldest of these steps beyond `limit`. The newest and the best always stay."""
+    steps, best_of_all = sorted(losses), best_step(losses)
+    keep = {*steps[-1:], *([] if best_of_all is None else [best_of_all])}
+    count = max(0, len(steps) - max(limit, len(keep)))
+    return [step for step in steps if step not in keep][:count]
+
+
+def _losses(output: Path) -> Losses:
+    manifests = {step_of(folder): read_manifest(folder) for folder in checkpoints(output)}
+    return {step: manifest["eval_loss"] for step, manifest in manifests.items() if manifest is not None}
 
 
 def rotate(output: Path, limit: int, is_in_use: Callable[[Path], bool] = lambda folder: False) -> None:
@@ -129,15 +173,14 @@ def rotate(output: Path, limit: int, is_in_use: Callable[[Path], bool] = lambda 
 
     Never removes the newest complete checkpoint or the best, nor one in use.
     """
-    found = checkpoints(output)
-    complete = [folder for folder in found if read_manifest(folder) is not None]
-    if not complete:
+    losses = _losses(output)
+    if not losses:
         return
-    incomplete = [folder for folder in found[: found.index(complete[-1])] if folder not in complete]
-    keep = {complete[-1], best(output) or complete[-1]}
-    surplus = max(0, len(complete) - max(limit, len(keep)))
-    for folder in incomplete + [folder for folder in complete if folder not in keep][:surplus]:
-        if not is_in_use(folder):
+    removed = surplus(losses, limit)
+    for folder in checkpoints(output):
+        step = step_of(folder)
+        incomplete = step not in losses and step < max(losses)
+        if (incomplete or step in removed) and not is_in_use(folder):
             remove(folder)
 
 

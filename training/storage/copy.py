@@ -14,26 +14,22 @@ The same command continues an interrupted copy."""
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import shlex
 import time
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from training.consts import RUN_FILE
-from training.errors import PublishError, SourceError
+from training.errors import PublishError, SourceError, UnfinishedRunError
 from training.files import (
-    LARGE,
     PARTIAL,
     digest,
-    file_digest,
     free_bytes,
     local_path,
-    read_blocks,
     size_in_words,
 )
 from training.storage.record import finished_run
@@ -42,16 +38,66 @@ from training.storage.target import (
     NEW_FOLDER,
     Target,
     as_publish_error,
-    check_target_contents,
-    finished_record_bytes,
     list_files,
-    marker_of,
     open_target,
+    try_writing,
 )
+from training.storage.write import remove_file, source_digest, target_digest, write_checked
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_FILE = "manifest.json"
+
+
+def finished_record_bytes(folder: Path) -> bytes:
+    """Content of run.json of a finished run. Raises UnfinishedRunError if the folder holds no finished run."""
+    finished_run(folder)
+    return (folder / RUN_FILE).read_bytes()
+
+
+def target_problems(target: str, folder: Path | None = None) -> list[str]:
+    """Reasons why a model cannot be published to `target`; [] if there are none.
+
+    The target must be empty or a copy, complete or not, of the finished run in `folder`. An empty one is tried: a small
+    file is written there and removed, because only the file system knows what it allows.
+    """
+    record = None
+    if folder is not None:
+        with suppress(UnfinishedRunError):
+            record = finished_record_bytes(folder)
+    try:
+        opened = open_target(target, folder)
+        existing = list_files(opened)
+        check_target_contents(opened, existing, record)
+        if not existing and "://" in target:  # `open_target` has tried a local folder
+            try_writing(opened)
+    except PublishError as error:
+        return [str(error)]
+    return []
+
+
+def marker_of(record: bytes) -> bytes:
+    """Content of the marker file in a copy of the run with this run.json."""
+    return json.dumps({f"sha256 of {RUN_FILE}": digest([record])["sha256"]}).encode() + b"\n"
+
+
+def check_target_contents(target: Target, existing: dict[str, int | None], record: bytes | None) -> None:
+    """Raises PublishError unless the target is empty, or a copy, complete or not, of the run with this run.json.
+
+    `existing` comes from `list_files`.
+    """
+    if set(existing) <= {MARKER_FILE}:  # interrupted at its first write: nothing can be lost
+        return
+    reason = "already holds something"
+    if record is not None:
+        for name, content in ((MARKER_FILE, marker_of(record)), (RUN_FILE, record)):
+            if existing.get(name) is not None:
+                with as_publish_error(f"{target.name}/{name}: cannot be read"):
+                    if target.fs.cat_file(target.file(name)) == content:
+                        return
+                reason = "already holds another run's model, or part of it"
+    names = ", ".join(sorted(existing)[:3]) + (", ..." if len(existing) > 3 else "")
+    raise PublishError(f"{target.name}: {reason} ({names}). {NEW_FOLDER}")
 
 
 def model_files(folder: Path) -> list[Path]:
@@ -69,7 +115,7 @@ def model_digests(folder: Path) -> dict[str, dict[str, Any]]:
     Raises PublishError if the run is not finished, or a weight file differs from the one that training verified.
     """
     record = finished_run(folder)
-    digests = {file.name: _source_digest(file) for file in model_files(folder)}
+    digests = {file.name: source_digest(file) for file in model_files(folder)}
     for name, verified in record.get("weights", {}).items():
         if name not in digests or digests[name]["sha256"] != verified["sha256"]:
             raise PublishError(
@@ -108,7 +154,7 @@ def publish(folder: Path, target: str) -> list[str]:
     total = f"{len(contents)} files, {size_in_words(sum(file['size'] for file in digests.values()))}"
     if not missing:
         if MARKER_FILE in existing:
-            _remove(opened, MARKER_FILE)
+            remove_file(opened, MARKER_FILE)
         logger.info("%s already holds this model, complete and unchanged: %s", target, total)
         return []
     missing[RUN_FILE] = record
@@ -162,81 +208,16 @@ def _write_missing(
             target.fs.makedirs(target.path, exist_ok=True)
     # Never rewrite a correct marker: if that write broke off, the files would look like those of another run.
     if not _is_copied(target, MARKER_FILE, existing, digest([marker])):
-        _write(target, MARKER_FILE, marker, digest([marker]))
+        write_checked(target, MARKER_FILE, marker, digest([marker]))
     if RUN_FILE in existing:
-        _remove(target, RUN_FILE)  # an incomplete copy must not look complete
+        remove_file(target, RUN_FILE)  # an incomplete copy must not look complete
     for name, source in missing.items():
-        _write(target, name, source, digests[name])
-    _remove(target, MARKER_FILE)
-
-
-def _write(target: Target, name: str, source: Path | bytes, expected: dict[str, Any]) -> None:
-    """Writes a file sequentially and reads it back. Tries once more if the bytes differ."""
-    size = expected["size"]
-    try:
-        for _ in range(2):
-            _remove(target, name)
-            start = time.monotonic()
-            with (
-                as_publish_error(f"{target.name}/{name}: cannot be written"),
-                _open(source) as file,
-                target.fs.open(target.file(name), "wb") as copy,
-            ):
-                for block in read_blocks(file, size, name):
-                    copy.write(block)
-            seconds = time.monotonic() - start
-            if _target_digest(target, name, size) == expected:
-                if size >= LARGE:
-                    speed = size / 2**20 / max(seconds, 1e-9)
-                    logger.info("%s: %s at %.0f MiB/s, read back", name, size_in_words(size), speed)
-                return
-            if isinstance(source, Path) and _source_digest(source) != expected:
-                raise SourceError(f"{source}: changed while it was copied")
-            logger.warning("%s/%s: the bytes read back differ from the bytes written", target.name, name)
-        raise PublishError(f"{target.name}/{name}: the bytes read back differ from the bytes written, twice")
-    except PublishError:
-        with suppress(PublishError):
-            _remove(target, name)
-        raise
-
-
-def _remove(target: Target, name: str) -> None:
-    with as_publish_error(f"{target.name}/{name}: cannot be removed"):
-        if target.fs.exists(target.file(name)):
-            target.fs.rm_file(target.file(name))
+        write_checked(target, name, source, digests[name])
+    remove_file(target, MARKER_FILE)
 
 
 def _is_copied(
     target: Target, name: str, existing: Mapping[str, int | None], expected: dict[str, Any]
 ) -> bool:
     size = expected["size"]
-    return existing.get(name) == size and _target_digest(target, name, size) == expected
-
-
-def _target_digest(target: Target, name: str, size: int) -> dict[str, Any]:
-    with (
-        as_publish_error(f"{target.name}/{name}: cannot be read"),
-        target.fs.open(target.file(name), "rb") as copy,
-    ):
-        return digest(read_blocks(copy, size, f"{name}: reading back"))
-
-
-def _source_digest(file: Path) -> dict[str, Any]:
-    with _source_errors(file):
-        return file_digest(file, f"{file.name}: checksum")
-
-
-def _open(source: Path | bytes) -> IO[bytes]:
-    if isinstance(source, bytes):
-        return io.BytesIO(source)
-    with _source_errors(source):
-        return source.open("rb")
-
-
-@contextmanager
-def _source_errors(source: Path) -> Iterator[None]:
-    """Turns OSError into SourceError, to tell an unreadable source from an unwritable target."""
-    try:
-        yield
-    except OSError as error:
-        raise SourceError(f"{source}: cannot be read ({error.strerror})") from error
+    return existing.get(name) == size and target_digest(target, name, size) == expected

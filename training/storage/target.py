@@ -1,12 +1,11 @@
-"""The target of a published model: a folder on DBFS, a Volume, S3 or a local disk."""
+"""A target of copies: a folder on DBFS, a Volume, S3 or a local disk."""
 
 from __future__ import annotations
 
 import errno
-import json
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +13,8 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from training.consts import RUN_FILE
-from training.errors import PublishError, UnfinishedRunError, install_extra
-from training.files import digest, local_path, mounted_store, writable
-from training.storage.record import finished_run
+from training.errors import PublishError, install_extra
+from training.files import local_path, mounted_store, writable
 
 MARKER_FILE = "publishing.json"
 BUCKETS = ("s3", "s3a")  # protocols of object stores, which have no folders
@@ -38,34 +35,8 @@ class Target:
         return f"{self.path}/{name}"
 
 
-def finished_record_bytes(folder: Path) -> bytes:
-    """Content of run.json of a finished run. Raises UnfinishedRunError if the folder holds no finished run."""
-    finished_run(folder)
-    return (folder / RUN_FILE).read_bytes()
-
-
-def target_problems(target: str, folder: Path | None = None) -> list[str]:
-    """Reasons why a model cannot be published to `target`; [] if there are none.
-
-    The target must be empty or a copy, complete or not, of the finished run in `folder`. An empty one is tried: a small
-    file is written there and removed, because only the file system knows what it allows.
-    """
-    record = None
-    if folder is not None:
-        with suppress(UnfinishedRunError):
-            record = finished_record_bytes(folder)
-    try:
-        opened = open_target(target, folder)
-        existing = list_files(opened)
-        check_target_contents(opened, existing, record)
-        if not existing and "://" in target:  # `open_target` has tried a local folder
-            _try_writing(opened)
-    except PublishError as error:
-        return [str(error)]
-    return []
-
-
-def _try_writing(target: Target) -> None:
+def try_writing(target: Target) -> None:
+    """Writes a small file to the target and removes it. Raises PublishError if that is not possible."""
     file = target.file(MARKER_FILE)  # if it cannot be removed, the target still counts as empty
     with as_publish_error(f"{target.name}: cannot be written"):
         try:
@@ -167,27 +138,3 @@ def list_files(target: Target) -> dict[str, int | None]:
         entry["name"].rstrip("/").rsplit("/", 1)[-1]: entry["size"] if entry["type"] == "file" else None
         for entry in entries
     }
-
-
-def marker_of(record: bytes) -> bytes:
-    """Content of the marker file in a copy of the run with this run.json."""
-    return json.dumps({f"sha256 of {RUN_FILE}": digest([record])["sha256"]}).encode() + b"\n"
-
-
-def check_target_contents(target: Target, existing: dict[str, int | None], record: bytes | None) -> None:
-    """Raises PublishError unless the target is empty, or a copy, complete or not, of the run with this run.json.
-
-    `existing` comes from `list_files`.
-    """
-    if set(existing) <= {MARKER_FILE}:  # interrupted at its first write: nothing can be lost
-        return
-    reason = "already holds something"
-    if record is not None:
-        for name, content in ((MARKER_FILE, marker_of(record)), (RUN_FILE, record)):
-            if existing.get(name) is not None:
-                with as_publish_error(f"{target.name}/{name}: cannot be read"):
-                    if target.fs.cat_file(target.file(name)) == content:
-                        return
-                reason = "already holds another run's model, or part of it"
-    names = ", ".join(sorted(existing)[:3]) + (", ..." if len(existing) > 3 else "")
-    raise PublishError(f"{target.name}: {reason} ({names}). {NEW_FOLDER}")

@@ -1,0 +1,185 @@
+"""--resume auto with --checkpoint-to: what is fetched from the target, what is refused, and that no run begins anew."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import resolved
+from tests.run.test_resume import make_run, options_of, start_of
+from training.errors import OptionsError
+from training.files import write_json
+from training.run import fetch
+from training.run.identity import check_same_run, new_record, recorded_test_size
+from training.run.mirror import Mirror
+from training.storage import checkpoint, remote
+from training.storage.record import read_run_record, write_run_record
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "target"
+
+
+def copied_run(output: Path, target: Path, *steps: int, **record: Any) -> None:
+    """Makes a run with checkpoints at these steps, and copies them all to the target."""
+    make_run(output, *steps, id="of-the-run", **record)
+    (output / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
+    for step in steps:  # also those that a copy would skip
+        mirror = Mirror(str(target), output, read_run_record(output), step, 100)
+        folder = output / f"checkpoint-{step}"
+        for later in [s for s in steps if s > step]:
+            (output / f"checkpoint-{later}").rename(output / f"later-{later}")
+        mirror.wake(Path())
+        mirror.close(None)
+        for later in [s for s in steps if s > step]:
+            (output / f"later-{later}").rename(output / f"checkpoint-{later}")
+        assert checkpoint.read_manifest(target / folder.name)
+
+
+def fetch_into(output: Path, target: object, **changed: Any) -> None:
+    options = options_of(output, checkpoint_to=str(target), **changed)
+    now = new_record(resolved(options), "rows")
+    fetch.fetch_newest(resolved(options), lambda former: check_same_run(former, now, options.force))
+
+
+def refusal(output: Path, target: object, **changed: Any) -> str:
+    with pytest.raises(OptionsError) as error:
+        fetch_into(output, target, **changed)
+    return str(error.value)
+
+
+def test_an_empty_folder_gets_the_newest_checkpoint_with_the_files_of_its_run(
+    tmp_path: Path, target: Path
+) -> None:
+    lost, new = tmp_path / "lost", tmp_path / "new"
+    copied_run(lost, target, 3, 6)
+    fetch_into(new, target)
+    assert sorted(os.listdir(new)) == ["checkpoint-6", "metrics.jsonl", "run.json"]
+    assert checkpoint.problems_of(new / "checkpoint-6") == []
+    for name in ("run.json", "metrics.jsonl", "checkpoint-6/manifest.json", "checkpoint-6/optimizer.pt"):
+        assert (new / name).read_bytes() == (lost / name).read_bytes()
+    start = start_of(new)
+    assert (start.folder, start.former["id"]) == (new / "checkpoint-6", "of-the-run")
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "taken"), [([3], [3, 6], 6), ([3, 6], [3], 6), ([3, 6], [6], 6), ([], [3], 3)]
+)
+def test_the_newest_checkpoint_wins_wherever_it_is(
+    tmp_path: Path, target: Path, here: list[int], there: list[int], taken: int
+) -> None:
+    copied_run(tmp_path / "lost", target, *there)
+    make_run(tmp_path / "out", *here, id="of-the-run")
+    before = set(os.listdir(tmp_path / "out"))
+    fetch_into(tmp_path / "out", target)
+    assert start_of(tmp_path / "out").step == taken
+    assert (set(os.listdir(tmp_path / "out")) == before) is (taken in here)
+
+
+def test_nothing_is_fetched_from_an_empty_target_or_without_auto(tmp_path: Path, target: Path) -> None:
+    fetch_into(tmp_path / "out", target)
+    copied_run(tmp_path / "lost", target, 3)
+    fetch_into(tmp_path / "out", target, resume="never")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_damaged_file_is_refused_and_the_checkpoint_before_it_is_taken(
+    tmp_path: Path, target: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    copied_run(tmp_path / "lost", target, 3, 6, 9)
+    (target / "checkpoint-9" / "optimizer.pt").write_bytes(b"momentS")
+    (target / "checkpoint-6" / "progress.json").write_bytes(b"{}")
+    fetch_into(tmp_path / "out", target)
+    assert sorted(os.listdir(tmp_path / "out")) == ["checkpoint-3", "metrics.jsonl", "run.json"]
+    assert f"{target}/checkpoint-9/optimizer.pt has changed since it was written is skipped" in caplog.text
+    assert f"{target}/checkpoint-6/progress.json has 2 bytes instead of" in caplog.text
+    (target / "checkpoint-3" / "metrics.jsonl").write_bytes(b"")
+    message = refusal(tmp_path / "new", target)
+    assert "every checkpoint there is damaged" in message
+    assert checkpoint.checkpoints(tmp_path / "new") == []
+
+
+def test_a_target_that_cannot_be_read_stops_auto_and_nothing_begins_anew(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target.write_text("a file")
+    assert "The run may have checkpoints there, so --resume auto does not start at step 0" in refusal(
+        tmp_path / "out", target
+    )
+    target.unlink()
+    copied_run(tmp_path / "lost", target, 3)
+    for name in ("run.json", "manifest.json", "optimizer.pt"):
+        with monkeypatch.context() as patch:
+
+            def unreadable(self: Any, file: str, name: str = name) -> str:
+                return f"{target}/gone\0" if file == f"checkpoint-3/{name}" else f"{self.path}/{file}"
+
+            patch.setattr(remote.Target, "file", unreadable)
+            assert f"--checkpoint-to {target}/checkpoint-3/{name}: cannot be read" in refusal(
+                tmp_path / "out", target
+            )
+            assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_another_run_and_other_options_are_refused_before_a_byte_is_fetched(
+    tmp_path: Path, target: Path
+) -> None:
+    copied_run(tmp_path / "lost", target, 3)
+    make_run(tmp_path / "other", 1, id="another")
+    assert "holds checkpoints of another run" in refusal(tmp_path / "other", target)
+    assert "--lr was 1e-05, but is now 1.0" in refusal(tmp_path / "out", target, lr=1.0)
+    assert not (tmp_path / "out").exists()
+    fetch_into(tmp_path / "out", target, lr=1.0, force=True)
+    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+
+
+def test_a_manifest_cannot_name_files_outside_its_folder(tmp_path: Path, target: Path) -> None:
+    copied_run(tmp_path / "lost", target, 3)
+    manifest = checkpoint.read_manifest(target / "checkpoint-3")
+    for name in ("../../stolen", "/tmp/stolen"):
+        files = {**manifest["files"], name: {"size": 1, "sha256": ""}}
+        sealed = checkpoint.sealed(manifest | {"files": files})
+        write_json(target / "checkpoint-3" / "manifest.json", sealed)
+        assert "names a file outside its folder" in refusal(tmp_path / "out", target)
+
+
+def test_a_fetch_that_is_killed_is_repeated(
+    tmp_path: Path, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copied_run(tmp_path / "lost", target, 3)
+    real, calls = os.replace, 0
+    for killed_at in range(3):  # run.json, metrics.jsonl, the checkpoint
+        calls = 0
+
+        def replace(*names: Any, killed_at: int = killed_at) -> None:
+            nonlocal calls
+            if "fetched" in str(names[0]) and not str(names[0]).endswith(".partial"):
+                calls += 1
+                if calls > killed_at:
+                    raise SystemExit
+            real(*names)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", replace)
+            with pytest.raises(SystemExit):
+                fetch_into(tmp_path / "out", target)
+        assert not checkpoint.checkpoints(tmp_path / "out")
+        fetch_into(tmp_path / "out", target)
+        assert start_of(tmp_path / "out").step == 3
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_the_number_of_held_out_rows_is_that_of_the_run_at_the_target(tmp_path: Path, target: Path) -> None:
+    copied_run(tmp_path / "lost", target, 3)
+    record = read_run_record(tmp_path / "lost")
+    write_run_record(tmp_path / "lost", record | {"options": record["options"] | {"test_size": 17}})
+    shutil.rmtree(target)
+    Mirror(str(target), tmp_path / "lost", record, 3, 2).close(None)
+    options = options_of(tmp_path / "out", checkpoint_to=str(target))
+    assert recorded_test_size(options) == 17
+    assert remote.newer_copies(str(target), "auto", tmp_path / "out").record["id"] == "of-the-run"
