@@ -33,6 +33,7 @@ from training.data.held_out import split_held_out
 from training.data.prompt import CONTROL_TOKENS
 from training.data.tokens import prepare_dataset
 from training.errors import ModelError, OptionsError
+from training.files import file_digest
 from training.launch.local import DEEPSPEED
 from training.machine import local
 from training.model import loading
@@ -40,7 +41,8 @@ from training.model.demo_model import model_folder
 from training.model.tokenizer import load_tokenizer
 from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions
-from training.run import preflight, prepare, steps
+from training.run import exporting, preflight, prepare, steps
+from training.storage import checkpoint
 from training.trainer import train
 
 ROOT = Path(__file__).parents[2]
@@ -161,6 +163,21 @@ def test_tensorboard_holds_losses_and_learning_rate(finished):
     events.Reload()
     assert {"train/loss", "train/learning_rate", "eval/loss"} <= set(events.Tags()["scalars"])
     assert {event.step for event in events.Scalars("eval/loss")} == {0, 6}
+
+
+def test_a_checkpoint_holds_no_model_and_the_exported_one_is_the_finished_one(finished, tmp_path):
+    last = finished / "checkpoint-6"
+    assert not list(last.rglob("*.safetensors"))
+    parameters = sum(tensor.numel() for tensor in load_file(finished / "model.safetensors").values())
+    files = checkpoint.read_manifest(last)["files"]
+    written = sum(file["size"] for name, file in files.items() if name.startswith("global_step"))
+    assert written == pytest.approx(12 * parameters, rel=0.02)
+    exporting.export(last, tmp_path / "model")
+    names = ["model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "ledger.json"]
+    for name in (*names, "trainer_state.json"):
+        assert (tmp_path / "model" / name).read_bytes() == (finished / name).read_bytes(), name
+    assert record(tmp_path / "model")["weights"] == record(finished)["weights"]
+    assert record(finished)["weights"] == {names[0]: file_digest(finished / names[0])}
 
 
 def test_the_published_copy_is_the_model_without_checkpoints(finished):

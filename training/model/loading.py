@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from transformers import (
     set_seed,
 )
 
-from training.consts import MOST_TOKENS
+from training.consts import MOST_TOKENS, WEIGHTS
 from training.errors import ModelError, first_line, offline_note, own_code_problem
 from training.model.demo_model import model_folder
 from training.model.twin import set_cache
@@ -39,6 +40,7 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """Loads the config without the weights. Raises ModelError if it is missing, broken or not of a causal LM."""
     name = model_folder(name)
     _refuse_adapter(name)
+    _refuse_shards(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:
@@ -97,6 +99,16 @@ def _refuse_adapter(name: str) -> None:
     )
 
 
+def _refuse_shards(name: str) -> None:
+    """Raises ModelError for a checkpoint of a run, whose weights are in DeepSpeed's shards."""
+    if any(Path(name).glob("global_step*/*_states.pt")) and not any(Path(name).glob(f"*{WEIGHTS}")):
+        command = shlex.join(["python", "-m", "training.export", "--checkpoint", name, "--to"])
+        raise ModelError(
+            f"{name}: it is a checkpoint, and its weights are divided among the ranks' files. Type {command} FOLDER, and "
+            "name FOLDER"
+        )
+
+
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config of the language model that answers, for a config that may also describe other parts."""
     return config.get_text_config(decoder=True)
@@ -142,6 +154,7 @@ def load_model(
     Raises ModelError if weights are missing: from_pretrained would initialise them at random and only warn.
     """
     name = model_folder(name)
+    _refuse_shards(name)
     try:
         with _return_freed_memory():
             model, loading_info = AutoModelForCausalLM.from_pretrained(

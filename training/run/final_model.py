@@ -19,15 +19,7 @@ from training.consts import WEIGHTS
 from training.errors import ModelError, TrainingError, first_line
 from training.files import PARTIAL
 from training.model.stored_weights import stored_weights
-from training.model.weight_files import (
-    empty_model,
-    has_other_names,
-    plan_files,
-    saved_weights,
-    write_files,
-    write_index,
-    write_with_other_names,
-)
+from training.model.weight_files import empty_model, plan_files, write_files
 from training.options.settings import Settings
 from training.ranks import broadcast, gather, is_main_process, rank, world_size
 from training.run.failures import lost_peer, out_of_memory
@@ -56,12 +48,12 @@ def write_final_model(settings: Settings, last: Path) -> tuple[Path, dict[str, A
     assert manifest is not None, f"{chosen} is not complete"
     names = manifest["model"]
     # The last one was compared when it was written, or when the run started from it.
-    compared = list(manifest["files"]) if chosen != last and not _weights_of(names) else names
+    compared = list(manifest["files"]) if chosen != last and not weights_of(names) else names
     _on_all_ranks(chosen, output, partial(_compare, chosen, sorted(compared)[rank() :: world_size()]))
     unfinished = output / UNFINISHED
     _on_all_ranks(chosen, output, partial(copy_files, chosen, names, unfinished) if main else None)
-    if _weights_of(names):
-        digests = {name: manifest["files"][name] for name in _weights_of(names)}
+    if weights_of(names):
+        digests = {name: manifest["files"][name] for name in weights_of(names)}
     else:
         shares = _on_all_ranks(chosen, output, partial(_write_share, settings, chosen, unfinished))
         digests = {name: share[name] for share in shares for name in sorted(share)}
@@ -69,7 +61,7 @@ def write_final_model(settings: Settings, last: Path) -> tuple[Path, dict[str, A
     return chosen, dict(sorted(digests.items()))
 
 
-def _weights_of(names: list[str]) -> list[str]:
+def weights_of(names: list[str]) -> list[str]:
     return [name for name in names if name.endswith(WEIGHTS)]
 
 
@@ -121,17 +113,14 @@ def copy_files(chosen: Path, names: list[str], unfinished: Path) -> None:
 
 def _write_share(settings: Settings, chosen: Path, unfinished: Path) -> dict[str, Any]:
     """Writes this rank's weight files of the model. Returns their digests."""
-    options, main = settings.options, is_main_process()
-    model = empty_model(chosen, options.trust_remote_code)
-    weights = saved_weights(model, stored_weights(chosen))
-    if has_other_names(model):
-        if not main:
-            return {}
-        return write_with_other_names(model, weights, unfinished, options.max_shard_size)
-    plan = plan_files(model, weights, world_size(), options.max_shard_size)
-    if main:
-        write_index(plan, unfinished)
-    return write_files(plan, unfinished, list(plan.files)[rank() :: world_size()])
+    options = settings.options
+    plan = plan_files(
+        empty_model(chosen, options.trust_remote_code),
+        stored_weights(chosen),
+        world_size(),
+        options.max_shard_size,
+    )
+    return write_files(plan, unfinished, rank(), world_size())
 
 
 def place_files(unfinished: Path, output: Path) -> None:

@@ -40,7 +40,7 @@ LICENCES = {
 ENGLISH = ("tatsu-lab/alpaca", "databricks/databricks-dolly-15k", DEMO)  # data whose language is known
 
 
-def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> None:
+def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger, name: str | None = None) -> None:
     """README.md of the model folder: base, data, licences, options, losses, ledger."""
     options = record["options"]
     base, dataset = options["input_model"], options["training_dataset"]
@@ -55,6 +55,7 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> No
         pipeline_tag="text-generation",
     )
     losses = record["held_out_loss"]
+    after = "not measured" if losses["after"] is None else f"**{losses['after']:.4f}**"
     limit = (
         "Both licences apply to every use of the model. Alpaca's forbids commercial use: this model is for research."
         if "-nc-" in data_licence
@@ -67,12 +68,12 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger) -> No
     content = f"""---
 {data.to_yaml()}
 ---
-# {_line(folder.name)}
+# {_line(name or folder.name)}
 
 {_code(base)} (licence: {base_licence}) fine-tuned to follow instructions on {_code(dataset)} (licence: {data_licence}),
 with the recipe of Databricks' first Dolly. {limit}
 
-Held-out loss, nats a response token: {losses["before"]:.4f} before training, **{losses["after"]:.4f}** after
+Held-out loss, nats a response token: {losses["before"]:.4f} before training, {after} after
 {steps:,} step{"s" * (steps != 1)} on {devices} device{"s" * (devices != 1)} in {record["precision"]}.
 
 ```python
@@ -121,7 +122,7 @@ def finish(
     Only rank 0 calls it. It depends on files only, so a later command can repeat it if this one is killed.
     """
     options, output = settings.options, settings.output
-    record |= _outcome(chosen, last) | {"weights": weights}
+    record |= outcome(chosen, last) | {"weights": weights}
     try:
         with _all_cores():
             verify_model(output, options.trust_remote_code)
@@ -173,7 +174,7 @@ def _deliver(settings: Settings) -> None:
         log_or_warn(output, options.mlflow_model_name)
 
 
-def _outcome(chosen: Path, last: Path) -> dict[str, Any]:
+def outcome(chosen: Path, last: Path) -> dict[str, Any]:
     """The entries of run.json for a finished run, from its last and its chosen checkpoint."""
     manifest = checkpoint.read_manifest(chosen)
     assert manifest is not None

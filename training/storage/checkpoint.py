@@ -50,6 +50,21 @@ def any_complete(output: Path) -> bool:
     return any(map(read_manifest, checkpoints(output)))
 
 
+def newest_complete(output: Path, but: Path | None = None) -> Path | None:
+    """The newest checkpoint of a run that was written to its end, other than `but`."""
+    complete = [folder for folder in checkpoints(output) if folder != but and read_manifest(folder)]
+    return complete[-1] if complete else None
+
+
+def export_advice(output: Path) -> str:
+    """The sentence that makes a model from an unfinished run's newest checkpoint; "" if it has none."""
+    newest = newest_complete(output)
+    if newest is None:
+        return ""
+    words = ["python", "-m", "training.export", "--checkpoint", str(newest), "--to"]
+    return f" To use the model of {newest.name}, type {shlex.join(words)} FOLDER"
+
+
 def resume_advice(named: Path, output: Path) -> str:
     """What to type instead of --resume `named`, from which a run in `output` cannot continue."""
     run = named if checkpoints(named) else named.parent

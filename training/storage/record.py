@@ -10,6 +10,7 @@ from typing import Any
 from training.consts import RUN_FILE
 from training.errors import UnfinishedRunError
 from training.files import write_json
+from training.storage.checkpoint import export_advice
 
 
 def write_run_record(folder: Path, record: dict[str, Any]) -> None:
@@ -41,6 +42,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
         ) from error
     if not isinstance(record, dict) or record.get("status") != "finished":
         raise UnfinishedRunError(
-            f"{folder}: its training did not finish. Type its training command again, with --resume auto"
+            f"{folder}: its training did not finish. Type its training command again, with --resume auto."
+            f"{export_advice(folder)}"
         )
     return record

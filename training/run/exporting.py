@@ -1,0 +1,135 @@
+"""Makes a model folder from a checkpoint of a run, finished or not."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from training.consts import LEDGER_FILE
+from training.data.ledger import Ledger
+from training.errors import ModelError, OptionsError, first_line
+from training.files import free_bytes, size_in_words, writable, write_folder
+from training.model.stored_weights import stored_weights
+from training.model.verify import verify_model
+from training.model.weight_files import empty_model, plan_files, write_files
+from training.run.final_model import copy_files, weights_of
+from training.run.finish import outcome, write_model_card
+from training.storage import checkpoint
+from training.storage.record import read_run_record, write_run_record
+
+logger = logging.getLogger(__name__)
+
+
+def export(folder: Path, target: Path, trust_remote_code: bool = False) -> None:
+    """Writes the model of the checkpoint `folder` to the new folder `target`, and verifies it.
+
+    The weight files are those that a finished run on as many ranks would write. The run's record and ledger beside the
+    checkpoint give the model card and run.json. `target` appears when it is complete. Raises OptionsError for a folder
+    that is no complete checkpoint and for an unusable target, ModelError if the model cannot be made.
+    """
+    folder = folder.resolve()
+    if problems := [*checkpoint_problems(folder), *target_problems(target, folder)]:
+        raise OptionsError(*problems)
+    manifest = checkpoint.read_manifest(folder)
+    assert manifest is not None
+    size = sum(file["size"] for file in manifest["files"].values())
+    logger.info("comparing %s of %s with their checksums", size_in_words(size), folder)
+    if problems := checkpoint.problems_of(folder):
+        raise OptionsError(
+            f"--checkpoint {folder}: {problems[0]}. {_other_checkpoint(folder.parent, folder)}"
+        )
+    try:
+        with write_folder(target) as partial:
+            weights = _write_weights(folder, manifest, partial, target, trust_remote_code)
+            logger.info("verifying the model")
+            verify_model(partial, trust_remote_code)
+            _describe(folder, partial, target, weights)
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{target}: the model could not be written ({first_line(error)}). Make room"
+        ) from error
+    logger.info("the model of %s is in %s", folder, target)
+
+
+def checkpoint_problems(folder: Path) -> list[str]:
+    """Why a folder is no complete checkpoint, with the checkpoint to name instead."""
+    typed = f"--checkpoint {folder}"
+    if checkpoint.is_checkpoint(folder):
+        if checkpoint.read_manifest(folder) is not None:
+            return []
+        return [f"{typed}: it was not written to the end. {_other_checkpoint(folder.parent, folder)}"]
+    if checkpoint.checkpoints(folder):
+        return [f"{typed}: is the folder of a run, not a checkpoint. {_other_checkpoint(folder, folder)}"]
+    return [f"{typed}: is not a checkpoint. Name a folder checkpoint-STEP of a run"]
+
+
+def _other_checkpoint(output: Path, refused: Path) -> str:
+    newest = checkpoint.newest_complete(output, but=refused)
+    if newest is None:
+        return f"{output} has no other complete checkpoint"
+    return f"Type --checkpoint {shlex.quote(str(newest))}, the newest complete checkpoint there"
+
+
+def target_problems(target: Path, folder: Path) -> list[str]:
+    """Why the model cannot be written to `target`."""
+    typed = f"--to {target}"
+    if target.exists() and not target.is_dir():
+        return [f"{typed}: is a file. Name a new folder"]
+    if target.is_dir() and any(target.iterdir()):
+        return [f"{typed}: is not empty. Name a new folder"]
+    if folder in (resolved := target.resolve()).parents or folder == resolved:
+        return [f"{typed}: lies in the checkpoint. Name a folder outside of it"]
+    if not writable(target):
+        return [f"{typed}: cannot be written. Name a folder of your own"]
+    return []
+
+
+def _write_weights(
+    folder: Path, manifest: dict[str, Any], partial: Path, target: Path, trust_remote_code: bool
+) -> dict[str, Any]:
+    """Writes config, tokenizer and weights. Returns the digests of the weight files."""
+    names = manifest["model"]
+    if written := weights_of(names):  # without DeepSpeed, or by an earlier version
+        _check_space(target, sum(manifest["files"][name]["size"] for name in names))
+        copy_files(folder, names, partial)
+        return {name: manifest["files"][name] for name in written}
+    if not names:
+        raise ModelError(f"{folder}: holds no config.json, so its model is unknown")
+    copy_files(folder, names, partial)
+    ranks = len(json.loads((folder / checkpoint.PROGRESS_FILE).read_text())["loss_sums"])
+    run = read_run_record(folder.parent) or {}
+    shard = run.get("options", {}).get("max_shard_size", "5GB")
+    plan = plan_files(empty_model(folder, trust_remote_code), stored_weights(folder), ranks, shard)
+    _check_space(target, plan.size)
+    files = len(plan.files) or 1
+    logger.info("writing %s in %d file%s", size_in_words(plan.size), files, "s" * (files > 1))
+    return write_files(plan, partial)
+
+
+def _check_space(target: Path, needed: int) -> None:
+    free = free_bytes(target)
+    if free is not None and free < needed:
+        raise ModelError(
+            f"{target}: the model needs {size_in_words(needed)}, and {size_in_words(free)} are free. "
+            "Make room, or name a folder on another disk"
+        )
+
+
+def _describe(folder: Path, partial: Path, target: Path, weights: dict[str, Any]) -> None:
+    """Writes model card, run.json and ledger, if the checkpoint lies in the folder of its run."""
+    record = read_run_record(folder.parent)
+    ledger = folder.parent / LEDGER_FILE
+    if record is None or not ledger.is_file():
+        logger.warning("%s has no record of the run: the model has no card and no run.json", folder.parent)
+        return
+    record |= outcome(folder, folder) | {"weights": weights, "exported_from": str(folder)}
+    shutil.copyfile(folder / "trainer_state.json", partial / "trainer_state.json")
+    shutil.copyfile(ledger, partial / LEDGER_FILE)
+    write_model_card(partial, record, Ledger(**json.loads(ledger.read_text())), name=target.name)
+    write_run_record(partial, record)
