@@ -241,9 +241,11 @@ class TrainDollyFlow(FlowSpec):
         rows = {}
         if self.training_file is not None:
             rows["training_dataset"] = self._own_file("training_file", self.training_file)
-        # The demo saves no checkpoints, but the flow must be able to resume it.
         dataset = rows.get("training_dataset", self.training_dataset or DEMO)
-        chosen |= demo_options(self.ranks, dataset) | {"save_steps": 100} if demo else {"epochs": 1.0}
+        chosen |= demo_options(self.ranks, dataset) if demo else {"epochs": 1.0}
+        typed = self.trainer_options or ""
+        if demo and "--save-steps" not in typed and "--save-every" not in typed:
+            chosen["save_every"] = "1min"  # the demo is short, but the flow must be able to resume it
         chosen |= {name: value for name in PARAMETERS if (value := getattr(self, name)) is not None} | rows
         self.prompts = default_prompts(demo) if self.sample_prompts is None else self.sample_prompts
         chosen["sample_prompts"] = self._own_file("sample_prompts", self.prompts)

@@ -50,3 +50,7 @@ GREEDY: dict[str, Any] = {"do_sample": False, "top_p": None, "top_k": None}
 
 # Environment variable that the supervisor sets for the rank: "terminal" or "log", depending on its stderr.
 SUPERVISED = "DOLLY_SUPERVISED"
+
+# Seconds between SIGTERM and the kill: of DeepSpeed's launcher (launcher/launch.py), torchrun
+# (elastic/multiprocessing/api.py) and a Kubernetes pod (terminationGracePeriodSeconds).
+STOP_SECONDS = 30.0

@@ -48,7 +48,7 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
     """
     settings = preflight.check(options)  # reports all problems together, before anything expensive
     taken = gpu_memory_taken_gib()  # by other processes: this one has no CUDA context yet
-    from training.run import final_model, finish, mirror, prepare, start, steps
+    from training.run import final_model, finish, mirror, prepare, save_interval, start, steps
 
     request = request or StopRequest()
     settings, prepared = prepare.prepare(settings)  # connects the ranks; loads tokenizer and rows
@@ -57,6 +57,7 @@ def train(options: TrainingOptions, request: StopRequest | None = None) -> dict[
         start_point, record = start.find(settings, prepared, last)  # step 0, or a complete checkpoint
         if start_point.finished:
             return finish.deliver_again(settings, record)
+        settings = settings.with_save_steps(save_interval.save_steps(settings.options, start_point.former))
         settings = preflight.check_plan(settings, prepared, start_point.earlier_choices, taken)
         record["decided"] = settings.plan_choices
         start_point = start.write(settings, prepared, start_point, record, last)

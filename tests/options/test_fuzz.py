@@ -245,6 +245,7 @@ VALUES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "--logging-steps": (("1", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
     "--eval-steps": (("1", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
     "--save-steps": (("1", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
+    "--save-every": (("90s", "10min", "1.5h", "5 min"), ("", "0s", "10", "-1h", "min", "1e3s", "٣h", "9" * 5000 + "s")),
     "--save-total-limit": (("1", HUGE), (*WHOLE_NUMBERS_BAD, "0")),
     "--max-shard-size": (("5GB", "500MB", "1KB"), ("", "5", "0GB", "-1GB", "5 GB", "5gb", "GB", "5.5GB", "9" * 5000 + "GB", "٣GB")),
     "--local_rank": (("-1", "0", "7"), ("x", "", "1.5")),
@@ -293,6 +294,9 @@ def contradictions(values: dict[str, str], switches: list[str]) -> list[str]:
         needed.append("--warmup-steps")
     if value("--batching", "packed") == "padded" and value("--max-tokens-per-device", "auto") != "auto":
         needed.append("--max-tokens-per-device")
+    every = value("--save-every", "")
+    if every and (value("--save-steps", "") or value("--final-model", "last") == "best"):
+        needed.append(f"--save-every {every}")
     if value("--rank-timeout", "1800") != "1800":  # there is no launcher
         needed.append("--rank-timeout")
     if on["fp16"]:

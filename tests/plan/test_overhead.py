@@ -62,7 +62,7 @@ def test_a_real_run_makes_as_many_held_out_losses_and_checkpoints_as_planned(tmp
 
 
 def test_dollys_run_has_nine_held_out_losses_and_four_checkpoints():
-    settings = settings_of_a_run(ranks=8)
+    settings = settings_of_a_run(ranks=8, save_steps=200)
     assert (evaluations(settings, 797), checkpoints(settings, 797)) == (9, 4)
 
 

@@ -11,7 +11,13 @@ from pathlib import Path
 from training.consts import RUN_FILE
 from training.errors import OptionsError
 from training.files import PARTIAL, SCRATCH, WRITER_FILES, local_path, mounted_store, path_problem, writable
-from training.options.trainer_options import SCHEDULES, TrainingOptions, flag_of, steps_between_samples
+from training.options.trainer_options import (
+    SCHEDULES,
+    TrainingOptions,
+    flag_of,
+    steps_between_samples,
+    typed_save_seconds,
+)
 
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # S3 accepts no more in one request, and some of MLflow's upload paths do not split files.
@@ -51,6 +57,7 @@ def option_problems(options: TrainingOptions) -> list[str]:
         problems.append(
             f"--max-shard-size {options.max_shard_size}: MLflow's stores accept files of at most 5GB. Type --max-shard-size 5GB"
         )
+    problems += _save_problems(options)
     if options.sample_every is not None and options.sample_every.strip():
         if options.sample_prompts is None:
             problems.append(
@@ -61,6 +68,28 @@ def option_problems(options: TrainingOptions) -> list[str]:
             steps_between_samples(options, 1)
         except OptionsError as error:
             problems += error.problems
+    return problems
+
+
+def _save_problems(options: TrainingOptions) -> list[str]:
+    """Problems of --save-every: it is no time, or steps decide."""
+    every = options.save_every
+    if every is None or not every.strip():  # reported above
+        return []
+    problems = []
+    if options.save_steps is not None:
+        problems.append(
+            f"--save-every {every} and --save-steps {options.save_steps} contradict each other. Leave one out"
+        )
+    elif options.final_model == "best":
+        problems.append(
+            f"--save-every {every}: the best of checkpoints that a clock chose would differ from run to run. With "
+            "--final-model best type --save-steps N instead"
+        )
+    try:
+        typed_save_seconds(options)
+    except OptionsError as error:
+        problems += error.problems
     return problems
 
 

@@ -41,7 +41,8 @@ SAME = {
     "--checkpoint-to": "remote-checkpoint-dir checkpoint-dir save-to remote-save-folder checkpoint-uri",
     "--logging-steps": "log-interval log-steps log-every",
     "--eval-steps": "evaluation-steps eval-interval eval-every",
-    "--save-steps": "save-interval checkpoint-steps save-every checkpointing-steps",
+    "--save-steps": "save-interval checkpoint-steps checkpointing-steps",
+    "--save-every": "save-interval-time save-minutes checkpoint-every",
     "--save-total-limit": "keep-checkpoints max-checkpoints",
     "--resume": "resume-from-checkpoint resume-from checkpoint",
     "--force": "yes ignore-plan",
@@ -58,7 +59,7 @@ OTHERWISE = {
     "length-column-name train-sampling-strategy padding-free",
     "Type --final-model best": "load-best-model-at-end metric-for-best-model greater-is-better",
     "Type --eval-steps N": "eval-strategy evaluation-strategy eval-on-start eval-delay do-eval",
-    "Type --save-steps N": "save-strategy",
+    "Type --save-steps N or --save-every TIME": "save-strategy",
     "Type --logging-steps N": "logging-strategy logging-first-step",
     f"{FOLDER}. --mlflow also logs to MLflow": "report-to logging-dir wandb-project use-wandb run-name project tensorboard",
     "Leave it out: the optimizer is AdamW with betas 0.9 and 0.999 and eps 1e-8": "optim optimizer optim-args adam-beta1 "

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from training.files import local_path
 from training.options.deepspeed import Zero, enabled, read_json, read_zero
-from training.options.trainer_options import TrainingOptions
+from training.options.trainer_options import SECONDS_BETWEEN_SAVES, TrainingOptions, fixed_save_steps
 
 Batching = Literal["packed", "padded", "length"]
 
@@ -29,6 +29,9 @@ class Settings:
             cannot be packed: padded, with rows of similar length together.
         whole_blocks: whether DeepSpeed gathers and reduces a block at a time; "auto" until the plan chooses. It costs
             memory and saves the host time. Runs that have recorded no choice began without it.
+        background_saves: checkpoints are written in the background, from copies in host memory; the plan decides.
+        save_seconds: seconds between checkpoints, if options.save_steps is None; the plan decides.
+        checkpoint_seconds: seconds until a checkpoint is written, by the plan.
     """
 
     options: TrainingOptions
@@ -39,6 +42,9 @@ class Settings:
     max_tokens: int | str | None
     batching: Batching
     whole_blocks: bool | Literal["auto"] = "auto"
+    background_saves: bool = True
+    save_seconds: float = SECONDS_BETWEEN_SAVES
+    checkpoint_seconds: float = 0.0
 
     @property
     def plan_choices(self) -> dict[str, Any]:
@@ -48,6 +54,10 @@ class Settings:
             "max_tokens_per_device": self.max_tokens,
             "batching": self.batching,
             "whole_blocks": self.whole_blocks,
+            "background_saves": self.background_saves,
+            "save_seconds": self.save_seconds,
+            "checkpoint_seconds": self.checkpoint_seconds,
+            "save_steps": self.options.save_steps,
         }
 
     def with_plan_choices(
@@ -56,6 +66,10 @@ class Settings:
         max_tokens_per_device: int | None,
         batching: Batching,
         whole_blocks: bool = False,
+        background_saves: bool = True,
+        save_seconds: float = SECONDS_BETWEEN_SAVES,
+        checkpoint_seconds: float = 0.0,
+        save_steps: int | None = None,
     ) -> Settings:
         """These settings with the values that the plan has chosen."""
         return replace(
@@ -64,11 +78,19 @@ class Settings:
             max_tokens=max_tokens_per_device,
             batching=batching,
             whole_blocks=whole_blocks,
+            background_saves=background_saves,
+            save_seconds=save_seconds,
+            checkpoint_seconds=checkpoint_seconds,
+            options=replace(self.options, save_steps=save_steps or self.options.save_steps),
         )
 
     def with_test_size(self, rows: int) -> Settings:
         """These settings with the number of held-out rows, which depends on the dataset."""
         return replace(self, options=replace(self.options, test_size=rows))
+
+    def with_save_steps(self, steps: int | None) -> Settings:
+        """These settings with the steps between saves; None: a time decides."""
+        return replace(self, options=replace(self.options, save_steps=steps))
 
     def without_packing(self) -> Settings:
         """These settings for an architecture that cannot be packed. Nothing changes if packing was not requested."""
@@ -138,7 +160,7 @@ def resolve(
         deepspeed = read_json(options.deepspeed_json)
     requested = options.gradient_checkpointing
     return Settings(
-        options=options,
+        options=replace(options, save_steps=fixed_save_steps(options)),
         ranks=ranks,
         deepspeed=deepspeed,
         precision=_precision(options, deepspeed, best_precision),

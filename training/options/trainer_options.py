@@ -247,11 +247,17 @@ class TrainingOptions:
         "Steps (100) or epochs (1epoch, 0.5epochs) between answers to --sample-prompts.  [default: 1epoch]",
         metavar="STEPS|EPOCHS",
     )
-    save_steps: int = _output(
-        200,
-        "Steps between checkpoints. The held-out loss is computed at each.",
+    save_steps: int | None = _output(
+        None,
+        "Steps between checkpoints, in place of --save-every. The held-out loss is computed at each.",
         type=click.IntRange(1),
         metavar="STEPS",
+    )
+    save_every: str | None = _output(
+        None,
+        "Time between checkpoints: 90s, 10min or 1h. It becomes a number of steps once the first steps were timed.  "
+        "[default: 10min, or longer so that saving takes at most 5% of the run; with --final-model best 200 steps]",
+        metavar="TIME",
     )
     save_total_limit: int = _output(2, "Checkpoints to keep.", type=click.IntRange(1), metavar="CHECKPOINTS")
     resume: str = _output(
@@ -308,6 +314,33 @@ class TrainingOptions:
     @property
     def logs_to_mlflow(self) -> bool:
         return self.mlflow or self.mlflow_model_name is not None
+
+
+STEPS_BETWEEN_SAVES = 200  # with --final-model best, which no clock may influence
+SECONDS_BETWEEN_SAVES = 600.0  # at least, if nothing is typed
+LARGEST_SAVE_SHARE = 0.05  # of the run that saving may take, if nothing is typed
+
+
+def fixed_save_steps(options: TrainingOptions) -> int | None:
+    """Steps between saves; None if a time decides."""
+    return options.save_steps or (STEPS_BETWEEN_SAVES if options.final_model == "best" else None)
+
+
+def typed_save_seconds(options: TrainingOptions) -> float | None:
+    """`--save-every` in seconds. Raises OptionsError if it is no time."""
+    if options.save_every is None:
+        return None
+    time = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(s|min|h)", options.save_every)
+    seconds = float(time[1]) * {"s": 1, "min": 60, "h": 3600}[time[2]] if time else 0.0
+    if not seconds:
+        raise OptionsError(f"--save-every {options.save_every}: expected a time such as 90s, 10min or 1h")
+    return seconds
+
+
+def steps_between_saves(seconds: float, step_seconds: float, eval_steps: int) -> int:
+    """A time between saves in steps. A save brings an evaluation, so above --eval-steps it is a multiple of them."""
+    steps = max(1, round(seconds / step_seconds))
+    return steps if steps <= eval_steps else eval_steps * round(steps / eval_steps)
 
 
 def steps_between_samples(options: TrainingOptions, steps_per_epoch: int) -> Fraction:

@@ -62,6 +62,7 @@ OPTIONS = (
     "per_device_eval_batch_size",
     "eval_steps",
     "save_steps",
+    "save_every",
     "save_total_limit",
     "dbfs_output_dir",
     "trust_remote_code",

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from training.consts import GIB
+from training.consts import GIB, STOP_SECONDS
 from training.errors import OptionsError
 from training.machine.catalogue import GPUS, Machine, find_family
 from training.machine.cores import binding_words
 from training.machine.local import THIS_MACHINE
 from training.options.command_line import option_words
 from training.options.settings import Settings, resolve
-from training.options.trainer_options import TrainingOptions, flag_of
+from training.options.trainer_options import TrainingOptions, flag_of, steps_between_saves
 from training.plan.epoch import Lengths, Load, epoch_load
 from training.plan.memory import (
     CPU_PROCESS_GIB,
@@ -27,8 +27,14 @@ from training.plan.memory import (
     with_fastest_choices,
 )
 from training.plan.model_shape import ModelShape
-from training.plan.overhead import checkpoint_seconds, checkpoints, evaluations, finish_seconds, start_seconds
+from training.plan.overhead import (
+    checkpoints,
+    evaluations,
+    finish_seconds,
+    start_seconds,
+)
 from training.plan.presets import rows_and_accumulation, shipped_files
+from training.plan.saves import blocked_seconds, with_saves
 from training.plan.timing import CPU_RANGE, GPU_RANGE, cpu_rate, evaluation_seconds, step_seconds
 
 if TYPE_CHECKING:
@@ -46,7 +52,8 @@ class Plan:
             or None.
         gpu_memory_gib: memory of one device by part. On a CPU machine this is host memory and also counted there.
         activations_gib: activations and logits "with checkpointing" and "without checkpointing".
-        host_memory_gib: "loading" and "training".
+        host_memory_gib: "loading" and "training", and what of it are the copies of a checkpoint if saves run in the
+            background (`settings.background_saves`).
         disk_gib: by part.
         step_seconds: seconds of one optimizer step by part.
         steps: of the complete run.
@@ -78,6 +85,11 @@ class Plan:
     @property
     def fits(self) -> bool:
         return not self.shortages
+
+    @property
+    def emergency_save_fits(self) -> bool:
+        """Whether a checkpoint is complete before the launchers kill a stopped run."""
+        return self.settings.checkpoint_seconds <= STOP_SECONDS
 
     @property
     def command(self) -> str:
@@ -178,9 +190,16 @@ def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machi
     if cpu:
         host["training"] += local * (sum(gpu.values()) - CPU_PROCESS_GIB)
     steps = settings.options.max_steps or math.ceil(settings.options.epochs * load.steps)
-    stored = disk(model, settings, steps)
     seconds = step_seconds(model, machine, settings, load, share)
-    parts = _run_seconds(model, machine, settings, load, seconds, steps)
+    step, evaluation = sum(seconds.values()), evaluation_seconds(model, machine, settings, load, seconds)
+    settings, host = with_saves(model, machine, settings, host, step, evaluation)
+    # The run times its first steps itself; the plan counts with its own.
+    every = steps_between_saves(settings.save_seconds, step, settings.options.eval_steps)
+    spaced = settings.with_save_steps(settings.options.save_steps or every)
+    # A slower run saves more often.
+    most = settings.options.save_steps or max(1, int(every / (CPU_RANGE if cpu else GPU_RANGE)))
+    stored = disk(model, settings.with_save_steps(most), steps)
+    parts = _run_seconds(model, machine, spaced, load, seconds, steps)
     hours, factor = sum(parts.values()) / 3600, CPU_RANGE if cpu else GPU_RANGE
     return Plan(
         model=model,
@@ -210,12 +229,13 @@ def _run_seconds(
 ) -> dict[str, float]:
     """Seconds of a run of `steps` steps by part, in the order in which they pass."""
     evaluation = evaluation_seconds(model, machine, settings, load, step)
-    checkpoint = sum(checkpoint_seconds(model, machine, settings).values())
+    # The end of the run waits for the last one.
+    blocked = (checkpoints(settings, steps) - 1) * blocked_seconds(model, machine, settings)
     return {
         **start_seconds(model, machine, settings, load),
         "steps": steps * sum(step.values()),
         "evaluations": evaluations(settings, steps) * evaluation,
-        "checkpoints": checkpoints(settings, steps) * checkpoint,
+        "checkpoints": blocked + settings.checkpoint_seconds,
         **finish_seconds(model, settings),
     }
 

@@ -307,6 +307,7 @@ def disk(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
 
     A new checkpoint is complete before the oldest is deleted. The last step also writes a checkpoint.
     """
+    assert settings.options.save_steps is not None, "a time was turned into steps"
     kept = min(settings.options.save_total_limit + 1, math.ceil(steps / settings.options.save_steps))
     return {
         "cache": (model.file_bytes / GIB if model.downloaded else 0.0) + DATASET_CACHE_GIB,

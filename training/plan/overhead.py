@@ -92,6 +92,7 @@ def finish_seconds(model: ModelShape, settings: Settings) -> dict[str, float]:
 def evaluations(settings: Settings, steps: int) -> int:
     """How often the held-out loss is computed: before step 1, every eval_steps, at each checkpoint, at the end."""
     options = settings.options
+    assert options.save_steps is not None, "a time was turned into steps"
     both = steps // math.lcm(options.eval_steps, options.save_steps)
     within = steps // options.eval_steps + steps // options.save_steps - both
     return 1 + within + bool(steps % options.eval_steps and steps % options.save_steps)
@@ -99,4 +100,5 @@ def evaluations(settings: Settings, steps: int) -> int:
 
 def checkpoints(settings: Settings, steps: int) -> int:
     """How many checkpoints are written: every save_steps, and at the end."""
+    assert settings.options.save_steps is not None, "a time was turned into steps"
     return math.ceil(steps / settings.options.save_steps)

@@ -59,7 +59,6 @@ DEMO_RECIPE: dict[str, Any] = {
     "per_device_eval_batch_size": 50,
     "eval_steps": 180,
     "logging_steps": 20,
-    "save_steps": 100000,
 }
 
 

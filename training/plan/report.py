@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from training.consts import STOP_SECONDS
 from training.errors import printable
 from training.pictures import draw_plan
 from training.plan.fit import Plan, fastest
@@ -51,6 +52,10 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "fastest_deepspeed_file": fastest(plan.files),
         "steps": plan.steps,
         "run_seconds": plan.run_seconds,
+        "checkpoint_seconds": settings.checkpoint_seconds,
+        "background_saves": settings.background_saves,
+        "seconds_between_saves": settings.save_seconds,
+        "emergency_save_fits": plan.emergency_save_fits,
         "hours": plan.hours,
     }
     if price is not None:
@@ -95,7 +100,7 @@ def as_table(plan: Plan, price: float | None) -> str:
         "of what the devices could compute in the time of the slowest",
         *_run_lines(plan, price),
     ]
-    lines.append("")
+    lines += [_save_line(plan), ""]
     if plan.warning:
         lines.append(f"WARNING: {plan.warning}")
     lines += _file_lines(plan)
@@ -104,6 +109,18 @@ def as_table(plan: Plan, price: float | None) -> str:
         room = "" if machine.is_cpu else f", with {left:.1f} GiB of each {device} left"
         return printable("\n".join([*lines, f"FITS{room}", f"  {plan.command}"]))
     return printable("\n".join([*lines, "DOES NOT FIT", *(f"  {problem}" for problem in plan.problems)]))
+
+
+def _save_line(plan: Plan) -> str:
+    """How long a save takes, and whether SIGTERM leaves enough time for one."""
+    seconds, where = plan.settings.checkpoint_seconds, "in the background"
+    if not plan.settings.background_saves:
+        where = "while training waits, because host memory is too small for copies"
+    fits = "fits into" if plan.emergency_save_fits else "does not fit into"
+    return (
+        f"  a checkpoint is written in {_short_time(seconds)} {where}; one after SIGTERM {fits} the "
+        f"{STOP_SECONDS:.0f} s that launchers give"
+    )
 
 
 def _file_lines(plan: Plan) -> list[str]:

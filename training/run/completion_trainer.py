@@ -39,6 +39,7 @@ class CompletionTrainer(Trainer):
         keep_checkpoints: number to keep; the newest and the best by held-out loss are always kept.
         checkpoint_bytes: estimated bytes of a checkpoint per parameter, used until one has been saved.
         background_saves: write checkpoints in the background, from copies in host memory.
+        save_seconds: estimated seconds until a checkpoint is written, used until one has been saved.
         request: whether SIGTERM or Ctrl-C was received.
 
     Two attributes may be replaced by functions that know where else a checkpoint goes. `on_checkpoint_complete(folder)`
@@ -56,6 +57,7 @@ class CompletionTrainer(Trainer):
         keep_checkpoints: int,
         checkpoint_bytes: int,
         background_saves: bool,
+        save_seconds: float,
         request: StopRequest,
         **kwargs: Any,
     ) -> None:
@@ -71,7 +73,7 @@ class CompletionTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.checkpoint_bytes = checkpoint_bytes
         self.saved_bytes = 0  # of the last checkpoint
-        self.writer = Writer(background_saves)
+        self.writer, self.save_seconds = Writer(background_saves), save_seconds
         self.save: saving.Save | None = None  # in flight
         self.rotation: threading.Thread | None = None
         self.on_checkpoint_complete: Callable[[Path], None] = lambda folder: None

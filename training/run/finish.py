@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from training.consts import DEMO, SAMPLE_INSTRUCTIONS
+from training.consts import DEMO, METRICS_FILE, SAMPLE_INSTRUCTIONS
 from training.data.ledger import Ledger
 from training.data.prompt import END_KEY
 from training.errors import ModelError, TrainingError, printable
@@ -23,7 +23,7 @@ from training.machine.cores import usable_cores
 from training.model.verify import verify_model
 from training.options.settings import Settings
 from training.ranks import is_main_process
-from training.storage import checkpoint
+from training.storage import checkpoint, metrics
 from training.storage.copy import publish
 from training.storage.record import write_run_record
 from training.tracking.mlflow_model import log_or_warn
@@ -190,4 +190,5 @@ def outcome(chosen: Path, last: Path) -> dict[str, Any]:
         "held_out_loss": {"before": held_out[min(held_out)], "after": manifest["eval_loss"]},
         "seconds": {"training": progress["seconds"]},
         "batching": progress["batching"],
+        "saves": metrics.saves_of(last.parent / METRICS_FILE),
     }

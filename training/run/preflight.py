@@ -222,6 +222,8 @@ def _plan_choices(
         logger.warning("--force: training although the plan says %s", problem)
     if plan.warning:
         logger.warning("%s", plan.warning)
+    if not plan.settings.background_saves:
+        logger.info("training waits for each checkpoint, because host memory is too small for copies")
     logger.info(
         "the plan: %.2f GiB a device, checkpointing %s; the run in %s to %s; its steps take %s of %s",
         sum(plan.gpu_memory_gib.values()),

@@ -29,7 +29,7 @@ from training.model.trial import try_model
 from training.options.checks import check_max_length
 from training.options.deepspeed import for_engine
 from training.options.settings import Settings
-from training.options.trainer_options import TrainingOptions
+from training.options.trainer_options import MAX_STEPS, TrainingOptions
 from training.options.wording import worded
 from training.ranks import gather, on_rank_0, together
 from training.run.failures import default_sigterm
@@ -167,7 +167,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
         eval_strategy="steps",
         eval_steps=options.eval_steps,
         eval_on_start=True,
-        save_steps=options.save_steps,
+        save_steps=options.save_steps or MAX_STEPS,  # until a time is turned into steps
         ddp_timeout=options.rank_timeout,
         log_on_each_node=False,
         log_level="error",

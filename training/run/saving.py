@@ -19,8 +19,9 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerState, modeling_utils
 
+from training.consts import STOP_SECONDS
 from training.errors import TrainingError
-from training.files import free_bytes, size_in_words, write_json
+from training.files import duration, free_bytes, size_in_words, write_json
 from training.model.tokenizer import generation_config
 from training.model.verify import not_finite, save_model
 from training.ranks import broadcast, gather, raise_together
@@ -65,6 +66,8 @@ def save_checkpoint(trainer: Any, write_files: Callable[[], None]) -> None:
         checkpoint.remove(folder)  # left by a killed save
     raise_together(_lack_of_space(trainer, output) if main else None)
     trainer.save = Save(folder, step, copy.copy(trainer.state))
+    if main and trainer.guard.stopped:
+        print_line(_stopping(trainer, output, step))
     with _reported(folder, step):
         trainer.writer.begin(folder)
         _write_files(trainer, folder, write_files)
@@ -137,7 +140,7 @@ def _complete(trainer: Any) -> None:
             checkpoint.write_manifest(save.folder, save.eval_loss, model, dict(sorted(files.items())))
         trainer.saved_bytes = sum(file["size"] for file in files.values())
     trainer.saved_bytes = broadcast(trainer.saved_bytes)
-    seconds = max(written.seconds for written in ranks)
+    trainer.save_seconds = seconds = max(written.seconds for written in ranks)
     save.blocked += time.monotonic() - begin
     logs = {"blocked_seconds": save.blocked, "written_bytes": trainer.saved_bytes}
     trainer.callback_handler.on_log(trainer.args, save.state, trainer.control, logs)
@@ -209,6 +212,21 @@ def own_share(model: torch.nn.Module, rank: int, ranks: int) -> dict[str, torch.
         elif number % ranks == rank:
             share[name] = tensor
     return share
+
+
+def _stopping(trainer: Any, output: Path, step: int) -> str:
+    """What a run stopped by a signal is doing, and what is lost if it is killed meanwhile."""
+    expected = trainer.save_seconds
+    message = f"stopped at step {step:,}: saving takes about {expected:.0f} s"
+    if expected <= STOP_SECONDS:
+        return message
+    complete = [folder for folder in checkpoint.checkpoints(output) if checkpoint.read_manifest(folder)]
+    lost = step - (checkpoint.step_of(complete[-1]) if complete else 0)
+    kept = f"{complete[-1].name} is complete, so" if complete else "no checkpoint is complete, so"
+    return (
+        f"{message}, and launchers kill a run {STOP_SECONDS:.0f} s after the signal. {kept} {lost:,} "
+        f"step{'s' * (lost != 1)} would be lost, {duration(lost * trainer.seconds() / step)} of training"
+    )
 
 
 def _lack_of_space(trainer: Any, output: Path) -> str | None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from training.consts import METRICS_FILE, SAMPLES_FILE
@@ -27,9 +27,11 @@ from training.ranks import on_rank_0
 from training.run.completion_trainer import CompletionTrainer
 from training.run.failures import StopRequest, lost_peer, out_of_memory
 from training.run.resume import RestoreOnResume
+from training.run.save_interval import SaveInterval
 from training.run.step_guard import AT_MINIMUM
 from training.storage import checkpoint
 from training.storage.metrics import drop_entries_after
+from training.storage.record import write_run_record
 from training.tracking.callbacks import trackers
 from training.tracking.samples import Samples
 
@@ -73,12 +75,13 @@ def run_steps(
     if copies is not None:
         trainer.on_checkpoint_complete, trainer.is_being_copied = copies.wake, copies.is_copying
     samples = _samples(trainer, settings)
+    intervals = _save_interval(settings, args, record)
     if args.process_index == 0:
         forget_later_steps(settings.output, start)
     resume_callbacks = [] if start.folder is None else [RestoreOnResume(trainer, start.folder)]
     try:
         with trackers(settings, record, trainer.seconds) as callbacks:
-            for callback in [*callbacks, *samples, *resume_callbacks]:
+            for callback in [*callbacks, *samples, *intervals, *resume_callbacks]:
                 trainer.add_callback(callback)
             trainer.train(resume_from_checkpoint=None if start.loaded is None else str(start.loaded))
     except Exception as error:
@@ -136,7 +139,8 @@ def build_trainer(
         max_shard_size=options.max_shard_size,
         keep_checkpoints=options.save_total_limit,
         checkpoint_bytes=settings.checkpoint_bytes,
-        background_saves=True,
+        background_saves=settings.background_saves,
+        save_seconds=settings.checkpoint_seconds,
         request=request,
     )
     trainer.remove_callback(PrinterCallback)
@@ -171,6 +175,20 @@ def _load(settings: Settings, prepared: Prepared) -> PreTrainedModel:
         if isinstance(cause, RuntimeError | MemoryError) and (out_of_memory(cause) or lost_peer(cause)):
             raise cause from None  # not the model's fault: a lost rank or too little memory
         raise
+
+
+def _save_interval(settings: Settings, args: TrainingArguments, record: dict[str, Any]) -> list[SaveInterval]:
+    """The callback that turns the time between checkpoints into steps, if no steps are known. Records them in run.json."""
+    if settings.options.save_steps is not None:
+        args.save_steps = settings.options.save_steps
+        return []
+
+    def decided(steps: int) -> None:
+        record["decided"] |= {"save_steps": steps}
+        if args.process_index == 0:
+            write_run_record(settings.output, record)
+
+    return [SaveInterval(settings.save_seconds, decided)]
 
 
 def _samples(trainer: CompletionTrainer, settings: Settings) -> list[Samples]:

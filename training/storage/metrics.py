@@ -69,6 +69,13 @@ def read(file: Path) -> list[dict[str, Any]]:
     return entries
 
 
+def saves_of(file: Path) -> dict[str, float]:
+    """The saves of a run in sum: {"count", "blocked_seconds", "written_bytes"}."""
+    saves = [entry for entry in read(file) if "blocked_seconds" in entry]
+    figures = {name: sum(save[name] for save in saves) for name in ("blocked_seconds", "written_bytes")}
+    return {"count": len(saves)} | figures
+
+
 def drop_entries_after(file: Path, step: int, source: Path | None = None) -> None:
     """Drops the entries after `step`, which a resumed run writes again.
 
