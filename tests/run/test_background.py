@@ -15,8 +15,12 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from training.consts import METRICS_FILE
+from training.options.trainer_options import TrainingOptions
 from training.run import background
 from training.run.background import FAILED, NO_SAVE, WRITING, WRITTEN, HostCopies, Writer
+from training.storage import metrics
+from training.trainer import train
 
 
 def a_state() -> dict[str, Any]:
@@ -198,3 +202,11 @@ def test_a_thread_that_ends_without_a_word_is_a_failed_save(tmp_path, monkeypatc
     writer.join()
     assert writer.status == FAILED
     assert writer.take().problem == "the thread that wrote it ended without a word"
+
+
+def test_a_step_whose_end_completes_a_save_is_logged_like_any_other(tmp_path, rows):
+    options = {"input_model": "demo", "training_dataset": rows, "max_steps": 8, "test_size": 8}
+    train(TrainingOptions(local_output_dir=str(tmp_path / "out"), save_steps=2, logging_steps=1, **options))
+    entries = metrics.read(tmp_path / "out" / METRICS_FILE)
+    assert [entry["step"] for entry in entries if "loss" in entry] == list(range(1, 9))
+    assert [entry["step"] for entry in entries if "blocked_seconds" in entry] == [2, 4, 6, 8]

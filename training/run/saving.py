@@ -143,7 +143,8 @@ def _complete(trainer: Any) -> None:
     trainer.save_seconds = seconds = max(written.seconds for written in ranks)
     save.blocked += time.monotonic() - begin
     logs = {"blocked_seconds": save.blocked, "written_bytes": trainer.saved_bytes}
-    trainer.callback_handler.on_log(trainer.args, save.state, trainer.control, logs)
+    # With its own control: this call clears should_log, and this step's own log line may be due.
+    trainer.callback_handler.on_log(trainer.args, save.state, copy.copy(trainer.control), logs)
     if main:
         print_line(
             f"{save.folder} saved: training waited {save.blocked:.1f} s; "
