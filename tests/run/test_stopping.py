@@ -56,6 +56,21 @@ def request_(monkeypatch: pytest.MonkeyPatch) -> StopRequest:
         signal.signal(number, handler)
 
 
+def test_a_signal_while_the_last_save_is_completed_lets_it_complete(request_: StopRequest) -> None:
+    """The ranks agree to stop when the first of them has the signal. The others may get it later."""
+    completed = []
+
+    def finish_save() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        completed.append(True)
+
+    guard = StepGuard(Mock(finish_save=finish_save), request_)
+    guard.on_train_begin(Mock(), TrainerState(), TrainerControl())
+    guard.on_train_end(Mock(), TrainerState(), TrainerControl())
+    assert completed
+    assert request_.received
+
+
 def test_sigterm_ends_a_rank_that_waits_for_others_at_once(request_: StopRequest) -> None:
     """While a library waits in C++, a Python handler would not run."""
     with default_sigterm():

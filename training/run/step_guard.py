@@ -104,8 +104,8 @@ class StepGuard(TrainerCallback):
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self.trainer.finish_save()  # a signal that reaches this rank meanwhile must not end it: the others would wait
         self.request.computing = False
-        self.trainer.finish_save()
 
 
 def describe_bad_base(model: PreTrainedModel, fp16: bool) -> str:
