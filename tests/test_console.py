@@ -18,7 +18,7 @@ from training import errors, pictures
 from training.console import set_up_console, typed_text
 from training.data.ledger import Ledger
 from training.errors import DataError, OptionsError, TrainingFailedError, first_line, printable
-from training.run.finish import write_model_card
+from training.run.model_card import write_model_card
 
 # Colour, window title, clear screen; right-to-left override; zero-width space; half of a surrogate pair.
 NASTY = "\x1b[31mred\x1b[0m \x1b]0;title\x07 \x1b[2J \u202eevil\u202c \u200bz \ud800 \x9b2J $x_{$ | ` « é"

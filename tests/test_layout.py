@@ -28,6 +28,7 @@ COMMANDS = {
     "generate",
     "publish",
     "demo",
+    "export",
     "notebook",
     "bench",
     "plan.__main__",

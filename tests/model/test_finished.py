@@ -34,8 +34,8 @@ from training.model.verify import save_model, verify_model
 from training.options.trainer_options import TrainingOptions
 from training.run import finish
 from training.run.final_model import UNFINISHED, copy_files, place_files
-from training.run.finish import write_model_card
 from training.run.identity import new_record
+from training.run.model_card import write_model_card
 from training.storage import checkpoint
 
 

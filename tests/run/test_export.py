@@ -45,7 +45,8 @@ def stopped(finished: Path, tmp_path: Path) -> Path:
     output.mkdir()
     for folder in checkpoint.checkpoints(finished):
         shutil.copytree(folder, output / folder.name)
-    shutil.copy(finished / "ledger.json", output)
+    for name in ("ledger.json", "metrics.jsonl"):
+        shutil.copy(finished / name, output)
     record = json.loads((finished / "run.json").read_text())
     (output / "run.json").write_text(json.dumps(record | {"status": "stopped"}))
     return output

@@ -19,7 +19,7 @@ from training.model.stored_weights import stored_weights
 from training.model.verify import verify_model
 from training.model.weight_files import empty_model, plan_files, write_files
 from training.run.final_model import copy_files, weights_of
-from training.run.finish import outcome, write_model_card
+from training.run.model_card import outcome, write_model_card
 from training.storage import checkpoint
 from training.storage.record import read_run_record, write_run_record
 

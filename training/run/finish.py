@@ -2,111 +2,29 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 
-from training.consts import DEMO, METRICS_FILE, SAMPLE_INSTRUCTIONS
 from training.data.ledger import Ledger
-from training.data.prompt import END_KEY
-from training.errors import ModelError, TrainingError, printable
+from training.errors import ModelError, TrainingError
 from training.files import duration
 from training.machine.cores import usable_cores
 from training.model.verify import verify_model
 from training.options.settings import Settings
 from training.ranks import is_main_process
-from training.storage import checkpoint, metrics
+from training.run.model_card import outcome, write_model_card
+from training.storage import checkpoint
 from training.storage.copy import publish
 from training.storage.record import write_run_record
 from training.tracking.mlflow_model import log_or_warn
 
 logger = logging.getLogger(__name__)
-
-LICENCES = {
-    "EleutherAI/gpt-j-6B": "apache-2.0",
-    "EleutherAI/gpt-j-6b": "apache-2.0",
-    "tatsu-lab/alpaca": "cc-by-nc-4.0",
-    "databricks/databricks-dolly-15k": "cc-by-sa-3.0",
-    DEMO: "apache-2.0",
-}
-ENGLISH = ("tatsu-lab/alpaca", "databricks/databricks-dolly-15k", DEMO)  # data whose language is known
-
-
-def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger, name: str | None = None) -> None:
-    """README.md of the model folder: base, data, licences, options, losses, ledger."""
-    options = record["options"]
-    base, dataset = options["input_model"], options["training_dataset"]
-    base_licence = LICENCES.get(base, "unknown")
-    data_licence = LICENCES.get(dataset, "unknown")
-    data = ModelCardData(
-        language="en" if dataset in ENGLISH else None,
-        license=data_licence if data_licence == base_licence else "other",
-        base_model=base if "/" in base and not Path(base).exists() else None,
-        datasets=[dataset] if "/" in dataset and not Path(dataset).exists() else None,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-    )
-    losses = record["held_out_loss"]
-    after = "not measured" if losses["after"] is None else f"**{losses['after']:.4f}**"
-    limit = (
-        "Both licences apply to every use of the model. Alpaca's forbids commercial use: this model is for research."
-        if "-nc-" in data_licence
-        else "Both licences apply to every use of the model."
-    )
-    changed = "\n".join(
-        f"| `{key}` | {_code(value)} |" for key, value in options.items() if value is not None
-    )
-    steps, devices = record["steps"], record["world_size"]
-    content = f"""---
-{data.to_yaml()}
----
-# {_line(name or folder.name)}
-
-{_code(base)} (licence: {base_licence}) fine-tuned to follow instructions on {_code(dataset)} (licence: {data_licence}),
-with the recipe of Databricks' first Dolly. {limit}
-
-Held-out loss, nats a response token: {losses["before"]:.4f} before training, {after} after
-{steps:,} step{"s" * (steps != 1)} on {devices} device{"s" * (devices != 1)} in {record["precision"]}.
-
-```python
-from transformers import pipeline
-
-ask = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
-print(ask([{{"role": "user", "content": {json.dumps(SAMPLE_INSTRUCTIONS[0])}}}])[0]["generated_text"][-1]["content"])
-```
-
-It answers one instruction at a time, stops at `{END_KEY}`, and like its base it invents facts.
-
-## Data
-
-```
-{ledger}
-```
-
-## Options
-
-| option | value |
-|---|---|
-{changed}
-"""
-    ModelCard(content).save(folder / "README.md")
-
-
-def _line(text: object) -> str:
-    return " ".join(printable(text).split())
-
-
-def _code(text: object) -> str:
-    """A Markdown code span, also in a table: the name of a file may hold anything."""
-    return "`" + _line(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
 def finish(
@@ -172,23 +90,3 @@ def _deliver(settings: Settings) -> None:
         publish(output, options.dbfs_output_dir)
     if options.logs_to_mlflow:
         log_or_warn(output, options.mlflow_model_name)
-
-
-def outcome(chosen: Path, last: Path) -> dict[str, Any]:
-    """The entries of run.json for a finished run, from its last and its chosen checkpoint."""
-    manifest = checkpoint.read_manifest(chosen)
-    assert manifest is not None
-    history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
-    progress = json.loads((last / checkpoint.PROGRESS_FILE).read_text())
-    loss_sum = progress["loss_total"] + fmean(progress["loss_sums"])
-    return {
-        "status": "finished",
-        "steps": checkpoint.step_of(last),
-        "model_of_step": checkpoint.step_of(chosen),
-        "train_loss": loss_sum / checkpoint.step_of(last),
-        "held_out_loss": {"before": held_out[min(held_out)], "after": manifest["eval_loss"]},
-        "seconds": {"training": progress["seconds"]},
-        "batching": progress["batching"],
-        "saves": metrics.saves_of(last.parent / METRICS_FILE),
-    }
