@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
 import sys
+from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import click
 from metaflow import Parameter
 
-from training.consts import SAMPLE_INSTRUCTIONS
+from training.consts import DEMO, SAMPLE_INSTRUCTIONS
 from training.data.demo_rows import demo_rows
 from training.data.formats import suffix_of
+from training.errors import OptionsError
+from training.files import local_path
+from training.options.command_line import GroupedCommand, click_options, value_problems
 from training.options.trainer_options import TrainingOptions, flag_of
 
 # Parameters that are files: the folder of the run that keeps the file, and its suffix if nothing else tells it.
@@ -52,3 +59,28 @@ def default_prompts(demo: bool) -> bytes:
         rows = demo_rows()
         prompts = [{key: row[key] for key in ("instruction", "input")} for row in rows[:: len(rows) // 5]]
     return json.dumps(prompts).encode()
+
+
+def parse_options(words: list[str], more: str, problems: list[str]) -> TrainingOptions:
+    """Parses the trainer's options from a command line, in which the last value counts. Appends to `problems`.
+
+    Existing paths become absolute, because the command runs in another folder. Raises OptionsError with all problems
+    if the command line cannot be parsed.
+    """
+    command = click.command(cls=GroupedCommand)(click_options(lambda **values: None))
+    try:
+        context = command.make_context("training.trainer", words + shlex.split(more))
+    except (click.UsageError, ValueError) as error:  # an unknown option, an unclosed quote
+        reason = error.format_message() if isinstance(error, click.UsageError) else error
+        raise OptionsError(*problems, f"--trainer-options {more!r}: {reason}") from error
+    problems += value_problems(context)
+    values = context.params
+    for name in ("input_model", "training_dataset", "sample_prompts", "deepspeed", "resume"):
+        path = os.path.expanduser(values[name] or "")
+        if path not in (DEMO, "auto", "never") and os.path.exists(path):
+            values[name] = str(Path(path).absolute())
+    for name in ("dbfs_output_dir", "checkpoint_to"):
+        if values[name] and "://" not in values[name]:
+            with suppress(RuntimeError):  # ~nobody: reported by destination_problems
+                values[name] = str(local_path(values[name]).absolute())
+    return TrainingOptions(**values)

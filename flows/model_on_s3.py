@@ -2,7 +2,7 @@
 
     python flows/model_on_s3.py 1764229912 --to dolly       then: python -m training.generate --model dolly "..."
 
-The model is under METAFLOW_DATATOOLS_S3ROOT/TrainDollyFlow/<run id>/. run.json is copied last, so training.generate
+The model is under METAFLOW_DATATOOLS_S3ROOT/TrainDollyFlow/<run id>/, and its checkpoints are in checkpoints/ there. run.json is copied last, so training.generate
 refuses an incomplete copy. The artifact `model` of the run holds each file's size and SHA-256.
 """
 
@@ -57,6 +57,21 @@ def root_problems() -> list[str]:
             "Create it, or grant write access to it"
         ]
     return []
+
+
+def checkpoint_target(flow: str, run_id: str) -> str | None:
+    """Where a run copies its checkpoints, so that a retry on another pod goes on; None if no root is configured."""
+    from metaflow.metaflow_config import DATATOOLS_S3ROOT
+
+    return f"{DATATOOLS_S3ROOT.rstrip('/')}/{flow}/{run_id}/checkpoints" if DATATOOLS_S3ROOT else None
+
+
+def use_metaflow_s3() -> None:
+    """Lets the training command find the S3 server that Metaflow is configured for, if it is not Amazon's."""
+    from metaflow.metaflow_config import S3_ENDPOINT_URL
+
+    if S3_ENDPOINT_URL and "AWS_ENDPOINT_URL" not in os.environ:
+        os.environ.setdefault("AWS_ENDPOINT_URL_S3", S3_ENDPOINT_URL)
 
 
 @contextmanager

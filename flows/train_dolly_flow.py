@@ -12,12 +12,10 @@ from __future__ import annotations
 
 import os
 import platform
-import shlex
 import signal
 import socket
 import sys
 from collections.abc import Iterable
-from contextlib import suppress
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -25,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 # In Metaflow's package all files lie in one folder.
 sys.path.insert(0, str(HERE if (HERE / "training").is_dir() else HERE.parent))
 
-from model_on_s3 import NO_METAFLOW, StoreError, push, root_problems
+from model_on_s3 import NO_METAFLOW, StoreError, checkpoint_target, push, root_problems, use_metaflow_s3
 
 try:
     import metaflow
@@ -45,19 +43,18 @@ try:
 except ImportError:
     sys.exit(NO_METAFLOW)
 
-import click
 import pod
-from flow_parameters import default_prompts, file_in_run, option, typed_names
+from flow_parameters import default_prompts, file_in_run, option, parse_options, typed_names
 from gpu_profile import gpu_profile
 
 from training.consts import CONFIG, DEMO, INSTALLED, METRICS_FILE, ROOT, SAMPLE_INSTRUCTIONS, SAMPLES_FILE
 from training.errors import DataError, MachineError, ModelError, OptionsError, TrainingFailedError
-from training.files import expanded, local_path, path_problem, write_file
+from training.files import expanded, path_problem, write_file
 from training.launch.local import deepspeed_command, launch, shell_command
 from training.machine.catalogue import FAMILIES, Machine
 from training.machine.local import this_machine
 from training.options.checks import option_problems
-from training.options.command_line import GroupedCommand, click_options, option_words, value_problems
+from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions, flag_of
 from training.options.wording import FLOW, PARAMETERS, worded
 from training.plan.fit import Plan, plan_files, plan_run
@@ -67,6 +64,7 @@ from training.run.preflight import destination_problems, prompt_problems
 from training.storage import metrics
 from training.storage.copy import model_digests
 from training.storage.record import finished_run
+from training.storage.remote import store_problems
 
 # Packaged for tasks on other machines. training.machine.environment reads requirements.txt.
 # The package of an installed wheel has config/ inside, and the pins in its metadata.
@@ -159,11 +157,13 @@ class TrainDollyFlow(FlowSpec):
         remote = _is_remote()
         self.names: dict[str, str] = {}  # of the user's files in the run's folder, as they were typed
         problems = root_problems()
+        s3_works = not problems
         if remote and not (DATATOOLS_S3ROOT or self.dbfs_output_root or self.local_training_root):
             problems.append(
                 "the model would be lost with the pod. Configure METAFLOW_DATATOOLS_S3ROOT, or name a target with "
                 "--dbfs-output-root, or shared storage with --local-training-root"
             )
+        use_metaflow_s3()
         try:
             root = _runs_folder(self.local_training_root)
             self.folder = f"{root}/dolly__{current.run_id}"
@@ -175,7 +175,7 @@ class TrainDollyFlow(FlowSpec):
             )
             self.ranks = self.num_gpus or machine.count
             self.cpu_ranks = self.ranks if machine.is_cpu else 0
-            options = self._options(machine, remote)
+            options = self._options(machine, remote, s3_works)
             self.options = asdict(options)
             self._write_files()
             problems += prompt_problems(options)
@@ -200,6 +200,7 @@ class TrainDollyFlow(FlowSpec):
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         self.host = socket.gethostname()
         self._write_files()
+        use_metaflow_s3()
         defaults = {field.name: field.default for field in fields(TrainingOptions)}
         chosen = {name: value for name, value in self.options.items() if value != defaults[name]}
         command = deepspeed_command(chosen, self.ranks)
@@ -229,7 +230,7 @@ class TrainDollyFlow(FlowSpec):
 
     # --- helpers of the steps ---------------------------------------------------------------------------
 
-    def _options(self, machine: Machine, remote: bool) -> TrainingOptions:
+    def _options(self, machine: Machine, remote: bool, s3_works: bool = True) -> TrainingOptions:
         """The trainer's options: the family's recipe, then Dolly's or the demo's, then the typed parameters.
 
         Raises OptionsError with every problem, or MachineError.
@@ -251,16 +252,21 @@ class TrainDollyFlow(FlowSpec):
         chosen["sample_prompts"] = self._own_file("sample_prompts", self.prompts)
         target = self.dbfs_output_root  # an empty one is reported below
         chosen["dbfs_output_dir"] = target and f"{target.rstrip('/')}/{Path(self.folder).name}"
+        chosen["checkpoint_to"] = checkpoint_target(current.flow_name, current.run_id)
         words = option_words(chosen | {"local_output_dir": self.output, "resume": "auto"})
-        options = _parse_options(words, self.trainer_options, problems)
+        options = parse_options(words, self.trainer_options, problems)
         if options.local_output_dir != self.output:
             problems.append(
                 "--trainer-options '--local-output-dir ...': the flow chooses this folder. Type --local-training-root "
                 "to choose where it is made"
             )
         problems += option_problems(options)
-        if not remote:  # a pod has a disk of its own
-            problems += destination_problems(options)
+        reachable = options if s3_works else replace(options, checkpoint_to=None)  # reported already
+        if not remote:
+            problems += destination_problems(reachable)
+        elif reachable.checkpoint_to:  # a pod has a disk of its own
+            found = store_problems(reachable.checkpoint_to, None, "auto")
+            problems += [f"--checkpoint-to {problem}" for problem in found]
         if problems:
             raise OptionsError(*problems)
         return options
@@ -369,31 +375,6 @@ def _runs_folder(root: str | None) -> Path:
     if problem := path_problem(folder, "output"):
         raise OptionsError(f"--local-training-root {root}: {problem}")
     return Path(folder).absolute()
-
-
-def _parse_options(words: list[str], more: str, problems: list[str]) -> TrainingOptions:
-    """Parses the trainer's options from a command line, in which the last value counts. Appends to `problems`.
-
-    Existing paths become absolute, because the command runs in another folder. Raises OptionsError with all problems
-    if the command line cannot be parsed.
-    """
-    command = click.command(cls=GroupedCommand)(click_options(lambda **values: None))
-    try:
-        context = command.make_context("training.trainer", words + shlex.split(more))
-    except (click.UsageError, ValueError) as error:  # an unknown option, an unclosed quote
-        reason = error.format_message() if isinstance(error, click.UsageError) else error
-        raise OptionsError(*problems, f"--trainer-options {more!r}: {reason}") from error
-    problems += value_problems(context)
-    values = context.params
-    for name in ("input_model", "training_dataset", "sample_prompts", "deepspeed", "resume"):
-        path = os.path.expanduser(values[name] or "")
-        if path not in (DEMO, "auto", "never") and os.path.exists(path):
-            values[name] = str(Path(path).absolute())
-    target = values["dbfs_output_dir"]
-    if target and "://" not in target:
-        with suppress(RuntimeError):  # ~nobody: reported by destination_problems
-            values["dbfs_output_dir"] = str(local_path(target).absolute())
-    return TrainingOptions(**values)
 
 
 if __name__ == "__main__":

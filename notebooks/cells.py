@@ -21,12 +21,14 @@ from training.options.trainer_options import TrainingOptions
 from training.options.wording import NOTEBOOK, worded
 from training.plan.presets import DEMO_RECIPE, preset_options
 from training.run.preflight import destination_problems
+from training.storage.remote import newer_copies
 
 PATHS: dict[str, PathKind] = {
     "input_model": "model",
     "training_dataset": "dataset",
     "local_training_root": "output",
     "dbfs_output_root": "target",
+    "checkpoint_root": "target",
 }
 DATASET_PARTS = ("config", "split", "revision")  # each has the widget dataset_<part>
 
@@ -42,6 +44,7 @@ class Choices:
         output: folder that the run trains in.
         test_size: rows held out; None for the default.
         published: folder or URL that the finished model is copied to; None to not copy it.
+        checkpoint_to: folder or URL that each checkpoint is copied to; None to not copy them.
         resume: whether `name` is an earlier run.
     """
 
@@ -56,6 +59,7 @@ class Choices:
     name: str
     output: Path
     published: str | None
+    checkpoint_to: str | None
     resume: bool
     mlflow_model_name: str | None
 
@@ -105,20 +109,22 @@ def read_widgets(widgets: Any) -> Choices:
     root, resumed = local_path(values["local_training_root"]).absolute(), values["resume"]
     if not values["local_training_root"]:
         problems.append(f"local_training_root is empty. Name a folder, such as {default_training_root()}")
-    elif resumed and not (root / resumed / RUN_FILE).is_file():
-        runs = ", ".join(sorted(file.parent.name for file in root.glob(f"*/{RUN_FILE}")))
-        existing = f"Existing runs: {runs}" if runs else "It has no runs"
-        problems.append(f"resume {resumed}: no such run in {root}. {existing}. Leave it empty for a new run")
+    name = resumed or time.strftime("dolly__%Y-%m-%dT%H-%M-%S")
+
+    def in_root(widget: str) -> str | None:
+        """The run's folder in the root that this widget names; None if it is empty."""
+        folder = values[widget].rstrip("/")
+        if not folder or "://" in folder:
+            return f"{folder}/{name}" if folder else None
+        return str(local_path(folder).absolute() / name)
+
+    checkpoint_to = in_root("checkpoint_root")
+    if resumed and values["local_training_root"] and not (root / resumed / RUN_FILE).is_file():
+        problems += _missing_run(root, resumed, checkpoint_to)
     nodes = number("num_nodes", int, 1)
     if nodes > 1 and root.is_relative_to("/local_disk0"):
         problems.append(
             f"local_training_root {root} is local to each node. Name a folder that all {nodes} nodes share"
-        )
-    name = resumed or time.strftime("dolly__%Y-%m-%dT%H-%M-%S")
-    published = values["dbfs_output_root"].rstrip("/")
-    if published:
-        published = (
-            f"{published}/{name}" if "://" in published else str(local_path(published).absolute() / name)
         )
     choices = Choices(
         num_gpus=number("num_gpus", int, None),
@@ -131,13 +137,27 @@ def read_widgets(widgets: Any) -> Choices:
         epochs=number("epochs", float, DEMO_RECIPE["epochs"] if model == DEMO else 1.0),
         name=name,
         output=root / name,
-        published=published or None,
+        published=in_root("dbfs_output_root"),
+        checkpoint_to=checkpoint_to,
         resume=bool(resumed),
         mlflow_model_name=values["mlflow_model_name"] or None,
     )
     if problems:
         raise RunRefusedError("\n".join(problems))
     return choices
+
+
+def _missing_run(root: Path, name: str, checkpoint_to: str | None) -> list[str]:
+    """A problem if the run to continue has no copy of a checkpoint either."""
+    try:
+        if newer_copies(checkpoint_to, "auto", root / name):
+            return []
+    except OptionsError as error:
+        return [worded(problem, NOTEBOOK) for problem in error.problems]
+    runs = ", ".join(sorted(file.parent.name for file in root.glob(f"*/{RUN_FILE}")))
+    existing = f"Existing runs: {runs}" if runs else "It has no runs"
+    copied = f", and no copy of its checkpoints in {checkpoint_to}" if checkpoint_to else ""
+    return [f"resume {name}: no such run in {root}{copied}. {existing}. Leave it empty for a new run"]
 
 
 def _absolute_path(value: str) -> str:

@@ -64,6 +64,9 @@ dbutils.widgets.text(
 dbutils.widgets.text(
     "dbfs_output_root", cells.default_output_root(), "Folder of the models: DBFS, a Volume, s3://"
 )
+dbutils.widgets.text(
+    "checkpoint_root", "", "Folder for copies of the checkpoints: DBFS, a Volume, s3:// (none)"
+)
 dbutils.widgets.text("resume", "", "Run to continue (a new run)")
 dbutils.widgets.text("mlflow_model_name", "", "Register in MLflow as (no MLflow)")
 
@@ -79,6 +82,7 @@ dbutils.widgets.text("mlflow_model_name", "", "Register in MLflow as (no MLflow)
 choices = cells.read_widgets(dbutils.widgets)
 tensorboard_logs = str(choices.output / "runs")
 print(f"{choices.name}\n  trained in       {choices.output}\n  published to     {choices.published}")
+print(f"  checkpoints to   {choices.checkpoint_to}")
 
 # COMMAND ----------
 
@@ -102,6 +106,7 @@ options = {
     "epochs": choices.epochs,
     "local_output_dir": str(choices.output),
     "dbfs_output_dir": choices.published,
+    "checkpoint_to": choices.checkpoint_to,
     "resume": "auto" if choices.resume else "never",
 }
 if choices.test_size:

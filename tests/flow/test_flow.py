@@ -6,6 +6,7 @@ import ast
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -460,7 +461,9 @@ def test_a_killed_run_is_resumed_to_the_same_weights_and_pushed_once_a_bucket_ex
     in_a_pod: tuple[Metaflow, str], metaflow: Metaflow, tmp_path: Path
 ) -> None:
     client, root = metaflow.bucket("soon-gone"), {"METAFLOW_DATATOOLS_S3ROOT": "s3://soon-gone/data"}
-    process = metaflow.start("run", *TRIAL, "--trainer-options", SHORT, **root)
+    process = metaflow.start(
+        "run", *TRIAL, "--trainer-options", SHORT
+    )  # without S3, so checkpoints stay here
     assert process.stdout is not None
     output = ""
     for line in process.stdout:  # lines arrive while it runs
@@ -496,6 +499,41 @@ def test_a_killed_run_is_resumed_to_the_same_weights_and_pushed_once_a_bucket_ex
     weights = "model.safetensors"
     assert kept["model"]["files"][weights] == undisturbed["model"]["files"][weights], "not bit for bit"
     [_] = (tmp_path / "dolly_training").iterdir()  # a resumed run has the folder of the first
+
+
+@pytest.mark.slow
+def test_a_pod_that_is_lost_with_its_disk_is_retried_from_the_checkpoint_on_s3(
+    in_a_pod: tuple[Metaflow, str], metaflow: Metaflow, tmp_path: Path
+) -> None:
+    client, root = metaflow.bucket("retried"), {"METAFLOW_DATATOOLS_S3ROOT": "s3://retried/data"}
+    retry = ["--with", "retry:times=1,minutes_between_retries=0"]
+    process = metaflow.start("run", *retry, *TRIAL, "--trainer-options", SHORT, **root)
+    assert process.stdout is not None
+    output = ""
+    for line in process.stdout:
+        output += line
+        if "checkpoint-3 copied to" in line:
+            break
+    [task] = [
+        p for p in psutil.Process(process.pid).children() if "train" in p.cmdline() and "step" in p.cmdline()
+    ]
+    for lost in [task, *task.children(recursive=True)]:
+        with suppress(psutil.NoSuchProcess):
+            lost.kill()
+    [run] = (tmp_path / "dolly_training").glob("dolly__*")
+    shutil.rmtree(run)
+    output += process.communicate(timeout=600)[0]
+    assert process.returncode == 0, output
+    target = f"s3://retried/data/TrainDollyFlow/{run.name.removeprefix('dolly__')}/checkpoints"
+    assert re.search(rf"fetching checkpoint-\d from {target}", output), output
+    assert "the run continues from" in output
+    kept, undisturbed = metaflow.artifacts("model"), in_a_pod[0].artifacts("model")
+    weights = "model.safetensors"
+    assert kept["model"]["files"][weights] == undisturbed["model"]["files"][weights], "not bit for bit"
+    listed = client.list_objects_v2(
+        Bucket="retried", Prefix=f"data/TrainDollyFlow/{kept['run']}/checkpoints/"
+    )
+    assert any(entry["Key"].endswith("checkpoint-8/manifest.json") for entry in listed["Contents"])
 
 
 @pytest.mark.slow

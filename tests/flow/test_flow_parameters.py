@@ -36,7 +36,7 @@ def stand_in(flow: Any, **typed: Any) -> Any:
 
 
 def parse(flow: Any, more: str, problems: list[str]) -> TrainingOptions:
-    return flow._parse_options(["--local-output-dir", "/out", "--resume", "auto"], more, problems)
+    return flow.parse_options(["--local-output-dir", "/out", "--resume", "auto"], more, problems)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from click.testing import CliRunner, Result
 
 from notebooks import cells as cell_functions
 from tests.conftest import jsonl, rows_of
+from tests.run.test_resume import make_run
 from training import errors, notebook, trainer
 from training.consts import DEMO
 from training.errors import TrainingFailedError
@@ -25,6 +27,8 @@ from training.machine.catalogue import find_machine
 from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions
 from training.plan.presets import DEMO_RECIPE, preset_options
+from training.run.mirror import Mirror
+from training.storage.record import read_run_record
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "notebooks" / "train_dolly.py"
@@ -166,7 +170,7 @@ def test_the_docs_list_exactly_the_widgets_of_the_notebook() -> None:
     assert named == notebook.widget_names(notebook.read_source(NOTEBOOK.read_text()))
     assert set(named) == {*"num_gpus gpu_family input_model training_dataset test_size epochs local_training_root".split(),
                           *"dataset_config dataset_split dataset_revision dbfs_output_root num_nodes resume".split(),
-                          "mlflow_model_name"}  # fmt: skip
+                          "checkpoint_root", "mlflow_model_name"}  # fmt: skip
 
 
 # --- the replacement of dbutils -----------------------------------------------------------------------
@@ -200,6 +204,24 @@ def test_default_widgets_are_dollys_run_and_gpu_family_cpu_is_the_demo(tmp_path:
     assert cell_functions.read_widgets(widgets(dbfs_output_root="s3://b/f")).published.startswith(
         "s3://b/f/dolly__"
     )
+
+
+def test_a_run_is_continued_from_the_copies_of_its_checkpoints_if_its_folder_is_gone(tmp_path: Path) -> None:
+    copies, output = tmp_path / "copies" / "dolly", tmp_path / "runs" / "dolly"
+    chosen = {"local_training_root": str(output.parent), "checkpoint_root": f"{copies.parent}/"}
+    assert cell_functions.read_widgets(widgets()).checkpoint_to is None
+    new = cell_functions.read_widgets(widgets(**chosen))
+    assert new.checkpoint_to == str(copies.with_name(new.name))
+    with pytest.raises(
+        errors.RunRefusedError, match=rf"and no copy of its checkpoints in {copies}\. It has no"
+    ):
+        cell_functions.read_widgets(widgets(**chosen, resume="dolly"))
+    output.parent.mkdir()
+    make_run(output, 3, id="of-the-run")
+    Mirror(str(copies), output, read_run_record(output), 3, 2).close(None)
+    shutil.rmtree(output)
+    continued = cell_functions.read_widgets(widgets(**chosen, resume="dolly"))
+    assert (continued.checkpoint_to, continued.output, continued.resume) == (str(copies), output, True)
 
 
 def test_the_widgets_choose_a_part_of_a_dataset_on_the_hub() -> None:

@@ -9,13 +9,17 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import resolved
+from tests.conftest import resolved, settings_of_a_run
 from tests.run.test_resume import make_run, options_of, start_of
+from training.consts import GIB
 from training.errors import OptionsError
 from training.files import write_json
+from training.plan.lookup import model_shape
+from training.plan.memory import copied, disk
 from training.run import fetch
 from training.run.identity import check_same_run, new_record, recorded_test_size
 from training.run.mirror import Mirror
+from training.run.preflight import destination_problems
 from training.storage import checkpoint, remote
 from training.storage.record import read_run_record, write_run_record
 
@@ -183,3 +187,40 @@ def test_the_number_of_held_out_rows_is_that_of_the_run_at_the_target(tmp_path: 
     options = options_of(tmp_path / "out", checkpoint_to=str(target))
     assert recorded_test_size(options) == 17
     assert remote.newer_copies(str(target), "auto", tmp_path / "out").record["id"] == "of-the-run"
+
+
+def test_a_target_that_cannot_be_used_is_refused_with_the_other_options(tmp_path: Path, target: Path) -> None:
+    def problems(name: object, **more: Any) -> list[str]:
+        options = options_of(tmp_path / "out", **{"resume": "never", "checkpoint_to": str(name)} | more)
+        return destination_problems(options)
+
+    assert problems(target) == []
+    assert not target.exists(), "nothing is left there before training"
+    [problem] = problems(f"{target}/", dbfs_output_dir=str(target))
+    assert problem == (
+        f"--checkpoint-to {target}/: is the same folder as --dbfs-output-dir, which holds the model. Name another folder"
+    )
+    [problem] = problems(tmp_path / "out" / "copies")
+    assert problem.startswith(
+        f"--checkpoint-to {tmp_path}/out/copies: is the run's own folder {tmp_path}/out"
+    )
+    [problem] = problems("dbfs:/copies")
+    assert problem == "--checkpoint-to dbfs:/copies: is a URL, but a path is needed. Type /dbfs/copies"
+    copied_run(tmp_path / "lost", target, 3)
+    [problem] = problems(target)
+    assert "holds checkpoints of another run" in problem
+    assert problems(target, resume="auto") == []
+
+
+def test_the_plan_tells_what_is_copied_and_keeps_one_checkpoint_more_on_the_disk() -> None:
+    model = model_shape("EleutherAI/gpt-j-6B", False)
+    alone, copying = (settings_of_a_run(ranks=8, checkpoint_to=to) for to in (None, "s3://bucket/x"))
+    size = copying.checkpoint_bytes * model.parameters / GIB
+    assert copied(model, alone, 800) == {}
+    assert copied(model, copying, 800) == {
+        "a checkpoint": size,
+        "all, at most": 4 * size,
+        "kept there": 3 * size,
+    }
+    before, after = (disk(model, settings, 8000)["checkpoints"] for settings in (alone, copying))
+    assert (before, after) == (pytest.approx(3 * size), pytest.approx(4 * size))

@@ -8,7 +8,6 @@ import os
 import shutil
 import threading
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,26 +22,6 @@ from training.run import mirror
 from training.run.mirror import Mirror
 from training.storage import checkpoint, remote, s3_checksum, write
 from training.storage.record import write_run_record
-
-KEYS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1",
-        "AWS_EC2_METADATA_DISABLED": "true"}  # fmt: skip
-
-
-@pytest.fixture
-def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """S3 with an empty bucket "runs"."""
-    import s3fs
-
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    for name, value in (KEYS | {"AWS_ENDPOINT_URL": s3_server, "HOME": str(tmp_path)}).items():
-        monkeypatch.setenv(name, value)
-    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST"))
-    s3fs.S3FileSystem.clear_instance_cache()
-    fs = s3fs.S3FileSystem()
-    fs.mkdir("runs")
-    yield fs
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
@@ -113,7 +92,7 @@ def test_each_checkpoint_is_copied_with_the_files_of_its_run_and_its_manifest_la
     )
     if place == "s3":  # the store's checksum is enough
         monkeypatch.setattr(write, "target_digest", lambda *_: pytest.fail("read back"))
-    name = target if place == "folder" else "s3://runs/a/b"
+    name = target if place == "folder" else "s3://models/a/b"
     copying = start(name)
     folder = save(output, 3, 1.5, 12 * 2**20)
     copying.wake(Path())
@@ -192,7 +171,7 @@ def test_a_target_that_disappears_is_warned_about_once_and_the_copy_goes_on_when
     def opened(source: Any) -> Any:
         if gone.is_set():
             tries.append(source)
-            raise PublishError("s3://runs: cannot be reached")
+            raise PublishError("s3://models: cannot be reached")
         return real(source)
 
     monkeypatch.setattr(write, "_open", opened)
@@ -207,7 +186,7 @@ def test_a_target_that_disappears_is_warned_about_once_and_the_copy_goes_on_when
     save(output, 3)
     copying.wake(Path())
     warnings = [r.message for r in caplog.records if r.levelno == logging.WARNING]
-    assert warnings == ["s3://runs: cannot be reached. Training continues, and the copy is tried again"]
+    assert warnings == ["s3://models: cannot be reached. Training continues, and the copy is tried again"]
     gone.clear()
     copying.close(None)
     assert sorted(copies(target)) == [1, 3], "2 was skipped, because 3 is newer"
@@ -294,21 +273,21 @@ def test_a_damaged_part_is_found_by_the_checksum_of_s3_and_sent_again(
         return real(self, method, *more, **how)
 
     monkeypatch.setattr(S3File, "_call_s3", call)
-    copying = start("s3://runs/x")
+    copying = start("s3://models/x")
     folder = save(output, 1, size=11 * 2**20)
     copying.wake(Path())
     copying.close(None)
     assert damaged == ["x/checkpoint-1/global_step1/optim_states.pt"]
     assert "the bytes read back differ" in caplog.text
-    copied = s3.cat_file(f"runs/{damaged[0]}")
+    copied = s3.cat_file(f"models/{damaged[0]}")
     assert copied == (folder / "global_step1" / "optim_states.pt").read_bytes()
-    assert sorted(copies("s3://runs/x")) == [1]
+    assert sorted(copies("s3://models/x")) == [1]
 
 
 def test_a_damaged_file_of_the_run_is_not_copied_and_a_removed_one_neither(
     output: Path, s3: Any, target: Path, start: Callable, caplog: pytest.LogCaptureFixture
 ) -> None:
-    for name in ("s3://runs/x", target):
+    for name in ("s3://models/x", target):
         copying = start(name)
         given_up = copying._given_up
         folder = save(output, 1)
@@ -393,8 +372,8 @@ def test_a_target_with_other_things_or_that_is_the_run_s_own_folder_is_refused(
     (target / "checkpoint-500").mkdir()
     [problem] = remote.store_problems(str(target), output, "auto")
     assert "(checkpoint-500)" in problem, "of another program: it is never removed"
-    assert remote.store_problems("s3://runs/x", output, "never") == []
-    assert s3.find("runs/x") == [], "the trial leaves nothing"
+    assert remote.store_problems("s3://models/x", output, "never") == []
+    assert s3.find("models/x") == [], "the trial leaves nothing"
 
 
 def test_a_new_run_refuses_the_checkpoints_of_another(output: Path, target: Path, start: Callable) -> None:

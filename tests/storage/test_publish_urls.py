@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import threading
 import tomllib
-import urllib.request
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,31 +12,10 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import S3_KEYS
 from tests.storage.conftest import ROOT, assert_complete, content, publish_command
 from training.errors import PublishError
 from training.storage.copy import marker_of, publish, target_problems
-
-KEYS = {"AWS_ACCESS_KEY_ID": "AKIASECRETKEYID", "AWS_SECRET_ACCESS_KEY": "wholly-secret", "AWS_DEFAULT_REGION": "us-east-1"}  # fmt: skip
-
-
-@pytest.fixture
-def s3(s3_server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """S3 with an empty bucket "models", without the user's own credentials."""
-    import s3fs
-
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-    settings = {"AWS_ENDPOINT_URL": s3_server, "HOME": str(tmp_path)}
-    for name, value in (KEYS | settings | {"AWS_EC2_METADATA_DISABLED": "true"}).items():
-        monkeypatch.setenv(name, value)
-    # Other tests leave their own buckets on the server.
-    urllib.request.urlopen(urllib.request.Request(f"{s3_server}/moto-api/reset", method="POST"))
-    s3fs.S3FileSystem.clear_instance_cache()
-    fs = s3fs.S3FileSystem()
-    fs.mkdir("models")
-    yield fs
-    fs.rm("models", recursive=True)
-    s3fs.S3FileSystem.clear_instance_cache()
 
 
 def objects(s3: Any, prefix: str) -> dict[str, bytes]:
@@ -143,7 +119,7 @@ def test_an_unusable_s3_is_reported_in_one_line_without_credentials(
     assert result.returncode == 2
     assert message in result.stderr
     assert result.stderr.count("\n") == 1
-    for secret in (KEYS["AWS_ACCESS_KEY_ID"], KEYS["AWS_SECRET_ACCESS_KEY"]):
+    for secret in (S3_KEYS["AWS_ACCESS_KEY_ID"], S3_KEYS["AWS_SECRET_ACCESS_KEY"]):
         assert secret not in result.stdout + result.stderr
 
 

@@ -32,6 +32,7 @@ WIDGETS = {
     },
     "local_output_dir": "local_training_root",
     "dbfs_output_dir": "dbfs_output_root",
+    "checkpoint_to": "checkpoint_root",
 }
 # Options that are parameters of the flow under their own name. Any other one goes into --trainer-options.
 PARAMETERS = ("input_model", *_DATASET, "epochs", "max_steps", "lr", "seed", "sample_every")

@@ -65,6 +65,7 @@ OPTIONS = (
     "save_every",
     "save_total_limit",
     "dbfs_output_dir",
+    "checkpoint_to",
     "trust_remote_code",
 )
 

@@ -305,12 +305,26 @@ def _pinned(size: float, zero: Zero) -> float:
 def disk(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
     """Disk GiB of a run of `steps` steps: cache (download and tokenised rows), checkpoints, model.
 
-    A new checkpoint is complete before the oldest is deleted. The last step also writes a checkpoint.
+    A new checkpoint is complete before the oldest is deleted, and one that is being copied to --checkpoint-to stays. The
+    last step also writes a checkpoint.
     """
     assert settings.options.save_steps is not None, "a time was turned into steps"
-    kept = min(settings.options.save_total_limit + 1, math.ceil(steps / settings.options.save_steps))
+    copied = settings.options.checkpoint_to is not None
+    kept = min(settings.options.save_total_limit + 1 + copied, math.ceil(steps / settings.options.save_steps))
     return {
         "cache": (model.file_bytes / GIB if model.downloaded else 0.0) + DATASET_CACHE_GIB,
         "checkpoints": kept * settings.checkpoint_bytes * model.parameters / GIB,
         "model": settings.weight_bytes * model.parameters / GIB,
     }
+
+
+def copied(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
+    """GiB that a run of `steps` steps copies to --checkpoint-to, if no checkpoint is skipped; {} without it."""
+    options = settings.options
+    if options.checkpoint_to is None:
+        return {}
+    assert options.save_steps is not None, "a time was turned into steps"
+    size = settings.checkpoint_bytes * model.parameters / GIB
+    count = math.ceil(steps / options.save_steps)
+    kept = min(options.save_total_limit + 1, count)  # a new one is complete before the oldest is removed
+    return {"a checkpoint": size, "all, at most": count * size, "kept there": kept * size}

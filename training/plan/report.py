@@ -36,6 +36,7 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "activations_gib": plan.activations_gib,
         "host_memory_gib": _sizes(plan.host_memory_gib, max, machine.host_gib),
         "disk_gib": _sizes(plan.disk_gib, sum, machine.disk_gib),
+        "copied_gib": plan.copied_gib,
         "steps_per_epoch": load.steps,
         "real_tokens_per_epoch": load.real_tokens,
         "computed_tokens_per_epoch": load.computed_tokens,
@@ -92,6 +93,8 @@ def as_table(plan: Plan, price: float | None) -> str:
         "disk, GiB",
         *(_line(name, value) for name, value in plan.disk_gib.items()),
         _line("total", sum(plan.disk_gib.values()), machine.disk_gib),
+        *(["copied to --checkpoint-to, GiB"] if plan.copied_gib else []),
+        *(_line(name, value) for name, value in plan.copied_gib.items()),
         "an epoch",
         f"  {_number(load.steps, 'step')} of {_short_time(sum(seconds.values()))}: "
         + ", ".join(f"{name} {_short_time(value)}" for name, value in seconds.items() if value),

@@ -1,0 +1,79 @@
+"""A run whose machine is gone goes on elsewhere from --checkpoint-to, here a local S3 server."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.run import test_kills
+from tests.run.test_kills import Run, assert_the_same_run, drift, history
+from training.storage import remote
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc"),
+]
+
+# A save is slower to copy than the six steps between two saves, so copies skip some.
+INTERVALS = ["--max-steps", 60, "--save-steps", 6, "--eval-steps", 60, "--logging-steps", 6]
+rows, start = test_kills.rows, test_kills.start
+
+
+def copied_step(target: str) -> int:
+    """The step of the newest checkpoint at the target."""
+    return max(remote.complete_checkpoints(*remote.open_store(target)), default=0)
+
+
+def lose_the_machine(run: Run, target: str, after: int = 0) -> int:
+    """Kills every process of a run at once when a checkpoint later than `after` is copied, and deletes its folder.
+
+    Returns the step of that checkpoint.
+    """
+    assert run.wait_until(lambda: copied_step(target) > after), run.output
+    run.kill()
+    run.process.wait()
+    shutil.rmtree(run.folder)
+    return copied_step(target)
+
+
+@pytest.mark.usefixtures("s3")
+def test_a_lost_machine_costs_the_steps_since_the_last_copy_and_not_a_bit(
+    start: Callable[..., Run],
+    tmp_path: Path,
+) -> None:
+    """One process bit for bit; then two ranks, one rank and two ranks, with the same losses to rounding."""
+    undisturbed = tmp_path / "undisturbed"
+    start(undisturbed, 0, *INTERVALS).wait_for_exit()
+
+    def words(target: str) -> list[Any]:
+        return [*INTERVALS, "--checkpoint-to", target, "--resume", "auto"]
+
+    def caches(name: str) -> dict[str, str]:
+        return {"HF_HOME": str(tmp_path / name), "HF_HUB_OFFLINE": "1"}
+
+    one = "s3://models/one"
+    lose_the_machine(start(tmp_path / "first", 0, *words(one), **caches("first-cache")), one)
+    shutil.rmtree(tmp_path / "first-cache", ignore_errors=True)
+    output = start(tmp_path / "second", 0, *words(one), **caches("second-cache")).wait_for_exit()
+    assert f"from {one}: " in output
+    assert "every checksum compared" in output
+    assert_the_same_run(tmp_path / "second", undisturbed)
+
+    two = "s3://models/two"
+    first = lose_the_machine(start(tmp_path / "two", 2, *words(two)), two)
+    second = lose_the_machine(start(tmp_path / "alone", 1, *words(two)), two, first)
+    output = start(tmp_path / "two-again", 2, *words(two)).wait_for_exit()
+    assert "for another number of devices" in output
+    assert f"fetching checkpoint-{second} from {two}" in output
+    ours, theirs = history(tmp_path / "two-again"), history(undisturbed)
+    difference = drift(ours, theirs)
+    print(f"2 ranks -> 1 -> 2: losses differ by {difference:.1e} from one process's")
+    assert difference < 1e-4
+    print(f"lost after the copies of steps {first} and {second}")
+    assert 0 < first < second < copied_step(two) == 60
