@@ -114,9 +114,8 @@ def read_widgets(widgets: Any) -> Choices:
     def in_root(widget: str) -> str | None:
         """The run's folder in the root that this widget names; None if it is empty."""
         folder = values[widget].rstrip("/")
-        if not folder or "://" in folder:
-            return f"{folder}/{name}" if folder else None
-        return str(local_path(folder).absolute() / name)
+        path = f"{folder}/{name}" if "://" in folder else str(local_path(folder).absolute() / name)
+        return path if folder else None
 
     checkpoint_to = in_root("checkpoint_root")
     if resumed and values["local_training_root"] and not (root / resumed / RUN_FILE).is_file():

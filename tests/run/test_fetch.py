@@ -214,7 +214,9 @@ def test_a_target_that_cannot_be_used_is_refused_with_the_other_options(tmp_path
 
 def test_the_plan_tells_what_is_copied_and_keeps_one_checkpoint_more_on_the_disk() -> None:
     model = model_shape("EleutherAI/gpt-j-6B", False)
-    alone, copying = (settings_of_a_run(ranks=8, checkpoint_to=to) for to in (None, "s3://bucket/x"))
+    alone, copying = (
+        settings_of_a_run(ranks=8, save_steps=200, checkpoint_to=to) for to in (None, "s3://bucket/x")
+    )
     size = copying.checkpoint_bytes * model.parameters / GIB
     assert copied(model, alone, 800) == {}
     assert copied(model, copying, 800) == {

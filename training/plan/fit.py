@@ -20,7 +20,6 @@ from training.plan.epoch import Lengths, Load, epoch_load
 from training.plan.memory import (
     CPU_PROCESS_GIB,
     auto_max_tokens_per_device,
-    copied,
     device_memory,
     disk,
     host_memory,
@@ -56,7 +55,6 @@ class Plan:
         host_memory_gib: "loading" and "training", and what of it are the copies of a checkpoint if saves run in the
             background (`settings.background_saves`).
         disk_gib: by part.
-        copied_gib: to --checkpoint-to: a checkpoint, all of them, and those kept there; {} without it.
         step_seconds: seconds of one optimizer step by part.
         steps: of the complete run.
         run_seconds: seconds of the complete run by part, in the order in which they pass; `steps` of them are "steps".
@@ -75,7 +73,6 @@ class Plan:
     activations_gib: dict[str, float]
     host_memory_gib: dict[str, float]
     disk_gib: dict[str, float]
-    copied_gib: dict[str, float]
     step_seconds: dict[str, float]
     steps: int
     run_seconds: dict[str, float]
@@ -213,7 +210,6 @@ def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machi
         activations_gib=activations,
         host_memory_gib=host,
         disk_gib=stored,
-        copied_gib=copied(model, settings, steps),
         step_seconds=seconds,
         steps=steps,
         run_seconds=parts,

@@ -323,8 +323,9 @@ def copied(model: ModelShape, settings: Settings, steps: int) -> dict[str, float
     options = settings.options
     if options.checkpoint_to is None:
         return {}
-    assert options.save_steps is not None, "a time was turned into steps"
     size = settings.checkpoint_bytes * model.parameters / GIB
-    count = math.ceil(steps / options.save_steps)
-    kept = min(options.save_total_limit + 1, count)  # a new one is complete before the oldest is removed
-    return {"a checkpoint": size, "all, at most": count * size, "kept there": kept * size}
+    # A new one is complete before the oldest is removed.
+    answer = {"a checkpoint": size, "kept there, at most": (options.save_total_limit + 1) * size}
+    if options.save_steps is not None:
+        answer["all, at most"] = math.ceil(steps / options.save_steps) * size
+    return answer

@@ -10,6 +10,7 @@ from training.consts import STOP_SECONDS
 from training.errors import printable
 from training.pictures import draw_plan
 from training.plan.fit import Plan, fastest
+from training.plan.memory import copied
 
 
 def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
@@ -36,7 +37,7 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "activations_gib": plan.activations_gib,
         "host_memory_gib": _sizes(plan.host_memory_gib, max, machine.host_gib),
         "disk_gib": _sizes(plan.disk_gib, sum, machine.disk_gib),
-        "copied_gib": plan.copied_gib,
+        "copied_gib": copied(plan.model, settings, plan.steps),
         "steps_per_epoch": load.steps,
         "real_tokens_per_epoch": load.real_tokens,
         "computed_tokens_per_epoch": load.computed_tokens,
@@ -75,6 +76,7 @@ def as_table(plan: Plan, price: float | None) -> str:
     machine, settings, load = plan.machine, plan.settings, plan.load
     device = "CPU rank" if machine.is_cpu else machine.gpu
     total, seconds = sum(plan.gpu_memory_gib.values()), plan.step_seconds
+    sizes = copied(plan.model, settings, plan.steps)
     split = f", at most {settings.max_tokens:,} tokens at once" if settings.max_tokens else ""
     lines = [
         f"{plan.model.name} ({_count(plan.model.parameters)} parameters) on {machine.name}: "
@@ -93,8 +95,8 @@ def as_table(plan: Plan, price: float | None) -> str:
         "disk, GiB",
         *(_line(name, value) for name, value in plan.disk_gib.items()),
         _line("total", sum(plan.disk_gib.values()), machine.disk_gib),
-        *(["copied to --checkpoint-to, GiB"] if plan.copied_gib else []),
-        *(_line(name, value) for name, value in plan.copied_gib.items()),
+        *(["copied to --checkpoint-to, GiB"] if sizes else []),
+        *(_line(name, value) for name, value in sizes.items()),
         "an epoch",
         f"  {_number(load.steps, 'step')} of {_short_time(sum(seconds.values()))}: "
         + ", ".join(f"{name} {_short_time(value)}" for name, value in seconds.items() if value),
