@@ -69,7 +69,6 @@ def test_deepspeed_parses_stage_precision_and_offload_and_no_auto_remains(name: 
     assert config.zero_optimization_stage == stage
     assert config.bfloat16_config.enabled is (precision == "bf16")
     assert config.float16_config.enabled is (precision == "fp16")
-    assert config.zero_config.gather_16bit_weights_on_model_save is (stage == 3)
     assert config.scheduler_name is None
     assert (config.train_batch_size, config.train_micro_batch_size_per_gpu) == (8, 8)
     assert config.gradient_accumulation_steps == 1

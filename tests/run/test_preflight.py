@@ -117,11 +117,10 @@ def test_an_environment_variable_that_disables_deepspeed_is_refused(
     assert problems_of(options(tmp_path)) == []
 
 
-GATHER = {"stage3_gather_16bit_weights_on_model_save": True}
 BATCH = dict.fromkeys(
     ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"), "auto"
 )
-GOOD_CONFIG: dict[str, Any] = BATCH | {"zero_optimization": {"stage": 3} | GATHER}
+GOOD_CONFIG: dict[str, Any] = BATCH | {"zero_optimization": {"stage": 3}}
 # Changes to the good file, and the message for each.
 BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     "a scheduler": ({"scheduler": {"type": "WarmupLR"}}, "would override --lr-scheduler-type constant"),
@@ -154,7 +153,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     },
     "a list for an object": ({"bf16": [True]}, "sets bf16 [True], expected an object"),
     "a word for an object": (
-        {"zero_optimization": {"stage": 3, "offload_optimizer": "auto"} | GATHER},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": "auto"}},
         "sets zero_optimization.offload_optimizer 'auto', expected an object",
     ),
     "yes for true": (
@@ -162,11 +161,11 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "sets bf16.enabled 'yes', expected true, false or \"auto\"",
     ),
     "a stage in words": (
-        {"zero_optimization": {"stage": "3"} | GATHER},
+        {"zero_optimization": {"stage": "3"}},
         "stage '3', expected 3 (or 0, 1, 2)",
     ),
     "a value that DeepSpeed cannot take": (
-        {"zero_optimization": {"stage": 3, "reduce_bucket_size": "much"} | GATHER},
+        {"zero_optimization": {"stage": 3, "reduce_bucket_size": "much"}},
         "sets zero_optimization.reduce_bucket_size 'much', expected a whole number from 1 or \"auto\"",
     ),
     "an offload that DeepSpeed ignores": (
@@ -177,7 +176,6 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         {"bf16": {"enabled": True}, "zero_optimization": {"stage": 0}},
         "trains in bf16 at stage 0, where the first steps of DeepSpeed's Adam are too small. Set zero_optimization",
     ),
-    "no gather": ({"zero_optimization": {"stage": 3}}, "would save an empty model: set zero_optimization"),
     "both precisions": (
         {"bf16": {"enabled": True}, "fp16": {"enabled": True}},
         "enables both bf16 and fp16. Remove one of them",
@@ -219,7 +217,7 @@ def test_a_deepspeed_file_that_agrees_with_the_options_is_accepted(tmp_path: Pat
     config = {
         "bf16": {"enabled": "auto"},
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-5, "weight_decay": "auto"}},
-        "zero_optimization": {"stage": 3} | GATHER,
+        "zero_optimization": {"stage": 3},
         "train_micro_batch_size_per_gpu": 8,
         "train_batch_size": 8,
         "gradient_accumulation_steps": 1,

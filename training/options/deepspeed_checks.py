@@ -57,10 +57,6 @@ def _zero_problems(zero: Mapping[str, Any]) -> list[str]:
     stage, problems = zero.get("stage"), []
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         return [f"sets zero_optimization.stage {stage!r}, expected 3 (or 0, 1, 2)"]
-    if stage == 3 and zero.get("stage3_gather_16bit_weights_on_model_save") is not True:
-        problems.append(
-            "would save an empty model: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true"
-        )
     for section, stages in (("offload_param", (3,)), ("offload_optimizer", (1, 2, 3))):
         if offloads(zero, section) and stage not in stages:
             problems.append(
