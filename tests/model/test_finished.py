@@ -304,7 +304,7 @@ def test_the_placed_model_is_the_checkpoints_and_replaces_an_earlier_one(
     (output / UNFINISHED / "model.safetensors").write_bytes(b"of a killed run")
     copy_files(source, names, output / UNFINISHED)
     assert (output / "config.json").read_bytes() == b"of an earlier model", "nothing is replaced yet"
-    place_files(output / UNFINISHED, output)
+    place_files(output / UNFINISHED, output, names)
     assert not (output / UNFINISHED).exists()
     assert checkpoint.files_of(output) == sorted([*names, "run.json"])
     assert all((output / name).read_bytes() == (source / name).read_bytes() for name in names)

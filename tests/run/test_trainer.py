@@ -27,12 +27,13 @@ from transformers import (
     TrainerCallback,
 )
 
+from tests.storage.test_checkpoint import flip
 from training.bench.waits import Wait, WaitsPerStep
 from training.data.collator import DataCollatorForCompletionOnlyLM
 from training.data.held_out import split_held_out
 from training.data.prompt import CONTROL_TOKENS
 from training.data.tokens import prepare_dataset
-from training.errors import ModelError, OptionsError
+from training.errors import ModelError, OptionsError, TrainingError
 from training.files import file_digest
 from training.launch.local import DEEPSPEED
 from training.machine import local
@@ -41,7 +42,7 @@ from training.model.demo_model import model_folder
 from training.model.tokenizer import load_tokenizer
 from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions
-from training.run import exporting, preflight, prepare, steps
+from training.run import exporting, final_model, preflight, prepare, steps
 from training.storage import checkpoint
 from training.trainer import train
 
@@ -180,6 +181,42 @@ def test_a_checkpoint_holds_no_model_and_the_exported_one_is_the_finished_one(fi
     assert record(finished)["weights"] == {names[0]: file_digest(finished / names[0])}
 
 
+@pytest.mark.parametrize("moment", ["copy_files", "write_files", "place_files"])
+def test_a_kill_while_the_model_is_written_leaves_nothing_that_looks_finished(
+    finished, tmp_path, monkeypatch, moment
+):
+    """The last part of the run above, on one rank."""
+    output, last = tmp_path / "out", tmp_path / "out" / "checkpoint-6"
+    shutil.copytree(finished / last.name, last)
+    settings = resolve(TrainingOptions(local_output_dir=str(output)), 1, "bf16")
+    after = getattr(final_model, moment)
+
+    def killed(*arguments: object) -> None:
+        after(*arguments) if moment != "place_files" else None
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(final_model, moment, killed)
+        with pytest.raises(KeyboardInterrupt):
+            final_model.write_final_model(settings, last)
+    assert {file.name for file in output.iterdir()} == {last.name, final_model.UNFINISHED}
+    chosen, weights = final_model.write_final_model(settings, last)
+    assert (chosen, weights) == (last, record(finished)["weights"])
+    assert (output / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert not (output / final_model.UNFINISHED).exists()
+
+
+@pytest.mark.parametrize("name", ["config.json", "global_step6/zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+def test_a_damaged_best_checkpoint_does_not_become_the_model(finished, tmp_path, name):
+    output = tmp_path / "out"
+    shutil.copytree(finished / "checkpoint-6", output / "checkpoint-6")
+    flip(output / "checkpoint-6" / name)
+    settings = resolve(TrainingOptions(local_output_dir=str(output), final_model="best"), 1, "bf16")
+    with pytest.raises(TrainingError, match=rf"checkpoint-6 cannot be used, because {name} has changed"):
+        final_model.write_final_model(settings, output / "checkpoint-9")
+    assert [folder.name for folder in output.iterdir()] == ["checkpoint-6"]
+
+
 def test_the_published_copy_is_the_model_without_checkpoints(finished):
     published = finished.parent / "published"
     model = ("model.safetensors", "tokenizer.json", "generation_config.json", "chat_template.jinja")
@@ -204,11 +241,16 @@ def test_torchrun_with_deepspeed_config_and_a_model_folder_trains_the_same_model
     demo_as_a_folder = ["--input-model", model_folder("demo"), *DEMO[2:]]
     result = run(
         torchrun(2), *demo_as_a_folder, "--max-steps", 6, "--logging-steps", 2, "--local-output-dir", folder,
-        "--deepspeed", "--deepspeed_config", BF16,
+        "--deepspeed", "--deepspeed_config", BF16, "--max-shard-size", "1MB",
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     assert record(folder)["held_out_loss"] == record(finished)["held_out_loss"]
-    ours, theirs = (load_file(place / "model.safetensors") for place in (folder, finished))
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) == 2, "each rank writes one"
+    assert record(folder)["weights"] == {file.name: file_digest(file) for file in files}
+    ours = load_file(files[0]) | load_file(files[1])
+    theirs = load_file(finished / "model.safetensors")
+    assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 

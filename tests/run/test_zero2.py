@@ -50,6 +50,16 @@ def test_two_zero2_ranks_have_the_losses_of_zero3_also_with_split_and_accumulate
 
 
 @pytest.mark.slow
+def test_the_model_from_the_shards_has_the_live_weights_bit_for_bit(folder):
+    for name in ("zero-3", "zero-2"):
+        live, written = torch.load(folder / name / "live.pt"), weights(folder / name)
+        assert live.keys() == written.keys()
+        for key, tensor in live.items():
+            assert tensor.dtype == written[key].dtype == torch.bfloat16
+            assert torch.equal(tensor, written[key]), (name, key)
+
+
+@pytest.mark.slow
 def test_a_zero2_run_resumes_bit_for_bit_and_its_best_model_is_verified_and_published(folder):
     whole, resumed = folder / "zero-2", folder / "resumed"
     assert history(resumed) == history(whole)

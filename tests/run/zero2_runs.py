@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
@@ -19,6 +20,7 @@ from training import ranks
 from training.console import set_up_console
 from training.launch.exits import run_and_exit
 from training.options.trainer_options import TrainingOptions
+from training.run import saving
 from training.trainer import train
 
 ZERO_3, ZERO_2 = "config/ds_z3_bf16_config.json", "config/ds_z2_bf16_config.json"
@@ -58,7 +60,10 @@ def runs(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def main(folder: str) -> None:
-    """Raises an error if a rank collects the weights of the whole model."""
+    """Also writes the weights that the model computes with at the last save as live.pt of each run.
+
+    Raises an error if the trainer collects the weights of the whole model.
+    """
     set_up_console(logging.WARNING)
     if ranks.is_main_process():
         logging.getLogger("training").setLevel(logging.INFO)
@@ -69,6 +74,17 @@ def main(folder: str) -> None:
         raise AssertionError("no rank collects the weights of the whole model")
 
     Accelerator.get_state_dict = gathered
+    save_model_files = saving.save_model_files
+
+    def keep_live_weights(trainer: Any, saved: Path) -> list[str]:
+        names = save_model_files(trainer, saved)
+        with deepspeed.zero.GatheredParameters(list(trainer.model.parameters())):
+            live = {name: tensor.detach().clone() for name, tensor in trainer.model.named_parameters()}
+        if ranks.is_main_process():
+            torch.save(live, saved.parent / "live.pt")
+        return names
+
+    saving.save_model_files = keep_live_weights
     for name, options in runs(Path(folder)).items():
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from training.consts import WEIGHTS
 from training.errors import ModelError, TrainingError, first_line
 from training.files import PARTIAL
 from training.model.stored_weights import stored_weights
-from training.model.weight_files import empty_model, plan_files, write_files
+from training.model.weight_files import INDEX, empty_model, plan_files, write_files
 from training.options.settings import Settings
 from training.ranks import broadcast, gather, is_main_process, rank, world_size
 from training.run.failures import lost_peer, out_of_memory
 from training.storage import checkpoint
 
+LISTING_SECONDS = 90  # more than NFS keeps a listing (acdirmax of nfs(5))
 UNFINISHED = f"model{PARTIAL}"  # folder in the output folder, while the model is written
 
 
@@ -49,7 +51,8 @@ def write_final_model(settings: Settings, last: Path) -> tuple[Path, dict[str, A
     names = manifest["model"]
     # The last one was compared when it was written, or when the run started from it.
     compared = list(manifest["files"]) if chosen != last and not weights_of(names) else names
-    _on_all_ranks(chosen, output, partial(_compare, chosen, sorted(compared)[rank() :: world_size()]))
+    share = sorted(compared)[rank() :: world_size()]
+    _on_all_ranks(chosen, output, partial(_compare, chosen, manifest["files"], share))
     unfinished = output / UNFINISHED
     _on_all_ranks(chosen, output, partial(copy_files, chosen, names, unfinished) if main else None)
     if weights_of(names):
@@ -57,7 +60,8 @@ def write_final_model(settings: Settings, last: Path) -> tuple[Path, dict[str, A
     else:
         shares = _on_all_ranks(chosen, output, partial(_write_share, settings, chosen, unfinished))
         digests = {name: share[name] for share in shares for name in sorted(share)}
-    _on_all_ranks(chosen, output, partial(place_files, unfinished, output) if main else None)
+    placed = sorted({*names, *digests, *([INDEX] if (unfinished / INDEX).exists() else [])})
+    _on_all_ranks(chosen, output, partial(place_files, unfinished, output, placed) if main else None)
     return chosen, dict(sorted(digests.items()))
 
 
@@ -74,7 +78,7 @@ def _on_all_ranks(chosen: Path, output: Path, function: Callable[[], Any] | None
         problem = str(error)
     except ModelError as error:
         problem = f"its last step, {checkpoint.step_of(chosen)}: {error}"
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         if lost_peer(error) or out_of_memory(error):
             raise
         problem = (
@@ -88,12 +92,24 @@ def _on_all_ranks(chosen: Path, output: Path, function: Callable[[], Any] | None
     return [result for result, _ in of_ranks]
 
 
-def _compare(chosen: Path, names: list[str]) -> None:
+def _compare(chosen: Path, files: Iterable[str], names: list[str]) -> None:
+    """Compares `names`, of all `files` of the checkpoint, with their checksums. Raises TrainingError."""
+    if world_size() > 1:
+        _wait_for_files(chosen, files)
     if problems := checkpoint.problems_of(chosen, names):
         raise TrainingError(
             f"its last step: the model in {chosen} cannot be used, because {problems[0]}. Remove that folder, and "
             "type the same command with --resume auto"
         )
+
+
+def _wait_for_files(chosen: Path, files: Iterable[str]) -> None:
+    """Waits until this node sees the files of all ranks: NFS may list a folder as it was up to a minute ago."""
+    end = time.monotonic() + LISTING_SECONDS
+    while time.monotonic() < end and (
+        checkpoint.read_manifest(chosen) is None or not set(files) <= set(checkpoint.files_of(chosen))
+    ):
+        time.sleep(1)
 
 
 def copy_files(chosen: Path, names: list[str], unfinished: Path) -> None:
@@ -123,13 +139,11 @@ def _write_share(settings: Settings, chosen: Path, unfinished: Path) -> dict[str
     return write_files(plan, unfinished, rank(), world_size())
 
 
-def place_files(unfinished: Path, output: Path) -> None:
+def place_files(unfinished: Path, output: Path, names: Iterable[str]) -> None:
     """Moves the written model into the output folder."""
     for old in output.glob(f"*{WEIGHTS}*"):  # of a shorter run, maybe with more shards
         old.unlink()
-    for file in sorted(unfinished.rglob("*")):
-        if file.is_file():
-            target = output / file.relative_to(unfinished)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(file, target)
+    for name in names:
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(unfinished / name, output / name)
     shutil.rmtree(unfinished)
