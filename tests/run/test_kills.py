@@ -235,30 +235,79 @@ SIXTEEN = [("start", "group"), ("save", "rank"), ("step", "rank"), ("save", "gro
            ("final", "group"), ("start", "supervisor")]  # fmt: skip
 SEVEN = [("step", "rank"), ("save", "rank"), ("step", "launcher"), ("save", "group"), ("step", "supervisor"),
          ("final", "rank"), ("final", "group")]  # fmt: skip
-FOUR = [("start", "group"), ("save", "rank"), ("step", "supervisor"), ("final", "group")]
-TWO = [("save", "group"), ("step", "launcher")]
+BEFORE, DURING, AFTER = "before a file", "during a file", "after a file"  # of a save in the background
+FIVE = [("start", "group"), (BEFORE, "rank"), (DURING, "supervisor"), (AFTER, "group"), ("final", "group")]
+TWO = [(DURING, "group"), ("step", "launcher")]
+# For sitecustomize.py: the second save of each start takes a second before, during and after each file.
+SLOW_SAVE = """
+import os, sys, time
+if "DOLLY_SUPERVISED" in os.environ and "training.trainer" in sys.orig_argv:
+    from training.run import background
+
+    folders = []
+
+    def begin(writer, folder, real=background.Writer.begin):
+        folders.append(folder)
+        real(writer, folder)
+
+    def wait(moment):
+        folders[1].parent.with_suffix(".moment").write_text(moment)
+        time.sleep(1)
+
+    class Slow:
+        def __init__(self, stream):
+            self.stream, self.waited = stream, False
+
+        def write(self, block):
+            size = self.stream.write(block)
+            if not self.waited:
+                self.stream.file.flush()
+                self.waited = True
+                wait("during a file")
+            return size
+
+        def flush(self):
+            pass
+
+    def write_hashed(file, write, real=background.write_hashed):
+        if len(folders) != 2:
+            return real(file, write)
+        wait("before a file")
+        digest = real(file, lambda stream: write(Slow(stream)))
+        wait("after a file")
+        return digest
+
+    background.Writer.begin, background.write_hashed = begin, write_hashed
+"""
 
 
 @pytest.mark.parametrize(
     ("ranks", "plan"),
     [
-        pytest.param(0, FOUR, id="a single process four times"),
+        pytest.param(0, FIVE, id="a single process five times"),
         pytest.param(2, TWO, id="two ZeRO-3 ranks twice"),
         pytest.param(0, SIXTEEN, id="a single process sixteen times", marks=pytest.mark.long),
         pytest.param(2, SEVEN, id="two ZeRO-3 ranks seven times", marks=pytest.mark.long),
     ],
 )
-def test_a_run_that_is_killed_many_times_ends_bit_for_bit_the_same(start, undisturbed, folder, ranks, plan):
-    chance = random.Random(1)
+def test_a_run_that_is_killed_many_times_ends_bit_for_bit_the_same(
+    start, undisturbed, folder, tmp_path, ranks, plan
+):
+    """Also while a save is under way in the background, before, during and after a file."""
+    chance, now = random.Random(1), folder.with_suffix(".moment")
+    (tmp_path / "sitecustomize.py").write_text(SLOW_SAVE)
     model = folder / "model.safetensors"
     for moment, victim in plan:
         placed = model.read_bytes() if model.exists() else b""
         model.unlink(missing_ok=True)  # so that the next `placing` is visible
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
-        run = start(folder, ranks, "--resume", "auto")
+        now.write_text("")
+        slow = {"PYTHONPATH": f"{tmp_path}:{ROOT}"} if moment.endswith("a file") else {}
+        run = start(folder, ranks, "--resume", "auto", **slow)
         complete = [f.name for f in checkpoint.checkpoints(folder) if checkpoint.read_manifest(f)]
         label = f"{ranks or 1} rank(s)  {moment:<6} {victim:<11}"
         reached = {"start": run.starting, "step": run.stepping, "save": run.saving, "final": run.placing}
+        reached |= dict.fromkeys((BEFORE, DURING, AFTER), lambda moment=moment: now.read_text() == moment)
         if not run.wait_until(reached[moment]):
             # The previous kill hit a rank that had already finished, and the other rank finished the run.
             assert moment == "final", f"{moment} was not reached\n{run.output}"
@@ -281,6 +330,9 @@ def test_a_run_that_is_killed_many_times_ends_bit_for_bit_the_same(start, undist
             assert "Its last lines:" in run.output
         skipped = run.output.count("is skipped")
         incomplete = [f.name for f in checkpoint.checkpoints(folder) if checkpoint.read_manifest(f) is None]
+        if moment.endswith("a file"):
+            newest = checkpoint.checkpoints(folder)[-2:]
+            assert [bool(checkpoint.read_manifest(f)) for f in newest] == [True, False], run.output
         print(
             f"{label} began at {complete[-1] if complete else 'the start':<14} {skipped} skipped;"
             f" incomplete: {', '.join(incomplete) or 'none':<14} all gone after {seconds:.1f} s"
@@ -524,7 +576,7 @@ def test_a_full_disk_after_the_last_step_loses_no_training(start, undisturbed, f
     small = [name for name in checkpoint.read_manifest(last)["model"] if not name.endswith(".safetensors")]
     needed = sum((folder / name).stat().st_size for name in (*own, *small))
     saved = contents(last)
-    for room in (0, needed // 2, needed - 1000):
+    for room in (0, needed - 1000):
         disk = {"LD_PRELOAD": failing_disk, "FULL_DISK": f"{room}:{folder}"}
         output = start(folder, 0, "--resume", "auto", **disk).wait_for_exit(CANNOT_CONTINUE)
         assert "No space left on device" in output

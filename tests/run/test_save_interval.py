@@ -108,7 +108,7 @@ def test_a_run_saves_by_time_records_its_steps_and_figures_and_a_resume_keeps_th
     monkeypatch.setattr(save_interval, "steps_between_saves", lambda *_: 4)
     typed = {
         "input_model": "demo", "training_dataset": jsonl(tmp_path / "rows.jsonl", say_rows(60)), "test_size": 8,
-        "per_device_train_batch_size": 2, "max_steps": 14, "eval_steps": 50, "save_every": "1h", "save_total_limit": 9,
+        "per_device_train_batch_size": 2, "max_steps": 14, "eval_steps": 50, "logging_steps": 1, "save_every": "1h", "save_total_limit": 9,
         "local_output_dir": str(tmp_path / "run"),
     }  # fmt: skip
     record = train(TrainingOptions(**typed))
@@ -116,6 +116,7 @@ def test_a_run_saves_by_time_records_its_steps_and_figures_and_a_resume_keeps_th
     assert [checkpoint.step_of(folder) for folder in folders] == [12, 14], "none before the steps were timed"
     assert record["decided"]["save_steps"] == 4
     figures = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in figures if "loss" in entry] == list(range(1, 15)), "a save hides none"
     saves = {entry["step"]: entry for entry in figures if "blocked_seconds" in entry}
     for folder in folders:
         written = sum(file["size"] for file in checkpoint.read_manifest(folder)["files"].values())

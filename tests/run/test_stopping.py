@@ -375,6 +375,69 @@ def test_a_disk_that_fills_up_at_the_end_of_a_save_is_reported(
     assert not checkpoint.problems_of(output / "checkpoint-2")
 
 
+def full_disk(*_: Any) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("name", "instead", "reason"),
+    [
+        ("_write", full_disk, r"\[Errno 28\] No space left on device\); .* are free there\. Make room\."),
+        ("_run", lambda writer: None, r"the thread that wrote it ended without a word\)\."),
+    ],
+    ids=["a full disk", "a writer that dies"],
+)
+def test_a_save_that_fails_in_the_background_ends_the_run_and_leaves_the_older_checkpoint(
+    begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch, name: str, instead: Any, reason: str
+) -> None:
+    real = getattr(Writer, name)
+
+    def only_the_second(writer: Writer) -> Any:
+        return (instead if writer.folder.name == "checkpoint-4" else real)(writer)
+
+    monkeypatch.setattr(Writer, name, only_the_second)
+    with pytest.raises(
+        TrainingError, match=rf"step 4: .*checkpoint-4 could not be written \({reason}"
+    ) as error:
+        begin(eval_steps=2, max_steps=20, epochs=9)
+    assert str(error.value).endswith(
+        "checkpoint-2 is complete: type the same command with --resume auto to continue from it"
+    )
+    assert not error.value.alone, "all ranks raise it"
+    assert [folder.name for folder in checkpoint.checkpoints(output)] == ["checkpoint-2", "checkpoint-4"]
+    assert checkpoint.read_manifest(output / "checkpoint-4") is None
+    assert not checkpoint.problems_of(output / "checkpoint-2")
+
+
+KILL = "and launchers kill a run 30 s after the signal."
+
+
+@pytest.mark.parametrize(
+    ("seconds", "kept", "message"),
+    [
+        (29.0, True, "about 29 s"),
+        (
+            61.0,
+            True,
+            f"about 61 s, {KILL} checkpoint-40 is complete, so 10 steps would be lost, 0:20 of training",
+        ),
+        (
+            61.0,
+            False,
+            f"about 61 s, {KILL} no checkpoint is complete, so 50 steps would be lost, 1:40 of training",
+        ),
+    ],
+)
+def test_a_stopped_run_says_what_is_lost_if_it_is_killed_before_its_save_ends(
+    tmp_path: Path, seconds: float, kept: bool, message: str
+) -> None:
+    (tmp_path / "checkpoint-40").mkdir()
+    if kept:
+        checkpoint.write_manifest(tmp_path / "checkpoint-40", None, [], {})
+    stopped = SimpleNamespace(save_seconds=seconds, seconds=lambda: 100.0)
+    assert saving._stopping(stopped, tmp_path, 50) == f"stopped at step 50: saving takes {message}"
+
+
 @pytest.mark.parametrize(
     ("module", "name"),
     [

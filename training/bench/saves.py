@@ -170,7 +170,10 @@ if __name__ == "__main__":
     if "RANK" not in os.environ:
         main()
     else:
-        if SUPERVISED in os.environ and TIMES in os.environ:
+        os.environ[SUPERVISED] = (
+            "log"  # a supervisor would start the trainer without what `alternate` changes
+        )
+        if TIMES in os.environ:
             alternate(Path(os.environ[TIMES]))
         # By name: this process becomes the trainer.
         runpy.run_module("training.trainer", run_name="__main__", alter_sys=True)
