@@ -76,6 +76,7 @@ def main() -> None:
         "notebook": answer("training.notebook", "notebooks/train_dolly.py", "--out", "new.ipynb", "--no-run"),
         "generate": answer("training.generate", "--model", "out", "--max-new-tokens", "4", "Name a river."),
         "publish": answer("training.publish", "--model", "out", "--to", "copy"),
+        "export": answer("training.export", "--checkpoint", "out/checkpoint-2", "--to", "exported"),
         "sources": [str(path) for path in flow.SOURCES],
     }
     print(json.dumps(answers))

@@ -106,7 +106,7 @@ def test_the_commands_of_the_pages_run_from_an_installed_wheel_in_another_folder
     words = ("install", "--quiet", "--no-deps", "--target", packages, wheel)
     run(sys.executable, "-m", "pip", *words, cwd=tmp_path)
     work, python = tmp_path / "work", tmp_path / "venv" / "bin" / "python"
-    for name in ("docs", "dolly"):  # for --plot docs/demo.png and --model dolly
+    for name in ("docs", "dolly/checkpoint-400"):  # for --plot docs/demo.png, --model dolly and --checkpoint
         (work / name).mkdir(parents=True)
     for name in ("rows.jsonl", "prompts.txt", "questions.jsonl"):
         (work / name).touch()
@@ -117,7 +117,8 @@ def test_the_commands_of_the_pages_run_from_an_installed_wheel_in_another_folder
 
     pages = commands_of_the_pages()
     assert {module for module, _ in pages} == {
-        f"training.{name}" for name in "trainer generate publish demo notebook bench plan tracking".split()
+        f"training.{name}"
+        for name in "trainer generate export publish demo notebook bench plan tracking".split()
     }
     script = shutil.copy(ROOT / "tests" / "installed_commands.py", tmp_path)
     text = run(python, script, cwd=work, env=environment, input=json.dumps(pages))
@@ -130,10 +131,11 @@ def test_the_commands_of_the_pages_run_from_an_installed_wheel_in_another_folder
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     assert answers["extra"] == f"python -m pip install {extras['s3'][0]}"
     assert answers["own"] == {"of": "the working folder"}
-    for command in ("demo", "plan", "notebook", "generate", "publish"):
+    for command in ("demo", "plan", "notebook", "generate", "publish", "export"):
         assert answers[command][0] == 0, answers[command]
     assert "--deepspeed config/ds_z3_bf16_config.json" in answers["plan"][1]
     assert answers["sources"] == [str(packages / "training")]
     assert (work / "copy" / "run.json").is_file()
+    assert (work / "exported" / "run.json").is_file()
     assert json.loads((work / "out" / "run.json").read_text())["git_commit"] is None
     assert (work / "new.ipynb").is_file()

@@ -206,7 +206,9 @@ def test_a_kill_while_the_model_is_written_leaves_nothing_that_looks_finished(
     assert not (output / final_model.UNFINISHED).exists()
 
 
-@pytest.mark.parametrize("name", ["config.json", "global_step6/zero_pp_rank_1_mp_rank_00_optim_states.pt"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "global_step6/bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"]
+)
 def test_a_damaged_best_checkpoint_does_not_become_the_model(finished, tmp_path, name):
     output = tmp_path / "out"
     shutil.copytree(finished / "checkpoint-6", output / "checkpoint-6")

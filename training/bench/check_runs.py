@@ -13,6 +13,7 @@ from training import ranks
 from training.bench.lines import Check, Finding, NotApplicableError, Setup, serve
 from training.bench.short_runs import become_the_only_rank, config_file, has_deepspeed
 from training.consts import DEMO, WEIGHTS
+from training.model.stored_weights import stored_weights
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions
 from training.run import final_model, finish, identity, prepare, start, steps
@@ -50,7 +51,9 @@ def reshard(setup: Setup) -> Finding:
     record = json.loads((output / "run.json").read_text())
     _run(settings, start.Start(of_two, record, saved_ranks=2))
     resumed = _weights(settings.output)
-    before, expected = _weights(saved), _weights(last)
+    before, expected = (
+        {name: tensor.read() for name, tensor in stored_weights(folder).items()} for folder in (saved, last)
+    )
     moved = sum((expected[name].float() - before[name].float()).square().sum() for name in expected) ** 0.5
     apart = sum((expected[name].float() - resumed[name].float()).square().sum() for name in expected) ** 0.5
     share = (apart / moved).item()
