@@ -38,6 +38,8 @@ from training.options.command_line import CheckedCommand, CollectedOption, PathN
 def main(folder: str, target: str, trust_remote_code: bool) -> None:
     """Make a model that stock transformers loads from a checkpoint. The run need not be finished."""
     set_up_console(logging.INFO)
+    # DeepSpeed reports that it found no GPU. It is imported for its checkpoints alone.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.msg)
     import transformers
 
     from training.run.exporting import export

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -34,10 +33,12 @@ def stored_weights(checkpoint: Path) -> dict[str, StoredTensor]:
     folder = checkpoint / (checkpoint / "latest").read_text().strip()
     if (folder / WHOLE_MODEL).is_file():
         return {name: _stored(tensor, tensor.dtype) for name, tensor in _module(folder / WHOLE_MODEL).items()}
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+    from deepspeed.utils import zero_to_fp32
 
-    with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):  # it reports each of its steps
-        masters = get_fp32_state_dict_from_zero_checkpoint(checkpoint, lazy_mode=True)
+    # It reports each of its steps. Redirecting stdout and stderr would also take the lines of other threads.
+    silent = patch.multiple(zero_to_fp32, create=True, print=lambda *_: None, tqdm=lambda items, **_: items)
+    with silent:
+        masters = zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint(checkpoint, lazy_mode=True)
     # The file of a rank holds empty parameters and whole buffers, which tell what the run computed with. DeepSpeed casts
     # the float32 masters to it after each step, so the same cast gives the same bits.
     return {

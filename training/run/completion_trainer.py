@@ -35,7 +35,7 @@ class CompletionTrainer(Trainer):
         batching: "packed", "padded", or "length" (padded, rows of a global batch dealt by length).
         max_tokens: limit of tokens a device computes at once; larger packed batches are split. None: no limit.
         peak_flops: floating point operations a second of one device, for the MFU.
-        max_shard_size: largest weight file of a checkpoint's model, as in "5GB".
+        max_shard_size: largest weight file, as in "5GB".
         keep_checkpoints: number to keep; the newest and the best by held-out loss are always kept.
         checkpoint_bytes: estimated bytes of a checkpoint per parameter, used until one has been saved.
         background_saves: write checkpoints in the background, from copies in host memory.
