@@ -464,8 +464,13 @@ def test_forced_learning_rate_and_weight_decay_take_effect(
     train_small: TrainFunction, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output, groups = tmp_path / "out", []
-    monkeypatch.setattr(StepGuard, "on_train_end", lambda self, *args, optimizer, **kwargs: groups.extend(
-        (group["lr"], group["weight_decay"]) for group in optimizer.param_groups))  # fmt: skip
+    ended = StepGuard.on_train_end  # it completes the last save
+
+    def note_rates(self: StepGuard, *args: Any, optimizer: Any, **kwargs: Any) -> None:
+        groups.extend((group["lr"], group["weight_decay"]) for group in optimizer.param_groups)
+        ended(self, *args, optimizer=optimizer, **kwargs)
+
+    monkeypatch.setattr(StepGuard, "on_train_end", note_rates)
     train_small(output, stop_at=3)
     train_small(output, lr=1e-4, weight_decay=0.1, force=True, max_steps=6)
     rates = {entry["step"]: entry["learning_rate"] for entry in history(output) if "learning_rate" in entry}
