@@ -136,6 +136,7 @@ class CompletionTrainer(Trainer):
         if not math.isfinite(loss):
             if self.state.global_step == 0:
                 raise TrainingError(describe_bad_base(self.model, self.args.fp16))
+            self.finish_save()
             raise TrainingError(
                 f"step {self.state.global_step}: the held-out loss is NaN or infinite. Look at the held-out rows "
                 "and at the base model; if they are correct, lower --lr. This step is not saved. "

@@ -92,6 +92,7 @@ class StepGuard(TrainerCallback):
         self.overflows += 1
         self.overflows_in_a_row += 1
         if self.overflows_in_a_row >= OVERFLOWS_IN_A_ROW:
+            self.trainer.finish_save()
             raise self.overflowed(state.global_step)
 
     def overflowed(self, step: int) -> TrainingError:
