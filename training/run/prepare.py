@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stdout
@@ -31,7 +32,7 @@ from training.options.deepspeed import for_engine
 from training.options.settings import Settings
 from training.options.trainer_options import MAX_STEPS, TrainingOptions
 from training.options.wording import worded
-from training.ranks import gather, on_rank_0, together
+from training.ranks import gather, on_rank_0, rank, together, world_size
 from training.run.failures import default_sigterm
 from training.run.identity import recorded_test_size
 from training.run.operators import compile_operators
@@ -126,13 +127,29 @@ def connect_ranks(timeout: timedelta) -> None:
     # DeepSpeed forms more groups, without a timeout; these are torch's defaults for them.
     distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = timeout
     on_gpu = torch.cuda.is_available()
-    with redirect_stdout(io.StringIO()):  # each rank would print the loaded operators
-        deepspeed.init_distributed(
-            dist_backend=GPU_BACKENDS if on_gpu else "gloo", auto_mpi_discovery=False, timeout=timeout
+    backend = GPU_BACKENDS if on_gpu else "gloo"
+    if store := _store_of_restart(timeout):
+        torch.distributed.init_process_group(
+            backend, store=store, rank=rank(), world_size=world_size(), timeout=timeout
         )
+    with redirect_stdout(io.StringIO()):  # each rank would print the loaded operators
+        deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
     if not on_gpu:
         torch.distributed.barrier()  # now every rank has opened the shared buffers by name
         remove_shared_buffer()  # now, because a killed run could not
+
+
+def _store_of_restart(timeout: timedelta) -> torch.distributed.Store | None:
+    """The store for a start by torchrun's --max-restarts; None for a first start.
+
+    torchrun keeps one store for all of them, in which the ranks would find the addresses of those that have ended.
+    """
+    restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    if not restart or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = torch.distributed.TCPStore(address, port, is_master=False, timeout=timeout)
+    return torch.distributed.PrefixStore(f"restart {restart}", store)
 
 
 def _leave_out_profiler_marks() -> None:
