@@ -19,7 +19,7 @@ from training.data.demo_rows import demo_rows
 from training.data.formats import suffix_of
 from training.errors import OptionsError
 from training.files import local_path
-from training.options.command_line import GroupedCommand, click_options, value_problems
+from training.options.command_line import parse_words
 from training.options.trainer_options import TrainingOptions, flag_of
 
 # Parameters that are files: the folder of the run that keeps the file, and its suffix if nothing else tells it.
@@ -67,14 +67,12 @@ def parse_options(words: list[str], more: str, problems: list[str]) -> TrainingO
     Existing paths become absolute, because the command runs in another folder. Raises OptionsError with all problems
     if the command line cannot be parsed.
     """
-    command = click.command(cls=GroupedCommand)(click_options(lambda **values: None))
     try:
-        context = command.make_context("training.trainer", words + shlex.split(more))
+        values, wrong = parse_words(words + shlex.split(more))
     except (click.UsageError, ValueError) as error:  # an unknown option, an unclosed quote
         reason = error.format_message() if isinstance(error, click.UsageError) else error
         raise OptionsError(*problems, f"--trainer-options {more!r}: {reason}") from error
-    problems += value_problems(context)
-    values = context.params
+    problems += wrong
     for name in ("input_model", "training_dataset", "sample_prompts", "deepspeed", "resume"):
         path = os.path.expanduser(values[name] or "")
         if path not in (DEMO, "auto", "never") and os.path.exists(path):

@@ -50,7 +50,8 @@ from gpu_profile import gpu_profile
 from training.consts import CONFIG, DEMO, INSTALLED, METRICS_FILE, ROOT, SAMPLE_INSTRUCTIONS, SAMPLES_FILE
 from training.errors import DataError, MachineError, ModelError, OptionsError, TrainingFailedError
 from training.files import expanded, path_problem, write_file
-from training.launch.local import deepspeed_command, launch, shell_command
+from training.launch.local import deepspeed_command, shell_command
+from training.launch.restart import DEFAULT_RESTARTS, launch
 from training.machine.catalogue import FAMILIES, Machine
 from training.machine.local import this_machine
 from training.options.checks import option_problems
@@ -144,6 +145,12 @@ class TrainDollyFlow(FlowSpec):
         "  [default: ~/dolly_training]",
     )
     dbfs_output_root = Parameter("dbfs-output-root", help="A folder or URL for a copy of the finished model.")
+    restarts = Parameter(
+        "restarts",
+        type=int,
+        default=DEFAULT_RESTARTS,
+        help="Most times that the training is started again after a kill.",
+    )
     trainer_options = Parameter(
         "trainer-options",
         help="Other options of training.trainer, in one string: '--save-steps 50 --batching padded'.",
@@ -206,7 +213,7 @@ class TrainDollyFlow(FlowSpec):
         command = deepspeed_command(chosen, self.ranks)
         print(f"Running on {self.host}:\n  {shell_command(command)}", flush=True)
         try:
-            launch(command, self.cpu_ranks, FLOW)
+            launch(command, self.cpu_ranks, FLOW, self.restarts)
         except TrainingFailedError as error:
             raise StepFailedError(error) from error
         finally:

@@ -46,6 +46,7 @@ class Choices:
         published: folder or URL that the finished model is copied to; None to not copy it.
         checkpoint_to: folder or URL that each checkpoint is copied to; None to not copy them.
         resume: whether `name` is an earlier run.
+        restarts: most times that the run is started again.
     """
 
     num_gpus: int | None
@@ -61,6 +62,7 @@ class Choices:
     published: str | None
     checkpoint_to: str | None
     resume: bool
+    restarts: int
     mlflow_model_name: str | None
 
     @property
@@ -89,15 +91,8 @@ def read_widgets(widgets: Any) -> Choices:
     problems: list[str] = []
     values = {name: value.strip() for name, value in widgets.getAll().items()}
 
-    def number(name: str, kind: type, default: Any) -> Any:
-        if not values[name]:
-            return default
-        with contextlib.suppress(ValueError):
-            if kind(values[name]) > 0:
-                return kind(values[name])
-        whole = "whole " if kind is int else ""
-        problems.append(f"{name} {values[name]}: expected a {whole}number above 0")
-        return default
+    def number(name: str, kind: type, default: Any, least: int = 1) -> Any:
+        return _number(name, values[name], kind, default, least, problems)
 
     for name, kind in PATHS.items():
         if values[name] and (problem := path_problem(values[name], kind)):
@@ -139,6 +134,7 @@ def read_widgets(widgets: Any) -> Choices:
         published=in_root("dbfs_output_root"),
         checkpoint_to=checkpoint_to,
         resume=bool(resumed),
+        restarts=number("restarts", int, 0, least=0),
         mlflow_model_name=values["mlflow_model_name"] or None,
     )
     if problems:
@@ -157,6 +153,18 @@ def _missing_run(root: Path, name: str, checkpoint_to: str | None) -> list[str]:
     existing = f"Existing runs: {runs}" if runs else "It has no runs"
     copied = f", and no copy of its checkpoints in {checkpoint_to}" if checkpoint_to else ""
     return [f"resume {name}: no such run in {root}{copied}. {existing}. Leave it empty for a new run"]
+
+
+def _number(name: str, value: str, kind: type, default: Any, least: int, problems: list[str]) -> Any:
+    """The number in a widget: `default` if it is empty; 0 is refused if `least` is 1. Appends to `problems`."""
+    if not value:
+        return default
+    with contextlib.suppress(ValueError):
+        if kind(value) > 0 or (kind(value) == 0 and least == 0):
+            return kind(value)
+    words = "number" if kind is float else "whole number"
+    problems.append(f"{name} {value}: expected a {words}{' above 0' if least else ', or 0'}")
+    return default
 
 
 def _absolute_path(value: str) -> str:

@@ -42,6 +42,7 @@ sys.path.insert(0, str(roots[0]))
 
 from notebooks import cells
 from training import notebook
+from training.launch.restart import DEFAULT_RESTARTS
 from training.machine.catalogue import FAMILIES
 from training.plan.presets import preset_options
 
@@ -64,9 +65,8 @@ dbutils.widgets.text(
 dbutils.widgets.text(
     "dbfs_output_root", cells.default_output_root(), "Folder of the models: DBFS, a Volume, s3://"
 )
-dbutils.widgets.text(
-    "checkpoint_root", "", "Folder for copies of the checkpoints: DBFS, a Volume, s3:// (none)"
-)
+dbutils.widgets.text("checkpoint_root", "", "Copies of the checkpoints: DBFS, a Volume, s3:// (none)")
+dbutils.widgets.text("restarts", str(DEFAULT_RESTARTS), "Restarts after a kill (0: none)")
 dbutils.widgets.text("resume", "", "Run to continue (a new run)")
 dbutils.widgets.text("mlflow_model_name", "", "Register in MLflow as (no MLflow)")
 
@@ -153,7 +153,8 @@ options["sample_prompts"] = cells.write_prompts(choices, prompts)
 # COMMAND ----------
 
 from training.errors import OptionsError, RunRefusedError, TrainingFailedError
-from training.launch.local import deepspeed_command, launch, shell_command
+from training.launch.local import deepspeed_command, shell_command
+from training.launch.restart import launch
 from training.options.wording import NOTEBOOK, worded
 
 try:
@@ -164,7 +165,7 @@ try:
     else:
         command = deepspeed_command(recipe | options, num_gpus)
         print(shell_command(command), flush=True)
-        launch(command, num_gpus if machine.is_cpu else 0, NOTEBOOK)
+        launch(command, num_gpus if machine.is_cpu else 0, NOTEBOOK, choices.restarts)
 except OptionsError as error:  # the cluster cannot train
     raise RunRefusedError(worded(f"Cannot train:\n{error}", NOTEBOOK)) from error
 except TrainingFailedError as error:

@@ -55,6 +55,7 @@ OURS = {
     if "\ndef main(" in file.read_text()
 }
 OURS["run_demo.sh"] = OURS["training.demo"]
+OURS["tests.soak"] = ROOT / "tests" / "soak.py"
 # The flow, whose command line is Metaflow's:
 FLOW = "flows/train_dolly_flow.py"
 OURS["flows/model_on_s3.py"] = ROOT / "flows" / "model_on_s3.py"
@@ -106,7 +107,8 @@ def flags(program: str) -> set[str]:
     if program in OURS:
         module = ".".join(OURS[program].relative_to(ROOT).with_suffix("").parts)
         own = click_flags(importlib.import_module(module).main)
-        return own | flags("training.trainer") if "demo" in program else own  # it passes options on
+        passes_on = "demo" in program or program == "training.launch"
+        return own | flags("training.trainer") if passes_on else own
     if program == FLOW:
         user = os.environ | {"METAFLOW_USER": "tester"}
         results = [python(FLOW, *command, "--help", env=user) for command in ([], ["run"], ["resume"])]

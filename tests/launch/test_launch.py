@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from training.errors import TrainingFailedError
-from training.launch.local import deepspeed_command, launch, shell_command
+from training.launch.local import deepspeed_command, shell_command
+from training.launch.restart import launch
 from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions
 from training.trainer import main
@@ -88,7 +89,9 @@ def test_cpu_ranks_share_the_cores(
 
 def driver_of(code: str) -> subprocess.Popen[str]:
     """A process that launches Python code, as a notebook's kernel launches training."""
-    driver = f"import sys; from training.launch.local import launch; launch([sys.executable, '-c', {code!r}])"
+    driver = (
+        f"import sys; from training.launch.restart import launch; launch([sys.executable, '-c', {code!r}])"
+    )
     return subprocess.Popen(
         [sys.executable, "-c", driver],
         stdout=subprocess.PIPE,

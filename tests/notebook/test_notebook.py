@@ -22,7 +22,8 @@ from tests.run.test_resume import make_run
 from training import errors, notebook, trainer
 from training.consts import DEMO
 from training.errors import TrainingFailedError
-from training.launch.local import deepspeed_command, launch
+from training.launch.local import deepspeed_command
+from training.launch.restart import launch
 from training.machine.catalogue import find_machine
 from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions
@@ -97,7 +98,7 @@ def launching_notebook(folder: Path, rank: str) -> Path:
     file.write_text(
         source(
             f"import sys\n\nsys.path.insert(0, {str(ROOT)!r})\nprint('started', flush=True)",
-            f"from training.launch.local import launch\n\nlaunch([sys.executable, '-c', {rank!r}])",
+            f"from training.launch.restart import launch\n\nlaunch([sys.executable, '-c', {rank!r}])",
             "print('never')",
         )
     )
@@ -170,7 +171,7 @@ def test_the_docs_list_exactly_the_widgets_of_the_notebook() -> None:
     assert named == notebook.widget_names(notebook.read_source(NOTEBOOK.read_text()))
     assert set(named) == {*"num_gpus gpu_family input_model training_dataset test_size epochs local_training_root".split(),
                           *"dataset_config dataset_split dataset_revision dbfs_output_root num_nodes resume".split(),
-                          "checkpoint_root", "mlflow_model_name"}  # fmt: skip
+                          "checkpoint_root", "restarts", "mlflow_model_name"}  # fmt: skip
 
 
 # --- the replacement of dbutils -----------------------------------------------------------------------

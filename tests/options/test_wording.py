@@ -12,7 +12,7 @@ import pytest
 from training.console import MessageFormatter
 from training.errors import DataError, TrainingFailedError
 from training.launch.exits import exit_meaning
-from training.launch.local import launch
+from training.launch.restart import launch
 from training.options.wording import (
     CELL,
     COMMAND,

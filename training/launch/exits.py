@@ -51,6 +51,16 @@ _SIGKILL = {  # keys: whether the kernel's out-of-memory killer was active; None
 }
 
 
+# After these the same command can go on. The others have a cause that is still there.
+_CURED_BY_A_RESTART = (1, INTERRUPTED, LOST_PEER)  # 1: an error of a library, a network or a device
+_SIGNALS_CURED_BY_A_RESTART = ("SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGABRT", "SIGSEGV")
+
+
+def restart_cures(code: int) -> bool:
+    """Whether the same command, with --resume auto, can go on after this exit code (see `exit_meaning`)."""
+    return code in _CURED_BY_A_RESTART or _signal_name(code) in _SIGNALS_CURED_BY_A_RESTART
+
+
 def exit_meaning(code: int, out_of_memory: bool | None = None) -> str:
     """Meaning of an exit code and what to do about it, in one or two sentences.
 
@@ -62,13 +72,20 @@ def exit_meaning(code: int, out_of_memory: bool | None = None) -> str:
     """
     if code in _CODES:
         return _CODES[code]
-    signals = {number.value: number.name for number in signal.Signals}
-    name = signals.get(-code) or signals.get(code - 128) or signals.get(256 - code)
-    if name is None or code == 255:  # 255 is sys.exit(-1), or a failed ssh
+    name = _signal_name(code)
+    if name is None:
         return "failed: see the error of the first rank that stopped, above"
     if name == "SIGKILL":
         return _SIGKILL[out_of_memory]
     return _SIGNALS.get(name, f"ended by the signal {name}. {_CONTINUE}")
+
+
+def _signal_name(code: int) -> str | None:
+    """Name of the signal in an exit code; None if there is none."""
+    if code == 255:  # sys.exit(-1), or a failed ssh
+        return None
+    signals = {number.value: number.name for number in signal.Signals}
+    return signals.get(-code) or signals.get(code - 128) or signals.get(256 - code)
 
 
 def oom_kills(root: Path = Path("/")) -> int | None:

@@ -13,7 +13,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +55,22 @@ def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
         raise ModuleNotFoundError(
             "DeepSpeed is not installed. Type python -m pip install -r requirements.txt"
         )
-    with socket.socket() as probe:  # DeepSpeed's default port would collide with that of another run
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
+    return [*launcher_words(num_gpus, options.get("deepspeed")), *option_words(options)]
+
+
+def launcher_words(num_gpus: int, deepspeed_json: str | None) -> list[str]:
+    """The `deepspeed` command up to the trainer's options."""
     # --quiet: the launcher prints only errors.
-    words = ["--num_gpus", str(num_gpus), "--master_port", port, "--quiet", "--module", TRAINER]
-    bound = binding_words(num_gpus) if _offloads_optimizer(options.get("deepspeed")) else ()
-    return [*DEEPSPEED, *bound, *words, *option_words(options)]
+    words = ["--num_gpus", str(num_gpus), "--master_port", str(free_port()), "--quiet", "--module", TRAINER]
+    bound = binding_words(num_gpus) if _offloads_optimizer(deepspeed_json) else ()
+    return [*DEEPSPEED, *bound, *words]
+
+
+def free_port() -> int:
+    """A free port of this machine. DeepSpeed's default port would collide with that of another run."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _offloads_optimizer(json_file: str | None) -> bool:
@@ -78,14 +89,47 @@ def shell_command(command: Sequence[str]) -> str:
     return shlex.join(words)
 
 
-def launch(command: Sequence[str], cpu_ranks: int = 0, typed: str | None = None) -> None:
-    """Runs the command and shows each line as it is printed. Raises TrainingFailedError if its exit code is not 0.
+@dataclass(frozen=True)
+class Ending:
+    """How a command ended.
+
+    Attributes:
+        code: its exit code.
+        interrupted: this process was told to stop it, by Ctrl-C or a notebook's Interrupt.
+        out_of_memory: whether the kernel's out-of-memory killer was active meanwhile; None if unknown.
+        last_lines: the end of its output.
+    """
+
+    code: int
+    interrupted: bool
+    out_of_memory: bool | None
+    last_lines: str
+
+    def failure(self, typed: str | None = None) -> TrainingFailedError:
+        """The error to raise for it, in the words of the command that was `typed` (options/wording.py)."""
+        meaning = "interrupted" if self.interrupted else exit_meaning(self.code, self.out_of_memory)
+        return TrainingFailedError(
+            f"Training ended with exit code {self.code}: {worded(meaning, typed)}\n"
+            f"Its last lines:\n{self.last_lines}",
+            self.code,
+        )
+
+
+def run_command(
+    command: Sequence[str],
+    cpu_ranks: int = 0,
+    typed: str | None = None,
+    watch: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+) -> Ending:
+    """Runs the command and shows each line as it is printed.
 
     The command runs in the repository's folder, where it finds the package, so paths of data and outputs must be
     absolute. After Ctrl-C, or a notebook's Interrupt, it finishes its step and saves; a second one kills it.
 
-    `cpu_ranks` is the number of ranks that share this machine's cores; 0 if they use GPUs. `typed` is the command that
-    a person typed: advice is in its words (options/wording.py).
+    Args:
+        cpu_ranks: number of ranks that share this machine's cores; 0 if they use GPUs.
+        typed: the command that a person typed: advice is in its words (options/wording.py).
+        watch: a context that is entered with the session of the command's processes while it runs.
     """
     kills_before = oom_kills()
     last: collections.deque[str] = collections.deque(maxlen=LAST_LINES)
@@ -100,27 +144,23 @@ def launch(command: Sequence[str], cpu_ranks: int = 0, typed: str | None = None)
         start_new_session=True,  # so that only this function forwards a terminal's Ctrl-C
     )
     interrupted = False
-    while True:
-        try:
-            for line in process.stdout or ():  # ends when the last rank ends, maybe after the launcher
-                print(line, end="", flush=True)  # a notebook's cell would not show an inherited stdout
-                last.append(line if len(line) <= LAST_WIDTH else f"{line[:LAST_WIDTH]} ...\n")
-            code = process.wait()
-            break
-        except BaseException as error:
-            if interrupted or not isinstance(error, KeyboardInterrupt):
-                os.killpg(process.pid, signal.SIGKILL)
-                raise
-            interrupted = True
-            process.send_signal(signal.SIGINT)
-    if code:
-        kills = oom_kills()
-        out_of_memory = None if kills_before is None or kills is None else kills > kills_before
-        meaning = "interrupted" if interrupted else exit_meaning(code, out_of_memory)
-        raise TrainingFailedError(
-            f"Training ended with exit code {code}: {worded(meaning, typed)}\nIts last lines:\n{''.join(last).rstrip()}",
-            code,
-        )
+    with watch(process.pid):
+        while True:
+            try:
+                for line in process.stdout or ():  # ends when the last rank ends, maybe after the launcher
+                    print(line, end="", flush=True)  # a notebook's cell would not show an inherited stdout
+                    last.append(line if len(line) <= LAST_WIDTH else f"{line[:LAST_WIDTH]} ...\n")
+                code = process.wait()
+                break
+            except BaseException as error:
+                if interrupted or not isinstance(error, KeyboardInterrupt):
+                    os.killpg(process.pid, signal.SIGKILL)
+                    raise
+                interrupted = True
+                process.send_signal(signal.SIGINT)
+    kills = oom_kills()
+    out_of_memory = None if kills_before is None or kills is None else kills > kills_before
+    return Ending(code, interrupted, out_of_memory, "".join(last).rstrip())
 
 
 def launch_environment(cpu_ranks: int = 0) -> dict[str, str]:

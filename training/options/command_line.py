@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from itertools import pairwise
 from typing import Any
@@ -144,6 +144,16 @@ class CollectedOption(click.Option):
 def value_problems(ctx: click.Context) -> list[str]:
     """Problems of the command line: unknown options, and values that are missing, not a number or out of range."""
     return list(ctx.meta.get(__name__, []))
+
+
+def parse_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """(values of the fields, problems) of the trainer's options in these words; the last value of an option counts.
+
+    Raises click.UsageError if the words cannot be taken apart.
+    """
+    command = click.command(cls=GroupedCommand)(click_options(lambda **values: None))
+    context = command.make_context("training.trainer", list(words))
+    return context.params, value_problems(context)
 
 
 def click_options(function: Callable[..., Any]) -> Callable[..., Any]:

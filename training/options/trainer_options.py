@@ -24,6 +24,7 @@ from training.files import expanded
 
 # Larger numbers are typing errors: ten years at 10,000 steps an hour are fewer than 10**9 steps.
 MAX_EPOCHS, MAX_STEPS = 10_000, 10**9
+DEFAULT_RANK_TIMEOUT = 1800  # seconds
 MAX_BATCH = 1024  # rows of a batch, and batches of a step: together a million rows per device
 
 
@@ -204,7 +205,7 @@ class TrainingOptions:
     )
 
     rank_timeout: int = _devices(
-        1800,
+        DEFAULT_RANK_TIMEOUT,
         "Seconds a rank waits for the other ranks before the run fails.",
         type=click.IntRange(10),
         metavar="SECONDS",
