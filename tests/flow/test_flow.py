@@ -395,18 +395,19 @@ def test_a_killed_run_is_resumed_to_the_same_weights_and_pushed_once_a_bucket_ex
     in_a_pod: tuple[Metaflow, str], metaflow: Metaflow, tmp_path: Path
 ) -> None:
     client, root = metaflow.bucket("soon-gone"), {"METAFLOW_DATATOOLS_S3ROOT": "s3://soon-gone/data"}
-    process = metaflow.start(
-        "run", *TRIAL, "--trainer-options", SHORT
-    )  # without S3, so checkpoints stay here
+    # Without S3, so checkpoints stay here. It is started again once.
+    process = metaflow.start("run", *TRIAL, "--restarts", "1", "--trainer-options", SHORT)
     assert process.stdout is not None
-    output = ""
+    output, kills = "", 0
     for line in process.stdout:  # lines arrive while it runs
         output += line
-        if "step 4/8" in line:  # after the first checkpoint, of step 3
+        if "step 4/8" in line and kills < 2:  # after the first checkpoint, of step 3
             ranks_of(tmp_path)[-1].kill()
-            break
+            kills += 1
     output += process.communicate(timeout=300)[0]
     assert process.returncode == 1
+    assert "Restart 1 of 1 in 1 s, from checkpoint-3: exit code" in output
+    assert "It is not started again: it has been started again as often as --restarts allows" in output
     assert "Training ended with exit code" in output
     assert re.search(r"Rank \d ended: killed.* Continue with resume instead of run", output), output
     assert "resume --origin-run-id" in output

@@ -50,9 +50,9 @@ class Run:
         (folder,) = [path for path in self.root.iterdir() if path.is_dir()]
         return folder.name
 
-    def wait_for(self, text: str) -> None:
+    def wait_for(self, text: str, since: int = 0) -> None:
         end = time.monotonic() + TIMEOUT
-        while text not in self.printed:
+        while text not in self.printed[since:]:
             assert self.process.poll() is None, self.printed
             assert time.monotonic() < end, self.printed
             time.sleep(0.05)
@@ -112,17 +112,26 @@ def test_every_cell_runs_on_the_demo_and_publishes_a_model_that_answers(tmp_path
                              top_k=None, max_new_tokens=8) is not None  # fmt: skip
 
 
-@trains
-def test_a_killed_rank_stops_the_notebook_at_the_training_cell_with_the_reason(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.wait_for("step 20/")
+def rank_1(run: Run) -> psutil.Process:
     ranks = {process: process.environ() for process in run.processes()}
     (rank,) = [
         process
         for process, variables in ranks.items()
         if variables.get("RANK") == "1" and "DOLLY_SUPERVISED" in variables
     ]
-    rank.kill()
+    return rank
+
+
+@trains
+def test_a_killed_run_is_started_again_and_then_stops_the_notebook_at_the_training_cell_with_the_reason(
+    tmp_path: Path,
+) -> None:
+    run = Run(tmp_path, restarts="1")
+    run.wait_for("step 20/")
+    rank_1(run).kill()
+    run.wait_for("\nRestart 1 of 1 in 2 s, from its start: exit code")
+    run.wait_for("step 10/", since=run.printed.index("\nRestart "))
+    rank_1(run).kill()
     assert run.end() == 1
     cells = code_cells(run.out)
     training = cell_with(cells, "launch(command")

@@ -59,7 +59,7 @@ def main(num_gpus: int, restarts: int, words: tuple[str, ...]) -> None:
     try:
         launch(command, cpu_ranks, restarts=restarts)
     except TrainingFailedError as error:
-        print("\n".join([str(error), *getattr(error, "__notes__", ())]), file=sys.stderr)
+        print(error, file=sys.stderr)
         sys.exit((error.code or 1) & 0xFF)
 
 

@@ -105,12 +105,12 @@ class Ending:
     out_of_memory: bool | None
     last_lines: str
 
-    def failure(self, typed: str | None = None) -> TrainingFailedError:
+    def failure(self, typed: str | None = None, note: str = "") -> TrainingFailedError:
         """The error to raise for it, in the words of the command that was `typed` (options/wording.py)."""
         meaning = "interrupted" if self.interrupted else exit_meaning(self.code, self.out_of_memory)
         return TrainingFailedError(
             f"Training ended with exit code {self.code}: {worded(meaning, typed)}\n"
-            f"Its last lines:\n{self.last_lines}",
+            f"{note and worded(note, typed)}Its last lines:\n{self.last_lines}",
             self.code,
         )
 

@@ -59,12 +59,9 @@ def launch(command: Sequence[str], cpu_ranks: int = 0, typed: str | None = None,
         newest = _newest_step(output)
         without_progress = without_progress + 1 if newest == before else 0
         out_of_memory += _lacked_memory(ending)
-        problem = _reason_to_give_up(ending, out_of_memory, without_progress, restarts - restarted)
+        problem = _reason_to_give_up(ending, out_of_memory, without_progress, restarts - restarted, restarts)
         if problem is not None:
-            failure = ending.failure(typed)
-            if problem:
-                failure.add_note(f"It is not started again: {problem}")
-            raise failure
+            raise ending.failure(typed, problem and f"It is not started again: {problem}\n")
         restarted += 1
         pause = min(LONGEST_PAUSE, 2**without_progress)
         place = f"from checkpoint-{newest}" if newest is not None else "from its start"
@@ -77,9 +74,11 @@ def launch(command: Sequence[str], cpu_ranks: int = 0, typed: str | None = None,
         command = _command_that_continues(command, output)
 
 
-def _reason_to_give_up(ending: Ending, out_of_memory: int, without_progress: int, left: int) -> str | None:
+def _reason_to_give_up(
+    ending: Ending, out_of_memory: int, without_progress: int, left: int, restarts: int
+) -> str | None:
     """Why the run is not started again; "" if its message says it, None if it is started."""
-    if ending.interrupted or not restart_cures(ending.code):
+    if ending.interrupted or not restart_cures(ending.code) or not restarts:
         return ""
     if out_of_memory > 1:
         return "host memory ran out twice"
