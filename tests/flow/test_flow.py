@@ -131,7 +131,7 @@ def test_the_flow_imports_no_torch_and_relative_paths_become_absolute(
     )
     code = (
         "import sys; import train_dolly_flow as flow; torch = 'torch' in sys.modules\n"
-        f"o = flow._parse_options(['--local-output-dir', '/out'], {words!r}, [])\n"
+        f"o = flow.parse_options(['--local-output-dir', '/out'], {words!r}, [])\n"
         "print(torch, o.training_dataset, o.sample_prompts, o.input_model, o.dbfs_output_dir)"
     )
     result = metaflow.python("-c", code)

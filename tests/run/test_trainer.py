@@ -413,22 +413,29 @@ def test_too_little_memory_while_loading_is_not_reported_as_a_model_error(tmp_pa
         train_demo(tmp_path / "out", max_steps=1)
 
 
+def memory_choices(record: dict) -> dict:
+    """The plan's choices for a step's memory."""
+    names = ("gradient_checkpointing", "max_tokens_per_device", "batching", "whole_blocks")
+    return {name: record["decided"][name] for name in names}
+
+
 def test_auto_checkpointing_is_on_only_if_memory_is_short_and_a_resume_keeps_it(tmp_path, monkeypatch):
     roomy = train_demo(tmp_path / "roomy", max_steps=1)
-    assert roomy["decided"] == {
+    assert memory_choices(roomy) == {
         "gradient_checkpointing": False,
         "max_tokens_per_device": None,
         "batching": "packed",
         "whole_blocks": False,
     }
+    assert roomy["decided"]["background_saves"] is True
     small_host(monkeypatch, 1.1)
     train_tight = partial(train_demo, tmp_path / "tight", per_device_train_batch_size=512, test_size=1000)
     tight = train_tight(max_steps=1)
     assert tight["decided"]["gradient_checkpointing"] is True
     monkeypatch.undo()
-    assert train_tight(max_steps=2, resume="auto")["decided"] == tight["decided"]
+    assert memory_choices(train_tight(max_steps=2, resume="auto")) == memory_choices(tight)
     typed = {"gradient_checkpointing": "off", "max_tokens_per_device": 4096}
-    choices = train_tight(max_steps=3, resume="auto", **typed)["decided"]
+    choices = memory_choices(train_tight(max_steps=3, resume="auto", **typed))
     assert choices == typed | {"gradient_checkpointing": False, "batching": "packed", "whole_blocks": False}
 
 
