@@ -52,16 +52,16 @@ def launch(command: Sequence[str], cpu_ranks: int = 0, typed: str | None = None,
         ending = run_command(command, cpu_ranks, typed, watch)
         if not ending.code and (output is None or _finished(output)):
             return
-        if (
-            not ending.code
-        ):  # DeepSpeed's runner ends with 0 if its launch.py was killed; the ranks get SIGTERM
+        if not ending.code:
+            # DeepSpeed's runner ends with 0 if a signal ended its launch.py. The ranks get SIGTERM then.
             ending = replace(ending, code=INTERRUPTED)
         newest = _newest_step(output)
         without_progress = without_progress + 1 if newest == before else 0
         out_of_memory += _lacked_memory(ending)
-        problem = _reason_to_give_up(ending, out_of_memory, without_progress, restarts - restarted, restarts)
-        if problem is not None:
-            raise ending.failure(typed, problem and f"It is not started again: {problem}\n")
+        if not restarts or ending.interrupted or not restart_cures(ending.code):
+            raise ending.failure(typed)
+        if problem := _reason_to_give_up(out_of_memory, without_progress, restarts - restarted):
+            raise ending.failure(typed, f"It is not started again: {problem}\n")
         restarted += 1
         pause = min(LONGEST_PAUSE, 2**without_progress)
         place = f"from checkpoint-{newest}" if newest is not None else "from its start"
@@ -74,12 +74,8 @@ def launch(command: Sequence[str], cpu_ranks: int = 0, typed: str | None = None,
         command = _command_that_continues(command, output)
 
 
-def _reason_to_give_up(
-    ending: Ending, out_of_memory: int, without_progress: int, left: int, restarts: int
-) -> str | None:
-    """Why the run is not started again; "" if its message says it, None if it is started."""
-    if ending.interrupted or not restart_cures(ending.code) or not restarts:
-        return ""
+def _reason_to_give_up(out_of_memory: int, without_progress: int, left: int) -> str | None:
+    """Why a run is not started again although a restart could cure its end; None if it is started."""
     if out_of_memory > 1:
         return "host memory ran out twice"
     if without_progress >= MOST_WITHOUT_PROGRESS:
