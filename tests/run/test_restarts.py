@@ -11,6 +11,7 @@ import pytest
 
 from tests.run.test_kills import assert_the_same_run, folder, rows, start, undisturbed  # noqa: F401  (fixtures)
 from tests.run.test_trainer import ROOT, record, torchrun, without_a_launcher
+from training.launch.exits import INTERRUPTED
 
 pytestmark = [
     pytest.mark.slow,
@@ -36,7 +37,7 @@ def test_a_signal_to_the_restarter_ends_the_run_and_torchruns_own_restarts_go_on
     run = start(folder, 2, by=restarter)
     assert run.wait_until(run.stepping), run.output
     run.process.send_signal(signal.SIGTERM)
-    assert run.wait() != 0
+    assert run.wait() == INTERRUPTED
     assert "\nRestart " not in run.output
     assert record(folder)["status"] == "stopped"
     run = start(folder, 2, "--resume", "auto", by=torchrun_that_restarts)

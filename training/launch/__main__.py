@@ -13,21 +13,17 @@ import click
 
 from training.console import set_up_console
 from training.errors import TrainingFailedError
-from training.launch.local import launcher_words
+from training.launch.exits import INTERRUPTED
+from training.launch.local import launcher_words, shell_command
 from training.launch.restart import DEFAULT_RESTARTS, launch
 from training.machine.local import this_machine
-from training.options.command_line import (
-    CheckedCommand,
-    CollectedOption,
-    parse_words,
-)
+from training.options.command_line import parse_words
 from training.options.trainer_options import TrainingOptions
 
 
-@click.command(cls=CheckedCommand, options_metavar="[OPTIONS] --")
+@click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
     "--num-gpus",
-    cls=CollectedOption,
     required=True,
     type=click.IntRange(1),
     metavar="NUMBER",
@@ -35,7 +31,6 @@ from training.options.trainer_options import TrainingOptions
 )
 @click.option(
     "--restarts",
-    cls=CollectedOption,
     default=DEFAULT_RESTARTS,
     show_default=True,
     type=click.IntRange(0),
@@ -56,10 +51,12 @@ def main(num_gpus: int, restarts: int, words: tuple[str, ...]) -> None:
     cpu_ranks = num_gpus if this_machine().is_cpu else 0
     if cpu_ranks:  # otherwise DeepSpeed warns in every process that it found no accelerator
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    print(shell_command(command), flush=True)
     try:
         launch(command, cpu_ranks, restarts=restarts)
     except TrainingFailedError as error:
-        print(error, file=sys.stderr)
+        if error.code != INTERRUPTED:  # the ranks have said what to type
+            print(error, file=sys.stderr)
         sys.exit((error.code or 1) & 0xFF)
 
 

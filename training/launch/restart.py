@@ -50,7 +50,7 @@ def launch(command: Sequence[str], cpu_ranks: int = 0, typed: str | None = None,
     while True:
         before = _newest_step(output)
         ending = run_command(command, cpu_ranks, typed, watch)
-        if not ending.code and (output is None or _finished(output)):
+        if not ending.code and (output is None or _status(output) == "finished"):
             return
         if not ending.code:
             # DeepSpeed's runner ends with 0 if a signal ended its launch.py. The ranks get SIGTERM then.
@@ -58,6 +58,8 @@ def launch(command: Sequence[str], cpu_ranks: int = 0, typed: str | None = None,
         newest = _newest_step(output)
         without_progress = without_progress + 1 if newest == before else 0
         out_of_memory += _lacked_memory(ending)
+        if ending.interrupted and _status(output) == "stopped":
+            ending = replace(ending, code=INTERRUPTED)  # DeepSpeed's runner has a code of its own
         if not restarts or ending.interrupted or not restart_cures(ending.code):
             raise ending.failure(typed)
         if problem := _reason_to_give_up(out_of_memory, without_progress, restarts - restarted):
@@ -88,8 +90,9 @@ def _lacked_memory(ending: Ending) -> bool:
     return bool(ending.out_of_memory) and exit_meaning(ending.code, True) != exit_meaning(ending.code, False)
 
 
-def _finished(output: Path) -> bool:
-    return (read_run_record(output) or {}).get("status") == "finished"
+def _status(output: Path | None) -> str | None:
+    """The run's own word for how it stands: "running", "stopped" or "finished"."""
+    return ((output and read_run_record(output)) or {}).get("status")
 
 
 def _newest_step(output: Path | None) -> int | None:

@@ -318,7 +318,8 @@ class TrainingOptions:
 
 
 STEPS_BETWEEN_SAVES = 200  # with --final-model best, which no clock may influence
-SECONDS_BETWEEN_SAVES = 600.0  # at least, if nothing is typed
+# If nothing is typed: a part of the run's steps, and at most ten minutes.
+SHARE_BETWEEN_SAVES, SECONDS_BETWEEN_SAVES = 0.25, 600.0
 LARGEST_SAVE_SHARE = 0.05  # of the run that saving may take, if nothing is typed
 
 

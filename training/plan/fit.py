@@ -192,7 +192,7 @@ def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machi
     steps = settings.options.max_steps or math.ceil(settings.options.epochs * load.steps)
     seconds = step_seconds(model, machine, settings, load, share)
     step, evaluation = sum(seconds.values()), evaluation_seconds(model, machine, settings, load, seconds)
-    settings, host = with_saves(model, machine, settings, host, step, evaluation)
+    settings, host = with_saves(model, machine, settings, host, step, evaluation, steps)
     # The run times its first steps itself; the plan counts with its own.
     every = steps_between_saves(settings.save_seconds, step, settings.options.eval_steps)
     spaced = settings.with_save_steps(settings.options.save_steps or every)

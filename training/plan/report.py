@@ -8,9 +8,12 @@ from typing import Any
 
 from training.consts import STOP_SECONDS
 from training.errors import printable
+from training.files import duration
+from training.options.trainer_options import steps_between_saves
 from training.pictures import draw_plan
 from training.plan.fit import Plan, fastest
 from training.plan.memory import copied
+from training.plan.overhead import checkpoints
 
 
 def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
@@ -117,13 +120,19 @@ def as_table(plan: Plan, price: float | None) -> str:
 
 
 def _save_line(plan: Plan) -> str:
-    """How long a save takes, and whether SIGTERM leaves enough time for one."""
+    """How often a checkpoint is written, how long that takes, and whether SIGTERM leaves enough time for one."""
+    options, step = plan.settings.options, sum(plan.step_seconds.values())
+    every = options.save_steps or steps_between_saves(plan.settings.save_seconds, step, options.eval_steps)
+    count = checkpoints(plan.settings.with_save_steps(every), plan.steps)
+    between = min(every, plan.steps)
     seconds, where = plan.settings.checkpoint_seconds, "in the background"
     if not plan.settings.background_saves:
         where = "while training waits, because host memory is too small for copies"
     fits = "fits into" if plan.emergency_save_fits else "does not fit into"
     return (
-        f"  a checkpoint is written in {_short_time(seconds)} {where}; one after SIGTERM {fits} the "
+        f"  {_number(count, 'checkpoint')}, one every {_number(between, 'step')}: a kill costs at most "
+        f"{duration(between * step)} and a new start\n"
+        f"  each is written in {_short_time(seconds)} {where}; one after SIGTERM {fits} the "
         f"{STOP_SECONDS:.0f} s that launchers give"
     )
 

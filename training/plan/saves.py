@@ -6,7 +6,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from training.consts import GIB
-from training.options.trainer_options import LARGEST_SAVE_SHARE, SECONDS_BETWEEN_SAVES, typed_save_seconds
+from training.options.trainer_options import (
+    LARGEST_SAVE_SHARE,
+    SECONDS_BETWEEN_SAVES,
+    SHARE_BETWEEN_SAVES,
+    typed_save_seconds,
+)
 from training.plan.overhead import checkpoint_seconds
 
 if TYPE_CHECKING:
@@ -25,11 +30,12 @@ def with_saves(
     host: dict[str, float],
     step: float,
     evaluation: float,
+    steps: int,
 ) -> tuple[Settings, dict[str, float]]:
     """(settings with the plan's choices for checkpoints, host memory with their copies).
 
     Saves run in the background if `host` (`memory.host_memory` of all processes) leaves room for the copies. `step` and
-    `evaluation` are seconds.
+    `evaluation` are seconds, `steps` the number of the run's steps.
     """
     copies = copies_gib(model, settings, min(settings.ranks, machine.count))
     background = host["training"] + copies <= machine.host_gib
@@ -38,7 +44,7 @@ def with_saves(
     settings = replace(settings, background_saves=background)
     return replace(
         settings,
-        save_seconds=seconds_between_saves(model, machine, settings, step, evaluation),
+        save_seconds=seconds_between_saves(model, machine, settings, step, evaluation, steps),
         checkpoint_seconds=sum(checkpoint_seconds(model, machine, settings).values()),
     ), host
 
@@ -60,9 +66,10 @@ def blocked_seconds(model: ModelShape, machine: Machine, settings: Settings) -> 
 
 
 def seconds_between_saves(
-    model: ModelShape, machine: Machine, settings: Settings, step: float, evaluation: float
+    model: ModelShape, machine: Machine, settings: Settings, step: float, evaluation: float, steps: int
 ) -> float:
-    """What was typed, or ten minutes, or longer where saving would take more than 5% of them.
+    """What was typed, or a quarter of the run's steps and at most ten minutes, or longer where saving would take more
+    than 5% of that.
 
     A save in the background must also have ended before the next one. A save between two evaluations brings another one,
     whose time counts; saves at --eval-steps bring none.
@@ -70,6 +77,7 @@ def seconds_between_saves(
     typed = typed_save_seconds(settings.options)
     written = sum(checkpoint_seconds(model, machine, settings).values())
     blocked = blocked_seconds(model, machine, settings)
-    seconds = max(SECONDS_BETWEEN_SAVES, blocked / LARGEST_SAVE_SHARE, written)
+    wanted = min(SECONDS_BETWEEN_SAVES, SHARE_BETWEEN_SAVES * steps * step)
+    seconds = max(wanted, blocked / LARGEST_SAVE_SHARE, written)
     with_evaluation = min((blocked + evaluation) / LARGEST_SAVE_SHARE, settings.options.eval_steps * step)
     return typed or max(seconds, with_evaluation)

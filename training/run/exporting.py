@@ -11,7 +11,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from training.consts import LEDGER_FILE
+from training.consts import LEDGER_FILE, RUN_FILE
 from training.data.ledger import Ledger
 from training.errors import ModelError, OptionsError, first_line
 from training.files import free_bytes, size_in_words, writable, write_folder
@@ -103,13 +103,18 @@ def _write_weights(
         raise ModelError(f"{folder}: holds no config.json, so its model is unknown")
     copy_files(folder, names, partial)
     ranks = len(json.loads((folder / checkpoint.PROGRESS_FILE).read_text())["loss_sums"])
-    run = read_run_record(folder.parent) or {}
+    run = read_run_record(_run_files(folder)) or {}
     shard = run.get("options", {}).get("max_shard_size", "5GB")
     plan = plan_files(empty_model(folder, trust_remote_code), stored_weights(folder), ranks, shard)
     _check_space(target, plan.size)
     files = len(plan.files) or 1
     logger.info("writing %s in %d file%s", size_in_words(plan.size), files, "s" * (files > 1))
     return write_files(plan, partial)
+
+
+def _run_files(folder: Path) -> Path:
+    """The folder with the run's files: at --checkpoint-to they lie in the checkpoint."""
+    return folder if (folder / RUN_FILE).is_file() else folder.parent
 
 
 def _check_space(target: Path, needed: int) -> None:
@@ -122,11 +127,11 @@ def _check_space(target: Path, needed: int) -> None:
 
 
 def _describe(folder: Path, partial: Path, target: Path, weights: dict[str, Any]) -> None:
-    """Writes model card, run.json and ledger, if the checkpoint lies in the folder of its run."""
-    record = read_run_record(folder.parent)
-    ledger = folder.parent / LEDGER_FILE
+    """Writes model card, run.json and ledger, if the checkpoint lies in the folder of its run or at --checkpoint-to."""
+    run = _run_files(folder)
+    record, ledger = read_run_record(run), run / LEDGER_FILE
     if record is None or not ledger.is_file():
-        logger.warning("%s has no record of the run: the model has no card and no run.json", folder.parent)
+        logger.warning("%s has no record of the run: the model has no card and no run.json", run)
         return
     record |= outcome(folder, folder) | {"weights": weights, "exported_from": str(folder)}
     shutil.copyfile(folder / "trainer_state.json", partial / "trainer_state.json")

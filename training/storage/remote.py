@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from training.consts import METRICS_FILE, RUN_FILE, SAMPLES_FILE
+from training.consts import LEDGER_FILE, METRICS_FILE, RUN_FILE, SAMPLES_FILE
 from training.errors import OptionsError, PublishError
 from training.files import digest, read_blocks
 from training.storage import checkpoint
@@ -43,7 +43,7 @@ from training.storage.write import remove_file, write_checked
 
 ATTEMPT = re.compile(r"attempt-(\d+)-[0-9a-f]{8}\.json")
 FOLDER = re.compile(r"checkpoint-(\d+)")
-RUN_FILES = (RUN_FILE, METRICS_FILE, SAMPLES_FILE)  # a resume continues them
+RUN_FILES = (RUN_FILE, LEDGER_FILE, METRICS_FILE, SAMPLES_FILE)  # a resume continues them
 FILES_AT_ONCE = 4  # copied or fetched in parallel, each front to back
 
 
