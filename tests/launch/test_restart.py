@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import jsonl, say_rows
+from training.consts import ROOT
 from training.errors import TrainingFailedError
 from training.launch import restart
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, LOST_PEER, REFUSED, restart_cures
@@ -98,6 +99,15 @@ def test_pauses_grow_until_a_new_checkpoint_and_a_run_without_progress_is_given_
     assert trainer.pauses == [2, 4, 1, 2, 4, 8, 16]
     assert len(trainer.starts) == 3 + MOST_WITHOUT_PROGRESS
     assert f"{MOST_WITHOUT_PROGRESS} starts in a row brought no new checkpoint" in str(error.value)
+
+
+def test_relative_paths_are_those_of_the_folder_in_which_the_command_is_typed(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    words = ["--local-output-dir=elsewhere", "--local-output-dir", "out"]
+    script = STAND_IN.replace("sys.argv[2]", "sys.argv[3]").replace("sys.argv[5]", "sys.argv[4]")
+    launch([sys.executable, "-c", script, *words, "save20,finish"], restarts=1, folder=tmp_path)
+    assert (tmp_path / "out" / "run.json").is_file()
+    assert len((tmp_path / "starts").read_text().splitlines()) == 1
 
 
 def test_a_run_is_started_again_as_often_as_allowed(trainer):

@@ -42,9 +42,10 @@ def test_a_run_waits_for_the_copies_of_its_saves_or_for_all_of_them():
     assert saves.blocked_seconds(model, A100, waiting) == written > 20 * copied
 
 
-def test_the_default_interval_is_ten_minutes_or_what_keeps_saving_at_5_percent():
+def test_the_default_interval_is_a_quarter_of_the_run_or_ten_minutes_or_what_keeps_saving_at_5_percent():
     plan = dolly_plan("8xA100-40GB")
-    assert plan.settings.save_seconds == 600
+    assert plan.settings.save_seconds == pytest.approx(plan.run_seconds["steps"] / 4)
+    assert dolly_plan("8xA100-40GB", epochs=20.0).settings.save_seconds == 600
     assert plan.settings.options.save_steps is None
     small = dolly_plan("8xA100-40GB", machine_changes={"host_gib": 60.0})
     blocked = saves.blocked_seconds(small.model, A100, small.settings)

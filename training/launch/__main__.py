@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from pathlib import Path
 
 import click
 
@@ -53,7 +54,7 @@ def main(num_gpus: int, restarts: int, words: tuple[str, ...]) -> None:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     print(shell_command(command), flush=True)
     try:
-        launch(command, cpu_ranks, restarts=restarts)
+        launch(command, cpu_ranks, restarts=restarts, folder=Path.cwd())
     except TrainingFailedError as error:
         if error.code != INTERRUPTED:  # the ranks have said what to type
             print(error, file=sys.stderr)

@@ -31,6 +31,8 @@ LAST_LINES = 20
 LAST_WIDTH = 400  # longest repeated line, in characters: one line of DeepSpeed's contains the whole command
 TRAINER = "training.trainer"
 
+WORKING_FOLDER = None if INSTALLED else ROOT  # of commands; None: that of this process
+
 # The `deepspeed` command as a module: the first line of its script names Python by path, which cannot have a space.
 DEEPSPEED = (sys.executable, "-m", "deepspeed.launcher.runner")
 
@@ -120,15 +122,17 @@ def run_command(
     cpu_ranks: int = 0,
     typed: str | None = None,
     watch: Callable[[int], AbstractContextManager[Any]] = nullcontext,
+    folder: Path | None = WORKING_FOLDER,
 ) -> Ending:
     """Runs the command and shows each line as it is printed.
 
-    The command runs in the repository's folder, where it finds the package, so paths of data and outputs must be
-    absolute. After Ctrl-C, or a notebook's Interrupt, it finishes its step and saves; a second one kills it.
+    Without a `folder` of its own the command runs in the repository's, where it finds the package, so paths of data and
+    outputs must be absolute. After Ctrl-C, or a notebook's Interrupt, it finishes its step and saves; a second one kills it.
 
     Args:
         cpu_ranks: number of ranks that share this machine's cores; 0 if they use GPUs.
         typed: the command that a person typed: advice is in its words (options/wording.py).
+        folder: the command's working folder; None for that of this process.
         watch: a context that is entered with the session of the command's processes while it runs.
     """
     kills_before = oom_kills()
@@ -136,7 +140,7 @@ def run_command(
     process = subprocess.Popen(
         [sys.executable, "-c", _STARTER, *command],
         env=launch_environment(cpu_ranks) | ({COMMAND: typed} if typed else {}),
-        cwd=None if INSTALLED else ROOT,
+        cwd=folder,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

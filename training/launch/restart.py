@@ -10,12 +10,13 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 from training.consts import RUN_FILE
 from training.files import local_path
 from training.launch.exits import INTERRUPTED, exit_meaning, restart_cures
-from training.launch.local import Ending, free_port, run_command
+from training.launch.local import WORKING_FOLDER, Ending, free_port, run_command
 from training.options.trainer_options import DEFAULT_RANK_TIMEOUT
 from training.options.wording import worded
 from training.storage import checkpoint
@@ -30,7 +31,13 @@ GRACE = 10
 _LOOK_EVERY = 2.0  # seconds between two looks at the processes
 
 
-def launch(command: Sequence[str], cpu_ranks: int = 0, typed: str | None = None, restarts: int = 0) -> None:
+def launch(
+    command: Sequence[str],
+    cpu_ranks: int = 0,
+    typed: str | None = None,
+    restarts: int = 0,
+    folder: Path | None = WORKING_FOLDER,
+) -> None:
     """Runs the command, and starts it again with --resume auto, at most `restarts` times.
 
     It gives up after an end that no restart cures (`exits.restart_cures`), if host memory ran out a second time, and after
@@ -38,18 +45,18 @@ def launch(command: Sequence[str], cpu_ranks: int = 0, typed: str | None = None,
 
     Args:
         command: from `deepspeed_command`.
-        cpu_ranks, typed: as in `run_command`.
+        cpu_ranks, typed, folder: as in `run_command`.
 
     Raises TrainingFailedError.
     """
-    folder = _last_value(command, "--local-output-dir")
-    output = local_path(folder) if folder else None
+    named = _last_value(command, "--local-output-dir")
+    output = (folder or Path()) / local_path(named) if named else None
     rank_timeout = int(_last_value(command, "--rank-timeout") or DEFAULT_RANK_TIMEOUT)
     watch = partial(_kill_stopped, seconds=rank_timeout + GRACE)
     restarted = without_progress = out_of_memory = 0
     while True:
         before = _newest_step(output)
-        ending = run_command(command, cpu_ranks, typed, watch)
+        ending = run_command(command, cpu_ranks, typed, watch, folder)
         if not ending.code and (output is None or _status(output) == "finished"):
             return
         if not ending.code:
@@ -118,9 +125,14 @@ def _command_that_continues(command: Sequence[str], output: Path | None) -> list
 
 
 def _last_value(words: Sequence[str], flag: str) -> str | None:
-    values = [words[at + 1] for at, word in enumerate(words[:-1]) if word == flag]
-    values += [word.partition("=")[2] for word in words if word.startswith(f"{flag}=")]
-    return values[-1] if values else None
+    """The value of an option that counts, as click reads the words."""
+    value = None
+    for word, following in pairwise([*words, ""]):
+        if word == flag:
+            value = following
+        elif word.startswith(f"{flag}="):
+            value = word.partition("=")[2]
+    return value
 
 
 @contextlib.contextmanager

@@ -257,7 +257,7 @@ class TrainingOptions:
     save_every: str | None = _output(
         None,
         "Time between checkpoints: 90s, 10min or 1h. It becomes a number of steps once the first steps were timed.  "
-        "[default: 10min, or longer so that saving takes at most 5% of the run; with --final-model best 200 steps]",
+        "[default: a quarter of the run, at most 10min, or longer so that saving takes at most 5% of the run; with --final-model best 200 steps]",
         metavar="TIME",
     )
     save_total_limit: int = _output(2, "Checkpoints to keep.", type=click.IntRange(1), metavar="CHECKPOINTS")

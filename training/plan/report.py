@@ -168,6 +168,8 @@ def _number(count: int, noun: str) -> str:
 
 
 def _short_time(seconds: float) -> str:
+    if seconds >= 10:
+        return f"{seconds:.0f} s"
     return f"{seconds:.2f} s" if seconds >= 0.1 else f"{1000 * seconds:.2g} ms"
 
 
