@@ -130,7 +130,7 @@ def test_a_killed_run_is_started_again_and_then_stops_the_notebook_at_the_traini
     run.wait_for("step 20/")
     rank_1(run).kill()
     run.wait_for("\nRestart 1 of 1 in 2 s, from its start: exit code")
-    run.wait_for("step 10/", since=run.printed.index("\nRestart "))
+    run.wait_for("step 20/", since=run.printed.index("\nRestart "))
     rank_1(run).kill()
     assert run.end() == 1
     cells = code_cells(run.out)
