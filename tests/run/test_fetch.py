@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from training.errors import OptionsError
 from training.files import write_json
 from training.plan.lookup import model_shape
 from training.plan.memory import copied, disk
-from training.run import fetch
+from training.run import fetch, start
 from training.run.identity import check_same_run, new_record, recorded_test_size
 from training.run.mirror import Mirror
 from training.run.preflight import destination_problems
@@ -67,8 +68,8 @@ def test_an_empty_folder_gets_the_newest_checkpoint_with_the_files_of_its_run(
     assert checkpoint.problems_of(new / "checkpoint-6") == []
     for name in ("run.json", "metrics.jsonl", "checkpoint-6/manifest.json", "checkpoint-6/optimizer.pt"):
         assert (new / name).read_bytes() == (lost / name).read_bytes()
-    start = start_of(new)
-    assert (start.folder, start.former["id"]) == (new / "checkpoint-6", "of-the-run")
+    found = start_of(new)
+    assert (found.folder, found.former["id"]) == (new / "checkpoint-6", "of-the-run")
 
 
 @pytest.mark.parametrize(
@@ -226,3 +227,33 @@ def test_the_plan_tells_what_is_copied_and_keeps_one_checkpoint_more_on_the_disk
     }
     before, after = (disk(model, settings, 8000)["checkpoints"] for settings in (alone, copying))
     assert (before, after) == (pytest.approx(3 * size), pytest.approx(4 * size))
+
+
+def test_a_run_from_another_s_checkpoint_has_an_id_of_its_own_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(start, "rows_digest", lambda *_: "rows")
+    rows = SimpleNamespace(train_rows=None, held_out_rows=None)
+    make_run(tmp_path / "source", 3, id="of-the-source")
+    named, new = tmp_path / "source" / "checkpoint-3", tmp_path / "new"
+
+    def record_of(output: Path, resume: str) -> dict[str, Any]:
+        return start.find(resolved(options_of(output, resume=resume)), rows, 12)[1]
+
+    assert (
+        record_of(named.parent, "auto")["id"] == record_of(named.parent, str(named))["id"] == "of-the-source"
+    )
+    record = record_of(new, str(named))
+    assert (record["id"] == "of-the-source", record["begun_from"]) == (False, str(named))
+    new.mkdir()
+    write_run_record(new, record)
+    for resume in ("auto", str(named)):
+        assert record_of(new, resume)["id"] == record["id"]
+
+
+def test_a_run_from_another_s_checkpoint_does_not_take_a_third_run_s_copies(
+    tmp_path: Path, target: Path
+) -> None:
+    copied_run(tmp_path / "lost", target, 3)
+    make_run(tmp_path / "new", id="of-the-fork", begun_from=str(tmp_path / "source" / "checkpoint-2"))
+    assert "holds checkpoints of another run" in refusal(tmp_path / "new", target)

@@ -223,7 +223,7 @@ def test_after_a_signal_the_wait_is_bounded(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     hangs = threading.Event()
-    monkeypatch.setattr(remote, "copy_checkpoint", lambda *_: hangs.wait(20))
+    monkeypatch.setattr(remote, "copy_checkpoint", lambda *a: hangs.wait(20) and a[2])
     copying = start(target)
     save(output, 7)
     copying.wake(Path())
@@ -385,3 +385,35 @@ def test_a_new_run_refuses_the_checkpoints_of_another(output: Path, target: Path
         "run, or name a new folder"
     )
     assert remote.store_problems(str(target), output.with_name("new"), "auto") == []
+
+
+def test_a_named_checkpoint_never_costs_the_copies_of_another_run_or_newer_ones(
+    output: Path, target: Path, start: Callable
+) -> None:
+    own = save(output, 4)
+    start(target).close(None)
+    assert remote.store_problems(str(target), output, str(own)) == [], "its own past"
+    fork = output.with_name("fork")
+    for resume, folder in ((own, fork), (save(fork, 4), fork), (save(output, 2), output)):
+        [problem] = remote.store_problems(str(target), folder, str(resume))
+        assert problem == (
+            f"{target}: holds checkpoints of another run than {resume}, or newer ones (the newest is checkpoint-4). "
+            "Type --resume auto to continue that run, or name a new folder"
+        )
+    assert remote.store_problems(str(target.with_name("new")), fork, str(own)) == []
+
+
+def test_copies_of_another_run_are_never_removed_and_the_copying_stops(
+    output: Path, target: Path, start: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(output, 4)
+    start(target).close(None)
+    before = content(target)
+    write_run_record(output, {"status": "running", "id": "of-another", "options": {}})
+    save(output, 2)
+    start(target, step=2).close(None)
+    assert content(target) == before
+    assert (
+        f"{target}: holds checkpoints of another run (checkpoint-4), which are kept. This attempt"
+        in caplog.text
+    )

@@ -124,8 +124,13 @@ class Mirror:
 
     def _connect(self) -> None:
         target, existing = remote.open_store(self.name, self.output)
-        self._attempt = remote.begin_attempt(target, self.record["id"])
         copies = remote.complete_checkpoints(target, existing)
+        foreign = [step for step, copy in copies.items() if copy.get("run") != self.record["id"]]
+        if foreign:
+            raise remote.SupersededError(
+                f"{self.name}: holds checkpoints of another run (checkpoint-{max(foreign)}), which are kept"
+            )
+        self._attempt = remote.begin_attempt(target, self.record["id"])
         for step in remote.steps_in(existing):
             if step > self.step or step not in copies:
                 copies.pop(step, None)

@@ -92,10 +92,12 @@ def find(settings: Settings, prepared: Prepared, steps: int) -> tuple[Start, dic
         # A published copy of the shorter run is another model, and must not be replaced.
         if options.dbfs_output_dir and (problems := target_problems(options.dbfs_output_dir)):
             raise OptionsError(*(f"--dbfs-output-dir {problem}" for problem in problems))
-        if start.former is not None:
-            record |= {name: start.former[name] for name in ("started", "id") if name in start.former}
+        continued = start.former
         if start.folder is not None and start.folder.parent.resolve() != output.resolve():
             record["begun_from"] = str(start.folder)
+            continued = read_run_record(output)  # another run than that of the checkpoint
+        if continued is not None:
+            record |= {name: continued[name] for name in ("started", "id") if name in continued}
         return start, record
 
     fetch_newest(settings, lambda former: check_same_run(former, of_this_run(), options.force))

@@ -48,7 +48,7 @@ FILES_AT_ONCE = 4  # copied or fetched in parallel, each front to back
 
 
 class SupersededError(PublishError):
-    """A newer attempt of the run writes to the target."""
+    """The target belongs to a newer attempt of the run, or to another run."""
 
 
 def open_store(name: str, output: Path | None = None) -> tuple[Target, dict[str, int | None]]:
@@ -85,12 +85,22 @@ def store_problems(name: str, output: Path | None, resume: str) -> list[str]:
             try_writing(target)
     except PublishError as error:
         return [str(error)]
-    if found and resume == "never":
+    if found and resume != "auto" and not _is_past_of(resume, output, found):
+        which = "another run" if resume == "never" else f"another run than {resume}, or newer ones"
         return [
-            f"{name}: holds checkpoints of another run (the newest is checkpoint-{max(found)}). Type --resume auto to "
+            f"{name}: holds checkpoints of {which} (the newest is checkpoint-{max(found)}). Type --resume auto to "
             "continue that run, or name a new folder"
         ]
     return []
+
+
+def _is_past_of(resume: str, output: Path | None, found: dict[int, dict[str, Any]]) -> bool:
+    """Whether a run in `output` that resumes its own checkpoint `resume` has copied all of these checkpoints before."""
+    named = Path(resume).resolve()
+    if resume == "never" or output is None or named.parent != output.resolve():
+        return False
+    own = (read_run_record(output) or {}).get("id")
+    return max(found) <= checkpoint.step_of(named) and all(copy.get("run") == own for copy in found.values())
 
 
 # --- what is there ------------------------------------------------------------------------------------
@@ -165,7 +175,8 @@ def newer_copies(name: str | None, resume: str, output: Path) -> Copies | None:
     complete = filter(checkpoint.read_manifest, checkpoint.checkpoints(output))
     here = [checkpoint.step_of(folder) for folder in complete]
     former = read_run_record(output) or {}
-    if (here or former.get("status") == "finished") and former.get("id") != record.get("id"):
+    started = here or former.get("status") == "finished" or "begun_from" in former
+    if started and former.get("id") != record.get("id"):
         raise OptionsError(
             f"--checkpoint-to {name}: holds checkpoints of another run, started {record.get('started')}, "
             f"than {output}, started {former.get('started')}. Name a new folder"
