@@ -417,3 +417,44 @@ def test_copies_of_another_run_are_never_removed_and_the_copying_stops(
         f"{target}: holds checkpoints of another run (checkpoint-4), which are kept. This attempt"
         in caplog.text
     )
+
+
+def test_a_target_that_was_away_or_was_replaced_is_opened_again_and_stays_usable(
+    output: Path, target: Path, start: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    away = target.with_name("away")
+
+    def copy(step: int) -> None:
+        save(output, step)
+        copying.wake(Path())
+        wait_for(lambda: is_copied(target, step) and copying.busy is None)
+
+    copying = start(target)
+    copy(1)
+    target.rename(away)
+    copy(2)
+    assert sorted(copies(target)) == [2]
+    assert "the file of this attempt, is gone. The target is opened again" in caplog.text
+    shutil.rmtree(target)
+    away.rename(target)
+    copy(3)
+    assert sorted(copies(target)) == [1, 3], "what was there is kept"
+    assert len(list(target.glob("attempt-3-*.json"))) == len(list(target.glob("attempt-*"))) == 1
+    assert copying._thread.is_alive(), "it never takes its own earlier attempt for another"
+    next(target.glob("attempt-*")).unlink()
+    save(output, 4)
+    copying.wake(Path())
+    copying.close(None)
+    assert sorted(copies(target)) == [3, 4]
+
+
+def test_copies_without_an_attempt_s_file_are_a_run_s_and_other_folders_are_not(
+    output: Path, target: Path, start: Callable
+) -> None:
+    save(output, 4)
+    start(target).close(None)
+    next(target.glob("attempt-*")).unlink()
+    assert remote.store_problems(str(target), output, "auto") == []
+    shutil.copytree(output / "checkpoint-4", target / "checkpoint-5")
+    [problem] = remote.store_problems(str(target), output, "auto")
+    assert "holds something else than a run's checkpoints (checkpoint-5)" in problem

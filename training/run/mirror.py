@@ -35,7 +35,8 @@ class Mirror:
     Args:
         name: the target as the user typed it.
         record: the record of the run (run.json).
-        step: the starting point of the run. Later checkpoints at the target cannot be used, and are removed.
+        step: the starting point of the run, then its newest copy. Later checkpoints at the target cannot be used, and are
+            removed.
         limit: checkpoints to keep at the target.
 
     Attributes:
@@ -114,13 +115,21 @@ class Mirror:
                 self._wake.clear()
 
     def _copy_all(self) -> None:
+        try:
+            self._copy_missing()
+        except remote.LostTargetError as error:
+            logger.warning("%s. The target is opened again", error)
+            self._target = None
+            self._copy_missing()
+        if self._problem:
+            logger.info("%s: all checkpoints are copied again", self.name)
+            self._problem = ""
+
+    def _copy_missing(self) -> None:
         if self._target is None:
             self._connect()
         while folder := self._next():
             self._copy(folder)
-        if self._problem:
-            logger.info("%s: all checkpoints are copied again", self.name)
-            self._problem = ""
 
     def _connect(self) -> None:
         target, existing = remote.open_store(self.name, self.output)
@@ -130,11 +139,12 @@ class Mirror:
             raise remote.SupersededError(
                 f"{self.name}: holds checkpoints of another run (checkpoint-{max(foreign)}), which are kept"
             )
-        self._attempt = remote.begin_attempt(target, self.record["id"])
+        self._attempt = remote.begin_attempt(target, self.record["id"], self._attempt)
         for step in remote.steps_in(existing):
             if step > self.step or step not in copies:
                 copies.pop(step, None)
                 remote.remove_checkpoint(target, step)
+        self._partial = None, {}
         self._copies, self._target = copies, target
 
     def _next(self) -> Path | None:
@@ -173,6 +183,7 @@ class Mirror:
             return
         finally:
             self.busy = None
+        self.step = max(self.step, step)
         size = sum(file["size"] for file in manifest["files"].values())
         seconds = time.monotonic() - begin
         logger.info(

@@ -51,6 +51,10 @@ class SupersededError(PublishError):
     """The target belongs to a newer attempt of the run, or to another run."""
 
 
+class LostTargetError(PublishError):
+    """The target is not the one that the attempt opened: it was removed, or another was mounted in its place."""
+
+
 def open_store(name: str, output: Path | None = None) -> tuple[Target, dict[str, int | None]]:
     """(target, its files and folders) for the checkpoints of the run in `output`.
 
@@ -66,8 +70,11 @@ def open_store(name: str, output: Path | None = None) -> tuple[Target, dict[str,
     existing = list_files(target)
     existing.pop(MARKER_FILE, None)  # of `try_writing`, if it could not be removed
     foreign = sorted(n for n in existing if not (ATTEMPT.fullmatch(n) or FOLDER.fullmatch(n)))
-    if not foreign and existing and not _attempts(existing):
-        foreign = sorted(existing)
+    if not foreign and not _attempts(
+        existing
+    ):  # a target that came back without its attempt's file has copies alone
+        copies = complete_checkpoints(target, existing)
+        foreign = sorted(n for n in existing if "run" not in copies.get(int(n.split("-")[1]), {}))
     if foreign:
         names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise PublishError(
@@ -224,13 +231,16 @@ def _blocks_of(target: Target, name: str, size: int) -> Iterator[bytes]:
 # --- writing ------------------------------------------------------------------------------------------
 
 
-def begin_attempt(target: Target, run: str) -> str:
-    """Makes this process the newest attempt, whose copies alone count. Returns its name. Raises PublishError."""
+def begin_attempt(target: Target, run: str, former: str = "") -> str:
+    """Makes this process the newest attempt, whose copies alone count. Returns its name. Raises PublishError.
+
+    `former` is the attempt of the same process at a target that was lost, and may come back.
+    """
     if not target.in_bucket:
         with as_publish_error(f"{target.name}: cannot be created"):
             target.fs.makedirs(target.path, exist_ok=True)
     earlier = _attempts(list_files(target))
-    number = 1 + max((_order(name)[0] for name in earlier), default=0)
+    number = 1 + max((_order(name)[0] for name in [*earlier, former] if name), default=0)
     own = f"attempt-{number}-{uuid.uuid4().hex[:8]}.json"
     since = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     content = json.dumps({"run": run, "host": socket.gethostname(), "since": since}).encode() + b"\n"
@@ -241,13 +251,15 @@ def begin_attempt(target: Target, run: str) -> str:
 
 
 def check_attempt(target: Target, own: str) -> dict[str, int | None]:
-    """The files of the target. Raises SupersededError if a newer attempt has begun to write there."""
+    """The files of the target. Raises SupersededError if a newer attempt has begun to write there, or LostTargetError."""
     existing = list_files(target)
     newest = max(_attempts(existing), key=_order, default=own)
     if _order(newest) > _order(own):
         raise SupersededError(
             f"{target.name}: a newer attempt of this run writes its checkpoints there ({newest})"
         )
+    if own not in existing:
+        raise LostTargetError(f"{target.name}: {own}, the file of this attempt, is gone")
     return existing
 
 
@@ -277,7 +289,7 @@ def copy_checkpoint(
         copied: {name: digest} of the files that an interrupted copy of it has written and checked; it grows.
         attempt: of `begin_attempt`.
 
-    Raises SupersededError, SourceError if a file of the checkpoint is missing or has changed, or PublishError.
+    Raises SupersededError, LostTargetError, SourceError if a file of the checkpoint is missing or has changed, or PublishError.
     """
     place = folder.name
     beside = {
