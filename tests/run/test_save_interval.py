@@ -82,13 +82,19 @@ def test_a_resumed_run_keeps_its_steps_between_saves_unless_others_are_typed(typ
     assert save_steps(options(**typed), former) == steps
 
 
-def test_rank_0_decides_once_from_the_steps_after_the_first_two(monkeypatch):
+@pytest.mark.parametrize(
+    ("is_default", "steps"), [(False, 31), (True, 101)], ids=["typed", "a quarter of 400"]
+)
+def test_rank_0_decides_once_from_the_steps_after_the_first_two(monkeypatch, is_default, steps):
     clock = iter(range(10_000))
     monkeypatch.setattr(save_interval.time, "perf_counter", lambda: float(next(clock)))
     monkeypatch.setattr(save_interval, "broadcast", lambda steps: steps + 1)  # another rank's figure
     decided: list[int] = []
-    interval = SaveInterval(30.0, decided.append)
-    args, state = SimpleNamespace(eval_steps=100, save_steps=10**9), SimpleNamespace(save_steps=10**9)
+    interval = SaveInterval(30.0, is_default, decided.append)
+    args, state = (
+        SimpleNamespace(eval_steps=100, save_steps=10**9),
+        SimpleNamespace(save_steps=10**9, max_steps=400),
+    )
     for step in range(1, 31):
         if step <= 2:
             interval.on_step_begin(args, state, None)
@@ -98,8 +104,8 @@ def test_rank_0_decides_once_from_the_steps_after_the_first_two(monkeypatch):
             interval.on_step_begin(args, state, None)
         interval.on_step_end(args, state, None)
         assert (state.save_steps == 10**9) == (step < 10)
-    assert decided == [31]
-    assert args.save_steps == state.save_steps == 31
+    assert decided == [steps]
+    assert args.save_steps == state.save_steps == steps
 
 
 def test_a_run_saves_by_time_records_its_steps_and_figures_and_a_resume_keeps_them(

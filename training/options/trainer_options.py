@@ -318,14 +318,18 @@ class TrainingOptions:
 
 
 STEPS_BETWEEN_SAVES = 200  # with --final-model best, which no clock may influence
-# If nothing is typed: a part of the run's steps, and at most ten minutes.
-SHARE_BETWEEN_SAVES, SECONDS_BETWEEN_SAVES = 0.25, 600.0
+SECONDS_BETWEEN_SAVES = 600.0  # at most, if nothing is typed and saving is cheap
 LARGEST_SAVE_SHARE = 0.05  # of the run that saving may take, if nothing is typed
 
 
 def fixed_save_steps(options: TrainingOptions) -> int | None:
     """Steps between saves; None if a time decides."""
     return options.save_steps or (STEPS_BETWEEN_SAVES if options.final_model == "best" else None)
+
+
+def default_seconds_between_saves(run_seconds: float) -> float:
+    """A quarter of a run whose steps take `run_seconds`, and at most ten minutes."""
+    return min(SECONDS_BETWEEN_SAVES, run_seconds / 4)
 
 
 def typed_save_seconds(options: TrainingOptions) -> float | None:

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING
 from training.consts import GIB
 from training.options.trainer_options import (
     LARGEST_SAVE_SHARE,
-    SECONDS_BETWEEN_SAVES,
-    SHARE_BETWEEN_SAVES,
+    default_seconds_between_saves,
     typed_save_seconds,
 )
 from training.plan.overhead import checkpoint_seconds
@@ -77,7 +76,7 @@ def seconds_between_saves(
     typed = typed_save_seconds(settings.options)
     written = sum(checkpoint_seconds(model, machine, settings).values())
     blocked = blocked_seconds(model, machine, settings)
-    wanted = min(SECONDS_BETWEEN_SAVES, SHARE_BETWEEN_SAVES * steps * step)
+    wanted = default_seconds_between_saves(steps * step)
     seconds = max(wanted, blocked / LARGEST_SAVE_SHARE, written)
     with_evaluation = min((blocked + evaluation) / LARGEST_SAVE_SHARE, settings.options.eval_steps * step)
     return typed or max(seconds, with_evaluation)

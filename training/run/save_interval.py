@@ -11,7 +11,12 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from training.files import duration
-from training.options.trainer_options import TrainingOptions, fixed_save_steps, steps_between_saves
+from training.options.trainer_options import (
+    TrainingOptions,
+    default_seconds_between_saves,
+    fixed_save_steps,
+    steps_between_saves,
+)
 from training.ranks import broadcast
 
 logger = logging.getLogger(__name__)
@@ -41,11 +46,13 @@ class SaveInterval(TrainerCallback):
 
     Args:
         seconds: the time between checkpoints.
+        is_default: it was not typed. A machine that is slower than the plan then saves as often in a run, not more often.
         decided: called on every rank with the number of steps.
     """
 
-    def __init__(self, seconds: float, decided: Callable[[int], None]) -> None:
+    def __init__(self, seconds: float, is_default: bool, decided: Callable[[int], None]) -> None:
         self.seconds = seconds
+        self.is_default = is_default
         self.decided = decided
         self.times: list[float] = []
         self.begin = 0.0
@@ -62,7 +69,10 @@ class SaveInterval(TrainerCallback):
         if len(self.times) != UNTIMED_STEPS + TIMED_STEPS:
             return
         mean = fmean(self.times[UNTIMED_STEPS:])
-        steps = broadcast(steps_between_saves(self.seconds, mean, int(args.eval_steps or 1)))
+        seconds = self.seconds
+        if self.is_default:
+            seconds = max(seconds, default_seconds_between_saves(state.max_steps * mean))
+        steps = broadcast(steps_between_saves(seconds, mean, int(args.eval_steps or 1)))
         args.save_steps = state.save_steps = steps
         logger.info("a checkpoint every %s steps, about %s", f"{steps:,}", duration(steps * mean))
         self.decided(steps)

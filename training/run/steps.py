@@ -188,7 +188,7 @@ def _save_interval(settings: Settings, args: TrainingArguments, record: dict[str
         if args.process_index == 0:
             write_run_record(settings.output, record)
 
-    return [SaveInterval(settings.save_seconds, decided)]
+    return [SaveInterval(settings.save_seconds, settings.options.save_every is None, decided)]
 
 
 def _samples(trainer: CompletionTrainer, settings: Settings) -> list[Samples]:
