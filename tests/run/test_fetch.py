@@ -35,12 +35,10 @@ def copied_run(output: Path, target: Path, *steps: int, **record: Any) -> None:
     make_run(output, *steps, id="of-the-run", **record)
     (output / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n')
     for step in steps:  # also those that a copy would skip
-        mirror = Mirror(str(target), output, read_run_record(output), step, 100)
         folder = output / f"checkpoint-{step}"
         for later in [s for s in steps if s > step]:
             (output / f"checkpoint-{later}").rename(output / f"later-{later}")
-        mirror.wake(Path())
-        mirror.close(None)
+        Mirror(str(target), output, read_run_record(output), step, 100).close(None)
         for later in [s for s in steps if s > step]:
             (output / f"later-{later}").rename(output / f"checkpoint-{later}")
         assert checkpoint.read_manifest(target / folder.name)
@@ -257,3 +255,28 @@ def test_a_run_from_another_s_checkpoint_does_not_take_a_third_run_s_copies(
     copied_run(tmp_path / "lost", target, 3)
     make_run(tmp_path / "new", id="of-the-fork", begun_from=str(tmp_path / "source" / "checkpoint-2"))
     assert "holds checkpoints of another run" in refusal(tmp_path / "new", target)
+
+
+@pytest.mark.parametrize(
+    ("here", "there", "taken"), [([6], [6], 6), ([6], [3], 3), ([3, 6], [6], 6), ([3, 6], [3], 3)]
+)
+def test_an_intact_copy_is_taken_in_place_of_a_damaged_checkpoint(
+    tmp_path: Path, target: Path, here: list[int], there: list[int], taken: int
+) -> None:
+    copied_run(tmp_path / "lost", target, *there)
+    make_run(tmp_path / "out", *here, id="of-the-run")
+    (tmp_path / "out" / "checkpoint-6" / "optimizer.pt").write_bytes(b"momentS")
+    fetch_into(tmp_path / "out", target)
+    assert start_of(tmp_path / "out").step == taken
+
+
+def test_where_all_is_damaged_a_new_folder_alone_is_not_said_to_start_at_step_0(
+    tmp_path: Path, target: Path
+) -> None:
+    copied_run(tmp_path / "out", target, 3)
+    for folder in (tmp_path / "out", target):
+        (folder / "checkpoint-3" / "optimizer.pt").write_bytes(b"momentS")
+    fetch_into(tmp_path / "out", target)
+    with pytest.raises(OptionsError) as error:
+        start_of(tmp_path / "out", checkpoint_to=str(target))
+    assert "name a new --local-output-dir and a new --checkpoint-to to start at step 0" in str(error.value)

@@ -364,6 +364,8 @@ def test_a_target_with_other_things_or_that_is_the_run_s_own_folder_is_refused(
         (output, "is the run's own folder"),
         (output / "copies", "is the run's own folder"),
         (output.parent, "is the run's own folder"),
+        (f"file://{output}", "is the run's own folder"),
+        (f"file://{output}/copies", "is the run's own folder"),
         ("s3://none/x", "there is no bucket 'none'. Make it first"),
     ):
         [problem] = remote.store_problems(str(name), output, "never")
@@ -458,3 +460,24 @@ def test_copies_without_an_attempt_s_file_are_a_run_s_and_other_folders_are_not(
     shutil.copytree(output / "checkpoint-4", target / "checkpoint-5")
     [problem] = remote.store_problems(str(target), output, "auto")
     assert "holds something else than a run's checkpoints (checkpoint-5)" in problem
+
+
+def test_two_new_runs_do_not_share_a_target(
+    output: Path, target: Path, start: Callable, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = start(target)
+    wait_for(lambda: first._target is not None)
+    [attempt] = target.glob("attempt-*")
+    assert remote.store_problems(str(target), output.with_name("new"), "auto") == []
+    [problem] = remote.store_problems(str(target), output.with_name("new"), "never")
+    assert problem == (
+        f"{target}: another run has begun to copy its checkpoints there ({attempt.name}). Name a new folder, or remove "
+        "that file if the run has ended"
+    )
+    write_run_record(output, {"status": "running", "id": "of-another", "options": {}})
+    second = start(target)  # it began at the same moment
+    wait_for(lambda: second._target is not None)
+    save(output, 1)
+    first.wake(Path())
+    first.close(None)
+    assert f"{target}: another run writes its checkpoints there (attempt-2-" in caplog.text

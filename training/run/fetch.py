@@ -39,7 +39,7 @@ def fetch_newest(settings: Settings, check_same_run: Callable[[dict[str, Any]], 
         return
 
     def find() -> list[dict[str, Any]]:
-        copies = remote.newer_copies(options.checkpoint_to, options.resume, output)
+        copies = remote.newer_copies(options.checkpoint_to, options.resume, output, compared=True)
         if copies is None:
             return []
         check_same_run(copies.record)

@@ -197,7 +197,7 @@ class Mirror:
     def _rotate(self) -> None:
         """Removes surplus checkpoints from the target by the rule of the run's folder, and incomplete ones."""
         assert self._target is not None
-        existing = remote.check_attempt(self._target, self._attempt)
+        existing = remote.check_attempt(self._target, self._attempt, self.record["id"])
         losses = {step: manifest["eval_loss"] for step, manifest in self._copies.items()}
         incomplete = [step for step in remote.steps_in(existing) if step not in losses]
         for step in checkpoint.surplus(losses, self.limit) + incomplete:

@@ -148,7 +148,7 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
         return _start_without_record(output, options, named)
     finished = former["status"] == "finished" and named is None
     if not named and not finished and not checkpoint.any_complete(output):
-        _newest_intact(output)
+        _newest_intact(output, options)
         if "begun_from" not in former:
             logger.info("%s has no checkpoint yet: the run starts at step 0", output)
             return Start()
@@ -161,7 +161,7 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
     check_same_run(former, now, options.force)
     if finished and former["steps"] == steps and former["options"].get("final_model") == options.final_model:
         return Start(former=former, finished=True)
-    folder = named or _newest_intact(output)
+    folder = named or _newest_intact(output, options)
     if folder is None:
         raise OptionsError(
             f"--resume: {output} holds a finished model of {former['steps']} steps, but no checkpoint to continue "
@@ -230,7 +230,7 @@ def _named_checkpoint(resume: str, output: Path) -> Path:
     return named
 
 
-def _newest_intact(output: Path) -> Path | None:
+def _newest_intact(output: Path, options: TrainingOptions) -> Path | None:
     """The newest checkpoint that matches its manifest byte for byte. The log names those it skips.
 
     Raises OptionsError if there are complete checkpoints and all of them are damaged.
@@ -247,9 +247,12 @@ def _newest_intact(output: Path) -> Path | None:
         more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
         logger.warning("%s is skipped: %s%s", folder, problems[0], more)
     if damaged:
+        new = (
+            "--local-output-dir and a new --checkpoint-to" if options.checkpoint_to else "--local-output-dir"
+        )
         raise OptionsError(
             f"--resume: every checkpoint in {output} is damaged ({'; '.join(damaged)}). "
-            "Restore the files, or name a new --local-output-dir to start at step 0"
+            f"Restore the files, or name a new {new} to start at step 0"
         )
     return None
 

@@ -26,6 +26,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from fsspec.implementations.local import LocalFileSystem
+
 from training.consts import LEDGER_FILE, METRICS_FILE, RUN_FILE, SAMPLES_FILE
 from training.errors import OptionsError, PublishError
 from training.files import digest, read_blocks
@@ -61,7 +63,7 @@ def open_store(name: str, output: Path | None = None) -> tuple[Target, dict[str,
     Raises PublishError if it cannot be read, or holds anything that is not a copy of checkpoints.
     """
     target = open_target(name, None)
-    if output is not None and "://" not in name:
+    if output is not None and isinstance(target.fs, LocalFileSystem):
         ours, other = output.resolve(), Path(target.path).resolve()
         if ours == other or ours in other.parents or other in ours.parents:
             raise PublishError(
@@ -88,7 +90,7 @@ def store_problems(name: str, output: Path | None, resume: str) -> list[str]:
     try:
         target, existing = open_store(name, output)
         found = complete_checkpoints(target, existing)
-        if "://" in name:  # `open_target` has tried a local folder
+        if not isinstance(target.fs, LocalFileSystem):  # `open_target` has tried a local folder
             try_writing(target)
     except PublishError as error:
         return [str(error)]
@@ -97,6 +99,11 @@ def store_problems(name: str, output: Path | None, resume: str) -> list[str]:
         return [
             f"{name}: holds checkpoints of {which} (the newest is checkpoint-{max(found)}). Type --resume auto to "
             "continue that run, or name a new folder"
+        ]
+    if resume == "never" and (attempts := _attempts(existing)):
+        return [
+            f"{name}: another run has begun to copy its checkpoints there ({max(attempts, key=_order)}). Name a new "
+            "folder, or remove that file if the run has ended"
         ]
     return []
 
@@ -161,9 +168,10 @@ class Copies:
     record: dict[str, Any]
 
 
-def newer_copies(name: str | None, resume: str, output: Path) -> Copies | None:
+def newer_copies(name: str | None, resume: str, output: Path, compared: bool = False) -> Copies | None:
     """The checkpoints at --checkpoint-to that `--resume auto` would rather take than those in `output`; None without any.
 
+    With `compared`, a checkpoint of an unfinished run counts in `output` only if every byte is as written.
     Only rank 0 calls it. Raises OptionsError if the target cannot be read or holds another run's checkpoints: a run that
     could continue must not begin anew.
     """
@@ -180,7 +188,7 @@ def newer_copies(name: str | None, resume: str, output: Path) -> Copies | None:
             f"--checkpoint-to {error}. The run may have checkpoints there, so --resume auto does not start at step 0"
         ) from error
     complete = filter(checkpoint.read_manifest, checkpoint.checkpoints(output))
-    here = [checkpoint.step_of(folder) for folder in complete]
+    here = sorted(map(checkpoint.step_of, complete), reverse=True)
     former = read_run_record(output) or {}
     started = here or former.get("status") == "finished" or "begun_from" in former
     if started and former.get("id") != record.get("id"):
@@ -188,7 +196,10 @@ def newer_copies(name: str | None, resume: str, output: Path) -> Copies | None:
             f"--checkpoint-to {name}: holds checkpoints of another run, started {record.get('started')}, "
             f"than {output}, started {former.get('started')}. Name a new folder"
         )
-    newer = sorted((step for step in found if step > max(here, default=-1)), reverse=True)
+    compared = compared and former.get("status") != "finished"
+    intact = (n for n in here if not compared or not checkpoint.problems_of(output / f"checkpoint-{n}"))
+    newest = next(intact, -1)
+    newer = sorted((step for step in found if step > newest), reverse=True)
     return Copies([found[step] for step in newer], record) if newer else None
 
 
@@ -250,14 +261,17 @@ def begin_attempt(target: Target, run: str, former: str = "") -> str:
     return own
 
 
-def check_attempt(target: Target, own: str) -> dict[str, int | None]:
-    """The files of the target. Raises SupersededError if a newer attempt has begun to write there, or LostTargetError."""
+def check_attempt(target: Target, own: str, run: str) -> dict[str, int | None]:
+    """The files of the target. Raises SupersededError if a newer attempt, of this `run` or another one, has begun to write
+    there, or LostTargetError.
+    """
     existing = list_files(target)
     newest = max(_attempts(existing), key=_order, default=own)
     if _order(newest) > _order(own):
-        raise SupersededError(
-            f"{target.name}: a newer attempt of this run writes its checkpoints there ({newest})"
-        )
+        with as_publish_error(f"{target.name}/{newest}: cannot be read"):
+            writer = json.loads(target.fs.cat_file(target.file(newest))).get("run")
+        whose = "a newer attempt of this run" if writer == run else "another run"
+        raise SupersededError(f"{target.name}: {whose} writes its checkpoints there ({newest})")
     if own not in existing:
         raise LostTargetError(f"{target.name}: {own}, the file of this attempt, is gone")
     return existing
@@ -300,7 +314,7 @@ def copy_checkpoint(
     missing = {n: d for n, d in (manifest["files"] | run_files).items() if copied.get(n) != d}
 
     def copy(name: str) -> None:
-        check_attempt(target, attempt)
+        check_attempt(target, attempt, run["id"])
         _make_parent(target, f"{place}/{name}")
         write_checked(target, f"{place}/{name}", sources[name], missing[name], on_block)
         copied[name] = missing[name]
@@ -315,7 +329,7 @@ def copy_checkpoint(
             raise
     written = manifest | {"run": run["id"], "run_files": run_files}
     content = json.dumps(checkpoint.sealed(written), indent=2).encode() + b"\n"
-    check_attempt(target, attempt)
+    check_attempt(target, attempt, run["id"])
     write_checked(target, f"{place}/{checkpoint.MANIFEST_FILE}", content, digest([content]), on_block)
     return written
 
