@@ -169,3 +169,54 @@ def test_an_interrupted_removal_leaves_no_complete_checkpoint(
     monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
     checkpoint.remove(folder)
     assert problems_of(folder) == ["it was not written to the end"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda entries: entries.pop("files"),
+        lambda entries: entries.pop("step"),
+        lambda entries: entries.pop("model"),
+        lambda entries: entries.pop("eval_loss"),
+        lambda entries: entries.update(files=[RANK_0]),
+        lambda entries: entries.update(files={RANK_0: 33}),
+        lambda entries: entries["files"][RANK_0].update(size="33"),
+        lambda entries: entries.update(model=MODEL),
+        lambda entries: entries.update(model=["unknown.safetensors"]),
+        lambda entries: entries.update(eval_loss="1.0"),
+    ],
+)
+def test_a_manifest_with_other_entries_counts_as_incomplete(
+    tmp_path: Path, change: Callable[[dict[str, Any]], Any]
+) -> None:
+    folder = make_checkpoint(tmp_path, 200)
+    manifest = read_manifest(folder)
+    change(manifest)
+    (folder / MANIFEST_FILE).write_text(json.dumps(checkpoint.sealed(manifest)))
+    assert problems_of(folder) == ["it was not written to the end"]
+    assert best(tmp_path) is None
+
+
+def test_a_manifest_of_too_many_brackets_counts_as_incomplete(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, 200)
+    (folder / MANIFEST_FILE).write_text("[" * 200_000)
+    assert problems_of(folder) == ["it was not written to the end"]
+
+
+def test_removal_copes_with_files_and_links_in_the_place_of_folders(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1").touch()
+    (tmp_path / "checkpoint-2").symlink_to(tmp_path / "nowhere")
+    elsewhere = make_checkpoint(tmp_path / "elsewhere", 3)
+    (tmp_path / "checkpoint-3").symlink_to(elsewhere)
+    (tmp_path / "checkpoint-4" / MANIFEST_FILE / "below").mkdir(parents=True)
+    for step in (1, 2, 3, 4, 5):
+        checkpoint.remove(tmp_path / f"checkpoint-{step}")
+    assert [path.name for path in tmp_path.iterdir()] == ["elsewhere"]
+    assert problems_of(elsewhere) == [], "what a link points to is kept"
+
+
+def test_rotation_removes_a_checkpoint_whose_manifest_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint-1" / MANIFEST_FILE).mkdir(parents=True)
+    newest = make_checkpoint(tmp_path, 2)
+    rotate(tmp_path, 1)
+    assert checkpoints(tmp_path) == [newest]

@@ -15,11 +15,13 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import re
 import shlex
 import shutil
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -134,10 +136,25 @@ def parse_manifest(content: bytes, step: int) -> dict[str, Any] | None:
     """The manifest of the checkpoint of this step from the bytes of its file; None if they are damaged."""
     try:
         manifest = json.loads(content)
-    except ValueError:
+        intact = isinstance(manifest, dict) and manifest.pop("sha256", None) == _checksum(manifest)
+    except (ValueError, RecursionError):
         return None
-    intact = isinstance(manifest, dict) and manifest.pop("sha256", None) == _checksum(manifest)
-    return manifest if intact and manifest["step"] == step else None
+    return manifest if intact and _has_entries(manifest, step) else None
+
+
+def _has_entries(manifest: dict[str, Any], step: int) -> bool:
+    """Whether every entry is there and of its type: another program may write a file of this name."""
+    model, files = manifest.get("model"), manifest.get("files")
+    return (
+        type(manifest.get("step")) is int
+        and manifest["step"] == step
+        and type(manifest.get("eval_loss", "")) in (float, int, type(None))
+        and isinstance(files, dict)
+        and all(isinstance(file, dict) and file.keys() == {"size", "sha256"} for file in files.values())
+        and all(type(file["size"]) is int and type(file["sha256"]) is str for file in files.values())
+        and isinstance(model, list)
+        and all(isinstance(name, str) and name in files for name in model)
+    )
 
 
 def problems_of(folder: Path, names: Iterable[str] | None = None) -> list[str]:
@@ -200,6 +217,18 @@ def rotate(output: Path, limit: int, is_in_use: Callable[[Path], bool] = lambda 
 
 
 def remove(folder: Path) -> None:
-    """Removes a checkpoint, the manifest first, so that a half-removed checkpoint never looks complete."""
-    (folder / MANIFEST_FILE).unlink(missing_ok=True)
+    """Removes a checkpoint, the manifest first, so that a half-removed checkpoint never looks complete.
+
+    Of a link only the link is removed. A file in the place of the folder is removed as well.
+    """
+    if stands_in_the_way(folder) or folder.is_symlink():
+        folder.unlink(missing_ok=True)
+        return
+    with suppress(IsADirectoryError):  # a folder of this name never counts as a manifest
+        (folder / MANIFEST_FILE).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def stands_in_the_way(folder: Path) -> bool:
+    """Whether something other than a folder has the name of this checkpoint."""
+    return os.path.lexists(folder) and not folder.is_dir()

@@ -20,7 +20,7 @@ def write_run_record(folder: Path, record: dict[str, Any]) -> None:
 
 def read_run_record(folder: Path) -> dict[str, Any] | None:
     """The record of a run in any state; None if it is missing or unreadable."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, RecursionError):
         record = json.loads((folder / RUN_FILE).read_text())
         if isinstance(record, dict) and isinstance(record.get("options"), dict) and "status" in record:
             return record
@@ -36,7 +36,7 @@ def finished_run(folder: Path) -> dict[str, Any]:
             f"{folder}: there is no {RUN_FILE}, so no run wrote its model here. "
             "Name a run's --local-output-dir, or a copy of it"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UnfinishedRunError(
             f"{folder / RUN_FILE}: cannot be read ({error}). Copy or train the model again"
         ) from error
