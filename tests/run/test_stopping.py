@@ -361,6 +361,23 @@ def test_a_checkpoint_that_would_not_fit_is_not_started(
     assert not any(map(checkpoint.problems_of, checkpoint.checkpoints(output)))
 
 
+def test_a_file_with_the_name_of_a_checkpoint_is_kept_and_reported(
+    begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write_notes(*_: Any) -> None:  # during the save of step 2
+        (output / "checkpoint-4").write_text("notes")
+
+    monkeypatch.setattr(saving, "_lack_of_space", write_notes)
+    with pytest.raises(TrainingError) as error:
+        begin()
+    assert re.match(
+        r"step 4: .*checkpoint-4 is not a folder, .*\. Move it away\. checkpoint-2 is complete",
+        str(error.value),
+    )
+    assert not error.value.alone, "all ranks raise it"
+    assert (output / "checkpoint-4").read_text() == "notes"
+
+
 @pytest.mark.parametrize("name", ["write_json", "digests", "write_manifest"])
 def test_a_disk_that_fills_up_at_the_end_of_a_save_is_reported(
     begin: Begin, output: Path, monkeypatch: pytest.MonkeyPatch, name: str

@@ -62,9 +62,11 @@ def save_checkpoint(trainer: Any, write_files: Callable[[], None]) -> None:
     finish(trainer)
     main = trainer.is_world_process_zero()
     begin = time.monotonic()
-    if main:
+    problem = _name_taken(folder, step) if main else None
+    if main and problem is None:
         checkpoint.remove(folder)  # left by a killed save
-    raise_together(_lack_of_space(trainer, output) if main else None)
+        problem = _lack_of_space(trainer, output)
+    raise_together(problem)
     trainer.save = Save(folder, step, copy.copy(trainer.state))
     if main and trainer.guard.stopped:
         print_line(_stopping(trainer, output, step))
@@ -227,6 +229,16 @@ def _stopping(trainer: Any, output: Path, step: int) -> str:
     return (
         f"{message}, and launchers kill a run {STOP_SECONDS:.0f} s after the signal. {kept} {lost:,} "
         f"step{'s' * (lost != 1)} would be lost, {duration(lost * trainer.seconds() / step)} of training"
+    )
+
+
+def _name_taken(folder: Path, step: int) -> str | None:
+    """Why the folder of a checkpoint cannot be created, or None."""
+    if not checkpoint.stands_in_the_way(folder):
+        return None
+    return (
+        f"step {step}: {folder} is not a folder, but this checkpoint needs one of that name. Move it away. "
+        f"{older_checkpoint(folder.parent)}"
     )
 
 
