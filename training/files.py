@@ -47,10 +47,10 @@ def write_json(file: Path, content: Any) -> None:
 
 
 @contextlib.contextmanager
-def write_folder(target: Path, is_complete: Callable[[Path], Any] = Path.is_dir) -> Iterator[Path]:
+def write_folder(target: Path, is_complete: Callable[[Path], Any]) -> Iterator[Path]:
     """Yields an empty folder to fill, and renames it to `target` at the end, so that no reader sees a partial folder.
 
-    If another process has created `target` meanwhile, it is kept if it `is_complete`. Raises OSError.
+    `target` lies in a cache: if it exists by then, it is kept if it `is_complete`, and else replaced. Raises OSError.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f"{target.name}{PARTIAL}-", dir=target.parent))
@@ -62,6 +62,31 @@ def write_folder(target: Path, is_complete: Callable[[Path], Any] = Path.is_dir)
             if not is_complete(target):
                 shutil.rmtree(target)
                 os.replace(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def fill_folder(target: Path, last: str) -> Iterator[Path]:
+    """Yields an empty folder to fill, and moves what it holds to `target` at the end, the file `last` after all others.
+
+    `target` is new or empty. Raises OSError; if another process has written to `target` meanwhile, its errno is
+    ENOTEMPTY, and nothing of `target` is changed.
+    """
+    # An empty folder is filled where it is: it may be a mount point, or the current folder of a shell.
+    exists = target.is_dir()
+    parent = target if exists else target.parent
+    parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f"{target.name}{PARTIAL}-", dir=parent))
+    try:
+        yield partial
+        if not exists:
+            os.replace(partial, target)
+            return
+        if list(target.iterdir()) != [partial]:
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(target))
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == last):
+            os.replace(file, target / file.name)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from click.testing import CliRunner
+from safetensors import SafetensorError
 
-from tests.storage.test_checkpoint import flip
+from tests.storage.test_checkpoint import flip, make_checkpoint
 from training import export as command
 from training.errors import ModelError, UnfinishedRunError
+from training.files import fill_folder
 from training.model.generation import generate_response, load_model_tokenizer_for_generate
 from training.model.loading import load_config
 from training.options.trainer_options import TrainingOptions
@@ -196,3 +200,163 @@ def test_a_checkpoint_of_shards_is_not_taken_for_a_model(stopped: Path) -> None:
             ModelError, match=r"it is a checkpoint, .* python -m training.export --checkpoint"
         ):
             load(str(folder))
+
+
+# --- targets and damaged runs; the weights are not the point here ------------------------------------
+
+
+@pytest.fixture
+def plain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A complete checkpoint of small files, whose model is written and verified without torch."""
+    folder = make_checkpoint(tmp_path / "run", 15)
+    monkeypatch.setattr(exporting, "verify_model", lambda *_: None)
+    return folder
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_empty_folder_is_filled_where_it_is(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mount point and the current folder of a shell cannot be replaced by another folder."""
+    empty = [tmp_path / "mounted", tmp_path / "linked", tmp_path / "current"]
+    for folder in empty:
+        folder.mkdir()
+    inodes = [folder.stat().st_ino for folder in empty]
+    (tmp_path / "link").symlink_to(empty[1])
+    monkeypatch.chdir(empty[2])
+    for target in (empty[0], tmp_path / "link", Path(".")):
+        code, output = export(plain, target)
+        assert code == 0, output
+    assert [names_in(folder) for folder in empty] == [["model.safetensors"]] * 3
+    assert [folder.stat().st_ino for folder in empty] == inodes
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_target_that_was_filled_meanwhile_is_kept_and_reported(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exists: bool
+) -> None:
+    target = tmp_path / "model"
+    if exists:
+        target.mkdir()
+
+    def fill(*_: object) -> None:
+        target.mkdir(exist_ok=True)
+        (target / "notes.txt").write_text("theirs")
+
+    monkeypatch.setattr(exporting, "verify_model", fill)
+    code, output = export(plain, target)
+    assert code == 2, output
+    assert "something else was written there meanwhile, and is kept. Name a new folder" in output
+    assert names_in(target) == ["notes.txt"]
+    assert (target / "notes.txt").read_text() == "theirs"
+    assert names_in(tmp_path) == ["model", "run"]
+
+
+def test_the_last_file_is_moved_after_all_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    moved: list[str] = []
+    real = os.replace
+    monkeypatch.setattr(os, "replace", lambda file, to: (moved.append(Path(to).name), real(file, to)))
+    with fill_folder(tmp_path, last="b") as partial:
+        for name in "bac":
+            (partial / name).touch()
+    assert moved[-1] == "b"
+    assert names_in(tmp_path) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("ledger.json", "{"),
+        ("run.json", '{"options": {}, "status": "running"}'),
+        ("metrics.jsonl", '{"step": 2, "blocked_seconds": 0.1}\n'),
+    ],
+)
+def test_a_damaged_run_costs_the_card_but_not_the_model(
+    tmp_path: Path, plain: Path, caplog: pytest.LogCaptureFixture, name: str, content: str
+) -> None:
+    run = plain.parent
+    losses = {"log_history": [{"step": 0, "eval_loss": 2.0}]}
+    (plain / "trainer_state.json").write_text(json.dumps(losses))
+    progress = {"loss_total": 1.0, "loss_sums": [1.0], "seconds": 1.0, "batching": "packed"}
+    (plain / "progress.json").write_text(json.dumps(progress))
+    checkpoint.write_manifest(
+        plain, 1.0, ["model.safetensors"], checkpoint.digests(plain, checkpoint.files_of(plain))
+    )
+    options = {"input_model": "demo", "training_dataset": "demo"}
+    record = {"options": options, "status": "running", "world_size": 1, "precision": "bf16"}
+    (run / "run.json").write_text(json.dumps(record))
+    (run / "ledger.json").write_text(json.dumps({"source": "demo", "max_length": 8}))
+    code, output = export(plain, tmp_path / "whole")
+    assert code == 0, output
+    assert "run.json" in names_in(tmp_path / "whole"), "the card is written if nothing is damaged"
+    (run / name).write_text(content)
+    code, output = export(plain, tmp_path / "model")
+    assert code == 0, output
+    assert f"the files of the run in {run} cannot be used (" in caplog.text
+    assert names_in(tmp_path / "model") == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("function", ["digests", "files_of", "copy_files"])
+def test_a_checkpoint_that_its_run_removes_meanwhile_is_reported_with_another_one(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str
+) -> None:
+    newer = make_checkpoint(plain.parent, 20)
+    module = exporting if function == "copy_files" else checkpoint
+    real = getattr(module, function)
+
+    def removed_first(*args: object, **kwargs: object) -> object:
+        checkpoint.remove(plain)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, function, removed_first)
+    code, output = export(plain, tmp_path / "model")
+    assert code == 2, output
+    assert f"it was removed meanwhile. Type --checkpoint {newer}, the newest" in re.sub(r"\s+", " ", output)
+    assert not (tmp_path / "model").exists()
+
+
+def test_only_a_full_disk_asks_for_room(plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for error, room in (
+        (OSError(errno.EIO, "Input/output error"), False),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (SafetensorError("I/O error: No space left on device (os error 28)"), True),
+    ):
+        monkeypatch.setattr(exporting, "verify_model", Mock(side_effect=error))
+        code, output = export(plain, tmp_path / "model")
+        assert code == 2, output
+        assert ("Make room" in output) is room, output
+
+
+@pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-15/model", "checkpoint-16/model", "copy/model"])
+def test_a_target_that_a_run_would_remove_is_refused(plain: Path, name: str) -> None:
+    run = plain.parent
+    (run / "copy").mkdir()
+    (run / "copy" / "manifest.json").touch()
+    code, output = export(plain, run / name)
+    assert code == 2, output
+    removed = run / name.removesuffix("/model")
+    assert f"a run may remove {removed} as its checkpoint. Name a folder outside of it" in output
+    assert names_in(run) == ["checkpoint-15", "copy"]
+
+
+def test_only_the_folder_that_is_wrong_is_reported(tmp_path: Path) -> None:
+    code, output = export(tmp_path, tmp_path / "x")
+    assert code == 2
+    assert "is not a checkpoint" in output
+    assert "--to" not in output
+
+
+def test_an_unusable_model_is_reported_by_the_name_that_was_typed(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, *_: object) -> None:
+        raise ModelError(f"{folder} is not a usable model:\n  - wte holds NaN")
+
+    monkeypatch.setattr(exporting, "verify_model", refuse)
+    code, output = export(plain, tmp_path / "model")
+    assert code == 2
+    assert f"{tmp_path / 'model'} is not a usable model" in output
+    assert ".partial" not in output

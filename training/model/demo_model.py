@@ -74,6 +74,10 @@ def _train_bpe(rows: list[Row]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     return model["vocab"], [tuple(pair) for pair in model["merges"]]
 
 
+def _is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
+
+
 def model_folder(name: str) -> str:
     """The name of a model on the Hub, or the path of a folder; for "demo" that of the demo model, created on first use.
 
@@ -84,9 +88,9 @@ def model_folder(name: str) -> str:
             raise ModelError(f"{name}: {problem}")
         return expanded(name)
     target = Path(HF_HOME) / "dolly" / f"demo-{fingerprint(*SOURCES, transformers_version)}"
-    if not target.is_dir():
+    if not _is_model(target):
         try:
-            with write_folder(target) as folder:
+            with write_folder(target, is_complete=_is_model) as folder:
                 save_demo_model(folder)
         except (OSError, SafetensorError) as error:  # safetensors raises its own error on a full disk
             raise ModelError(

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -14,7 +17,7 @@ from safetensors import SafetensorError
 from training.consts import LEDGER_FILE, RUN_FILE
 from training.data.ledger import Ledger
 from training.errors import ModelError, OptionsError, first_line
-from training.files import free_bytes, size_in_words, writable, write_folder
+from training.files import fill_folder, free_bytes, size_in_words, writable
 from training.model.stored_weights import stored_weights
 from training.model.verify import verify_model
 from training.model.weight_files import empty_model, plan_files, write_files
@@ -34,27 +37,67 @@ def export(folder: Path, target: Path, trust_remote_code: bool = False) -> None:
     that is no complete checkpoint and for an unusable target, ModelError if the model cannot be made.
     """
     folder = folder.resolve()
-    if problems := [*checkpoint_problems(folder), *target_problems(target, folder)]:
+    if problems := [*checkpoint_problems(folder), *target_problems(target)]:
         raise OptionsError(*problems)
-    manifest = checkpoint.read_manifest(folder)
-    assert manifest is not None
-    size = sum(file["size"] for file in manifest["files"].values())
-    logger.info("comparing %s of %s with their checksums", size_in_words(size), folder)
-    if problems := checkpoint.problems_of(folder):
+    target = target.resolve()
+    manifest = _compared(folder)
+    try:
+        with fill_folder(target, last=RUN_FILE) as partial:
+            weights = _write_weights(folder, manifest, partial, target, trust_remote_code)
+            logger.info("verifying the model")
+            _verify(partial, target, trust_remote_code)
+            _describe(folder, partial, target, weights)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        if checkpoint.read_manifest(folder) is None:
+            raise OptionsError(_removed(folder)) from error
+        if isinstance(error, ModelError):
+            raise
+        raise ModelError(_not_written(target, error)) from error
+    logger.info("the model of %s is in %s", folder, target)
+
+
+def _compared(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint whose files match it. Raises OptionsError. A run may remove them meanwhile."""
+    manifest, problems = checkpoint.read_manifest(folder), []
+    if manifest is not None:
+        size = sum(file["size"] for file in manifest["files"].values())
+        logger.info("comparing %s of %s with their checksums", size_in_words(size), folder)
+        try:
+            problems = checkpoint.problems_of(folder)
+        except OSError as error:
+            problems = [f"it cannot be read ({first_line(error)})"]
+    if manifest is None or checkpoint.read_manifest(folder) is None:
+        raise OptionsError(_removed(folder))
+    if problems:
         raise OptionsError(
             f"--checkpoint {folder}: {problems[0]}. {_other_checkpoint(folder.parent, folder)}"
         )
+    return manifest
+
+
+def _removed(folder: Path) -> str:
+    return f"--checkpoint {folder}: it was removed meanwhile. {_other_checkpoint(folder.parent, folder)}"
+
+
+def _verify(partial: Path, target: Path, trust_remote_code: bool) -> None:
+    """Raises ModelError with the name that the model was to have."""
     try:
-        with write_folder(target) as partial:
-            weights = _write_weights(folder, manifest, partial, target, trust_remote_code)
-            logger.info("verifying the model")
-            verify_model(partial, trust_remote_code)
-            _describe(folder, partial, target, weights)
-    except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{target}: the model could not be written ({first_line(error)}). Make room"
-        ) from error
-    logger.info("the model of %s is in %s", folder, target)
+        verify_model(partial, trust_remote_code)
+    except ModelError as error:
+        raise ModelError(str(error).replace(str(partial), str(target))) from error
+
+
+def _not_written(target: Path, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+        return f"{target}: something else was written there meanwhile, and is kept. Name a new folder"
+    room = ". Make room" if _is_full(error) else ""
+    return f"{target}: the model could not be written ({first_line(error)}){room}"
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether the disk or a quota is full. safetensors tells it in words."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"os error {code}" in str(error) for code in full)
 
 
 def checkpoint_problems(folder: Path) -> list[str]:
@@ -76,15 +119,18 @@ def _other_checkpoint(output: Path, refused: Path) -> str:
     return f"Type --checkpoint {shlex.quote(str(newest))}, the newest complete checkpoint there"
 
 
-def target_problems(target: Path, folder: Path) -> list[str]:
+def target_problems(target: Path) -> list[str]:
     """Why the model cannot be written to `target`."""
     typed = f"--to {target}"
     if target.exists() and not target.is_dir():
         return [f"{typed}: is a file. Name a new folder"]
     if target.is_dir() and any(target.iterdir()):
         return [f"{typed}: is not empty. Name a new folder"]
-    if folder in (resolved := target.resolve()).parents or folder == resolved:
-        return [f"{typed}: lies in the checkpoint. Name a folder outside of it"]
+    resolved = target.resolve()
+    for folder in (resolved, *resolved.parents):
+        named = re.fullmatch(r"checkpoint-\d+", folder.name)
+        if named or os.path.isfile(folder / checkpoint.MANIFEST_FILE):  # unlike Path.is_file, it never raises
+            return [f"{typed}: a run may remove {folder} as its checkpoint. Name a folder outside of it"]
     if not writable(target):
         return [f"{typed}: cannot be written. Name a folder of your own"]
     return []
@@ -133,8 +179,18 @@ def _describe(folder: Path, partial: Path, target: Path, weights: dict[str, Any]
     if record is None or not ledger.is_file():
         logger.warning("%s has no record of the run: the model has no card and no run.json", run)
         return
-    record |= outcome(folder, folder) | {"weights": weights, "exported_from": str(folder)}
+    try:
+        record |= outcome(folder, folder) | {"weights": weights, "exported_from": str(folder)}
+        write_model_card(partial, record, Ledger(**json.loads(ledger.read_text())), name=target.name)
+    except Exception as error:  # of many types: these files may be damaged, or of another version
+        if _is_full(error):
+            raise
+        logger.warning(
+            "the files of the run in %s cannot be used (%s): the model has no card and no run.json",
+            run,
+            first_line(error),
+        )
+        return
     shutil.copyfile(folder / "trainer_state.json", partial / "trainer_state.json")
     shutil.copyfile(ledger, partial / LEDGER_FILE)
-    write_model_card(partial, record, Ledger(**json.loads(ledger.read_text())), name=target.name)
     write_run_record(partial, record)
