@@ -18,6 +18,7 @@ import pytest
 from tests.notebook.test_notebook import NOTEBOOK, ROOT, TIMEOUT, cell_with, code_cells, command, outputs
 from training.consts import METRICS_FILE, SAMPLE_INSTRUCTIONS
 from training.model.generation import generate_response, load_model_tokenizer_for_generate
+from training.storage.checkpoint import checkpoints
 from training.storage.metrics import read
 from training.storage.record import read_run_record
 
@@ -161,7 +162,7 @@ def test_a_stopped_notebook_run_continues_by_its_name(tmp_path: Path) -> None:
     assert run.end() == 1
     assert "Stopped. To continue" in run.printed
     assert f"type {run.name} into the widget resume" in run.printed
-    (stopped,) = (run.root / run.name).glob("checkpoint-*")
+    stopped = checkpoints(run.root / run.name)[-1]
     assert 20 <= int(stopped.name.split("-")[1]) < 36
     name = run.name
     again = Run(tmp_path, epochs="0.4", resume=name)

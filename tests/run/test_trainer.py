@@ -312,7 +312,9 @@ def test_thirty_packed_and_thirty_padded_steps_have_the_same_losses(tmp_path):
     losses = {}
     for batching in ("packed", "padded"):
         folder = tmp_path / batching
-        train_demo(folder, max_steps=30, lr=1e-3, gradient_accumulation_steps=2, batching=batching)
+        train_demo(
+            folder, max_steps=30, save_steps=30, lr=1e-3, gradient_accumulation_steps=2, batching=batching
+        )
         losses[batching] = logged(folder, "loss") + logged(folder, "eval_loss")
         assert logged(folder, "real_token_share")[0] == 1.0 or batching == "padded"
     assert len(losses["packed"]) == 32
