@@ -25,6 +25,7 @@ for _name in ("HF_DATASETS_CACHE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERA
     os.environ.pop(_name, None)
 
 import pytest  # noqa: E402
+import setuptools  # noqa: E402, F401  (before a library imports Python's distutils, which it would refuse to replace)
 import torch  # noqa: E402
 from tokenizers import ByteLevelBPETokenizer  # noqa: E402
 from transformers import (  # noqa: E402
