@@ -104,10 +104,8 @@ def _status(output: Path | None) -> str | None:
 
 def _newest_step(output: Path | None) -> int | None:
     """Step of the newest complete checkpoint."""
-    if output is None:
-        return None
-    complete = [folder for folder in checkpoint.checkpoints(output) if checkpoint.read_manifest(folder)]
-    return checkpoint.step_of(complete[-1]) if complete else None
+    newest = checkpoint.newest_complete(output) if output else None
+    return checkpoint.step_of(newest) if newest else None
 
 
 def _command_that_continues(command: Sequence[str], output: Path | None) -> list[str]:

@@ -21,9 +21,8 @@ from training.storage.target import Target
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 300.0  # seconds before a failed copy is tried again; each pause doubles
-STOP_SECONDS = (
-    10.0  # wait for a copy after a signal: launchers kill 30 s after it, and the run has saved before
-)
+# Wait for a copy after a signal: launchers kill 30 s after it, and the run has saved before.
+STOP_SECONDS = 10.0
 STALLED_SECONDS = 300.0  # without a byte, the end of a run no longer waits
 
 
@@ -50,10 +49,8 @@ class Mirror:
         self._attempt = ""
         self._copies: dict[int, dict[str, Any]] = {}  # manifests at the target, by step
         self._given_up: list[dict[str, Any]] = []  # manifests of checkpoints that cannot be read
-        self._partial: tuple[dict[str, Any] | None, dict[str, Any]] = (
-            None,
-            {},
-        )  # files of a copy, those written so far
+        # Files of a copy, and those written so far.
+        self._partial: tuple[dict[str, Any] | None, dict[str, Any]] = (None, {})
         self._wake, self._closing = threading.Event(), threading.Event()
         self._moved = time.monotonic()
         self._problem = ""

@@ -208,9 +208,8 @@ def own_share(model: torch.nn.Module, rank: int, ranks: int) -> dict[str, torch.
     share = {}
     for number, (name, tensor) in enumerate(model.state_dict(keep_vars=True).items()):
         if hasattr(tensor, "ds_tensor"):
-            begin = (
-                rank * tensor.ds_tensor.ds_numel
-            )  # the last partitions may end in padding, which is never written
+            # The last partitions may end in padding, which is never written.
+            begin = rank * tensor.ds_tensor.ds_numel
             share[name] = tensor.ds_tensor.flatten()[: max(0, tensor.ds_numel - begin)]
         elif number % ranks == rank:
             share[name] = tensor
@@ -223,9 +222,9 @@ def _stopping(trainer: Any, output: Path, step: int) -> str:
     message = f"stopped at step {step:,}: saving takes about {expected:.0f} s"
     if expected <= STOP_SECONDS:
         return message
-    complete = [folder for folder in checkpoint.checkpoints(output) if checkpoint.read_manifest(folder)]
-    lost = step - (checkpoint.step_of(complete[-1]) if complete else 0)
-    kept = f"{complete[-1].name} is complete, so" if complete else "no checkpoint is complete, so"
+    newest = checkpoint.newest_complete(output)
+    lost = step - (checkpoint.step_of(newest) if newest else 0)
+    kept = f"{newest.name} is complete, so" if newest else "no checkpoint is complete, so"
     return (
         f"{message}, and launchers kill a run {STOP_SECONDS:.0f} s after the signal. {kept} {lost:,} "
         f"step{'s' * (lost != 1)} would be lost, {duration(lost * trainer.seconds() / step)} of training"
@@ -274,9 +273,9 @@ def _not_written(folder: Path, step: int, reason: str, room: bool = True) -> str
 
 def older_checkpoint(output: str | Path) -> str:
     """The part of a message that names the checkpoint to resume from."""
-    complete = [folder for folder in checkpoint.checkpoints(Path(output)) if checkpoint.read_manifest(folder)]
-    if not complete:
+    newest = checkpoint.newest_complete(Path(output))
+    if newest is None:
         return (
             "No checkpoint has been written yet: type the same command with --resume auto to start at step 0"
         )
-    return f"{complete[-1].name} is complete: type the same command with --resume auto to continue from it"
+    return f"{newest.name} is complete: type the same command with --resume auto to continue from it"
