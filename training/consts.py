@@ -10,7 +10,10 @@ DEFAULT_INPUT_MODEL = "EleutherAI/gpt-j-6B"
 DEFAULT_TRAINING_DATASET = "tatsu-lab/alpaca"
 DEFAULT_SEED = 42
 DEFAULT_TEST_SIZE = 1000  # rows held out
-DEFAULT_LEARNING_RATE = 1e-5
+LEARNING_RATES = {
+    "full": 1e-5,
+    "lora": 2e-4,
+}  # defaults by method; adapters start at zero and take larger steps
 SAMPLE_TOKENS = 128  # longest sample answer during training, in tokens
 WEIGHTS = ".safetensors"  # suffix of weight files
 RUN_FILE = "run.json"  # the record of a run, in its output folder

@@ -52,7 +52,7 @@ def test_the_defaults_are_those_of_dolly(tmp_path: Path, parsed_options: list[Tr
     assert parsed == TrainingOptions(local_output_dir=str(tmp_path / "out"))
     assert parsed.input_model == "EleutherAI/gpt-j-6B"
     assert parsed.training_dataset == "tatsu-lab/alpaca"
-    assert (parsed.epochs, parsed.lr, parsed.seed, parsed.test_size) == (3, 1e-5, 42, None)
+    assert (parsed.epochs, parsed.lr, parsed.seed, parsed.test_size) == (3, None, 42, None)
     assert (parsed.per_device_train_batch_size, parsed.per_device_eval_batch_size) == (8, 8)
     assert (parsed.lr_scheduler_type, parsed.warmup_steps, parsed.weight_decay) == ("constant", 0, 0)
     assert (parsed.logging_steps, parsed.eval_steps) == (10, 100)
@@ -72,7 +72,7 @@ def test_dollys_command_line_is_accepted(tmp_path: Path, parsed_options: list[Tr
     assert parsed_options == [
         TrainingOptions(
             local_output_dir=str(tmp_path / "out"), dbfs_output_dir=str(tmp_path / "dbfs"), deepspeed=BF16_JSON,
-            epochs=1.0, seed=7, gradient_checkpointing="off", bf16=True, local_rank=3,
+            epochs=1.0, lr=1e-5, seed=7, gradient_checkpointing="off", bf16=True, local_rank=3,
         )
     ]  # fmt: skip
 
@@ -88,7 +88,7 @@ def test_the_launchers_spellings_are_accepted(tmp_path: Path, parsed_options: li
     assert parsed.deepspeed_json == BF16_JSON
 
 
-GROUPS = ["Model and data", "Training", "Precision and devices", "Output"]
+GROUPS = ["Model and data", "Training", "Adapters (LoRA)", "Precision and devices", "Output"]
 
 
 def test_every_field_is_an_option_with_a_group_and_a_help_text() -> None:

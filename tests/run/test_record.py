@@ -86,6 +86,8 @@ def test_the_number_of_held_out_rows_comes_from_the_run_that_is_continued(tmp_pa
             {"lr_scheduler_type": "constant_with_warmup", "warmup_steps": 9},
             ["--lr-scheduler-type was constant, but is now constant_with_warmup", "--warmup-steps was 0, but is now 9"],
         ),
+        ({"lora": 16}, ["--lr was 1e-05, but is now 0.0002", "--lora was 0, but is now 16",
+                        "--lora-alpha was None, but is now 32.0"]),
         ({"bf16": None, "fp16": True}, ["the precision was bf16, but is now fp16"]),
         ({"rows": "other"}, ["the rows differ: another --training-dataset or part of it, --test-size, --max-length or "
                              "--keep-truncated, another prompt (training/data/prompt.py), or the file has changed "
@@ -130,6 +132,15 @@ def test_other_rows_of_a_run_of_an_earlier_version_are_explained() -> None:
         "also trained on blank inputs and instructions, and gave tokenizers such as Llama's other ids: "
         "finish the run with it, or start a new one" in difference
     )
+
+
+def test_a_run_that_began_before_adapters_existed_still_resumes() -> None:
+    former = record_of()
+    for name in ("lora", "lora_alpha", "lora_dropout", "lora_targets", "quantize"):
+        del former["options"][name]
+    assert former["options"]["lr"] == 1e-5
+    assert differences(former, record_of()) == []
+    assert "--lora was 0, but is now 8" in differences(former, record_of(lora=8))
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])

@@ -15,7 +15,7 @@ import sysconfig
 from pathlib import Path
 
 from training.consts import CONFIG
-from training.errors import pip_install
+from training.errors import install_extra, pip_install
 
 # Training uses internals of these packages, or its results depend on them, so their versions must match the pins.
 EXACT = ("torch", "transformers", "accelerate", "deepspeed")
@@ -71,6 +71,17 @@ def installed_version(package: str) -> str | None:
         return importlib.metadata.version(package).split("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def lora_package_problems(lora: bool, quantize: bool) -> list[str]:
+    """Packages that --lora and --quantize need and that are not installed."""
+    needed = {"--lora": "peft"} if lora else {}
+    needed |= {"--quantize": "bitsandbytes"} if quantize else {}
+    return [
+        f"{flag} needs the package {package}, which is not installed. Type {install_extra('lora')}"
+        for flag, package in needed.items()
+        if installed_version(package) is None
+    ]
 
 
 def _pins_of_installed_wheel() -> dict[str, str]:

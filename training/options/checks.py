@@ -22,6 +22,7 @@ from training.options.trainer_options import (
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # S3 accepts no more in one request, and some of MLflow's upload paths do not split files.
 LARGEST_REGISTRY_FILE = 5 * 2**30
+MAX_LORA_RANK = 1024
 
 
 def option_problems(options: TrainingOptions) -> list[str]:
@@ -57,7 +58,7 @@ def option_problems(options: TrainingOptions) -> list[str]:
         problems.append(
             f"--max-shard-size {options.max_shard_size}: MLflow's stores accept files of at most 5GB. Type --max-shard-size 5GB"
         )
-    problems += _save_problems(options)
+    problems += _save_problems(options) + lora_problems(options)
     if options.sample_every is not None and options.sample_every.strip():
         if options.sample_prompts is None:
             problems.append(
@@ -90,6 +91,38 @@ def _save_problems(options: TrainingOptions) -> list[str]:
         typed_save_seconds(options)
     except OptionsError as error:
         problems += error.problems
+    return problems
+
+
+def lora_problems(options: TrainingOptions) -> list[str]:
+    """Problems of --lora and of the options that need it. Whether the targets exist depends on the model."""
+    problems = []
+    if options.lora > MAX_LORA_RANK:
+        problems.append(
+            f"--lora {options.lora}: expected 0 to {MAX_LORA_RANK}; most adapters have rank 8 to 64. Type --lora 16"
+        )
+    if options.lora_targets.strip() and not all(name.strip() for name in options.lora_targets.split(",")):
+        problems.append(
+            f"--lora-targets {options.lora_targets}: expected all, or names of layers separated by commas, such as "
+            "q_proj,v_proj. Leave it out for all linear layers"
+        )
+    if not options.lora:
+        for name in ("lora_alpha", "lora_dropout", "lora_targets"):
+            value = getattr(options, name)
+            if value != getattr(TrainingOptions, name):
+                problems.append(
+                    f"{flag_of(name)} {value}: has no effect without --lora. Add --lora 16, or leave it out"
+                )
+        if options.quantize:
+            problems.append(
+                f"--quantize {options.quantize}: weights in 4 bits cannot be trained, only adapters on them. "
+                "Add --lora 16, or leave it out"
+            )
+    if options.quantize and options.deepspeed_json:
+        problems.append(
+            f"--quantize {options.quantize}: DeepSpeed cannot train on weights in 4 bits. Leave out --deepspeed "
+            f"{options.deepspeed_json} and type python -m training.trainer ..., on one GPU; or leave out --quantize"
+        )
     return problems
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from training.options.deepspeed import enabled, offloads
 from training.options.deepspeed_keys import key_problems
+from training.options.settings import learning_rate
 from training.options.trainer_options import TrainingOptions
 
 
@@ -35,6 +36,16 @@ def launch_problems(options: TrainingOptions) -> list[str]:
                 "ACCELERATE_USE_CPU is set, which silently disables DeepSpeed. Type unset ACCELERATE_USE_CPU"
             )
     return problems
+
+
+def quantize_problems(options: TrainingOptions, ranks: int) -> list[str]:
+    """A problem if several ranks would train on weights in 4 bits, which only one device can. DeepSpeed is refused elsewhere."""
+    if not options.quantize or ranks == 1 or options.deepspeed_json:
+        return []
+    return [
+        f"--quantize {options.quantize}: weights in 4 bits are trained on by one rank, and {ranks} were started. "
+        "Type CUDA_VISIBLE_DEVICES=0 python -m training.trainer ..., or leave out --quantize"
+    ]
 
 
 def file_problems(options: TrainingOptions, config: Mapping[str, Any], ranks: int) -> list[str]:
@@ -115,7 +126,7 @@ def _value_problems(
         (config, "gradient_accumulation_steps", "--gradient-accumulation-steps", accumulation, 1),
         (config, "train_batch_size", "the product with all ranks", rows * accumulation * ranks, "auto"),
         (config, "gradient_clipping", "the recipe's", 1.0, 0.0),
-        (parameters, "lr", "--lr", options.lr, 1e-3),
+        (parameters, "lr", "--lr", learning_rate(options), 1e-3),
         (parameters, "weight_decay", "--weight-decay", options.weight_decay, 0.0),
         (parameters, "betas", "the recipe's", [0.9, 0.999], "auto"),
         (parameters, "eps", "the recipe's", 1e-8, "auto"),

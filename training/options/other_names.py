@@ -26,6 +26,9 @@ SAME = {
     "--lr-scheduler-type": "lr-scheduler scheduler lr-schedule lr-decay-style",
     "--warmup-steps": "num-warmup-steps lr-warmup-steps lr-warmup-iters warmup-iters",
     "--weight-decay": "wd",
+    "--lora": "lora-r lora-rank adapter-rank r",
+    "--lora-targets": "lora-target lora-target-modules target-modules lora-modules",
+    "--quantize": "quantization quantization-type bnb-4bit-quant-type",
     "--per-device-train-batch-size": "per-device-batch-size batch-size train-batch-size micro-batch-size "
     "train-micro-batch-size-per-gpu per-gpu-train-batch-size micro-train-batch-size",
     "--per-device-eval-batch-size": "eval-batch-size per-gpu-eval-batch-size",
@@ -65,9 +68,9 @@ OTHERWISE = {
     "Leave it out: the optimizer is AdamW with betas 0.9 and 0.999 and eps 1e-8": "optim optimizer optim-args adam-beta1 "
     "adam-beta2 adam-epsilon optim-target-modules",
     "Leave it out: gradients are clipped at a norm of 1.0": "max-grad-norm gradient-clipping clip-grad grad-clip",
-    "Leave it out: every weight is trained, without adapters": "use-peft use-lora lora-r lora-alpha lora-dropout lora-rank "
-    "lora-target lora-target-modules finetuning-type adapter",
-    "Leave it out: the base model is loaded in the precision of the run": "load-in-4bit load-in-8bit quantization-bit",
+    "Type --lora 16 to train adapters, or leave it out to train every weight": "use-peft use-lora finetuning-type adapter",
+    "Type --lora 16 --quantize nf4 to train adapters on a base model in 4 bits": "load-in-4bit load-in-8bit quantization-bit "
+    "use-qlora qlora use-bnb-nested-quant",
     "Type --deepspeed config/ds_z3_bf16_config.json": "fsdp fsdp-config fsdp-transformer-layer-cls-to-wrap",
     "Type deepspeed --num_gpus N --module training.trainer ...": "num-gpus num-processes nproc-per-node n-gpu",
     "Leave it out: a run writes into a new folder only. --resume auto continues one": "overwrite-output-dir",

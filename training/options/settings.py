@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from training.consts import LEARNING_RATES
 from training.files import local_path
 from training.options.deepspeed import Zero, enabled, read_json, read_zero
-from training.options.trainer_options import SECONDS_BETWEEN_SAVES, TrainingOptions, fixed_save_steps
+from training.options.trainer_options import (
+    SECONDS_BETWEEN_SAVES,
+    TrainingOptions,
+    fixed_save_steps,
+)
 
 Batching = Literal["packed", "padded", "length"]
 
@@ -19,7 +24,8 @@ class Settings:
     """Resolved settings of one run, made by `resolve`, used by the plan and by training.
 
     Attributes:
-        options: as the user typed them; once the rows are read, `test_size` is the number of held-out rows.
+        options: as the user typed them, with the method's `lr` and `lora_alpha`; once the rows are read, `test_size` is
+            the number of held-out rows.
         ranks: world size: number of devices, or of processes on a CPU.
         deepspeed: content of the DeepSpeed JSON; None without DeepSpeed.
         precision: of forward and backward, "bf16", "fp16" or "fp32".
@@ -111,6 +117,11 @@ class Settings:
         return self.batching == "packed"
 
     @property
+    def lora(self) -> bool:
+        """Whether the run trains an adapter, and freezes the base model."""
+        return self.options.lora > 0
+
+    @property
     def rows(self) -> int:
         """Rows in a device's batch."""
         return self.options.per_device_train_batch_size
@@ -160,7 +171,12 @@ def resolve(
         deepspeed = read_json(options.deepspeed_json)
     requested = options.gradient_checkpointing
     return Settings(
-        options=replace(options, save_steps=fixed_save_steps(options)),
+        options=replace(
+            options,
+            lr=learning_rate(options),
+            lora_alpha=lora_alpha(options),
+            save_steps=fixed_save_steps(options),
+        ),
         ranks=ranks,
         deepspeed=deepspeed,
         precision=_precision(options, deepspeed, best_precision),
@@ -168,6 +184,23 @@ def resolve(
         max_tokens=options.max_tokens_per_device if options.batching == "packed" else None,
         batching="packed" if options.batching == "packed" else "padded",
     )
+
+
+def learning_rate(options: TrainingOptions) -> float:
+    """--lr, or the default of the method."""
+    return LEARNING_RATES["lora" if options.lora else "full"] if options.lr is None else options.lr
+
+
+def lora_alpha(options: TrainingOptions) -> float | None:
+    """--lora-alpha, or twice the rank; None if no adapter is trained."""
+    return (options.lora_alpha or 2.0 * options.lora) if options.lora else None
+
+
+def defaults_of(options: TrainingOptions) -> dict[str, Any]:
+    """The value that each option of a run has if it is not typed, by name."""
+    plain = replace(options, lr=None, lora_alpha=None)
+    defaults = {option.name: option.default for option in fields(TrainingOptions)}
+    return defaults | {"lr": learning_rate(plain), "lora_alpha": lora_alpha(plain)}
 
 
 def _precision(options: TrainingOptions, deepspeed: dict[str, Any] | None, best: str) -> str:

@@ -12,11 +12,11 @@ import click
 
 from training.consts import (
     DEFAULT_INPUT_MODEL,
-    DEFAULT_LEARNING_RATE,
     DEFAULT_SEED,
     DEFAULT_TEST_SIZE,
     DEFAULT_TRAINING_DATASET,
     DEMO,
+    LEARNING_RATES,
     SAMPLE_TOKENS,
 )
 from training.errors import OptionsError
@@ -54,9 +54,16 @@ def _option(group: str, default: Any, help: str, **click_settings: Any) -> Any:
 
 
 # One per heading of --help.
-_data, _training, _devices, _output, _mlflow = (
+_data, _training, _lora, _devices, _output, _mlflow = (
     partial(_option, group)
-    for group in ("Model and data", "Training", "Precision and devices", "Output", "MLflow")
+    for group in (
+        "Model and data",
+        "Training",
+        "Adapters (LoRA)",
+        "Precision and devices",
+        "Output",
+        "MLflow",
+    )
 )
 
 
@@ -137,9 +144,9 @@ class TrainingOptions:
         type=click.IntRange(1, MAX_STEPS),
         metavar="STEPS",
     )
-    lr: float = _training(
-        DEFAULT_LEARNING_RATE,
-        "Learning rate of AdamW.",
+    lr: float | None = _training(
+        None,
+        f"Learning rate of AdamW.  [default: {LEARNING_RATES['full']:g}, with --lora {LEARNING_RATES['lora']:g}]",
         type=click.FloatRange(0, min_open=True),
         metavar="RATE",
     )
@@ -180,6 +187,33 @@ class TrainingOptions:
         type=click.Choice(("auto", "on", "off")),
         is_flag=False,
         flag_value="on",
+    )
+
+    lora: int = _lora(
+        0,
+        "Train adapters of this rank on the frozen base model, and the control tokens. 0: train every weight.",
+        type=click.IntRange(0),
+        metavar="RANK",
+    )
+    lora_alpha: float | None = _lora(
+        None,
+        "The adapters' output is multiplied by this number divided by their rank.  [default: twice the rank]",
+        type=click.FloatRange(0, min_open=True),
+        metavar="ALPHA",
+    )
+    lora_dropout: float = _lora(
+        0.0,
+        "Share of an adapter's inputs that are set to zero in training.",
+        type=click.FloatRange(0, 1, max_open=True),
+        metavar="SHARE",
+    )
+    lora_targets: str = _lora(
+        "all",
+        "Layers that get adapters: all linear layers of the blocks, or names separated by commas, such as q_proj,v_proj.",
+        metavar="all|NAMES",
+    )
+    quantize: str | None = _lora(
+        None, "Load the frozen base model in 4 bits, on one GPU.", type=click.Choice(("nf4",))
     )
 
     bf16: bool | None = _devices(

@@ -14,7 +14,7 @@ from training.machine.catalogue import GPUS, Machine, find_family
 from training.machine.cores import binding_words
 from training.machine.local import THIS_MACHINE
 from training.options.command_line import option_words
-from training.options.settings import Settings, resolve
+from training.options.settings import Settings, defaults_of, resolve
 from training.options.trainer_options import TrainingOptions, flag_of, steps_between_saves
 from training.plan.epoch import Lengths, Load, epoch_load
 from training.plan.memory import (
@@ -395,6 +395,6 @@ def training_command(settings: Settings, launcher_options: Sequence[str] = ()) -
         words = ["python", "-m", "training.trainer"]
     chosen = {option.name: getattr(options, option.name) for option in fields(TrainingOptions)}
     chosen |= {"deepspeed": options.deepspeed_json, "deepspeed_config": None, "local_rank": -1}
-    defaults = {option.name: option.default for option in fields(TrainingOptions)}
+    defaults = defaults_of(options)
     words += option_words({name: value for name, value in chosen.items() if value != defaults[name]})
     return shlex.join(words)

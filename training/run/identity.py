@@ -8,7 +8,7 @@ import platform
 import subprocess
 import time
 import uuid
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,11 @@ COMPARED_OPTIONS = (
     "warmup_steps",
     "weight_decay",
     "batching",
+    "lora",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "quantize",
 )
 
 
@@ -103,14 +108,16 @@ def rows_digest(*parts: datasets.Dataset) -> str:
 
 def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Differences between two records that would change the result of training, each with both values."""
-    before, after = former["options"], now["options"]
+    # A run that began before an option existed is like one with its default.
+    defaults = {option.name: option.default for option in fields(TrainingOptions)}
+    before, after = defaults | former["options"], now["options"]
     names = list(COMPARED_OPTIONS)
     if SCHEDULES[after["lr_scheduler_type"]].decays:
         names += ["epochs", "max_steps"]
     found = [
-        f"{flag_of(name)} was {before.get(name)}, but is now {after.get(name)}"
+        f"{flag_of(name)} was {before[name]}, but is now {after[name]}"
         for name in names
-        if before.get(name) != after.get(name)
+        if before[name] != after[name]
     ]
     if former.get("precision") != now["precision"]:
         found.append(f"the precision was {former.get('precision')}, but is now {now['precision']}")
@@ -123,7 +130,7 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
         # Runs without this option are of a version that read rows in another way.
         earlier = (
             ""
-            if "dataset_split" in before
+            if "dataset_split" in former["options"]
             else ". An earlier version, as that of this run, also trained on blank inputs and instructions, and gave "
             "tokenizers such as Llama's other ids: finish the run with it, or start a new one"
         )

@@ -15,7 +15,7 @@ from training.data.rows import check_source, read_prompts
 from training.errors import DataError, OptionsError
 from training.files import disk_problems, duration, local_path
 from training.machine import kernels
-from training.machine.environment import version_problems
+from training.machine.environment import lora_package_problems, version_problems
 from training.options import checks, deepspeed_checks
 from training.options.deepspeed import read_json
 from training.options.settings import Settings, resolve
@@ -56,6 +56,8 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
     problems += contradictions
     problems += dataset_problems(options) + prompt_problems(options)
     problems += destination_problems(options) + version_problems()
+    problems += lora_package_problems(options.lora > 0, options.quantize is not None)
+    problems += deepspeed_checks.quantize_problems(options, world_size())
     if not typing_errors:
         problems += _machine_problems(config)
         readable = config is not None or not options.deepspeed_json
