@@ -69,7 +69,7 @@ def machine_of(name: str, gpus: int | None = None) -> Machine:
     try:
         machine = find_machine(name)
     except MachineError as error:
-        raise PodError(f"machine: {error}, cpu") from error
+        raise PodError(f"machine: {error}, and cpu") from error
     if gpus and gpus > machine.count:
         raise PodError(f'resources {{"gpu": {gpus}}}: {machine.name} has {machine.count} GPUs. Request fewer')
     return replace(machine, count=gpus or machine.count)

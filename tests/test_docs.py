@@ -28,7 +28,7 @@ from tests.conftest import python
 from tests.test_layout import ALLOWED_IMPORTS, BASE_MODULES
 from training import trainer
 from training.launch.exits import exit_meaning
-from training.machine.catalogue import FAMILIES, MACHINES
+from training.machine.catalogue import FAMILIES, GPUS, MACHINES
 from training.model.generation import PARAMETERS
 from training.options.trainer_options import TrainingOptions
 from training.plan.__main__ import main as plan_command
@@ -355,11 +355,30 @@ def test_the_defaults_of_the_docs_are_the_options() -> None:
 def test_the_machines_and_families_of_the_docs_are_those_of_the_catalogue() -> None:
     for family, types in rows_of_table("databricks", "GPU family"):
         assert {MACHINES[name].family for name in re.findall(r"`([\w.-]+)`", types)} == {family.strip("`")}
-    names = DOCS["plan"].read_text().split("Machine names are")[1].split("\n## ")[0]
-    assert set(re.findall(r"`([\w.-]+)`", names)) <= MACHINES.keys()
     for gpus, file in rows_of_table("training", "GPUs | file"):
         for name in re.findall(r"\b[AHV]100?\b", gpus):
             assert FAMILIES[name.lower()].deepspeed == file.strip("`")
+
+
+def test_the_page_of_machines_is_the_catalogue() -> None:
+    links = {"PCIe": "pcie"} | {f"NVLink {number}": f"nvlink{number}" for number in range(2, 6)}
+    rows = rows_of_table("machines", "GPU | GiB")
+    assert {
+        name.strip("`"): (float(memory), 1e12 * float(peak), links[link], family.strip("`"))
+        for name, memory, peak, link, family in rows
+    } == {name: (gpu.memory_gib, gpu.flops, gpu.link, gpu.family) for name, gpu in GPUS.items()}
+    named = {}
+    for _, names, gpus, sizes in rows_of_table("machines", "cloud | names"):
+        count, gpu = gpus.replace("`", "").split()
+        for name, size in zip(re.findall(r"`([\w.-]+)`", names), sizes.split(", "), strict=True):
+            named[name] = (int(count), gpu, float(size))
+    short = DOCS["machines"].read_text().split("stand for")[1].split("- **Two")[0]
+    assert named == {
+        name: (machine.count, machine.gpu, machine.host_gib)
+        for name, machine in MACHINES.items()
+        if f"`{name}`" not in short
+    }
+    assert {name for name in MACHINES if name[0].isdigit()} == set(re.findall(r"`([\w.-]+)`", short))
 
 
 def test_the_exit_codes_of_the_docs_match_the_code() -> None:

@@ -422,7 +422,7 @@ def test_a_model_that_cannot_be_packed_is_planned_with_padded_rows_and_a_warning
         (["--machine", "8xH100", "--batching", "padded", "--max-tokens-per-device", 9], "splits packed rows"),
         (["--machine", "8xV100-32GB", "--deepspeed", BF16], f"cannot compute in bf16. Type --deepspeed {FP16}"),
         (["--machine", "8xV100-32GB", "--num-gpus", 2, "--deepspeed", ZERO_2],
-         f"a V100 cannot compute in bf16. Type --deepspeed {FP16_OFFLOAD}"),
+         f"a V100-32GB cannot compute in bf16. Type --deepspeed {FP16_OFFLOAD}"),
         (["--machine", "8xH100", "--test-size", 60000], "--test-size 60000 is more than half of the 52,002 rows. Type --test-size 1000"),
         (["--machine", "8xH100", "--epochs", "nan"], "--epochs nan: expected a finite number"),
         (["--machine", "8xH100", "--epochs", "1e300"], "1e+300 is not in the range 0<x<=10000"),
@@ -432,6 +432,11 @@ def test_a_model_that_cannot_be_packed_is_planned_with_padded_rows_and_a_warning
         (["--machine", "8xH100", "--plot", f"{300 * 'x'}.png"], "in a folder that exists and can be written"),
         (["--machine", "8xH100", "--deepspeed", ""], "--deepspeed is empty. Give a value"),
         (["--machine", ""], "--machine is empty. Give a value"),
+        (["--gpu-memory", 24], "--gpu-memory: also type --gpu-flops, in TFLOP/s in bf16, such as 165"),
+        (["--gpu-flops", 165], "--gpu-flops: also type --gpu-memory, in GiB, such as 24"),
+        (["--host-memory", 64], "--host-memory: also type --gpu-memory"),
+        (["--gpu-memory", 0, "--gpu-flops", 165], "0 is not in the range"),
+        (["--machine", "1xL4", "--gpu-memory", 24], "--machine 1xL4: has its own figures. Leave out --gpu-memory, or"),
         (["--machine", "8xH100", "--gradient-accumulation-steps", "1" + 19 * "0"], "1<=x<=1024"),
     ],
 )  # fmt: skip
@@ -445,6 +450,15 @@ def test_invalid_options_are_reported_without_a_traceback(typed, message, tmp_pa
     assert result.exit_code == 2, result.output
     assert message in " ".join(result.output.split())
     assert "Traceback" not in result.output
+
+
+def test_ones_own_machine_is_planned_like_a_known_one_with_the_same_figures():
+    known = json.loads(run_cli("--machine", "2xRTX-4090", "--json").output)
+    own = "--gpu-memory", 23.6, "--gpu-flops", 165.2, "--num-gpus", 2, "--host-memory", 128
+    described = json.loads(run_cli(*own, "--json").output)
+    for key in ("fits", "hours", "gpu_memory_gib", "host_memory_gib", "command"):
+        assert described[key] == known[key], key
+    assert "2 x GPU of 23.6 GiB" in run_cli(*own).output
 
 
 def test_the_demo_is_planned_on_this_machine(tmp_path):

@@ -69,7 +69,7 @@ def test_notebook_flow_and_plan_refuse_a_deepspeed_file_as_the_trainer_does(tmp_
 
 def test_an_unknown_family_and_zero_devices_are_refused():
     with pytest.raises(
-        MachineError, match=r"unknown GPU family 'b200'. Known are: a100, h100, a10, v100, cpu"
+        MachineError, match=r"unknown GPU family 'b200'. Known are: a100, h100, a10, v100, t4, cpu"
     ):
         preset_options("b200", 8)
     with pytest.raises(MachineError, match="--num-gpus 0: at least one device"):

@@ -12,7 +12,7 @@ from pathlib import Path
 from training.consts import GIB
 from training.errors import MachineError
 from training.files import free_bytes
-from training.machine.catalogue import PEAK_FLOPS, Machine, family_of, find_family, matches_family, peak_of
+from training.machine.catalogue import GPUS, Machine, family_of, gpu_of, peak_of
 
 THIS_MACHINE = "this machine"  # its name in the plan
 
@@ -50,8 +50,8 @@ def this_machine(
         gpu=name,
         count=num_gpus or len(devices),
         gpu_memory_gib=max(0.0, free[smallest]),
-        flops=peak_of(name) or PEAK_FLOPS["A10"],
-        link=_link(family, name),
+        flops=peak_of(name) or GPUS["A10"].flops,
+        link=_link(name),
         host_gib=host,
         disk_gib=disk,
         taken_gib=taken[smallest],
@@ -82,10 +82,10 @@ def gpu_memory_taken_gib() -> list[float]:
     return [int(mib) / 1024 if mib.isdigit() else 0.0 for mib in found]  # "[N/A]" where it is not supported
 
 
-def _link(family: str, device_name: str) -> str:
+def _link(device_name: str) -> str:
     """The link between GPUs, guessed from the name: SXM modules are assumed to be connected by NVLink."""
-    known = find_family(family)
-    return known.link if matches_family(known, device_name) and "PCI" not in device_name else "pcie"
+    known = gpu_of(device_name)
+    return known.link if known and "PCI" not in device_name else "pcie"
 
 
 def free_disk_gib(folder: str | Path) -> float:

@@ -3,6 +3,7 @@
     python -m training.plan --machine 8xA100-40GB                  Dolly's default run
     python -m training.plan --machine g5.24xlarge --price 8.14 --plot plan.png
     python -m training.plan                                        this machine
+    python -m training.plan --gpu-memory 24 --gpu-flops 165        one's own, by two figures
 
 Sizes are in GiB (2**30 bytes), times in hours or seconds. The trainer calls `plan_run` (training/plan/fit.py)."""
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ import click
 
 from training.console import set_up_console
 from training.errors import DataError, MachineError, ModelError, OptionsError
-from training.machine.catalogue import MACHINES, find_machine
+from training.machine.catalogue import GPUS, MACHINES, OWN_HOST_GIB, Machine, described_machine, find_machine
 from training.machine.local import this_machine
 from training.options.checks import option_problems
 from training.options.command_line import (
@@ -75,13 +76,44 @@ def _long_name(word: str) -> str:
     return "input-model" if word == "model" else word
 
 
+def _own_machine_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that describe a machine without a name."""
+    options = (
+        _option(
+            "--gpu-memory",
+            type=click.FloatRange(0, 10_000, min_open=True),
+            metavar="GIB",
+            help="Memory of each GPU of a machine that has no name here, with --gpu-flops; --num-gpus is 1 by default.",
+        ),
+        _option(
+            "--gpu-flops",
+            type=click.FloatRange(0, 1e6, min_open=True),
+            metavar="TFLOPS",
+            help="Peak of each of its GPUs in bf16, dense, from the data sheet.",
+        ),
+        _option(
+            "--host-memory",
+            type=click.FloatRange(0, 1e6, min_open=True),
+            metavar="GIB",
+            help=f"Host memory of that machine.  [default: {OWN_HOST_GIB:.0f} for each GPU]",
+        ),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
 @click.command(
     cls=CollectingCommand, context_settings={"max_content_width": 110, "token_normalize_func": _long_name}
 )
 @_option(
-    "--machine", metavar="NAME", help=f"Machine to plan for: {', '.join(MACHINES)}.  [default: this machine]"
+    "--machine",
+    metavar="NAME",
+    help=f"Machine to plan for: {', '.join(MACHINES)}; or COUNTxGPU, where GPU is {', '.join(GPUS)}.  "
+    "[default: this machine]",
 )
 @_option("--num-gpus", type=int, help="Number of devices.  [default: all; 2 CPU ranks]")
+@_own_machine_options
 @some_click_options(
     *OPTIONS,
     # default: those of the GPU family
@@ -115,7 +147,8 @@ def main(
     if price is not None and not math.isfinite(price):
         problems.append(f"--price {price}: expected a finite number")
     with redirect_stdout(sys.stderr):  # DeepSpeed prints when it is imported
-        plan = _plan(machine, num_gpus, typed, problems)
+        own = typed.pop("gpu_memory"), typed.pop("gpu_flops"), typed.pop("host_memory")
+        plan = _plan(partial(_machine, machine, num_gpus, own), num_gpus, typed, problems)
     if plan is None:
         raise click.UsageError("\n".join(problems))
     if plot:
@@ -125,18 +158,52 @@ def main(
         raise SystemExit(1)  # so that `plan && train` does not train
 
 
-def _plan(name: str | None, num_gpus: int | None, typed: dict[str, Any], problems: list[str]) -> Plan | None:
+def _own_machine_problems(
+    name: str | None, memory: float | None, flops: float | None, host: float | None
+) -> list[str]:
+    """Problems of --gpu-memory, --gpu-flops and --host-memory, which describe a machine without a name."""
+    if name is not None and not name.strip():  # such as an unset shell variable
+        return ["--machine is empty. Give a value, or leave the option out"]
+    described = {"--gpu-memory": memory, "--gpu-flops": flops, "--host-memory": host}
+    typed = [flag for flag, value in described.items() if value is not None]
+    if name and typed:
+        return [f"--machine {name}: has its own figures. Leave out {' and '.join(typed)}, or --machine"]
+    missing = [flag for flag in ("--gpu-memory", "--gpu-flops") if typed and described[flag] is None]
+    units = {"--gpu-memory": "GiB, such as 24", "--gpu-flops": "TFLOP/s in bf16, such as 165"}
+    return [f"{typed[0]}: also type {flag}, in {units[flag]}" for flag in missing]
+
+
+def _machine(
+    name: str | None,
+    num_gpus: int | None,
+    own: tuple[float | None, float | None, float | None],
+    folder: str,
+) -> Machine:
+    """The machine to plan for: the one of that name, one's own of which `own` has the figures, or this one.
+
+    Raises OptionsError or MachineError if there is none.
+    """
+    memory, flops, host = own
+    if problems := _own_machine_problems(name, memory, flops, host):
+        raise OptionsError(*problems)
+    if memory and flops:
+        return described_machine(num_gpus or 1, memory, 1e12 * flops, host)
+    return find_machine(name) if name else this_machine(folder, num_gpus)
+
+
+def _plan(
+    find: Callable[[str], Machine], num_gpus: int | None, typed: dict[str, Any], problems: list[str]
+) -> Plan | None:
     """The plan, or None if there are problems. Adds every problem it finds to `problems`."""
     options = TrainingOptions(**{key: value for key, value in typed.items() if value is not None})
     problems += option_problems(options)
-    for flag, value in (("--machine", name), ("--deepspeed", options.deepspeed)):
-        if value is not None and not value.strip():  # such as an unset shell variable
-            problems.append(f"{flag} is empty. Give a value, or leave the option out")
+    if options.deepspeed is not None and not options.deepspeed.strip():
+        problems.append("--deepspeed is empty. Give a value, or leave the option out")
     config: dict[str, Any] | None = None
     with _collect_errors(problems):
         config = read_json(options.deepspeed) if options.deepspeed else None
     with _collect_errors(problems):
-        machine = this_machine(options.local_output_dir, num_gpus) if not name else find_machine(name)
+        machine = find(options.local_output_dir)
         if num_gpus and num_gpus > machine.count:
             raise MachineError(
                 f"--num-gpus {num_gpus}: {machine.name} has {machine.count}. Type a smaller number"

@@ -36,8 +36,7 @@ def plan_options(
     if family.precision == "fp16" and settings.precision == "bf16":
         possible = plan_files(settings, lengths, model, machine, "fp16")
         raise OptionsError(
-            f"a {' or '.join(family.devices)} cannot compute in bf16. "
-            f"Type --deepspeed {fastest(possible) or family.offload}"
+            f"a {machine.gpu} cannot compute in bf16. Type --deepspeed {fastest(possible) or family.offload}"
         )
     plan = plan_run(settings, lengths, model, machine)
     return replace(plan, files=plan_files(settings, lengths, model, machine, settings.precision))
