@@ -148,6 +148,7 @@ def fetch(run_id: str, folder: Path) -> Path:
                 raise StoreError(
                     f"{model['s3']}/{name}: is not the file that was pushed. Fetch another run's model"
                 )
+            (folder / name).parent.mkdir(exist_ok=True)
             os.replace(copy, folder / name)
     return folder
 
@@ -183,7 +184,8 @@ def _prepare_folder(folder: Path, files: Mapping[str, Any]) -> None:
         raise StoreError(f"{folder}: is a file. Name a new folder")
     folder.mkdir(parents=True, exist_ok=True)
     left = {path for path in folder.glob(LEFTOVER) if path.is_dir() and not path.is_symlink()}
-    foreign = sorted({path.name for path in folder.iterdir() if path not in left} - files.keys())
+    expected = {name.partition("/")[0] for name in files}  # an adapter lies in a folder of its own
+    foreign = sorted({path.name for path in folder.iterdir() if path not in left} - expected)
     if foreign:
         raise StoreError(
             f"{folder}: holds files of something else ({', '.join(foreign[:3])}). Name a new folder"

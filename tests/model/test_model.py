@@ -414,7 +414,7 @@ def test_an_adapter_without_its_base_is_refused_with_the_name_of_the_base(tmp_pa
         if config:
             (tmp_path / "config.json").write_text(config)
         with pytest.raises(
-            ModelError, match=r"it is a LoRA adapter on a/base, not a model. Merge it into its base"
+            ModelError, match=r"it is a LoRA adapter, and its base cannot be used: a/base: no model"
         ):
             load_config(str(tmp_path))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import json
 import logging
 import shlex
 import sys
@@ -23,12 +22,12 @@ from transformers import (
 
 from training.consts import MOST_TOKENS, WEIGHTS
 from training.errors import ModelError, first_line, offline_note, own_code_problem
+from training.model.adapter_files import find_adapter, merge_into
 from training.model.demo_model import model_folder
 from training.model.twin import set_cache
 
 logger = logging.getLogger(__name__)
 
-ADAPTER_CONFIG = "adapter_config.json"  # the package peft writes it
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_POSITIONS = 1024  # for a config without a maximum
 # The maximum under the names of older configs; transformers maps most of them to the first.
@@ -36,13 +35,20 @@ _POSITIONS = ("max_position_embeddings", "max_seq_len", "max_target_positions", 
 MOST_LAYERS = 1000  # a larger number is a mistake, and would be built for hours
 
 
-def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
-    """Loads the config without the weights. Raises ModelError if it is missing, broken or not of a causal LM."""
+def load_config(name: str, trust_remote_code: bool = False, revision: str | None = None) -> PreTrainedConfig:
+    """Loads the config without the weights; of an adapter that of its base.
+
+    Raises ModelError if it is missing, broken or not of a causal LM.
+    """
+    if adapter := find_adapter(name):
+        try:
+            return load_config(adapter.base, trust_remote_code, adapter.revision)
+        except ModelError as error:
+            raise ModelError(f"{name}: it is a LoRA adapter, and its base cannot be used: {error}") from error
     name = model_folder(name)
-    _refuse_adapter(name)
     _refuse_shards(name)
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
     except Exception as error:
         reason = (
             f"no model could be found ({first_line(error)}). Expected a folder with config.json, or a model's name on the Hub"
@@ -81,22 +87,6 @@ def load_config(name: str, trust_remote_code: bool = False) -> PreTrainedConfig:
             f"{name}: a {architectures[0]} is an encoder, not a causal language model. Name another one"
         )
     return config
-
-
-def _refuse_adapter(name: str) -> None:
-    """Raises ModelError for a folder with the difference to a model (LoRA and others) instead of a model."""
-    folder = Path(name)
-    file = folder / ADAPTER_CONFIG
-    if not file.is_file() or any(folder.glob("model*.safetensors")) or any(folder.glob("pytorch_model*.bin")):
-        return
-    try:
-        base = json.loads(file.read_text())["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError):
-        base = "another model"
-    raise ModelError(
-        f"{name}: it is a LoRA adapter on {base}, not a model. Merge it into its base first (merge_and_unload of "
-        "the package peft), and name the folder of the merged model"
-    )
 
 
 def _refuse_shards(name: str) -> None:
@@ -145,14 +135,22 @@ def load_model(
     dtype: torch.dtype,
     seed: int,
     trust_remote_code: bool = False,
+    revision: str | None = None,
 ) -> PreTrainedModel:
     """Loads the model and grows its embedding to hold every token of `tokenizer`.
+
+    An adapter is merged into its base. `revision` is a commit, branch or tag on the Hub; None: the newest.
 
     Under DeepSpeed ZeRO-3, transformers loads rank 0's copy module by module into every rank's shard. This requires a
     live `TrainingArguments(deepspeed=...)`, so create it before this call.
 
     Raises ModelError if weights are missing: from_pretrained would initialise them at random and only warn.
     """
+    if adapter := find_adapter(name):
+        logger.info("%s is a LoRA adapter: it is merged into its base %s", name, adapter.base)
+        model = load_model(adapter.base, tokenizer, dtype, seed, trust_remote_code, adapter.revision)
+        merge_into(model, adapter)
+        return model
     name = model_folder(name)
     _refuse_shards(name)
     try:
@@ -161,6 +159,7 @@ def load_model(
                 name,
                 dtype=dtype,
                 trust_remote_code=trust_remote_code,
+                revision=revision,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below by name
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,15 @@ def stored_weights(checkpoint: Path) -> dict[str, StoredTensor]:
         name: _stored(masters[name], placeholder.dtype)
         for name, placeholder in _module(folder / FIRST_RANK).items()
     }
+
+
+def in_memory(tensors: Mapping[str, torch.Tensor]) -> dict[str, StoredTensor]:
+    """Tensors that have been read already. Those of a model share its memory."""
+
+    def stored(tensor: torch.Tensor) -> StoredTensor:
+        return StoredTensor(tuple(tensor.shape), tensor.dtype, lambda: tensor.detach().contiguous())
+
+    return {name: stored(tensor) for name, tensor in tensors.items()}
 
 
 def _module(file: Path) -> dict[str, torch.Tensor]:

@@ -43,6 +43,7 @@ from training.data.prompt import (
     spaced,
 )
 from training.errors import ModelError, first_line, own_code_problem
+from training.model.adapter_files import find_adapter
 from training.model.demo_model import model_folder
 
 # Files of which a folder with a tokenizer has at least one.
@@ -50,7 +51,12 @@ TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*tok*.json"
 
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Loads the tokenizer, adds control tokens and chat template, and sets EOS as the pad token. Raises ModelError."""
+    """Loads the tokenizer, adds control tokens and chat template, and sets EOS as the pad token. Raises ModelError.
+
+    An adapter without a tokenizer has that of its base.
+    """
+    if adapter := find_adapter(name):
+        name = adapter.tokenizer_name
     name = model_folder(name)
     if Path(name).is_dir() and not any(
         file.match(kind) for file in Path(name).iterdir() for kind in TOKENIZER_FILES

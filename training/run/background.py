@@ -8,7 +8,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -302,8 +302,12 @@ def _sync_folders(folder: Path) -> None:
             os.close(descriptor)
 
 
-def deepspeed_checkpoint_engine(writer: Writer) -> Any:
-    """DeepSpeed's interface for writing a checkpoint's files, through `writer`."""
+def deepspeed_checkpoint_engine(writer: Writer, trained: Collection[str] | None = None) -> Any:
+    """DeepSpeed's interface for writing a checkpoint's files, through `writer`.
+
+    `trained`: names of the only weights to write; None: all. DeepSpeed itself keeps the second name of a frozen weight
+    that embedding and head share, and buffers.
+    """
     from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
 
     class BackgroundEngine(CheckpointEngine):
@@ -311,6 +315,9 @@ def deepspeed_checkpoint_engine(writer: Writer) -> Any:
             pass
 
         def save(self, state_dict: Any, path: str) -> None:
+            if trained is not None and "module" in state_dict:
+                kept = {name: tensor for name, tensor in state_dict["module"].items() if name in trained}
+                state_dict = {**state_dict, "module": kept, "buffer_names": []}
             # Stages 1 and 2 keep the weights in one flat buffer, with padding.
             writer.save(state_dict, Path(path), compact=path.endswith("model_states.pt"))
 

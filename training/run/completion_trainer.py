@@ -23,6 +23,7 @@ from training.machine.flops import layer_tokens, model_parameters, training_flop
 from training.machine.local import peak_memory_gib
 from training.options.settings import Batching
 from training.run import saving
+from training.run.adapter_checkpoint import load_trained
 from training.run.background import Writer
 from training.run.failures import StopRequest
 from training.run.step_guard import StepGuard, describe_bad_base
@@ -73,6 +74,9 @@ class CompletionTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.checkpoint_bytes = checkpoint_bytes
         self.saved_bytes = 0  # of the last checkpoint
+        self.lora: dict[str, Any] | None = (
+            None  # of a LoRA run, content of lora.json (use_adapter_checkpoints)
+        )
         self.writer, self.save_seconds = Writer(background_saves), save_seconds
         self.save: saving.Save | None = None  # in flight
         self.rotation: threading.Thread | None = None
@@ -211,6 +215,13 @@ class CompletionTrainer(Trainer):
         elif self.args.should_save:
             self.writer.save(self.optimizer.state_dict(), Path(output_dir, OPTIMIZER_NAME))
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Without DeepSpeed. A LoRA run's checkpoint holds adapter and new rows only."""
+        if self.lora is None:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        else:
+            load_trained(self.model, Path(resume_from_checkpoint))
 
     def _save_checkpoint(self, model: torch.nn.Module, trial: Any) -> None:
         saving.save_checkpoint(self, lambda: super(CompletionTrainer, self)._save_checkpoint(model, trial))

@@ -21,7 +21,9 @@ from training.files import fill_folder, free_bytes, size_in_words, writable
 from training.model.stored_weights import stored_weights
 from training.model.verify import verify_model
 from training.model.weight_files import empty_model, plan_files, write_files
+from training.run.adapter_checkpoint import read_facts
 from training.run.final_model import copy_files, weights_of
+from training.run.merging import adapter_digests, merged_files
 from training.run.model_card import outcome, write_model_card
 from training.storage import checkpoint
 from training.storage.record import read_run_record, write_run_record
@@ -151,11 +153,15 @@ def _write_weights(
     ranks = len(json.loads((folder / checkpoint.PROGRESS_FILE).read_text())["loss_sums"])
     run = read_run_record(_run_files(folder)) or {}
     shard = run.get("options", {}).get("max_shard_size", "5GB")
-    plan = plan_files(empty_model(folder, trust_remote_code), stored_weights(folder), ranks, shard)
+    lora = read_facts(folder) is not None
+    if lora:
+        plan = merged_files(folder, partial, shard, trust_remote_code, check_base=True)
+    else:
+        plan = plan_files(empty_model(folder, trust_remote_code), stored_weights(folder), ranks, shard)
     _check_space(target, plan.size)
     files = len(plan.files) or 1
     logger.info("writing %s in %d file%s", size_in_words(plan.size), files, "s" * (files > 1))
-    return write_files(plan, partial)
+    return write_files(plan, partial) | (adapter_digests(partial) if lora else {})
 
 
 def _run_files(folder: Path) -> Path:

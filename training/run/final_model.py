@@ -24,6 +24,7 @@ from training.model.weight_files import INDEX, empty_model, plan_files, write_fi
 from training.options.settings import Settings
 from training.ranks import broadcast, gather, is_main_process, rank, world_size
 from training.run.failures import lost_peer, out_of_memory
+from training.run.merging import adapter_digests, merged_files
 from training.storage import checkpoint
 
 LISTING_SECONDS = 90  # more than NFS keeps a listing (acdirmax of nfs(5))
@@ -57,10 +58,15 @@ def write_final_model(settings: Settings, last: Path) -> tuple[Path, dict[str, A
     _on_all_ranks(chosen, output, partial(copy_files, chosen, names, unfinished) if main else None)
     if weights_of(names):
         digests = {name: manifest["files"][name] for name in weights_of(names)}
+    elif settings.lora:
+        merge = partial(_write_merged, settings, chosen, unfinished)
+        [digests, *_] = _on_all_ranks(chosen, output, merge if main else None)
     else:
         shares = _on_all_ranks(chosen, output, partial(_write_share, settings, chosen, unfinished))
         digests = {name: share[name] for share in shares for name in sorted(share)}
     placed = sorted({*names, *digests, *([INDEX] if (unfinished / INDEX).exists() else [])})
+    if settings.lora and main:  # rank 0 has written all of them
+        placed = checkpoint.files_of(unfinished)
     _on_all_ranks(chosen, output, partial(place_files, unfinished, output, placed) if main else None)
     return chosen, dict(sorted(digests.items()))
 
@@ -137,6 +143,13 @@ def _write_share(settings: Settings, chosen: Path, unfinished: Path) -> dict[str
         options.max_shard_size,
     )
     return write_files(plan, unfinished, rank(), world_size())
+
+
+def _write_merged(settings: Settings, chosen: Path, unfinished: Path) -> dict[str, Any]:
+    """Writes the merged model of a LoRA run. Returns the digests of its weight files."""
+    options = settings.options
+    plan = merged_files(chosen, unfinished, options.max_shard_size, options.trust_remote_code)
+    return write_files(plan, unfinished) | adapter_digests(unfinished)
 
 
 def place_files(unfinished: Path, output: Path, names: Iterable[str]) -> None:

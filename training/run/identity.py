@@ -19,6 +19,7 @@ import numpy as np
 from training.consts import INSTALLED
 from training.errors import OptionsError
 from training.files import local_path
+from training.model.base import base_difference
 from training.options.settings import Settings
 from training.options.trainer_options import SCHEDULES, TrainingOptions, flag_of
 from training.storage import checkpoint
@@ -47,8 +48,12 @@ COMPARED_OPTIONS = (
 )
 
 
-def new_record(settings: Settings, rows: str | None = None) -> dict[str, Any]:
+def new_record(
+    settings: Settings, rows: str | None = None, base: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """The record of a run before its first step; `rows` is the `rows_digest` of its rows.
+
+    `base` identifies the base model of an adapter (model/base.py).
 
     `status` is "running", then "stopped" (by SIGTERM or Ctrl-C) or "finished" (the model is written and verified).
     """
@@ -70,7 +75,7 @@ def new_record(settings: Settings, rows: str | None = None) -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": versions,
         "git_commit": git_commit(),
-    }
+    } | ({} if base is None else {"base": base})
 
 
 def recorded_test_size(options: TrainingOptions) -> int | None:
@@ -126,6 +131,8 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
             f"the global batch was {former.get('global_batch')} rows, but is now {now['global_batch']}"
             f"{_same_batch(former.get('global_batch'), after, now['world_size'])}"
         )
+    if other_base := base_difference(former.get("base"), now.get("base")):
+        found.append(other_base)
     if former.get("rows") and now.get("rows") and former["rows"] != now["rows"]:
         # Runs without this option are of a version that read rows in another way.
         earlier = (

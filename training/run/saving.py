@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -25,6 +26,7 @@ from training.files import duration, free_bytes, size_in_words, write_json
 from training.model.tokenizer import generation_config
 from training.model.verify import not_finite, save_model
 from training.ranks import broadcast, gather, raise_together
+from training.run.adapter_checkpoint import LORA_FILE, TRAINED_FILE, save_config, trained_parameters
 from training.run.background import FAILED, WRITTEN, Writer, deepspeed_checkpoint_engine
 from training.run.failures import lost_peer
 from training.storage import checkpoint
@@ -84,7 +86,13 @@ def _write_files(trainer: Any, folder: Path, write_files: Callable[[], None]) ->
     # Each rank's loss since the last log line; a resumed run needs it for the next one.
     summed = trainer.accelerator.gather(trainer._tr_loss.detach().reshape(1)).double().tolist()
     if trainer.is_deepspeed_enabled:
-        trainer.model_wrapped.checkpoint_engine = deepspeed_checkpoint_engine(trainer.writer)
+        engine, trained = trainer.model_wrapped, None
+        if trainer.lora is not None:
+            trained = trained_parameters(trainer.model).keys()
+            engine.save_checkpoint = partial(
+                type(engine).save_checkpoint, engine, exclude_frozen_parameters=True
+            )
+        engine.checkpoint_engine = deepspeed_checkpoint_engine(trainer.writer, trained)
     write_files()
     losses = {entry["step"]: entry["eval_loss"] for entry in state.log_history if "eval_loss" in entry}
     trainer.save.eval_loss = losses.get(state.global_step)
@@ -165,19 +173,29 @@ def _rotate(trainer: Any, output: Path) -> None:
 def save_model_files(trainer: Any, folder: Path) -> list[str]:
     """Writes what the finished model needs besides DeepSpeed's shards: config, generation config and tokenizer.
 
-    Without DeepSpeed there are no shards, and the weights are written as well. Returns the files' names on rank 0.
+    Without DeepSpeed there are no shards, and the weights are written as well: all of them, or of a LoRA run those that
+    are trained. Returns the names of the files that the finished model takes over, on rank 0.
     """
     names: list[str] = []
     raise_together(_bad_weights(trainer))
     if trainer.is_world_process_zero():
         model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
         tokenizer = trainer.processing_class
-        weights = {} if trainer.is_deepspeed_enabled else model.state_dict()
-        # transformers divides the weights into files; the writer writes them.
-        with patch.object(modeling_utils, "safe_save_file", _write_weights(trainer.writer)):
-            save_model(model, weights, generation_config(tokenizer), folder, trainer.max_shard_size)
+        if trainer.lora is None:
+            weights = {} if trainer.is_deepspeed_enabled else model.state_dict()
+            # transformers divides the weights into files; the writer writes them.
+            with patch.object(modeling_utils, "safe_save_file", _write_weights(trainer.writer)):
+                save_model(model, weights, generation_config(tokenizer), folder, trainer.max_shard_size)
+        else:
+            save_config(model, generation_config(tokenizer), folder)
         tokenizer.save_pretrained(folder)
         names = sorted({*checkpoint.files_of(folder), *trainer.writer.names})
+        if trainer.lora is not None:  # what the model is made from
+            write_json(folder / LORA_FILE, trainer.lora)
+            if not trainer.is_deepspeed_enabled:
+                trainer.writer.save_weights(
+                    trained_parameters(model), folder / TRAINED_FILE, {"format": "pt"}
+                )
     trainer.accelerator.wait_for_everyone()  # files that other ranks write later are not the model's
     return names
 
@@ -191,7 +209,9 @@ def _bad_weights(trainer: Any) -> str | None:
     """Why the model must not be saved, or None. Each rank looks at its share of the weights."""
     model = trainer.accelerator.unwrap_model(trainer.model_wrapped)
     of_ranks = gather(
-        not_finite(own_share(model, trainer.args.process_index, trainer.args.world_size), model)
+        not_finite(
+            own_share(model, trainer.args.process_index, trainer.args.world_size, trainer.lora is None), model
+        )
     )
     names = sorted({name for found in of_ranks for name in found}, key=list(model.state_dict()).index)
     if not names:
@@ -203,10 +223,15 @@ def _bad_weights(trainer: Any) -> str | None:
     )
 
 
-def own_share(model: torch.nn.Module, rank: int, ranks: int) -> dict[str, torch.Tensor]:
-    """This rank's part of the weights: its partition of each tensor under ZeRO-3, else every `ranks`-th tensor."""
+def own_share(
+    model: torch.nn.Module, rank: int, ranks: int, all_weights: bool = True
+) -> dict[str, torch.Tensor]:
+    """This rank's part of the weights, or of those that are trained: its partition of each tensor under ZeRO-3, else every
+    `ranks`-th tensor.
+    """
     share = {}
-    for number, (name, tensor) in enumerate(model.state_dict(keep_vars=True).items()):
+    tensors = model.state_dict(keep_vars=True) if all_weights else trained_parameters(model)
+    for number, (name, tensor) in enumerate(tensors.items()):
         if hasattr(tensor, "ds_tensor"):
             # The last partitions may end in padding, which is never written.
             begin = rank * tensor.ds_tensor.ds_numel
@@ -243,7 +268,7 @@ def _name_taken(folder: Path, step: int) -> str | None:
 
 def _lack_of_space(trainer: Any, output: Path) -> str | None:
     """Why the next checkpoint would not fit, or None."""
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trained_parameters(trainer.model).values())
     need, free = trainer.saved_bytes or trainer.checkpoint_bytes * parameters, free_bytes(output)
     if free is None or free >= need:
         return None

@@ -8,11 +8,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.consts import LEDGER_FILE, RUN_FILE
 from training.errors import OptionsError
+from training.model.base import identify
 from training.options.checks import output_problems
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
@@ -77,8 +79,12 @@ def find(settings: Settings, prepared: Prepared, steps: int) -> tuple[Start, dic
     """(start, record) of a run of `steps` steps. Raises OptionsError on every rank if rank 0 finds a problem."""
     options, output = settings.options, settings.output
 
+    @cache
+    def base() -> dict[str, Any] | None:
+        return identify(options.input_model) if settings.lora else None
+
     def of_this_run() -> dict[str, Any]:
-        return new_record(settings, rows_digest(prepared.train_rows, prepared.held_out_rows))
+        return new_record(settings, rows_digest(prepared.train_rows, prepared.held_out_rows), base())
 
     def on_disk() -> tuple[Start, dict[str, Any]]:
         record = of_this_run()

@@ -24,6 +24,7 @@ from training.options.deepspeed import fill_bucket_sizes
 from training.options.settings import Settings
 from training.options.trainer_options import steps_between_samples
 from training.ranks import on_rank_0
+from training.run.adapter_checkpoint import use_adapter_checkpoints
 from training.run.completion_trainer import CompletionTrainer
 from training.run.failures import StopRequest, lost_peer, out_of_memory
 from training.run.resume import RestoreOnResume
@@ -72,6 +73,8 @@ def run_steps(
     if start.loaded != start.folder:
         args.hf_deepspeed_config.config["checkpoint"] = {"load_universal": True}
     trainer = build_trainer(settings, prepared, request)
+    if settings.lora:
+        use_adapter_checkpoints(trainer, _adapter_facts(settings, record["base"], trainer.model))
     if copies is not None:
         trainer.on_checkpoint_complete, trainer.is_being_copied = copies.wake, copies.is_copying
     samples = _samples(trainer, settings)
@@ -175,6 +178,19 @@ def _load(settings: Settings, prepared: Prepared) -> PreTrainedModel:
         if isinstance(cause, RuntimeError | MemoryError) and (out_of_memory(cause) or lost_peer(cause)):
             raise cause from None  # not the model's fault: a lost rank or too little memory
         raise
+
+
+def _adapter_facts(settings: Settings, base: dict[str, Any], model: Any) -> dict[str, Any]:
+    """What lora.json says of a run, besides its weights: with it and the `base`, a checkpoint becomes a model."""
+    options = settings.options
+    return {
+        "rank": options.lora,
+        "alpha": options.lora_alpha,
+        "dropout": options.lora_dropout,
+        "rows": model.get_input_embeddings().row_ids.tolist(),
+        "base": base,
+        "precision": settings.precision,
+    }
 
 
 def _save_interval(settings: Settings, args: TrainingArguments, record: dict[str, Any]) -> list[SaveInterval]:

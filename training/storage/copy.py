@@ -6,7 +6,7 @@ DBFS and Volumes support only sequential writes of new files: no append, seek, l
 The files are therefore written in this order:
 
     publishing.json       first: names the run that is being copied; removed once the copy is complete
-    <every other file>    written once, read back, and its SHA-256 compared
+    <every other file>    written once, read back, and its SHA-256 compared; those of an adapter in adapter/
     manifest.json         {name: {"size": bytes, "sha256": hex}} of all other files
     run.json              last: a folder that has it is complete
 
@@ -20,10 +20,11 @@ import shlex
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from training.consts import RUN_FILE
+from training.consts import ADAPTER_FOLDER, RUN_FILE
 from training.errors import PublishError, SourceError, UnfinishedRunError
 from training.files import (
     PARTIAL,
@@ -101,12 +102,30 @@ def check_target_contents(target: Target, existing: dict[str, int | None], recor
 
 
 def model_files(folder: Path) -> list[Path]:
-    """Files of a finished run to publish, run.json last: no folders (checkpoints, TensorBoard), no temporary files."""
+    """Files of a finished run to publish, run.json last: those of the model and of its adapter.
+
+    No other folders (checkpoints, TensorBoard), and no temporary files.
+    """
     separate = (RUN_FILE, MANIFEST_FILE, MARKER_FILE)  # appended below, or written by `publish`
     temporary = (".lock", PARTIAL)
-    files = [file for file in sorted(folder.iterdir()) if file.is_file() and file.name not in separate]
+    entries = [*sorted(folder.iterdir()), *sorted((folder / ADAPTER_FOLDER).glob("*"))]
+    files = [file for file in entries if file.is_file() and file.name not in separate]
     plain = [file for file in files if not file.name.startswith(".") and not file.name.endswith(temporary)]
     return [*plain, folder / RUN_FILE]
+
+
+def _name(file: Path, folder: Path) -> str:
+    return file.relative_to(folder).as_posix()
+
+
+def _listed(target: Target) -> dict[str, int | None]:
+    """`list_files` of the target, with the files of its adapter."""
+    existing = list_files(target)
+    if existing.get(ADAPTER_FOLDER, 0) is not None:
+        return existing
+    del existing[ADAPTER_FOLDER]
+    inside = list_files(replace(target, path=target.file(ADAPTER_FOLDER)))
+    return existing | {f"{ADAPTER_FOLDER}/{name}": size for name, size in inside.items()}
 
 
 def model_digests(folder: Path) -> dict[str, dict[str, Any]]:
@@ -115,7 +134,7 @@ def model_digests(folder: Path) -> dict[str, dict[str, Any]]:
     Raises PublishError if the run is not finished, or a weight file differs from the one that training verified.
     """
     record = finished_run(folder)
-    digests = {file.name: source_digest(file) for file in model_files(folder)}
+    digests = {_name(file, folder): source_digest(file) for file in model_files(folder)}
     for name, verified in record.get("weights", {}).items():
         if name not in digests or digests[name]["sha256"] != verified["sha256"]:
             raise PublishError(
@@ -141,9 +160,9 @@ def publish(folder: Path, target: str) -> list[str]:
     start = time.monotonic()
     record = finished_record_bytes(folder)
     opened = open_target(target, folder)
-    existing = list_files(opened)
+    existing = _listed(opened)
     check_target_contents(opened, existing, record)
-    files: dict[str, Path | bytes] = {file.name: file for file in model_files(folder)[:-1]}
+    files: dict[str, Path | bytes] = {_name(file, folder): file for file in model_files(folder)[:-1]}
     _check_no_foreign_files(opened, existing, files)
 
     digests = model_digests(folder)
@@ -206,6 +225,8 @@ def _write_missing(
     if not target.in_bucket:
         with as_publish_error(f"{target.name}: cannot be created"):
             target.fs.makedirs(target.path, exist_ok=True)
+            if any(name.startswith(f"{ADAPTER_FOLDER}/") for name in missing):
+                target.fs.makedirs(target.file(ADAPTER_FOLDER), exist_ok=True)
     # Never rewrite a correct marker: if that write broke off, the files would look like those of another run.
     if not _is_copied(target, MARKER_FILE, existing, digest([marker])):
         write_checked(target, MARKER_FILE, marker, digest([marker]))

@@ -98,7 +98,7 @@ def _log_and_register(run: MlflowRun, folder: Path, name: str | None, tag: dict[
 
     model_id, version = _logged_model_id(run, tag), None
     if model_id is None:
-        files = model_files(folder)
+        files = [file for file in model_files(folder) if file.parent == folder]  # without the adapter
         size = size_in_words(sum(file.stat().st_size for file in files))
         logger.info("logging the model to MLflow: %d files, %s", len(files), size)
         logged = _log_model(files, name, tag)
