@@ -9,11 +9,13 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -21,7 +23,7 @@ from transformers import (
 )
 
 from training.consts import MOST_TOKENS, WEIGHTS
-from training.errors import ModelError, first_line, offline_note, own_code_problem
+from training.errors import ModelError, OptionsError, first_line, offline_note, own_code_problem
 from training.model.adapter_files import find_adapter, merge_into
 from training.model.demo_model import model_folder
 from training.model.twin import set_cache
@@ -136,10 +138,12 @@ def load_model(
     seed: int,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    quantize: str | None = None,
 ) -> PreTrainedModel:
     """Loads the model and grows its embedding to hold every token of `tokenizer`.
 
-    An adapter is merged into its base. `revision` is a commit, branch or tag on the Hub; None: the newest.
+    An adapter is merged into its base. `revision` is a commit, branch or tag on the Hub; None: the newest. With
+    `quantize` "nf4" the linear layers are in 4 bits and compute in `dtype`. Head and embedding keep that precision.
 
     Under DeepSpeed ZeRO-3, transformers loads rank 0's copy module by module into every rank's shard. This requires a
     live `TrainingArguments(deepspeed=...)`, so create it before this call.
@@ -147,6 +151,7 @@ def load_model(
     Raises ModelError if weights are missing: from_pretrained would initialise them at random and only warn.
     """
     if adapter := find_adapter(name):
+        _refuse_4_bits(name, quantize)
         logger.info("%s is a LoRA adapter: it is merged into its base %s", name, adapter.base)
         model = load_model(adapter.base, tokenizer, dtype, seed, trust_remote_code, adapter.revision)
         merge_into(model, adapter)
@@ -162,6 +167,7 @@ def load_model(
                 revision=revision,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # reported below by name
+                **_quantization(quantize, dtype),
             )
             _check_shapes(name, loading_info["mismatched_keys"])
             _check_vocabulary(name, tokenizer, embedding_rows(model))
@@ -179,7 +185,49 @@ def load_model(
             f"{', '.join(missing[:3])}. Download the model again, or compare its config.json with the weights"
         )
     set_cache(model.config, False)  # useless in training; saving turns it on again
+    _keep_4_bit_layout(model)
     return model
+
+
+def _quantization(quantize: str | None, dtype: torch.dtype) -> dict[str, Any]:
+    """What from_pretrained is told for weights in 4 bits: QLoRA's recipe, with quantized scales of the blocks."""
+    if quantize is None:
+        return {}
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantize,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return {"quantization_config": config}
+
+
+def _refuse_4_bits(adapter: str, quantize: str | None) -> None:
+    if quantize:
+        raise ModelError(
+            f"{adapter}: it is a LoRA adapter, which cannot be merged into weights in 4 bits. Leave out --quantize, or name "
+            "the folder of a merged model"
+        )
+
+
+def _keep_4_bit_layout(model: PreTrainedModel) -> None:
+    """Stops bitsandbytes from changing the layout of weights in the first evaluation on some CPUs, to one without a backward."""
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def check_quantization(quantize: str, device: torch.device) -> None:
+    """Raises OptionsError if bitsandbytes cannot compute on weights in 4 bits on this device."""
+    try:
+        from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+        dequantize_4bit(*quantize_4bit(torch.ones(64, 64, device=device), quant_type=quantize))
+    except Exception as error:  # a missing library, an unknown device, or an operator that it does not have
+        raise OptionsError(
+            f"--quantize {quantize}: bitsandbytes cannot compute in 4 bits on this {device.type} device "
+            f"({first_line(error)}). Leave out --quantize"
+        ) from error
 
 
 def _check_shapes(name: str, mismatched: set[tuple[str, tuple[int, ...], tuple[int, ...]]]) -> None:

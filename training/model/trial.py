@@ -20,6 +20,7 @@ from training.consts import IGNORE_INDEX
 from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data.prompt import CONTROL_TOKENS
 from training.errors import ModelError, first_line
+from training.model.adapter import Lora, add_adapter, merge, trainable_state
 from training.model.blocks import blocks_are_units
 from training.model.loss import use_padded_loss
 from training.model.twin import (
@@ -45,16 +46,21 @@ TOLERANCE = 1e-3
 
 
 def try_model(
-    name: str, config: PreTrainedConfig, packing: Packing, grows: bool, trust_remote_code: bool = False
+    name: str,
+    config: PreTrainedConfig,
+    packing: Packing,
+    grows: bool,
+    trust_remote_code: bool = False,
+    lora: Lora | None = None,
 ) -> Packing:
     """`packing`, the result of `packing_of`, completed. Raises ModelError if the model could not be trained to its end.
 
-    `grows` says whether the embedding grows by the control tokens. Only rank 0 calls it.
+    `grows` says whether the embedding grows by the control tokens, `lora` which adapter is trained. Only rank 0 calls it.
     """
     with without_zero3(), torch.random.fork_rng(devices=[]):
         try:
             twin = _running_twin(config, trust_remote_code)
-            return packing if twin is None else _try_twin(twin, packing, grows, trust_remote_code)
+            return packing if twin is None else _try_twin(twin, packing, grows, trust_remote_code, lora)
         except _RefusedError as refusal:
             raise ModelError(
                 f"{name}: a {config.model_type} model cannot be trained here: {refusal}. Name another base model"
@@ -103,7 +109,9 @@ def _because(reason: str) -> Iterator[None]:
         raise _RefusedError(f"{reason} ({first_line(error)})") from error
 
 
-def _try_twin(twin: PreTrainedModel, packing: Packing, grows: bool, trust_remote_code: bool) -> Packing:
+def _try_twin(
+    twin: PreTrainedModel, packing: Packing, grows: bool, trust_remote_code: bool, lora: Lora | None
+) -> Packing:
     tokens = VOCABULARY
     if grows:
         with _because("its embedding cannot grow by the control tokens"):
@@ -130,7 +138,29 @@ def _try_twin(twin: PreTrainedModel, packing: Packing, grows: bool, trust_remote
     packing = replace(packing, whole_blocks=blocks_are_units(twin, batch))
     with TemporaryDirectory() as folder:
         _check_saved(twin, rows[0][:, :8], Path(folder), trust_remote_code)
+    if lora is not None:
+        with _because("its code fails with adapters"):
+            _check_adapter(twin, rows[0][:, :8], lora)
     return packing
+
+
+@torch.no_grad()
+def _check_adapter(twin: PreTrainedModel, prompt: torch.Tensor, lora: Lora) -> None:
+    """Raises _RefusedError if code goes past an adapter: merged into the weights, it gives other logits."""
+    last = int(prompt[0, -1])
+    small = replace(lora, rank=min(lora.rank, HEADS), dropout=0.0)
+    add_adapter(twin, small, [last - 1, last], seed=0)
+    generator = torch.Generator().manual_seed(0)
+    for parameter in trainable_state(twin).values():
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+    logits = twin(input_ids=prompt).logits
+    merge(twin)
+    difference = _difference(logits, twin(input_ids=prompt).logits)
+    if not difference <= TOLERANCE:
+        raise _RefusedError(
+            f"its code goes past adapters: merged into the weights they change its logits by {difference:.1g} of the "
+            "largest one. Type --lora-targets with other layers, or leave out --lora"
+        )
 
 
 def _difference(first: torch.Tensor, second: torch.Tensor) -> float:

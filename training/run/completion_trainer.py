@@ -11,6 +11,7 @@ from typing import Any
 
 import datasets
 import torch
+from accelerate.utils import AutocastKwargs
 from torch.utils.data import DataLoader
 from transformers import Trainer
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
@@ -63,6 +64,9 @@ class CompletionTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        if not all(parameter.requires_grad for parameter in self.model.parameters()):
+            # A frozen base is in the run's precision already. Autocast would copy activations to float32.
+            self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         config = self.model.config.get_text_config()
         self.parameters = model_parameters(self.model)
         self.shape = config.hidden_size, config.num_hidden_layers
@@ -74,9 +78,7 @@ class CompletionTrainer(Trainer):
         self.keep_checkpoints = keep_checkpoints
         self.checkpoint_bytes = checkpoint_bytes
         self.saved_bytes = 0  # of the last checkpoint
-        self.lora: dict[str, Any] | None = (
-            None  # of a LoRA run, content of lora.json (use_adapter_checkpoints)
-        )
+        self.lora: dict[str, Any] | None = None  # content of lora.json (use_adapter_checkpoints)
         self.writer, self.save_seconds = Writer(background_saves), save_seconds
         self.save: saving.Save | None = None  # in flight
         self.rotation: threading.Thread | None = None

@@ -23,7 +23,8 @@ from training.data.held_out import held_out_message, held_out_size, split_held_o
 from training.data.ledger import Ledger
 from training.data.tokens import marked_sample, prepare_dataset
 from training.launch.supervisor import remove_shared_buffer
-from training.model.loading import load_config, max_positions, rows_needed, text_config
+from training.model.adapter import check_adapter, lora_of
+from training.model.loading import check_quantization, load_config, max_positions, rows_needed, text_config
 from training.model.packing import Packing, packing_of
 from training.model.tokenizer import load_tokenizer, saved_form
 from training.model.trial import try_model
@@ -65,6 +66,8 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     recorded = on_rank_0(lambda: recorded_test_size(options))
     tokenizer = together(lambda: _on_rank_0_first(args, lambda: run_tokenizer(options)))
     packing = agreed_packing(options, tokenizer)
+    if options.quantize:
+        check_quantization(options.quantize, args.device)
 
     def split_rows() -> tuple[Ledger, int, int, datasets.Dataset, datasets.Dataset]:
         _, rows, ledger = tokenised_rows(options, tokenizer, packing)
@@ -101,8 +104,11 @@ def agreed_packing(options: TrainingOptions, tokenizer: PreTrainedTokenizerBase)
         answers = gather(packing_of(config, trust_remote_code))
         obstacle = next((answer.obstacle for answer in answers if answer.obstacle), None)
         packing = Packing(obstacle, all(answer.response_loss for answer in answers))
+    lora = lora_of(options) if options.lora else None
+    if lora is not None:
+        together(lambda: check_adapter(config, lora, trust_remote_code))
     grows = rows_needed(tokenizer) > (text_config(config).vocab_size or 0)
-    return on_rank_0(lambda: try_model(name, config, packing, grows, trust_remote_code))
+    return on_rank_0(lambda: try_model(name, config, packing, grows, trust_remote_code, lora))
 
 
 def form_process_group(settings: Settings) -> TrainingArguments:
@@ -240,4 +246,6 @@ def _quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # accelerate warns that DeepSpeed accumulates gradients, which is intended.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
+    # bitsandbytes names a faster kernel that it could download for a CPU.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

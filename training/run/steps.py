@@ -17,12 +17,13 @@ from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollator
 from training.data.rows import read_prompts
 from training.errors import ModelError, OptionsError
 from training.machine.flops import peak_flops
+from training.model.adapter import add_adapter, lora_of, row_ids
 from training.model.blocks import block_parameters, use_whole_blocks
-from training.model.loading import DTYPES, load_model, max_positions
+from training.model.loading import DTYPES, load_config, load_model, max_positions, text_config
 from training.model.loss import use_padded_loss
 from training.options.deepspeed import fill_bucket_sizes
 from training.options.settings import Settings
-from training.options.trainer_options import steps_between_samples
+from training.options.trainer_options import TrainingOptions, steps_between_samples
 from training.ranks import on_rank_0
 from training.run.adapter_checkpoint import use_adapter_checkpoints
 from training.run.completion_trainer import CompletionTrainer
@@ -124,6 +125,8 @@ def build_trainer(
         prepared.packing.prepare(model)
     elif prepared.packing.padded_loss:
         use_padded_loss(model)
+    if settings.lora:
+        _add_adapter(model, options, prepared)
     if settings.whole_blocks is True:
         if settings.zero.stage == 3:
             use_whole_blocks(model)
@@ -164,14 +167,28 @@ def build_trainer(
     return trainer
 
 
+def _add_adapter(model: PreTrainedModel, options: TrainingOptions, prepared: Prepared) -> None:
+    """Freezes the model and adds the adapter of the run, with the rows that the base model lacks."""
+    config = load_config(options.input_model, options.trust_remote_code)  # the model's own has grown
+    rows = row_ids(prepared.tokenizer, text_config(config).vocab_size)
+    add_adapter(model, lora_of(options), rows, options.seed)
+
+
 def _load(settings: Settings, prepared: Prepared) -> PreTrainedModel:
     options = settings.options
-    # ZeRO-3 keeps float32 master weights beside 16-bit ones; without DeepSpeed the weights are the masters.
-    dtype = torch.float32 if settings.deepspeed is None else DTYPES[settings.precision]
+    # ZeRO-3 keeps float32 master weights beside 16-bit ones; without DeepSpeed the weights are the masters. A frozen base
+    # needs none.
+    masters = settings.deepspeed is None and not settings.lora
+    dtype = torch.float32 if masters else DTYPES[settings.precision]
     set_seed(options.seed)
     try:
         return load_model(
-            options.input_model, prepared.tokenizer, dtype, options.seed, options.trust_remote_code
+            options.input_model,
+            prepared.tokenizer,
+            dtype,
+            options.seed,
+            options.trust_remote_code,
+            quantize=options.quantize,
         )
     except ModelError as error:
         cause = error.__cause__
