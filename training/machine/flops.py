@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from training.machine.catalogue import peak_of
 
@@ -15,15 +16,34 @@ if TYPE_CHECKING:  # the plan uses this module without torch
 def model_parameters(model: PreTrainedModel) -> tuple[int, int]:
     """(parameters of the layers, parameters of the head). The input embedding needs no matrix product.
 
-    Under ZeRO-3 the size of a parameter that is not gathered is 0; its full size is in DeepSpeed's `ds_numel`.
+    Of a model with adapters these are the parameters of its frozen base.
     """
+    only_frozen = adapter_parameters(model) is not None
 
     def count(module: torch.nn.Module | None) -> int:
-        return 0 if module is None else sum(getattr(p, "ds_numel", p.numel()) for p in module.parameters())
+        parameters = [] if module is None else module.parameters()
+        return sum(_size(p) for p in parameters if not (only_frozen and p.requires_grad))
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
     return count(model) - count(embedding) - (0 if tied else count(head)), count(head)
+
+
+def adapter_parameters(model: PreTrainedModel) -> int | None:
+    """Parameters that are trained, of a model with a frozen base; None if every weight is trained."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    return None if len(trained) == len(list(model.parameters())) else sum(map(_size, trained))
+
+
+def _size(parameter: Any) -> int:
+    """Numbers in a parameter.
+
+    Under ZeRO-3 the size of one that is not gathered is 0; its full size is in DeepSpeed's `ds_numel`. bitsandbytes keeps
+    two numbers of 4 bits in a byte, and their shape in `quant_state`.
+    """
+    if state := getattr(parameter, "quant_state", None):
+        return math.prod(state.shape)
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 # In the last layer, queries, output matrix and MLP (10 of a layer's 12 width^2) are computed only at labels.
@@ -44,6 +64,7 @@ def training_flops(
     labels: float,
     scores: float,
     passes: int = 3,
+    adapters: float | None = None,
 ) -> float:
     """FLOPs of forward and backward.
 
@@ -58,8 +79,12 @@ def training_flops(
         labels: tokens computed by the head.
         scores: attention scores of one head: the sum of squared row lengths, or half of it if causality is used.
         passes: cost of the layers in units of a forward pass: 3, or 4 with checkpointing.
+        adapters: parameters of the adapters on frozen layers and head; None: every weight is trained. A frozen weight
+            has no gradient, which saves one of the two products of its backward pass.
     """
-    return passes * (2 * layers * tokens + 4 * scores * width * depth) + 3 * 2 * head * labels
+    frozen = 0 if adapters is None else 1  # products that are not computed
+    weights = (passes - frozen) * 2 * layers + passes * 2 * (adapters or 0)
+    return weights * tokens + passes * 4 * scores * width * depth + (3 - frozen) * 2 * head * labels
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:

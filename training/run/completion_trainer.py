@@ -20,7 +20,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from training.data.batching import GlobalBatchSampler, held_out_batches, micro_steps_needed
 from training.data.collator import Batch, count_labels, split_packed_batch
 from training.errors import TrainingError
-from training.machine.flops import layer_tokens, model_parameters, training_flops
+from training.machine.flops import adapter_parameters, layer_tokens, model_parameters, training_flops
 from training.machine.local import peak_memory_gib
 from training.options.settings import Batching
 from training.run import saving
@@ -64,11 +64,11 @@ class CompletionTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
-        if not all(parameter.requires_grad for parameter in self.model.parameters()):
+        config = self.model.config.get_text_config()
+        self.parameters, self.adapters = model_parameters(self.model), adapter_parameters(self.model)
+        if self.adapters is not None:
             # A frozen base is in the run's precision already. Autocast would copy activations to float32.
             self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
-        config = self.model.config.get_text_config()
-        self.parameters = model_parameters(self.model)
         self.shape = config.hidden_size, config.num_hidden_layers
         self.batching = batching
         self.max_tokens = max_tokens
@@ -187,7 +187,9 @@ class CompletionTrainer(Trainer):
             real, computed, labels, squares = self.accelerator.reduce(sums).tolist()
             devices = self.args.world_size
             tokens = layer_tokens(real, labels, self.shape[1])
-            flops = training_flops(*self.parameters, *self.shape, tokens, labels, squares / 2)
+            flops = training_flops(
+                *self.parameters, *self.shape, tokens, labels, squares / 2, adapters=self.adapters
+            )
             logs["tokens_per_second"] = real / seconds
             logs["tokens_per_second_per_device"] = real / seconds / devices
             logs["real_token_share"] = real / max(computed, 1)
