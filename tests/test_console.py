@@ -93,6 +93,7 @@ COMMANDS = """
 import sys
 from training import demo, generate, notebook, publish, trainer
 from training.bench.__main__ import main as bench
+from training.evaluate.__main__ import main as evaluate
 from training.plan.__main__ import main as plan
 from training.tracking.progress import print_line
 
@@ -113,8 +114,8 @@ run(trainer.main, "--training-dataset", named, "--local-output-dir", out + "-non
 run(plan, "--input-model", "demo", "--training-dataset", rows, "--machine", "8xA100-40GB", "--test-size", "2")
 run(bench, "--training-dataset", "\\udcc2\\udcab none \\x1b[2J.jsonl", code=2)
 demo.subprocess.run = lambda *words, **how: type("Ended", (), {"returncode": 0})
-demo.held_out_rows = lambda *of: [{"instruction": "Größe", "input": "\\x1b[2J", "output": "é"}]
 run(demo.main, "--local-output-dir", out)
+run(evaluate, "--model", out, "--max-new-tokens", "8")
 print_line("« ended »")
 """
 

@@ -21,7 +21,9 @@ ALLOWED_IMPORTS = {
     "launch": BASE_MODULES | {"options", "machine", "storage"},
     "plan": BASE_MODULES | {"data", "options", "machine", "model"},
     "tracking": BASE_MODULES | {"data", "options", "storage", "model"},
-    "run": BASE_MODULES | {"data", "options", "machine", "storage", "model", "launch", "plan", "tracking"},
+    "evaluate": BASE_MODULES | {"data", "storage", "model"},
+    "run": BASE_MODULES
+    | {"data", "options", "machine", "storage", "model", "launch", "plan", "tracking", "evaluate"},
 }
 COMMANDS = {
     "trainer",
@@ -33,6 +35,7 @@ COMMANDS = {
     "bench",
     "plan.__main__",
     "tracking.__main__",
+    "evaluate.__main__",
 }
 MAX_LEVELS = 7
 

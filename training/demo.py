@@ -5,26 +5,25 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import click
 import torch
 import transformers
 
 from training.console import set_up_console
-from training.consts import DEMO, GREEDY, METRICS_FILE
-from training.data.demo_rows import demo_rows
-from training.data.held_out import split_held_out
-from training.data.tokens import prepare_dataset
+from training.consts import DEMO, METRICS_FILE
 from training.errors import printable
+from training.evaluate.answers import encode_for, greedy_answers
+from training.evaluate.metrics import exact_matches
+from training.evaluate.rows import Rows, held_out_rows
 from training.files import duration
 from training.launch.local import deepspeed_command, launch_environment, shell_command
 from training.machine.catalogue import find_family
 from training.machine.local import this_machine
-from training.model.generation import generate_responses, load_model_tokenizer_for_generate
+from training.model.generation import load_model_tokenizer_for_generate
 from training.model.loading import max_positions
+from training.model.tokenizer import load_tokenizer
 from training.options.command_line import PathName
 from training.pictures import PictureFile, draw_demo
 from training.plan.presets import demo_options
@@ -48,27 +47,11 @@ def demo_command(output: str, family: str, ranks: int, extra: tuple[str, ...]) -
         raise click.ClickException(str(error)) from error
 
 
-def held_out_rows(
-    tokenizer: transformers.PreTrainedTokenizerBase, longest: int, run: Mapping[str, Any]
-) -> list[dict[str, str]]:
-    """The held-out rows of a run, from the same split; `run` are the options of its record."""
-    prepared, _ = prepare_dataset(DEMO, tokenizer, longest)
-    rows = demo_rows()
-    return [rows[number - 1] for number in split_held_out(prepared, run["test_size"], run["seed"])[1]["row"]]
-
-
-def answers(folder: str, rows: list[dict[str, str]]) -> list[str]:
-    """The greedy answers of the model in `folder`."""
-    model, tokenizer = load_model_tokenizer_for_generate(folder)
-    return generate_responses(
-        [row["instruction"] for row in rows],
-        [row["input"] for row in rows],
-        model=model,
-        tokenizer=tokenizer,
-        batch_size=100,
-        max_new_tokens=MAX_NEW_TOKENS,
-        **GREEDY,
-    )
+def answers(name: str, rows: Rows) -> list[str]:
+    """The greedy answers of a model to rows."""
+    model, tokenizer = load_model_tokenizer_for_generate(name)
+    _, [encoded] = encode_for(rows, [(tokenizer, max_positions(model.config))])
+    return greedy_answers(model, tokenizer, encoded.prompts, MAX_NEW_TOKENS, batch_size=100).texts
 
 
 def examples(rows: list[dict[str, str]], before: list[str], after: list[str]) -> list[tuple[str, ...]]:
@@ -92,13 +75,6 @@ def table(shown: list[tuple[str, ...]]) -> str:
         for instruction, before, after, expected in shown
     ]
     return printable("\n".join([f"{'instruction':<54}{'before':<20}  after ('=': correct)", *lines]))
-
-
-def exact_match(rows: list[dict[str, str]], responses: list[str]) -> float:
-    """Share of the rows whose answer is exactly the expected one."""
-    return sum(row["output"].strip() == answer for row, answer in zip(rows, responses, strict=True)) / len(
-        rows
-    )
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -140,19 +116,15 @@ def main(
     code = subprocess.run(command, env=launch_environment(0 if gpus else ranks)).returncode
     if code:
         raise click.ClickException(f"training failed with exit code {code}: see its last lines above")
-    model, tokenizer = load_model_tokenizer_for_generate(output)
-    options = finished_run(Path(output))["options"]
-    rows = held_out_rows(tokenizer, max_positions(model.config), options)
+    rows = held_out_rows(Path(output), finished_run(Path(output)), load_tokenizer(output))
     before, after = answers(DEMO, rows), answers(output, rows)
-    shown = examples(rows, before, after)
-    result = (
-        f"exact match on all {len(rows)} held-out rows: {exact_match(rows, before):.0%} before, "
-        f"{exact_match(rows, after):.0%} after"
-    )
+    shown = examples(rows.as_dicts(), before, after)
+    shares = [exact_matches(rows.columns.output, texts).mean() for texts in (before, after)]
+    result = f"exact match on all {len(rows)} held-out rows: {shares[0]:.0%} before, {shares[1]:.0%} after"
     print(f"\nHeld-out rows, which were not trained on:\n\n{table(shown)}\n")
     print(
         f"{result}; {duration(time.monotonic() - start)} in total\n"
-        f'Ask it yourself: python -m training.generate --model {shlex.quote(output)} "{rows[0]["instruction"]}"'
+        f'Ask it yourself: python -m training.generate --model {shlex.quote(output)} "{rows.columns.instruction[0]}"'
     )
     if plot:
         draw_demo(metrics.read(Path(output) / METRICS_FILE), shown[:PICTURE_EXAMPLES], result, plot)

@@ -186,6 +186,51 @@ def draw_demo(
     figure.savefig(file, dpi=110)
 
 
+def draw_evaluation(tables: Sequence[tuple[str, dict[str, Any]]], file: Path | IO[bytes]) -> None:
+    """Draws base and tuned model beside each other, each figure with its interval; the suffix of `file` is the format.
+
+    `tables` are (title, {label: {"base", "tuned"}}), each with "value", "low" and "high". A table is a row of panels,
+    because its figures have different units. Only the first two tables are drawn: categories would fill the page.
+    """
+    from matplotlib.figure import Figure
+
+    shown = tables[:2]
+    columns = max(len(figures) for _, figures in shown)
+    width = min(16.0, 0.6 + 1.9 * columns)
+    figure = Figure(figsize=(width, 3.2 * len(shown)), layout="constrained")
+    for part, (title, figures) in zip(
+        _flat(figure.subfigures(len(shown), squeeze=False)), shown, strict=True
+    ):
+        part.suptitle(printable(title), fontsize=10, x=0.01, ha="left", parse_math=False)
+        panels = _flat(part.subplots(1, columns, squeeze=False))
+        for axes, (label, values) in zip(panels, figures.items(), strict=False):
+            _draw_pair(axes, label, values)
+        for axes in panels[len(figures) :]:
+            axes.axis("off")
+    figure.savefig(file, dpi=130, format=file.suffix[1:] if isinstance(file, Path) else "png")
+
+
+def _flat(grid: Any) -> list[Any]:
+    """The elements of matplotlib's grid of axes."""
+    return list(grid.flat)
+
+
+def _draw_pair(axes: Any, label: str, values: dict[str, Any]) -> None:
+    """Draws one figure of both models as bars with their intervals."""
+    for place, (name, colour) in enumerate((("base", "checkpoints"), ("tuned", "steps"))):
+        interval = values[name]
+        axes.bar(place, interval["value"], color=COLOURS[colour], width=0.65)
+        if interval["low"] is not None:
+            ends = [[interval["value"] - interval["low"]], [interval["high"] - interval["value"]]]
+            axes.errorbar(place, interval["value"], yerr=ends, color="black", capsize=4, linewidth=1.2)
+    axes.set_xticks([0, 1], ["base", "tuned"], fontsize=9)
+    axes.set_title(printable(label), fontsize=9, parse_math=False)
+    axes.set_ylim(bottom=0)
+    axes.grid(axis="y", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
 def _points(entries: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """(steps, values) of the entries that have the key."""
     points = [(entry["step"], entry[key]) for entry in entries if entry.get(key) is not None]

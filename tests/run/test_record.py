@@ -14,8 +14,9 @@ import datasets
 import pytest
 
 from tests.conftest import resolved
+from training.data.held_out import rows_digest
 from training.options.trainer_options import TrainingOptions
-from training.run.identity import differences, new_record, recorded_test_size, rows_digest
+from training.run.identity import differences, new_record, recorded_test_size
 from training.storage.record import read_run_record, write_run_record
 
 

@@ -13,6 +13,7 @@ from training import ranks
 from training.bench.lines import Check, Finding, NotApplicableError, Setup, serve
 from training.bench.short_runs import become_the_only_rank, config_file, has_deepspeed
 from training.consts import DEMO, WEIGHTS
+from training.data.held_out import rows_digest
 from training.model.stored_weights import stored_weights
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions
@@ -92,7 +93,7 @@ def _settings(setup: Setup, name: str) -> Settings:
 def _run(settings: Settings, begin: start.Start) -> dict[str, Any]:
     """The stages of training.trainer from `begin` on, without its checks of versions and of the plan."""
     settings, prepared = prepare.prepare(settings)
-    record = identity.new_record(settings, identity.rows_digest(prepared.train_rows, prepared.held_out_rows))
+    record = identity.new_record(settings, rows_digest(prepared.train_rows, prepared.held_out_rows))
     record["decided"] = settings.plan_choices
     settings.output.mkdir(parents=True, exist_ok=True)
     begin = start.write(settings, prepared, begin, record, LAST_STEP)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from training.data.table import Number, Table, and_more, listed, named, short_repr
-from training.errors import DataError
+from training.errors import DataError, printable
 
 # Alpaca's name first, then dolly-15k's.
 COLUMN_NAMES = {
@@ -16,6 +16,7 @@ COLUMN_NAMES = {
     "output": ("output", "response"),
 }
 KNOWN = frozenset(name for names in COLUMN_NAMES.values() for name in names)
+CATEGORY = "category"  # of a row, as in dolly-15k: it groups the rows of an evaluation
 RENDERED = "text"  # Alpaca's whole row as one text: nothing is lost if it is not read
 REQUIRED = ("instruction", "output")  # columns of training rows
 REQUIRED_COLUMNS_HELP = (
@@ -37,6 +38,7 @@ class Columns:
     Attributes:
         files: rows of each file by its name, in the order of the rows; empty unless the source is a folder.
         not_read: what the source holds besides these columns, in words.
+        category: the value of the column 'category' of each row; empty without such a column. Training ignores it.
     """
 
     instruction: list[str]
@@ -44,6 +46,7 @@ class Columns:
     output: list[str]
     files: dict[str, int] = field(default_factory=dict, compare=False)
     not_read: list[str] = field(default_factory=list, compare=False)
+    category: list[str] = field(default_factory=list, compare=False, repr=False)
 
     def __len__(self) -> int:
         return len(self.instruction)
@@ -66,12 +69,28 @@ def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) 
             values = table.values(name) if name in table.names else [None] * table.count
             getattr(columns, key).extend(_texts(values, key, table.source))
         columns.not_read += table.not_read
+    columns.category = _categories(tables)
     unread = [name for name in names if name not in matched.values()]
     if RENDERED in unread and _is_rendered(tables[0], columns.output):
         unread.remove(RENDERED)
     if unread:
         columns.not_read.insert(0, named("column", unread))
     return columns
+
+
+def _categories(tables: Sequence[Table]) -> list[str]:
+    """The category of each row, "" where it is missing; [] if no table has one, or if a value is not text."""
+    if not any(CATEGORY in table.names for table in tables):
+        return []
+    texts: list[str | None] = []
+    for table in tables:
+        if table.names.count(CATEGORY) > 1:
+            return []
+        try:
+            texts += map(_text, table.values(CATEGORY) if CATEGORY in table.names else [None] * table.count)
+        except DataError:  # text that cannot be read
+            return []
+    return [] if None in texts else [printable(text) for text in texts]
 
 
 def _is_rendered(table: Table, outputs: Sequence[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING
 
 from training.consts import DEFAULT_TEST_SIZE
@@ -53,3 +54,20 @@ def split_held_out(
     """Shuffles and splits into (training rows, held-out rows), with the same two calls as Dolly."""
     parts = rows.shuffle(seed=seed).train_test_split(test_size=test_size, seed=seed)
     return parts["train"], parts["test"]
+
+
+def rows_digest(*parts: datasets.Dataset) -> str:
+    """A checksum of the training rows and the held-out rows, in their order.
+
+    It changes with data, tokenizer, length, split and seed.
+    """
+    import numpy as np
+
+    digest = hashlib.sha256()
+    for rows in parts:
+        digest.update(len(rows).to_bytes(8))
+        for batch in rows.with_format("numpy").iter(batch_size=10_000):
+            for ids in batch["input_ids"]:
+                digest.update(np.asarray(ids, dtype=np.int32).tobytes())
+            digest.update(np.asarray(batch["response_start"], dtype=np.int32).tobytes())
+    return digest.hexdigest()

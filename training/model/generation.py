@@ -112,6 +112,19 @@ def answer_batch(
     **generation: Any,
 ) -> list[str]:
     """Answers one batch of prompts given as token ids. Under ZeRO-3, all ranks must call this equally often."""
+    answers = answer_ids(prompts, model, tokenizer, device, **generation)
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def answer_ids(
+    prompts: Sequence[Sequence[int]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    device: torch.device,
+    **generation: Any,
+) -> torch.Tensor:
+    """The new tokens `(rows, tokens) int64` of a batch of prompts. An answer that ended is followed by the pad token."""
     longest = max(map(len, prompts))
     ids = torch.full((len(prompts), longest), tokenizer.pad_token_id)
     mask = torch.zeros_like(ids)
@@ -122,8 +135,7 @@ def answer_batch(
     output = model.generate(
         ids.to(device), attention_mask=mask.to(device), generation_config=config, **generation
     )
-    texts = tokenizer.batch_decode(output[:, longest:], skip_special_tokens=True)
-    return [text.strip() for text in texts]
+    return output[:, longest:]
 
 
 def prompt_ids(

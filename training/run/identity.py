@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import platform
 import subprocess
@@ -12,9 +11,6 @@ from dataclasses import asdict, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
-
-import datasets
-import numpy as np
 
 from training.consts import INSTALLED
 from training.errors import OptionsError
@@ -94,21 +90,6 @@ def recorded_test_size(options: TrainingOptions) -> int | None:
         return None
     number = record["options"].get("test_size")
     return number if isinstance(number, int) else None
-
-
-def rows_digest(*parts: datasets.Dataset) -> str:
-    """A checksum of the training rows and the held-out rows, in their order.
-
-    It changes with data, tokenizer, length, split and seed.
-    """
-    digest = hashlib.sha256()
-    for rows in parts:
-        digest.update(len(rows).to_bytes(8))
-        for batch in rows.with_format("numpy").iter(batch_size=10_000):
-            for ids in batch["input_ids"]:
-                digest.update(np.asarray(ids, dtype=np.int32).tobytes())
-            digest.update(np.asarray(batch["response_start"], dtype=np.int32).tobytes())
-    return digest.hexdigest()
 
 
 def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:

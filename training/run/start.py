@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.consts import LEDGER_FILE, RUN_FILE
+from training.data.held_out import rows_digest
 from training.errors import OptionsError
 from training.model.base import identify
 from training.options.checks import output_problems
@@ -20,7 +21,7 @@ from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.ranks import is_main_process, on_rank_0
 from training.run.fetch import FETCHED, fetch_newest
-from training.run.identity import check_same_run, new_record, rows_digest
+from training.run.identity import check_same_run, new_record
 from training.run.lock import one_writer
 from training.run.reshard import RESHARDED, reshard
 from training.storage import checkpoint

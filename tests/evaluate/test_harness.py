@@ -1,0 +1,215 @@
+"""lm-eval in Dolly's prompt: the ids of training, where the stock model class fails; else the stock's numbers."""
+
+from __future__ import annotations
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from lm_eval import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import GPTJForCausalLM, PreTrainedTokenizerBase
+
+from tests.conftest import jsonl
+from training.data.encoding import encode_prompts, encode_text
+from training.evaluate.__main__ import main
+from training.evaluate.harness import DollyModel, run_tasks
+from training.model.generation import load_model_tokenizer_for_generate
+from training.model.loading import load_model
+
+QUESTIONS = [
+    {"q": "Which river?", "choices": ["Rhine", "Po", "Elbe"], "answer": 0},
+    {"q": "Say ### End and go on.", "choices": ["AB", "A", "go on"], "answer": 2},
+    {"q": "Is it so?\n", "choices": ["yes", "no", "perhaps"], "answer": 1},
+    {"q": "How many?", "choices": ["one", "two", "three"], "answer": 2},
+]
+TASK = """
+task: {name}
+dataset_path: json
+dataset_kwargs:
+  data_files:
+    test: {data}
+test_split: test
+output_type: {kind}
+doc_to_text: "{{{{q}}}}"
+doc_to_target: answer
+{more}
+"""
+CHOICE = """
+doc_to_choice: choices
+metric_list:
+  - metric: acc
+    aggregation: mean
+    higher_is_better: true
+  - metric: acc_norm
+    aggregation: mean
+    higher_is_better: true
+"""
+BEGUN = CHOICE + 'gen_prefix: "Answer:"\n'
+GENERATION = """
+generation_kwargs:
+  until: ["\\n\\n"]
+  max_gen_toks: 6
+metric_list:
+  - metric: exact_match
+    aggregation: mean
+    higher_is_better: true
+"""
+
+
+@pytest.fixture
+def task(tmp_path: Path) -> Any:
+    """Writes a task of four questions and returns its YAML file."""
+    data = jsonl(tmp_path / "questions.jsonl", QUESTIONS)
+
+    def write(name: str, more: str = CHOICE, kind: str = "multiple_choice") -> str:
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(TASK.format(name=name, data=data, kind=kind, more=more))
+        return str(file)
+
+    return write
+
+
+@cache
+def manager() -> TaskManager:
+    return TaskManager(include_defaults=False)
+
+
+def stock(folder: Path, file: str, **how: Any) -> dict[str, Any]:
+    """The results of the stock harness on a folder."""
+    model = HFLM(pretrained=str(folder), dtype="float32", device="cpu", batch_size=4)
+    return simple_evaluate(model, tasks=[file], task_manager=manager(), bootstrap_iters=0, **how)
+
+
+def ours(folder: Path, file: str, prompt: str) -> dict[str, Any]:
+    model, tokenizer = load_model_tokenizer_for_generate(str(folder), torch.float32)
+    return run_tasks(DollyModel(model, tokenizer, 4, prompt), [file], manager())
+
+
+def scores(results: dict[str, Any], task: str) -> list[list[float]]:
+    """The log-likelihood of each choice of each question."""
+    return [[answer[0] for answer in sample["filtered_resps"]] for sample in results["samples"][task]]
+
+
+@pytest.fixture(scope="module")
+def random_folder(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A random model with Dolly's control tokens and their chat template, as a finished run has them."""
+    folder = tmp_path_factory.mktemp("random")
+    load_model(str(base_folder), tokenizer, torch.float32, seed=42).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "prompt"),
+    [("plain", CHOICE, "plain"), ("begun", BEGUN, "plain"), ("begun", BEGUN, "dolly")],
+)
+def test_where_no_context_ends_in_white_space_the_numbers_are_those_of_the_stock_harness(
+    name: str, more: str, prompt: str, random_folder: Path, task: Any
+) -> None:
+    file = task(name, more)
+    expected = stock(random_folder, file, apply_chat_template=prompt == "dolly")
+    found = ours(random_folder, file, prompt)
+    assert found["results"][name]["acc,none"] == expected["results"][name]["acc,none"]
+    assert found["results"][name]["acc_norm,none"] == expected["results"][name]["acc_norm,none"]
+    for mine, theirs in zip(scores(found, name), scores(expected, name), strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4)
+
+
+def test_in_dollys_prompt_the_stock_harness_fails_and_ours_scores_the_ids_of_training(
+    random_folder: Path, task: Any, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    file = task("asked")
+    with pytest.raises(AssertionError):
+        stock(random_folder, file, apply_chat_template=True)
+    found = ours(random_folder, file, "dolly")
+    model = GPTJForCausalLM.from_pretrained(random_folder).eval()
+    key = tokenizer.convert_tokens_to_ids("### Response:\n")
+    for question, sample in zip(QUESTIONS, found["samples"]["asked"], strict=True):
+        # The chat template writes "###  End", so that the text stays text.
+        text = (
+            question["q"].replace("### End", "###  End").strip("\n")
+            if question is QUESTIONS[1]
+            else question["q"]
+        )
+        [head], [body] = encode_prompts(tokenizer, [text], [None])
+        for choice, (score, _) in zip(question["choices"], sample["filtered_resps"], strict=True):
+            [continuation] = encode_text(tokenizer, [choice])
+            prompt = [*head, *body, key]
+            with torch.no_grad():
+                logits = model(torch.tensor([[*prompt, *continuation]])).logits[0].log_softmax(-1)
+            places = range(len(prompt) - 1, len(prompt) + len(continuation) - 1)
+            expected = sum(logits[place, id].item() for place, id in zip(places, continuation, strict=True))
+            assert score == pytest.approx(expected, rel=1e-4)
+
+
+def test_solved_examples_are_earlier_turns_in_dollys_prompt(
+    random_folder: Path, task: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    contexts = []
+    encode = DollyModel._encode_pair
+    monkeypatch.setattr(
+        DollyModel, "_encode_pair", lambda self, *pair: contexts.append(pair[0]) or encode(self, *pair)
+    )
+    file = task("shots")
+    model, tokenizer = load_model_tokenizer_for_generate(str(random_folder), torch.float32)
+    results = run_tasks(DollyModel(model, tokenizer, 4, "dolly"), [file], manager(), limit=1, num_fewshot=2)
+    assert results["n-shot"]["shots"] == 2
+    assert {context.count("### Response:\n") for context in contexts} == {3}
+    assert {context.count("\n\n### End") for context in contexts} == {2}
+    assert all(context.endswith("### Response:\n") for context in contexts)
+
+
+def test_generated_answers_stop_at_the_end_key_and_are_greedy(answering_folder: Path, task: Any) -> None:
+    file = task("written", GENERATION, "generate_until")
+    first, second = (ours(answering_folder, file, "dolly") for _ in range(2))
+    answers = [sample["filtered_resps"] for sample in first["samples"]["written"]]
+    assert answers == [sample["filtered_resps"] for sample in second["samples"]["written"]]
+    assert answers == [["AB"]] * 4
+
+
+def test_the_command_prints_the_harness_values_with_intervals(
+    answering_folder: Path, random_folder: Path, task: Any, tmp_path: Path
+) -> None:
+    output = tmp_path / "evaluation.json"
+    words = [
+        "--model",
+        answering_folder,
+        "--base",
+        random_folder,
+        "--tasks",
+        task("asked"),
+        "--output",
+        output,
+    ]
+    result = CliRunner().invoke(main, list(map(str, words)))
+    assert result.exit_code == 0, result.output
+    section = json.loads(output.read_text())["tasks"]
+    found = section["tasks"]["asked"]
+    for name, folder in (("base", random_folder), ("tuned", answering_folder)):
+        value = ours(folder, task("asked"), "dolly")["results"]["asked"]["acc,none"]
+        interval = found["metrics"]["acc"][name]
+        assert interval["value"] == value
+        assert interval["low"] <= value <= interval["high"]
+    assert found["num_fewshot"] == 0
+    assert section["settings"]["prompt"] == "in Dolly's prompt"
+    assert "benchmarks of lm-eval, in Dolly's prompt:" in result.stdout
+    assert "held" not in result.stdout, "no rows were evaluated"
+
+
+@pytest.mark.slow
+def test_an_unknown_task_is_refused_with_the_nearest_names(answering_folder: Path) -> None:
+    words = ["--model", answering_folder, "--base", answering_folder, "--tasks", "helaswag,none.yaml,piqa"]
+    result = CliRunner().invoke(main, list(map(str, words)))
+    assert result.exit_code == 2
+    assert "--tasks helaswag: lm-eval 0.4.13 has no such task. The nearest names are" in result.output
+    assert "hellaswag" in result.output
+    assert "--tasks none.yaml: no such file" in result.output
+    assert "piqa:" not in result.output

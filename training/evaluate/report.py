@@ -1,0 +1,156 @@
+"""Shows an evaluation as a table, and writes it beside the model: evaluation.json and a section of the model card."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from training.consts import DEFAULT_SEED, EVALUATION_FILE
+from training.errors import printable
+from training.evaluate.intervals import RESAMPLES
+from training.evaluate.metrics import METRICS
+from training.files import write_file, write_json
+
+CARD = "README.md"
+BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
+HEADINGS = ("base", "tuned", "tuned - base")
+LABELS = {metric.name: metric.label for metric in METRICS}
+PERCENT = {metric.name for metric in METRICS if metric.percent} | {"acc", "acc_norm", "exact_match"}
+DIGITS = {"loss": 4, "perplexity": 2, "length": 1}  # of metrics that are no percentages
+
+
+def sections_of(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(title, {label: {"base", "tuned", "difference"}}) of each table of an evaluation: rows, categories, tasks."""
+    for kind in ("held_out", "file"):
+        if section := evaluation.get(kind):
+            yield section["rows"]["chosen"], _labelled(section["metrics"])
+            for category, part in section["categories"].items():
+                yield f"category {category or 'none'}, {part['rows']:,} rows", _labelled(part["metrics"])
+    if section := evaluation.get("tasks"):
+        figures = {
+            f"{task} {metric}": values
+            for task, part in section["tasks"].items()
+            for metric, values in part["metrics"].items()
+        }
+        yield f"benchmarks of lm-eval, {section['settings']['prompt']}", figures
+
+
+def _labelled(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {LABELS[name]: values for name, values in metrics.items()}
+
+
+def notes_of(evaluation: Mapping[str, Any]) -> list[str]:
+    """What a reader of the tables must know."""
+    notes = []
+    for kind in ("held_out", "file"):
+        section = evaluation.get(kind)
+        if not section:
+            continue
+        settings, rows = section["settings"], section["rows"]
+        notes.append(f"base: {section['base']}; tuned: {section['tuned']}")
+        notes.append(f"greedy answers, at most {settings['max_new_tokens']:,} tokens, in Dolly's prompt")
+        notes.append(
+            "a base was never trained on Dolly's control tokens: it stops by itself if it writes EOS, or one by chance"
+        )
+        notes += [f"{count:,} rows are left out: {reason}" for reason, count in rows["left_out"].items()]
+        if not settings["same_tokens"]:
+            notes.append(
+                "the models have other tokens, so loss, perplexity and length cannot be compared; the metrics of texts can"
+            )
+    if section := evaluation.get("tasks"):
+        notes.append(f"benchmarks: base {section['base']}; tuned {section['tuned']}")
+        notes += section["notes"]
+    return [
+        *dict.fromkeys(notes),
+        f"in brackets: 95% intervals from {RESAMPLES:,} bootstrap samples of the rows (seed {DEFAULT_SEED}); the "
+        "difference is paired",
+    ]
+
+
+def as_table(evaluation: Mapping[str, Any]) -> str:
+    """The evaluation as text for a terminal."""
+    lines: list[str] = []
+    for title, figures in sections_of(evaluation):
+        cells = [(label, *_cells(label, values)) for label, values in figures.items()]
+        width = max(18, *(len(label) for label, *_ in cells))
+        widths = [
+            max(len(heading), *(len(row[i + 1]) for row in cells)) for i, heading in enumerate(HEADINGS)
+        ]
+        lines += [f"{title}:" if not lines else f"\n{title}:"]
+        for label, *texts in [("", *HEADINGS), *cells]:
+            line = "".join(f"  {text:<{size}}" for text, size in zip(texts, widths, strict=True))
+            lines.append(f"  {label:<{width}}{line}".rstrip())
+    return printable("\n".join([*lines, "", *notes_of(evaluation)]))
+
+
+def as_markdown(evaluation: Mapping[str, Any]) -> str:
+    """The evaluation as the section of a model card."""
+    lines = ["## Evaluation"]
+    for title, figures in sections_of(evaluation):
+        lines += ["", f"{_markdown(title)}:", "", f"| | {' | '.join(HEADINGS)} |", "|---|---|---|---|"]
+        lines += [
+            f"| {' | '.join(map(_markdown, (label, *_cells(label, v))))} |" for label, v in figures.items()
+        ]
+    notes = "\n".join(f"- {_markdown(note)}" for note in notes_of(evaluation))
+    return f"{chr(10).join(lines)}\n\n{notes}"
+
+
+def _markdown(text: str) -> str:
+    """Text of a file or a model's name, which must not become Markdown or HTML."""
+    return re.sub(r"([\\`*_{}<>|#~])|\n", lambda match: f"\\{match[1]}" if match[1] else " ", printable(text))
+
+
+def _cells(label: str, values: Mapping[str, Any]) -> list[str]:
+    """The texts of base, tuned and difference."""
+    names = {shown: name for name, shown in LABELS.items()}
+    name = names.get(label, label.rpartition(" ")[2])
+    return [
+        _cell(name, values.get(key), signed=key == "difference") for key in ("base", "tuned", "difference")
+    ]
+
+
+def _cell(name: str, interval: Mapping[str, float | None] | None, signed: bool) -> str:
+    """A figure with its interval: 12.5% [10.0, 15.2]; of a difference +3.1 [1.0, 5.2], in percentage points."""
+    if interval is None or interval["value"] is None:
+        return "-"
+    factor, digits = (100, 1) if name in PERCENT else (1, DIGITS.get(name, 3))
+    value, low, high = (
+        None if number is None else factor * number
+        for number in (interval["value"], interval["low"], interval["high"])
+    )
+    text = f"{value:{'+' if signed else ''},.{digits}f}"
+    text += "%" if name in PERCENT and not signed else ""
+    return text if low is None else f"{text} [{low:,.{digits}f}, {high:,.{digits}f}]"
+
+
+def read_evaluation(folder: Path) -> dict[str, Any]:
+    """The evaluation.json of a model's folder; {} if it is missing or unreadable."""
+    with suppress(OSError, ValueError, RecursionError):
+        content = json.loads((folder / EVALUATION_FILE).read_text())
+        if isinstance(content, dict):
+            return content
+    return {}
+
+
+def write_evaluation(folder: Path, sections: Mapping[str, Any]) -> dict[str, Any]:
+    """Writes evaluation.json and the section of the model card into a model's folder. Raises OSError.
+
+    Sections of an earlier evaluation that are not computed anew are kept. run.json is not touched: it stays as it was
+    published.
+    """
+    evaluation = read_evaluation(folder) | dict(sections)
+    write_json(folder / EVALUATION_FILE, evaluation)
+    card = folder / CARD
+    former = card.read_text(encoding="utf-8") if card.is_file() else ""
+    section = f"{BEGIN}\n{as_markdown(evaluation)}\n{END}"
+    pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
+    if pattern.search(former):
+        content = pattern.sub(lambda match: section, former, count=1)
+    else:
+        content = f"{former.rstrip()}\n\n{section}\n".lstrip()
+    write_file(card, content)
+    return evaluation

@@ -1,0 +1,152 @@
+"""The rows of an evaluation: those that a run held out, found again from its record, or those of a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from training.consts import DEFAULT_SEED, LEDGER_FILE
+from training.data.columns import Columns
+from training.data.held_out import rows_digest, split_held_out
+from training.data.rows import read_columns
+from training.data.tokens import prepare_dataset
+from training.errors import DataError
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows to evaluate models on, in a seeded order.
+
+    Attributes:
+        columns: instruction, input, output and, if the source has it, category of each row.
+        numbers: number of each row in its source, from 1.
+        source: the file, dataset or "demo" that they come from.
+        of: number of rows that could have been chosen.
+        chosen: how they were chosen, in words.
+        max_length: the longest row in tokens that training kept; None for the limit of the model.
+        keep_truncated: whether training cut longer rows there, instead of dropping them.
+        dropped: rows of the source that cannot be used, by reason.
+    """
+
+    columns: Columns
+    numbers: list[int]
+    source: str
+    of: int
+    chosen: str
+    max_length: int | None = None
+    keep_truncated: bool = False
+    dropped: Mapping[str, int] | None = None
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def first(self, limit: int | None) -> Rows:
+        """The first `limit` rows; all for None."""
+        if limit is None or limit >= len(self):
+            return self
+        return replace(self.at(range(limit)), chosen=f"the first {limit:,} of {self.chosen}")
+
+    def at(self, places: Sequence[int]) -> Rows:
+        """The rows at these places."""
+        return replace(self, columns=_at(self.columns, places), numbers=[self.numbers[i] for i in places])
+
+    def as_dicts(self) -> list[dict[str, str]]:
+        """The rows as {"instruction", "input", "output"}."""
+        columns = self.columns
+        values = zip(columns.instruction, columns.input, columns.output, strict=True)
+        return [{"instruction": a, "input": b, "output": c} for a, b, c in values]
+
+
+def _at(columns: Columns, places: Sequence[int]) -> Columns:
+    parts = {
+        name: [getattr(columns, name)[place] for place in places]
+        for name in ("instruction", "input", "output", "category")
+        if getattr(columns, name)
+    }
+    return Columns(**{"instruction": [], "input": [], "output": []} | parts)
+
+
+def held_out_rows(folder: Path, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Rows:
+    """The rows that a finished run held out, in the order of its seeded shuffle.
+
+    They are found as training found them: all rows are tokenised, and the same shuffle and split are applied. The
+    checksum in the record proves that they are the same.
+
+    Args:
+        record: the run's record, from the `folder` of its model.
+        tokenizer: the one in that folder, which gives the same ids as in training.
+
+    Raises DataError if the data is gone or has changed.
+    """
+    run = record["options"]
+    source, selection = run["training_dataset"], _selection(run)
+    advice = "Name other rows with --rows FILE; they must be rows that the model was not trained on"
+    max_length = _max_length(folder, run, tokenizer)
+    try:
+        prepared, _ = prepare_dataset(
+            source,
+            tokenizer,
+            max_length,
+            run.get("keep_truncated", False),
+            run.get("max_dropped_fraction", 1.0),
+            selection=selection,
+        )
+        columns = read_columns(source, selection)
+    except DataError as error:
+        raise DataError(f"the rows that the run held out cannot be read: {error}. {advice}") from error
+    parts = split_held_out(prepared, run["test_size"], run["seed"])
+    if record.get("rows") not in (None, rows_digest(*parts)):
+        raise DataError(
+            f"{source}: has changed since the run was trained on it, or is another file of this name, so the rows that "
+            f"the run held out are not known. {advice}"
+        )
+    numbers = parts[1]["row"][:]
+    return Rows(
+        _at(columns, [number - 1 for number in numbers]),
+        list(numbers),
+        source,
+        len(numbers),
+        f"the {len(numbers):,} rows that the run held out (seed {run['seed']})",
+        max_length,
+        run.get("keep_truncated", False),
+    )
+
+
+def _selection(run: Mapping[str, Any]) -> dict[str, str]:
+    """The part of a dataset on the Hub that the run chose."""
+    parts = {key: run.get(f"dataset_{key}") for key in ("config", "split", "revision")}
+    return {key: text for key, text in parts.items() if text is not None}
+
+
+def _max_length(folder: Path, run: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> int:
+    """The longest row in tokens that training kept: an option, or a limit of the architecture that the ledger has."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        return int(json.loads((folder / LEDGER_FILE).read_text())["max_length"])
+    return int(run.get("max_length") or tokenizer.model_max_length)
+
+
+def file_rows(source: str, seed: int = DEFAULT_SEED) -> Rows:
+    """The rows of a file, a folder or a dataset on the Hub, in a seeded order. Raises DataError without usable rows."""
+    columns = read_columns(source)
+    usable = [i for i in range(len(columns)) if columns.output[i].strip() and columns.instruction[i].strip()]
+    if not usable:
+        raise DataError(
+            f"{source}: no row has an instruction and an output. An evaluation compares answers with the outputs"
+        )
+    places = [usable[i] for i in np.random.default_rng(seed).permutation(len(usable))]
+    left_out = len(columns) - len(usable)
+    return Rows(
+        _at(columns, places),
+        [place + 1 for place in places],
+        source,
+        len(places),
+        f"the {len(places):,} rows of {source} (in an order of seed {seed})",
+        dropped={"empty instruction or output": left_out} if left_out else None,
+    )
