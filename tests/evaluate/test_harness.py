@@ -22,6 +22,8 @@ from training.evaluate.harness import DollyModel, run_tasks
 from training.model.generation import load_model_tokenizer_for_generate
 from training.model.loading import load_model
 
+pytestmark = pytest.mark.slow
+
 QUESTIONS = [
     {"q": "Which river?", "choices": ["Rhine", "Po", "Elbe"], "answer": 0},
     {"q": "Say ### End and go on.", "choices": ["AB", "A", "go on"], "answer": 2},
@@ -204,7 +206,6 @@ def test_the_command_prints_the_harness_values_with_intervals(
     assert "held" not in result.stdout, "no rows were evaluated"
 
 
-@pytest.mark.slow
 def test_an_unknown_task_is_refused_with_the_nearest_names(answering_folder: Path) -> None:
     words = ["--model", answering_folder, "--base", answering_folder, "--tasks", "helaswag,none.yaml,piqa"]
     result = CliRunner().invoke(main, list(map(str, words)))
