@@ -257,7 +257,7 @@ def test_a_frozen_head_without_new_rows_gets_no_gradient_either() -> None:
 
 
 def test_the_flops_of_a_lora_step_are_those_that_torch_counts() -> None:
-    model = with_adapter("gptj", Lora(8, 16.0))
+    model = with_adapter("gptj", Lora(2, 4.0))
     batch = packed(random_rows(seed=5, count=6))
     labels = batch["shift_labels"].shape[1]
     with FlopCounterMode(display=False) as counter:
@@ -269,7 +269,7 @@ def test_the_flops_of_a_lora_step_are_those_that_torch_counts() -> None:
     shape = (layers, head, 64, 3, tokens, labels, 0)  # torch counts no attention on a CPU
     counted = counter.get_total_flops()
     assert counted == pytest.approx(training_flops(*shape, adapters=adapter_parameters(model)), rel=0.02)
-    assert counted < 0.8 * training_flops(*shape), "4N instead of 6N for frozen weights"
+    assert counted < 0.75 * training_flops(*shape), "4N instead of 6N for frozen weights"
     assert adapter_parameters(stock) is None
 
 
