@@ -33,6 +33,7 @@ COMMANDS = {
     "export",
     "notebook",
     "bench",
+    "page",
     "plan.__main__",
     "tracking.__main__",
     "evaluate.__main__",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.consts import DEFAULT_SEED, MAX_NEW_TOKENS, RUN_FILE, SAMPLING
+from training.consts import DEFAULT_SEED, GREEDY, MAX_NEW_TOKENS, RUN_FILE, SAMPLING
 from training.data.encoding import encode_prompts
 from training.data.prompt import RESPONSE_KEY
 from training.files import expanded
@@ -31,6 +31,12 @@ PARAMETERS: tuple[tuple[str, str, Any], ...] = (
     ("top_p", "double", SAMPLING["top_p"]),
     ("top_k", "long", SAMPLING["top_k"]),
 )
+
+
+def sampling_arguments(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments of `model.generate` for values of PARAMETERS; the others keep their defaults."""
+    generation = {name: default for name, _, default in PARAMETERS} | dict(parameters)
+    return generation | GREEDY | {"temperature": None} if generation["temperature"] <= 0 else generation
 
 
 def load_model_tokenizer_for_generate(

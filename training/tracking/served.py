@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from training.consts import GREEDY
-from training.model.generation import PARAMETERS, generate_responses, load_model_tokenizer_for_generate
+from training.model.generation import (
+    generate_responses,
+    load_model_tokenizer_for_generate,
+    sampling_arguments,
+)
 
 if TYPE_CHECKING:
     from pandas import DataFrame
@@ -28,15 +31,12 @@ class Served:
         import pandas
 
         inputs = data["input"] if "input" in data else [None] * len(data)
-        generation = {name: default for name, _, default in PARAMETERS} | (params or {})
-        if generation["temperature"] <= 0:
-            generation |= GREEDY | {"temperature": None}
         responses = generate_responses(
             list(data["instruction"]),
             [text if isinstance(text, str) else None for text in inputs],  # pandas uses NaN for missing text
             model=self.model,
             tokenizer=self.tokenizer,
-            **generation,
+            **sampling_arguments(params or {}),
         )
         return pandas.DataFrame({"response": responses}, index=data.index)
 

@@ -1,0 +1,310 @@
+"""The page in a real Chromium: streaming, stop, a blind vote with the keyboard, two users, and no foreign request."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GPTJForCausalLM, PreTrainedTokenizerBase
+
+from tests.page.conftest import SCRIPT, save_run
+from training.page.__main__ import PASSWORD_VARIABLE
+
+sync_api = pytest.importorskip("playwright.sync_api")
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+PASSWORD = "correct horse"
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Any]:
+    """A headless Chromium. In CI a missing one fails the tests; elsewhere it skips them."""
+    program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if program is None:
+        words = "needs Chromium. Type sudo apt-get install chromium"
+        if os.environ.get("DOLLY_CI"):
+            pytest.fail(words)
+        pytest.skip(words)
+    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=program, args=arguments)
+        yield browser
+        browser.close()
+
+
+def started(folder: Path, *words: object, **environment: str) -> tuple[subprocess.Popen, str]:
+    """The command of the page and its address, once it answers."""
+    with socket.socket() as trial:
+        trial.bind(("127.0.0.1", 0))
+        port = trial.getsockname()[1]
+    log = folder / "server.log"
+    command = [
+        sys.executable,
+        "-m",
+        "training.page",
+        "--votes",
+        folder / "votes.jsonl",
+        "--port",
+        port,
+        *words,
+    ]
+    # A proxy for everything: a request to another machine would fail, one to this page must not use it.
+    environment = (
+        os.environ | {"HTTP_PROXY": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"} | environment
+    )
+    with open(log, "w") as stream:
+        server = subprocess.Popen(
+            list(map(str, command)), cwd=ROOT, env=environment, stdout=stream, stderr=stream
+        )
+    deadline = time.monotonic() + 180
+    while "in a browser" not in log.read_text():
+        assert server.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.2)
+    return server, f"http://127.0.0.1:{port}"
+
+
+@pytest.fixture(scope="module")
+def folder(
+    endless_model: GPTJForCausalLM,
+    brief_model: GPTJForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """ "ancestor", a base that never ends, and "offspring", a run from it that answers "AB"."""
+    folder = tmp_path_factory.mktemp("page")
+    endless_model.save_pretrained(folder / "ancestor")
+    tokenizer.save_pretrained(folder / "ancestor")
+    save_run(folder / "offspring", brief_model, tokenizer, folder / "ancestor", folder / "rows.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def address(folder: Path) -> Iterator[str]:
+    server, address = started(folder, "--model", folder / "offspring")
+    yield address
+    server.terminate()
+    server.wait(30)
+
+
+class Tab:
+    """A tab of its own session, and the requests that it made."""
+
+    def __init__(self, browser: Any, address: str, width: int = 1280) -> None:
+        self.context = browser.new_context(viewport={"width": width, "height": 900})
+        self.page = self.context.new_page()
+        self.requests: list[str] = []
+        self.errors: list[str] = []
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
+        self.page.goto(address)
+        self.page.wait_for_selector("#ask")
+
+    def text(self, name: str) -> str:
+        return self.page.input_value(f"#{name} textarea")
+
+    def fill(self, name: str, text: str) -> None:
+        self.page.fill(f"#{name} textarea", text)
+
+    def wait(self, name: str, part: str, seconds: float = 30) -> str:
+        condition = "([name, part]) => document.querySelector(`#${name} textarea`)?.value.includes(part)"
+        self.page.wait_for_function(condition, arg=[name, part], timeout=1000 * seconds)
+        return self.text(name)
+
+    def set_new_tokens(self, count: int) -> None:
+        self.page.get_by_role("button", name="How the models answer").click()
+        self.page.get_by_label("max_new_tokens").fill(str(count))
+
+    def close(self) -> None:
+        """Also: no request has left this machine, and no script of the page has failed."""
+        hosts = {
+            urllib.parse.urlsplit(url).hostname
+            for url in self.requests
+            if not url.startswith(("data:", "blob:"))
+        }
+        self.context.close()
+        assert hosts == {"127.0.0.1"}
+        assert not self.errors
+
+
+def test_answers_stream_side_by_side_and_stop_ends_them(chromium: Any, address: str) -> None:
+    tab = Tab(chromium, address)
+    assert [tab.page.inner_text(f"#answer-{n} [data-testid=block-info]") for n in (0, 1)] == [
+        "ancestor (base)",
+        "offspring",
+    ]
+    tab.set_new_tokens(4000)
+    tab.fill("instruction", "Say A.")
+    tab.page.click("#ask")
+    assert tab.wait("note-1", " s").startswith("3 tokens in")
+    assert tab.text("answer-1") == "AB"
+    lengths = []
+    while len(set(lengths)) < 3:
+        lengths.append(len(tab.text("answer-0")))
+    assert tab.text("note-0").endswith("..."), "it is still being generated"
+    tab.page.click("#stop")
+    note = tab.wait("note-0", "Stopped after")
+    assert int(note.split()[2]) < 4000
+    tab.page.click("#ask")
+    tab.wait("note-0", "..."), "the model is free again"
+    tab.page.click("#stop")
+    tab.wait("note-0", "Stopped after")
+    tab.close()
+
+
+def test_two_users_ask_at_once_and_a_closed_tab_frees_the_models(chromium: Any, address: str) -> None:
+    first, second = Tab(chromium, address), Tab(chromium, address)
+    first.set_new_tokens(4000)
+    second.set_new_tokens(6)
+    for tab in (first, second):
+        tab.fill("instruction", "Say A.")
+    first.page.click("#ask")
+    first.wait("note-0", "...")
+    second.page.click("#ask")
+    second.wait("note-0", "Waiting")
+    assert second.wait("note-1", " s").startswith("3 tokens"), "the other model does not wait"
+    assert "..." in first.text("note-0")
+    first.close()
+    assert second.wait("note-0", "Cut off at max_new_tokens", 10) == "Cut off at max_new_tokens, 6 tokens"
+    assert second.text("answer-0") == "A A A"
+    second.close()
+
+
+def test_a_script_is_shown_and_not_run(chromium: Any, address: str) -> None:
+    tab = Tab(chromium, address)
+    tab.set_new_tokens(6)
+    tab.fill("instruction", SCRIPT)
+    tab.page.click("#ask")
+    tab.wait("note-0", "Cut off")
+    tab.page.get_by_role("tab", name="Blind").click()
+    tab.page.click("#next")
+    tab.wait("status", "Which answer")
+    assert SCRIPT in tab.text("question"), "a row"
+    tab.page.get_by_role("button", name="A question of your own").click()
+    tab.fill("own-instruction", SCRIPT)
+    tab.page.click("#own")
+    while tab.text("question") != SCRIPT:
+        tab.page.wait_for_timeout(50)
+    tab.wait("status", "Which answer")
+    assert tab.page.evaluate("window.attacked") is None
+    tab.page.get_by_role("tab", name="Ask").click()
+    tab.fill("instruction", "   ")
+    tab.page.click("#ask")
+    assert tab.wait("problem", "empty") == "The instruction is empty. Type one"
+    tab.close()
+
+
+def test_a_saved_answer_is_shown_with_its_example(chromium: Any, address: str) -> None:
+    tab = Tab(chromium, address)
+    tab.page.get_by_role("button", name="Name a river.").click()
+    assert tab.wait("note-1", "Saved") == "Saved by the training run at step 60, greedy"
+    assert tab.text("instruction") == "Name a river."
+    assert [tab.text("answer-0"), tab.text("answer-1")] == ["A A A", "The Rhine"]
+    tab.close()
+
+
+def press_until(page: Any, key: str, selector: str) -> None:
+    """Presses a key until the element has the focus, as somebody without a mouse does."""
+    for _ in range(40):
+        if page.evaluate("selector => document.activeElement.matches(selector)", selector):
+            return
+        page.keyboard.press(key)
+    pytest.fail(f"the keyboard does not reach {selector}")
+
+
+def test_a_blind_vote_needs_no_mouse_and_says_whose_the_answers_were_only_afterwards(
+    chromium: Any, address: str, folder: Path
+) -> None:
+    tab, streams = Tab(chromium, address), []
+    page = tab.page
+
+    def read(route: Any) -> None:
+        response = route.fetch()
+        streams.append(response.text())
+        route.fulfill(response=response)
+
+    page.route("**/queue/data?*", read)
+    press_until(page, "Tab", "[role=tab]:nth-of-type(2)")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#next", state="visible")
+    press_until(page, "Tab", "#next")
+    page.keyboard.press("Enter")
+    tab.wait("status", "Which answer")
+    panel = page.locator("[role=tabpanel]:has(#next)")
+    before = panel.evaluate(
+        "panel => panel.outerHTML + [...panel.querySelectorAll('textarea')].map(e => e.value)"
+    )
+    assert "AB" in before
+    assert any("AB" in stream for stream in streams)
+    for name in ("ancestor", "offspring", "run-1", str(folder)):
+        assert name not in before
+        assert not any(name in stream for stream in streams)
+    answers = {side: tab.text(f"blind-{side}") for side in "ab"}
+    press_until(page, "Tab", "#vote-b")
+    page.keyboard.press("Enter")
+    status = tab.wait("status", "Your vote")
+    [b] = ["offspring" if answers["b"] == "AB" else "ancestor (base)"]
+    assert f"B is {b}" in status
+    assert "1 vote " in tab.wait("rates", "offspring against ancestor (base)")
+    [vote] = map(json.loads, (folder / "votes.jsonl").read_text().splitlines())
+    assert (vote["vote"], vote["b"]["name"]) == ("b", b)
+    press_until(page, "Shift+Tab", "#next")
+    tab.close()
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_the_page_fits_the_screen(chromium: Any, address: str, width: int, tmp_path: Path) -> None:
+    tab = Tab(chromium, address, width)
+    widths = []
+    for name in ("Ask", "Blind"):
+        tab.page.get_by_role("tab", name=name).click()
+        tab.page.wait_for_timeout(300)
+        tab.page.screenshot(path=tmp_path / f"{name}-{width}.png", full_page=True)  # to look at
+        assert tab.page.evaluate("document.documentElement.scrollWidth") <= width, name
+        widths.append(tab.page.locator("main").bounding_box()["width"])
+    assert widths[0] == widths[1] > 0.8 * min(width, 1100)
+    tab.close()
+
+
+def test_a_password_is_asked_for_before_anything_is_shown(folder: Path) -> None:
+    words = ["--model", folder / "offspring", "--no-base", "--host", "0.0.0.0"]
+    server, address = started(folder, *words, **{PASSWORD_VARIABLE: PASSWORD})
+    opener = urllib.request.build_opener(
+        urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor()
+    )
+
+    def config() -> str:
+        return opener.open(f"{address}/config").read().decode()
+
+    def log_in(password: str) -> int:
+        data = urllib.parse.urlencode({"username": "any", "password": password}).encode()
+        try:
+            return opener.open(f"{address}/login", data).status
+        except urllib.error.HTTPError as error:
+            return error.code
+
+    try:
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            config()
+        assert log_in("wrong") == 400
+        with pytest.raises(urllib.error.HTTPError, match="401"):
+            config()
+        assert log_in(PASSWORD) == 200
+        assert "offspring" in config()
+        assert PASSWORD not in (folder / "server.log").read_text()
+    finally:
+        server.terminate()
+        server.wait(30)
