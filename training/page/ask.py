@@ -25,7 +25,7 @@ def ask_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
             with gr.Column(min_width=280):
                 boxes += [
                     gr.Textbox(
-                        label=model.name, lines=6, max_lines=24, interactive=False, elem_id=f"answer-{number}"
+                        label=model.name, lines=6, max_lines=16, interactive=False, elem_id=f"answer-{number}"
                     ),
                     gr.Textbox(
                         label=f"How {model.name} answered",

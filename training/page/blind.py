@@ -41,7 +41,7 @@ def blind_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
             gr.Textbox(
                 label=f"Answer {side}",
                 lines=6,
-                max_lines=24,
+                max_lines=16,
                 interactive=False,
                 min_width=280,
                 elem_id=f"blind-{side.lower()}",

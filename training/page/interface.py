@@ -15,9 +15,12 @@ from training.page.state import Page
 
 STYLE = """
 .gradio-container { width: 100%; max-width: 1100px !important; margin: 0 auto !important; }
+:focus-visible { outline: 3px solid #1d4ed8 !important; outline-offset: 2px; }
 """
 # Fonts that the system has. gradio's own would be one more download.
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+THEME = gr.themes.Default(
+    primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
 
 
 def build(page: Page) -> gr.Blocks:

@@ -9,10 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from training.consts import SAMPLE_INSTRUCTIONS, SAMPLES_FILE
-from training.data.held_out import split_held_out
 from training.data.rows import PROMPT_KINDS, read_columns, read_prompts
 from training.data.table import kind_of
-from training.data.tokens import prepare_dataset
+from training.evaluate import rows
 from training.page.votes import HELD_OUT, Question
 from training.storage import metrics
 
@@ -33,22 +32,9 @@ def rows_of_file(file: str) -> list[Question]:
 def held_out_rows(
     folder: Path, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> list[Question]:
-    """The rows that a finished run held out, from the same split. Raises DataError."""
-    options = record["options"]
-    parts = {part: options.get(f"dataset_{part}") for part in ("revision", "config", "split")}
-    selection = {part: value for part, value in parts.items() if value is not None}
-    source = options["training_dataset"]
-    prepared, _ = prepare_dataset(
-        source,
-        tokenizer,
-        options["max_length"] or tokenizer.model_max_length,
-        options["keep_truncated"],
-        options["max_dropped_fraction"],
-        selection=selection,
-    )
-    columns = read_columns(source, selection)
-    numbers = split_held_out(prepared, options["test_size"], options["seed"])[1]["row"]
-    prompts = [(columns.instruction[number - 1], columns.input[number - 1]) for number in numbers]
+    """The rows that a finished run held out, as the evaluation finds them. Raises DataError."""
+    columns = rows.held_out_rows(folder, record, tokenizer).columns
+    prompts = zip(columns.instruction, columns.input, strict=True)
     return [Question(*prompt, HELD_OUT) for prompt in dict.fromkeys(prompts)]
 
 
