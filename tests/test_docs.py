@@ -71,7 +71,11 @@ PYTHON_TOOLS = {
     "mypy": ["mypy"],
     "tensorboard": ["tensorboard.main"],
 }
-FOREIGN = {"xcode-select": {"--install"}, "uv venv": {"--python", "--quiet"}}
+FOREIGN = {
+    "xcode-select": {"--install"},
+    "uv venv": {"--python", "--quiet"},
+    "apt-get install": {"--no-install-recommends"},
+}
 PROGRAMS = re.compile(
     "|".join(map(re.escape, sorted([*OURS, FLOW, *PYTHON_TOOLS, *FOREIGN], key=len, reverse=True)))
     + r"|(?<![-\w])(?:deepspeed|torchrun|python)\b"

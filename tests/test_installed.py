@@ -118,11 +118,7 @@ def test_the_commands_of_the_pages_run_from_an_installed_wheel_in_another_folder
     pages = commands_of_the_pages()
     assert {module for module, _ in pages} == {
         f"training.{name}"
-<<<<<<< HEAD
-        for name in "trainer launch generate export publish demo notebook bench plan tracking evaluate".split()
-=======
-        for name in "trainer launch generate export publish demo notebook bench page plan tracking".split()
->>>>>>> b7303fc (training.page: asks models side by side in the browser, and collects blind votes)
+        for name in "trainer launch generate export publish demo notebook bench page plan tracking evaluate".split()
     }
     script = shutil.copy(ROOT / "tests" / "installed_commands.py", tmp_path)
     text = run(python, script, cwd=work, env=environment, input=json.dumps(pages))

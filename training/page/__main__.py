@@ -217,9 +217,13 @@ def _serve(options: Options) -> None:
     transformers.utils.logging.disable_progress_bar()
     page = _load(options)
     address = f"[{options.host}]" if ":" in options.host else options.host
+    # gradio is slow to import, and optional.
+    from training.page.ask import ask_tab
+    from training.page.blind import blind_tab
     from training.page.interface import build, launch
 
-    blocks = launch(build(page), options.host, options.port, options.password)
+    tabs = {"Ask": ask_tab, "Blind": blind_tab}
+    blocks = launch(build(page, tabs), options.host, options.port, options.password)
     print(f"The votes go to {page.votes.file}")
     print(f"Open http://{address}:{options.port} in a browser. Ctrl-C ends the page.", flush=True)
     try:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hmac
 import os
+from collections.abc import Callable, Mapping
 
 import gradio as gr
 
 from training.model.generation import PARAMETERS
 from training.model.loading import max_positions
-from training.page.ask import ask_tab
-from training.page.blind import blind_tab
 from training.page.state import Page
 
 STYLE = """
@@ -23,8 +22,8 @@ THEME = gr.themes.Default(
 ).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
 
 
-def build(page: Page) -> gr.Blocks:
-    """The page. Nothing is generated before a button is pressed."""
+def build(page: Page, tabs: Mapping[str, Callable[[Page, list[gr.Number]], None]]) -> gr.Blocks:
+    """The page with its tabs. Nothing is generated before a button is pressed."""
 
     def close(request: gr.Request) -> None:  # the tab was closed
         page.stop(str(request.session_hash))
@@ -49,10 +48,9 @@ def build(page: Page) -> gr.Blocks:
                     )
                     for name, kind, default in PARAMETERS
                 ]
-        with gr.Tab("Ask"):
-            ask_tab(page, sampling)
-        with gr.Tab("Blind"):
-            blind_tab(page, sampling)
+        for name, tab in tabs.items():
+            with gr.Tab(name):
+                tab(page, sampling)
         blocks.unload(close)
     return blocks.queue(api_open=False, max_size=64)
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from training.page.models import PageModel
-from training.page.votes import Question, Votes
+if TYPE_CHECKING:
+    from training.page.models import PageModel
+    from training.page.votes import Question, Votes
 
 
 @dataclass
