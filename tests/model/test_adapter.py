@@ -28,8 +28,8 @@ from training.model.adapter import (
     merge,
     row_ids,
     target_layers,
-    trainable_state,
 )
+from training.model.new_rows import trainable_state
 from training.model.packing import Packing, packing_of
 from training.model.trial import try_model
 

@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "PiSSA": (lambda f: edit(f, init_lora_weights="pissa"), r"a start from changed base weights \(pissa\)"),
     "no base": (lambda f: edit(f, base_model_name_or_path=None), "without the name of its base model. Set base_model"),
     "lost base": (lambda f: edit(f, base_model_name_or_path="/no/such/model"), "on /no/such/model, and there is no such folder"),
-    "itself": (lambda f: edit(f, base_model_name_or_path=str(f)), "on another adapter"),
+    "itself": (lambda f: edit(f, base_model_name_or_path=str(f)), "it is a LoRA adapter on itself"),
     "no JSON": (lambda f: (f / "adapter_config.json").write_text("{"), "its adapter_config.json is broken"),
     "a list": (lambda f: (f / "adapter_config.json").write_text("[1]"), "its adapter_config.json is broken"),
     "no weights": (lambda f: (f / ADAPTER_WEIGHTS).unlink(), "it has no adapter_model.safetensors"),

@@ -200,8 +200,3 @@ def merge(model: PreTrainedModel) -> None:
                 if rows in module._parameters:
                     tensor = module._parameters[name]
                     tensor[module.row_ids] = module._parameters[rows].to(tensor.dtype)
-
-
-def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that are trained, by name: those of the adapter, and the new rows. A shared one occurs once."""
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

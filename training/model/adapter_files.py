@@ -63,8 +63,10 @@ class Adapter:
         return str(self.folder) if (self.folder / "tokenizer_config.json").is_file() else self.base
 
 
-def find_adapter(name: str) -> Adapter | None:
+def find_adapter(name: str, above: frozenset[Path] = frozenset()) -> Adapter | None:
     """The adapter in a folder or in a repository on the Hub; None for anything else, such as a model.
+
+    `above`: folders of adapters whose base it is, as an adapter's base may have an adapter of its own.
 
     Raises ModelError for one that is broken, is not LoRA, or whose base is not on this machine.
     """
@@ -92,7 +94,7 @@ def find_adapter(name: str) -> Adapter | None:
             f"{name}: it is a LoRA adapter on {base}, but it has no {ADAPTER_WEIGHTS}. Copy the adapter again, or save "
             "it in that format (save_pretrained of the package peft)"
         )
-    return Adapter(name, folder, _base_of(name, folder, base), config.get("revision"), config)
+    return Adapter(name, folder, _base_of(name, folder, base, above), config.get("revision"), config)
 
 
 def _local_folder(name: str) -> Path | None:
@@ -132,17 +134,19 @@ def _hub_file(name: str, file: str) -> str | None:
         return None
 
 
-def _base_of(name: str, folder: Path, base: object) -> str:
+def _base_of(name: str, folder: Path, base: object, above: frozenset[Path]) -> str:
     """The base as it is loaded. Raises ModelError if it is unknown or not on this machine."""
     entry = f"base_model_name_or_path in {folder / ADAPTER_CONFIG}"
     if not isinstance(base, str) or not base.strip():
         raise ModelError(f"{name}: it is a LoRA adapter without the name of its base model. Set {entry}")
     path = Path(expanded(base))
     if path.is_dir():
-        if path.resolve() == folder.resolve() or _local_folder(base):
+        above |= {folder.resolve()}
+        if path.resolve() in above:
             raise ModelError(
-                f"{name}: it is a LoRA adapter on another adapter, {base}; a model was expected. Correct {entry}"
+                f"{name}: it is a LoRA adapter on itself, {base}; a model was expected. Correct {entry}"
             )
+        find_adapter(base, above)
         return str(path)
     if is_hub_name(base):
         return base

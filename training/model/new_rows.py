@@ -121,3 +121,8 @@ def gathered(tensor: torch.Tensor) -> Any:
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([tensor])
+
+
+def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The parameters that are trained, by name: those of the adapter, and the new rows. A shared one occurs once."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -20,9 +20,10 @@ from training.consts import IGNORE_INDEX
 from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data.prompt import CONTROL_TOKENS
 from training.errors import ModelError, first_line
-from training.model.adapter import Lora, add_adapter, merge, trainable_state
+from training.model.adapter import Lora, add_adapter, merge
 from training.model.blocks import blocks_are_units
 from training.model.loss import use_padded_loss
+from training.model.new_rows import trainable_state
 from training.model.twin import (
     HEADS,
     POSITIONS,

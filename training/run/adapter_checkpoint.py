@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel
 
 from training.errors import ModelError, TrainingError, first_line
+from training.model.new_rows import trainable_state
 from training.model.stored_weights import StoredTensor, in_memory, stored_weights
 
 LORA_FILE = "lora.json"
@@ -29,11 +30,6 @@ def read_facts(checkpoint: Path) -> dict[str, Any] | None:
     if not (checkpoint / LORA_FILE).is_file():
         return None
     return json.loads((checkpoint / LORA_FILE).read_text())
-
-
-def trained_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
-    """{name: parameter} of what is trained; a shared one once."""
-    return {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
 
 
 def save_config(model: PreTrainedModel, generation: GenerationConfig, folder: Path) -> None:
@@ -51,7 +47,7 @@ def use_adapter_checkpoints(trainer: Any, lora: dict[str, Any]) -> None:
     there. `lora` is the content of lora.json.
     """
     trainer.lora = lora
-    trained = trained_parameters(trainer.model)
+    trained = trainable_state(trainer.model)
 
     def forget_frozen(module: torch.nn.Module, keys: Any) -> None:
         keys.missing_keys[:] = [name for name in keys.missing_keys if name in trained]
@@ -61,7 +57,7 @@ def use_adapter_checkpoints(trainer: Any, lora: dict[str, Any]) -> None:
 
 def load_trained(model: torch.nn.Module, checkpoint: Path) -> None:
     """Restores adapter and new rows from a checkpoint of a run without DeepSpeed. Raises TrainingError."""
-    parameters = trained_parameters(model)
+    parameters = trainable_state(model)
     try:
         stored = load_file(checkpoint / TRAINED_FILE)
         if stored.keys() != parameters.keys():

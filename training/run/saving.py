@@ -23,10 +23,11 @@ from transformers import TrainerState, modeling_utils
 from training.consts import STOP_SECONDS
 from training.errors import TrainingError
 from training.files import duration, free_bytes, size_in_words, write_json
+from training.model.new_rows import trainable_state
 from training.model.tokenizer import generation_config
 from training.model.verify import not_finite, save_model
 from training.ranks import broadcast, gather, raise_together
-from training.run.adapter_checkpoint import LORA_FILE, TRAINED_FILE, save_config, trained_parameters
+from training.run.adapter_checkpoint import LORA_FILE, TRAINED_FILE, save_config
 from training.run.background import FAILED, WRITTEN, Writer, deepspeed_checkpoint_engine
 from training.run.failures import lost_peer
 from training.storage import checkpoint
@@ -88,7 +89,7 @@ def _write_files(trainer: Any, folder: Path, write_files: Callable[[], None]) ->
     if trainer.is_deepspeed_enabled:
         engine, trained = trainer.model_wrapped, None
         if trainer.lora is not None:
-            trained = trained_parameters(trainer.model).keys()
+            trained = trainable_state(trainer.model).keys()
             engine.save_checkpoint = partial(
                 type(engine).save_checkpoint, engine, exclude_frozen_parameters=True
             )
@@ -193,9 +194,7 @@ def save_model_files(trainer: Any, folder: Path) -> list[str]:
         if trainer.lora is not None:  # what the model is made from
             write_json(folder / LORA_FILE, trainer.lora)
             if not trainer.is_deepspeed_enabled:
-                trainer.writer.save_weights(
-                    trained_parameters(model), folder / TRAINED_FILE, {"format": "pt"}
-                )
+                trainer.writer.save_weights(trainable_state(model), folder / TRAINED_FILE, {"format": "pt"})
     trainer.accelerator.wait_for_everyone()  # files that other ranks write later are not the model's
     return names
 
@@ -230,7 +229,7 @@ def own_share(
     `ranks`-th tensor.
     """
     share = {}
-    tensors = model.state_dict(keep_vars=True) if all_weights else trained_parameters(model)
+    tensors = model.state_dict(keep_vars=True) if all_weights else trainable_state(model)
     for number, (name, tensor) in enumerate(tensors.items()):
         if hasattr(tensor, "ds_tensor"):
             # The last partitions may end in padding, which is never written.
@@ -268,7 +267,7 @@ def _name_taken(folder: Path, step: int) -> str | None:
 
 def _lack_of_space(trainer: Any, output: Path) -> str | None:
     """Why the next checkpoint would not fit, or None."""
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trained_parameters(trainer.model).values())
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainable_state(trainer.model).values())
     need, free = trainer.saved_bytes or trainer.checkpoint_bytes * parameters, free_bytes(output)
     if free is None or free >= need:
         return None

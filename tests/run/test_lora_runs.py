@@ -1,0 +1,206 @@
+"""A LoRA run on one device: what it saves, resumes from and leaves; and an adapter folder in the place of a model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.run.test_kills import history
+from training.data.prompt import CONTROL_TOKENS
+from training.errors import ModelError, OptionsError
+from training.model.generation import load_model_tokenizer_for_generate
+from training.model.loading import load_model
+from training.model.tokenizer import load_tokenizer
+from training.options.trainer_options import TrainingOptions
+from training.run.exporting import export
+from training.storage import checkpoint
+from training.storage.copy import publish
+from training.storage.record import finished_run
+from training.trainer import train
+
+peft = pytest.importorskip("peft")
+
+COMMON: dict[str, Any] = {
+    "training_dataset": "demo",
+    "test_size": 8,
+    "per_device_train_batch_size": 2,
+    "lr": 1e-2,
+    "lora": 4,
+    "lora_dropout": 0.1,
+    "bf16": True,
+    "logging_steps": 1,
+    "save_total_limit": 100,
+}
+
+
+def lora_run(output: Path, base: Path, **options: Any) -> dict[str, Any]:
+    chosen = {"max_steps": 4, "save_steps": 2, "input_model": str(base)} | options
+    return train(TrainingOptions(**COMMON | chosen | {"local_output_dir": str(output)}))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A GPT-J, which has a head with a bias, in a folder of its own."""
+    from training.model.demo_model import model_folder
+
+    return Path(shutil.copytree(model_folder("demo"), tmp_path_factory.mktemp("base") / "gptj"))
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of four steps, with checkpoints of steps 2 and 4."""
+    output = tmp_path_factory.mktemp("lora") / "out"
+    lora_run(output, base)
+    return output
+
+
+@pytest.fixture
+def stopped(finished: Path, tmp_path: Path) -> Path:
+    """The folder of that run, as if it had been stopped after step 2."""
+    output = tmp_path / "stopped"
+    output.mkdir()
+    shutil.copytree(finished / "checkpoint-2", output / "checkpoint-2")
+    for name in ("ledger.json", "metrics.jsonl"):
+        shutil.copy(finished / name, output)
+    record = json.loads((finished / "run.json").read_text()) | {"status": "stopped"}
+    (output / "run.json").write_text(json.dumps(record))
+    return output
+
+
+def files(folder: Path) -> set[str]:
+    return {file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_a_checkpoint_holds_what_is_trained_and_the_record_names_the_base(finished: Path, base: Path) -> None:
+    place = finished / "checkpoint-4"
+    assert checkpoint.problems_of(place) == []
+    assert not {"model.safetensors", "adapter_config.json"} & files(place)
+    trained = load_file(place / "trained.safetensors")
+    assert {"transformer.wte.new_rows", "lm_head.new_rows", "lm_head.new_bias"} < trained.keys()
+    assert all("lora_" in name or ".new_" in name for name in trained)
+    numbers = sum(tensor.numel() for tensor in trained.values())
+    size = sum((place / name).stat().st_size for name in ("trained.safetensors", "optimizer.pt"))
+    assert 12 * numbers < size < 12 * numbers + 50_000, "two moments and the weights, and the files' headers"
+    recorded = json.loads((finished / "run.json").read_text())["base"]
+    assert (recorded["model"], recorded["revision"]) == (str(base), None)
+    assert len(recorded["sha256"]) == 64
+
+
+def test_a_resumed_run_continues_bit_for_bit_in_bf16(stopped: Path, finished: Path, base: Path) -> None:
+    lora_run(stopped, base, resume="auto")
+    assert history(stopped) == history(finished)
+    compared = ("trained.safetensors", "optimizer.pt", "scheduler.pt")
+    for name in (*(f"checkpoint-4/{name}" for name in compared), "model.safetensors"):
+        assert (stopped / name).read_bytes() == (finished / name).read_bytes(), name
+
+
+def test_a_resume_on_another_base_is_refused_with_both_checksums(
+    stopped: Path, base: Path, tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(base, tmp_path / "same name" / base.name))
+    tensors = load_file(other / "model.safetensors")
+    tensors["transformer.h.0.mlp.fc_in.weight"][3, 5] += 1
+    save_file(tensors, other / "model.safetensors", {"format": "pt"})
+    before = files(stopped)
+    with pytest.raises(OptionsError) as refused:
+        lora_run(stopped, other, resume="auto")
+    former = json.loads((stopped / "run.json").read_text())["base"]["sha256"]
+    assert f"the base model was {base} with weights of SHA-256 {former}, but is now {other} with" in str(
+        refused.value
+    )
+    assert files(stopped) == before
+
+
+def test_the_finished_folder_is_a_stock_model_and_its_adapter_has_the_same_logits_in_peft(
+    finished: Path, base: Path
+) -> None:
+    merged, loaded = AutoModelForCausalLM.from_pretrained(finished, output_loading_info=True, dtype="auto")
+    assert not any(loaded[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
+    assert merged.dtype == torch.bfloat16
+    folder = finished / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    grown = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    grown.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    ours = peft.PeftModel.from_pretrained(grown, folder).eval()
+    auto = peft.AutoPeftModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    words = tokenizer("Say blue, then name a river.", return_tensors="pt")["input_ids"]
+    control = torch.tensor([tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))])
+    ids = torch.cat([words, control], dim=1)
+    with torch.no_grad():
+        before = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)(words).logits
+        expected = merged.float()(ids).logits
+        logits = ours(ids).logits
+        assert torch.equal(logits, auto(ids).logits)
+    rounding = (logits - expected).abs().max()  # the merged weights are rounded to bf16
+    change = (expected[:, : words.shape[1], : before.shape[-1]] - before).abs().max()
+    print(f"merged against peft: {rounding:.1e}; the adapter changes logits by {change:.1e}")
+    assert rounding < 0.03 < 0.3 < change
+
+
+def test_an_export_is_the_finished_model_and_needs_the_base_of_the_run(
+    finished: Path, stopped: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(finished / "checkpoint-4", tmp_path / "model")
+    for name in ("model.safetensors", "config.json", "generation_config.json", "tokenizer.json",
+                 "adapter/adapter_model.safetensors", "adapter/adapter_config.json"):  # fmt: skip
+        assert (tmp_path / "model" / name).read_bytes() == (finished / name).read_bytes(), name
+    lora = json.loads((stopped / "checkpoint-2" / "lora.json").read_text())
+    assert lora["base"]["model"] == str(base)
+    monkeypatch.setattr("training.run.merging.identify", lambda name: lora["base"] | {"sha256": "0" * 64})
+    with pytest.raises(ModelError, match=f"the base model was {base} with weights of SHA-256 .* is now"):
+        export(stopped / "checkpoint-2", tmp_path / "other base")
+    assert not (tmp_path / "other base").exists()
+
+
+def test_a_published_copy_has_the_adapter_and_a_changed_one_is_written_again(
+    finished: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "published"
+    written = publish(finished, str(target))
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors", "run.json"} < set(written)
+    for name in files(target) - {"manifest.json"}:
+        assert (target / name).read_bytes() == (finished / name).read_bytes(), name
+    assert publish(finished, str(target)) == []
+    (target / "adapter" / "adapter_model.safetensors").write_bytes(b"cut")
+    assert publish(finished, str(target)) == ["adapter/adapter_model.safetensors", "run.json"]
+    assert finished_run(target)["weights"].keys() == {
+        "adapter/adapter_model.safetensors",
+        "model.safetensors",
+    }
+
+
+def test_an_adapter_folder_answers_as_the_merged_model(finished: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(finished / "adapter", tmp_path / "adapter")
+    merged, _ = load_model_tokenizer_for_generate(str(finished), torch.bfloat16, "cpu")
+    model, tokenizer = load_model_tokenizer_for_generate(str(copy), torch.bfloat16, "cpu")
+    assert len(tokenizer) == model.get_input_embeddings().num_embeddings
+    for name, tensor in merged.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name]), name
+
+
+def test_a_foreign_adapter_without_a_tokenizer_is_trained_further(
+    finished: Path, base: Path, tmp_path: Path
+) -> None:
+    """With other layers, by another LoRA run, whose base is then the base with that adapter."""
+    foreign = AutoModelForCausalLM.from_pretrained(base)
+    model = peft.get_peft_model(
+        foreign, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    )
+    model.save_pretrained(tmp_path / "foreign")
+    folder = tmp_path / "foreign"
+    record = lora_run(tmp_path / "out", folder, max_steps=1, save_steps=1)
+    assert record["base"]["model"] == str(folder)
+    expected = load_model(str(folder), load_tokenizer(str(base)), torch.bfloat16, 0)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    name = "transformer.h.0.attn.q_proj.weight"
+    distance = (merged[name].float() - expected.state_dict()[name].float()).abs().max()
+    first = (expected.state_dict()[name].float() - load_file(base / "model.safetensors")[name]).abs().max()
+    assert 0 <= distance < 0.1 * first, "a step changes it less than the foreign adapter did"
+    assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
