@@ -122,8 +122,10 @@ def advice(plan: Plan, requested: Mapping[str, int]) -> str:
 
 def _needs(plan: Plan, at_most: float = math.inf) -> dict[str, int]:
     """Memory (at most `at_most` GiB) and disk in MB for a pod in which the plan fits."""
-    memory = min(at_most, _overhead(plan.machine) + MARGIN * max(plan.host_memory_gib.values()))
-    return {"memory": _megabytes(memory), "disk": _megabytes(MARGIN * sum(plan.disk_gib.values()))}
+    memory = _megabytes(_overhead(plan.machine) + MARGIN * max(plan.host_memory_gib.values()))
+    if at_most < math.inf:
+        memory = min(memory, 1000 * int(at_most * GIB / 1e9))
+    return {"memory": memory, "disk": _megabytes(MARGIN * sum(plan.disk_gib.values()))}
 
 
 def _overhead(machine: Machine) -> float:

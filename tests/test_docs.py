@@ -28,7 +28,7 @@ from tests.conftest import python
 from tests.test_layout import ALLOWED_IMPORTS, BASE_MODULES
 from training import trainer
 from training.launch.exits import exit_meaning
-from training.machine.catalogue import FAMILIES, GPUS, MACHINES
+from training.machine.catalogue import FAMILIES, GPUS, MACHINES, usable_host_gib
 from training.model.generation import PARAMETERS
 from training.options.trainer_options import TrainingOptions
 from training.plan.__main__ import main as plan_command
@@ -375,7 +375,7 @@ def test_the_page_of_machines_is_the_catalogue() -> None:
     for _, names, gpus, sizes in rows_of_table("machines", "cloud | names"):
         count, gpu = gpus.replace("`", "").split()
         for name, size in zip(re.findall(r"`([\w.-]+)`", names), sizes.split(", "), strict=True):
-            named[name] = (int(count), gpu, float(size))
+            named[name] = (int(count), gpu, usable_host_gib(float(size)))
     short = DOCS["machines"].read_text().split("stand for")[1].split("- **Two")[0]
     assert named == {
         name: (machine.count, machine.gpu, machine.host_gib)

@@ -47,7 +47,13 @@ def test_a_plan_is_drawn_with_every_part_of_its_memory_and_time(tmp_path: Path) 
         8,
         find_machine("8xA100-40GB"),
     )
-    assert plan.gpu_memory_gib.keys() | plan.run_seconds.keys() == COLOURS.keys()
+    adapters = plan_options(
+        TrainingOptions(local_output_dir="x", lora=16, quantize="nf4", **preset_options("a10", 1, lora=True)),
+        1,
+        find_machine("g5.2xlarge"),
+    )
+    parts = (each for one in (plan, adapters) for each in (*one.gpu_memory_gib, *one.run_seconds))
+    assert set(parts) == COLOURS.keys()
     draw(plan, tmp_path / "plan.svg")
     drawn = (tmp_path / "plan.svg").read_text()
     for name, seconds in plan.run_seconds.items():

@@ -15,9 +15,12 @@ from training.files import expanded, writable
 # Persistent memory is blue, what ZeRO communicates green, what depends on the batch orange, the rest grey.
 COLOURS = {
     "weights": "#1f4e8c",
+    "frozen weights": "#12305a",
+    "adapter": "#1f4e8c",
     "gradients": "#3f7fbf",
     "optimizer": "#8db8de",
     "gathered layers": "#2e8b57",
+    "unpacked layer": "#57b27f",
     "activations": "#e0701a",
     "logits and loss": "#f5b067",
     "communication": "#8fd0a8",
@@ -28,6 +31,7 @@ COLOURS = {
     "evaluations": "#2e8b57",
     "checkpoints": "#e0701a",
     "publishing": "#f5b067",
+    "merging": "#a8521b",
     "start": "#b5b5b5",
     "download": "#8c8c8c",
     "loading": "#d0d0d0",

@@ -116,7 +116,8 @@ class Machine:
         taken_gib: memory of that GPU that other processes use; `gpu_memory_gib` is without it.
         flops: peak FLOP/s of one device in 16 bit; 0 on a CPU machine until it is measured.
         link: key of LINKS.
-        host_gib, disk_gib: total host memory and disk; for this machine, the free part.
+        host_gib: host memory that programs can use; for this machine, the free part.
+        disk_gib: total disk; for this machine, the free part.
     """
 
     name: str
@@ -136,10 +137,14 @@ class Machine:
 
 
 def _machine(name: str, count: int, gpu: str, host_gib: float, disk_gib: float) -> Machine:
-    model = GPUS[gpu]
-    return Machine(
-        name, model.family, gpu, count, model.memory_gib, model.flops, model.link, host_gib, disk_gib
-    )
+    """A machine with `host_gib` on its label."""
+    model, host = GPUS[gpu], usable_host_gib(host_gib)
+    return Machine(name, model.family, gpu, count, model.memory_gib, model.flops, model.link, host, disk_gib)
+
+
+def usable_host_gib(label: float) -> float:
+    """Host memory that is left for programs: firmware and kernel keep 4% of the label, services 1 GiB. An assumption."""
+    return 0.96 * label - 1.0
 
 
 _GB = 1e9 / GIB  # AWS and Google give local disks in GB, Azure in GiB
@@ -279,7 +284,7 @@ def _plain(name: str) -> str:
 
 def described_machine(count: int, memory_gib: float, flops: float, host_gib: float | None = None) -> Machine:
     """One's own machine: `count` GPUs of `memory_gib` GiB each with a peak of `flops` FLOP/s in bf16, on PCIe."""
-    host = OWN_HOST_GIB * count if host_gib is None else host_gib
+    host = usable_host_gib(OWN_HOST_GIB * count if host_gib is None else host_gib)
     return Machine(
         "your machine",
         "a10",

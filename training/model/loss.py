@@ -128,13 +128,13 @@ class _Gradients:
         if self.bias is not None:
             self.bias += logits.sum(dim=0)
         if self.new_bias is not None:
-            self.new_bias += logits.index_select(1, ids).sum(dim=0)
+            self.new_bias += logits[:, ids].sum(dim=0)
         gradient = product.copy_(logits)  # in float32 both are the same tensor
         hidden = self.hidden[start : start + len(chunk)]
         if head.new_rows is None:
             torch.mm(gradient, head.weight, out=hidden)
         else:
-            of_new = gradient.index_select(1, ids)
+            of_new = gradient[:, ids]
             if self.new_rows is not None:
                 self.new_rows += of_new.T @ chunk
             gradient.index_fill_(1, ids, 0)  # these rows of the weight are not used

@@ -143,12 +143,12 @@ class Settings:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes per stored weight. Without DeepSpeed the weights are float32 in every precision."""
-        return self.number_bytes if self.zero.stage else 4
+        """Bytes per stored weight. Without DeepSpeed trained weights are float32 in every precision, and a frozen base is not."""
+        return self.number_bytes if self.zero.stage or self.lora else 4
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Bytes per parameter of a checkpoint: Adam's two moments and the weights.
+        """Bytes per trained parameter of a checkpoint: Adam's two moments and the weights. No frozen weight is in it.
 
         At stages 1 and 2 DeepSpeed writes the weights of forward and backward beside the float32 masters, at stage 3 the
         masters alone. Measured on two ranks: 12.0 at stage 3, 14.0 at stage 2 in 16 bits.

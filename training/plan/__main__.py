@@ -58,6 +58,12 @@ OPTIONS = (
     "batching",
     "max_tokens_per_device",
     "gradient_checkpointing",
+    "lora",
+    "lora_alpha",
+    "lora_dropout",
+    "lora_targets",
+    "quantize",
+    "lr",
     "max_steps",
     "test_size",
     "per_device_eval_batch_size",
@@ -209,7 +215,7 @@ def _plan(
                 f"--num-gpus {num_gpus}: {machine.name} has {machine.count}. Type a smaller number"
             )
         ranks = machine.count if num_gpus is None else num_gpus
-        chosen = preset_options(machine.family, ranks, options.batching)
+        chosen = preset_options(machine.family, ranks, options.batching, options.lora > 0)
         options = replace(options, **{key: value for key, value in chosen.items() if typed[key] is None})
         if config is not None:
             problems += file_problems(options, config, ranks) + precision_problems(options, config)

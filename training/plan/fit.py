@@ -1,21 +1,19 @@
-"""Builds the plan of a run: memory, disk, time, what is short, the smallest change that makes it fit, the command."""
+"""Builds the plan of a run: memory, disk, time, what is short, and the smallest change that makes it fit."""
 
 from __future__ import annotations
 
 import math
-import shlex
-from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from training.consts import GIB, STOP_SECONDS
 from training.errors import OptionsError
-from training.machine.catalogue import GPUS, Machine, find_family
+from training.machine.catalogue import Machine
 from training.machine.cores import binding_words
 from training.machine.local import THIS_MACHINE
-from training.options.command_line import option_words
-from training.options.settings import Settings, defaults_of, resolve
-from training.options.trainer_options import TrainingOptions, flag_of, steps_between_saves
+from training.options.settings import Settings, resolve
+from training.options.trainer_options import steps_between_saves
+from training.plan.changes import NOTICED_GIB, apply_change, possible_changes, training_command
 from training.plan.epoch import Lengths, Load, epoch_load
 from training.plan.memory import (
     CPU_PROCESS_GIB,
@@ -33,14 +31,12 @@ from training.plan.overhead import (
     finish_seconds,
     start_seconds,
 )
-from training.plan.presets import rows_and_accumulation, shipped_files
+from training.plan.presets import shipped_files
 from training.plan.saves import blocked_seconds, with_saves
 from training.plan.timing import CPU_RANGE, GPU_RANGE, cpu_rate, evaluation_seconds, step_seconds
 
 if TYPE_CHECKING:
     from training.model.packing import Packing
-
-NOTICED_GIB = 0.1  # an idle GPU may report a few MiB as used
 
 
 @dataclass(frozen=True)
@@ -61,6 +57,7 @@ class Plan:
         hours: "low", "expected", "high" of the complete run; "expected" is the sum of `run_seconds`.
         shortages: maps "GPU memory", "host memory" or "disk" to a sentence; empty if the run fits.
         changes: maps each shortage to the smallest change that removes it.
+        nearest: the plan after the smallest change with which the run fits; None if it fits, or if none is near.
         warning: what padding costs, if packing was requested and the model cannot be packed; else empty.
         files: the plans of this run with each shipped DeepSpeed file of its precision; empty if they are not compared.
     """
@@ -79,6 +76,7 @@ class Plan:
     hours: dict[str, float]
     shortages: dict[str, str]
     changes: dict[str, str]
+    nearest: Plan | None = None
     warning: str = ""
     files: dict[str, Plan] = field(default_factory=dict)
 
@@ -96,7 +94,10 @@ class Plan:
         """The command that starts this run. On this machine it binds the ranks of an offloaded optimizer to cores."""
         here = self.machine.name == THIS_MACHINE and not self.machine.is_cpu
         bound = binding_words(self.settings.ranks) if here and self.settings.zero.offload_optimizer else ()
-        return training_command(self.settings, bound)
+        command = training_command(self.settings, bound)
+        # Without a launcher one process would use every GPU that it sees.
+        only = self.machine.count > self.settings.ranks == 1 and not self.settings.deepspeed
+        return f"CUDA_VISIBLE_DEVICES=0 {command}" if only and not self.machine.is_cpu else command
 
     @property
     def problems(self) -> list[str]:
@@ -131,7 +132,7 @@ def plan_run(settings: Settings, lengths: Lengths, model: ModelShape, machine: M
             warning=f"rows of {model.name} are padded, not packed: {model.obstacle or 'the run started with padding'}. "
             f"The devices compute {plan.load.paced_tokens / packed.paced_tokens:.1f} times as many tokens",
         )
-    return plan if plan.fits else replace(plan, changes=_nearest_changes(plan, settings, lengths))
+    return plan if plan.fits else _with_nearest_changes(plan, settings, lengths)
 
 
 def plan_files(
@@ -260,15 +261,11 @@ def _shortages(
     }
 
 
-def _nearest_changes(failed: Plan, settings: Settings, lengths: Lengths) -> dict[str, str]:
-    """For each shortage, the first change that removes it and adds no other. Options come before other machines."""
+def _with_nearest_changes(failed: Plan, settings: Settings, lengths: Lengths) -> Plan:
+    """`failed` with the first change for each shortage that removes it and adds no other, and the first plan that fits."""
     candidates = [
-        (change.advice, _compute_plan(_apply_change(settings, change), lengths, failed.model, change.machine))
-        for change in [
-            *_without_other_processes(failed),
-            *_option_changes(failed),
-            *_machine_changes(failed),
-        ]
+        (change, _compute_plan(apply_change(settings, change), lengths, failed.model, change.machine))
+        for change in possible_changes(failed)
     ]
     nearest = {
         "GPU memory": f"No nearby change is enough: {failed.model.name} needs more or larger GPUs",
@@ -278,123 +275,14 @@ def _nearest_changes(failed: Plan, settings: Settings, lengths: Lengths) -> dict
         "--local-output-dir FOLDER",
     }
     for kind in failed.shortages:
-        for advice, plan in candidates:
+        for change, plan in candidates:
+            if kind == "disk" and change.trains_adapters:  # another disk is nearer
+                continue
             if kind not in plan.shortages and plan.shortages.keys() <= failed.shortages.keys():
-                nearest[kind] = advice
+                nearest[kind] = change.advice
                 break
-    return {kind: nearest[kind] for kind in failed.shortages}
-
-
-@dataclass(frozen=True)
-class Change:
-    """Changed options, ranks and machine of a run. `where` describes the machine if it is a different one."""
-
-    options: dict[str, Any]
-    ranks: int
-    machine: Machine
-    where: str = ""
-
-    @property
-    def advice(self) -> str:
-        words = " ".join(f"{flag_of(name)} {value}" for name, value in self.options.items())
-        if self.where:
-            return f"It fits on {self.where}{' with ' if words else ''}{words}"
-        return f"Type {words}"
-
-
-def _apply_change(settings: Settings, change: Change) -> Settings:
-    same_file = "deepspeed" not in change.options
-    return resolve(
-        replace(settings.options, **change.options),
-        change.ranks,
-        settings.precision if same_file else find_family(change.machine.family).precision,
-        settings.deepspeed if same_file else None,
+    return replace(
+        failed,
+        changes={kind: nearest[kind] for kind in failed.shortages},
+        nearest=next((plan for _, plan in candidates if plan.fits), None),
     )
-
-
-def _checkpointing_option(plan: Plan) -> dict[str, Any]:
-    possible = plan.model.checkpointing and not plan.settings.checkpointing
-    return {"gradient_checkpointing": "on"} if possible else {}
-
-
-def _offload_option(plan: Plan) -> dict[str, Any]:
-    offload = find_family(plan.machine.family).offload
-    return {"deepspeed": offload} if offload and not plan.settings.zero.offload_optimizer else {}
-
-
-def _without_other_processes(failed: Plan) -> list[Change]:
-    """The same GPUs, after the other processes on them have ended."""
-    machine = failed.machine
-    alone = replace(machine, gpu_memory_gib=machine.gpu_memory_gib + machine.taken_gib, taken_gib=0.0)
-    change = Change({}, failed.settings.ranks, alone, "these GPUs if the other processes on them end")
-    return [change] if machine.taken_gib >= NOTICED_GIB else []
-
-
-def _option_changes(failed: Plan) -> list[Change]:
-    """Changes of options only, smallest first."""
-    settings, machine, recompute = failed.settings, failed.machine, _checkpointing_option(failed)
-    ranks, changes = settings.ranks, [recompute]
-    if settings.packed and settings.max_tokens is None:
-        room = machine.host_gib / ranks if machine.is_cpu else machine.gpu_memory_gib
-        slow = replace(settings, checkpointing=True)
-        budget = auto_max_tokens_per_device(failed.model, slow, failed.load, 0.0, room, machine.is_cpu)
-        changes.append(recompute | {"max_tokens_per_device": budget} if budget else {})
-    own_file, offloaded = find_family(machine.family).deepspeed, settings.zero.offload_optimizer
-    if settings.zero.stage in (1, 2):  # stage 3 also divides the weights
-        changes.append({"deepspeed": own_file})
-    if settings.options.save_total_limit > 1:
-        changes.append({"save_total_limit": 1})
-    for rows in (2**i for i in reversed(range(6)) if 2**i < settings.rows):
-        steps = settings.accumulation * math.ceil(settings.rows / rows)
-        changes.append(
-            {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | recompute
-        )
-    if (settings.zero.stage == 0 and ranks > 1) or (
-        offloaded and own_file != settings.options.deepspeed_json
-    ):
-        changes.append({"deepspeed": own_file})
-    if offload := _offload_option(failed):
-        changes.append(offload | recompute)
-    return [Change(options, ranks, machine) for options in changes if options]
-
-
-def _machine_changes(failed: Plan) -> list[Change]:
-    """Changes of machine: larger GPUs of the same family, then more GPUs."""
-    settings, machine = failed.settings, failed.machine
-    recompute, offload = _checkpointing_option(failed), _offload_option(failed)
-    ranks = settings.ranks
-    if machine.is_cpu:
-        return []
-    total = machine.gpu_memory_gib + machine.taken_gib
-    larger = replace(machine, taken_gib=0.0)
-    changes = [
-        Change(recompute, ranks, replace(larger, gpu=name, gpu_memory_gib=gpu.memory_gib), f"{ranks} {name}")
-        for name, gpu in GPUS.items()
-        if gpu.family == machine.family and gpu.memory_gib > total + 1
-    ]
-    for count in (count for count in (2, 3, 4, 8, 16, 32) if count > ranks):
-        rows, steps = rows_and_accumulation(settings.global_batch, count, settings.batching)
-        spread = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | recompute
-        for options in [spread, offload | spread] if offload else [spread]:
-            changes.append(Change(options, count, replace(machine, count=count), f"{count} {machine.gpu}"))
-    return changes
-
-
-def training_command(settings: Settings, launcher_options: Sequence[str] = ()) -> str:
-    """The shell command that starts this run, without options that have the trainer's defaults.
-
-    `launcher_options` are options of `deepspeed`, which a run without it leaves out.
-    """
-    options = settings.options
-    if options.deepspeed_json:
-        words = ["deepspeed", *launcher_options, "--num_gpus", str(settings.ranks)]
-        words += ["--module", "training.trainer"]
-    elif settings.ranks > 1:
-        words = ["torchrun", f"--nproc_per_node={settings.ranks}", "-m", "training.trainer"]
-    else:
-        words = ["python", "-m", "training.trainer"]
-    chosen = {option.name: getattr(options, option.name) for option in fields(TrainingOptions)}
-    chosen |= {"deepspeed": options.deepspeed_json, "deepspeed_config": None, "local_rank": -1}
-    defaults = defaults_of(options)
-    words += option_words({name: value for name, value in chosen.items() if value != defaults[name]})
-    return shlex.join(words)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from training.consts import DEFAULT_TRAINING_DATASET, DEMO, WEIGHTS
 from training.errors import DataError, ModelError, first_line
 from training.options.checks import check_max_length
 from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import Lengths, alpaca_lengths, row_lengths
-from training.plan.model_shape import BUILT_IN, ModelShape, gptj_shape
+from training.plan.model_shape import BUILT_IN, Linear, ModelShape, gptj_shape
 
 
 def is_built_in(name: str) -> bool:
@@ -43,7 +44,7 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
     config = load_config(name, trust_remote_code)
     try:
         model = meta_model(config, trust_remote_code)
-        text, folder = text_config(config), Path(name)
+        text, folder, head = text_config(config), Path(name), model.get_output_embeddings()
         parameters = sum(parameter.numel() for parameter in model.parameters())
         sizes = [getattr(text, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim")]
         inner = next(filter(None, sizes), 4 * text.hidden_size)
@@ -66,11 +67,27 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
             checkpointing=model.supports_gradient_checkpointing,
             block=block_parameters(model),
             gated=any("gate_proj" in part for part, _ in model.named_modules()),
+            linears=_linears(model),
+            tied=head is not None and head.weight is model.get_input_embeddings().weight,
+            head_bias=getattr(head, "bias", None) is not None,
         )
     except Exception as error:  # of torch or transformers, for sizes that are no sizes
         raise ModelError(
             f"{name}: no model can be built from its config.json ({first_line(error)}). Correct its sizes"
         ) from error
+
+
+def _linears(model: Any) -> tuple[Linear, ...]:
+    """The linear layers of a model's blocks, which get adapters (model/adapter.py)."""
+    from training.model.adapter import target_layers
+
+    layers = {name: model.get_submodule(name) for name in target_layers(model)}
+    return tuple(
+        Linear(
+            name, *(layer.weight.shape if hasattr(layer, "nf") else reversed(layer.weight.shape))
+        )  # Conv1D
+        for name, layer in layers.items()
+    )
 
 
 def dataset_lengths(options: TrainingOptions, model: ModelShape) -> Lengths:

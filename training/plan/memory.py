@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from training.consts import GIB, LOSS_CHUNK_BYTES
 from training.options.deepspeed import LARGEST_BUCKET, Zero, bucket_sizes
+from training.plan.adapter import Adapter, adapter_of, frozen_bytes, trained_parameters
 
 if TYPE_CHECKING:
     from training.options.settings import Settings
@@ -37,14 +38,21 @@ def state_bytes(model: ModelShape, settings: Settings) -> dict[str, float]:
     float32 the weights are the master weights: 4 + 4 + 8. DeepSpeed accumulates gradients in the model's precision in
     one flat buffer (`grad_partitions_flat_buffer` in stage3.py), which is in host memory if the optimizer is offloaded.
     Stage 2 adds up two such buffers if a step has several micro-steps (`all_grad_tensors` in stage_1_and_2.py).
+
+    With an adapter this holds for its parameters, which are float32 without DeepSpeed. The frozen weights have neither
+    gradient nor optimizer; stage 3 divides them too.
     """
-    zero, size = settings.zero, settings.weight_bytes
+    zero, adapter = settings.zero, adapter_of(model, settings)
+    size = 4 if adapter and not zero.stage else settings.weight_bytes
     adds_up = zero.stage == 2 and (settings.accumulation > 1 or isinstance(settings.max_tokens, int))
-    shard = {stage: model.parameters / (settings.ranks if zero.stage >= stage else 1) for stage in (1, 2, 3)}
+    trained = adapter.parameters if adapter else model.parameters
+    ranks = {stage: settings.ranks if zero.stage >= stage else 1 for stage in (1, 2, 3)}
+    frozen = 0.0 if zero.offload_parameters else frozen_bytes(model, settings) / ranks[3]
     return {
-        "weights": 0.0 if zero.offload_parameters else size * shard[3],
-        "gradients": 0.0 if zero.offload_optimizer else (2 if adds_up else 1) * size * shard[2],
-        "optimizer": 0.0 if zero.offload_optimizer else (8 if size == 4 else 12) * shard[1],
+        **({"frozen weights": frozen} if adapter else {}),
+        "adapter" if adapter else "weights": 0.0 if zero.offload_parameters else size * trained / ranks[3],
+        "gradients": 0.0 if zero.offload_optimizer else (2 if adds_up else 1) * size * trained / ranks[2],
+        "optimizer": 0.0 if zero.offload_optimizer else (8 if size == 4 else 12) * trained / ranks[1],
     }
 
 
@@ -70,23 +78,31 @@ def layer_bytes(model: ModelShape, tokens: float, row: int, size: int, packed: b
     return tokens * (size * (4 * model.width + 5 * model.inner) + 8 * model.width + scores)
 
 
-def loss_bytes(model: ModelShape, tokens: float, labels: float, size: int, packed: bool) -> float:
+def loss_bytes(
+    model: ModelShape, tokens: float, labels: float, size: int, packed: bool, frozen: bool = False
+) -> float:
     """Peak bytes of the logits, their gradient and the loss's other tensors.
 
     The plain loss holds three float32 tensors (tokens, vocabulary) when its backward pass starts: log-probabilities,
     their gradient, and the gradient of the logits. Our loss (training/model/loss.py) holds one chunk, also in 16 bit,
-    and the full gradient of the head.
+    and the full gradient of the head, unless it is `frozen`.
     """
     if not (packed and model.response_loss):
         return 12 * (labels if packed else tokens) * model.vocabulary
     chunk = min(labels, LOSS_CHUNK_BYTES // (4 * model.vocabulary))
-    return chunk * model.vocabulary * (4 if size == 4 else 4 + size) + size * model.width * (
-        model.vocabulary + labels
-    )
+    rows = labels if frozen else model.vocabulary + labels
+    return chunk * model.vocabulary * (4 if size == 4 else 4 + size) + size * model.width * rows
 
 
 def activation_bytes(
-    model: ModelShape, tokens: float, row: int, labels: float, size: int, packed: bool, checkpointing: bool
+    model: ModelShape,
+    tokens: float,
+    row: int,
+    labels: float,
+    size: int,
+    packed: bool,
+    checkpointing: bool,
+    adapter: Adapter | None = None,
 ) -> tuple[float, float]:
     """(activations, logits and loss) in bytes at the moment when their sum peaks.
 
@@ -96,9 +112,10 @@ def activation_bytes(
     (4 packed, 6 padded, measured).
     """
     layer = layer_bytes(model, tokens, row, size, packed)
+    layer += adapter.kept_bytes(tokens, size) / model.layers if adapter else 0.0
     stored = model.layers * (tokens * model.width * size if checkpointing else layer)
     backward = (layer if checkpointing else 0) + (4 if packed else 6) * tokens * model.width * size
-    loss = loss_bytes(model, tokens, labels, size, packed)
+    loss = loss_bytes(model, tokens, labels, size, packed, frozen=adapter is not None)
     return (stored, loss) if loss > backward else (stored + backward, 0.0)
 
 
@@ -117,6 +134,7 @@ def peak_activation_bytes(
         settings.number_bytes,
         settings.packed,
         checkpointing,
+        adapter_of(model, settings),
     )
 
 
@@ -130,22 +148,23 @@ def bucket_parameters(model: ModelShape, settings: Settings, cpu: bool) -> float
     """Parameters whose gradients fit into a bucket."""
     bucket = settings.zero.bucket or (model.block if settings.whole_blocks is True else model.width**2)
     # The system gives memory only to the part of a bucket that is written.
-    return min(bucket, model.parameters) if cpu else bucket
+    return min(bucket, trained_parameters(model, settings)) if cpu else bucket
 
 
 def communication_bytes(model: ModelShape, settings: Settings, cpu: bool) -> float:
     """Bytes of weights and gradients in transit, beyond the gathered layers.
 
-    With ZeRO: the bucket and the largest gradient, which is the embedding's. Stages 1 and 2 fill a second bucket meanwhile
+    With ZeRO: the bucket and the largest gradient, which is the embedding's unless it is frozen. Stages 1 and 2 fill a second bucket meanwhile
     (stage_1_and_2.py, setup_buckets). With whole blocks ZeRO-3 also copies the gradients of a bucket before it reduces them
     (`reduce_scatter_coalesced`), and gathers a prefetched block into a buffer from which its weights are copied
     (`AllGatherCoalescedHandle.wait`). Without ZeRO torch's DistributedDataParallel copies all gradients into buckets.
     """
     zero, size, whole = settings.zero, settings.number_bytes, settings.whole_blocks is True
+    adapter = adapter_of(model, settings)
     if not zero.stage:
-        return settings.weight_bytes * model.parameters if settings.ranks > 1 else 0.0
+        return 4 * trained_parameters(model, settings) if settings.ranks > 1 else 0.0
     bucket = bucket_parameters(model, settings, cpu)
-    largest = model.vocabulary * model.width
+    largest = adapter.largest if adapter else model.vocabulary * model.width
     if zero.stage < 3:
         return size * (2 * bucket + largest)
     if not whole:
@@ -160,10 +179,11 @@ def device_memory(
 ) -> dict[str, float]:
     """Peak GiB of one device in a step, by part. The device must have their sum.
 
+    "unpacked layer": the largest layer of 4-bit weights, in 16 bits: bitsandbytes unpacks one at a time.
     "gathered layers": ZeRO-3 prefetches until stage3_max_live_parameters are gathered, and exceeds the limit by one
     parameter, and by a block if it gathers whole blocks (measured on two ranks). The forward pass of a larger model always reaches the limit,
     because every module requests the next bucket, even a module without parameters (`fetch_sub_module` in
-    partitioned_param_coordinator.py; measured on real ranks). A single rank holds all weights anyway. Without ZeRO this part is autocast's 16-bit copy of the weights.
+    partitioned_param_coordinator.py; measured on real ranks). A single rank holds all weights anyway. Without ZeRO this part is autocast's 16-bit copy of the weights; a frozen base is in 16 bits anyway.
     "communication": `communication_bytes`.
     "optimizer step": float32 copies of the gradients, and 16-bit ones on the way (DeepSpeed copies one sub-group at a
     time, at stages 1 and 2 a rank's whole shard), beyond the memory that activations, logits, gathered layers and buckets
@@ -180,17 +200,21 @@ def device_memory(
         if settings.whole_blocks is True:
             largest += model.block
         gathered = size * min(model.parameters, zero.live_parameters + largest)
-    elif zero.stage == 0 and size == 2:
+    elif zero.stage == 0 and size == 2 and not settings.lora:
         gathered = size * model.parameters
     freed = activations + loss + gathered + communication
     step = 0.0
     if zero.stage and size == 2 and not zero.offload_optimizer:
-        shard = model.parameters / settings.ranks
+        shard = trained_parameters(model, settings) / settings.ranks
         copies = (4 + size) * (min(shard, zero.sub_group) if zero.stage == 3 else shard)
         kept = size * bucket_parameters(model, settings, cpu) if zero.stage == 3 else 0.0
         step = max(0.0, copies - (freed - kept))
+    unpacked = (
+        max((layer.parameters for layer in model.linears), default=0) if settings.options.quantize else 0
+    )
     parts |= {
         "gathered layers": gathered,
+        **({"unpacked layer": size * unpacked} if unpacked else {}),
         "activations": activations,
         "logits and loss": loss,
         "communication": communication,
@@ -259,7 +283,7 @@ def auto_max_tokens_per_device(
 def host_memory(
     model: ModelShape, settings: Settings, local_ranks: int | None = None, cpu: bool = False
 ) -> dict[str, float]:
-    """Host GiB while "loading" and "training", for `local_ranks` ranks on a machine (all ranks if None).
+    """Host GiB while "loading", "training" and, with an adapter, "merging", for `local_ranks` ranks on a machine (all ranks if None).
 
     Loading: with ZeRO-3 only rank 0 reads the file (transformers' `_load_state_dict_into_zero3_model`), and every rank
     keeps its shard on its device. Otherwise every rank holds a full model until it is on the device: in 16 bit at stages
@@ -270,20 +294,31 @@ def host_memory(
     of the gradients, in float32 (4) and in the model's precision (2). If pinned, the two copies are rounded up to a
     power of two, because PyTorch's pinned memory allocator does so (ATen/core/CachingHostAllocator.h). Saving stages the
     devices' float32 states (4): an assumption. At the end rank 0 loads the finished model to verify it (2).
+
+    Merging: rank 0 loads the base in the run's precision, and adds one layer's product in float32 at a time. A base in
+    4 bits is loaded onto the device a tensor at a time.
     """
     zero, count, size = settings.zero, model.parameters, settings.weight_bytes
-    local = local_ranks or settings.ranks
-    shards = count * local / settings.ranks
+    local, trained = local_ranks or settings.ranks, trained_parameters(model, settings)
+    shards = trained * local / settings.ranks
     processes = local * (CPU_PROCESS_GIB if cpu else GPU_PROCESS_GIB)
-    loading = (model.file_bytes if zero.stage else 0) + (0 if zero.stage == 3 else local * size * count)
+    whole = (
+        size * max(layer.parameters for layer in model.linears) if settings.options.quantize else size * count
+    )
+    loading = (model.file_bytes if zero.stage else 0) + (0 if zero.stage == 3 else local * whole)
     training = 0.0
     if zero.offload_optimizer:
         buffers = offloaded_gradient_bytes(model, settings)
         training += 12 * shards + local * sum(_pinned(buffer, zero) for buffer in buffers)
     if zero.offload_parameters:
-        training += size * shards
-    saving = max(size * count, 0 if zero.offload_optimizer or cpu else 4 * shards)
-    return {"loading": processes + loading / GIB, "training": processes + (training + saving) / GIB}
+        training += size * count * local / settings.ranks
+    saving = 0 if zero.offload_optimizer or cpu else 4 * shards
+    if not settings.lora:  # the same model is loaded when it is verified
+        saving = max(size * count, saving)
+    phases = {"loading": loading, "training": training + saving}
+    if settings.lora:
+        phases["merging"] = size * count + 4 * max(layer.parameters for layer in model.linears)
+    return {phase: processes + needed / GIB for phase, needed in phases.items()}
 
 
 def offloaded_gradient_bytes(model: ModelShape, settings: Settings) -> list[float]:
@@ -292,7 +327,7 @@ def offloaded_gradient_bytes(model: ModelShape, settings: Settings) -> list[floa
     One float32 buffer per sub-group, then the flat buffer in the model's precision. A sub-group has at least one
     parameter (`_create_fp16_sub_groups` in stage3.py), also if the file sets sub_group_size to 0.
     """
-    shard = model.parameters / settings.ranks
+    shard = trained_parameters(model, settings) / settings.ranks
     group = max(settings.zero.sub_group, model.width**2 / settings.ranks)
     full = math.ceil(shard / group) - 1
     return [4 * group] * full + [4 * (shard - full * group), settings.number_bytes * shard]
@@ -313,7 +348,7 @@ def disk(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
     kept = min(settings.options.save_total_limit + 1 + copied, math.ceil(steps / settings.options.save_steps))
     return {
         "cache": (model.file_bytes / GIB if model.downloaded else 0.0) + DATASET_CACHE_GIB,
-        "checkpoints": kept * settings.checkpoint_bytes * model.parameters / GIB,
+        "checkpoints": kept * settings.checkpoint_bytes * trained_parameters(model, settings) / GIB,
         "model": settings.weight_bytes * model.parameters / GIB,
     }
 
@@ -323,7 +358,7 @@ def copied(model: ModelShape, settings: Settings, steps: int) -> dict[str, float
     options = settings.options
     if options.checkpoint_to is None:
         return {}
-    size = settings.checkpoint_bytes * model.parameters / GIB
+    size = settings.checkpoint_bytes * trained_parameters(model, settings) / GIB
     # A new one is complete before the oldest is removed.
     answer = {"a checkpoint": size, "kept there, at most": (options.save_total_limit + 1) * size}
     if options.save_steps is not None:

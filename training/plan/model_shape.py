@@ -2,8 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear layer of a block: a matrix (outputs, inputs)."""
+
+    name: str
+    inputs: int
+    outputs: int
+
+    @property
+    def parameters(self) -> int:
+        return self.inputs * self.outputs
 
 
 @dataclass(frozen=True)
@@ -20,6 +34,9 @@ class ModelShape:
         response_loss: whether the chunked loss of loss.py can be used.
         checkpointing: whether transformers has gradient checkpointing for it.
         block: parameters of its largest block, or 0 if ZeRO-3 may not handle a block as a whole (model/blocks.py).
+        linears: the linear layers of the blocks.
+        tied: whether the head's weight is the embedding's.
+        head_bias: whether the head has a bias.
     """
 
     name: str
@@ -39,10 +56,14 @@ class ModelShape:
     response_loss: bool = True
     checkpointing: bool = True
     block: int = 0
+    linears: tuple[Linear, ...] = ()
+    tied: bool = False
+    head_bias: bool = False
 
 
 def _shape(
     kind: str,
+    block_layers: Sequence[tuple[str, int, int]],
     layer_biases: int,
     head_bias: bool,
     number_bytes: int,
@@ -57,6 +78,7 @@ def _shape(
     """Shape of a model whose layers have four square matrices and an MLP, four times as wide, with biases.
 
     Args:
+        block_layers: name, inputs and outputs of a block's linear layers, the sizes in units of the width.
         layer_biases: biases and layer norms of a layer in units of its width, without the MLP's first bias.
         head_bias: whether the head has a bias.
         number_bytes: bytes per parameter in the file on the Hub.
@@ -78,16 +100,33 @@ def _shape(
         file_bytes=number_bytes * parameters,
         downloaded=downloaded,
         block=(stack - 2 * width) // layers,
+        linears=tuple(
+            Linear(layer.format(block), inputs * width, outputs * width)
+            for block in range(layers)
+            for layer, inputs, outputs in block_layers
+        ),
+        head_bias=head_bias,
     )
 
 
 # A GPT-J has one layer norm (2) and the MLP's second bias (1). GPT-J-6B: 28 x (4 x 4096^2 + 2 x 4096 x 16384 + 16384
 # + 3 x 4096) + 2 x 4096 + 2 x 50400 x 4096 + 50400 = 6,050,882,784 parameters. Its file on the Hub is float32.
-gptj_shape = partial(_shape, "gptj", 3, True, 4)
+_GPTJ_BLOCK = (
+    *((f"transformer.h.{{}}.attn.{name}_proj", 1, 1) for name in ("k", "v", "q", "out")),
+    ("transformer.h.{}.mlp.fc_in", 1, 4),
+    ("transformer.h.{}.mlp.fc_out", 4, 1),
+)
+gptj_shape = partial(_shape, "gptj", _GPTJ_BLOCK, 3, True, 4)
 
 # A GPT-NeoX (the Pythias) has two layer norms (4), biases of the four square matrices (4) and the MLP's second bias
 # (1). The files on the Hub are float16.
-neox_shape = partial(_shape, "gpt_neox", 9, False, 2)
+_NEOX_BLOCK = (
+    ("gpt_neox.layers.{}.attention.query_key_value", 1, 3),
+    ("gpt_neox.layers.{}.attention.dense", 1, 1),
+    ("gpt_neox.layers.{}.mlp.dense_h_to_4h", 1, 4),
+    ("gpt_neox.layers.{}.mlp.dense_4h_to_h", 4, 1),
+)
+neox_shape = partial(_shape, "gpt_neox", _NEOX_BLOCK, 9, False, 2)
 
 # (layers, width, heads, vocabulary), from the config.json of each on the Hub.
 _PYTHIAS = {

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from training.plan.adapter import trained_parameters
+
 if TYPE_CHECKING:
     from training.machine.catalogue import Machine
     from training.options.settings import Settings
@@ -30,6 +32,7 @@ DISK = 2e9  # fsync: an assumption. A local NVMe drive writes 1e9 to 2e9; machin
 HASH = 0.47e9
 SHARD = 5e9  # default of --max-shard-size; a file is hashed by one thread
 WRITER_THREADS = 4  # of a rank in model/weight_files.py; a thread writes one file
+MERGING = 1e9  # weights to which the adapter's product is added, on the cores of a GPU machine: an assumption
 ANSWER = 2e9  # weights, for a prompt and four answer tokens on the cores of a GPU machine: an assumption
 PUBLISHING = 0.2e9  # writing to DBFS, a Volume or S3, and reading back: an assumption, the same for both
 
@@ -52,11 +55,13 @@ def checkpoint_seconds(model: ModelShape, machine: Machine, settings: Settings) 
     """Seconds of one checkpoint by part (run/saving.py). All ranks wait until the last one has finished it.
 
     Each rank writes its shard of weights and optimizer, then the files are flushed and hashed by all ranks. A rank's shard
-    is one file. Below stage 3 rank 0 also writes the whole model. Without ZeRO it writes all of the optimizer.
+    is one file. Below stage 3 rank 0 also writes the whole model. Without ZeRO it writes all of the optimizer. A frozen
+    base is not written.
     """
-    weights = settings.weight_bytes * model.parameters
+    trained = trained_parameters(model, settings)
+    weights = settings.weight_bytes * trained
     whole = 0.0 if settings.zero.stage == 3 else weights
-    states = settings.checkpoint_bytes * model.parameters - whole
+    states = settings.checkpoint_bytes * trained - whole
     shard = states / (settings.ranks if settings.zero.stage else 1)
     local = min(settings.ranks, machine.count) if settings.zero.stage else 1
     copied = 0.0 if machine.is_cpu else 1 / DEVICE_TO_HOST
@@ -73,16 +78,23 @@ def checkpoint_seconds(model: ModelShape, machine: Machine, settings: Settings) 
 def finish_seconds(model: ModelShape, settings: Settings) -> dict[str, float]:
     """Seconds after the last checkpoint: the model, its verification on rank 0's CPU, and publishing if it was requested.
 
+    With an adapter rank 0 first loads the base again and merges the adapter into it. It alone writes the model.
+
     Under DeepSpeed every rank reads, casts, hashes and writes its files of the model, on several threads, and the files
     are flushed (run/final_model.py). Verification reads them for NaN, loads the model and lets it answer (run/finish.py).
     Publishing hashes the files on one thread, writes them and reads them back (storage/copy.py).
     """
     weights = settings.weight_bytes * model.parameters
-    writers = settings.ranks * min(WRITER_THREADS, math.ceil(weights / settings.ranks / SHARD))
-    written = weights * (1 / DISK + (1 / SAFETENSORS + 1 / HASH) / writers) if settings.zero.stage else 0.0
+    ranks = 1 if settings.lora else settings.ranks
+    writers = ranks * min(WRITER_THREADS, math.ceil(weights / ranks / SHARD))
+    written = 0.0
+    if settings.zero.stage or settings.lora:
+        written = weights * (1 / DISK + (1 / SAFETENSORS + 1 / HASH) / writers)
+    merging = model.file_bytes / LOADING + weights / MERGING if settings.lora else 0.0
     loading = weights / SAFETENSORS
     published = weights * (1 / HASH + 2 / PUBLISHING) if settings.options.dbfs_output_dir else 0.0
     return {
+        **({"merging": merging} if settings.lora else {}),
         "model": written,
         "verification": weights / FINITE + loading + weights / ANSWER,
         "publishing": published,

@@ -10,6 +10,7 @@ from training.machine.catalogue import find_family
 from training.options.deepspeed import enabled, read_json
 
 DOLLY_ROWS = 8  # micro batch of a device, as in Dolly
+LORA_RANK = 16  # of the adapters that are suggested
 PACKED_ROWS = 16  # packed rows need less memory; 16 of them halve the number of weight gathers
 
 
@@ -25,17 +26,31 @@ def rows_and_accumulation(global_batch: int, num_gpus: int, batching: str = "pac
     return max(1, round(global_batch / (num_gpus * accumulation))), accumulation
 
 
-def preset_options(family: str, num_gpus: int, batching: str = "packed") -> dict[str, Any]:
+def lora_file(family: str, num_gpus: int, whole_weights: bool = True) -> str | None:
+    """The DeepSpeed file of a LoRA run: none on one device.
+
+    On several each device keeps the whole frozen weights (ZeRO-2), so that no step gathers them; or without
+    `whole_weights` a share of them (ZeRO-3). There is no file for ZeRO-2 in fp16.
+    """
+    precision = find_family(family).precision
+    if num_gpus == 1 or family == "cpu":
+        return None
+    return f"config/ds_z{2 if whole_weights and precision == 'bf16' else 3}_{precision}_config.json"
+
+
+def preset_options(
+    family: str, num_gpus: int, batching: str = "packed", lora: bool = False
+) -> dict[str, Any]:
     """The trainer's options for `num_gpus` devices of a GPU family, keyed by TrainingOptions' names.
 
-    Raises MachineError for an unknown family or fewer than one device.
+    With `lora` they suit adapters on a frozen base: no DeepSpeed on one device, no optimizer in host memory. Raises MachineError for an unknown family or fewer than one device.
     """
     recipe = find_family(family)
     if num_gpus < 1:
         raise MachineError(f"--num-gpus {num_gpus}: at least one device is needed to train")
     rows, accumulation = rows_and_accumulation(GLOBAL_BATCH, num_gpus, batching)
     return {
-        "deepspeed": recipe.deepspeed,
+        "deepspeed": lora_file(family, num_gpus) if lora else recipe.deepspeed,
         "per_device_train_batch_size": rows,
         "gradient_accumulation_steps": accumulation,
         "gradient_checkpointing": "auto",  # on only if memory is short without it

@@ -9,8 +9,10 @@ from typing import Any
 from training.consts import STOP_SECONDS
 from training.errors import printable
 from training.files import duration
+from training.options.settings import Settings
 from training.options.trainer_options import steps_between_saves
 from training.pictures import draw_plan
+from training.plan.adapter import trained_parameters
 from training.plan.fit import Plan, fastest
 from training.plan.memory import copied
 from training.plan.overhead import checkpoints
@@ -22,6 +24,7 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
     answer: dict[str, Any] = {
         "fits": plan.fits,
         "faults": plan.problems,
+        "nearest": plan.nearest and {"machine": plan.nearest.machine.name, "command": plan.nearest.command},
         "warnings": [plan.warning] if plan.warning else [],
         "command": plan.command,
         "model": plan.model.name,
@@ -30,6 +33,8 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "gpu": machine.gpu,
         "num_gpus": settings.ranks,
         "precision": settings.precision,
+        "method": method(settings),
+        "trained_parameters": trained_parameters(plan.model, settings),
         "batching": settings.batching,
         "gradient_checkpointing": settings.checkpointing,
         "max_tokens_per_device": settings.max_tokens,
@@ -84,6 +89,7 @@ def as_table(plan: Plan, price: float | None) -> str:
     lines = [
         f"{plan.model.name} ({_count(plan.model.parameters)} parameters) on {machine.name}: "
         f"{settings.ranks} x {device}, {settings.precision}",
+        *_adapter_lines(plan),
         f"{settings.rows} rows a device x {settings.ranks} x {settings.accumulation} = {settings.global_batch} a step, "
         f"{settings.batching}, "
         f"gradient checkpointing {'on' if settings.checkpointing else 'off'}{split}",
@@ -116,7 +122,30 @@ def as_table(plan: Plan, price: float | None) -> str:
         left = machine.gpu_memory_gib - total
         room = "" if machine.is_cpu else f", with {left:.1f} GiB of each {device} left"
         return printable("\n".join([*lines, f"FITS{room}", f"  {plan.command}"]))
-    return printable("\n".join([*lines, "DOES NOT FIT", *(f"  {problem}" for problem in plan.problems)]))
+    lines += ["DOES NOT FIT", *(f"  {problem}" for problem in plan.problems)]
+    if plan.nearest:
+        there = plan.nearest.machine.name
+        lines += [
+            f"This run fits{'' if there == machine.name else f' on {there}'}:",
+            f"  {plan.nearest.command}",
+        ]
+    return printable("\n".join(lines))
+
+
+def method(settings: Settings) -> str:
+    """What a run trains: "full", "lora", or "qlora" on a base in 4 bits."""
+    return "full" if not settings.lora else "qlora" if settings.options.quantize else "lora"
+
+
+def _adapter_lines(plan: Plan) -> list[str]:
+    settings = plan.settings
+    if not settings.lora:
+        return []
+    trained = trained_parameters(plan.model, settings)
+    base = "in 4 bits" if settings.options.quantize else f"in {settings.precision}"
+    return [
+        f"adapters of rank {settings.options.lora} ({_count(trained)} trained parameters) on a base {base}"
+    ]
 
 
 def _save_line(plan: Plan) -> str:

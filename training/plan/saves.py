@@ -11,6 +11,7 @@ from training.options.trainer_options import (
     default_seconds_between_saves,
     typed_save_seconds,
 )
+from training.plan.adapter import trained_parameters
 from training.plan.overhead import checkpoint_seconds
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ def with_saves(
 def copies_gib(model: ModelShape, settings: Settings, local_ranks: int) -> float:
     """Host GiB of the copies from which `local_ranks` ranks write a checkpoint: its bytes. Without ZeRO rank 0 has all."""
     share = local_ranks / settings.ranks if settings.zero.stage else 1.0
-    return settings.checkpoint_bytes * model.parameters * share / GIB
+    return settings.checkpoint_bytes * trained_parameters(model, settings) * share / GIB
 
 
 def blocked_seconds(model: ModelShape, machine: Machine, settings: Settings) -> float:
@@ -60,7 +61,11 @@ def blocked_seconds(model: ModelShape, machine: Machine, settings: Settings) -> 
     if not settings.background_saves:
         return sum(parts.values())
     on_host = machine.is_cpu or settings.zero.offload_optimizer
-    shard = settings.checkpoint_bytes * model.parameters / (settings.ranks if settings.zero.stage else 1)
+    shard = (
+        settings.checkpoint_bytes
+        * trained_parameters(model, settings)
+        / (settings.ranks if settings.zero.stage else 1)
+    )
     return parts["checking"] + shard / (HOST_COPY if on_host else PINNED)
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from training.machine.catalogue import LINKS, Machine, find_family
 from training.machine.cores import usable_cores
 from training.machine.flops import layer_tokens, matmul_flops_per_second, training_flops
+from training.plan.adapter import NF4_BYTES, adapter_of, quantized_parameters, trained_parameters
 
 if TYPE_CHECKING:
     from training.options.settings import Settings
@@ -54,20 +55,26 @@ def step_seconds(
     Gathering: in every micro-step ZeRO-3 gathers the 16-bit weights for the forward and for the backward pass, and
     reduces gradients of the same size: 3 x 2 bytes x parameters x (ranks - 1) / ranks per device (Rajbhandari et al.
     2020, section 7). ZeRO-2 reduces gradients in every micro-step and gathers weights once per step, ZeRO-1 both once.
-    Their gradients count twice if they are sent to all ranks. Without ZeRO they are, once per step.
+    Their gradients count twice if they are sent to all ranks. Without ZeRO they are, once per step. With an adapter only its
+    gradients are reduced, and only stage 3 gathers frozen weights.
     """
     micro_steps = settings.accumulation * _parts(settings, load)
     compute = settings.accumulation * _flops(model, settings, load, response_share) / _rate(machine, settings)
     zero = settings.zero
     reduced = 2 if zero.all_reduce else 1
-    transfers = {3: 3 * micro_steps, 2: reduced * micro_steps + 1, 1: reduced + 1}.get(zero.stage, 2)
-    gathering = transfers * _weights_seconds(model, machine, settings)
+    trained = trained_parameters(model, settings)
+    transfers = {3: micro_steps, 2: reduced * micro_steps + 1, 1: reduced + 1}.get(zero.stage, 2)
+    gathering = transfers * _transfer_seconds(trained, machine, settings)
+    if zero.stage == 3:
+        gathering += 2 * micro_steps * _transfer_seconds(_all_parameters(model, settings), machine, settings)
+    unpacking = micro_steps * _unpacking_seconds(model, machine, settings)
     host = micro_steps * host_seconds(model, machine, settings)
     return {
         "compute": compute,
+        "unpacking": unpacking,
         "gathering": gathering,
         "optimizer": _optimizer_seconds(model, machine, settings),
-        "waiting for the host": max(0.0, host - compute - gathering),
+        "waiting for the host": max(0.0, host - compute - unpacking - gathering),
     }
 
 
@@ -75,6 +82,7 @@ def _flops(model: ModelShape, settings: Settings, load: Load, response_share: fl
     """FLOPs of the slowest device in one micro-step."""
     tokens = load.slowest_tokens
     labels = tokens * (response_share if settings.packed else 1.0)
+    adapter = adapter_of(model, settings)
     return training_flops(
         model.layer_parameters,
         model.vocabulary * model.width,
@@ -84,6 +92,7 @@ def _flops(model: ModelShape, settings: Settings, load: Load, response_share: fl
         labels,
         load.slowest_scores,
         passes=_passes(settings),
+        adapters=adapter.matrices if adapter else None,
     )
 
 
@@ -104,16 +113,33 @@ def _rate(machine: Machine, settings: Settings) -> float:
     return machine.flops * find_family(machine.family).share_of_peak * padded
 
 
-def _weights_seconds(model: ModelShape, machine: Machine, settings: Settings) -> float:
-    """Seconds to send the weights, or gradients, once between all devices."""
-    moved = settings.number_bytes * model.parameters * (settings.ranks - 1) / settings.ranks
-    return moved / LINKS[machine.link]
+def _all_parameters(model: ModelShape, settings: Settings) -> int:
+    adapter = adapter_of(model, settings)
+    return model.parameters + (adapter.parameters if adapter else 0)
+
+
+def _transfer_seconds(parameters: float, machine: Machine, settings: Settings) -> float:
+    """Seconds to send weights, or gradients, once between all devices."""
+    return settings.number_bytes * parameters * (settings.ranks - 1) / settings.ranks / LINKS[machine.link]
+
+
+def _unpacking_seconds(model: ModelShape, machine: Machine, settings: Settings) -> float:
+    """Seconds to turn weights of 4 bits into 16 bits in one micro-step: in each pass forward and backward.
+
+    Memory-bound: the kernel reads 4 bits and writes 16, and the product reads those. An assumption; 0 on a CPU.
+    """
+    quantized = quantized_parameters(model, settings)
+    if machine.is_cpu or not quantized:
+        return 0.0
+    moved = quantized * (NF4_BYTES + 2 * settings.number_bytes)
+    return (_passes(settings) - 1) * moved * FLOPS_PER_BYTE / machine.flops
 
 
 def _optimizer_seconds(model: ModelShape, machine: Machine, settings: Settings) -> float:
+    trained = trained_parameters(model, settings)
     if settings.zero.offload_optimizer:
-        return model.parameters / OFFLOADED_ADAM
-    shard = model.parameters / (settings.ranks if settings.zero.stage else 1)
+        return trained / OFFLOADED_ADAM
+    shard = trained / (settings.ranks if settings.zero.stage else 1)
     return 0.0 if machine.is_cpu else shard * UPDATE_BYTES * FLOPS_PER_BYTE / machine.flops
 
 
@@ -138,10 +164,14 @@ def evaluation_seconds(
     for each batch.
     """
     batches = math.ceil(load.held_out / (settings.ranks * settings.options.per_device_eval_batch_size))
-    compute = step["compute"] / _passes(settings) * load.held_out / settings.global_batch
-    gathering = batches * _weights_seconds(model, machine, settings) if settings.zero.stage == 3 else 0.0
+    passes = _passes(settings) - settings.lora  # nearly all of the work is in the frozen weights
+    compute = step["compute"] / passes * load.held_out / settings.global_batch
+    gathering = 0.0
+    if settings.zero.stage == 3:
+        gathering = batches * _transfer_seconds(_all_parameters(model, settings), machine, settings)
+    unpacking = batches * _unpacking_seconds(model, machine, settings) / (_passes(settings) - 1)
     host = batches * host_seconds(model, machine, settings) / _passes(settings)
-    return max(compute + gathering, host)
+    return max(compute + unpacking + gathering, host)
 
 
 def cpu_rate(width: int, ranks: int) -> float:
