@@ -321,15 +321,19 @@ def rows_of_table(page: str, heading: str) -> list[list[str]]:
 
 def test_the_readmes_machines_have_the_minutes_and_dollars_of_the_plan() -> None:
     rows = rows_of_table("README", "machine | options")
-    assert len(rows) == 5
+    assert len(rows) == 6
     for machine, options, minutes, published, dollars in rows:
         name = re.findall(r"`(\w[\w.]+)`", machine)[0]
-        answer = json.loads(CliRunner().invoke(plan_command, ["--machine", name, "--json"]).stdout)
+        method = re.findall(r"--lora \d+", options)
+        words = ["--machine", name, "--json", *" ".join(method).split()]
+        answer = json.loads(CliRunner().invoke(plan_command, words).stdout)
+        assert answer["fits"] is True
         hours = answer["hours"]["expected"]
         assert (int(machine.split("×")[0]), int(minutes)) == (answer["num_gpus"], round(60 * hours)), name
         for option in re.findall(r"--[\w-]+ \S+", options.strip("`")):
             assert option in answer["command"], (name, option)
-        assert answer["command"].count("--") == options.count("--") + 4, "and no others"
+        launcher = 0 if method else 2  # --num_gpus, --module
+        assert answer["command"].count("--") == options.count("--") + launcher + 2, "and no others"
         cost, price = re.fullmatch(r"([\d.]+)(?: N at N|(?: at ([\d.]+)))/h", dollars).groups()
         assert cost == f"{hours * float(price or 1):.2f}", name
         assert not price or f"${price}" in DOCS["evidence"].read_text()
