@@ -21,7 +21,7 @@ import click
 
 from training.console import set_up_console
 from training.consts import MAX_NEW_TOKENS, RUN_FILE
-from training.errors import ModelError, printable
+from training.errors import ModelError, TrackingError, printable
 from training.evaluate.metrics import missing_extra
 from training.evaluate.report import as_table, sections_of, write_evaluation
 from training.files import expanded, path_problem, writable, write_json
@@ -29,6 +29,7 @@ from training.options.command_line import CollectedOption, CollectingCommand, Pa
 from training.pictures import PictureFile, draw_evaluation
 from training.storage.copy import MANIFEST_FILE
 from training.storage.record import finished_run
+from training.tracking.mlflow_evaluation import log_evaluation
 
 logger = logging.getLogger("training")
 
@@ -192,9 +193,21 @@ def _evaluate(
         write_json(Path(output), sections)
     elif folder is not None:
         write_evaluation(folder, sections)
+        _log(folder, record or {}, sections)
     if plot:
         draw_evaluation(list(sections_of(sections)), plot)
     print(json.dumps(sections, indent=2) if json_ else as_table(sections))
+
+
+def _log(folder: Path, record: dict[str, Any], sections: dict[str, Any]) -> None:
+    """Logs to MLflow if the run did. A failure is a warning: the results are in the folder."""
+    options = record["options"]
+    if not (options.get("mlflow") or options.get("mlflow_model_name")):
+        return
+    try:
+        log_evaluation(record, folder.name, sections)
+    except TrackingError as error:
+        logger.warning("The run logs to MLflow, but the evaluation could not be logged: %s", error)
 
 
 def _compare(

@@ -312,6 +312,10 @@ class TrainingOptions:
         "Checkpoint that becomes the model: the last, or the one with the best held-out loss.",
         type=click.Choice(("last", "best")),
     )
+    evaluate: bool = _output(
+        False,
+        "At the end compare the model with its base on the held-out rows. The plan leaves this time out.",
+    )
     max_shard_size: str = _output(
         "5GB", "Largest weight file of the finished model, such as 5GB or 500MB.", metavar="SIZE"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,13 @@ from typing import Any
 import torch
 
 from training.data.ledger import Ledger
-from training.errors import ModelError, TrainingError
+from training.errors import ModelError, TrainingError, first_line
+from training.evaluate.answers import Loading, compare_models, free_memory
+from training.evaluate.report import as_table, read_evaluation, write_evaluation
+from training.evaluate.rows import held_out_rows
 from training.files import duration
 from training.machine.cores import usable_cores
+from training.model.tokenizer import load_tokenizer
 from training.model.verify import verify_model
 from training.options.settings import Settings
 from training.ranks import is_main_process
@@ -61,7 +66,7 @@ def finish(
         duration(record["seconds"]["training"]),
         output,
     )
-    _deliver(settings)
+    _deliver(settings, record)
     return record
 
 
@@ -80,13 +85,38 @@ def deliver_again(settings: Settings, record: dict[str, Any]) -> dict[str, Any]:
     """Publishes and logs a run that an earlier command finished. Returns its record."""
     logger.info("%s is already finished", settings.output)
     if is_main_process():
-        _deliver(settings)
+        _deliver(settings, record)
     return record
 
 
-def _deliver(settings: Settings) -> None:
+def _deliver(settings: Settings, record: dict[str, Any]) -> None:
+    """Evaluates, publishes and logs the finished model, in this order: the copies hold the evaluation."""
     options, output = settings.options, settings.output
+    if options.evaluate and "held_out" not in read_evaluation(output):
+        _evaluate(settings, record)
     if options.dbfs_output_dir:
         publish(output, options.dbfs_output_dir)
     if options.logs_to_mlflow:
         log_or_warn(output, options.mlflow_model_name)
+
+
+def _evaluate(settings: Settings, record: dict[str, Any]) -> None:
+    """Compares the model with its base on the held-out rows. If that fails, the model is complete without it."""
+    options, output = settings.options, settings.output
+    free_memory()  # of training
+    try:
+        with _all_cores():
+            rows = held_out_rows(output, record, load_tokenizer(str(output), options.trust_remote_code))
+            loading = Loading(trust_remote_code=options.trust_remote_code)
+            sections = {"held_out": compare_models(rows, options.input_model, str(output), loading)}
+        write_evaluation(output, sections)
+    except Exception as error:  # too little memory, a full disk, rows or a base that are gone meanwhile
+        reason = str(error) if isinstance(error, ValueError) else first_line(error)
+        command = shlex.join(["python", "-m", "training.evaluate", "--model", str(output)])
+        logger.warning(
+            "The model in %s is complete, but was not evaluated: %s. Type %s", output, reason, command
+        )
+        return
+    finally:
+        free_memory()
+    logger.info("%s", as_table(sections))

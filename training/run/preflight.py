@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from training.consts import GIB
 from training.data.rows import check_source, read_prompts
 from training.errors import DataError, OptionsError
+from training.evaluate.metrics import missing_extra
 from training.files import disk_problems, duration, local_path
 from training.machine import kernels
 from training.machine.environment import lora_package_problems, version_problems
@@ -56,6 +57,7 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
     problems += contradictions
     problems += dataset_problems(options) + prompt_problems(options)
     problems += destination_problems(options) + version_problems()
+    problems += evaluation_problems(options)
     problems += lora_package_problems(options.lora > 0, options.quantize is not None)
     problems += deepspeed_checks.quantize_problems(options, world_size())
     if not typing_errors:
@@ -67,6 +69,12 @@ def check(options: TrainingOptions, typing_errors: Sequence[str] = ()) -> Settin
     if problems or settings is None:
         raise OptionsError(*problems)
     return settings
+
+
+def evaluation_problems(options: TrainingOptions) -> list[str]:
+    """The problem that --evaluate lacks a package."""
+    missing = missing_extra("rouge_score") if options.evaluate else []
+    return [f"--evaluate: {problem}, or leave it out" for problem in missing]
 
 
 def _machine_problems(config: dict[str, Any] | None) -> list[str]:

@@ -20,6 +20,7 @@ from training.model.generation import PARAMETERS
 from training.storage.checkpoint import digests
 from training.storage.copy import model_files
 from training.storage.record import finished_run
+from training.tracking.mlflow_evaluation import stored_figures
 from training.tracking.mlflow_server import MlflowRun, as_metrics, now, short_timeouts, without_secrets
 
 if TYPE_CHECKING:
@@ -123,7 +124,7 @@ def _all_metrics(folder: Path, record: dict[str, Any]) -> list[Metric]:
         "held_out_loss_after": losses["after"],
         "training_seconds": record["seconds"]["training"],
     }
-    return metrics + as_metrics(record["steps"], results, logged_at)
+    return metrics + as_metrics(record["steps"], results | stored_figures(folder), logged_at)
 
 
 def _logged_model_id(run: MlflowRun, tag: dict[str, str]) -> str | None:
