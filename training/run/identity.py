@@ -24,7 +24,16 @@ from training.storage.remote import newer_copies
 
 logger = logging.getLogger(__name__)
 
-RECORDED_PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "datasets", "tokenizers")
+RECORDED_PACKAGES = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "deepspeed",
+    "datasets",
+    "tokenizers",
+    "peft",
+    "bitsandbytes",
+)
 
 # Options that change what a step computes. Devices, memory and folders do not, except through the global batch. The
 # number of steps does only if the learning rate depends on it.

@@ -68,7 +68,7 @@ ask = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
 print(ask([{{"role": "user", "content": {json.dumps(SAMPLE_INSTRUCTIONS[0])}}}])[0]["generated_text"][-1]["content"])
 ```
 
-It answers one instruction at a time, stops at `{END_KEY}`, and like its base it invents facts.
+{_adapter_section(record)}It answers one instruction at a time, stops at `{END_KEY}`, and like its base it invents facts.
 
 ## Data
 
@@ -83,6 +83,27 @@ It answers one instruction at a time, stops at `{END_KEY}`, and like its base it
 {changed}
 """
     ModelCard(content).save(folder / "README.md")
+
+
+def _adapter_section(record: dict[str, Any]) -> str:
+    """What a LoRA run has trained, and how to load its adapter; "" for a run that trained all weights."""
+    options, base = record["options"], record.get("base")
+    if not options.get("lora") or base is None:
+        return ""
+    version = (
+        f"revision {base['revision']}" if base["revision"] else f"weights of SHA-256 {base['sha256'][:16]}..."
+    )
+    in_bits = ", which was in 4 bits during training" if options.get("quantize") else ""
+    return f"""It was trained by LoRA: an adapter of rank {options["lora"]} (alpha {options["lora_alpha"]:g}) on {_code(base["model"])}
+({version}){in_bits}. The adapter is merged into this model. It also lies alone in `adapter/`:
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER/adapter")
+```
+
+"""
 
 
 def _line(text: object) -> str:
