@@ -17,8 +17,9 @@ from training.page.models import PageModel
 from training.page.state import Page
 from training.page.votes import HELD_OUT, Question, Votes
 
-LONG = 4096  # positions, so that a model can be stopped
+LONG = 2**15  # positions, so that a model can be stopped
 SCRIPT = "<script>window.attacked = true</script><img src=x onerror='window.attacked = true'> **bold**"
+RIVER = f"Name a river. {SCRIPT}"
 
 
 def chain_model(tokenizer: PreTrainedTokenizerBase, *chain: str) -> GPTJForCausalLM:
@@ -89,7 +90,7 @@ def save_run(
     }
     options |= {"keep_truncated": False, "max_dropped_fraction": 0.1}
     (folder / "run.json").write_text(json.dumps({"status": "finished", "id": "run-1", "options": options}))
-    texts = {"instruction": "Name a river.", "input": ""}
+    texts = {"instruction": RIVER, "input": ""}
     jsonl(
         folder / "samples.jsonl",
         [{"step": 0, **texts, "response": "A A A"}, {"step": 60, **texts, "response": "The Rhine"}],

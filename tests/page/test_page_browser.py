@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,19 +20,23 @@ from typing import Any
 import pytest
 from transformers import GPTJForCausalLM, PreTrainedTokenizerBase
 
-from tests.page.conftest import SCRIPT, save_run
+from tests.page.conftest import RIVER, SCRIPT, save_run
 from training.page.__main__ import PASSWORD_VARIABLE
 
-sync_api = pytest.importorskip("playwright.sync_api")
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 PASSWORD = "correct horse"
+RUN = "offspring <img src=x onerror='window.attacked = true'>"  # the name of a folder is shown, too
 
 
 @pytest.fixture(scope="module")
 def chromium() -> Iterator[Any]:
     """A headless Chromium. In CI a missing one fails the tests; elsewhere it skips them."""
+    if not os.environ.get("DOLLY_CI"):
+        pytest.importorskip("playwright.sync_api")
+    from playwright import sync_api
+
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:
         words = "needs Chromium. Type sudo apt-get install chromium"
@@ -84,20 +89,31 @@ def folder(
     tokenizer: PreTrainedTokenizerBase,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Path:
-    """ "ancestor", a base that never ends, and "offspring", a run from it that answers "AB"."""
+    """The folder of "ancestor", a base that never ends, and "offspring", a run from it that answers "AB"."""
     folder = tmp_path_factory.mktemp("page")
     endless_model.save_pretrained(folder / "ancestor")
     tokenizer.save_pretrained(folder / "ancestor")
-    save_run(folder / "offspring", brief_model, tokenizer, folder / "ancestor", folder / "rows.jsonl")
+    save_run(folder / RUN, brief_model, tokenizer, folder / "ancestor", folder / "rows.jsonl")
     return folder
 
 
 @pytest.fixture(scope="module")
 def address(folder: Path) -> Iterator[str]:
-    server, address = started(folder, "--model", folder / "offspring")
-    yield address
-    server.terminate()
-    server.wait(30)
+    """The page, whose server would have to use a proxy for any other machine."""
+    with socket.socket() as proxy:
+        proxy.bind(("127.0.0.1", 0))
+        proxy.listen()
+        url = f"http://127.0.0.1:{proxy.getsockname()[1]}"
+        server, address = started(folder, "--model", folder / RUN, HTTP_PROXY=url, HTTPS_PROXY=url)
+        yield address
+        server.send_signal(signal.SIGINT)
+        assert server.wait(30) == 0, "Ctrl-C"
+        log = (folder / "server.log").read_text()
+        assert log.endswith("The page is closed.\n")
+        assert "Traceback" not in log
+        proxy.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            proxy.accept()
 
 
 class Tab:
@@ -144,9 +160,9 @@ def test_answers_stream_side_by_side_and_stop_ends_them(chromium: Any, address: 
     tab = Tab(chromium, address)
     assert [tab.page.inner_text(f"#answer-{n} [data-testid=block-info]") for n in (0, 1)] == [
         "ancestor (base)",
-        "offspring",
+        RUN,
     ]
-    tab.set_new_tokens(4000)
+    tab.set_new_tokens(30_000)
     tab.fill("instruction", "Say A.")
     tab.page.click("#ask")
     assert tab.wait("note-1", " s").startswith("3 tokens in")
@@ -157,7 +173,7 @@ def test_answers_stream_side_by_side_and_stop_ends_them(chromium: Any, address: 
     assert tab.text("note-0").endswith("..."), "it is still being generated"
     tab.page.click("#stop")
     note = tab.wait("note-0", "Stopped after")
-    assert int(note.split()[2]) < 4000
+    assert int(note.split()[2]) < 30_000
     tab.page.click("#ask")
     tab.wait("note-0", "..."), "the model is free again"
     tab.page.click("#stop")
@@ -167,7 +183,7 @@ def test_answers_stream_side_by_side_and_stop_ends_them(chromium: Any, address: 
 
 def test_two_users_ask_at_once_and_a_closed_tab_frees_the_models(chromium: Any, address: str) -> None:
     first, second = Tab(chromium, address), Tab(chromium, address)
-    first.set_new_tokens(4000)
+    first.set_new_tokens(30_000)
     second.set_new_tokens(6)
     for tab in (first, second):
         tab.fill("instruction", "Say A.")
@@ -180,6 +196,15 @@ def test_two_users_ask_at_once_and_a_closed_tab_frees_the_models(chromium: Any, 
     first.close()
     assert second.wait("note-0", "Cut off at max_new_tokens", 10) == "Cut off at max_new_tokens, 6 tokens"
     assert second.text("answer-0") == "A A A"
+    third = Tab(chromium, address)
+    third.set_new_tokens(30_000)
+    third.page.get_by_role("tab", name="Blind").click()
+    third.page.click("#next")
+    third.wait("status", "The models answer")
+    second.page.click("#ask")
+    second.wait("note-0", "Waiting")
+    third.close()
+    second.wait("note-0", "Cut off", 10)
     second.close()
 
 
@@ -211,7 +236,8 @@ def test_a_saved_answer_is_shown_with_its_example(chromium: Any, address: str) -
     tab = Tab(chromium, address)
     tab.page.get_by_role("button", name="Name a river.").click()
     assert tab.wait("note-1", "Saved") == "Saved by the training run at step 60, greedy"
-    assert tab.text("instruction") == "Name a river."
+    assert tab.text("instruction") == RIVER
+    assert tab.page.evaluate("window.attacked") is None
     assert [tab.text("answer-0"), tab.text("answer-1")] == ["A A A", "The Rhine"]
     tab.close()
 
@@ -256,9 +282,9 @@ def test_a_blind_vote_needs_no_mouse_and_says_whose_the_answers_were_only_afterw
     press_until(page, "Tab", "#vote-b")
     page.keyboard.press("Enter")
     status = tab.wait("status", "Your vote")
-    [b] = ["offspring" if answers["b"] == "AB" else "ancestor (base)"]
+    b = RUN if answers["b"] == "AB" else "ancestor (base)"
     assert f"B is {b}" in status
-    assert "1 vote " in tab.wait("rates", "offspring against ancestor (base)")
+    assert "1 vote " in tab.wait("rates", f"{RUN} against ancestor (base)")
     [vote] = map(json.loads, (folder / "votes.jsonl").read_text().splitlines())
     assert (vote["vote"], vote["b"]["name"]) == ("b", b)
     press_until(page, "Shift+Tab", "#next")
@@ -280,7 +306,7 @@ def test_the_page_fits_the_screen(chromium: Any, address: str, width: int, tmp_p
 
 
 def test_a_password_is_asked_for_before_anything_is_shown(folder: Path) -> None:
-    words = ["--model", folder / "offspring", "--no-base", "--host", "0.0.0.0"]
+    words = ["--model", folder / RUN, "--no-base", "--host", "0.0.0.0"]
     server, address = started(folder, *words, **{PASSWORD_VARIABLE: PASSWORD})
     opener = urllib.request.build_opener(
         urllib.request.ProxyHandler({}), urllib.request.HTTPCookieProcessor()

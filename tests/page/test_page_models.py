@@ -11,7 +11,7 @@ import torch
 from transformers import GPTJForCausalLM, PreTrainedTokenizerBase
 
 from tests.conftest import POSITIONS
-from tests.page.conftest import LONG, save_run
+from tests.page.conftest import LONG, RIVER, save_run
 from training.data.held_out import split_held_out
 from training.model.generation import generate_response
 from training.model.loading import load_model
@@ -61,7 +61,7 @@ def test_an_answer_grows_and_both_models_answer_at_the_same_time(page: Page) -> 
 
 
 def test_stop_ends_the_generation_at_the_next_token(page: Page) -> None:
-    running = ask.answers(page, "session", "Say A.", "", 4000, 0, 1, 0)
+    running = ask.answers(page, "session", "Say A.", "", 30_000, 0, 1, 0)
     other = ask.answers(page, "other", "Say A.", "", 20, 0, 1, 0)
     while "A A A" not in next(running)[1][0]:
         pass
@@ -73,14 +73,14 @@ def test_stop_ends_the_generation_at_the_next_token(page: Page) -> None:
     *_, (_, texts) = running
     words, count, *_ = texts[1].removeprefix("Stopped after").split()[::-1]
     assert words == "tokens"
-    assert 3 < int(count) < 3000
+    assert 3 < int(count) < 20_000
     assert texts[3].startswith("3 tokens"), "the model that had ended keeps its answer"
     *_, (_, texts) = other
     assert texts[0].split() == ["A"] * 10, "then the waiting question is answered"
 
 
 def test_a_closed_tab_ends_the_generation(page: Page) -> None:
-    running = ask.answers(page, "session", "Say A.", "", 4000, 0, 1, 0)
+    running = ask.answers(page, "session", "Say A.", "", 30_000, 0, 1, 0)
     next(running)
     running.close()
     assert page.models[0].lock.acquire(timeout=5), "the model is free for the next question"
@@ -157,9 +157,9 @@ def test_the_questions_are_the_held_out_rows_of_the_run_and_its_saved_answers(
 
     numbered = datasets.Dataset.from_dict({"row": range(40)})
     assert sorted(found) == sorted(all_rows[number] for number in split_held_out(numbered, 6, 42)[1]["row"])
-    assert examples(tmp_path / "run") == [("Name a river.", "")]
-    assert saved_answers(tmp_path / "run") == {("Name a river.", ""): (60, "The Rhine")}
-    assert saved_answers(tmp_path / "run", step=0) == {("Name a river.", ""): (0, "A A A")}
+    assert examples(tmp_path / "run") == [(RIVER, "")]
+    assert saved_answers(tmp_path / "run") == {(RIVER, ""): (60, "The Rhine")}
+    assert saved_answers(tmp_path / "run", step=0) == {(RIVER, ""): (0, "A A A")}
     assert len(examples(tmp_path)) == 5, "Dolly's own"
     (tmp_path / "rows.csv").write_text("instruction,output\nName a river.,Rhine\n")
     assert rows_of_file(str(tmp_path / "rows.csv")) == [Question("Name a river.", "", HELD_OUT)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -165,3 +166,22 @@ def test_what_cannot_be_voted_on_is_said(page: Page) -> None:
     for number in range(3):
         page.votes.add(pair(page, number), "a")
     assert list(blind.ask_row(page, "session", *GREEDY))[-1][1].startswith("All 3 held-out rows have a vote")
+
+
+def test_a_stopped_pair_is_not_voted_on(page: Page) -> None:
+    running = blind.ask_own(page, "session", "Say A.", "", 30_000, 0, 1, 0)
+    assert next(running)[1] == "The models answer ..."
+    threading.Timer(0.5, page.stop, ["session"]).start()
+    *_, (shown, status, _, first, second) = running
+    assert (shown, status, first, second) == (None, "Stopped. There is nothing to vote on", "", "")
+
+
+def test_a_failure_does_not_say_which_model_failed(page: Page, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("device lost")
+
+    monkeypatch.setattr(page.models[1].model, "generate", fail)
+    *_, (shown, status, *answers) = blind.ask_row(page, "session", *GREEDY)
+    assert shown is None
+    assert status == "No answer (RuntimeError: device lost)"
+    assert answers[1:] == ["", ""]

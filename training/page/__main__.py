@@ -20,7 +20,15 @@ import click
 
 from training.console import set_up_console
 from training.consts import RUN_FILE
-from training.errors import DataError, ModelError, UnfinishedRunError, install_extra, printable
+from training.errors import (
+    DataError,
+    MachineError,
+    ModelError,
+    UnfinishedRunError,
+    first_line,
+    install_extra,
+    printable,
+)
 from training.files import expanded, path_problem, writable
 from training.options.command_line import CollectedOption, CollectingCommand, PathName, value_problems
 from training.storage.record import finished_run, read_run_record
@@ -111,7 +119,7 @@ def main(ctx: click.Context, **typed: Any) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
     try:
         _serve(options)
-    except (ModelError, DataError) as error:
+    except (ModelError, DataError, MachineError) as error:
         print(f"Cannot open the page: {printable(error)}", file=sys.stderr)
         sys.exit(2)
 
@@ -210,7 +218,7 @@ def _is_loopback(host: str) -> bool:
 
 
 def _serve(options: Options) -> None:
-    """Loads rows and models, and serves the page until Ctrl-C. Raises ModelError and DataError."""
+    """Loads rows and models, and serves the page until Ctrl-C. Raises ModelError, DataError and MachineError."""
     import transformers
 
     transformers.logging.set_verbosity_error()
@@ -223,7 +231,12 @@ def _serve(options: Options) -> None:
     from training.page.interface import build, launch
 
     tabs = {"Ask": ask_tab, "Blind": blind_tab}
-    blocks = launch(build(page, tabs), options.host, options.port, options.password)
+    try:
+        blocks = launch(build(page, tabs), options.host, options.port, options.password)
+    except OSError as error:  # the port was taken while the models were loaded
+        raise MachineError(
+            f"--port {options.port}: cannot be opened ({first_line(error)}). Type another --port"
+        ) from error
     print(f"The votes go to {page.votes.file}")
     print(f"Open http://{address}:{options.port} in a browser. Ctrl-C ends the page.", flush=True)
     try:
@@ -236,6 +249,8 @@ def _serve(options: Options) -> None:
 
 def _load(options: Options) -> Page:
     """Loads what the page shows: the base first, then the models in the order of the command line."""
+    import torch
+
     from training.page.models import load_models
     from training.page.questions import examples, held_out_rows, rows_of_file, saved_answers
     from training.page.state import Page
@@ -243,7 +258,12 @@ def _load(options: Options) -> Page:
 
     first, base = Path(options.folders[0]), options.chosen_base
     rows, problem = rows_of_file(options.rows) if options.rows else [], ""
-    models = load_models(base, options.folders, options.trust_remote_code)
+    try:
+        models = load_models(base, options.folders, options.trust_remote_code)
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            "the GPU's memory does not hold all models. Type --no-base, or name fewer models"
+        ) from error
     record = read_run_record(first)
     if not rows and record is None:
         problem = f"{first.name} is not the folder of a run, so there are no held-out rows. --rows FILE names others"

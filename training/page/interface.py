@@ -79,6 +79,7 @@ def launch(blocks: gr.Blocks, host: str, port: int, password: str | None) -> gr.
         show_error=False,
         footer_links=[],
         run_history=False,
+        max_file_size=1,  # bytes; the page takes no files, but gradio would store them
         enable_monitoring=False,
         ssr_mode=False,
         pwa=False,
