@@ -304,6 +304,7 @@ class Run:
         self.folder = folder
         self.metrics, self.samples = Lines(folder / "metrics.jsonl"), Lines(folder / "samples.jsonl")
         self._forget_metrics()
+        self.evaluation: dict[str, Any] = {}  # figures of the finished model by name
         self.answers: dict[float, dict[str, str]] = {}  # step -> prompt -> answer
         self.epochs: dict[float, float | None] = {}  # step -> epoch
 
@@ -330,6 +331,10 @@ class Run:
             self.answers, self.epochs = {}, {}
         for entry in entries:
             self._take_answer(entry)
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError):
+            self.evaluation = dict(
+                json.loads((self.folder / "evaluation.json").read_text())["held_out"]["metrics"]
+            )
 
     def _take_answer(self, entry: Mapping[str, Any]) -> None:
         step = float(entry["step"])
@@ -356,6 +361,19 @@ class Run:
             if latest > first:
                 left = f"{duration((steps - step) * (now - begin) / (latest - first))} left"
         return (int(min(100, 100 * step / steps)) if steps else 0), text, left
+
+    def evaluation_table(self) -> tuple[list[str], list[list[str]]]:
+        """(headers, rows) of evaluation.json: base and tuned model and their difference, with 95% intervals."""
+        names = ("base", "tuned", "difference")
+        rows = []
+        for metric, figures in self.evaluation.items():
+            texts = []
+            for name in names:
+                interval = _known({end: number(value) for end, value in (figures.get(name) or {}).items()})
+                whole = interval.keys() >= {"value", "low", "high"}
+                texts.append("{value:.3f} [{low:.3f}, {high:.3f}]".format(**interval) if whole else "")
+            rows.append([metric.replace("_", " "), *texts])
+        return ["held-out rows", *names], rows
 
     def stages(self) -> list[float]:
         """The steps whose answers are shown: the first, the last, and some evenly between."""
@@ -611,6 +629,10 @@ class Profiler:
             yield from self.chart("speed", self.run.speed, ("step", 1.0), "tokens/s", zero=True)
         else:
             yield self.markdown("No metrics yet: metrics.jsonl is missing or empty.", "run state")
+        headers, rows = self.run.evaluation_table()
+        if rows:
+            yield self.markdown("## Evaluation", "evaluation head")
+            yield self.table("evaluation", headers, rows)
         headers, rows = self.run.answer_table()
         if rows:
             shown, stages = len(self.run.stages()), len(self.run.answers)

@@ -61,7 +61,7 @@ from training.options.wording import FLOW, PARAMETERS, worded
 from training.plan.fit import Plan, plan_files, plan_run
 from training.plan.presets import demo_options, preset_options
 from training.plan.request import checked_settings, model_of
-from training.run.preflight import destination_problems, prompt_problems
+from training.run.preflight import destination_problems, evaluation_problems, prompt_problems
 from training.storage import metrics
 from training.storage.copy import model_digests
 from training.storage.record import finished_run
@@ -270,7 +270,7 @@ class TrainDollyFlow(FlowSpec):
         problems += option_problems(options)
         reachable = options if s3_works else replace(options, checkpoint_to=None)  # reported already
         if not remote:
-            problems += destination_problems(reachable)
+            problems += destination_problems(reachable) + evaluation_problems(options)
         elif reachable.checkpoint_to:  # a pod has a disk of its own
             found = store_problems(reachable.checkpoint_to, None, "auto")
             problems += [f"--checkpoint-to {problem}" for problem in found]

@@ -20,7 +20,7 @@ from training.machine.catalogue import FAMILIES, Machine
 from training.options.trainer_options import TrainingOptions
 from training.options.wording import NOTEBOOK, worded
 from training.plan.presets import DEMO_RECIPE, preset_options
-from training.run.preflight import destination_problems
+from training.run.preflight import destination_problems, evaluation_problems
 from training.storage.remote import newer_copies
 
 PATHS: dict[str, PathKind] = {
@@ -211,7 +211,7 @@ def check_plan(
     def plan_of(recipe: Mapping[str, Any]) -> tuple[str, list[str]]:
         """(table of the plan, problems of the run)."""
         planned = TrainingOptions(**{**recipe, **options})
-        problems = destination_problems(planned)
+        problems = destination_problems(planned) + evaluation_problems(planned)
         try:
             plan = plan_options(planned, ranks, machine, recorded_test_size(planned))
         except OptionsError as error:

@@ -40,7 +40,7 @@ here = Path.cwd()
 roots = [folder for folder in [here, *here.parents] if (folder / "notebooks" / "cells.py").is_file()]
 sys.path.insert(0, str(roots[0]))
 
-from notebooks import cells
+from notebooks import cells, results
 from training import notebook
 from training.launch.restart import DEFAULT_RESTARTS
 from training.machine.catalogue import FAMILIES
@@ -229,20 +229,16 @@ cells.answers_by_step(read(choices.output / SAMPLES_FILE))
 
 # COMMAND ----------
 
-cells.finished_record(choices)
-published = choices.published or "nowhere, because dbfs_output_root is empty"
-folder = choices.output if "://" in published or not choices.published else choices.published
-print(f"""The model is in     {choices.output}
-and published to    {published}
+print(results.usage(choices))
 
-from training.generate import generate_response, load_model_tokenizer_for_generate
+# COMMAND ----------
 
-model, tokenizer = load_model_tokenizer_for_generate("{folder}")
-generate_response("Name three colours.", model=model, tokenizer=tokenizer)
+# MAGIC %md
+# MAGIC ## Is it better?
+# MAGIC Base model and trained model on held-out rows, each figure with a 95% interval. More rows make the intervals
+# MAGIC narrower and take longer; 0 leaves this out. The results are also in `evaluation.json`, in the run's folder.
 
-or without this repository:
+# COMMAND ----------
 
-from transformers import pipeline
-
-ask = pipeline("text-generation", model="{folder}")
-ask([{{"role": "user", "content": "Name three colours."}}])""")
+rows_to_evaluate = 100
+results.evaluation(choices, rows_to_evaluate)

@@ -381,6 +381,28 @@ def test_of_many_stages_first_last_and_some_between_are_shown(tmp_path: Path) ->
     assert len(json.dumps([headers, rows])) < 60_000
 
 
+def test_the_evaluation_of_the_finished_model_is_a_table(tmp_path: Path) -> None:
+    card = Card()
+    profile = profiler(card, tmp_path)
+    profile.draw()
+    assert not tables(card.drawn(), "held-out rows")
+    base, tuned = {"value": 0.0, "low": 0.0, "high": 0.0}, {"value": 0.5, "low": 0.25, "high": 0.75}
+    exact = {"base": base, "tuned": tuned, "difference": tuned}
+    metrics = {"exact_match": exact, "loss": exact | {"difference": None}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"held_out": {"metrics": metrics}}))
+    assert profile.draw()
+    [table] = tables(card.drawn(), "held-out rows")
+    half = "0.500 [0.250, 0.750]"
+    assert table["data"] == [
+        ["exact match", "0.000 [0.000, 0.000]", half, half],
+        ["loss", "0.000 [0.000, 0.000]", half, ""],
+    ]
+    for broken in ("", "[]", '{"tasks": {}}', '{"held_out": {"metrics": 3}}'):
+        (tmp_path / "evaluation.json").write_text(broken)
+        profile.draw()
+    assert profile.errors == {} or "card" not in profile.errors
+
+
 def test_the_card_is_updated_with_the_runs_files(tmp_path: Path) -> None:
     card = Card()
     profile = profiler(card, tmp_path)

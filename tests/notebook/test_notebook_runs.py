@@ -107,7 +107,10 @@ def test_every_cell_runs_on_the_demo_and_publishes_a_model_that_answers(tmp_path
     published = run.models / run.name
     assert read_run_record(published)["status"] == "finished"
     assert (published / "manifest.json").is_file()
-    assert str(published) in outputs(cells[-1])
+    assert str(published) in outputs(cells[cell_with(cells, "results.usage")])
+    (evaluation,) = displayed(cells[-1])
+    for text in ("the first 100 of the 400 rows that the run held out", "exact match", "tuned - base"):
+        assert text in evaluation["text/html"]
     model, tokenizer = load_model_tokenizer_for_generate(str(published))
     assert generate_response("Name three colours.", model=model, tokenizer=tokenizer, do_sample=False, top_p=None,
                              top_k=None, max_new_tokens=8) is not None  # fmt: skip

@@ -71,17 +71,22 @@ def notes_of(evaluation: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def tables_of(evaluation: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
+    """(title, rows) of each table; a row is (label, base, tuned, difference) as text."""
+    return [
+        (title, [(label, *_cells(label, values)) for label, values in figures.items()])
+        for title, figures in sections_of(evaluation)
+    ]
+
+
 def as_table(evaluation: Mapping[str, Any]) -> str:
     """The evaluation as text for a terminal."""
     lines: list[str] = []
-    for title, figures in sections_of(evaluation):
-        cells = [(label, *_cells(label, values)) for label, values in figures.items()]
-        width = max(18, *(len(label) for label, *_ in cells))
-        widths = [
-            max(len(heading), *(len(row[i + 1]) for row in cells)) for i, heading in enumerate(HEADINGS)
-        ]
+    for title, rows in tables_of(evaluation):
+        width = max(18, *(len(label) for label, *_ in rows))
+        widths = [max(len(heading), *(len(row[i + 1]) for row in rows)) for i, heading in enumerate(HEADINGS)]
         lines += [f"{title}:" if not lines else f"\n{title}:"]
-        for label, *texts in [("", *HEADINGS), *cells]:
+        for label, *texts in [("", *HEADINGS), *rows]:
             line = "".join(f"  {text:<{size}}" for text, size in zip(texts, widths, strict=True))
             lines.append(f"  {label:<{width}}{line}".rstrip())
     return printable("\n".join([*lines, "", *notes_of(evaluation)]))
@@ -90,11 +95,9 @@ def as_table(evaluation: Mapping[str, Any]) -> str:
 def as_markdown(evaluation: Mapping[str, Any]) -> str:
     """The evaluation as the section of a model card."""
     lines = ["## Evaluation"]
-    for title, figures in sections_of(evaluation):
+    for title, rows in tables_of(evaluation):
         lines += ["", f"{_markdown(title)}:", "", f"| | {' | '.join(HEADINGS)} |", "|---|---|---|---|"]
-        lines += [
-            f"| {' | '.join(map(_markdown, (label, *_cells(label, v))))} |" for label, v in figures.items()
-        ]
+        lines += [f"| {' | '.join(map(_markdown, row))} |" for row in rows]
     notes = "\n".join(f"- {_markdown(note)}" for note in notes_of(evaluation))
     return f"{chr(10).join(lines)}\n\n{notes}"
 
