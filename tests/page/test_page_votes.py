@@ -61,6 +61,7 @@ def test_votes_go_on_where_they_stopped(page: Page) -> None:
     assert asked == {page.rows[2]}, "rows with a vote are not asked again"
     again.add(pair(page, 2), "b")
     assert votes.next_row(page.rows, page.models, again) is None
+    assert blind.rows_left(page).startswith("1 of 3 held-out rows have no vote yet")
     trained_again = [page.models[0], PageModel("tuned", "", "run-2", *[None] * 2)]
     assert votes.next_row(page.rows, trained_again, again), "the votes belong to the run, not to its name"
 

@@ -149,22 +149,28 @@ def rows_left(page: Page) -> str:
     """How many held-out rows have no vote yet, and what to do."""
     if not page.rows:
         return f"{page.rows_problem}. Ask a question of your own"
-    left = next_row(page.rows, page.models, page.votes)
-    if left is None:
+    pairs = combinations(page.models, 2)
+    left = max(
+        sum(row[:2] not in voted for row in page.rows)
+        for voted in (page.votes.voted(*pair) for pair in pairs)
+    )
+    if not left:
         return f"All {len(page.rows):,} held-out rows have a vote. Ask a question of your own"
-    return f"Get the next of {len(page.rows):,} held-out rows, or ask a question of your own"
+    return f"{left:,} of {len(page.rows):,} held-out rows have no vote yet. Get the next one, or ask a question of your own"
 
 
 def tallies(page: Page) -> str:
-    """The votes on each two models that have any, with the share of the one that was named later."""
+    """The votes on each two models that have any, with the share that the later one wins."""
     lines = []
     for base, tuned in combinations(page.models, 2):
         tally = page.votes.tally(tuned, base)
         if not tally.count:
             continue
         low, high = tally.interval()
+        open_ = ", so either may be better" if low <= 0.5 <= high else ""
         lines.append(
-            f"{tuned.name} against {base.name}: {tally.wins} better, {tally.ties} tie{'s' * (tally.ties != 1)}, {tally.losses} "
-            f"worse. It wins {tally.rate:.0%} of {tally.count} vote{'s' * (tally.count != 1)} (95% interval: {low:.0%} to {high:.0%}; a tie is half a win)"
+            f"{tuned.name} against {base.name}: {tally.wins} better, {tally.ties} tie{'s' * (tally.ties != 1)}, "
+            f"{tally.losses} worse. It wins {tally.rate:.0%} of {tally.count} vote{'s' * (tally.count != 1)} "
+            f"(95% interval: {low:.0%} to {high:.0%}{open_})"
         )
-    return "\n".join(lines) or "No votes yet"
+    return "\n".join([*lines, "A tie is half a win for each"]) if lines else "No votes yet"

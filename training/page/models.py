@@ -84,7 +84,7 @@ class Answer:
         if self.waiting:
             return "Waiting: the model answers another question"
         figures = f"{self.tokens} token{'s' * (self.tokens != 1)}"
-        parts = [f"{figures} in {self.seconds:.1f} s" if self.done else f"{figures} ..."]
+        parts = [f"{figures} in {self.seconds:.1f} s" if self.done else f"{figures} so far"]
         if self.stopped:
             parts = [f"Stopped after {figures}"]
         elif self.done and self.tokens >= self.limit:
