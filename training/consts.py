@@ -17,6 +17,7 @@ LEARNING_RATES = {
 SAMPLE_TOKENS = 128  # longest sample answer during training, in tokens
 WEIGHTS = ".safetensors"  # suffix of weight files
 ADAPTER_FOLDER = "adapter"  # in the folder of a finished LoRA run: the adapter as peft loads it
+LORA_FILE = "lora.json"  # in a checkpoint of a LoRA run: what makes a model of it
 RUN_FILE = "run.json"  # the record of a run, in its output folder
 DEMO = "demo"  # name of the built-in model and dataset
 

@@ -49,8 +49,17 @@ def runs(folder: Path, world: int) -> dict[str, dict[str, Any]]:
             "zero-2 by one": zero_2 | {"resume": str(folder / "zero-2" / "checkpoint-2")},
         }
     return {
-        "zero-3": zero_3 | {"checkpoint_to": str(folder / "copies")},
+        "zero-3": zero_3
+        | {"checkpoint_to": str(folder / "copies"), "sample_prompts": str(folder / "prompts.txt")},
         "zero-3 resumed": zero_3 | {"resume": str(folder / "zero-3" / "checkpoint-2")},
+        "from the adapter": zero_3
+        | {
+            "input_model": str(folder / "zero-3" / "adapter"),
+            "lora": 0,
+            "lr": 1e-5,
+            "max_steps": 1,
+            "eval_steps": 1,
+        },
         "zero-2": zero_2,
         "zero-2 resumed": zero_2 | {"resume": str(folder / "zero-2" / "checkpoint-2"), "final_model": "best"},
     }

@@ -26,9 +26,9 @@ def test_a_trained_llama_learns_by_lora_and_its_merged_model_answers_and_stops(
     output = tmp_path / "out"
     record = train(
         TrainingOptions(
-            input_model=str(trained_llama), training_dataset=jsonl(tmp_path / "rows.jsonl", rows), test_size=20,
-            lora=8, lr=2e-3, bf16=False, per_device_train_batch_size=8, max_steps=14, logging_steps=7, eval_steps=14,
-            save_steps=14, local_output_dir=str(output),
+            input_model=str(trained_llama), training_dataset=jsonl(tmp_path / "rows.jsonl", rows), test_size=8,
+            lora=8, lr=2e-3, bf16=False, per_device_train_batch_size=8, max_steps=10, logging_steps=5, eval_steps=10,
+            save_steps=10, local_output_dir=str(output),
         )
     )  # fmt: skip
     losses = record["held_out_loss"]

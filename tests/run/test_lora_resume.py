@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -25,6 +26,7 @@ KINDS = ["zero-3", "zero-2"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs of lora_runs.py: one start of two ranks, and one of one rank."""
     folder = tmp_path_factory.mktemp("lora")
+    (folder / "prompts.txt").write_text("Say red.\n")
     for ranks in (2, 1):
         result = run(deepspeed(ranks, "tests.run.lora_runs"), folder)
         assert result.returncode == 0, result.stdout
@@ -125,3 +127,20 @@ def test_checkpoints_at_checkpoint_to_and_an_export_from_there_are_those_of_the_
     for name in ("model.safetensors", "config.json", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "model" / name).read_bytes() == (folder / "zero-3" / name).read_bytes(), name
     assert record(tmp_path / "model")["weights"] == record(folder / "zero-3")["weights"]
+
+
+@pytest.mark.slow
+def test_two_zero3_ranks_train_every_weight_from_an_adapter_merged_into_its_base(folder: Path) -> None:
+    before, after = history(folder / "zero-3")[-1], history(folder / "from the adapter")[0]
+    assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+    merged, ours = (load_file(folder / name / "model.safetensors") for name in ("zero-3", "from the adapter"))
+    differences = {name: (tensor - merged[name]).abs().max() for name, tensor in ours.items()}
+    assert 0 < max(differences.values()) < 5e-5, "one step at a rate of 1e-5 after the merge"
+
+
+@pytest.mark.slow
+def test_answers_over_time_change_nothing(folder: Path) -> None:
+    """The resumed run had none, and is equal bit for bit."""
+    lines = [json.loads(line) for line in (folder / "zero-3" / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, STEPS]
+    assert lines[0]["response"] != lines[1]["response"]

@@ -9,20 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+from huggingface_hub.constants import HF_HOME
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.run.test_kills import history
 from training.data.prompt import CONTROL_TOKENS
-from training.errors import ModelError, OptionsError
+from training.errors import ModelError, OptionsError, TrainingError
 from training.model.generation import load_model_tokenizer_for_generate
 from training.model.loading import load_model
 from training.model.tokenizer import load_tokenizer
 from training.options.trainer_options import TrainingOptions
+from training.run import final_model
 from training.run.exporting import export
 from training.storage import checkpoint
 from training.storage.copy import publish
 from training.storage.record import finished_run
+from training.tracking.mlflow_model import log_finished
 from training.trainer import train
 
 peft = pytest.importorskip("peft")
@@ -204,3 +207,126 @@ def test_a_foreign_adapter_without_a_tokenizer_is_trained_further(
     first = (expected.state_dict()[name].float() - load_file(base / "model.safetensors")[name]).abs().max()
     assert 0 <= distance < 0.1 * first, "a step changes it less than the foreign adapter did"
     assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+
+
+def hub_base(cache: Path, base: Path, commit: str) -> Path:
+    """`base` as the Hub's cache has it after the download of the model some/base at this commit."""
+    model = cache / "hub" / "models--some--base"
+    shutil.copytree(base, model / "snapshots" / commit)
+    (model / "refs").mkdir(exist_ok=True)
+    (model / "refs" / "main").write_text(commit)
+    return model
+
+
+@pytest.mark.slow
+def test_a_base_on_the_hub_is_recorded_and_merged_at_its_commit_and_a_newer_one_is_refused(
+    base: Path, tmp_path: Path
+) -> None:
+    first, second = "a" * 40, "b" * 40
+    model = hub_base(Path(HF_HOME), base, first)
+    try:
+        output = tmp_path / "out"
+        record = lora_run(output, Path("some/base"), max_steps=1, save_steps=1)
+        assert record["base"] == {"model": "some/base", "revision": first, "sha256": None}
+        config = json.loads((output / "adapter" / "adapter_config.json").read_text())
+        assert (config["base_model_name_or_path"], config["revision"]) == ("some/base", first)
+        assert f"(revision {first})" in (output / "README.md").read_text()
+        hub_base(Path(HF_HOME), base, second)
+        tensors = load_file(model / "snapshots" / second / "model.safetensors")
+        save_file({name: 2 * tensor for name, tensor in tensors.items()},
+                  model / "snapshots" / second / "model.safetensors", {"format": "pt"})  # fmt: skip
+        export(output / "checkpoint-1", tmp_path / "model")
+        assert (tmp_path / "model" / "model.safetensors").read_bytes() == (
+            output / "model.safetensors"
+        ).read_bytes()
+        answering, _ = load_model_tokenizer_for_generate(str(output / "adapter"), torch.bfloat16, "cpu")
+        merged = load_file(output / "model.safetensors")
+        assert all(torch.equal(tensor, merged[name]) for name, tensor in answering.state_dict().items())
+        words = (
+            f"the base model was some/base at revision {first}, but is now some/base at revision {second}. To get it again, "
+            f"type hf download some/base --revision {first} --local-dir FOLDER"
+        )
+        with pytest.raises(OptionsError, match=words):
+            lora_run(output, Path("some/base"), max_steps=2, save_steps=1, resume="auto")
+    finally:
+        shutil.rmtree(model)
+
+
+@pytest.mark.slow
+def test_a_base_that_is_gone_at_the_end_is_reported_and_the_run_ends_once_it_is_back(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, away = (Path(tmp_path / name) for name in ("own", "away"))
+    shutil.copytree(base, own)
+    write = final_model.write_final_model
+
+    def without_base(*arguments: Any) -> Any:
+        own.rename(away)
+        return write(*arguments)
+
+    with monkeypatch.context() as moved:
+        moved.setattr(final_model, "write_final_model", without_base)
+        with pytest.raises(TrainingError, match=f"its last step, 1: {own}: no such folder"):
+            lora_run(tmp_path / "out", own, max_steps=1, save_steps=1)
+    assert not (tmp_path / "out" / "config.json").exists()
+    away.rename(own)
+    assert lora_run(tmp_path / "out", own, max_steps=1, save_steps=1, resume="auto")["status"] == "finished"
+
+
+@pytest.mark.slow
+def test_the_best_checkpoint_becomes_the_model(finished: Path, stopped: Path, base: Path) -> None:
+    manifest = checkpoint.read_manifest(stopped / "checkpoint-2")
+    checkpoint.write_manifest(stopped / "checkpoint-2", 0.1, manifest["model"], manifest["files"])
+    record = lora_run(stopped, base, resume="auto", final_model="best")
+    assert (record["steps"], record["model_of_step"]) == (4, 2)
+    trained = load_file(stopped / "checkpoint-2" / "trained.safetensors")
+    rows = load_file(stopped / "model.safetensors")["transformer.wte.weight"][1024:]
+    assert torch.equal(rows, trained["transformer.wte.new_rows"].to(rows.dtype))
+    assert not torch.equal(rows, load_file(finished / "model.safetensors")["transformer.wte.weight"][1024:])
+
+
+def test_a_checkpoint_is_not_taken_for_a_model(finished: Path) -> None:
+    place = finished / "checkpoint-2"
+    with pytest.raises(
+        ModelError, match=f"those of an adapter, without the base. Type .* --checkpoint {place}"
+    ):
+        load_model_tokenizer_for_generate(str(place))
+
+
+@pytest.mark.slow
+def test_a_run_on_4_bits_merges_into_a_fresh_base_and_answers_samples(base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    (tmp_path / "prompts.txt").write_text("Say red.\n")
+    output = tmp_path / "out"
+    record = lora_run(
+        output, base, quantize="nf4", max_steps=2, save_steps=1, sample_prompts=str(tmp_path / "prompts.txt")
+    )  # fmt: skip
+    assert record["status"] == "finished"
+    assert "quantization_config" not in json.loads((output / "config.json").read_text())
+    assert "in 4 bits during training" in (output / "README.md").read_text()
+    assert [json.loads(line)["step"] for line in (output / "samples.jsonl").read_text().splitlines()] == [
+        0,
+        2,
+    ]
+    tensors, trained = load_file(output / "model.safetensors"), load_file(
+        output / "checkpoint-2" / "trained.safetensors"
+    )  # fmt: skip
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.bfloat16}
+    name = "transformer.h.1.mlp.fc_out"
+    a, b = (trained[f"{name}.lora_{letter}.default.weight"] for letter in "AB")
+    whole = load_file(base / "model.safetensors")[f"{name}.weight"].to(torch.bfloat16).float()
+    assert torch.equal(tensors[f"{name}.weight"], (whole + 2.0 * (b @ a)).to(torch.bfloat16))
+
+
+@pytest.mark.slow
+def test_mlflow_gets_the_merged_model_without_its_adapter(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    uri = log_finished(finished)
+    model = Path(mlflow.artifacts.download_artifacts(uri, dst_path=str(tmp_path / "downloaded")))
+    [weights] = model.rglob("model.safetensors")
+    assert weights.read_bytes() == (finished / "model.safetensors").read_bytes()
+    assert not [*model.rglob("adapter_config.json"), *model.rglob("adapter_model.safetensors")]

@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from training.consts import MOST_TOKENS, WEIGHTS
+from training.consts import LORA_FILE, MOST_TOKENS, WEIGHTS
 from training.errors import ModelError, OptionsError, first_line, offline_note, own_code_problem
 from training.model.adapter_files import find_adapter, merge_into
 from training.model.demo_model import model_folder
@@ -92,13 +92,16 @@ def load_config(name: str, trust_remote_code: bool = False, revision: str | None
 
 
 def _refuse_shards(name: str) -> None:
-    """Raises ModelError for a checkpoint of a run, whose weights are in DeepSpeed's shards."""
-    if any(Path(name).glob("global_step*/*_states.pt")) and not any(Path(name).glob(f"*{WEIGHTS}")):
-        command = shlex.join(["python", "-m", "training.export", "--checkpoint", name, "--to"])
-        raise ModelError(
-            f"{name}: it is a checkpoint, and its weights are divided among the ranks' files. Type {command} FOLDER, and "
-            "name FOLDER"
-        )
+    """Raises ModelError for a checkpoint of a run, whose weights are in DeepSpeed's shards or without their base."""
+    folder = Path(name)
+    divided = any(folder.glob("global_step*/*_states.pt")) and not any(folder.glob(f"*{WEIGHTS}"))
+    if not divided and not (folder / LORA_FILE).is_file():
+        return
+    command = shlex.join(["python", "-m", "training.export", "--checkpoint", name, "--to"])
+    where = "divided among the ranks' files" if divided else "those of an adapter, without the base"
+    raise ModelError(
+        f"{name}: it is a checkpoint, and its weights are {where}. Type {command} FOLDER, and name FOLDER"
+    )
 
 
 def text_config(config: PreTrainedConfig) -> PreTrainedConfig:

@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import GenerationConfig, PreTrainedModel
 
+from training.consts import LORA_FILE
 from training.errors import ModelError, TrainingError, first_line
 from training.model.new_rows import trainable_state
 from training.model.stored_weights import StoredTensor, in_memory, stored_weights
 
-LORA_FILE = "lora.json"
 TRAINED_FILE = "trained.safetensors"
 
 

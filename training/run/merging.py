@@ -41,12 +41,13 @@ def merged_files(
 
     Loads a fresh base in the run's precision into host memory, never one in 4 bits, and merges the adapter into it. The
     adapter is written first, and merged from its files. So what peft will load has been read back and found to fit.
-    `check_base`: compare the base with that of the run. Raises ModelError.
+    `check_base`: compare the weights of a base in a folder with those of the run; a base on the Hub is loaded at the run's
+    commit. Raises ModelError.
     """
     lora = read_facts(checkpoint)
     assert lora is not None
     base = lora["base"]
-    if check_base and (other := base_difference(base, identify(base["model"]))):
+    if check_base and base["sha256"] and (other := base_difference(base, identify(base["model"]))):
         raise ModelError(f"{checkpoint}: {other}")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     logger.info("merging the adapter into %s", base["model"])

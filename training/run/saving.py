@@ -20,14 +20,14 @@ import torch
 from safetensors import SafetensorError
 from transformers import TrainerState, modeling_utils
 
-from training.consts import STOP_SECONDS
+from training.consts import LORA_FILE, STOP_SECONDS
 from training.errors import TrainingError
 from training.files import duration, free_bytes, size_in_words, write_json
 from training.model.new_rows import trainable_state
 from training.model.tokenizer import generation_config
 from training.model.verify import not_finite, save_model
 from training.ranks import broadcast, gather, raise_together
-from training.run.adapter_checkpoint import LORA_FILE, TRAINED_FILE, save_config
+from training.run.adapter_checkpoint import TRAINED_FILE, save_config
 from training.run.background import FAILED, WRITTEN, Writer, deepspeed_checkpoint_engine
 from training.run.failures import lost_peer
 from training.storage import checkpoint
