@@ -14,8 +14,9 @@ from transformers import PreTrainedTokenizerBase
 from tests.data.test_collator import packed
 from training.errors import ModelError, OptionsError
 from training.machine.flops import adapter_parameters, model_parameters
-from training.model.adapter import Lora, add_adapter, row_ids, trainable_state
+from training.model.adapter import Lora, add_adapter, row_ids
 from training.model.loading import check_quantization, load_model
+from training.model.new_rows import trainable_state
 from training.model.packing import Packing
 
 LORA = Lora(rank=4, alpha=8.0)

@@ -22,8 +22,9 @@ from tests.run.zero3_gradients import CONFIG
 from training.data.batching import GlobalBatchSampler
 from training.launch.exits import run_and_exit
 from training.launch.supervisor import remove_shared_buffer
-from training.model.adapter import Lora, add_adapter, trainable_state
+from training.model.adapter import Lora, add_adapter
 from training.model.blocks import block_parameters, use_whole_blocks
+from training.model.new_rows import trainable_state
 from training.model.packing import packing_of
 from training.options.deepspeed import fill_bucket_sizes
 from training.run.operators import compile_operators

@@ -17,11 +17,12 @@ import torch
 import transformers
 
 from training.bench.measure import POSITIONS, Choices, compare, model_config
-from training.bench.shares import ALL_RECIPES
+from training.bench.shares import ALL_RECIPES, LORA, PEFT
 from training.console import set_up_console
 from training.consts import DEMO, GIB
 from training.data.tokens import prepare_dataset
 from training.errors import DataError, ModelError, first_line
+from training.machine.environment import lora_package_problems
 from training.machine.local import free_host_gib
 from training.model.loading import DTYPES
 from training.model.packing import packing_of
@@ -47,11 +48,21 @@ def report(result: dict[str, Any]) -> str:
         speeds = result[mode]["tokens_per_second"]
         line(f"real tokens/s, {title}", [f"{speeds[recipe]:,.0f}" for recipe in recipes])
         line("  times dolly", [f"{speeds[recipe] / speeds['dolly']:.2f}" for recipe in recipes])
+        if PEFT in recipes:
+            line(
+                "  times peft",
+                [f"{speeds[name] / speeds[PEFT]:.2f}" if name in (LORA, PEFT) else "-" for name in recipes],
+            )
     values("MFU, 1 rank", "mfu", "{:.2f}".format)
     values("peak memory, GiB", "peak_memory_gib", lambda gib: "-" if gib is None else f"{gib:.2f}")
     values("loss", "loss", "{:.6f}".format)
     values("largest gradient difference from dolly", "relative_gradient_difference", "{:.1e}".format)
     values(f"real share of computed tokens, {n} ranks", "real_token_share", "{:.0%}".format)
+    if PEFT in recipes:
+        lines.append(
+            "lora: our adapters on packed rows; peft: get_peft_model in the stock Trainer on padded rows. Their gradients are "
+            "compared with each other"
+        )
     lines.append(
         f"MFU is relative to the measured matrix-product rate, {result['matmul_gflops']:,.0f} GFLOP/s; memory excludes "
         "weights and gradients; gradient differences are relative to the gradient's norm"
@@ -95,6 +106,7 @@ def _prepare(choices: Choices, dataset: str, name: str) -> tuple[Choices, Any, A
         rows, _ = prepare_dataset(dataset, tokenizer, POSITIONS)
     except (DataError, ModelError) as error:
         problems.append(str(error))
+    problems += lora_package_problems(choices.lora > 0, quantize=False)
     batch, ranks, vocabulary = choices.batch, choices.world_size, choices.vocabulary
     if rows and len(rows) < batch * ranks:
         problems.append(
@@ -195,6 +207,13 @@ def _memory_problems(choices: Choices) -> list[str]:
 )
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
 @click.option("--device", help="Device to use.  [default: the GPU if there is one]")
+@click.option(
+    "--lora",
+    type=click.IntRange(0),
+    default=0,
+    metavar="RANK",
+    help="Also compare adapters of this rank: ours on packed rows, and peft's in the stock Trainer on padded rows.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @click.option(
     "--plot",

@@ -28,10 +28,14 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    Trainer,
 )
 
+from training.bench.adapters import adapter_gradients, copy_adapter, our_lora, pefts_lora
 from training.bench.shares import (
     ALL_RECIPES,
+    LORA,
+    PEFT,
     RECIPES,
     TRL,
     global_shares,
@@ -47,6 +51,7 @@ from training.data.collator import (
     count_labels,
 )
 from training.machine.flops import (
+    adapter_parameters,
     layer_tokens,
     matmul_flops_per_second,
     model_parameters,
@@ -66,7 +71,7 @@ class Choices:
     """The options of the benchmark: model shape, batches and device.
 
     `architecture` is transformers' model_type. `vocabulary` is the number of embedding rows, None until the tokenizer is
-    loaded.
+    loaded. `lora` is the rank of adapters to compare as well; 0: none.
     """
 
     architecture: str
@@ -79,6 +84,7 @@ class Choices:
     steps: int
     precision: str
     device: str
+    lora: int = 0
 
 
 @dataclass
@@ -100,6 +106,9 @@ def compare(
     trainees: dict[str, Any] = {name: packed if recipe.packed else padded for name, recipe in RECIPES.items()}
     if importlib.util.find_spec("trl"):
         trainees[TRL] = sft_trainer(build_model(choices, False), tokenizer, choices.batch)
+    if choices.lora:
+        trainees |= {name: build_trainee(choices, name) for name in (LORA, PEFT)}
+        copy_adapter(trainees[LORA], trainees[PEFT].model)
     losses, differences = gradient_difference(trainees, first, pad)
     matmul = _matmul_rate(choices)
     result: dict[str, Any] = {
@@ -133,6 +142,8 @@ def compare(
             "ratio_to_stock": speeds["packed"] / speeds["stock"],
             "ratio_like_for_like": speeds["packed_checkpointed"] / speeds["dolly"],
         }
+        if choices.lora:
+            result[mode]["ratio_to_peft"] = speeds[LORA] / speeds[PEFT]
     matmul = max(matmul, _matmul_rate(choices))
     result["matmul_gflops"] = matmul / 1e9
     real = {name: real_token_shares(name, lengths, choices.batch, ranks) for name in trainees}
@@ -197,6 +208,14 @@ def build_model(choices: Choices, packed: bool) -> PreTrainedModel:
     return model
 
 
+def build_trainee(choices: Choices, name: str) -> Any:
+    """The model of a recipe, or the trainer for it."""
+    model = build_model(choices, ALL_RECIPES[name].packed)
+    if name == LORA:
+        return our_lora(model, choices.lora)
+    return pefts_lora(model, choices.lora, choices.batch) if name == PEFT else model
+
+
 def sft_trainer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> Any:
     """TRL's SFTTrainer for `model`: padding-free, with completion-only loss."""
     from trl import SFTConfig, SFTTrainer
@@ -224,9 +243,9 @@ def step(
 ) -> tuple[float, float, int]:
     """Runs forward and backward of one share. Returns (seconds, loss, labels); the gradients stay in the model.
 
-    `trainee` is the model, or TRL's trainer for it.
+    `trainee` is the model, or the Trainer of TRL or transformers for it.
     """
-    model = trainee.model if name == TRL else trainee
+    model = _model_of(trainee)
     if ALL_RECIPES[name].checkpointed:
         model.activation_checkpointing_enable({"use_reentrant": False})
     else:
@@ -244,13 +263,17 @@ def step(
         batch = collator(pad_token_id=pad_token_id)(list(rows))
     batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
     labels = count_labels(batch)
-    if name == TRL:
+    if isinstance(trainee, Trainer):
         loss = trainee.compute_loss(model, batch, num_items_in_batch=labels)
     else:
         loss = model(**batch, num_items_in_batch=labels).loss
     loss.backward()
     wait_for(model.device)
     return time.perf_counter() - start, loss.item(), int(labels)
+
+
+def _model_of(trainee: Any) -> Any:
+    return trainee.model if isinstance(trainee, Trainer) else trainee
 
 
 # --- measurements -------------------------------------------------------------------------------------
@@ -270,6 +293,7 @@ def measure(
     """
     timings = {name: Timing() for name in trainees}
     parameters = model_parameters(trainees["packed"])
+    adapters = {name: adapter_parameters(_model_of(trainee)) for name, trainee in trainees.items()}
     config = trainees["packed"].config
     width, depth = config.hidden_size, config.num_hidden_layers
     with tqdm(total=PASSES * len(steps), desc=description, file=sys.stderr, disable=None) as progress:
@@ -287,7 +311,9 @@ def measure(
                 tokens = layer_tokens(sum(lengths), labels[name], depth)
                 scores = sum(n * n for n in lengths) / 2
                 timing.seconds += fastest[name]
-                timing.flops += training_flops(*parameters, width, depth, tokens, labels[name], scores)
+                timing.flops += training_flops(
+                    *parameters, width, depth, tokens, labels[name], scores, adapters=adapters[name]
+                )
     return timings
 
 
@@ -296,15 +322,20 @@ def gradient_difference(
 ) -> tuple[dict[str, float], dict[str, float]]:
     """By recipe, on the same rows: the loss, and the largest difference of a parameter's gradient from Dolly's.
 
-    The difference is relative to the norm of Dolly's gradient of that parameter.
+    The difference is relative to the norm of Dolly's gradient of that parameter. Adapters are compared with peft's.
     """
     losses, differences = {}, {}
-    reference: dict[str, torch.Tensor] = {}
-    for name, trainee in trainees.items():
-        _, losses[name], _ = step(trainee, rows, name, pad_token_id)
-        model = trainee.model if name == TRL else trainee
-        gradients = {key: p.grad for key, p in model.named_parameters()}
-        reference = reference or {key: gradient.clone() for key, gradient in gradients.items()}
+    references: dict[str, dict[str, torch.Tensor]] = {}
+    for name in sorted(trainees, key=lambda name: name == LORA):  # after peft
+        _, losses[name], _ = step(trainees[name], rows, name, pad_token_id)
+        model = _model_of(trainees[name])
+        is_adapter = name in (LORA, PEFT)
+        gradients = (
+            adapter_gradients(model) if is_adapter else {key: p.grad for key, p in model.named_parameters()}
+        )
+        reference = references.setdefault(
+            PEFT if is_adapter else "dolly", {key: gradient.clone() for key, gradient in gradients.items()}
+        )
         differences[name] = max(
             ((gradients[key] - g).norm() / g.norm().clamp(min=1e-30)).item() for key, g in reference.items()
         )
@@ -315,7 +346,8 @@ def peak_memories(choices: Choices, rows: list[dict[str, Any]], pad_token_id: in
     """Peak memory of one step in GiB, without weights and gradients, by recipe. Each runs in a fresh process."""
     context = multiprocessing.get_context("spawn")
     peaks = {}
-    for name in tqdm(RECIPES, desc="peak memory", file=sys.stderr, disable=None):
+    names = [*RECIPES, *((LORA, PEFT) if choices.lora else ())]
+    for name in tqdm(names, desc="peak memory", file=sys.stderr, disable=None):
         results = context.SimpleQueue()
         process = context.Process(target=_peak_memory, args=(choices, rows, name, pad_token_id, results))
         process.start()
@@ -332,14 +364,16 @@ def _peak_memory(
     choices: Choices, rows: list[dict[str, Any]], name: str, pad_token_id: int, results: Any
 ) -> None:
     """Puts the peak memory of a step, without weights and gradients, into `results`. Runs in its own process."""
-    model = build_model(choices, RECIPES[name].packed)
+    trainee = build_trainee(choices, name)
+    model = _model_of(trainee)
     for parameter in model.parameters():
-        parameter.grad = torch.ones_like(parameter)
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
     on_gpu = model.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     elif sys.platform.startswith("linux"):  # macOS cannot reset the peak
         Path("/proc/self/clear_refs").write_text("5")  # proc(5)
     before = peak_memory_gib(on_gpu)
-    step(model, rows, name, pad_token_id)
+    step(trainee, rows, name, pad_token_id)
     results.put(peak_memory_gib(on_gpu) - before)

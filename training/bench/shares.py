@@ -40,7 +40,13 @@ RECIPES = {
 # SFTTrainer of the `trl` package, if installed: padding-free with eager attention, its fastest setting that keeps
 # GPT-J's documents apart.
 TRL = "trl"
-ALL_RECIPES = RECIPES | {TRL: Recipe("padded", real_only=True)}
+# Adapters, with --lora: ours on packed rows, and peft's in the stock Trainer on padded ones. Neither recomputes.
+LORA, PEFT = "lora", "peft"
+ALL_RECIPES = RECIPES | {
+    TRL: Recipe("padded", real_only=True),
+    LORA: Recipe("packed", packed=True, real_only=True),
+    PEFT: Recipe("padded"),
+}
 
 
 def computed_tokens(lengths: Sequence[int], packed: bool) -> int:
