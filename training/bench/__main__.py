@@ -207,13 +207,7 @@ def _memory_problems(choices: Choices) -> list[str]:
 )
 @click.option("--precision", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
 @click.option("--device", help="Device to use.  [default: the GPU if there is one]")
-@click.option(
-    "--lora",
-    type=click.IntRange(0),
-    default=0,
-    metavar="RANK",
-    help="Also compare adapters of this rank: ours on packed rows, and peft's in the stock Trainer on padded rows.",
-)
+@click.option("--lora", type=click.IntRange(0), default=0, help="Rank of adapters to compare with peft's.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of the table.")
 @click.option(
     "--plot",

@@ -102,13 +102,7 @@ def compare(
     lengths, pad, ranks = rows["length"][:], tokenizer.pad_token_id, choices.world_size
     first = [rows[row] for row in global_shares("dolly", lengths, choices.batch, 1)[0][0]]
     peaks = peak_memories(choices, first, pad)
-    padded, packed = build_model(choices, False), build_model(choices, True)
-    trainees: dict[str, Any] = {name: packed if recipe.packed else padded for name, recipe in RECIPES.items()}
-    if importlib.util.find_spec("trl"):
-        trainees[TRL] = sft_trainer(build_model(choices, False), tokenizer, choices.batch)
-    if choices.lora:
-        trainees |= {name: build_trainee(choices, name) for name in (LORA, PEFT)}
-        copy_adapter(trainees[LORA], trainees[PEFT].model)
+    trainees = build_trainees(choices, tokenizer)
     losses, differences = gradient_difference(trainees, first, pad)
     matmul = _matmul_rate(choices)
     result: dict[str, Any] = {
@@ -214,6 +208,18 @@ def build_trainee(choices: Choices, name: str) -> Any:
     if name == LORA:
         return our_lora(model, choices.lora)
     return pefts_lora(model, choices.lora, choices.batch) if name == PEFT else model
+
+
+def build_trainees(choices: Choices, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """The models of all recipes by name, with equal weights, or the trainers for them. Recipes share a model if they can."""
+    padded, packed = build_model(choices, False), build_model(choices, True)
+    trainees: dict[str, Any] = {name: packed if recipe.packed else padded for name, recipe in RECIPES.items()}
+    if importlib.util.find_spec("trl"):
+        trainees[TRL] = sft_trainer(build_model(choices, False), tokenizer, choices.batch)
+    if choices.lora:
+        trainees |= {name: build_trainee(choices, name) for name in (LORA, PEFT)}
+        copy_adapter(trainees[LORA], trainees[PEFT].model)
+    return trainees
 
 
 def sft_trainer(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: int) -> Any:
