@@ -19,7 +19,7 @@ from training.files import DBFS, PathKind, expanded, local_path, path_problem
 from training.machine.catalogue import FAMILIES, Machine
 from training.options.trainer_options import TrainingOptions
 from training.options.wording import NOTEBOOK, worded
-from training.plan.presets import DEMO_RECIPE, preset_options
+from training.plan.presets import DEMO_RECIPE, method_of, method_options, preset_options
 from training.run.preflight import destination_problems, evaluation_problems
 from training.storage.remote import newer_copies
 
@@ -47,6 +47,7 @@ class Choices:
         checkpoint_to: folder or URL that each checkpoint is copied to; None to not copy them.
         resume: whether `name` is an earlier run.
         restarts: most times that the run is started again.
+        method: key of METHODS, or "auto".
     """
 
     num_gpus: int | None
@@ -64,6 +65,7 @@ class Choices:
     resume: bool
     restarts: int
     mlflow_model_name: str | None
+    method: str
 
     @property
     def dataset_options(self) -> dict[str, str]:
@@ -136,6 +138,7 @@ def read_widgets(widgets: Any) -> Choices:
         resume=bool(resumed),
         restarts=number("restarts", int, 0, least=0),
         mlflow_model_name=values["mlflow_model_name"] or None,
+        method=values["method"] or "auto",
     )
     if problems:
         raise RunRefusedError("\n".join(problems))
@@ -196,6 +199,26 @@ def find_machine(choices: Choices) -> Machine:
     return machine
 
 
+def choose_recipe(
+    choices: Choices, options: Mapping[str, Any], ranks: int, machine: Machine
+) -> dict[str, Any]:
+    """The recipe of the GPU family and the method. Prints the method if the plan has chosen it.
+
+    With "auto" one GPU gets the first method that fits. Several GPUs train all weights, and so does the demo. A resumed
+    run keeps its method.
+    """
+    from training.plan.request import first_method
+    from training.storage.record import read_run_record
+
+    method, former = choices.method, read_run_record(choices.output) if choices.resume else None
+    if method == "auto" and former:
+        method = method_of(former["options"])
+    elif method == "auto" and ranks == 1 and not machine.is_cpu:
+        method = first_method(options, choices.gpu_family, machine)
+        print(f"method {method}: the first that fits this GPU" if method != "full" else "method full")
+    return method_options(choices.gpu_family, ranks, "full" if method == "auto" else method)
+
+
 def check_plan(
     options: Mapping[str, Any], recipe: Mapping[str, Any], ranks: int, machine: Machine, family: str
 ) -> str:
@@ -204,6 +227,7 @@ def check_plan(
     Raises RunRefusedError with the numbers and what to choose if the run does not fit.
     """
     from training.errors import DataError, ModelError
+    from training.machine.environment import lora_package_problems
     from training.plan.report import as_table
     from training.plan.request import plan_options
     from training.run.identity import recorded_test_size
@@ -212,6 +236,7 @@ def check_plan(
         """(table of the plan, problems of the run)."""
         planned = TrainingOptions(**{**recipe, **options})
         problems = destination_problems(planned) + evaluation_problems(planned)
+        problems += lora_package_problems(planned.lora > 0, planned.quantize is not None)
         try:
             plan = plan_options(planned, ranks, machine, recorded_test_size(planned))
         except OptionsError as error:
@@ -225,9 +250,15 @@ def check_plan(
         if not problems:
             return table
         families = [] if machine.is_cpu else [name for name in FAMILIES if name not in (family, "cpu")]
-        for name in families:
-            if not plan_of(preset_options(name, ranks))[1]:
-                problems.append(f"In this notebook: choose gpu_family {name}, which fits")
+        kept = {name: recipe[name] for name in ("lora", "quantize") if name in recipe}
+        others = {
+            f"gpu_family {name}": preset_options(name, ranks, lora=bool(kept)) | kept for name in families
+        }
+        if families and not kept:
+            others |= {f"method {name}": method_options(family, ranks, name) for name in ("lora", "qlora")}
+        for name, other in others.items():
+            if not plan_of(other)[1]:
+                problems.append(f"In this notebook: choose {name}, which fits")
                 break
     except (DataError, ModelError) as error:
         raise RunRefusedError(worded(str(error), NOTEBOOK)) from error

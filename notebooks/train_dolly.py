@@ -44,12 +44,13 @@ from notebooks import cells, results
 from training import notebook
 from training.launch.restart import DEFAULT_RESTARTS
 from training.machine.catalogue import FAMILIES
-from training.plan.presets import preset_options
+from training.plan.presets import METHODS
 
 if "dbutils" not in globals():
     dbutils = notebook.DbutilsStandIn()
 
 dbutils.widgets.dropdown("gpu_family", "a100", list(FAMILIES), "GPU family (cpu: the demo)")
+dbutils.widgets.dropdown("method", "auto", ["auto", *METHODS], "Method (auto: what fits one GPU)")
 dbutils.widgets.text("num_gpus", "", "GPUs of each node (all)")
 dbutils.widgets.text("num_nodes", "1", "Nodes")
 dbutils.widgets.text("input_model", "", "Base model (EleutherAI/gpt-j-6B; cpu: demo)")
@@ -88,8 +89,8 @@ print(f"  checkpoints to   {choices.checkpoint_to}")
 
 # MAGIC %md
 # MAGIC ## Does it fit?
-# MAGIC The GPU family sets the options. A step has 64 rows on any number of devices. The plan says whether the run fits
-# MAGIC in memory and on disk, and how long it takes, before you pay for it.
+# MAGIC The GPU family sets the options. A step has 64 rows. The plan says whether the run fits, and how long it takes. On
+# MAGIC one GPU it also chooses the method: all weights (full), adapters (lora), or adapters on a model in 4 bits (qlora).
 
 # COMMAND ----------
 
@@ -98,7 +99,6 @@ from training.plan.presets import demo_recipe
 machine = cells.find_machine(choices)
 num_gpus = machine.count
 ranks = num_gpus * choices.num_nodes
-recipe = preset_options(choices.gpu_family, ranks)
 options = {
     "input_model": choices.input_model,
     **choices.dataset_options,
@@ -114,6 +114,7 @@ if choices.test_size:
 if choices.mlflow_model_name:
     options["mlflow_model_name"] = choices.mlflow_model_name
 # Any other option of the trainer is a line here, such as options["save_steps"] = 50
+recipe = cells.choose_recipe(choices, options, ranks, machine)
 print(cells.check_plan(options, recipe, ranks, machine, choices.gpu_family))
 
 # COMMAND ----------

@@ -27,7 +27,7 @@ from training.launch.restart import launch
 from training.machine.catalogue import find_machine
 from training.options.command_line import option_words
 from training.options.trainer_options import TrainingOptions
-from training.plan.presets import DEMO_RECIPE, preset_options
+from training.plan.presets import DEMO_RECIPE, method_options, preset_options
 from training.run.mirror import Mirror
 from training.storage.record import read_run_record
 
@@ -171,7 +171,7 @@ def test_the_docs_list_exactly_the_widgets_of_the_notebook() -> None:
     assert named == notebook.widget_names(notebook.read_source(NOTEBOOK.read_text()))
     assert set(named) == {*"num_gpus gpu_family input_model training_dataset test_size epochs local_training_root".split(),
                           *"dataset_config dataset_split dataset_revision dbfs_output_root num_nodes resume".split(),
-                          "checkpoint_root", "restarts", "mlflow_model_name"}  # fmt: skip
+                          "checkpoint_root", "restarts", "mlflow_model_name", "method"}  # fmt: skip
 
 
 # --- the replacement of dbutils -----------------------------------------------------------------------
@@ -302,6 +302,61 @@ def test_a_gpu_family_that_does_not_fit_is_refused_with_numbers_and_one_that_fit
         )
 
 
+@pytest.mark.parametrize(
+    ("machine", "family", "widget", "expected"),
+    [
+        ("g5.2xlarge", "a10", "auto", "lora"),
+        ("1xRTX-4090", "a10", "", "lora"),
+        ("a2-highgpu-1g", "a100", "auto", "lora"),
+        ("g5.2xlarge", "a10", "full", "full"),
+        ("g5.2xlarge", "a10", "qlora", "qlora"),
+        ("Standard_NV36ads_A10_v5", "a10", "auto", "full"),
+        ("8xA100-40GB", "a100", "auto", "full"),
+        ("8xA100-40GB", "a100", "lora", "lora"),
+    ],
+)
+def test_the_plan_chooses_the_method_on_one_gpu_and_a_chosen_one_counts(
+    machine: str, family: str, widget: str, expected: str, tmp_path: Path
+) -> None:
+    choices = cell_functions.read_widgets(
+        widgets(method=widget, gpu_family=family, local_training_root=str(tmp_path))
+    )
+    place = find_machine(machine)
+    options = dolly(local_output_dir=str(choices.output))
+    recipe = cell_functions.choose_recipe(choices, options, place.count, place)
+    assert recipe == method_options(family, place.count, expected)
+    if expected == "full" and place.count == 1 and widget == "full":
+        with pytest.raises(errors.RunRefusedError, match="In this notebook: choose method lora, which fits"):
+            cell_functions.check_plan(options, recipe, 1, place, family)
+        return
+    table = cell_functions.check_plan(options, recipe, place.count, place, family)
+    assert ("adapters of rank 16" in table, "FITS" in table) == (expected != "full", True)
+    words = deepspeed_command(recipe | options, place.count)
+    assert ("env" in words, "--deepspeed" in words) == (
+        (True, False) if place.count == 1 and expected != "full" else (False, True)
+    )
+
+
+def test_a_base_in_4_bits_is_refused_on_several_gpus_in_the_notebooks_words() -> None:
+    recipe = method_options("a10", 4, "qlora")
+    with pytest.raises(errors.RunRefusedError, match=r"this run has 4\. Type 1 in the widget num_gpus, or"):
+        cell_functions.check_plan(dolly(), recipe, 4, find_machine("4xA10"), "a10")
+
+
+@pytest.mark.parametrize(
+    ("options", "method"),
+    [({}, "full"), ({"lora": 8}, "lora"), ({"lora": 8, "quantize": "nf4"}, "qlora")],
+)
+def test_a_resumed_run_keeps_its_method(options: dict[str, Any], method: str, tmp_path: Path) -> None:
+    (tmp_path / "dolly__a").mkdir()
+    record = {"status": "stopped", "options": options}
+    (tmp_path / "dolly__a" / "run.json").write_text(json.dumps(record))
+    values = {"gpu_family": "a10", "resume": "dolly__a", "local_training_root": str(tmp_path)}
+    choices = cell_functions.read_widgets(widgets(**values))
+    recipe = cell_functions.choose_recipe(choices, dolly(), 1, find_machine("g5.2xlarge"))
+    assert recipe == method_options("a10", 1, method)
+
+
 def test_problems_of_output_folder_and_mlflow_are_reported_with_the_plan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -420,7 +475,7 @@ def test_answers_of_different_steps_are_columns_of_a_table() -> None:
         (
             NOTEBOOK,
             ["--set", "gpu=cpu"],
-            "--set gpu=cpu: expected WIDGET=VALUE. The widgets are: gpu_family, num_gpus,",
+            "--set gpu=cpu: expected WIDGET=VALUE. The widgets are: gpu_family, method, num_gpus,",
         ),
         (NOTEBOOK, ["--set", "gpu_family"], "--set gpu_family: expected WIDGET=VALUE"),
         (NOTEBOOK, ["--out", "/proc/no/such.ipynb"], "--out /proc/no/such.ipynb: cannot be written"),

@@ -18,7 +18,7 @@ from training.consts import GIB
 from training.errors import OptionsError
 from training.machine.catalogue import find_machine
 from training.machine.flops import training_flops
-from training.model.adapter import Lora, add_adapter, trainable_state
+from training.model.adapter import Lora, add_adapter
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.plan.__main__ import main
@@ -88,7 +88,7 @@ def test_the_trained_parameters_are_those_that_training_adds(config, tied, targe
     add_adapter(model, Lora(4, 8.0, targets=chosen), [57, 58, 59], seed=0)
     settings = lora_settings(lora=4, lora_targets=chosen)
     shape = folder_shape(config, tmp_path)
-    trained = trainable_state(model)
+    trained = {name: one for name, one in model.named_parameters() if one.requires_grad}
     assert trained_parameters(shape, settings) == sum(tensor.numel() for tensor in trained.values())
     frozen = sum(parameter.numel() for parameter in model.parameters() if not parameter.requires_grad)
     assert shape.parameters == frozen

@@ -47,7 +47,7 @@ os.execvp(sys.argv[1], sys.argv[1:])
 
 
 def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
-    """The `deepspeed` command for these options (names of TrainingOptions) on one node.
+    """The `deepspeed` command for these options (names of TrainingOptions) on one node, or `python` for one device without it.
 
     With an offloaded optimizer each rank gets cores of its own, where that works.
 
@@ -61,7 +61,10 @@ def deepspeed_command(options: Mapping[str, Any], num_gpus: int) -> list[str]:
 
 
 def launcher_words(num_gpus: int, deepspeed_json: str | None) -> list[str]:
-    """The `deepspeed` command up to the trainer's options."""
+    """The command up to the trainer's options. One rank without DeepSpeed needs no launcher, which would wrap the model."""
+    if num_gpus == 1 and not deepspeed_json:
+        first = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+        return ["env", f"CUDA_VISIBLE_DEVICES={first}", sys.executable, "-m", TRAINER]
     # --quiet: the launcher prints only errors.
     words = ["--num_gpus", str(num_gpus), "--master_port", str(free_port()), "--quiet", "--module", TRAINER]
     bound = binding_words(num_gpus) if _offloads_optimizer(deepspeed_json) else ()
@@ -84,6 +87,8 @@ def _offloads_optimizer(json_file: str | None) -> bool:
 
 def shell_command(command: Sequence[str]) -> str:
     """The command of `deepspeed_command` as a person would type it: without the port and --quiet."""
+    if tuple(command[: len(DEEPSPEED)]) != DEEPSPEED:
+        return shlex.join("python" if word == sys.executable else word for word in command)
     words = ["deepspeed", *command[len(DEEPSPEED) :]]
     if "--master_port" in words:
         start = words.index("--master_port")

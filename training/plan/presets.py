@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from training.consts import CONFIG, DEMO, GLOBAL_BATCH
@@ -11,6 +12,12 @@ from training.options.deepspeed import enabled, read_json
 
 DOLLY_ROWS = 8  # micro batch of a device, as in Dolly
 LORA_RANK = 16  # of the adapters that are suggested
+# Options of each method of training: all weights, adapters, or adapters on a base in 4 bits.
+METHODS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "lora": {"lora": LORA_RANK},
+    "qlora": {"lora": LORA_RANK, "quantize": "nf4"},
+}
 PACKED_ROWS = 16  # packed rows need less memory; 16 of them halve the number of weight gathers
 
 
@@ -56,6 +63,16 @@ def preset_options(
         "gradient_checkpointing": "auto",  # on only if memory is short without it
         "batching": batching,
     }
+
+
+def method_options(family: str, num_gpus: int, method: str) -> dict[str, Any]:
+    """`preset_options` and the options of a method (key of METHODS)."""
+    return preset_options(family, num_gpus, lora=method != "full") | METHODS[method]
+
+
+def method_of(options: Mapping[str, Any]) -> str:
+    """The method of a run with these options: a key of METHODS."""
+    return "full" if not options.get("lora") else "qlora" if options.get("quantize") else "lora"
 
 
 def shipped_files(precision: str) -> list[str]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from training.consts import STOP_SECONDS
 from training.errors import printable
 from training.files import duration
-from training.options.settings import Settings
 from training.options.trainer_options import steps_between_saves
 from training.pictures import draw_plan
 from training.plan.adapter import trained_parameters
 from training.plan.fit import Plan, fastest
 from training.plan.memory import copied
 from training.plan.overhead import checkpoints
+from training.plan.presets import method_of
 
 
 def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "gpu": machine.gpu,
         "num_gpus": settings.ranks,
         "precision": settings.precision,
-        "method": method(settings),
+        "method": method_of(asdict(settings.options)),
         "trained_parameters": trained_parameters(plan.model, settings),
         "batching": settings.batching,
         "gradient_checkpointing": settings.checkpointing,
@@ -130,11 +131,6 @@ def as_table(plan: Plan, price: float | None) -> str:
             f"  {plan.nearest.command}",
         ]
     return printable("\n".join(lines))
-
-
-def method(settings: Settings) -> str:
-    """What a run trains: "full", "lora", or "qlora" on a base in 4 bits."""
-    return "full" if not settings.lora else "qlora" if settings.options.quantize else "lora"
 
 
 def _adapter_lines(plan: Plan) -> list[str]:

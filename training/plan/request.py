@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from training.data.held_out import held_out_size
 from training.data.rows import check_source
-from training.errors import OptionsError
+from training.errors import DataError, ModelError, OptionsError
 from training.machine.catalogue import Machine, find_family
 from training.options.deepspeed_checks import file_problems, precision_problems
 from training.options.settings import Settings, resolve
@@ -14,6 +16,7 @@ from training.options.trainer_options import TrainingOptions
 from training.plan.fit import Plan, fastest, plan_files, plan_run, with_packing
 from training.plan.lookup import dataset_lengths, is_built_in, model_shape
 from training.plan.model_shape import ModelShape
+from training.plan.presets import METHODS, method_options
 
 
 def plan_options(
@@ -42,8 +45,28 @@ def plan_options(
     return replace(plan, files=plan_files(settings, lengths, model, machine, settings.precision))
 
 
+def first_method(options: Mapping[str, Any], family: str, machine: Machine) -> str:
+    """The first of METHODS with which a run with these options fits on one GPU; "full" if none does.
+
+    Its plan tells the reasons, as it does for options that cannot be used.
+    """
+    for method in METHODS:
+        chosen = TrainingOptions(**{**method_options(family, 1, method), **options})
+        try:
+            if plan_options(chosen, 1, machine).fits:
+                return method
+        except (DataError, ModelError, OptionsError):
+            break
+    return "full"
+
+
 def checked_settings(options: TrainingOptions, ranks: int, best_precision: str) -> Settings:
     """`resolve`. Raises OptionsError with every problem for which a run of `ranks` ranks refuses the DeepSpeed file."""
+    if options.quantize and ranks > 1:
+        raise OptionsError(
+            f"--quantize {options.quantize}: one device trains on weights in 4 bits, and this run has {ranks}. "
+            "Type --num-gpus 1, or leave out --quantize"
+        )
     settings = resolve(options, ranks, best_precision)
     if settings.deepspeed is not None:
         problems = file_problems(options, settings.deepspeed, ranks)
