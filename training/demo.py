@@ -5,21 +5,25 @@ from __future__ import annotations
 import shlex
 import subprocess
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
 import transformers
 
+from training import lora_demo
 from training.console import set_up_console
 from training.consts import DEMO, METRICS_FILE
 from training.errors import printable
 from training.evaluate.answers import encode_for, greedy_answers
 from training.evaluate.metrics import exact_matches
-from training.evaluate.rows import Rows, held_out_rows
+from training.evaluate.rows import Rows, file_rows, held_out_rows
 from training.files import duration
 from training.launch.local import deepspeed_command, launch_environment, shell_command
 from training.machine.catalogue import find_family
+from training.machine.environment import lora_package_problems, version_problems
 from training.machine.local import this_machine
 from training.model.generation import load_model_tokenizer_for_generate
 from training.model.loading import max_positions
@@ -35,16 +39,18 @@ PICTURE_EXAMPLES = 8
 MAX_NEW_TOKENS = 48
 
 
-def demo_command(output: str, family: str, ranks: int, extra: tuple[str, ...]) -> list[str]:
-    """The command that trains the demo on `ranks` devices of a family."""
-    values = demo_options(ranks) | {
-        "deepspeed": find_family(family).deepspeed,
-        "local_output_dir": output,
-    }
+def run_trainer(values: Mapping[str, Any], ranks: int, extra: Sequence[str], title: str) -> None:
+    """Prints and runs the trainer's command on `ranks` devices of this machine. Raises click.ClickException if it fails."""
+    family = this_machine(values["local_output_dir"]).family
     try:
-        return [*deepspeed_command(values, ranks), *extra]
+        command = [*deepspeed_command({**values, "deepspeed": find_family(family).deepspeed}, ranks), *extra]
     except ModuleNotFoundError as error:
         raise click.ClickException(str(error)) from error
+    print(f"{title}:\n  {shell_command(command)}", flush=True)
+    # The command inherits the terminal, so that its progress bar works.
+    environment = launch_environment(0 if torch.cuda.device_count() else ranks)
+    if code := subprocess.run(command, env=environment).returncode:
+        raise click.ClickException(f"training failed with exit code {code}: see its last lines above")
 
 
 def answers(name: str, rows: Rows) -> list[str]:
@@ -77,6 +83,33 @@ def table(shown: list[tuple[str, ...]]) -> str:
     return printable("\n".join([f"{'instruction':<54}{'before':<20}  after ('=': correct)", *lines]))
 
 
+def show_adapter(output: Path, ranks: int, rank: int, extra: Sequence[str]) -> str:
+    """Trains base and adapter, and returns the table of exact matches by task. `extra` are options of the adapter's run."""
+    if problems := [*lora_package_problems(lora=True, quantize=False), *version_problems()]:
+        raise click.ClickException("\n".join(problems))
+    if output.exists():
+        raise click.ClickException(f"--local-output-dir {output}: exists. Name a new folder")
+
+    def run(values: dict[str, Any], title: str) -> None:
+        run_trainer(values, ranks, extra if "lora" in values else (), title)
+
+    held_out = lora_demo.train(output, ranks, rank, run)
+    rows = file_rows(held_out)
+    base, adapter = (
+        exact_matches(rows.columns.output, answers(str(output / name), rows)).tolist()
+        for name in ("base", "lora")
+    )
+    words = [
+        "python",
+        "-m",
+        "training.generate",
+        "--model",
+        str(output / "lora"),
+        rows.columns.instruction[0],
+    ]
+    return f"{lora_demo.table(rows.columns.category, base, adapter)}\nAsk it yourself: {shlex.join(words)}"
+
+
 @click.command(context_settings={"ignore_unknown_options": True})
 @click.option(
     "--num-gpus",
@@ -93,29 +126,38 @@ def table(shown: list[tuple[str, ...]]) -> str:
 @click.option(
     "--plot", type=PictureFile(), metavar="FILE.png", help="Draw the losses and some answers into this file."
 )
+@click.option(
+    "--lora",
+    type=click.IntRange(0),
+    default=0,
+    metavar="RANK",
+    help="Train the model on all tasks but one, and an adapter of this rank on that one.",
+)
 @click.argument("trainer_options", nargs=-1, type=click.UNPROCESSED)
 def main(
-    num_gpus: int | None, local_output_dir: str | None, plot: Path | None, trainer_options: tuple[str, ...]
+    num_gpus: int | None,
+    local_output_dir: str | None,
+    plot: Path | None,
+    lora: int,
+    trainer_options: tuple[str, ...],
 ) -> None:
-    """Train the demo model and show its answers. TRAINER_OPTIONS are passed to training.trainer."""
+    """Train the demo model and show its answers. TRAINER_OPTIONS are passed to training.trainer, with --lora to the run of the adapter."""
+    if lora and plot:
+        raise click.UsageError("--plot draws the demo without --lora. Leave one of them out")
     start = time.monotonic()
     set_up_console()
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
-    gpus = torch.cuda.device_count()
-    ranks = num_gpus or gpus or 2
+    ranks = num_gpus or torch.cuda.device_count() or 2
     output = local_output_dir or str(
         Path.home() / "dolly_training" / time.strftime("demo__%Y-%m-%dT%H-%M-%S")
     )
-    command = demo_command(output, this_machine(output).family, ranks, trainer_options)
-    print(
-        f"Running the command that you would type for the large model:\n  {shell_command(command)}",
-        flush=True,
-    )
-    # The command inherits the terminal, so that its progress bar works.
-    code = subprocess.run(command, env=launch_environment(0 if gpus else ranks)).returncode
-    if code:
-        raise click.ClickException(f"training failed with exit code {code}: see its last lines above")
+    if lora:
+        result = show_adapter(Path(output), ranks, lora, trainer_options)
+        print(f"\n{result}\n{duration(time.monotonic() - start)} in total")
+        return
+    values = demo_options(ranks) | {"local_output_dir": output}
+    run_trainer(values, ranks, trainer_options, "Running the command that you would type for the large model")
     rows = held_out_rows(Path(output), finished_run(Path(output)), load_tokenizer(output))
     before, after = answers(DEMO, rows), answers(output, rows)
     shown = examples(rows.as_dicts(), before, after)

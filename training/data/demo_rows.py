@@ -303,9 +303,18 @@ TASKS = (
 )
 
 
+def rows_by_task() -> dict[str, list[Row]]:
+    """The rows of each task by the name of its function, without duplicates. Every call returns the same rows."""
+    rng = random.Random(DEMO_SEED)
+    rows = [(task.__name__, row) for task in TASKS for row in task(rng)]
+    # drop duplicate exercises: one copy could be held out while the other is trained on
+    unique = {(row["instruction"], row["input"]): (name, row) for name, row in rows}
+    tasks: dict[str, list[Row]] = {task.__name__: [] for task in TASKS}
+    for name, row in unique.values():
+        tasks[name].append(row)
+    return tasks
+
+
 def demo_rows() -> list[Row]:
     """All rows in Alpaca's format, `{instruction, input, output}`. Every call returns the same rows."""
-    rng = random.Random(DEMO_SEED)
-    rows = [row for task in TASKS for row in task(rng)]
-    # drop duplicate exercises: one copy could be held out while the other is trained on
-    return list({(row["instruction"], row["input"]): row for row in rows}.values())
+    return [row for rows in rows_by_task().values() for row in rows]

@@ -94,6 +94,11 @@ DEMO_RECIPE: dict[str, Any] = {
 }
 
 
+# The demo of LoRA: a short full training of the base, and an adapter on it. Narrow layers need a high rate.
+DEMO_BASE: dict[str, Any] = {"epochs": 5.0}
+DEMO_ADAPTER: dict[str, Any] = {"epochs": 14.0, "lr": 6e-3, "warmup_steps": 20}
+
+
 def demo_recipe(dataset: str = DEMO) -> dict[str, Any]:
     """The recipe of the demo model. Its number of held-out rows is for the demo's rows only."""
     return {name: value for name, value in DEMO_RECIPE.items() if dataset == DEMO or name != "test_size"}
