@@ -75,6 +75,8 @@ FOREIGN = {
     "xcode-select": {"--install"},
     "uv venv": {"--python", "--quiet"},
     "apt-get install": {"--no-install-recommends"},
+    "databricks bundle": {"--target", "--var"},
+    "databricks air run": {"--file"},
 }
 PROGRAMS = re.compile(
     "|".join(map(re.escape, sorted([*OURS, FLOW, *PYTHON_TOOLS, *FOREIGN], key=len, reverse=True)))
