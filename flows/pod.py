@@ -1,6 +1,7 @@
 """Resources of the training pod: CPUs, GPUs, memory, disk and shared memory, taken from the plan.
 
-Metaflow needs them before a run has parameters, so they are planned for Dolly's run, or on "cpu" for the demo. A run
+Metaflow needs them before a run has parameters, so they are planned for Dolly's run, with adapters where full tuning does not
+fit, or on "cpu" for the demo. A run
 that needs more is refused in its first step, with the numbers to type. This module does not import torch.
 """
 
@@ -22,7 +23,7 @@ from training.options.trainer_options import TrainingOptions
 from training.plan.epoch import alpaca_lengths
 from training.plan.fit import Plan, plan_run
 from training.plan.lookup import model_shape
-from training.plan.presets import demo_options, preset_options
+from training.plan.presets import demo_options, method_options, preset_options
 
 CPU_RANKS = 2
 # NCCL keeps buffers between the GPUs of a node in /dev/shm, for which a container's default of 64 MiB is too small.
@@ -76,15 +77,32 @@ def machine_of(name: str, gpus: int | None = None) -> Machine:
 
 
 def plan_for(machine: Machine) -> Plan:
-    """The plan of Dolly's run on the machine, even if it does not fit. On "cpu": of the demo with Alpaca's row lengths."""
+    """The plan of Dolly's run on the machine: of adapters (--lora) where only they fit, else also if it does not fit.
+
+    On "cpu": of the demo with Alpaca's row lengths.
+    """
     chosen = preset_options(machine.family, machine.count)
     if machine.is_cpu:
         chosen |= demo_options(machine.count)
+    # Times are not used here, so no CPU needs measuring.
+    machine = replace(machine, flops=machine.flops or 1e9)
+    plan = _plan(chosen, machine)
+    if plan.fits or machine.is_cpu:
+        return plan
+    adapters = (
+        _plan(method_options(machine.family, machine.count, name), machine) for name in _methods(machine)
+    )
+    return next((other for other in adapters if other.fits), plan)
+
+
+def _methods(machine: Machine) -> tuple[str, ...]:
+    """Methods that need less memory than training all weights. Only one GPU trains on a base in 4 bits."""
+    return ("lora", "qlora") if machine.count == 1 else ("lora",)
+
+
+def _plan(chosen: Mapping[str, Any], machine: Machine) -> Plan:
     options = TrainingOptions(local_output_dir="OUTPUT", **chosen)
     settings = resolve(options, machine.count, find_family(machine.family).precision)
-    machine = replace(
-        machine, flops=machine.flops or 1e9
-    )  # times are not used here, so no CPU needs measuring
     return plan_run(settings, alpaca_lengths(), model_shape(options.input_model), machine)
 
 

@@ -131,6 +131,11 @@ class TrainDollyFlow(FlowSpec):
     max_steps = option("max_steps")
     lr = option("lr", "Dolly's")
     seed = option("seed")
+    lora = option("lora")
+    lora_alpha = option("lora_alpha")
+    lora_dropout = option("lora_dropout")
+    lora_targets = option("lora_targets")
+    quantize = option("quantize")
     sample_prompts = option("sample_prompts", "Dolly's five", IncludeFile, is_text=False)
     sample_every = option("sample_every")
     file_names = Parameter(
@@ -245,7 +250,7 @@ class TrainDollyFlow(FlowSpec):
         family = self.gpu_family or machine.family
         problems = self._machine_problems(machine, family, remote)
         demo = family == "cpu" and self.input_model in (None, DEMO)
-        chosen = preset_options(family, self.ranks)
+        chosen = preset_options(family, self.ranks, lora=bool(self.lora))
         rows = {}
         if self.training_file is not None:
             rows["training_dataset"] = self._own_file("training_file", self.training_file)
@@ -341,8 +346,9 @@ class TrainDollyFlow(FlowSpec):
         ledger.source = self.names.get(ledger.source, ledger.source)
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)
         held_out = held_out_message(test_size, len(rows), options.test_size)
-        table = worded(as_table(plan, price=None).removesuffix(plan.command), FLOW)
-        print(f"{ledger}\n{held_out}\n\n{table}{plan.command if plan.fits else ''}", flush=True)
+        table = worded(as_table(plan, price=None, commands=False), FLOW)
+        command = f"\n  {plan.command}" if plan.fits else ""
+        print(f"{ledger}\n{held_out}\n\n{table}{command}", flush=True)
         return plan
 
     def _write_files(self) -> None:

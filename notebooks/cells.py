@@ -242,7 +242,7 @@ def check_plan(
         except OptionsError as error:
             return "", problems + error.problems
         # The training cell prints the command.
-        table = worded(as_table(plan, None).removesuffix(f"\n  {plan.command}"), NOTEBOOK)
+        table = worded(as_table(plan, None, commands=False), NOTEBOOK)
         return table, problems + ([] if planned.force else plan.problems)
 
     try:

@@ -48,6 +48,9 @@ def parse(flow: Any, more: str, problems: list[str]) -> TrainingOptions:
         ("max_steps", int, ""),
         ("lr", float, "  [default: Dolly's]"),
         ("seed", int, "  [default: 42]"),
+        ("lora", int, "  [default: 0]"),
+        ("lora_alpha", float, ""),
+        ("quantize", str, ""),
         ("sample_every", str, ""),
     ],
 )
@@ -81,6 +84,25 @@ def test_a_cpu_trains_the_demos_model_and_its_number_of_held_out_rows_is_for_the
     run.output = f"{tmp_path}/run/model"
     options = flow.TrainDollyFlow._options(run, find_machine("8xA100-40GB"), True)
     assert (options.input_model, options.test_size) == (model, test_size)
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ({}, {"lora": 0, "quantize": None}),
+        ({"lora": 8, "lora_alpha": 8.0, "lora_targets": "q_proj"},
+         {"lora": 8, "lora_alpha": 8.0, "lora_targets": "q_proj", "deepspeed": None, "quantize": None}),
+        ({"lora": 16, "lora_dropout": 0.1, "quantize": "nf4"}, {"lora_dropout": 0.1, "quantize": "nf4", "deepspeed": None}),
+    ],
+)  # fmt: skip
+def test_adapters_on_one_gpu_are_trained_without_deepspeed(
+    flow: Any, tmp_path: Path, typed: dict[str, Any], expected: dict[str, Any]
+) -> None:
+    run = stand_in(flow, **{"gpu_family": "a10", "ranks": 1, "folder": str(tmp_path / "run")} | typed)
+    run.output = f"{tmp_path}/run/model"
+    options = flow.TrainDollyFlow._options(run, find_machine("g5.2xlarge"), True)
+    assert {name: getattr(options, name) for name in expected} == expected
+    assert bool(options.deepspeed) == (not typed), "the recipe of full tuning"
 
 
 def test_invalid_values_are_reported_together_with_earlier_problems(flow: Any) -> None:

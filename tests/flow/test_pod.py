@@ -41,6 +41,19 @@ def test_a_run_that_fits_a_machine_with_some_memory_left_fits_its_pod(name: str)
         assert "host memory" in pod.plan_for(granted).shortages, "it would be killed during training"
 
 
+@pytest.mark.parametrize(
+    ("machine", "method"), [("g5.2xlarge", "lora"), ("g5.4xlarge", "lora"), ("8xA100-40GB", "full"), ("4xA10", "full")]
+)  # fmt: skip
+def test_a_pod_with_one_small_gpu_is_planned_for_adapters(machine: str, method: str) -> None:
+    plan = pod.plan_for(pod.machine_of(machine))
+    assert plan.fits
+    assert plan.settings.lora == (method == "lora")
+    granted = pod.resources(machine, {})
+    assert granted["memory"] * 1e6 / GIB > max(plan.host_memory_gib.values())
+    if method == "lora":
+        assert granted["disk"] < 50_000, "no checkpoint holds the base"
+
+
 def test_requested_resources_replace_those_of_the_plan() -> None:
     requested = pod.resources("8xA100-80GB", {"gpu": 4, "memory": 300_000})
     assert (requested["memory"], requested["gpu"], requested["cpu"]) == (300_000, 4, 16), (

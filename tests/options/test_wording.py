@@ -45,6 +45,11 @@ ADVICE = [  # trainer, flow, notebook
         + IN_CELL,
     ),
     (
+        "Type --lora 16 --per-device-train-batch-size 16, without --deepspeed",
+        "Type --lora 16 --trainer-options '--per-device-train-batch-size 16'",
+        'Type options["lora"] = 16, options["per_device_train_batch_size"] = 16' + IN_CELL,
+    ),
+    (
         "Type --gradient-checkpointing on. If it is on, type --max-tokens-per-device 2048.",
         "Type --trainer-options '--gradient-checkpointing on'. If it is on, type --trainer-options '--max-tokens-per-device 2048'.",
         'Type options["gradient_checkpointing"] = "on". If it is on, type options["max_tokens_per_device"] = 2048.'

@@ -35,7 +35,8 @@ WIDGETS = {
     "checkpoint_to": "checkpoint_root",
 }
 # Options that are parameters of the flow under their own name. Any other one goes into --trainer-options.
-PARAMETERS = ("input_model", *_DATASET, "epochs", "max_steps", "lr", "seed", "sample_every")
+_LORA = ("lora", "lora_alpha", "lora_dropout", "lora_targets", "quantize")
+PARAMETERS = ("input_model", *_DATASET, "epochs", "max_steps", "lr", "seed", *_LORA, "sample_every")
 _FLOW_NAMES = {
     **{name: flag_of(name) for name in (*PARAMETERS, "num_gpus", "sample_prompts")},
     "local_output_dir": "--local-training-root",
@@ -64,6 +65,7 @@ def worded(text: str, command: str | None = None) -> str:
         return rename(name, word or "", bool(negated))
 
     lines = []
+    text = text.replace(", without --deepspeed", "")  # notebook and flow choose the file by the method
     for line in text.split("\n"):
         renamed = _OPTION.sub(replace, line).replace("' --trainer-options '", " ")  # neighbours in one string
         renamed = re.sub(r'(options\["\w+"\] = \S+) (?=options\[)', r"\1, ", renamed)

@@ -80,8 +80,8 @@ def _sizes(
     return parts | {"total": total(parts.values()), "available": available}
 
 
-def as_table(plan: Plan, price: float | None) -> str:
-    """The plan as a text table."""
+def as_table(plan: Plan, price: float | None, commands: bool = True) -> str:
+    """The plan as a text table, with or without the command to type."""
     machine, settings, load = plan.machine, plan.settings, plan.load
     device = "CPU rank" if machine.is_cpu else machine.gpu
     total, seconds = sum(plan.gpu_memory_gib.values()), plan.step_seconds
@@ -122,9 +122,9 @@ def as_table(plan: Plan, price: float | None) -> str:
     if plan.fits:
         left = machine.gpu_memory_gib - total
         room = "" if machine.is_cpu else f", with {left:.1f} GiB of each {device} left"
-        return printable("\n".join([*lines, f"FITS{room}", f"  {plan.command}"]))
+        return printable("\n".join([*lines, f"FITS{room}", *([f"  {plan.command}"] if commands else [])]))
     lines += ["DOES NOT FIT", *(f"  {problem}" for problem in plan.problems)]
-    if plan.nearest:
+    if plan.nearest and commands:
         there = plan.nearest.machine.name
         lines += [
             f"This run fits{'' if there == machine.name else f' on {there}'}:",
