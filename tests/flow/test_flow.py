@@ -513,7 +513,7 @@ print(model_on_s3.push(folder, files, Run()))
 
 
 def test_a_killed_fetch_continues_and_files_of_the_user_are_kept(metaflow: Metaflow, tmp_path: Path) -> None:
-    files = {"model.safetensors": b"a" * 1000, "run.json": b"{}"}
+    files = {"adapter/config.json": b"{}", "model.safetensors": b"a" * 1000, "run.json": b"{}"}
     client = metaflow.bucket("fetched")
     for name, content in files.items():
         client.put_object(Bucket="fetched", Key=f"7/{name}", Body=content)
@@ -523,7 +523,7 @@ from pathlib import Path
 from types import SimpleNamespace
 import metaflow
 from flows import model_on_s3
-contents = {"model.safetensors": b"a" * 1000, "run.json": b"{}"}
+contents = {"adapter/config.json": b"{}", "model.safetensors": b"a" * 1000, "run.json": b"{}"}
 files = {name: {"size": len(c), "sha256": hashlib.sha256(c).hexdigest()} for name, c in contents.items()}
 data = SimpleNamespace(model={"s3": "s3://fetched/7", "files": files})
 metaflow.Run = lambda name: {"train": SimpleNamespace(task=SimpleNamespace(data=data))}
@@ -540,8 +540,7 @@ except model_on_s3.StoreError as error:
         return result.returncode, result.stderr
 
     assert fetch("killed")[0] == -signal.SIGKILL
-    [left] = (tmp_path / "model").iterdir()
-    assert left.name.startswith("metaflow.s3."), "Metaflow's temporary folder"
+    [left] = (tmp_path / "model").glob("metaflow.s3.*")  # Metaflow's temporary folder
     for own in ("notes", "metaflow.s3.notes", "metaflow.s3.a_file_s"):
         (tmp_path / "model" / own).touch()
         exit_code, output = fetch()
@@ -549,4 +548,5 @@ except model_on_s3.StoreError as error:
         assert f"holds files of something else ({own})" in output
         (tmp_path / "model" / own).unlink()
     assert fetch() == (0, "")
-    assert {file.name: file.read_bytes() for file in (tmp_path / "model").iterdir()} == files
+    fetched = [file for file in (tmp_path / "model").rglob("*") if file.is_file()]
+    assert {str(file.relative_to(tmp_path / "model")): file.read_bytes() for file in fetched} == files

@@ -252,6 +252,32 @@ def test_a_base_on_the_hub_is_recorded_and_merged_at_its_commit_and_a_newer_one_
         shutil.rmtree(model)
 
 
+def test_an_adapter_on_the_hub_answers_on_its_base_and_needs_no_tokenizer_of_its_own(
+    finished: Path, base: Path
+) -> None:
+    models = [hub_base(Path(HF_HOME), base, "a" * 40)]
+    adapter = Path(HF_HOME) / "hub" / "models--some--adapter"
+    models.append(adapter)
+    try:
+        snapshot = adapter / "snapshots" / ("c" * 40)
+        shutil.copytree(finished / "adapter", snapshot)
+        edited = json.loads((snapshot / "adapter_config.json").read_text())
+        edited |= {"base_model_name_or_path": "some/base", "revision": None}
+        (snapshot / "adapter_config.json").write_text(json.dumps(edited))
+        (adapter / "refs").mkdir()
+        (adapter / "refs" / "main").write_text("c" * 40)
+        merged = load_file(finished / "model.safetensors")
+        model, tokenizer = load_model_tokenizer_for_generate("some/adapter", torch.bfloat16, "cpu")
+        assert all(torch.equal(tensor, merged[name]) for name, tensor in model.state_dict().items())
+        for file in snapshot.glob("*token*"):
+            file.unlink()
+        _, other = load_model_tokenizer_for_generate("some/adapter", torch.bfloat16, "cpu")
+        assert other.get_vocab() == tokenizer.get_vocab()
+    finally:
+        for folder in models:
+            shutil.rmtree(folder)
+
+
 @pytest.mark.slow
 def test_a_base_that_is_gone_at_the_end_is_reported_and_the_run_ends_once_it_is_back(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 
 from tests.conftest import S3_KEYS
 from tests.storage.conftest import ROOT, assert_complete, content, publish_command
@@ -80,6 +81,28 @@ def test_an_interrupted_copy_on_s3_is_continued_and_foreign_objects_are_refused(
     s3.pipe_file("models/dolly/runs/notes.txt", b"mine")
     with pytest.raises(PublishError, match=r"not part of this model \(runs\)"):
         publish(finished, "s3://models/dolly")
+
+
+@pytest.mark.parametrize("url", ["s3://models/with-adapter", "file://TARGET"])
+def test_an_adapter_is_published_in_its_folder_continued_and_foreign_files_in_it_are_refused(
+    finished: Path, target: Path, s3: Any, url: str
+) -> None:
+    url = url.replace("TARGET", str(target))
+    (finished / "adapter").mkdir()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (finished / "adapter" / name).write_bytes(name.encode())
+    written = publish(finished, url)
+    assert {"adapter/adapter_config.json", "adapter/adapter_model.safetensors"} < set(written)
+    assert publish(finished, url) == []
+    assert target_problems(url, finished) == []
+    fs, place = (s3, url.removeprefix("s3://")) if url.startswith("s3") else (LocalFileSystem(), str(target))
+    fs.pipe_file(f"{place}/adapter/adapter_model.safetensors", b"half")
+    assert publish(finished, url) == ["adapter/adapter_model.safetensors", "run.json"]
+    fs.invalidate_cache()
+    assert fs.cat_file(f"{place}/adapter/adapter_model.safetensors") == b"adapter_model.safetensors"
+    fs.pipe_file(f"{place}/adapter/notes.txt", b"mine")
+    with pytest.raises(PublishError, match=r"not part of this model \(adapter/notes.txt\)"):
+        publish(finished, url)
 
 
 def test_a_write_that_s3_refuses_is_reported_and_leaves_no_record(
