@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -42,6 +42,7 @@ ENDINGS = (".png", ".pdf", ".svg")
 # The demo's table: headings, and for each column its x position and the number of characters shown.
 EXAMPLE_COLUMNS = ("instruction", "before", "after", "expected")
 EXAMPLE_LAYOUT = ((0.0, 62), (0.46, 20), (0.62, 32), (0.81, 32))
+PANELS = 6  # of a row in the picture of an evaluation
 MAX_MARKERS = 30  # most points that get a marker: a single point draws no line
 
 
@@ -190,46 +191,55 @@ def draw_demo(
     figure.savefig(file, dpi=110)
 
 
-def draw_evaluation(tables: Sequence[tuple[str, dict[str, Any]]], file: Path | IO[bytes]) -> None:
-    """Draws base and tuned model beside each other, each figure with its interval; the suffix of `file` is the format.
+def draw_evaluation(
+    tables: Sequence[tuple[str, Sequence[tuple[str, bool, Mapping[str, Any]]]]], file: Path
+) -> None:
+    """Draws base and tuned model beside each other, each figure with its interval.
 
-    `tables` are (title, {label: {"base", "tuned"}}), each with "value", "low" and "high". A table is a row of panels,
-    because its figures have different units. Only the first two tables are drawn: categories would fill the page.
+    Args:
+        tables: (title, figures); a figure is (label, whether it is a share, {"base", "tuned"} with "value", "low" and
+            "high"). It has axes of its own, because the figures have different units.
+        file: its suffix is the format.
     """
     from matplotlib.figure import Figure
 
-    shown = tables[:2]
-    columns = max(len(figures) for _, figures in shown)
-    width = min(16.0, 0.6 + 1.9 * columns)
-    figure = Figure(figsize=(width, 3.2 * len(shown)), layout="constrained")
-    for part, (title, figures) in zip(
-        _flat(figure.subfigures(len(shown), squeeze=False)), shown, strict=True
-    ):
-        part.suptitle(printable(title), fontsize=10, x=0.01, ha="left", parse_math=False)
-        panels = _flat(part.subplots(1, columns, squeeze=False))
-        for axes, (label, values) in zip(panels, figures.items(), strict=False):
-            _draw_pair(axes, label, values)
-        for axes in panels[len(figures) :]:
+    rows = [
+        (title if start == 0 else "", figures[start : start + PANELS])
+        for title, figures in tables
+        for start in range(0, len(figures), PANELS)
+    ]
+    figure = Figure(figsize=(1.9 * PANELS, 3.0 * len(rows)), layout="constrained")
+    parts = figure.subfigures(len(rows), squeeze=False)[:, 0]
+    for part, (title, panels) in zip(parts, rows, strict=True):
+        part.suptitle(printable(title), fontsize=11, x=0.01, ha="left", parse_math=False)
+        grid = part.subplots(1, PANELS, squeeze=False)[0]
+        for axes, panel in zip(grid, panels, strict=False):
+            _draw_models(axes, *panel)
+        for axes in grid[len(panels) :]:
             axes.axis("off")
-    figure.savefig(file, dpi=130, format=file.suffix[1:] if isinstance(file, Path) else "png")
+    figure.savefig(file, dpi=110)
 
 
-def _flat(grid: Any) -> list[Any]:
-    """The elements of matplotlib's grid of axes."""
-    return list(grid.flat)
-
-
-def _draw_pair(axes: Any, label: str, values: dict[str, Any]) -> None:
-    """Draws one figure of both models as bars with their intervals."""
-    for place, (name, colour) in enumerate((("base", "checkpoints"), ("tuned", "steps"))):
-        interval = values[name]
-        axes.bar(place, interval["value"], color=COLOURS[colour], width=0.65)
+def _draw_models(axes: Any, label: str, is_share: bool, models: Mapping[str, Any]) -> None:
+    """Draws one figure of both models as bars with their values and intervals."""
+    for place, (name, colour) in enumerate((("base", "context and fragmentation"), ("tuned", "weights"))):
+        interval = models[name]
+        value, top = interval["value"], interval["high"] or interval["value"]
+        axes.bar(place, value, color=COLOURS[colour], width=0.65)
         if interval["low"] is not None:
-            ends = [[interval["value"] - interval["low"]], [interval["high"] - interval["value"]]]
-            axes.errorbar(place, interval["value"], yerr=ends, color="black", capsize=4, linewidth=1.2)
+            ends = [[value - interval["low"]], [interval["high"] - value]]
+            axes.errorbar(place, value, yerr=ends, color="black", capsize=4, linewidth=1.2)
+        text = f"{value:.1%}" if is_share else f"{value:,.4g}"
+        axes.annotate(text, (place, top), (0, 3), textcoords="offset points", ha="center", fontsize=9)
     axes.set_xticks([0, 1], ["base", "tuned"], fontsize=9)
-    axes.set_title(printable(label), fontsize=9, parse_math=False)
-    axes.set_ylim(bottom=0)
+    axes.tick_params(axis="y", labelsize=8)
+    axes.set_title(printable(label), fontsize=9, pad=12, parse_math=False)
+    axes.margins(y=0.12)
+    if is_share:
+        axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+        axes.set(ylim=(0, 1.12), yticks=[0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    else:
+        axes.set_ylim(bottom=0)
     axes.grid(axis="y", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

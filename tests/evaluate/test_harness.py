@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,11 +17,13 @@ from lm_eval.tasks import TaskManager
 from transformers import GPTJForCausalLM, PreTrainedTokenizerBase
 
 from tests.conftest import jsonl
+from tests.model.tokenizer_kinds import KINDS
 from training.data.encoding import encode_prompts, encode_text
 from training.evaluate.__main__ import main
 from training.evaluate.harness import DollyModel, run_tasks
 from training.model.generation import load_model_tokenizer_for_generate
 from training.model.loading import load_model
+from training.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -150,6 +153,30 @@ def test_in_dollys_prompt_the_stock_harness_fails_and_ours_scores_the_ids_of_tra
             places = range(len(prompt) - 1, len(prompt) + len(continuation) - 1)
             expected = sum(logits[place, id].item() for place, id in zip(places, continuation, strict=True))
             assert score == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_with_every_kind_of_tokenizer_prompt_and_answer_have_the_ids_of_training(
+    kind: str, tmp_path: Path
+) -> None:
+    KINDS[kind](tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path))
+    model = SimpleNamespace(tokenizer=tokenizer, in_dolly_prompt=True)
+    key = tokenizer.convert_tokens_to_ids("### Response:\n")
+    for question, answer in (
+        ("Name a river.", "The Rhine"),
+        ("the identity\n", "- def f(x):\n"),
+        ("x", " Berlin"),
+    ):
+        turns = [{"role": "user", "content": question}]
+        context = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        [head], [body] = encode_prompts(tokenizer, [question], [None])
+        [expected] = encode_text(tokenizer, [answer])
+        assert DollyModel._encode_pair(model, context, answer) == ([*head, *body, key], expected)
+        prompt, continuation = DollyModel._encode_pair(model, context + "The answer: ", answer)
+        [begun, whole] = encode_text(tokenizer, ["The answer:", "The answer: " + answer])
+        assert prompt == [*head, *body, key, *begun]
+        assert prompt[-len(begun) :] + continuation == whole
 
 
 def test_solved_examples_are_earlier_turns_in_dollys_prompt(

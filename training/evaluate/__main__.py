@@ -13,6 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -133,7 +134,7 @@ def main(ctx: click.Context, **typed: Any) -> None:
         _end("the GPU ran out of memory. Lower --batch-size or --max-new-tokens")
     except OSError as error:
         _end(
-            f"the results could not be written ({error}). Make room, or name another file with --output FILE"
+            f"the results could not be written ({error}). Make room, or write them elsewhere with --output FILE"
         )
     except ValueError as error:  # includes DataError, ModelError and OptionsError
         _end(str(error))
@@ -188,15 +189,20 @@ def _evaluate(
     if folder and (problem := _not_writable(folder)):
         logger.warning("%s, so the results are only printed. --output FILE writes them into a file", problem)
         folder = None
-    sections = _compare(tuned, base, record, **typed)
+    with redirect_stdout(sys.stderr):  # some libraries print
+        sections = _compare(tuned, base, record, **typed)
+    print(json.dumps(sections, indent=2) if json_ else as_table(sections), flush=True)
     if output is not None:
         write_json(Path(output), sections)
     elif folder is not None:
         write_evaluation(folder, sections)
         _log(folder, record or {}, sections)
     if plot:
-        draw_evaluation(list(sections_of(sections)), plot)
-    print(json.dumps(sections, indent=2) if json_ else as_table(sections))
+        tables = [
+            (title, [(line.label, line.is_share, line.models) for line in lines])
+            for title, lines in sections_of(sections)
+        ]
+        draw_evaluation(tables, plot)
 
 
 def _log(folder: Path, record: dict[str, Any], sections: dict[str, Any]) -> None:

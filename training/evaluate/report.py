@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +20,42 @@ CARD = "README.md"
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
 HEADINGS = ("base", "tuned", "tuned - base")
 LABELS = {metric.name: metric.label for metric in METRICS}
-PERCENT = {metric.name for metric in METRICS if metric.percent} | {"acc", "acc_norm", "exact_match"}
-DIGITS = {"loss": 4, "perplexity": 2, "length": 1}  # of metrics that are no percentages
+# Metrics that are shares, with those of lm-eval, and the digits of the others.
+SHARES = {metric.name for metric in METRICS if metric.percent} | {"acc", "acc_norm", "f1", "mc1", "mc2"}
+DIGITS = {"loss": 4, "perplexity": 2, "length": 1}
 
 
-def sections_of(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(title, {label: {"base", "tuned", "difference"}}) of each table of an evaluation: rows, categories, tasks."""
+@dataclass(frozen=True)
+class Line:
+    """A line of a table: the words for a metric, its name, and {"base", "tuned", "difference"} with intervals."""
+
+    label: str
+    metric: str
+    models: Mapping[str, Any]
+
+    @property
+    def is_share(self) -> bool:
+        return self.metric in SHARES
+
+
+def sections_of(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, list[Line]]]:
+    """(title, lines) of each table of an evaluation: rows, categories, tasks."""
     for kind in ("held_out", "file"):
         if section := evaluation.get(kind):
-            yield section["rows"]["chosen"], _labelled(section["metrics"])
+            yield section["rows"]["chosen"], _lines(section["metrics"])
             for category, part in section["categories"].items():
-                yield f"category {category or 'none'}, {part['rows']:,} rows", _labelled(part["metrics"])
+                yield f"category {category or 'none'}, {part['rows']:,} rows", _lines(part["metrics"])
     if section := evaluation.get("tasks"):
-        figures = {
-            f"{task} {metric}": values
+        lines = [
+            Line(f"{task} {metric}", metric.split()[0], models)
             for task, part in section["tasks"].items()
-            for metric, values in part["metrics"].items()
-        }
-        yield f"benchmarks of lm-eval, {section['settings']['prompt']}", figures
+            for metric, models in part["metrics"].items()
+        ]
+        yield f"benchmarks of lm-eval, {section['settings']['prompt']}", lines
 
 
-def _labelled(metrics: Mapping[str, Any]) -> dict[str, Any]:
-    return {LABELS[name]: values for name, values in metrics.items()}
+def _lines(metrics: Mapping[str, Any]) -> list[Line]:
+    return [Line(LABELS[name], name, models) for name, models in metrics.items()]
 
 
 def notes_of(evaluation: Mapping[str, Any]) -> list[str]:
@@ -74,8 +89,7 @@ def notes_of(evaluation: Mapping[str, Any]) -> list[str]:
 def tables_of(evaluation: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, ...]]]]:
     """(title, rows) of each table; a row is (label, base, tuned, difference) as text."""
     return [
-        (title, [(label, *_cells(label, values)) for label, values in figures.items()])
-        for title, figures in sections_of(evaluation)
+        (title, [(line.label, *_cells(line)) for line in lines]) for title, lines in sections_of(evaluation)
     ]
 
 
@@ -107,27 +121,21 @@ def _markdown(text: str) -> str:
     return re.sub(r"([\\`*_{}<>|#~])|\n", lambda match: f"\\{match[1]}" if match[1] else " ", printable(text))
 
 
-def _cells(label: str, values: Mapping[str, Any]) -> list[str]:
-    """The texts of base, tuned and difference."""
-    names = {shown: name for name, shown in LABELS.items()}
-    name = names.get(label, label.rpartition(" ")[2])
-    return [
-        _cell(name, values.get(key), signed=key == "difference") for key in ("base", "tuned", "difference")
-    ]
-
-
-def _cell(name: str, interval: Mapping[str, float | None] | None, signed: bool) -> str:
-    """A figure with its interval: 12.5% [10.0, 15.2]; of a difference +3.1 [1.0, 5.2], in percentage points."""
-    if interval is None or interval["value"] is None:
-        return "-"
-    factor, digits = (100, 1) if name in PERCENT else (1, DIGITS.get(name, 3))
-    value, low, high = (
-        None if number is None else factor * number
-        for number in (interval["value"], interval["low"], interval["high"])
-    )
-    text = f"{value:{'+' if signed else ''},.{digits}f}"
-    text += "%" if name in PERCENT and not signed else ""
-    return text if low is None else f"{text} [{low:,.{digits}f}, {high:,.{digits}f}]"
+def _cells(line: Line) -> list[str]:
+    """The texts of base, tuned and difference: 12.5% [10.0, 15.2]; of a difference +3.1 [1.0, 5.2], in points."""
+    factor, digits = (100, 1) if line.is_share else (1, DIGITS.get(line.metric, 3))
+    texts = []
+    for name in ("base", "tuned", "difference"):
+        interval = line.models.get(name)
+        if interval is None:
+            texts.append("-")
+            continue
+        sign, unit = ("+", "") if name == "difference" else ("", "%" * line.is_share)
+        text = f"{factor * interval['value']:{sign},.{digits}f}{unit}"
+        if interval["low"] is not None:
+            text += f" [{factor * interval['low']:,.{digits}f}, {factor * interval['high']:,.{digits}f}]"
+        texts.append(text)
+    return texts
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:

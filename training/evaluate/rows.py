@@ -101,6 +101,8 @@ def held_out_rows(folder: Path, record: Mapping[str, Any], tokenizer: PreTrained
         columns = read_columns(source, selection)
     except DataError as error:
         raise DataError(f"the rows that the run held out cannot be read: {error}. {advice}") from error
+    if not isinstance(run.get("test_size"), int):
+        raise DataError(f"the record of the run does not say how many rows it held out. {advice}")
     parts = split_held_out(prepared, run["test_size"], run["seed"])
     if record.get("rows") not in (None, rows_digest(*parts)):
         raise DataError(
