@@ -166,7 +166,7 @@ def main(
     print(f"\nHeld-out rows, which were not trained on:\n\n{table(shown)}\n")
     print(
         f"{result}; {duration(time.monotonic() - start)} in total\n"
-        f'Ask it yourself: python -m training.generate --model {shlex.quote(output)} "{rows.columns.instruction[0]}"'
+        f'Ask it yourself: python -m training.generate --model {shlex.quote(output)} "{printable(rows.columns.instruction[0])}"'
     )
     if plot:
         draw_demo(metrics.read(Path(output) / METRICS_FILE), shown[:PICTURE_EXAMPLES], result, plot)

@@ -246,6 +246,4 @@ def _quiet_libraries() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # accelerate warns that DeepSpeed accumulates gradients, which is intended.
     logging.getLogger("accelerate.accelerator").setLevel(logging.ERROR)
-    # bitsandbytes names a faster kernel that it could download for a CPU.
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
