@@ -13,7 +13,6 @@ import click
 import torch
 import transformers
 
-from training import lora_demo
 from training.console import set_up_console
 from training.consts import DEMO, METRICS_FILE
 from training.errors import printable
@@ -30,6 +29,7 @@ from training.model.loading import max_positions
 from training.model.tokenizer import load_tokenizer
 from training.options.command_line import PathName
 from training.pictures import PictureFile, draw_demo
+from training.plan import lora_demo
 from training.plan.presets import demo_options
 from training.storage import metrics
 from training.storage.record import finished_run

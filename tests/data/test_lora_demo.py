@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from training import demo, lora_demo
+from training import demo
 from training.data.demo_rows import demo_rows, rows_by_task
 from training.options.trainer_options import TrainingOptions
+from training.plan import lora_demo
 
 
 def test_the_base_never_sees_the_new_task_and_no_run_sees_a_held_out_row(tmp_path: Path) -> None:

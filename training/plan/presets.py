@@ -96,7 +96,7 @@ DEMO_RECIPE: dict[str, Any] = {
 
 # The demo of LoRA: a short full training of the base, and an adapter on it. Narrow layers need a high rate.
 DEMO_BASE: dict[str, Any] = {"epochs": 5.0}
-DEMO_ADAPTER: dict[str, Any] = {"epochs": 14.0, "lr": 6e-3, "warmup_steps": 20}
+DEMO_ADAPTER: dict[str, Any] = {"epochs": 14.0, "lr": 5e-3, "warmup_steps": 20}
 
 
 def demo_recipe(dataset: str = DEMO) -> dict[str, Any]:
