@@ -343,6 +343,30 @@ def test_the_readmes_machines_have_the_minutes_and_dollars_of_the_plan() -> None
             assert f"{int(published) / 60:.2f} [" in DOCS["plan"].read_text()
 
 
+def test_the_table_of_adapters_is_that_of_the_plan() -> None:
+    text = DOCS["lora"].read_text()
+    rows = rows_of_table("lora", "GPU | options")
+    assert len(rows) >= 10
+    for gpu, options, memory, host, minutes in rows:
+        name = re.findall(r"`(.*)`", gpu)[0]
+        words = ["--machine", name, *options.strip("`").split(), "--json"]
+        answer = json.loads(CliRunner().invoke(plan_command, words).stdout)
+        assert answer["fits"] is True, name
+        sizes = answer["gpu_memory_gib"]
+        assert memory == f"{sizes['total']:.1f} of {sizes['available']:.1f}", name
+        assert host == f"{answer['host_memory_gib']['total']:.1f}", name
+        assert minutes == f"{60 * answer['hours']['expected']:.0f}", name
+        for part, words in (
+            ("frozen weights", "in 16 bits: {:.1f} GiB"),
+            ("merging", "the process: {:.1f} GiB"),
+        ):
+            if "nf4" in options:
+                assert f"stay in 16 bits: {sizes['frozen weights']:.1f} GiB" in text
+            elif answer["num_gpus"] == 1:
+                assert words.format((sizes | answer["host_memory_gib"])[part]) in text
+    assert f"wrong by a factor of {GPU_RANGE:g}:" in text
+
+
 def test_the_docs_state_the_accuracy_of_the_plan() -> None:
     text = " ".join(DOCS["plan"].read_text().split())
     assert f"a factor of {GPU_RANGE:g} on GPUs and of {CPU_RANGE:g} on CPUs" in text

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, GPTJConfig, GPTNeoXConfig, LlamaC
 from tests.conftest import resolved
 from tests.plan.peak import peak_bytes
 from tests.plan.test_memory import LONG_BF16, small_batch, small_gptj
-from training.consts import GIB
+from training.consts import GIB, ROOT
 from training.errors import OptionsError
 from training.machine.catalogue import find_machine
 from training.machine.flops import training_flops
@@ -163,7 +163,8 @@ def test_a_checkpoint_of_gptj_at_rank_16_is_below_1_gib():
     plan = lora_plan("g5.2xlarge", save_steps=200, save_total_limit=2)
     assert plan.disk_gib["checkpoints"] == pytest.approx(3 * 12 * 33_054_723 / GIB)
     assert plan.disk_gib["checkpoints"] / 3 < 0.4
-    assert plan.disk_gib["model"] == 2 * GPTJ.parameters / GIB, "the merged model is in the run's precision"
+    merged = 2 * GPTJ.parameters + 2 * 4096 * 50400 + 4 * 33_054_723  # and the adapter with its head
+    assert plan.disk_gib["model"] == merged / GIB, "the merged model is in the run's precision"
     assert plan.settings.checkpoint_seconds < 5
     assert plan.emergency_save_fits
 
@@ -224,6 +225,7 @@ def test_a_host_of_16_gib_is_too_small_to_merge_and_the_next_size_is_named():
     assert text.rstrip().endswith(
         f"This run fits on g5.2xlarge:\n  {ON_ONE} --lora 16 --local-output-dir OUTPUT"
     )
+    assert text[text.index("DOES NOT FIT") :].rstrip() in (ROOT / "docs" / "plan.md").read_text()
     lora = plan_cli("--machine", "g5.xlarge", "--lora", 16)
     [problem] = lora["faults"]
     assert problem.startswith(

@@ -349,8 +349,16 @@ def disk(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
     return {
         "cache": (model.file_bytes / GIB if model.downloaded else 0.0) + DATASET_CACHE_GIB,
         "checkpoints": kept * settings.checkpoint_bytes * trained_parameters(model, settings) / GIB,
-        "model": settings.weight_bytes * model.parameters / GIB,
+        "model": (settings.weight_bytes * model.parameters + _adapter_folder_bytes(model, settings)) / GIB,
     }
+
+
+def _adapter_folder_bytes(model: ModelShape, settings: Settings) -> float:
+    """Bytes of adapter/ in the finished folder: a head with a bias is in it as a whole (run/merging.py)."""
+    adapter = adapter_of(model, settings)
+    if adapter is None:
+        return 0.0
+    return 4 * adapter.parameters + settings.number_bytes * model.head_bias * model.vocabulary * model.width
 
 
 def copied(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
