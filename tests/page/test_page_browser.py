@@ -142,7 +142,11 @@ class Tab:
 
     def set_new_tokens(self, count: int) -> None:
         self.page.get_by_role("button", name="How the models answer").click()
-        self.page.get_by_label("max_new_tokens").fill(str(count))
+        field = self.page.get_by_label("max_new_tokens")
+        field.wait_for()
+        self.page.wait_for_timeout(500)  # gradio sets the default of a field that it has just shown
+        field.fill(str(count))
+        field.press("Tab")
 
     def close(self) -> None:
         """Also: no request has left this machine, and no script of the page has failed."""
