@@ -29,8 +29,6 @@ from training.model.demo_model import model_folder
 from training.model.twin import set_cache
 
 logger = logging.getLogger(__name__)
-# Other libraries import bitsandbytes where it is installed. It warns of a faster kernel that it could download for a CPU.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 DEFAULT_POSITIONS = 1024  # for a config without a maximum
