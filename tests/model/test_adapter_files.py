@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -199,3 +200,34 @@ def test_a_model_is_no_adapter(tmp_path: Path) -> None:
     assert find_adapter(str(tmp_path / "base")) is None
     assert find_adapter("demo") is None
     assert find_adapter("EleutherAI/gpt-j-6B") is None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs the peak of memory from /proc")
+def test_merging_takes_the_memory_of_one_layer_and_no_second_model(tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 512,
+        "intermediate_size": 2048,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+    }
+
+    def wide() -> PreTrainedModel:
+        return LlamaForCausalLM(LlamaConfig(vocab_size=ROWS, num_hidden_layers=8, **sizes))
+
+    folder = save(wide, tmp_path, r=4, target_modules=ALL)
+
+    def memory(kind: str) -> int:
+        [line] = (
+            line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(kind)
+        )
+        return 1024 * int(line.split()[1])
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = memory("VmRSS")
+    model = fresh(tmp_path)  # mapped from its file until it is changed
+    merge_into(model, find_adapter(str(folder)))
+    size, grown = 4 * model.num_parameters(), memory("VmHWM") - before
+    print(
+        f"model {size / 2**20:.0f} MiB, its largest layer 4 MiB; loaded and merged: {grown / 2**20:.0f} MiB"
+    )
+    assert grown < 1.3 * size

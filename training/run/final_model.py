@@ -5,6 +5,7 @@ It depends on files only, so a later command can repeat it if this one is killed
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import time
@@ -44,6 +45,10 @@ def write_final_model(settings: Settings, last: Path) -> tuple[Path, dict[str, A
     Returns the checkpoint and {name of a weight file: {"size": bytes, "sha256": hex}}. Raises TrainingError on all ranks.
     """
     unset_hf_deepspeed_config()  # or transformers would shard the empty model over the ranks
+    if (
+        settings.lora
+    ):  # the base is loaded again: the trained model, which is in reference cycles, must not stay beside it
+        gc.collect()
     output, main = settings.output, is_main_process()
     chosen = chosen_checkpoint(settings, last) if main else None
     # From rank 0: on shared storage the ranks may see other files for a while.
