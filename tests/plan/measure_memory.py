@@ -1,8 +1,9 @@
 """Measures the bytes that DeepSpeed's engine holds and sends in real steps. test_memory.py runs it on real ranks.
 
-deepspeed --num_gpus 2 --module tests.plan.measure_memory CONFIG[,CONFIG] OUT.json WIDTH,LAYERS,HEADS,VOCABULARY[,LIVE[,WHOLE]] ...
+deepspeed --num_gpus 2 --module tests.plan.measure_memory CONFIG[,CONFIG] OUT.json WIDTH,LAYERS,HEADS,VOCABULARY[,LIVE[,WHOLE[,RANK]]] ...
 
-LIVE limits the gathered parameters; WHOLE is 1 if blocks are handled as a whole.
+LIVE limits the gathered parameters, unless it is 0; WHOLE is 1 if blocks are handled as a whole; RANK is that of adapters on
+frozen weights.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers.integrations import HfDeepSpeedConfig
 from tests.plan.peak import peak_bytes
 from training.launch.exits import run_and_exit
 from training.launch.supervisor import remove_shared_buffer
+from training.model.adapter import Lora, add_adapter
 from training.model.blocks import block_parameters, use_whole_blocks
 from training.options.deepspeed import fill_bucket_sizes, read_json
 from training.run.operators import compile_operators
@@ -110,6 +112,7 @@ def measure(
     vocabulary: int,
     live: int | None = None,
     whole: int = 0,
+    rank: int = 0,
 ) -> dict[str, Any]:
     """Bytes on this rank by part, after three optimizer steps; "gathered" counts parameters, "sent" is of one step.
 
@@ -128,10 +131,13 @@ def measure(
         model = GPTJForCausalLM(gptj(width, layers, heads, vocabulary))
     if whole and sharded:
         use_whole_blocks(model)
+    if rank:
+        add_adapter(model, Lora(rank, 2.0 * rank), [vocabulary - 3, vocabulary - 2, vocabulary - 1], seed=0)
     parameters = list(model.parameters())
-    optimizer = None if "optimizer" in config else torch.optim.AdamW(parameters, fused=True)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    optimizer = None if "optimizer" in config else torch.optim.AdamW(trained, fused=True)
     engine, *_ = deepspeed.initialize(
-        model=model, model_parameters=parameters, config=config, optimizer=optimizer
+        model=model, model_parameters=trained, config=config, optimizer=optimizer
     )
     gathered = 0
 
@@ -159,7 +165,7 @@ def measure(
     masters = zero.fp32_partitioned_groups_flat if sharded else zero.single_partition_of_fp32_groups
     sizes = {
         "parameters": sum(p.ds_numel if sharded else p.numel() for p in parameters),
-        "weights": size((p.ds_tensor for p in parameters) if sharded else zero.bit16_groups_flat),
+        "weights": size((p.ds_tensor for p in parameters) if sharded else parameters),
         "gradients": size([zero.grad_partitions_flat_buffer]) if sharded else gradients,
         "float32 gradients": size(p.grad for p in masters),
         "optimizer": size([*masters, *states]),

@@ -25,6 +25,7 @@ from training.model.loss import use_response_loss
 from training.options.deepspeed import LARGEST_BUCKET, Zero
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
+from training.plan.adapter import trained_parameters
 from training.plan.epoch import Lengths, alpaca_lengths, epoch_load
 from training.plan.lookup import model_shape
 from training.plan.memory import (
@@ -348,7 +349,8 @@ def test_predicted_activations_and_logits_are_within_a_quarter_of_the_measured_p
     assert 0.75 < predicted / measured < 1.25
 
 
-SHAPES = [(128, 2, 4, 1000), (256, 4, 8, 5000), (512, 6, 8, 20_000)]  # width, layers, heads, vocabulary
+# width, layers, heads, vocabulary; of the last also no limit, modules one by one, and the rank of adapters
+SHAPES = [(128, 2, 4, 1000), (256, 4, 8, 5000), (512, 6, 8, 20_000), (512, 6, 8, 20_000, 0, 0, 16)]
 
 
 @pytest.mark.slow
@@ -365,16 +367,24 @@ def test_predicted_model_state_is_within_10_percent_of_real_zero_ranks(config, r
     for rank in range(ranks):
         measured = json.loads((tmp_path / f"bytes.rank{rank}").read_text())
         for (file, shape), sizes in zip(product(files, SHAPES), measured, strict=True):
-            compare_with_measured(file, ranks, gptj_shape("small", shape[1], shape[0], *shape[2:]), sizes)
+            compare_with_measured(
+                file, ranks, gptj_shape("small", shape[1], shape[0], *shape[2:4]), sizes, shape[6:]
+            )
 
 
-def compare_with_measured(file: str, ranks: int, facts: ModelShape, sizes: dict[str, Any]) -> None:
-    settings = resolved(TrainingOptions(local_output_dir="x", deepspeed=file), ranks, "cpu")
+def compare_with_measured(
+    file: str, ranks: int, facts: ModelShape, sizes: dict[str, Any], lora: Iterable[int] = ()
+) -> None:
+    options = TrainingOptions(local_output_dir="x", deepspeed=file, lora=sum(lora))
+    settings = resolved(options, ranks, "cpu")
     # The ranks' device is the CPU, so offloaded state is also counted as device memory.
     held = settings.deepspeed["zero_optimization"] | {"offload_optimizer": {}}
     on_device = replace(settings, deepspeed=settings.deepspeed | {"zero_optimization": held})
-    assert facts.parameters == sizes["parameters"]
+    trained = trained_parameters(facts, settings)
+    assert sizes["parameters"] == facts.parameters + (trained if settings.lora else 0)
     predicted = state_bytes(facts, on_device)
+    if settings.lora:
+        predicted["weights"] = predicted["frozen weights"] + predicted["adapter"]
     for part in ("weights", "gradients", "optimizer"):
         print(f"{file}, width {facts.width}, {part}: {predicted[part] / sizes[part]:.3f}")
         assert predicted[part] == pytest.approx(sizes[part], rel=0.1), (file, part)
@@ -384,9 +394,9 @@ def compare_with_measured(file: str, ranks: int, facts: ModelShape, sizes: dict[
     elif (
         settings.precision == "bf16"
     ):  # the copies of the gradients in the optimizer step; one sub-group holds all
-        assert sizes["step"] == pytest.approx(6 * facts.parameters / ranks, rel=0.05)
+        assert sizes["step"] == pytest.approx(6 * trained / ranks, rel=0.05)
     if settings.zero.stage == 2:  # gradients to their owner, weights to all
-        assert sizes["sent"] == pytest.approx(2 * 2 * facts.parameters * (1 - 1 / ranks), rel=0.01)
+        assert sizes["sent"] == pytest.approx(2 * 2 * trained * (1 - 1 / ranks), rel=0.01)
 
 
 @pytest.mark.slow
