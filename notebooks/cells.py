@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from notebooks.found import default_training_root, lost_model_problem
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
 from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError, printable
-from training.files import DBFS, PathKind, expanded, local_path, path_problem
+from training.files import PathKind, expanded, local_path, path_problem
 from training.machine.catalogue import FAMILIES, Machine
 from training.options.trainer_options import TrainingOptions
 from training.options.wording import NOTEBOOK, worded
@@ -78,16 +79,6 @@ class Choices:
         return self.input_model == DEMO
 
 
-def default_training_root() -> str:
-    """A folder on Databricks' local disk, elsewhere in the home folder."""
-    return "/local_disk0/dolly_training" if Path("/local_disk0").is_dir() else "~/dolly_training"
-
-
-def default_output_root() -> str:
-    """A folder on DBFS if it is mounted, elsewhere in the home folder."""
-    return f"{DBFS}/dolly_training" if Path(DBFS).is_dir() else "~/dolly_published"
-
-
 def read_widgets(widgets: Any) -> Choices:
     """Reads and checks the widgets. Raises RunRefusedError with every problem."""
     problems: list[str] = []
@@ -106,6 +97,8 @@ def read_widgets(widgets: Any) -> Choices:
     root, resumed = local_path(values["local_training_root"]).absolute(), values["resume"]
     if not values["local_training_root"]:
         problems.append(f"local_training_root is empty. Name a folder, such as {default_training_root()}")
+    if lost := lost_model_problem(values["dbfs_output_root"], values["mlflow_model_name"]):
+        problems.append(lost)
     name = resumed or time.strftime("dolly__%Y-%m-%dT%H-%M-%S")
 
     def in_root(widget: str) -> str | None:

@@ -15,7 +15,7 @@
 
 # COMMAND ----------
 
-# MAGIC %pip install --quiet --disable-pip-version-check -r ../requirements.txt
+# MAGIC %pip install --quiet --disable-pip-version-check -r ../requirements.txt peft==0.21.2 bitsandbytes==0.50.2
 
 # COMMAND ----------
 
@@ -27,8 +27,8 @@ if "dbutils" in globals():
 
 # MAGIC %md
 # MAGIC ## What to train
-# MAGIC The defaults are Dolly's run. An empty field means the value in brackets. On Databricks these are fields at the
-# MAGIC top of the page. Elsewhere use `--set`, or change the defaults here.
+# MAGIC Says what this machine has, and chooses GPU family and folders by it. The other defaults are Dolly's run. An empty
+# MAGIC field means the value in brackets. On Databricks the fields are at the top of the page. Elsewhere use `--set`.
 
 # COMMAND ----------
 
@@ -38,9 +38,10 @@ from pathlib import Path
 # Databricks and Jupyter start in the notebook's folder, which is in the repository, or beside an installed wheel.
 here = Path.cwd()
 roots = [folder for folder in [here, *here.parents] if (folder / "notebooks" / "cells.py").is_file()]
+assert roots, f"{here} is not in the repository. Open the notebook in its Git folder"
 sys.path.insert(0, str(roots[0]))
 
-from notebooks import cells, results
+from notebooks import cells, found, results
 from training import notebook
 from training.launch.restart import DEFAULT_RESTARTS
 from training.machine.catalogue import FAMILIES
@@ -49,7 +50,8 @@ from training.plan.presets import METHODS
 if "dbutils" not in globals():
     dbutils = notebook.DbutilsStandIn()
 
-dbutils.widgets.dropdown("gpu_family", "a100", list(FAMILIES), "GPU family (cpu: the demo)")
+print(found.description())
+dbutils.widgets.dropdown("gpu_family", found.default_family(), list(FAMILIES), "GPU family (cpu: the demo)")
 dbutils.widgets.dropdown("method", "auto", ["auto", *METHODS], "Method (auto: what fits one GPU)")
 dbutils.widgets.text("num_gpus", "", "GPUs of each node (all)")
 dbutils.widgets.text("num_nodes", "1", "Nodes")
@@ -61,10 +63,10 @@ dbutils.widgets.text("dataset_revision", "", "Revision of a Hub dataset (the new
 dbutils.widgets.text("test_size", "", "Held-out rows (a tenth, at most 1,000; demo: 400)")
 dbutils.widgets.text("epochs", "", "Epochs (1; demo: 6)")
 dbutils.widgets.text(
-    "local_training_root", cells.default_training_root(), "Folder of the runs, on a local disk"
+    "local_training_root", found.default_training_root(), "Folder of the runs, on a local disk"
 )
 dbutils.widgets.text(
-    "dbfs_output_root", cells.default_output_root(), "Folder of the models: DBFS, a Volume, s3://"
+    "dbfs_output_root", found.default_output_root(), "Folder of the models: DBFS, a Volume, s3://"
 )
 dbutils.widgets.text("checkpoint_root", "", "Copies of the checkpoints: DBFS, a Volume, s3:// (none)")
 dbutils.widgets.text("restarts", str(DEFAULT_RESTARTS), "Restarts after a kill (0: none)")
