@@ -121,6 +121,15 @@ def test_a_resume_on_another_base_is_refused_with_both_checksums(
     assert files(stopped) == before
 
 
+@pytest.mark.parametrize("rank", [0, 8])
+def test_force_does_not_load_an_adapter_into_a_run_of_another_kind_or_rank(
+    stopped: Path, base: Path, rank: int
+) -> None:
+    dropout = {} if rank else {"lora_dropout": 0.0}
+    with pytest.raises(OptionsError, match=r"checkpoint-2 was written with --lora 4, .* Type --lora 4"):
+        lora_run(stopped, base, resume="auto", force=True, lora=rank, **dropout)
+
+
 def test_the_finished_folder_is_a_stock_model_and_its_adapter_has_the_same_logits_in_peft(
     finished: Path, base: Path
 ) -> None:

@@ -37,6 +37,7 @@ def model_shape(name: str, trust_remote_code: bool = False) -> ModelShape:
 def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
     """Shape from transformers' config and the parameters of a model on the meta device."""
     from training.machine.flops import model_parameters
+    from training.model.adapter_files import find_adapter
     from training.model.blocks import block_parameters
     from training.model.loading import embedding_rows, load_config, max_positions, text_config
     from training.model.twin import meta_model
@@ -48,6 +49,8 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         sizes = [getattr(text, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim")]
         inner = next(filter(None, sizes), 4 * text.hidden_size)
+        if adapter := find_adapter(name):
+            folder = Path(adapter.base)  # its weights are what is read
         files = [file for kind in (f"*{WEIGHTS}", "*.bin") for file in folder.glob(kind)]
         return ModelShape(
             name=name,

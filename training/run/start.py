@@ -20,6 +20,7 @@ from training.options.checks import output_problems
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions
 from training.ranks import is_main_process, on_rank_0
+from training.run.adapter_checkpoint import read_facts
 from training.run.fetch import FETCHED, fetch_newest
 from training.run.identity import check_same_run, new_record
 from training.run.lock import one_writer
@@ -274,6 +275,14 @@ def _check_resumable(folder: Path, options: TrainingOptions, steps: int) -> None
         written, missing = ("with", "Add") if sharded else ("without", "Leave out")
         raise OptionsError(
             f"--resume: {folder} was written {written} DeepSpeed. {missing} --deepspeed, and start it as before"
+        )
+    rank = (read_facts(folder) or {"rank": 0})["rank"]
+    if rank != options.lora:
+        written, missing = (
+            (f"with --lora {rank}", f"Type --lora {rank}") if rank else ("without --lora", "Leave out --lora")
+        )
+        raise OptionsError(
+            f"--resume: {folder} was written {written}, which --force cannot change. {missing}"
         )
     if step > steps or (step == steps and not measured):
         raise OptionsError(
