@@ -111,3 +111,18 @@ def test_all_problems_of_the_options_are_reported_at_once(options, messages, tmp
     assert result.exit_code == 2
     for message in messages:
         assert message in result.output
+
+
+@pytest.mark.slow
+def test_adapters_are_compared_with_pefts_and_have_its_gradients():
+    options = (
+        "--width 32 --layers 2 --heads 2 --batch 4 --world-size 1 --steps 1 --json --device cpu --lora 4"
+    )
+    result = CliRunner().invoke(main, options.split())
+    assert result.exit_code == 0, result.output
+    measured = json.loads(result.stdout[result.stdout.index("{") :])
+    assert measured["lora"]["relative_gradient_difference"] < 1e-5
+    assert measured["lora"]["loss"] == pytest.approx(measured["peft"]["loss"], rel=1e-5)
+    assert measured["lora"]["real_token_share"] > measured["peft"]["real_token_share"]
+    assert {"lora", "peft"} <= measured["one_rank"]["tokens_per_second"].keys()
+    assert measured["one_rank"]["ratio_to_peft"] > 0

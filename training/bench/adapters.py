@@ -7,7 +7,7 @@ from typing import Any
 
 import datasets
 import torch
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel
 
 from training.consts import DEFAULT_SEED
 from training.model.adapter import ADAPTER, Lora, add_adapter, target_layers
@@ -31,9 +31,10 @@ def our_lora(model: PreTrainedModel, rank: int) -> PreTrainedModel:
     return model
 
 
-def pefts_lora(model: PreTrainedModel, rank: int, batch: int) -> Trainer:
+def pefts_lora(model: PreTrainedModel, rank: int, batch: int) -> Any:
     """The stock Trainer for peft's `get_peft_model` with the same layers. Sets no new rows: it would copy the embedding."""
     from peft import LoraConfig, get_peft_model
+    from transformers import Trainer, TrainingArguments
 
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=target_layers(model))
     row = {"input_ids": [0, 0], "labels": [0, 0]}

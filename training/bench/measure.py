@@ -28,7 +28,6 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Trainer,
 )
 
 from training.bench.adapters import adapter_gradients, copy_adapter, our_lora, pefts_lora
@@ -269,7 +268,7 @@ def step(
         batch = collator(pad_token_id=pad_token_id)(list(rows))
     batch = {key: value.to(model.device) if torch.is_tensor(value) else value for key, value in batch.items()}
     labels = count_labels(batch)
-    if isinstance(trainee, Trainer):
+    if model is not trainee:
         loss = trainee.compute_loss(model, batch, num_items_in_batch=labels)
     else:
         loss = model(**batch, num_items_in_batch=labels).loss
@@ -279,7 +278,7 @@ def step(
 
 
 def _model_of(trainee: Any) -> Any:
-    return trainee.model if isinstance(trainee, Trainer) else trainee
+    return trainee.model if hasattr(trainee, "compute_loss") else trainee
 
 
 # --- measurements -------------------------------------------------------------------------------------
