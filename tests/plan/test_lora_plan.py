@@ -29,6 +29,7 @@ from training.plan.lookup import model_shape
 from training.plan.memory import activation_bytes, host_memory, loss_bytes, state_bytes
 from training.plan.model_shape import ModelShape, gptj_shape, neox_shape
 from training.plan.presets import preset_options
+from training.plan.timing import host_seconds
 
 ZERO_2, ZERO_3 = "config/ds_z2_bf16_config.json", "config/ds_z3_bf16_config.json"
 GPTJ = model_shape("EleutherAI/gpt-j-6B")
@@ -195,6 +196,14 @@ def test_adapters_on_several_gpus_send_only_their_gradients():
     }
     assert steps[ZERO_2] < 0.1
     assert steps[ZERO_3] > 2, "12 GB for the forward and for the backward pass at 6 GB/s"
+
+
+def test_the_host_queues_the_matrices_of_adapters_too():
+    settings, machine = lora_settings(), find_machine("p5.4xlarge")
+    few = lora_settings(lora_targets="q_proj,v_proj")
+    alone = host_seconds(GPTJ, machine, replace(settings, options=replace(settings.options, lora=0)))
+    assert host_seconds(GPTJ, machine, few) - alone == pytest.approx(1.3 * 56 * 0.17e-3)
+    assert host_seconds(GPTJ, machine, settings) - alone == pytest.approx(1.3 * 168 * 0.17e-3)
 
 
 def test_weights_in_4_bits_take_longer_than_in_16():
