@@ -33,6 +33,8 @@ def evaluation(choices: Choices, rows: int) -> Table | None:
     missing, or if the rows or the base cannot be read.
     """
     record = finished_record(choices)
+    import transformers
+
     from training.errors import DataError, ModelError
     from training.evaluate.answers import Loading, compare_models
     from training.evaluate.metrics import missing_extra
@@ -46,6 +48,8 @@ def evaluation(choices: Choices, rows: int) -> Table | None:
         if problems := problems or missing_extra("rouge_score"):
             print(f"Not evaluated: {problems[0]}")
             return None
+        transformers.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
         try:
             held_out = held_out_rows(choices.output, record, load_tokenizer(str(choices.output))).first(rows)
             section = compare_models(held_out, choices.input_model, str(choices.output), Loading())

@@ -185,6 +185,8 @@ def _evaluate(
             f"{tuned}: is not the folder of a run, so its base and its held-out rows are not known. Type --base MODEL, and "
             "--rows FILE or --tasks TASK"
         )
+    if problem := path_problem(base, "model"):
+        raise ModelError(f"{base}: {problem}. Type --base MODEL to name the base")
     folder = Path(tuned) if record and output is None else None
     if folder and (problem := _not_writable(folder)):
         logger.warning("%s, so the results are only printed. --output FILE writes them into a file", problem)
