@@ -42,7 +42,7 @@ from transformers import (  # noqa: E402
 
 from training.data.prompt import INPUT_KEY, INTRO, INTRO_WITH_INPUT  # noqa: E402
 from training.errors import OptionsError  # noqa: E402
-from training.machine.catalogue import FAMILIES  # noqa: E402
+from training.machine.catalogue import FAMILIES, MACHINES  # noqa: E402
 from training.model.demo_model import model_folder  # noqa: E402
 from training.model.loading import load_model  # noqa: E402
 from training.model.tokenizer import generation_config, load_tokenizer  # noqa: E402
@@ -50,6 +50,14 @@ from training.options.deepspeed import Zero  # noqa: E402
 from training.options.settings import Settings, resolve  # noqa: E402
 from training.options.trainer_options import TrainingOptions  # noqa: E402
 from training.run import preflight  # noqa: E402
+
+# The machine with the least host memory for each GPU and count.
+ONE_OF_EACH = sorted(
+    {
+        (machine.gpu, machine.count): machine.name
+        for machine in sorted(MACHINES.values(), key=lambda machine: -machine.host_gib)
+    }.values()
+)
 
 EOS = "<|endoftext|>"
 POSITIONS = 256

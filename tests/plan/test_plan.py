@@ -17,10 +17,10 @@ import pytest
 from click.testing import CliRunner
 from transformers import GPTNeoXConfig, OpenAIGPTConfig, OPTConfig, T5Config
 
-from tests.conftest import jsonl, resolved, rows_of, settings_of_a_run
+from tests.conftest import ONE_OF_EACH, jsonl, resolved, rows_of, settings_of_a_run
 from training.consts import GIB
 from training.errors import OptionsError
-from training.machine.catalogue import MACHINES, find_machine
+from training.machine.catalogue import find_machine
 from training.machine.local import this_machine
 from training.options.trainer_options import TrainingOptions
 from training.plan.__main__ import main
@@ -183,7 +183,7 @@ def test_activations_are_reported_with_and_without_checkpointing():
         assert plan.activations_gib["with checkpointing"] < plan.activations_gib["without checkpointing"]
 
 
-@pytest.mark.parametrize("name", MACHINES)
+@pytest.mark.parametrize("name", ONE_OF_EACH)
 def test_every_machine_and_model_size_can_be_planned(name):
     machine = find_machine(name)
     models = (GPTJ, model_shape("EleutherAI/pythia-12b"), gptj_shape("tiny", 2, 8, 2, 100))
