@@ -228,7 +228,7 @@ def local_path(folder: str) -> Path:
 # What an option names. A model or a dataset may also be a name on the Hub, a target a URL. A source is a file that exists.
 PathKind = Literal["model", "dataset", "source", "file", "folder", "checkpoint", "output", "target"]
 URL = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
-HUB_PAGE = re.compile(r"https?://(?:www\.)?huggingface\.co/(?:datasets/)?([\w.-]+/[\w.-]+)")
+HUB_PAGE = re.compile(r"(?:https?://(?:www\.)?huggingface\.co|hf:/)/(?:datasets/)?([\w.-]+/[\w.-]+)")
 _INSTEAD: dict[PathKind, str] = {
     "model": "Name a folder with config.json, or a model on the Hub",
     "dataset": "Name a file, a folder of files, or a dataset on the Hub",
@@ -282,7 +282,7 @@ def _url_problem(url: str, kind: PathKind) -> str | None:
         return None
     page = HUB_PAGE.match(url)
     if page and kind in ("model", "dataset"):
-        return f"is a web page. Type {page[1]}"
+        return f"is a {'URL' if url.startswith('hf:') else 'web page'}. Type {page[1]}"
     if kind == "output":
         return (
             "is a URL. Training needs a local disk, and the finished model can be copied to the URL. "

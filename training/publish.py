@@ -1,4 +1,4 @@
-"""Copies a finished model to DBFS, a Volume, S3 or any folder.
+"""Copies a finished model to DBFS, a Volume, S3, the Hub or any folder.
 
 python -m training.publish --model /local_disk0/dolly --to /dbfs/dolly"""
 
@@ -33,7 +33,7 @@ from training.storage.copy import publish
     required=True,
     type=PathName("target"),
     metavar="TARGET",
-    help="A new local folder, /dbfs/..., /Volumes/..., or a URL such as s3://bucket/folder.",
+    help="A new local folder, /dbfs/..., /Volumes/..., s3://bucket/folder, or hf://OWNER/MODEL on the Hub.",
 )
 def main(folder: str, target: str) -> None:
     """Copy a finished model to TARGET, or continue an interrupted copy."""

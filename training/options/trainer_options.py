@@ -254,7 +254,7 @@ class TrainingOptions:
     )
     dbfs_output_dir: str | None = _output(
         None,
-        "Copy the finished model to DBFS, a Volume, any folder, or a URL such as s3://bucket/folder.",
+        "Copy the finished model to DBFS, a Volume, any folder, s3://bucket/folder, or hf://OWNER/MODEL on the Hub.",
         metavar="TARGET",
         path="target",
     )

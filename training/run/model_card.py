@@ -13,6 +13,7 @@ from training.consts import DEMO, METRICS_FILE, SAMPLE_INSTRUCTIONS
 from training.data.ledger import Ledger
 from training.data.prompt import END_KEY
 from training.errors import printable
+from training.files import is_hub_name
 from training.storage import checkpoint, metrics
 
 LICENCES = {
@@ -34,8 +35,8 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger, name:
     data = ModelCardData(
         language="en" if dataset in ENGLISH else None,
         license=data_licence if data_licence == base_licence else "other",
-        base_model=base if "/" in base and not Path(base).exists() else None,
-        datasets=[dataset] if "/" in dataset and not Path(dataset).exists() else None,
+        base_model=base if _is_on_hub(base) else None,
+        datasets=[dataset] if _is_on_hub(dataset) else None,
         library_name="transformers",
         pipeline_tag="text-generation",
     )
@@ -104,6 +105,11 @@ model = AutoPeftModelForCausalLM.from_pretrained("PATH/TO/THIS/FOLDER/adapter")
 ```
 
 """
+
+
+def _is_on_hub(name: str) -> bool:
+    """Whether it is OWNER/NAME. The Hub refuses a card that names a folder."""
+    return "/" in name and is_hub_name(name) and not Path(name).exists()
 
 
 def _line(text: object) -> str:

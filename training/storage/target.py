@@ -77,10 +77,14 @@ def open_target(target: str, folder: Path | None) -> Target:
 
 def _open_url(target: str) -> Target:
     protocol = target.split("://")[0]
+    if protocol.lower() == "hf":
+        raise PublishError(
+            f"{without_secret(target)}: is on the Hub, which takes finished models only. {NEW_TARGET}"
+        )
     if "@" in target:
         # The password would end up in run.json and in the model card.
         raise PublishError(
-            f"{re.sub('//.*@', '//***@', target)}: holds a password, or another '@'. Leave it out, and put it "
+            f"{without_secret(target)}: holds a password, or another '@'. Leave it out, and put it "
             "where the file system looks for it (for S3: environment variables or ~/.aws/credentials)"
         )
     try:
@@ -100,6 +104,11 @@ def _open_url(target: str) -> Target:
     if opened.in_bucket and not opened.path:
         raise PublishError(f"{target}: names no bucket. Type {protocol}://bucket/folder")
     return opened
+
+
+def without_secret(url: str) -> str:
+    """A typed URL without passwords and tokens: what stands before '@' or behind '?', and tokens of the Hub."""
+    return re.sub(r"hf_\w{16,}", "hf_***", re.sub(r"\?.*", "?***", re.sub("//.*@", "//***@", url)))
 
 
 @contextmanager

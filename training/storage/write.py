@@ -5,14 +5,15 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
 from training.errors import PublishError, SourceError
-from training.files import LARGE, digest, file_digest, read_blocks, size_in_words
+from training.files import LARGE, digest, read_blocks, size_in_words
 from training.storage.s3_checksum import WITH_CHECKSUMS, PartChecksums, stored_checksum
+from training.storage.source import source_digest, source_errors
 from training.storage.target import Target, as_publish_error
 
 logger = logging.getLogger(__name__)
@@ -97,22 +98,8 @@ def target_digest(target: Target, name: str, size: int) -> dict[str, Any]:
         return digest(read_blocks(copy, size, f"{name}: reading back"))
 
 
-def source_digest(file: Path) -> dict[str, Any]:
-    with _source_errors(file):
-        return file_digest(file, f"{file.name}: checksum")
-
-
 def _open(source: Path | bytes) -> IO[bytes]:
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    with _source_errors(source):
+    with source_errors(source):
         return source.open("rb")
-
-
-@contextmanager
-def _source_errors(source: Path) -> Iterator[None]:
-    """Turns OSError into SourceError, to tell an unreadable source from an unwritable target."""
-    try:
-        yield
-    except OSError as error:
-        raise SourceError(f"{source}: cannot be read ({error.strerror})") from error
