@@ -6,7 +6,9 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from training.consts import DEMO, SAMPLE_INSTRUCTIONS
 from training.data.demo_rows import demo_rows
 from training.data.formats import suffix_of
 from training.errors import OptionsError
-from training.files import local_path
+from training.files import expanded, local_path, path_problem
 from training.options.command_line import parse_words
 from training.options.trainer_options import TrainingOptions, flag_of
 
@@ -44,6 +46,16 @@ def typed_names(context: Any = None) -> str:
             if word == flag_of(name) or word.startswith(f"{flag_of(name)}="):
                 names[name] = following if word == flag_of(name) else word.partition("=")[2]
     return json.dumps(names)
+
+
+def several_nodes(words: list[str]) -> bool:
+    """Whether a command line of the flow requests more nodes than one."""
+    given = [
+        word.partition("=")[2] or following
+        for word, following in pairwise([*words, ""])
+        if word.partition("=")[0] == "--num-nodes"
+    ]
+    return bool(given) and given[-1] != "1"
 
 
 def file_in_run(folder: str, parameter: str, content: bytes, name: str | None) -> str:
@@ -82,3 +94,17 @@ def parse_options(words: list[str], more: str, problems: list[str]) -> TrainingO
             with suppress(RuntimeError):  # ~nobody: reported by destination_problems
                 values[name] = str(local_path(values[name]).absolute())
     return TrainingOptions(**values)
+
+
+def changed_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options (names of TrainingOptions) that differ from the trainer's defaults."""
+    defaults = {field.name: field.default for field in fields(TrainingOptions)}
+    return {name: value for name, value in options.items() if value != defaults[name]}
+
+
+def runs_folder(root: str | None) -> Path:
+    """The absolute folder of the runs. Raises OptionsError if there can be no such folder."""
+    folder = expanded(root or "~/dolly_training")
+    if problem := path_problem(folder, "output"):
+        raise OptionsError(f"--local-training-root {root}: {problem}")
+    return Path(folder).absolute()

@@ -2,7 +2,7 @@
 
     python flows/model_on_s3.py 1764229912 --to dolly       then: python -m training.generate --model dolly "..."
 
-The model is under METAFLOW_DATATOOLS_S3ROOT/TrainDollyFlow/<run id>/, and its checkpoints are in checkpoints/ there. run.json is copied last, so training.generate
+The model is under METAFLOW_DATATOOLS_S3ROOT/<flow>/<run id>/, and its checkpoints are in checkpoints/ there. run.json is copied last, so training.generate
 refuses an incomplete copy. The artifact `model` of the run holds each file's size and SHA-256.
 """
 
@@ -24,7 +24,7 @@ from training.consts import RUN_FILE
 from training.files import file_digest
 from training.options.command_line import PathName
 
-FLOW = "TrainDollyFlow"
+FLOWS = ("TrainDollyFlow", "TrainDollyNodesFlow")
 LEFTOVER = "metaflow.s3." + 8 * "[a-z0-9_]"  # S3(tmproot=...) copies into a mkdtemp folder
 NO_METAFLOW = "Metaflow is not installed. Type pip install '.[metaflow]'"
 
@@ -159,13 +159,19 @@ def _model_artifact(run_id: str) -> dict[str, Any]:
     from metaflow.exception import MetaflowException
 
     namespace(None)  # runs of all users
+    problems = []
+    for flow in FLOWS:
+        try:
+            run = Run(f"{flow}/{run_id}")
+            break
+        except MetaflowException as error:
+            problems.append(str(error))
+    else:
+        raise StoreError(f"run {run_id}: {problems[0]}. Type the run-id that the flow printed")
     try:
-        run = Run(f"{FLOW}/{run_id}")
-    except MetaflowException as error:
-        raise StoreError(f"run {run_id}: {error}. Type the run-id that the flow printed") from error
-    try:
-        model = run["train"].task.data.model
-    except (MetaflowException, KeyError, AttributeError) as error:
+        # Of several nodes the first has it.
+        model = next(task.data.model for task in run["train"] if "model" in task.data)
+    except (MetaflowException, KeyError, AttributeError, StopIteration) as error:
         step = "train" if "train" in run else "start"
         raise StoreError(
             f"run {run_id}: has no model. Type python flows/train_dolly_flow.py logs {run_id}/{step}"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -42,6 +43,11 @@ class PodError(MetaflowException):
     """No machine can provide this pod. Metaflow shows the message without a traceback."""
 
     headline = "Cannot request this pod"
+
+
+def is_remote() -> bool:
+    """Whether this task runs on Kubernetes or Batch."""
+    return "METAFLOW_KUBERNETES_WORKLOAD" in os.environ or "AWS_BATCH_JOB_ID" in os.environ
 
 
 def parse_machine(name: str) -> str:

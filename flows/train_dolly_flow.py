@@ -5,6 +5,8 @@
     python flows/train_dolly_flow.py --datastore s3 --config-value machine 8xV100-32GB run --with kubernetes
     python flows/train_dolly_flow.py resume                                   continues from the last checkpoint
 
+With --num-nodes it starts train_dolly_nodes_flow.py, because a flow of several nodes has another graph.
+
 It does not import torch at module level, because every task and every refresh of a card runs this file again.
 """
 
@@ -15,8 +17,7 @@ import platform
 import signal
 import socket
 import sys
-from collections.abc import Iterable
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -38,18 +39,27 @@ try:
         resources,
         step,
     )
-    from metaflow.exception import MetaflowException
     from metaflow.metaflow_config import DATATOOLS_S3ROOT
 except ImportError:
     sys.exit(NO_METAFLOW)
 
 import pod
-from flow_parameters import default_prompts, file_in_run, option, parse_options, typed_names
+from flow_errors import RunRefusedError, StepFailedError
+from flow_parameters import (
+    changed_options,
+    default_prompts,
+    file_in_run,
+    option,
+    parse_options,
+    runs_folder,
+    several_nodes,
+    typed_names,
+)
 from gpu_profile import gpu_profile
 
 from training.consts import CONFIG, DEMO, INSTALLED, METRICS_FILE, ROOT, SAMPLE_INSTRUCTIONS, SAMPLES_FILE
 from training.errors import DataError, MachineError, ModelError, OptionsError, TrainingFailedError
-from training.files import expanded, path_problem, write_file
+from training.files import write_file
 from training.launch.local import deepspeed_command, shell_command
 from training.launch.restart import DEFAULT_RESTARTS, launch
 from training.machine.catalogue import FAMILIES, Machine
@@ -71,25 +81,7 @@ from training.storage.remote import store_problems
 # The package of an installed wheel has config/ inside, and the pins in its metadata.
 SOURCES = [ROOT / "training", *([] if INSTALLED else [CONFIG, ROOT / "requirements.txt"])]
 SUFFIXES = [".py", ".json", ".txt"]
-
-
-class RunRefusedError(MetaflowException):
-    """The run cannot start. The message lists every problem and what to type."""
-
-    headline = "Cannot train"
-
-    def __init__(self, problems: Iterable[str]):
-        super().__init__("\n" + "\n".join(f"  - {problem}" for problem in problems))
-
-
-class StepFailedError(MetaflowException):
-    """Training or the push of its model failed. The message says why, and how to resume."""
-
-    headline = "The run can be resumed"
-
-    def __init__(self, error: Exception):
-        command = f"python flows/train_dolly_flow.py resume --origin-run-id {current.run_id}"
-        super().__init__(f"{error}\nWhen the cause is fixed, type {command}")
+NODES_FLOW = HERE / "train_dolly_nodes_flow.py"
 
 
 @metaflow.package_sources([str(source) for source in SOURCES], suffixes=SUFFIXES)
@@ -115,7 +107,10 @@ class TrainDollyFlow(FlowSpec):
         "gpu-family",
         help=f"Recipe: {', '.join(FAMILIES)}. cpu is the demo on two ranks.  [default: the machine's]",
     )
-    num_gpus = Parameter("num-gpus", type=int, help="GPUs, or ranks on a CPU.  [default: all]")
+    num_gpus = Parameter("num-gpus", type=int, help="GPUs of a node, or ranks on a CPU.  [default: all]")
+    num_nodes = Parameter(
+        "num-nodes", type=int, default=1, help="Nodes. Several have a flow of their own, which is started."
+    )
     input_model = option("input_model")
     training_dataset = option("training_dataset")
     dataset_config = option("dataset_config")
@@ -166,41 +161,7 @@ class TrainDollyFlow(FlowSpec):
     @step
     def start(self) -> None:
         """Checks options, rows and plan before a GPU is paid for."""
-        remote = _is_remote()
-        self.names: dict[str, str] = {}  # of the user's files in the run's folder, as they were typed
-        problems = root_problems()
-        s3_works = not problems
-        if remote and not (DATATOOLS_S3ROOT or self.dbfs_output_root or self.local_training_root):
-            problems.append(
-                "the model would be lost with the pod. Configure METAFLOW_DATATOOLS_S3ROOT, or name a target with "
-                "--dbfs-output-root, or shared storage with --local-training-root"
-            )
-        use_metaflow_s3()
-        try:
-            root = _runs_folder(self.local_training_root)
-            self.folder = f"{root}/dolly__{current.run_id}"
-            self.output = (
-                f"{self.folder}/model"  # a resumed run keeps it, because this step does not run again
-            )
-            machine = (
-                pod.pod_machine(self.machine, self.requested) if remote else this_machine(root, self.num_gpus)
-            )
-            self.ranks = self.num_gpus or machine.count
-            self.cpu_ranks = self.ranks if machine.is_cpu else 0
-            options = self._options(machine, remote, s3_works)
-            self.options = asdict(options)
-            self._write_files()
-            problems += prompt_problems(options)
-            plan = self._plan(options, machine)
-        except (DataError, MachineError, ModelError, OptionsError) as error:
-            reasons = error.problems if isinstance(error, OptionsError) else [str(error)]
-            raise RunRefusedError(map(self._worded, problems + reasons)) from error
-        if plan.problems and not options.force:
-            problems += plan.problems
-            if remote and (advice := pod.advice(plan, self.requested)):
-                problems.append(advice)
-        if problems:
-            raise RunRefusedError(map(self._worded, problems))
+        self._check()
         self.next(self.train)
 
     @gpu_profile(run_folder="output")
@@ -208,22 +169,16 @@ class TrainDollyFlow(FlowSpec):
     @step
     def train(self) -> None:
         """Runs the training command and pushes the model to S3."""
-        # SIGTERM ends the training with a checkpoint, as Ctrl-C does.
-        signal.signal(signal.SIGTERM, signal.default_int_handler)
-        self.host = socket.gethostname()
+        self._begin_training()
         self._write_files()
-        use_metaflow_s3()
-        defaults = {field.name: field.default for field in fields(TrainingOptions)}
-        chosen = {name: value for name, value in self.options.items() if value != defaults[name]}
-        command = deepspeed_command(chosen, self.ranks)
+        command = deepspeed_command(changed_options(self.options), self.ranks)
         print(f"Running on {self.host}:\n  {shell_command(command)}", flush=True)
         try:
             launch(command, self.cpu_ranks, FLOW, self.restarts)
         except TrainingFailedError as error:
             raise StepFailedError(error) from error
         finally:
-            self.metrics = metrics.read(Path(self.output) / METRICS_FILE)
-            self.samples = metrics.read(Path(self.output) / SAMPLES_FILE)
+            self._keep_figures()
         self._keep_model()
         self.next(self.end)
 
@@ -242,6 +197,59 @@ class TrainDollyFlow(FlowSpec):
 
     # --- helpers of the steps ---------------------------------------------------------------------------
 
+    def _check(self) -> None:
+        """Checks the run and chooses its folder, options and ranks. Raises RunRefusedError with every problem."""
+        remote = pod.is_remote()
+        self.names: dict[str, str] = {}  # of the user's files in the run's folder, as they were typed
+        problems = root_problems()
+        s3_works = not problems
+        if remote and not (DATATOOLS_S3ROOT or self.dbfs_output_root or self.local_training_root):
+            problems.append(
+                "the model would be lost with the pod. Configure METAFLOW_DATATOOLS_S3ROOT, or name a target with "
+                "--dbfs-output-root, or shared storage with --local-training-root"
+            )
+        use_metaflow_s3()
+        try:
+            root = runs_folder(self.local_training_root)
+            self.folder = f"{root}/dolly__{current.run_id}"
+            self.output = (
+                f"{self.folder}/model"  # a resumed run keeps it, because this step does not run again
+            )
+            machine = (
+                pod.pod_machine(self.machine, self.requested) if remote else this_machine(root, self.num_gpus)
+            )
+            self.ranks = self.num_gpus or machine.count  # of each node
+            self.cpu_ranks = self.ranks if machine.is_cpu else 0
+            problems += self._nodes_problems(machine, remote)
+            self.all_ranks = self.ranks * max(1, self.num_nodes)
+            if not remote:  # its nodes share this machine
+                machine = replace(machine, count=machine.count * max(1, self.num_nodes))
+            options = self._options(machine, remote, s3_works)
+            self.options = asdict(options)
+            self._write_files()
+            problems += prompt_problems(options)
+            plan = self._plan(options, machine)
+        except (DataError, MachineError, ModelError, OptionsError) as error:
+            reasons = error.problems if isinstance(error, OptionsError) else [str(error)]
+            raise RunRefusedError(map(self._worded, problems + reasons)) from error
+        if plan.problems and not options.force:
+            problems += plan.problems
+            if remote and (advice := pod.advice(plan, self.requested)):
+                problems.append(advice)
+        if problems:
+            raise RunRefusedError(map(self._worded, problems))
+
+    def _begin_training(self) -> None:
+        # SIGTERM ends the training with a checkpoint, as Ctrl-C does.
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        self.host = socket.gethostname()
+        use_metaflow_s3()
+
+    def _keep_figures(self) -> None:
+        """Stores the artifacts `metrics` and `samples`, also of a run that failed."""
+        self.metrics = metrics.read(Path(self.output) / METRICS_FILE)
+        self.samples = metrics.read(Path(self.output) / SAMPLES_FILE)
+
     def _options(self, machine: Machine, remote: bool, s3_works: bool = True) -> TrainingOptions:
         """The trainer's options: the family's recipe, then Dolly's or the demo's, then the typed parameters.
 
@@ -250,12 +258,12 @@ class TrainDollyFlow(FlowSpec):
         family = self.gpu_family or machine.family
         problems = self._machine_problems(machine, family, remote)
         demo = family == "cpu" and self.input_model in (None, DEMO)
-        chosen = preset_options(family, self.ranks, lora=bool(self.lora))
+        chosen = preset_options(family, self.all_ranks, lora=bool(self.lora))
         rows = {}
         if self.training_file is not None:
             rows["training_dataset"] = self._own_file("training_file", self.training_file)
         dataset = rows.get("training_dataset", self.training_dataset or DEMO)
-        chosen |= demo_options(self.ranks, dataset) if demo else {"epochs": 1.0}
+        chosen |= demo_options(self.all_ranks, dataset) if demo else {"epochs": 1.0}
         typed = self.trainer_options or ""
         if demo and "--save-steps" not in typed and "--save-every" not in typed:
             chosen["save_every"] = "1min"  # the demo is short, but the flow must be able to resume it
@@ -321,6 +329,14 @@ class TrainDollyFlow(FlowSpec):
             problems.append("--training-file and --training-dataset: give only one of them")
         return problems
 
+    def _nodes_problems(self, machine: Machine, remote: bool) -> list[str]:
+        """Why this flow cannot run on --num-nodes nodes."""
+        return (
+            []
+            if self.num_nodes == 1
+            else [f"--num-nodes {self.num_nodes}: expected 1, or python flows/{NODES_FLOW.name}"]
+        )
+
     def _plan(self, options: TrainingOptions, machine: Machine) -> Plan:
         """Tokenises the rows and plans the run. Stores the artifacts `ledger` and `plan`.
 
@@ -339,7 +355,7 @@ class TrainDollyFlow(FlowSpec):
         _, rows, ledger = tokenised_rows(options)
         test_size = held_out_size(options.test_size, len(rows))
         lengths = row_lengths(options.training_dataset, rows["length"][:], rows["response_start"][:])
-        settings = checked_settings(options, self.ranks, FAMILIES[machine.family].precision)
+        settings = checked_settings(options, self.all_ranks, FAMILIES[machine.family].precision)
         model = model_of(options)
         plan = plan_run(settings, lengths, model, machine)
         plan = replace(plan, files=plan_files(settings, lengths, model, machine, settings.precision))
@@ -347,7 +363,7 @@ class TrainDollyFlow(FlowSpec):
         self.ledger, self.plan = asdict(ledger), as_json(plan, price=None)
         held_out = held_out_message(test_size, len(rows), options.test_size)
         table = worded(as_table(plan, price=None, commands=False), FLOW)
-        command = f"\n  {plan.command}" if plan.fits else ""
+        command = f"\n  {plan.command}" if plan.fits and self.num_nodes == 1 else ""  # of one node
         print(f"{ledger}\n{held_out}\n\n{table}{command}", flush=True)
         return plan
 
@@ -368,7 +384,7 @@ class TrainDollyFlow(FlowSpec):
             self.model["s3"] = push(folder, self.model["files"], self)
         except StoreError as error:
             state = f"The model in {self.output} on {self.host} is complete"
-            if _is_remote():
+            if pod.is_remote():
                 state += ", but it is lost with the pod if that folder is on the pod's own disk"
             raise StepFailedError(StoreError(f"{error}. {state}")) from error
         self.record = finished_run(folder)
@@ -377,18 +393,7 @@ class TrainDollyFlow(FlowSpec):
         self.versions = self.record["versions"] | own
 
 
-def _is_remote() -> bool:
-    """Whether this task runs on Kubernetes or Batch."""
-    return "METAFLOW_KUBERNETES_WORKLOAD" in os.environ or "AWS_BATCH_JOB_ID" in os.environ
-
-
-def _runs_folder(root: str | None) -> Path:
-    """The absolute folder of the runs. Raises OptionsError if there can be no such folder."""
-    folder = expanded(root or "~/dolly_training")
-    if problem := path_problem(folder, "output"):
-        raise OptionsError(f"--local-training-root {root}: {problem}")
-    return Path(folder).absolute()
-
-
 if __name__ == "__main__":
+    if several_nodes(sys.argv):
+        os.execv(sys.executable, [sys.executable, str(NODES_FLOW), *sys.argv[1:]])
     TrainDollyFlow()

@@ -148,6 +148,10 @@ class TrainingFailedError(_Shown, RuntimeError):
         return "\n".join([str(self), *getattr(self, "__notes__", [])]).splitlines()
 
 
+class NodesError(_Shown, RuntimeError):
+    """The nodes of a run did not meet, or one of them was lost or has failed. The message names it and what to do."""
+
+
 class NotebookSourceError(_Shown, ValueError):
     """The file is not a Databricks notebook, or a cell cannot run elsewhere. The message names the cell."""
 

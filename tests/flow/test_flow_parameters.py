@@ -80,7 +80,9 @@ def test_a_parameter_has_the_type_and_the_help_of_its_option(
 def test_a_cpu_trains_the_demos_model_and_its_number_of_held_out_rows_is_for_the_demos_rows(
     flow: Any, tmp_path: Path, typed: dict[str, Any], model: str, test_size: int | None
 ) -> None:
-    run = stand_in(flow, **{"gpu_family": "cpu", "ranks": 2, "folder": str(tmp_path / "run")} | typed)
+    run = stand_in(
+        flow, **{"gpu_family": "cpu", "ranks": 2, "all_ranks": 2, "folder": str(tmp_path / "run")} | typed
+    )
     run.output = f"{tmp_path}/run/model"
     options = flow.TrainDollyFlow._options(run, find_machine("8xA100-40GB"), True)
     assert (options.input_model, options.test_size) == (model, test_size)
@@ -98,7 +100,9 @@ def test_a_cpu_trains_the_demos_model_and_its_number_of_held_out_rows_is_for_the
 def test_adapters_on_one_gpu_are_trained_without_deepspeed(
     flow: Any, tmp_path: Path, typed: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    run = stand_in(flow, **{"gpu_family": "a10", "ranks": 1, "folder": str(tmp_path / "run")} | typed)
+    run = stand_in(
+        flow, **{"gpu_family": "a10", "ranks": 1, "all_ranks": 1, "folder": str(tmp_path / "run")} | typed
+    )
     run.output = f"{tmp_path}/run/model"
     options = flow.TrainDollyFlow._options(run, find_machine("g5.2xlarge"), True)
     assert {name: getattr(options, name) for name in expected} == expected
