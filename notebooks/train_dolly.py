@@ -66,7 +66,7 @@ dbutils.widgets.text(
     "local_training_root", found.default_training_root(), "Folder of the runs, on a local disk"
 )
 dbutils.widgets.text(
-    "dbfs_output_root", found.default_output_root(), "Folder of the models: DBFS, a Volume, s3://"
+    "dbfs_output_root", found.default_output_root(), "Folder of the models: DBFS, a Volume, s3://, hf://me"
 )
 dbutils.widgets.text("checkpoint_root", "", "Copies of the checkpoints: DBFS, a Volume, s3:// (none)")
 dbutils.widgets.text("restarts", str(DEFAULT_RESTARTS), "Restarts after a kill (0: none)")

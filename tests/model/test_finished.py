@@ -147,6 +147,11 @@ def test_the_card_of_local_model_and_data_links_to_nothing_on_the_hub(tmp_path: 
     assert card.data.base_model is card.data.datasets is card.data.language is None
     assert "licence: unknown" in card.text
     assert "1 step on 1 device in bf16" in card.text
+    # An export may run where the folders are gone. The Hub refuses a card that names them.
+    record = make_record(tmp_path, input_model="/gone/own/model", training_dataset="/gone/own.jsonl")
+    write_model_card(tmp_path, record, Ledger("x", 8))
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.base_model is card.data.datasets is None
 
 
 # --- verified from the files alone -------------------------------------------------------------------

@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,10 +18,15 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from tests.storage.conftest import PUBLISHED, assert_complete, content, publish_command
+from notebooks.cells import read_widgets
+from tests.storage.conftest import PUBLISHED, ROOT, RUN, assert_complete, content, publish_command
 from tests.storage.hub_server import SIGNATURE, TOKEN, HubServer, Repo
+from training import notebook
 from training.errors import PublishError
 from training.files import path_problem
+from training.options.trainer_options import TrainingOptions
+from training.run.finish import deliver_again
+from training.run.preflight import destination_problems
 from training.storage import hub as hub_module
 from training.storage import hub_requests
 from training.storage.copy import marker_of, publish, target_problems
@@ -170,12 +176,12 @@ def test_an_interrupted_upload_is_continued_with_the_files_that_are_missing(
     hub: HubServer, finished: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     first, second, third = shards(finished)
-    hub.fail(f"PUT /storage/{oid(second)}", 403, message="Request has expired")
+    hub.fail(f"PUT /storage/{oid(second)}", 403, message="Request has expired", times=3)
     with pytest.raises(PublishError) as error:
         publish(finished, TARGET)
     assert str(error.value) == (
-        f"{TARGET}: cannot be written: the Hub refuses (Request has expired). The token of me may not write there. "
-        f"{hub_requests.TOKEN_ADVICE}. The model in {finished} is complete, and the files copied so far are kept. "
+        f"{TARGET}: cannot be written: the Hub answered 403 (Request has expired). The model in {finished} "
+        "is complete, and the files copied so far are kept. "
         f"Fix the cause, then type python -m training.publish --model {finished} --to {TARGET}"
     )
     repo = hub.repos["me/dolly"]
@@ -276,6 +282,15 @@ def test_another_checksum_of_the_hub_is_named_and_the_upload_is_not_called_compl
     assert name == "run.json" or "run.json" not in hub.repos["me/dolly"].files
     hub.lies.clear()
     publish(finished, TARGET)
+    assert_complete(hub.repos["me/dolly"].files, finished)
+
+
+def test_a_signed_address_that_has_expired_is_replaced_by_a_new_one(
+    hub: HubServer, finished: Path, waits: list[float]
+) -> None:
+    hub.fail("PUT /storage", 403, message="Request has expired")
+    publish(finished, TARGET)
+    assert waits == [1]
     assert_complete(hub.repos["me/dolly"].files, finished)
 
 
@@ -460,6 +475,39 @@ def test_the_namespace_of_someone_else_is_reported_with_ones_own(hub: HubServer,
     ]
     assert target_problems("hf://ours/dolly") == []
     assert hub.repos["ours/dolly"].private
+
+
+def test_a_run_is_refused_before_training_and_a_finished_one_is_published_by_the_same_command(
+    hub: HubServer, finished: Path, tmp_path: Path
+) -> None:
+    folders = {"local_output_dir": str(tmp_path / "new"), "dbfs_output_dir": "hf://me/dolly/v2"}
+    assert destination_problems(TrainingOptions(**folders)) == [
+        f"--dbfs-output-dir {NAMES['hf://me/dolly/v2']}"
+    ]
+    options = TrainingOptions(**folders | {"dbfs_output_dir": TARGET, "checkpoint_to": "hf://me/checkpoints"})
+    assert destination_problems(options) == [
+        "--checkpoint-to hf://me/checkpoints: is on the Hub, which takes finished models only. "
+        "Name a folder, or a URL such as s3://bucket/folder"
+    ]
+    assert hub.repos["me/dolly"].files == {}, "it was created to learn whether the token may"
+    options = replace(options, checkpoint_to=None)
+    assert deliver_again(SimpleNamespace(options=options, output=finished), RUN) is RUN
+    assert_complete(hub.repos["me/dolly"].files, finished)
+
+
+@pytest.mark.parametrize("root", ["hf://me", "hf://me/"])
+def test_a_root_on_the_hub_gets_a_repository_for_each_run_of_the_notebook(
+    hub: HubServer, finished: Path, root: str
+) -> None:
+    names = notebook.widget_names(notebook.read_source((ROOT / "notebooks" / "train_dolly.py").read_text()))
+    values = dict.fromkeys(names, "") | {
+        "gpu_family": "cpu",
+        "local_training_root": str(finished),
+        "dbfs_output_root": root,
+    }
+    published = str(read_widgets(SimpleNamespace(getAll=lambda: values)).published)
+    assert re.fullmatch(r"hf://me/dolly__[\dT-]+", published)
+    assert target_problems(published) == []
 
 
 @pytest.mark.parametrize("kind", ["model", "dataset"])

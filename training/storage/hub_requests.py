@@ -16,6 +16,7 @@ from training.errors import PublishError, offline_note
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -141,13 +142,18 @@ def _pause(error: Exception) -> int | None:
     inner = _inner(error)
     if isinstance(inner, HfHubHTTPError):
         status = inner.response.status_code
-        if status not in (409, 412, 429) and status < 500:
+        if status not in (409, 412, 429) and status < 500 and not _is_expired(inner):
             return None
         asked = inner.response.headers.get("Retry-After", "")
         return int(asked) if asked.isdigit() else 0
     return (
         0 if isinstance(inner, (httpx2.TransportError, json.JSONDecodeError, DifferentFilesError)) else None
     )
+
+
+def _is_expired(error: HfHubHTTPError) -> bool:
+    """Whether the storage refuses a file: its signed address is valid for a while, and the next try gets a new one."""
+    return error.response.request.method == "PUT" and error.response.status_code == 403
 
 
 def _reason(error: Exception, address: Address) -> str:
@@ -172,7 +178,7 @@ def _reason(error: Exception, address: Address) -> str:
     )
     if status == 401:
         return f"the Hub does not know the token{said}. {TOKEN_ADVICE}"
-    if status == 403:
+    if status == 403 and not _is_expired(inner):
         return f"the Hub refuses{said}. {_who(address)}"
     if asked := inner.response.headers.get("Retry-After"):
         return f"the Hub answered {status} and asks to wait {asked} s"
