@@ -12,9 +12,9 @@ from transformers.models.gptj import modeling_gptj as gptj
 
 from tests.data.test_collator import PAD, THREE_ROWS, packed, padded
 from tests.run.test_trainer import deepspeed, run
-from training import consts
 from training.data.batching import document_lengths
 from training.data.collator import split_packed_batch
+from training.model import loss as response_loss
 from training.model.attention import rotary_sin_cos, rotate, use_packed_attention
 from training.model.loss import use_response_loss
 
@@ -88,13 +88,13 @@ def test_rotary_embedding_equals_transformers() -> None:
     assert torch.equal(rotate(heads, *rotary_sin_cos(table, positions, torch.float32)), rotated)
 
 
-@pytest.mark.parametrize("chunk", [consts.LOSS_CHUNK_BYTES, 4 * VOCABULARY * 7], ids=["whole", "in chunks"])
+@pytest.mark.parametrize("chunk", [response_loss.LOSS_CHUNK_BYTES, 4 * VOCABULARY * 7], ids=["whole", "in chunks"])
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 @pytest.mark.parametrize("rows", [THREE_ROWS, random_rows()], ids=["literal", "random"])
 def test_packed_loss_and_gradients_equal_padded_eager_with_whole_and_chunked_logits(
     rows: list[dict], checkpointing: dict | None, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(consts, "LOSS_CHUNK_BYTES", chunk)
+    monkeypatch.setattr(response_loss, "LOSS_CHUNK_BYTES", chunk)
     reference = eager_gptj()
     model = packing_gptj(reference)
     if checkpointing:
