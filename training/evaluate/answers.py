@@ -64,8 +64,8 @@ def compare_models(rows: Rows, base: str, tuned: str, loading: Loading) -> dict[
     fits into both.
     """
     names = (base, tuned)
-    tokenizers = [load_tokenizer(name, loading.trust_remote_code) for name in names]
     limits = [max_positions(load_config(name, loading.trust_remote_code)) for name in names]
+    tokenizers = [load_tokenizer(name, loading.trust_remote_code) for name in names]
     same = same_tokens(*tokenizers)
     rows, encoded = encode_for(rows, list(zip(tokenizers, limits, strict=True)))
     scores, dtypes = [], []
