@@ -170,7 +170,7 @@ def _model_artifact(run_id: str) -> dict[str, Any]:
         raise StoreError(f"run {run_id}: {problems[0]}. Type the run-id that the flow printed")
     try:
         # Of several nodes the first has it.
-        model = next(task.data.model for task in run["train"] if "model" in task.data)
+        model = next(task.data.model for task in run["train"] if hasattr(task.data, "model"))
     except (MetaflowException, KeyError, AttributeError, StopIteration) as error:
         step = "train" if "train" in run else "start"
         raise StoreError(
