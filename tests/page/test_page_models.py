@@ -157,7 +157,7 @@ def test_the_questions_are_the_held_out_rows_of_the_run_and_its_saved_answers(
 
     numbered = datasets.Dataset.from_dict({"row": range(40)})
     assert sorted(found) == sorted(all_rows[number] for number in split_held_out(numbered, 6, 42)[1]["row"])
-    assert examples(tmp_path / "run") == [(RIVER, "")]
+    assert examples(tmp_path / "run") == [(RIVER, ""), *examples(tmp_path)]
     assert saved_answers(tmp_path / "run") == {(RIVER, ""): (60, "The Rhine")}
     assert saved_answers(tmp_path / "run", step=0) == {(RIVER, ""): (0, "A A A")}
     assert len(examples(tmp_path)) == 5, "Dolly's own"

@@ -39,9 +39,9 @@ def held_out_rows(
 
 
 def examples(folder: Path) -> list[tuple[str, str]]:
-    """(instruction, input) of the examples: those that the run in `folder` has answered, else Dolly's five."""
+    """(instruction, input) of the examples: those that the run in `folder` has answered, and Dolly's five."""
     answered = [(entry["instruction"], entry["input"]) for entry in _samples(folder)]
-    return list(dict.fromkeys(answered)) or [(text, "") for text in SAMPLE_INSTRUCTIONS]
+    return list(dict.fromkeys([*answered, *((text, "") for text in SAMPLE_INSTRUCTIONS)]))
 
 
 def saved_answers(folder: Path, step: int | None = None) -> dict[tuple[str, str], tuple[int, str]]:
