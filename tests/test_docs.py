@@ -77,6 +77,8 @@ FOREIGN = {
     "apt-get install": {"--no-install-recommends"},
     "databricks bundle": {"--target", "--var"},
     "databricks air run": {"--file"},
+    "docker build": {"--target"},
+    "docker run": {"--gpus", "--ipc"},
 }
 PROGRAMS = re.compile(
     "|".join(map(re.escape, sorted([*OURS, FLOW, *PYTHON_TOOLS, *FOREIGN], key=len, reverse=True)))
@@ -108,8 +110,8 @@ def click_flags(command: click.Command) -> set[str]:
 @cache
 def flags(program: str) -> set[str]:
     """The long options of a program, read from the program itself."""
-    if program in FOREIGN:
-        return FOREIGN[program]
+    if program in FOREIGN:  # the image's entry is the trainer
+        return FOREIGN[program] | (flags("training.trainer") if program == "docker run" else set())
     if program in OURS:
         module = ".".join(OURS[program].relative_to(ROOT).with_suffix("").parts)
         own = click_flags(importlib.import_module(module).main)
