@@ -88,6 +88,7 @@ class HubServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    wbufsize = -1  # headers and body in one packet
     server: HubServer
 
     def log_message(self, *_: Any) -> None:
