@@ -144,9 +144,7 @@ class TrainDollyFlow(FlowSpec):
         help="Folder in which the run's folder is made. On a cluster use storage that all pods share, or a resume starts at step 0."
         "  [default: ~/dolly_training]",
     )
-    dbfs_output_root = Parameter(
-        "dbfs-output-root", help="A folder or URL for a copy of the finished model, or hf://OWNER on the Hub."
-    )
+    dbfs_output_root = Parameter("dbfs-output-root", help="Folder, URL or hf://OWNER to copy the model to.")
     restarts = Parameter(
         "restarts",
         type=int,

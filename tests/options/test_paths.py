@@ -136,7 +136,7 @@ def test_the_widgets_of_the_notebook_are_checked_in_the_same_way(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "base").mkdir()
-    names = "num_gpus num_nodes epochs test_size restarts resume dbfs_output_root checkpoint_root mlflow_model_name training_dataset"
+    names = "num_gpus num_nodes epochs test_size restarts resume dbfs_output_root checkpoint_root mlflow_model_name method training_dataset"
     empty = dict.fromkeys([*names.split(), *(f"dataset_{part}" for part in DATASET_PARTS)], "")
     values = empty | {"gpu_family": "cpu", "input_model": "~/base", "local_training_root": "~/runs"}
     choices = read_widgets(SimpleNamespace(getAll=lambda: values))
