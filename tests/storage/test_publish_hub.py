@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import random
 import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -283,6 +287,25 @@ def test_another_checksum_of_the_hub_is_named_and_the_upload_is_not_called_compl
     hub.lies.clear()
     publish(finished, TARGET)
     assert_complete(hub.repos["me/dolly"].files, finished)
+
+
+def test_an_upload_whose_process_is_killed_is_continued(
+    hub: HubServer, finished: Path, tmp_path: Path
+) -> None:
+    first, second = [finished / f"model-{number}.safetensors" for number in (1, 2)]
+    for file in (first, second):
+        file.write_bytes(random.Random(file.name).randbytes(10 * 2**20))
+    words = [sys.executable, "-m", "training.publish", "--model", finished, "--to", TARGET]
+    process = subprocess.Popen(words, cwd=ROOT, env=os.environ | settings(hub, tmp_path))
+    hub.fail(f"PUT /storage/{oid(second)}", act=process.kill)
+    assert process.wait(60) == -signal.SIGKILL
+    assert "run.json" not in hub.repos["me/dolly"].files
+    hub.objects.pop(oid(second), None)  # it arrived or not, as the kill comes a moment after the bytes
+    hub.requests.clear()
+    sent = publish(finished, TARGET)
+    assert first.name not in sent
+    assert uploads(hub)[0] == oid(second)
+    assert hub.repos["me/dolly"].files[second.name] == second.read_bytes()
 
 
 def test_a_signed_address_that_has_expired_is_replaced_by_a_new_one(
