@@ -139,3 +139,10 @@ def test_the_commands_of_the_pages_run_from_an_installed_wheel_in_another_folder
     assert (work / "exported" / "run.json").is_file()
     assert json.loads((work / "out" / "run.json").read_text())["git_commit"] is None
     assert (work / "new.ipynb").is_file()
+
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    few = "--max-steps 2 --test-size 20 --input-model demo --training-dataset demo --local-output-dir out".split()
+    run(python, "-m", "training.trainer", *few, cwd=empty, env=environment)
+    assert json.loads((empty / "out" / "run.json").read_text())["status"] == "finished"
+    assert [path.name for path in empty.iterdir()] == ["out"]
