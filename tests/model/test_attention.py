@@ -88,7 +88,9 @@ def test_rotary_embedding_equals_transformers() -> None:
     assert torch.equal(rotate(heads, *rotary_sin_cos(table, positions, torch.float32)), rotated)
 
 
-@pytest.mark.parametrize("chunk", [response_loss.LOSS_CHUNK_BYTES, 4 * VOCABULARY * 7], ids=["whole", "in chunks"])
+@pytest.mark.parametrize(
+    "chunk", [response_loss.LOSS_CHUNK_BYTES, 4 * VOCABULARY * 7], ids=["whole", "in chunks"]
+)
 @pytest.mark.parametrize("checkpointing", [None, {"use_reentrant": False}, {"use_reentrant": True}])
 @pytest.mark.parametrize("rows", [THREE_ROWS, random_rows()], ids=["literal", "random"])
 def test_packed_loss_and_gradients_equal_padded_eager_with_whole_and_chunked_logits(
