@@ -39,7 +39,7 @@ NODES = "nodes"  # id of the card that shows all nodes
 class TrainDollyNodesFlow(TrainDollyFlow):
     """Fine-tunes a causal language model to follow instructions, on several nodes. The defaults are Dolly's run."""
 
-    num_nodes = Parameter("num-nodes", type=int, default=2, help="Nodes, two or more.  [default: 2]")
+    num_nodes = Parameter("num-nodes", type=int, default=2, help="Nodes, two or more.")
     restarts = Parameter("restarts", type=int, default=0, help="Only 0. Type --with retry instead.")
 
     @resources(memory=8000)  # it tokenises the rows
