@@ -43,6 +43,7 @@ INSTALLED = (ROOT / "training" / "config").is_dir()
 CONFIG = ROOT / "training" / "config" if INSTALLED else ROOT / "config"
 LEDGER_FILE = "ledger.json"
 METRICS_FILE = "metrics.jsonl"
+DEFAULT_PROJECT = "dolly"  # of W&B and Trackio
 SAMPLES_FILE = "samples.jsonl"
 EVALUATION_FILE = "evaluation.json"
 GLOBAL_BATCH = 64  # rows per optimizer step on any number of devices; Dolly v1 used 8 GPUs with 8 rows each

@@ -36,7 +36,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
             "save_steps": 1000,
             "local_output_dir": str(folder / "out"),
             "dbfs_output_dir": str(folder / "published"),
-            "mlflow": True,
+            "report_to": "mlflow",
             "evaluate": True,
         }
         train(TrainingOptions(**chosen))
@@ -112,7 +112,7 @@ def test_a_failed_evaluation_is_a_warning_and_the_same_command_repeats_it(
 ) -> None:
     (trained / "evaluation.json").unlink()
     target = str(trained.with_name("published again"))
-    again = TrainingOptions(**options | {"resume": "auto", "mlflow": False, "dbfs_output_dir": target})
+    again = TrainingOptions(**options | {"resume": "auto", "report_to": "none", "dbfs_output_dir": target})
 
     def fail(*arguments: Any) -> Any:
         raise RuntimeError("no memory")

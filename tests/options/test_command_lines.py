@@ -79,7 +79,7 @@ THEIRS = {
     "--lr_scheduler_type": "--lr-scheduler-type", "--fsdp": "--deepspeed", "--dataset_name": "--training-dataset",
     "--max_seq_length": "--max-length", "--packing": "--batching", "--cutoff_len": "--max-length", "--val_size": "--test-size",
     "--train_file": "--training-dataset", "--block_size": "--max-length", "--save_total_limit": "--save-total-limit",
-    "--resume_from_checkpoint": "--resume", "--report_to": "--mlflow", "--torch_dtype": "--bf16", "--model.name": "--input-model",
+    "--resume_from_checkpoint": "--resume", "--report_to": "--report-to", "--use_wandb": "--report-to", "--torch_dtype": "--bf16", "--model.name": "--input-model",
     "--load_best_model_at_end": "--final-model", "--push_to_hub": "--dbfs-output-dir", "--use_peft": "--lora 16",
     "--max_grad_norm": "clipped at a norm of 1.0", "--optim": "the optimizer is AdamW", "--gradient_checkpointing": "--gradient-checkpointing",
 }  # fmt: skip

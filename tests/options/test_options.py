@@ -95,7 +95,7 @@ def test_every_field_is_an_option_with_a_group_and_a_help_text() -> None:
     parameters = {parameter.name: parameter for parameter in trainer.main.params}
     assert list(parameters) == [option.name for option in fields(TrainingOptions)]
     for option in fields(TrainingOptions):
-        assert option.metadata["group"] in {*GROUPS, "MLflow"}
+        assert option.metadata["group"] in {*GROUPS, "Trackers"}
         assert parameters[option.name].help.endswith((".", "]", "(V100)."))
 
 

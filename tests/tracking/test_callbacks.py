@@ -24,7 +24,7 @@ def test_tensorboard_that_cannot_write_ends_no_training(error, tmp_path, monkeyp
     monkeypatch.setattr("transformers.integrations.TensorBoardCallback.on_train_begin", refuse)
     log = TensorBoardLog(tmp_path / "runs")
     log.on_train_begin(None, None, None)
-    log.add_text("answers/000", "never written", 1)
+    log.log_answers(1, [{"instruction": "a", "input": "", "response": "never written"}])
     [record] = caplog.records
     assert record.getMessage() == f"{tmp_path}/runs: no more TensorBoard logs ({error}); training continues"
 

@@ -28,8 +28,9 @@ from training.model.generation import generate_response, load_model_tokenizer_fo
 from training.options.trainer_options import TrainingOptions
 from training.run.identity import new_record
 from training.tracking.mlflow_model import log_finished
-from training.tracking.mlflow_server import parameters, tags, tracking_problems, without_secrets
+from training.tracking.mlflow_server import tags, tracking_problems
 from training.tracking.served import Served
+from training.tracking.tracker import parameters, without_secrets
 
 ROOT = Path(__file__).parents[2]
 TOKEN, PASSWORD = "token-that-nobody-may-see", "password-that-nobody-may-see"
@@ -415,7 +416,7 @@ def test_two_ranks_log_one_run_and_its_model_answers_without_this_repository(ser
 def test_a_server_killed_during_training_harms_no_run_and_gets_all_metrics_later(server, client, tmp_path):
     out = tmp_path / "out"
     training = subprocess.Popen(
-        [*map(str, TRAIN), "--max-steps", "30", "--local-output-dir", str(out), "--mlflow"],
+        [*map(str, TRAIN), "--max-steps", "30", "--local-output-dir", str(out), "--report-to", "mlflow"],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     printed = []
@@ -459,7 +460,7 @@ def test_a_server_that_never_answers_delays_no_step_and_is_reported_once(secret,
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{silent.getsockname()[1]}")
         out = tmp_path / "out"
         # With MLflow's own timeouts, eight times two minutes per request, `run` would time out.
-        printed = run(*TRAIN, "--max-steps", 4, "--local-output-dir", out, "--mlflow")
+        printed = run(*TRAIN, "--max-steps", 4, "--local-output-dir", out, "--report-to", "mlflow")
     assert printed.count("MLflow does not answer") == 1, printed
     assert printed.count("could not be logged") == 1
     assert json.loads((out / "run.json").read_text())["status"] == "finished"

@@ -210,7 +210,8 @@ def _evaluate(
 def _log(folder: Path, record: dict[str, Any], sections: dict[str, Any]) -> None:
     """Logs to MLflow if the run did. A failure is a warning: the results are in the folder."""
     options = record["options"]
-    if not (options.get("mlflow") or options.get("mlflow_model_name")):
+    names = str(options.get("report_to")).split(",")  # older runs have "mlflow": true instead
+    if not ("mlflow" in names or options.get("mlflow") or options.get("mlflow_model_name")):
         return
     try:
         log_evaluation(record, folder.name, sections)

@@ -11,6 +11,7 @@ from pathlib import Path
 from training.consts import RUN_FILE
 from training.errors import OptionsError
 from training.files import PARTIAL, SCRATCH, WRITER_FILES, local_path, mounted_store, path_problem, writable
+from training.options.reporting import report_problems, trackers_of
 from training.options.trainer_options import (
     SCHEDULES,
     TrainingOptions,
@@ -54,11 +55,11 @@ def option_problems(options: TrainingOptions) -> list[str]:
     size = re.fullmatch(r"([1-9][0-9]{0,8})(KB|MB|GB)", options.max_shard_size)
     if not size:
         problems.append(f"--max-shard-size {options.max_shard_size}: expected a size such as 5GB or 500MB")
-    elif options.logs_to_mlflow and int(size[1]) * SIZES[size[2]] > LARGEST_REGISTRY_FILE:
+    elif "mlflow" in trackers_of(options) and int(size[1]) * SIZES[size[2]] > LARGEST_REGISTRY_FILE:
         problems.append(
             f"--max-shard-size {options.max_shard_size}: MLflow's stores accept files of at most 5GB. Type --max-shard-size 5GB"
         )
-    problems += _save_problems(options) + lora_problems(options)
+    problems += _save_problems(options) + lora_problems(options) + report_problems(options)
     if options.sample_every is not None and options.sample_every.strip():
         if options.sample_prompts is None:
             problems.append(

@@ -103,6 +103,10 @@ class GroupedCommand(CollectingCommand):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         aliases = {"--no-gradient-checkpointing": "--gradient-checkpointing=off"}  # Dolly v1's spelling
+        if not any(arg.split("=")[0] == "--report-to" for arg in args):
+            aliases["--mlflow"] = (
+                "--report-to=tensorboard,mlflow"  # of earlier versions, as in a flow that is resumed
+            )
         return super().parse_args(ctx, [aliases.get(arg, arg) for arg in args])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

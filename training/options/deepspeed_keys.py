@@ -113,7 +113,7 @@ def _unused(reason: str, only: Any = None) -> Key:
 TEXT, LIST, NUMBER = Key("word"), Key("list"), Key("number", least=0)
 MONITOR = _section({"enabled": _switch(), "output_path": TEXT, "job_name": TEXT})
 NO_TRACKER = (
-    "the figures of a run are in its metrics.jsonl, in runs/ for TensorBoard, and with --mlflow in MLflow"
+    "the figures of a run are in its metrics.jsonl, in runs/ for TensorBoard, and where --report-to says"
 )
 NO_NVME = "nothing is offloaded to NVMe"
 DROPPED = "DeepSpeed no longer has it"

@@ -64,7 +64,10 @@ OTHERWISE = {
     "Type --eval-steps N": "eval-strategy evaluation-strategy eval-on-start eval-delay do-eval",
     "Type --save-steps N or --save-every TIME": "save-strategy",
     "Type --logging-steps N": "logging-strategy logging-first-step",
-    f"{FOLDER}. --mlflow also logs to MLflow": "report-to logging-dir wandb-project use-wandb run-name project tensorboard",
+    "Type --report-to with tensorboard, mlflow, wandb or trackio": "use-wandb tensorboard wandb trackio use-tensorboard",
+    "Type --report-to tensorboard,mlflow": "mlflow",
+    "Type --report-to wandb or trackio, and export WANDB_PROJECT=NAME or TRACKIO_PROJECT=NAME": "wandb-project project",
+    f"{FOLDER}. --report-to names other trackers": "logging-dir run-name",
     "Leave it out: the optimizer is AdamW with betas 0.9 and 0.999 and eps 1e-8": "optim optimizer optim-args adam-beta1 "
     "adam-beta2 adam-epsilon optim-target-modules",
     "Leave it out: gradients are clipped at a norm of 1.0": "max-grad-norm gradient-clipping clip-grad grad-clip",

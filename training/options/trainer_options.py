@@ -21,6 +21,7 @@ from training.consts import (
 )
 from training.errors import OptionsError
 from training.files import expanded
+from training.options.reporting import TENSORBOARD, TRACKERS
 
 # Larger numbers are typing errors: ten years at 10,000 steps an hour are fewer than 10**9 steps.
 MAX_EPOCHS, MAX_STEPS = 10_000, 10**9
@@ -54,7 +55,7 @@ def _option(group: str, default: Any, help: str, **click_settings: Any) -> Any:
 
 
 # One per heading of --help.
-_data, _training, _lora, _devices, _output, _mlflow = (
+_data, _training, _lora, _devices, _output, _trackers = (
     partial(_option, group)
     for group in (
         "Model and data",
@@ -62,7 +63,7 @@ _data, _training, _lora, _devices, _output, _mlflow = (
         "Adapters (LoRA)",
         "Precision and devices",
         "Output",
-        "MLflow",
+        "Trackers",
     )
 )
 
@@ -320,12 +321,15 @@ class TrainingOptions:
         "5GB", "Largest weight file of the finished model, such as 5GB or 500MB.", metavar="SIZE"
     )
 
-    mlflow: bool = _mlflow(
-        False, "Log parameters, metrics and the finished model to the active MLflow tracking URI."
+    report_to: str = _trackers(
+        TENSORBOARD,
+        f"Where figures are logged: {', '.join(TRACKERS)}, with commas, or none. MLflow also gets the model.",
+        metavar="TRACKERS",
     )
-    mlflow_model_name: str | None = _mlflow(
+    mlflow_model_name: str | None = _trackers(
         None,
-        "Register the finished model under this name (Unity Catalog: catalog.schema.model). Implies --mlflow.",
+        "Register the finished model in MLflow under this name (Unity Catalog: catalog.schema.model). Adds mlflow to "
+        "--report-to.",
         metavar="NAME",
     )
 
@@ -349,10 +353,6 @@ class TrainingOptions:
             "revision": self.dataset_revision,
         }
         return {key: value for key, value in chosen.items() if value is not None}
-
-    @property
-    def logs_to_mlflow(self) -> bool:
-        return self.mlflow or self.mlflow_model_name is not None
 
 
 STEPS_BETWEEN_SAVES = 200  # with --final-model best, which no clock may influence

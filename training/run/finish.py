@@ -21,6 +21,7 @@ from training.files import duration
 from training.machine.cores import usable_cores
 from training.model.tokenizer import load_tokenizer
 from training.model.verify import verify_model
+from training.options.reporting import trackers_of
 from training.options.settings import Settings
 from training.ranks import is_main_process
 from training.run.model_card import outcome, write_model_card
@@ -96,7 +97,7 @@ def _deliver(settings: Settings, record: dict[str, Any]) -> None:
         _evaluate(settings, record)
     if options.dbfs_output_dir:
         publish(output, options.dbfs_output_dir)
-    if options.logs_to_mlflow:
+    if "mlflow" in trackers_of(options):
         log_or_warn(output, options.mlflow_model_name)
 
 

@@ -19,13 +19,14 @@ from training.machine import kernels
 from training.machine.environment import lora_package_problems, version_problems
 from training.options import checks, deepspeed_checks
 from training.options.deepspeed import read_json
+from training.options.reporting import trackers_of
 from training.options.settings import Settings, resolve
 from training.options.trainer_options import TrainingOptions, flag_of
 from training.ranks import gather, is_main_process, on_rank_0, ranks_on_this_host, world_size
 from training.storage import checkpoint
 from training.storage.copy import target_problems
 from training.storage.remote import store_problems
-from training.tracking.mlflow_server import tracking_problems
+from training.tracking.tracker import tracker_modules
 
 if TYPE_CHECKING:
     from training.plan.fit import Plan
@@ -88,15 +89,15 @@ def _machine_problems(config: dict[str, Any] | None) -> list[str]:
 
 
 def destination_problems(options: TrainingOptions) -> list[str]:
-    """Why the results cannot be written to the output folder, the published copy or MLflow.
+    """Why the results cannot be written to the output folder, the published copy or the trackers.
 
     It does not depend on the ranks, so notebook and flow call it before they start any.
     """
     problems: list[str] = []
     if not is_main_process():  # the others log nothing, and may already see files of rank 0
         return problems
-    if options.logs_to_mlflow:
-        problems += tracking_problems("--mlflow-model-name", options.mlflow_model_name or None)
+    for tracker in tracker_modules(trackers_of(options)):
+        problems += tracker.problems(options)
     unusable = checks.path_problems(options)  # reported by option_problems
     for name, find in (
         ("local_output_dir", checks.output_problems),

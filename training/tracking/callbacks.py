@@ -1,10 +1,11 @@
-"""The trackers of a run: console, TensorBoard, metrics.jsonl and MLflow. Add a new tracker here."""
+"""The callbacks that write a run's figures: console, metrics.jsonl, and the trackers of --report-to."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 
 from training.consts import METRICS_FILE
+from training.errors import printable
+from training.options.reporting import TENSORBOARD, trackers_of
 from training.options.settings import Settings
 from training.ranks import is_main_process
 from training.storage import metrics
-from training.tracking.mlflow import mlflow_logging
+from training.tracking.background import AnswersLog, background_logs
 from training.tracking.progress import ProgressLog
+from training.tracking.tracker import tracker_modules
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +31,7 @@ def trackers(
 ) -> Iterator[list[TrainerCallback]]:
     """Yields the callbacks that write metrics during training. Only rank 0 has any.
 
-    To add a tracker, add a transformers callback such as WandbCallback to the list. If it must be closed even when
-    training fails, enter it as a context manager, as is done for MLflow.
+    training/tracking/tracker.py says how to add a tracker.
 
     Args:
         record: the run's record (run.json), including the choices of the plan.
@@ -38,18 +41,14 @@ def trackers(
         yield []
         return
     output = settings.output
-    with ExitStack() as stack:
-        callbacks = [
-            ProgressLog(),
-            TensorBoardLog(output / "runs"),
-            MetricsLog(output / METRICS_FILE, seconds),
-        ]
-        if settings.options.logs_to_mlflow:
-            callbacks.append(stack.enter_context(mlflow_logging(record, output.name)))
-        yield callbacks
+    names = trackers_of(settings.options)
+    tensorboard = [TensorBoardLog(output / "runs")] if TENSORBOARD in names else []
+    services = [module.service(record, output) for module in tracker_modules(names)]
+    with background_logs(services, output) as logs:
+        yield [ProgressLog(), *tensorboard, MetricsLog(output / METRICS_FILE, seconds), *logs]
 
 
-class TensorBoardLog(TensorBoardCallback):
+class TensorBoardLog(TensorBoardCallback, AnswersLog):
     """Writes metrics and texts for TensorBoard. If writing fails, it stops writing and training continues."""
 
     def __init__(self, folder: Path) -> None:
@@ -65,7 +64,16 @@ class TensorBoardLog(TensorBoardCallback):
     def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         self._try(super().on_train_end, *args, **kwargs)
 
-    def add_text(self, tag: str, text: str, step: int) -> None:
+    def log_answers(self, step: int, answers: Sequence[dict[str, Any]]) -> None:
+        """One text for each prompt."""
+        for number, answer in enumerate(answers):
+            prompt = "\n\n".join((answer["instruction"], answer["input"])).strip()
+            # Indented text is code in Markdown, which is shown unchanged.
+            texts = printable(prompt), printable(answer["response"])
+            blocks = (textwrap.indent(text or "(nothing)", "    ") for text in texts)
+            self._add_text(f"answers/{number:03}", "\n\nanswer:\n\n".join(blocks), step)
+
+    def _add_text(self, tag: str, text: str, step: int) -> None:
         self._try(lambda: self.tb_writer.add_text(tag, text, step))
 
     def _try(self, write: Callable[..., None], *args: Any, **kwargs: Any) -> None:

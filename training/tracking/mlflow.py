@@ -1,97 +1,64 @@
-"""Sends the metrics of a training run to MLflow from a background thread, so that no step waits for the server."""
+"""Logs training to MLflow: parameters, metrics, and the sample answers as a table."""
 
 from __future__ import annotations
 
+import json
 import logging
-import queue
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
-from transformers import TrainerCallback, TrainerState
-
-from training.tracking.mlflow_server import MlflowRun, as_metrics, now, short_timeouts, without_secrets
-
-if TYPE_CHECKING:
-    from mlflow.entities import Metric
+from training.options.trainer_options import TrainingOptions
+from training.tracking.mlflow_server import MlflowRun, as_metrics, short_timeouts, tracking_problems
+from training.tracking.tracker import ANSWER_COLUMNS, ANSWERS, Entry, Service, without_secrets
 
 logger = logging.getLogger(__name__)
 
-START_SECONDS = 5  # how long the start of training waits for the first attempt
-SEND_SECONDS = 2  # between two batches of metrics
-RETRY_SECONDS = 30  # from a failure to the next attempt
-CLOSE_SECONDS = 5  # how long the end of training waits for the last metrics; a launcher kills a rank after 30
+TABLE = f"{ANSWERS}.json"  # artifact of the MLflow run
+TABLES_TAG = "mlflow.loggedArtifacts"  # MLflow's list of the artifacts that it shows as tables
 
 
-class MlflowLog(TrainerCallback):
-    """Passes the Trainer's logs to a thread, which sends them to the server.
-
-    transformers' MLflowCallback calls the server from the training thread, ends training if the server is down, loses
-    the metrics logged meanwhile, and logs the steps after a checkpoint twice in a resumed run.
-
-    Args:
-        record: the run's record (run.json), including the choices of the plan.
-        name: name of a new MLflow run.
-    """
-
-    def __init__(self, record: dict[str, Any], name: str) -> None:
-        self.run = MlflowRun(record, name)
-        self.status = "FAILED"  # until the Trainer reaches its end
-        self.entries: queue.SimpleQueue[tuple[int, dict[str, Any], int]] = queue.SimpleQueue()
-        self.attempted, self.closing = threading.Event(), threading.Event()
-        self.thread = threading.Thread(target=self._send_until_closed, name="mlflow", daemon=True)
-
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        for entry in state.log_history:  # a resumed run; the server may lack some
-            self.entries.put((entry["step"], entry, now()))
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
-        self.entries.put((state.global_step, logs.copy(), now()))
-
-    def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
-        self.status = "FINISHED" if state.global_step >= state.max_steps else "KILLED"
-
-    def _send_until_closed(self) -> None:
-        unsent: list[Metric] = []
-        failed = last = False
-        while not last:
-            last = self.closing.is_set()
-            try:
-                if not self.run.attached:
-                    self.run.attach()
-                    if failed:
-                        logger.info("MLflow answers again")
-                    failed = False
-                while not self.entries.empty():
-                    unsent += as_metrics(*self.entries.get())
-                self.run.send(unsent)
-                unsent = []
-                if last:
-                    self.run.end(self.status)
-            # From MLflow, requests, SQLAlchemy or Databricks. Training must continue.
-            except Exception as error:
-                # The server may have stored part of the request; attach reads what it has.
-                self.run.attached = False
-                if not failed:
-                    logger.warning(
-                        "MLflow does not answer (%s). Training continues; metrics are kept and sent when it answers",
-                        without_secrets(error),
-                    )
-                failed = True
-            self.attempted.set()
-            self.closing.wait(RETRY_SECONDS if failed else SEND_SECONDS)
+def problems(options: TrainingOptions) -> list[str]:
+    return tracking_problems("--mlflow-model-name", options.mlflow_model_name or None)
 
 
-@contextmanager
-def mlflow_logging(record: dict[str, Any], name: str) -> Iterator[MlflowLog]:
-    """Yields the callback that logs training to MLflow, and sends the last metrics on exit."""
-    log = MlflowLog(record, name)
-    with short_timeouts():
-        log.thread.start()
-        log.attempted.wait(START_SECONDS)  # a warning should appear before the first step
+def service(record: dict[str, Any], output: Path) -> Service:
+    return MlflowService(record, output)
+
+
+class MlflowService:
+    """The MLflow run of a training run. Sends the metrics that it does not have yet."""
+
+    title = "MLflow"
+
+    def __init__(self, record: dict[str, Any], output: Path) -> None:
+        self.run = MlflowRun(record, output.name)
+        self.tables = True  # until the store of the artifacts fails
+
+    def attach(self) -> None:
+        with short_timeouts():
+            self.run.attach()
+
+    def send(self, entries: list[Entry]) -> None:
+        with short_timeouts():
+            self.run.send(metric for entry in entries for metric in as_metrics(entry))
+            tables = [entry.answers for entry in entries if entry.answers]
+            if self.tables and tables:
+                self._send_table(tables[-1])
+
+    def _send_table(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Replaces the table of answers. It is less important than the metrics, which its store must not delay."""
+        table = {"columns": ANSWER_COLUMNS, "data": [list(row.values()) for row in rows]}
         try:
-            yield log
-        finally:
-            log.closing.set()
-            log.thread.join(CLOSE_SECONDS)
+            self.run.client.log_dict(self.run.run_id, table, TABLE)
+            tag = json.dumps([{"path": TABLE, "type": "table"}])
+            self.run.client.set_tag(self.run.run_id, TABLES_TAG, tag)
+        except Exception as error:  # of any store of artifacts
+            self.tables = False
+            logger.warning(
+                "MLflow takes no table of answers (%s); the output folder has them", without_secrets(error)
+            )
+
+    def end(self, status: str) -> None:
+        with short_timeouts():
+            self.run.end(status)

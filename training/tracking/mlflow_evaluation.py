@@ -15,11 +15,10 @@ from training.errors import TrackingError
 from training.tracking.mlflow_server import (
     MlflowRun,
     as_metrics,
-    now,
     short_timeouts,
     tracking_problems,
-    without_secrets,
 )
+from training.tracking.tracker import Entry, now, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,7 @@ def log_evaluation(record: Mapping[str, Any], name: str, evaluation: Mapping[str
         with short_timeouts():
             run.attach()
             run.logged.clear()  # a later evaluation of the same step counts
-            run.send(as_metrics(record["steps"], evaluation_figures(evaluation), now()))
+            run.send(as_metrics(Entry(record["steps"], evaluation_figures(evaluation), now())))
             run.end("FINISHED")
     except Exception as error:  # from MLflow, requests, SQLAlchemy or Databricks
         with suppress(Exception):

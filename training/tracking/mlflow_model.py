@@ -21,7 +21,8 @@ from training.storage.checkpoint import digests
 from training.storage.copy import model_files
 from training.storage.record import finished_run
 from training.tracking.mlflow_evaluation import stored_figures
-from training.tracking.mlflow_server import MlflowRun, as_metrics, now, short_timeouts, without_secrets
+from training.tracking.mlflow_server import MlflowRun, as_metrics, short_timeouts
+from training.tracking.tracker import Entry, now, without_secrets
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -116,7 +117,7 @@ def _all_metrics(folder: Path, record: dict[str, Any]) -> list[Metric]:
     logged_at, metrics = now(), []
     with suppress(FileNotFoundError):
         for entry in json.loads((folder / "trainer_state.json").read_text())["log_history"]:
-            metrics += as_metrics(entry["step"], entry, logged_at)
+            metrics += as_metrics(Entry(entry["step"], entry, logged_at))
     losses = record["held_out_loss"]
     results = {
         "mean_train_loss": record["train_loss"],
@@ -124,7 +125,7 @@ def _all_metrics(folder: Path, record: dict[str, Any]) -> list[Metric]:
         "held_out_loss_after": losses["after"],
         "training_seconds": record["seconds"]["training"],
     }
-    return metrics + as_metrics(record["steps"], results | stored_figures(folder), logged_at)
+    return metrics + as_metrics(Entry(record["steps"], results | stored_figures(folder), logged_at))
 
 
 def _logged_model_id(run: MlflowRun, tag: dict[str, str]) -> str | None:

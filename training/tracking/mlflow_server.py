@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import re
-import time
 from collections.abc import Iterable, Iterator
 from configparser import ConfigParser, ParsingError
 from contextlib import contextmanager, suppress
@@ -17,6 +15,7 @@ from urllib.parse import urlsplit
 
 from training.errors import install_extra
 from training.files import writable
+from training.tracking.tracker import Entry, parameters, without_secrets
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -30,12 +29,6 @@ SHORT_TIMEOUTS = {  # seconds and retries; MLflow's defaults are 120 s and 7
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
     "MLFLOW_DATABRICKS_ENDPOINT_HTTP_RETRY_TIMEOUT": "10",
 }
-SECRETS = (
-    "MLFLOW_TRACKING_TOKEN",
-    "MLFLOW_TRACKING_PASSWORD",
-    "DATABRICKS_TOKEN",
-    "DATABRICKS_CLIENT_SECRET",
-)
 
 
 @contextmanager
@@ -48,13 +41,6 @@ def short_timeouts() -> Iterator[None]:
     finally:
         for name in added:
             os.environ.pop(name, None)
-
-
-def parameters(record: dict[str, Any]) -> dict[str, Any]:
-    """MLflow parameters of a run: its options and the choices of the plan."""
-    plan_choices = {f"decided_{name}": value for name, value in (record.get("decided") or {}).items()}
-    size = {name: record.get(name) for name in ("world_size", "global_batch", "precision")}
-    return record["options"] | size | plan_choices
 
 
 def tags(record: dict[str, Any]) -> dict[str, str]:
@@ -70,26 +56,11 @@ def tags(record: dict[str, Any]) -> dict[str, str]:
     }
 
 
-def as_metrics(step: int, values: dict[str, Any], milliseconds: int) -> list[Metric]:
-    """MLflow metrics of the finite numbers in `values`; `milliseconds` is Unix time."""
+def as_metrics(entry: Entry) -> list[Metric]:
+    """MLflow metrics of the figures of an entry."""
     from mlflow.entities import Metric
 
-    return [
-        Metric(name, float(value), milliseconds, step)
-        for name, value in values.items()
-        if name != "step" and isinstance(value, int | float) and math.isfinite(value)
-    ]
-
-
-def without_secrets(text: object) -> str:
-    """A text as one log line of at most 300 characters, without passwords and tokens."""
-    line = " ".join(str(text).split())
-    for name in SECRETS:
-        if secret := os.environ.get(name):
-            line = line.replace(secret, "***")
-    line = re.sub(r"//[^/\s]*@", "//***@", line)
-    line = re.sub(r"\?[^\s'\")]+=[^\s'\")]+", "?***", line)
-    return line if len(line) <= 300 else line[:299] + "…"
+    return [Metric(name, value, entry.milliseconds, entry.step) for name, value in entry.figures().items()]
 
 
 class MlflowRun:
@@ -150,11 +121,6 @@ class MlflowRun:
             mlflow.end_run(status)
 
 
-def now() -> int:
-    """Unix time in milliseconds."""
-    return time.time_ns() // 1_000_000
-
-
 def tracking_uri() -> str | None:
     """MLFLOW_TRACKING_URI, or "databricks" on Databricks, else None."""
     on_databricks = "databricks" if os.environ.get("DATABRICKS_RUNTIME_VERSION") else None
@@ -165,7 +131,9 @@ def tracking_problems(flag: str, name: str | None) -> list[str]:
     """Problems that prevent logging to MLflow or registering under `name`, the value of `flag`. Contacts no server: one
     that is down may answer later."""
     if find_spec("mlflow") is None:
-        return [f"MLflow is not installed. Type {install_extra('mlflow')}, or leave --mlflow out"]
+        return [
+            f"MLflow is not installed. Type {install_extra('mlflow')}, or leave mlflow out of --report-to"
+        ]
     problems, uri = [], tracking_uri()
     part = r"[^\s/:.]{1,255}"
     if name is not None and not re.fullmatch(rf"{part}(\.{part}\.{part})?", name):

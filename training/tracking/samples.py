@@ -20,12 +20,11 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from training.consts import GREEDY, SAMPLE_TOKENS
-from training.errors import printable
 from training.model.generation import answer_batch, prompt_ids
 from training.model.loading import max_positions
 from training.ranks import broadcast
 from training.storage import metrics
-from training.tracking.callbacks import TensorBoardLog
+from training.tracking.background import AnswersLog
 from training.tracking.progress import print_line, step_label
 
 # Tokens per batch including answers: under 1 GiB of keys and values in GPT-J-6B, less than a step's activations.
@@ -86,17 +85,12 @@ class Samples(TrainerCallback):
         entries = [
             position | {"instruction": instruction, "input": context, "response": answer}
             for (instruction, context), answer in zip(self.prompts, answers, strict=True)
-            if (instruction, context) not in existing
         ]
-        metrics.append(self.file, *entries)
+        new = [entry for entry in entries if (entry["instruction"], entry["input"]) not in existing]
+        metrics.append(self.file, *new)
         callbacks = self.trainer.callback_handler.callbacks
-        for log in (callback for callback in callbacks if isinstance(callback, TensorBoardLog)):
-            for number, (prompt, answer) in enumerate(zip(self.prompts, answers, strict=True)):
-                # Indented text is code in Markdown, which is shown unchanged.
-                texts = printable(_prompt_text(prompt, 2)), printable(answer)
-                blocks = (textwrap.indent(text or "(nothing)", "    ") for text in texts)
-                text = "\n\nanswer:\n\n".join(blocks)
-                log.add_text(f"answers/{number:03}", text, state.global_step)
+        for log in (callback for callback in callbacks if isinstance(callback, AnswersLog)):
+            log.log_answers(state.global_step, entries)
 
     def _generate_answers(self) -> list[str]:
         """The greedy answer to each prompt, in batches of similar length and at most TOKENS_AT_ONCE tokens."""
@@ -124,8 +118,8 @@ class Samples(TrainerCallback):
         return "\n".join(lines)
 
 
-def _prompt_text(prompt: tuple[str, str], newlines: int = 1) -> str:
-    return ("\n" * newlines).join(prompt).strip()
+def _prompt_text(prompt: tuple[str, str]) -> str:
+    return "\n".join(prompt).strip()
 
 
 @contextmanager

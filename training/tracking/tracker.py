@@ -1,0 +1,116 @@
+"""What the trackers of a run share: their interface, the entries that they get, and texts without secrets.
+
+A tracker is a file of this folder with its name (mlflow.py, wandb.py, trackio.py), and a name in TRACKERS of
+training/options/reporting.py. The file has two functions:
+
+    problems(options)           why it cannot be used here, such as a missing package; contacts no server
+    service(record, output)     the Service that sends to it
+
+TensorBoard alone has no such file: it needs no server (callbacks.py).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol
+
+from training.options.reporting import TENSORBOARD
+
+ANSWERS = "answers"  # name of the table of sample answers
+ANSWER_COLUMNS = ("step", "instruction", "input", "response")
+SECRETS = (
+    "MLFLOW_TRACKING_TOKEN",
+    "MLFLOW_TRACKING_PASSWORD",
+    "DATABRICKS_TOKEN",
+    "DATABRICKS_CLIENT_SECRET",
+    "WANDB_API_KEY",
+    "HF_TOKEN",
+    "TRACKIO_WRITE_TOKEN",
+)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A log entry of the Trainer, or the table of all sample answers so far.
+
+    Attributes:
+        milliseconds: Unix time.
+        answers: rows with ANSWER_COLUMNS.
+    """
+
+    step: int
+    values: dict[str, Any]
+    milliseconds: int
+    answers: Sequence[dict[str, Any]] = ()
+
+    def figures(self) -> dict[str, float]:
+        """The finite numbers, by the Trainer's names."""
+        return {
+            name: float(value)
+            for name, value in self.values.items()
+            if name != "step" and isinstance(value, int | float) and math.isfinite(value)
+        }
+
+
+class Service(Protocol):
+    """Sends to one tracker, from a thread of its own. Each method may raise anything and may block.
+
+    Attributes:
+        title: the tracker's name in messages.
+    """
+
+    title: str
+
+    def attach(self) -> None:
+        """Finds the run by the id of run.json or starts it. Called again after any failure."""
+
+    def send(self, entries: list[Entry]) -> None:
+        """Sends what the tracker lacks of these entries. After a failure it gets them again."""
+
+    def end(self, status: str) -> None:
+        """Ends the run: FINISHED, KILLED (stopped by a signal) or FAILED."""
+
+
+def tracker_modules(names: Iterable[str]) -> list[Any]:
+    """The files of these trackers, TensorBoard's excepted."""
+    return [import_module(f"training.tracking.{name}") for name in names if name != TENSORBOARD]
+
+
+def parameters(record: dict[str, Any]) -> dict[str, Any]:
+    """What describes a run: its options, settings, and the choices of the plan; URLs without passwords."""
+    plan_choices = {f"decided_{name}": value for name, value in (record.get("decided") or {}).items()}
+    size = {name: record.get(name) for name in ("world_size", "global_batch", "precision")}
+    return {
+        name: without_secrets(value) if isinstance(value, str) and "://" in value else value
+        for name, value in (record["options"] | size | plan_choices).items()
+    }
+
+
+def panel_names(figures: dict[str, float]) -> dict[str, float]:
+    """The names of transformers' callbacks, as in TensorBoard: train/loss and eval/loss, which make two panels."""
+    return {
+        f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}": value
+        for name, value in figures.items()
+    }
+
+
+def without_secrets(text: object) -> str:
+    """A text as one log line of at most 300 characters, without passwords and tokens."""
+    line = " ".join(str(text).split())
+    for name in SECRETS:
+        if secret := os.environ.get(name):
+            line = line.replace(secret, "***")
+    line = re.sub(r"//[^/\s]*@", "//***@", line)
+    line = re.sub(r"\?[^\s'\")]+=[^\s'\")]+", "?***", line)
+    return line if len(line) <= 300 else line[:299] + "…"
+
+
+def now() -> int:
+    """Unix time in milliseconds."""
+    return time.time_ns() // 1_000_000
