@@ -407,7 +407,7 @@ def test_ranks_on_one_host_share_its_memory_even_with_separate_launchers(tmp_pat
 
 
 def test_too_little_memory_while_loading_is_not_reported_as_a_model_error(tmp_path, monkeypatch):
-    def load(*args: object) -> None:
+    def load(*args: object, **kwargs: object) -> None:
         raise ModelError("demo: no weights could be loaded") from torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(steps, "load_model", load)
