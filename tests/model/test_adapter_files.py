@@ -176,6 +176,12 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
         "lm_head, which this model shares with its embedding",
     ),
     "alpha": (lambda f: edit(f, lora_alpha="much"), "lora_alpha in its adapter_config.json is 'much'"),
+    "alpha NaN": (lambda f: edit(f, lora_alpha=float("nan")), "lora_alpha in its adapter_config.json is nan"),
+    "alphas": (lambda f: edit(f, alpha_pattern={"(": 3}), "alpha_pattern in its adapter_config.json is"),
+    "rank 0": (
+        lambda f: edit_weights(f, lambda t: t.update({f"{Q}A.weight": torch.zeros(0, 16), f"{Q}B.weight": torch.zeros(16, 0)})),
+        "have rank 0",
+    ),
 }  # fmt: skip
 
 

@@ -442,6 +442,8 @@ def test_a_model_that_cannot_be_packed_is_planned_with_padded_rows_and_a_warning
         (["--gpu-flops", 165], "--gpu-flops: also type --gpu-memory, in GiB, such as 24"),
         (["--host-memory", 64], "--host-memory: also type --gpu-memory"),
         (["--gpu-memory", 0, "--gpu-flops", 165], "0 is not in the range"),
+        (["--gpu-memory", "nan", "--gpu-flops", 165], "--gpu-memory nan: expected a finite number"),
+        (["--gpu-memory", 24, "--gpu-flops", 165, "--host-memory", "nan"], "--host-memory nan: expected a finite"),
         (["--machine", "1xL4", "--gpu-memory", 24], "--machine 1xL4: has its own figures. Leave out --gpu-memory, or"),
         (["--machine", "8xH100", "--gradient-accumulation-steps", "1" + 19 * "0"], "1<=x<=1024"),
     ],

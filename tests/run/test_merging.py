@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,13 +11,14 @@ import torch
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedModel
 
 from tests.model.test_adapter_files import IDS, ROWS, gpt2, gptj, llama
+from training.errors import ModelError
 from training.model.adapter import Lora, add_adapter
 from training.model.adapter_files import find_adapter, merge_into
 from training.model.new_rows import trainable_state
 from training.model.stored_weights import in_memory
 from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions
-from training.run.merging import write_adapter
+from training.run.merging import merged_files, write_adapter
 
 peft = pytest.importorskip("peft")
 
@@ -92,3 +94,14 @@ def test_a_checkpoint_of_gptj_at_rank_16_is_below_one_gib() -> None:
     zero_2 = resolve(options, 2, "bf16", {"zero_optimization": {"stage": 2}})
     for settings in (plain, zero_2):
         assert 0.3 < settings.checkpoint_bytes * numbers / 2**30 < 0.5
+
+
+def test_a_base_that_changed_or_went_while_the_run_trained_is_not_merged(tmp_path: Path) -> None:
+    gptj().save_pretrained(tmp_path / "base")
+    base = {"model": str(tmp_path / "base"), "revision": None, "sha256": "0"}
+    (tmp_path / "lora.json").write_text(json.dumps({"base": base}))
+    with pytest.raises(ModelError, match=r"of SHA-256 0, but is now .* Put the former weights there again"):
+        merged_files(tmp_path, tmp_path / "model", "5GB", False)
+    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    with pytest.raises(ModelError, match=r"its base model is gone: .* The adapter is kept. Put the model"):
+        merged_files(tmp_path, tmp_path / "model", "5GB", False)

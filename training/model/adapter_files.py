@@ -319,11 +319,17 @@ def _added(a: torch.Tensor, b: torch.Tensor, scale: float, transposed: bool) -> 
 def _scale(adapter: Adapter, module: str, rank: int) -> float:
     """alpha / rank, or alpha / sqrt(rank) with rank-stabilized LoRA, as peft computes them (LoraLayer.update_layer)."""
     patterns, alpha = adapter.config.get("alpha_pattern") or {}, adapter.config.get("lora_alpha", 8)
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = value
-            break
-    if not isinstance(alpha, int | float):
+    try:
+        fitting = [value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
+    except (AttributeError, re.error) as error:
+        raise ModelError(
+            f"{adapter.name}: alpha_pattern in its {ADAPTER_CONFIG} is {patterns!r}, expected names of layers with numbers "
+            f"({first_line(error)}). Copy the adapter again"
+        ) from error
+    alpha = fitting[0] if fitting else alpha
+    if rank == 0:
+        raise ModelError(f"{adapter.name}: the factors of {module} have rank 0. Copy the adapter again")
+    if not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise ModelError(
             f"{adapter.name}: lora_alpha in its {ADAPTER_CONFIG} is {alpha!r}, expected a number. Copy the adapter again"
         )

@@ -174,6 +174,12 @@ def _own_machine_problems(
     typed = [flag for flag, value in described.items() if value is not None]
     if name and typed:
         return [f"--machine {name}: has its own figures. Leave out {' and '.join(typed)}, or --machine"]
+    if problems := [
+        f"{flag} {value}: expected a finite number"
+        for flag, value in described.items()
+        if value is not None and not math.isfinite(value)  # click's ranges let nan pass
+    ]:
+        return problems
     missing = [flag for flag in ("--gpu-memory", "--gpu-flops") if typed and described[flag] is None]
     units = {"--gpu-memory": "GiB, such as 24", "--gpu-flops": "TFLOP/s in bf16, such as 165"}
     return [f"{typed[0]}: also type {flag}, in {units[flag]}" for flag in missing]

@@ -34,21 +34,25 @@ from training.run.adapter_checkpoint import read_facts, stored_trained
 logger = logging.getLogger(__name__)
 
 
-def merged_files(
-    checkpoint: Path, folder: Path, max_shard_size: str, trust_remote_code: bool, check_base: bool = False
-) -> WeightFiles:
+def merged_files(checkpoint: Path, folder: Path, max_shard_size: str, trust_remote_code: bool) -> WeightFiles:
     """The weight files of a checkpoint's merged model, not yet written; `folder` holds its tokenizer already.
 
     Loads a fresh base in the run's precision into host memory, never one in 4 bits, and merges the adapter into it. The
     adapter is written first, and merged from its files. So what peft will load has been read back and found to fit.
-    `check_base`: compare the weights of a base in a folder with those of the run; a base on the Hub is loaded at the run's
-    commit. Raises ModelError.
+    The weights of a base in a folder are compared with those of the run: they may have changed while it trained. A base on
+    the Hub is loaded at the run's commit. Raises ModelError.
     """
     lora = read_facts(checkpoint)
     assert lora is not None
     base = lora["base"]
-    if check_base and base["sha256"] and (other := base_difference(base, identify(base["model"]))):
-        raise ModelError(f"{checkpoint}: {other}")
+    if base["sha256"]:
+        if base["model"] != DEMO and not Path(base["model"]).is_dir():
+            raise ModelError(
+                f"{checkpoint}: its base model is gone: there is no folder {base['model']}. The adapter is kept. Put the "
+                f"model with weights of SHA-256 {base['sha256']} there again"
+            )
+        if other := base_difference(base, identify(base["model"])):
+            raise ModelError(f"{checkpoint}: {other}. Put the former weights there again")
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     logger.info("merging the adapter into %s", base["model"])
     model = load_model(
