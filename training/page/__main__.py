@@ -6,7 +6,6 @@ python -m training.page --model OUT
 from __future__ import annotations
 
 import errno
-import ipaddress
 import os
 import socket
 import sys
@@ -31,6 +30,7 @@ from training.errors import (
 )
 from training.files import expanded, path_problem, writable
 from training.options.command_line import CollectedOption, CollectingCommand, PathName, value_problems
+from training.page.guard import is_loopback
 from training.storage.record import finished_run, read_run_record
 
 if TYPE_CHECKING:
@@ -189,7 +189,7 @@ def _address_problems(options: Options) -> list[str]:
     host, port, problems = options.host, options.port, []
     if options.password is not None and not options.password.strip():
         problems.append("--password is empty. Give a value, or leave the option out")
-    if not _is_loopback(host) and options.password is None:
+    if not is_loopback(host) and options.password is None:
         problems.append(
             f"--host {host}: everybody who reaches this machine could use the page. Ask for a password: "
             f"export {PASSWORD_VARIABLE}=..., or leave --host out"
@@ -208,13 +208,6 @@ def _address_problems(options: Options) -> list[str]:
             f"--port {port}: cannot be opened on {host} ({reason}). Type another --port or --host"
         )
     return problems
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def _serve(options: Options) -> None:

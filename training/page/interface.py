@@ -7,9 +7,11 @@ import os
 from collections.abc import Callable, Mapping
 
 import gradio as gr
+from starlette.middleware import Middleware
 
 from training.model.generation import PARAMETERS
 from training.model.loading import max_positions
+from training.page.guard import OwnRequestsOnly
 from training.page.state import Page
 
 STYLE = """
@@ -58,7 +60,7 @@ def build(page: Page, tabs: Mapping[str, Callable[[Page, list[gr.Number]], None]
 def launch(blocks: gr.Blocks, host: str, port: int, password: str | None) -> gr.Blocks:
     """Serves the page, without links to share it, without recording and without any request to another machine.
 
-    Any user name goes with the password. Raises OSError if the port cannot be used.
+    Any user name goes with the password. Requests of other web sites are refused. Raises OSError if the port cannot be used.
     """
 
     def is_right(_user: str, typed: str) -> bool:
@@ -84,6 +86,7 @@ def launch(blocks: gr.Blocks, host: str, port: int, password: str | None) -> gr.
         ssr_mode=False,
         pwa=False,
         mcp_server=False,
+        app_kwargs={"middleware": [Middleware(OwnRequestsOnly, any_name=bool(password))]},
         theme=THEME,
         css=STYLE,
     )
