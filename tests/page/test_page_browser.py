@@ -300,6 +300,10 @@ def test_a_blind_vote_needs_no_mouse_and_says_whose_the_answers_were_only_afterw
     [vote] = map(json.loads, (folder / "votes.jsonl").read_text().splitlines())
     assert (vote["vote"], vote["b"]["name"]) == ("b", b)
     press_until(page, "Shift+Tab", "#next")
+    page.reload()
+    page.get_by_role("tab", name="Blind").click()
+    tab.wait("rates", "1 vote ")  # the page is built once, before the first vote
+    assert status.endswith(tab.wait("status", "held-out rows have no vote yet"))
     tab.close()
 
 

@@ -32,8 +32,9 @@ def blind_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
         instruction = gr.Textbox(label="Instruction", lines=2, max_lines=12, elem_id="own-instruction")
         context = gr.Textbox(label="Input (optional)", lines=1, max_lines=12, elem_id="own-input")
         own = gr.Button("Ask this", elem_id="own")
+    # Functions are called for each visitor; the votes of a value would be those at the start of the page.
     status = gr.Textbox(
-        label="What to do", value=rows_left(page), max_lines=6, interactive=False, elem_id="status"
+        label="What to do", value=lambda: rows_left(page), max_lines=6, interactive=False, elem_id="status"
     )
     question = gr.Textbox(label="Question", lines=2, max_lines=12, interactive=False, elem_id="question")
     with gr.Row():
@@ -54,7 +55,12 @@ def blind_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
             for choice, label in LABELS.items()
         }
     rates = gr.Textbox(
-        label="Votes so far", value=tallies(page), lines=2, max_lines=12, interactive=False, elem_id="rates"
+        label="Votes so far",
+        value=lambda: tallies(page),
+        lines=2,
+        max_lines=12,
+        interactive=False,
+        elem_id="rates",
     )
 
     def answer_row(request: gr.Request, *values: Any) -> Iterator[tuple[Pair | None, str, str, str, str]]:
