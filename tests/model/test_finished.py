@@ -296,7 +296,9 @@ def test_the_placed_model_is_the_checkpoints_and_replaces_an_earlier_one(
     checkpoint.write_manifest(source, 1.0, names, checkpoint.digests(source, names))
     output = tmp_path / "out"
     output.mkdir()
-    earlier = "model-00001-of-00002.safetensors model.safetensors.index.json config.json run.json"
+    earlier = (
+        "model-00001-of-00002.safetensors model.safetensors.index.json config.json run.json evaluation.json"
+    )
     for name in earlier.split():
         (output / name).write_bytes(b"of an earlier model")
 

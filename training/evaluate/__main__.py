@@ -29,7 +29,7 @@ from training.files import expanded, path_problem, writable, write_json
 from training.options.command_line import CollectedOption, CollectingCommand, PathName, value_problems
 from training.pictures import PictureFile, draw_evaluation
 from training.storage.copy import MANIFEST_FILE
-from training.storage.record import finished_run
+from training.storage.record import finished_run, read_run_record
 from training.tracking.mlflow_evaluation import log_evaluation
 
 logger = logging.getLogger("training")
@@ -158,6 +158,11 @@ def _problems(typed: dict[str, Any]) -> list[str]:
             problems.append(
                 f"--output {typed['output']}: cannot be written. Name a file in a folder of your own"
             )
+        elif _lies_in_a_model(target, typed["tuned"], typed["base"]):
+            problems.append(
+                f"--output {typed['output']}: lies in the model's folder, and could replace a file of the model. Name a "
+                "file elsewhere"
+            )
     if typed.get("tasks") is None:
         problems += [
             f"--{name.replace('_', '-')}: has no effect without --tasks. Leave it out, or name tasks"
@@ -169,6 +174,11 @@ def _problems(typed: dict[str, Any]) -> list[str]:
         packages = ["lm_eval", "rouge_score"] if typed.get("rows") else ["lm_eval"]
         problems += [problem for package in packages for problem in missing_extra(package)]
     return problems
+
+
+def _lies_in_a_model(file: Path, *models: str | None) -> bool:
+    folders = [Path(expanded(model)) for model in models if model]
+    return any(folder.is_dir() and folder.resolve() in file.resolve().parents for folder in folders)
 
 
 def _evaluate(
@@ -194,6 +204,9 @@ def _evaluate(
     with redirect_stdout(sys.stderr):  # some libraries print
         sections = _compare(tuned, base, record, **typed)
     print(json.dumps(sections, indent=2) if json_ else as_table(sections), flush=True)
+    if folder and read_run_record(folder) != record:
+        logger.warning("%s has changed since the evaluation began, so nothing is written into it", folder)
+        folder = None
     if output is not None:
         write_json(Path(output), sections)
     elif folder is not None:

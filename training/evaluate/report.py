@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import logging
+import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from training.consts import DEFAULT_SEED, EVALUATION_FILE
-from training.errors import printable
+from training.errors import first_line, printable
 from training.evaluate.intervals import RESAMPLES
 from training.evaluate.metrics import METRICS
 from training.files import write_file, write_json
+
+logger = logging.getLogger(__name__)
 
 CARD = "README.md"
 BEGIN, END = "<!-- evaluation -->", "<!-- end of evaluation -->"
@@ -139,12 +144,43 @@ def _cells(line: Line) -> list[str]:
 
 
 def read_evaluation(folder: Path) -> dict[str, Any]:
-    """The evaluation.json of a model's folder; {} if it is missing or unreadable."""
-    with suppress(OSError, ValueError, RecursionError):
-        content = json.loads((folder / EVALUATION_FILE).read_text())
-        if isinstance(content, dict):
-            return content
-    return {}
+    """The evaluation.json in a model's folder; {} if it is missing. What is damaged in it is left out, with a warning."""
+    file = folder / EVALUATION_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        sections = dict(content)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        logger.warning("%s: cannot be read (%s), so it counts as missing", file, first_line(error))
+        return {}
+    damaged = sorted(kind for kind, section in sections.items() if not _is_section(kind, section))
+    if damaged:
+        logger.warning(
+            "%s: %s is no result of an evaluation, so it counts as missing", file, " and ".join(damaged)
+        )
+    return {kind: section for kind, section in sections.items() if kind not in damaged}
+
+
+def _is_section(kind: str, section: Any) -> bool:
+    """Whether a part of evaluation.json can be shown."""
+    try:
+        notes_of({kind: section})
+        return bool(tables_of({kind: section}))
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return False
+
+
+@contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Waits until no other evaluation writes into the folder. The lock ends with the process, and leaves no file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # file systems without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def write_evaluation(folder: Path, sections: Mapping[str, Any]) -> dict[str, Any]:
@@ -153,15 +189,25 @@ def write_evaluation(folder: Path, sections: Mapping[str, Any]) -> dict[str, Any
     Sections of an earlier evaluation that are not computed anew are kept. run.json is not touched: it stays as it was
     published.
     """
-    evaluation = read_evaluation(folder) | dict(sections)
-    write_json(folder / EVALUATION_FILE, evaluation)
-    card = folder / CARD
-    former = card.read_text(encoding="utf-8") if card.is_file() else ""
-    section = f"{BEGIN}\n{as_markdown(evaluation)}\n{END}"
+    with _one_at_a_time(folder):
+        evaluation = read_evaluation(folder) | dict(sections)
+        write_json(folder / EVALUATION_FILE, evaluation)
+        _write_card(folder / CARD, f"{BEGIN}\n{as_markdown(evaluation)}\n{END}")
+    return evaluation
+
+
+def _write_card(card: Path, section: str) -> None:
+    """Replaces the section of a model card, or appends it. A card that is no text stays as it is, with a warning."""
+    try:
+        former = card.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        former = ""
+    except (OSError, ValueError) as error:
+        logger.warning("%s: cannot be read (%s), so it does not show the evaluation", card, first_line(error))
+        return
     pattern = re.compile(f"{re.escape(BEGIN)}.*?{re.escape(END)}", re.DOTALL)
     if pattern.search(former):
         content = pattern.sub(lambda match: section, former, count=1)
     else:
         content = f"{former.rstrip()}\n\n{section}\n".lstrip()
     write_file(card, content)
-    return evaluation

@@ -32,21 +32,12 @@ def blind_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
         instruction = gr.Textbox(label="Instruction", lines=2, max_lines=12, elem_id="own-instruction")
         context = gr.Textbox(label="Input (optional)", lines=1, max_lines=12, elem_id="own-input")
         own = gr.Button("Ask this", elem_id="own")
-    # Functions are called for each visitor; the votes of a value would be those at the start of the page.
-    status = gr.Textbox(
-        label="What to do", value=lambda: rows_left(page), max_lines=6, interactive=False, elem_id="status"
-    )
-    question = gr.Textbox(label="Question", lines=2, max_lines=12, interactive=False, elem_id="question")
+    # A function is called for each visitor; a text would show the votes at the start of the page.
+    status = _output("What to do", "status", lambda: rows_left(page), max_lines=6)
+    question = _output("Question", "question", lines=2, max_lines=12)
     with gr.Row():
         boxes = [
-            gr.Textbox(
-                label=f"Answer {side}",
-                lines=6,
-                max_lines=16,
-                interactive=False,
-                min_width=280,
-                elem_id=f"blind-{side.lower()}",
-            )
+            _output(f"Answer {side}", f"blind-{side.lower()}", lines=6, max_lines=16, min_width=280)
             for side in "AB"
         ]
     with gr.Row():
@@ -54,14 +45,7 @@ def blind_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
             choice: gr.Button(label, min_width=90, elem_id=f"vote-{choice}")
             for choice, label in LABELS.items()
         }
-    rates = gr.Textbox(
-        label="Votes so far",
-        value=lambda: tallies(page),
-        lines=2,
-        max_lines=12,
-        interactive=False,
-        elem_id="rates",
-    )
+    rates = _output("Votes so far", "rates", lambda: tallies(page), lines=2, max_lines=12)
 
     def answer_row(request: gr.Request, *values: Any) -> Iterator[tuple[Pair | None, str, str, str, str]]:
         yield from ask_row(page, str(request.session_hash), *values)
@@ -82,6 +66,10 @@ def blind_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
     stop.click(stop_answers, None, None, queue=False, **hidden)
     for choice, button in buttons.items():
         button.click(voter(choice), pair, [status, rates], **hidden)
+
+
+def _output(label: str, name: str, value: Any = None, **shape: int) -> gr.Textbox:
+    return gr.Textbox(label=label, value=value, interactive=False, elem_id=name, **shape)
 
 
 def ask_row(page: Page, session: str, *sampling: Any) -> Iterator[tuple[Pair | None, str, str, str, str]]:

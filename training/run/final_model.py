@@ -17,7 +17,7 @@ from typing import Any
 from safetensors import SafetensorError
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from training.consts import WEIGHTS
+from training.consts import EVALUATION_FILE, WEIGHTS
 from training.errors import ModelError, TrainingError, first_line
 from training.files import PARTIAL
 from training.model.stored_weights import stored_weights
@@ -161,6 +161,7 @@ def place_files(unfinished: Path, output: Path, names: Iterable[str]) -> None:
     """Moves the written model into the output folder."""
     for old in output.glob(f"*{WEIGHTS}*"):  # of a shorter run, maybe with more shards
         old.unlink()
+    (output / EVALUATION_FILE).unlink(missing_ok=True)  # of the model that is replaced
     for name in names:
         (output / name).parent.mkdir(parents=True, exist_ok=True)
         os.replace(unfinished / name, output / name)
