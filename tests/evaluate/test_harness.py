@@ -241,3 +241,28 @@ def test_an_unknown_task_is_refused_with_the_nearest_names(answering_folder: Pat
     assert "hellaswag" in result.output
     assert "--tasks none.yaml: no such file" in result.output
     assert "piqa:" not in result.output
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        ("doc_to_text: '{{q'", "TemplateSyntaxError"),
+        ("doc_to_text: '{{nothing}}'", "'nothing' is undefined"),
+        ("doc_to_text: [1", "ParserError"),
+        ("unsafe_code: true", "runs code that the model writes"),
+    ],
+)
+def test_a_task_that_cannot_be_run_is_named_with_the_reason(
+    line: str, words: str, answering_folder: Path, tmp_path: Path
+) -> None:
+    data = jsonl(tmp_path / "q.jsonl", [{"q": "Capital of France?"}])
+    (tmp_path / "t.yaml").write_text(
+        f"task: t\ndataset_path: json\ndataset_kwargs:\n  data_files:\n    test: {data}\ntest_split: test\n"
+        "output_type: multiple_choice\ndoc_to_choice: [Paris, Rome]\ndoc_to_target: 0\n"
+        f"metric_list:\n  - metric: acc\n{'' if 'doc_to_text' in line else 'doc_to_text: q'}\n{line}\n"
+    )
+    words_typed = ["--model", answering_folder, "--base", answering_folder, "--tasks", tmp_path / "t.yaml"]
+    result = CliRunner().invoke(main, list(map(str, words_typed)))
+    assert result.exit_code == 2, result.output
+    assert f"--tasks {tmp_path / 't.yaml'}" in result.output
+    assert words in result.output

@@ -59,7 +59,8 @@ OPTIONS = (
     _option(
         "--tasks",
         metavar="TASK,...",
-        help="Benchmarks of lm-eval, by name or by YAML file. Then no rows are evaluated, unless --rows names some.",
+        help="Benchmarks of lm-eval, by name or by YAML file. A YAML file can run any code. With --tasks, rows are "
+        "evaluated only if --rows names them.",
     ),
     _option(
         "--num-fewshot",

@@ -161,8 +161,9 @@ def score(
     """The scores of a loaded model. Raises ModelError if its loss is not a finite number."""
     losses = response_losses(model, tokenizer, rows, _progress(name, "losses", len(rows)))
     if not np.isfinite(losses).all():
+        advice = "Its weights are damaged" if model.dtype == torch.float32 else "Type --dtype fp32"
         raise ModelError(
-            f"{name}: its loss is NaN or infinite in {str(model.dtype).removeprefix('torch.')}. Type --dtype fp32"
+            f"{name}: its loss is NaN or infinite in {str(model.dtype).removeprefix('torch.')}. {advice}"
         )
     answers = greedy_answers(
         model,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
@@ -164,7 +165,7 @@ def run_tasks(
     limit: int | None = None,
     num_fewshot: int | None = None,
 ) -> dict[str, Any]:
-    """The results of lm-eval for one model. Raises DataError if the data of a task cannot be loaded."""
+    """The results of lm-eval for one model. Raises DataError if a task cannot be run, and torch.OutOfMemoryError."""
     try:
         results: dict[str, Any] = simple_evaluate(
             model,
@@ -175,7 +176,14 @@ def run_tasks(
             apply_chat_template=getattr(model, "in_dolly_prompt", False),
             bootstrap_iters=0,  # intervals are ours
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:  # of datasets, the Hub, a YAML file
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # of datasets, the Hub, a YAML file, its templates and its Python functions
+        if "confirm_run_unsafe_code" in str(error):
+            raise DataError(
+                f"--tasks {','.join(tasks)}: a task runs code that the model writes, which this command does not do. "
+                "Leave the task out"
+            ) from error
         raise DataError(
             f"--tasks {','.join(tasks)}: lm-eval cannot run them ({first_line(error)}){offline_note()}"
         ) from error
