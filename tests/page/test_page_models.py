@@ -137,6 +137,8 @@ def test_sampling_settings_are_checked_together() -> None:
         "top_p",
         "top_k",
     ]
+    with pytest.raises(ValueError, match="max_new_tokens inf: expected a whole number from 1"):
+        generation_arguments(float("inf"), 1, 0.9, float("inf"))  # JSON's 1e999
 
 
 def test_models_have_names_that_differ(tmp_path: Path) -> None:

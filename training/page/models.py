@@ -20,7 +20,7 @@ from transformers import (
     TextStreamer,
 )
 
-from training.errors import first_line
+from training.errors import first_line, printable
 from training.model.generation import (
     PARAMETERS,
     answer_batch,
@@ -113,6 +113,7 @@ def load_models(base: str | None, folders: Sequence[str], trust_remote_code: boo
     """Loads the base, if there is one, and the models, each once. Raises ModelError."""
     models = []
     for path, name in zip([*([base] if base else []), *folders], names_of(base, folders), strict=True):
+        print(f"Loading {printable(name)} ...", flush=True)
         model, tokenizer = load_model_tokenizer_for_generate(path, trust_remote_code=trust_remote_code)
         record = read_run_record(Path(path)) or {}
         location = str(Path(path).resolve()) if os.path.isdir(path) else path
@@ -138,10 +139,10 @@ def generation_arguments(*values: Any) -> dict[str, Any]:
     """
     chosen = {name: value for (name, _, _), value in zip(PARAMETERS, values, strict=True)}
     expected: dict[str, tuple[Callable[[float], bool], str]] = {
-        "max_new_tokens": (lambda value: value >= 1 and value == int(value), "a whole number from 1"),
+        "max_new_tokens": (lambda value: value >= 1 and float(value).is_integer(), "a whole number from 1"),
         "temperature": (lambda value: 0 <= value <= 100, "a number from 0 to 100"),
         "top_p": (lambda value: 0 < value <= 1, "a number above 0, at most 1"),
-        "top_k": (lambda value: value >= 0 and value == int(value), "a whole number from 0"),
+        "top_k": (lambda value: value >= 0 and float(value).is_integer(), "a whole number from 0"),
     }
     problems = [
         f"{name} {'is empty' if chosen[name] is None else chosen[name]}: expected {words}"
