@@ -12,6 +12,11 @@ if [ -z "${DOLLY_VOLUME:-}" ]; then
         "Volume, such as /Volumes/main/default/dolly/first, under env_variables in the workload file" >&2
     exit 2
 fi
+if [ "${DOLLY_VOLUME#/}" = "$DOLLY_VOLUME" ]; then
+    echo "DOLLY_VOLUME $DOLLY_VOLUME: is a folder on the node's own disk, and would be lost with the node. Type the full path" \
+        "of a new folder of a Volume, such as /Volumes/main/default/dolly/first" >&2
+    exit 2
+fi
 # The node's own disk. /local_disk0 is that of a cluster, and may be missing here.
 disk=/local_disk0
 if [ ! -w "$disk" ]; then disk=${TMPDIR:-/tmp}; fi
@@ -21,7 +26,6 @@ unset WORLD_SIZE LOCAL_WORLD_SIZE RANK LOCAL_RANK NODE_RANK MASTER_ADDR MASTER_P
 # peft is for --lora, at the version of the extra.
 python -m pip install --quiet --disable-pip-version-check -r requirements.txt peft==0.21.2
 exec "$@" \
-    --epochs 1 \
     --local-output-dir "$disk/dolly_training/$(basename "$DOLLY_VOLUME")" \
     --dbfs-output-dir "$DOLLY_VOLUME/model" \
     --checkpoint-to "$DOLLY_VOLUME/checkpoints" \

@@ -100,8 +100,8 @@ def node_environment(code: Path, path: Path, **others: str) -> dict[str, str]:
     return kept | NODE_VARIABLES | node | others
 
 
-def commands(accelerator: str, code: Path, **variables: str) -> list[list[str]]:
-    """The Python commands that a GPU_*.sh runs, each as its words, read with a stand-in for Python."""
+def commands(accelerator: str, code: Path, *words: str, **variables: str) -> list[list[str]]:
+    """The Python commands that a GPU_*.sh runs, with `words` behind it, read with a stand-in for Python."""
     stand_in = code.parent / "bin" / "python"
     stand_in.parent.mkdir()
     stand_in.write_text(
@@ -111,7 +111,7 @@ def commands(accelerator: str, code: Path, **variables: str) -> list[list[str]]:
         'done\necho "$PWD"; printf "%s\\n" "$@" END\n'
     )
     stand_in.chmod(0o755)
-    script = [bash_script(accelerator, code)]
+    script = [bash_script(accelerator, code), *words]
     result = subprocess.run(
         ["bash", *script],
         env=node_environment(code, stand_in.parent, **variables),
@@ -262,11 +262,24 @@ def test_the_variable_of_a_workload_file_counts_more_than_the_volume_of_the_bund
 def test_a_run_whose_model_would_be_lost_with_the_node_is_refused(code: Path) -> None:
     (code / "config" / "databricks" / "dist" / "volume.txt").unlink()
     variables = node_environment(code, code)
-    result = subprocess.run(
-        ["bash", bash_script("GPU_1xA10", code)], env=variables, capture_output=True, text=True
-    )
-    assert result.returncode == 2
-    assert "DOLLY_VOLUME is not set" in result.stderr
+    for volume, problem in (("", "DOLLY_VOLUME is not set"), ("dolly/first", "DOLLY_VOLUME dolly/first: ")):
+        result = subprocess.run(
+            ["bash", bash_script("GPU_1xA10", code)],
+            env=variables | {"DOLLY_VOLUME": volume},
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 2, result.stdout + result.stderr
+        assert result.stderr.startswith(problem)
+        assert "/Volumes/main/default/dolly/first" in result.stderr
+
+
+@EACH_ACCELERATOR
+def test_an_option_behind_a_script_counts_more_than_its_recipe(accelerator: str, code: Path) -> None:
+    _, train = commands(accelerator, code, "--epochs", "3", "--per-device-train-batch-size", "2")
+    values, problems = parse_words(train[5:] if "training.launch" in train else train[2:])
+    assert not problems
+    assert (values["epochs"], values["per_device_train_batch_size"]) == (3, 2)
 
 
 @pytest.mark.slow
