@@ -68,7 +68,7 @@ def blind_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
         button.click(voter(choice), pair, [status, rates], **hidden)
 
 
-def _output(label: str, name: str, value: Any = None, **shape: int) -> gr.Textbox:
+def _output(label: str, name: str, value: Any = None, **shape: Any) -> gr.Textbox:
     return gr.Textbox(label=label, value=value, interactive=False, elem_id=name, **shape)
 
 
