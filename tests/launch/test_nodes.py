@@ -86,6 +86,41 @@ def test_nodes_meet_in_any_order_beside_another_run_and_a_program_that_is_no_nod
         assert "node 1 of 2 has not come within 0.025 minutes. Look at the logs of its pod" in waits.result()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [b"", b"x", b"[" * 60_000 + b"\n", b'{"run": "7/train", "node": 1.0}\n', bytes(range(256))],
+    ids=["nothing", "half a line", "brackets", "no whole number", "binary"],
+)
+def test_programs_that_speak_otherwise_neither_end_nor_delay_the_nodes(
+    ports: list[int], tmp_path: Path, words: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nodes, "_HELLO_SECONDS", 0.3)
+    monkeypatch.setattr(nodes, "_ANSWER_SECONDS", 0.5)  # a node gives up meanwhile, and comes again
+    strangers: list[socket.socket] = []
+    both_met = threading.Barrier(2)
+
+    def node(index: int) -> list[str]:
+        with meet(index, 2, "127.0.0.1", "7/train", tmp_path, seconds=20, ports=ports[:1]) as met:
+            both_met.wait(20)
+            return met.hosts
+
+    def connect() -> socket.socket:
+        while True:
+            with suppress(OSError):
+                return socket.create_connection(("127.0.0.1", ports[0]))
+            time.sleep(0.05)
+
+    with ThreadPoolExecutor(2) as pool:
+        main = pool.submit(node, 0)
+        for _ in range(4):
+            strangers.append(connect())
+            strangers[-1].sendall(words)
+        other = pool.submit(node, 1)
+        assert main.result() == other.result() == [socket.gethostname()] * 2
+    for stranger in strangers:
+        stranger.close()
+
+
 def test_a_folder_that_is_not_shared_is_refused_on_every_node(ports: list[int], tmp_path: Path) -> None:
     folders = [tmp_path / "a", tmp_path / "b"]
     for folder in folders:

@@ -40,6 +40,8 @@ MEET_SECONDS = 900.0  # a cluster may have to start machines first
 GRACE_SECONDS = 20.0
 _WORDS_SECONDS = 5.0  # after a failed training, until another node's words are no longer awaited
 _ANSWER_SECONDS = 5.0
+# A node speaks as soon as it is connected. A program that probes ports says nothing, and must not keep the nodes waiting.
+_HELLO_SECONDS = 1.0
 # A machine that vanishes closes no connection. These make it an error after 10 + 3 x 5 seconds (tcp(7)).
 _KEEPALIVE = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3}
 
@@ -61,10 +63,11 @@ class _Line:
             self.socket.sendall(json.dumps(message).encode() + b"\n")
 
     def receive(self, seconds: float | None) -> dict[str, Any] | None:
-        """The next message; None if the connection ended or is not one of ours. Raises TimeoutError."""
+        """The next message; None if the connection ended or is not one of ours. Raises TimeoutError after `seconds`."""
+        end = None if seconds is None else time.monotonic() + seconds
         try:
-            self.socket.settimeout(seconds)
             while b"\n" not in self.buffer:
+                self.socket.settimeout(None if end is None else max(0.001, end - time.monotonic()))
                 block = self.socket.recv(4096)
                 if not block or len(self.buffer) > 2**16:
                     return None
@@ -73,9 +76,19 @@ class _Line:
             message = json.loads(line)
         except TimeoutError:
             raise
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):  # RecursionError: JSON of many brackets
             return None
         return message if isinstance(message, dict) else None
+
+    def is_closed(self) -> bool:
+        """Whether the other side has closed the connection. It has sent nothing that was not received."""
+        try:
+            self.socket.settimeout(0)
+            return not self.socket.recv(1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
 
 
 @dataclass
@@ -242,9 +255,11 @@ def _gather(count: int, address: str, run: str, folder: Path, seconds: float, po
             server.settimeout(1)
             with contextlib.suppress(TimeoutError):
                 line = _Line(server.accept()[0])
-                message = line.receive(_ANSWER_SECONDS) or {}
-                number = message.get("node", 0)
-                if message.get("run") == run and number in range(1, count):
+                message = line.receive(_HELLO_SECONDS) or {}
+                number = message.get("node")
+                known = message.get("run") == run and type(number) is int and 0 < number < count
+                # A node that waited too long for an answer has closed its connection, and comes again.
+                if known and not line.is_closed():
                     line.send(run=run)
                     lines[number], hosts[number] = line, str(message.get("host"))
                 else:  # another run on this machine, or a program that is no node
@@ -303,9 +318,12 @@ def _find(index: int, address: str, run: str, end: float, ports: Sequence[int]) 
             with contextlib.suppress(OSError):  # nothing listens there, or it does not answer
                 line = _Line(socket.create_connection((address, port), timeout=_ANSWER_SECONDS))
                 line.send(run=run, node=index, host=socket.gethostname())
-                if (line.receive(_ANSWER_SECONDS) or {}).get("run") == run:
+                answer = None
+                with contextlib.suppress(TimeoutError):
+                    answer = line.receive(_ANSWER_SECONDS)
+                if answer and answer.get("run") == run:
                     return line
-                line.socket.close()
+                line.socket.close()  # or node 0 would take it for this node later
         if time.monotonic() > end:
             return None
         time.sleep(1)
