@@ -408,6 +408,8 @@ def test_before_training_the_target_must_be_empty_or_a_copy_of_this_run(
     ("name", "message"),
     [
         ("dbfs:/dolly", "dbfs:/dolly: is a URL, but a path is needed. Type /dbfs/dolly"),
+        ("hf:/me/dolly", "hf:/me/dolly: would be a folder on this machine. Type hf://me/dolly"),
+        ("s3:bucket/x", "s3:bucket/x: would be a folder on this machine. Type s3://bucket/x"),
         ("zz9://x/y", "there is no file system 'zz9'. Name a folder, or a URL such as s3://bucket/folder"),
         ("s3://", "names no bucket. Type s3://bucket/folder"),
         ("memory://x/y", "is in the memory of this process, and would be lost with it. Name a folder"),

@@ -436,6 +436,22 @@ def unreachable(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
 
 
+def unreachable_with_a_password(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr(constants, "ENDPOINT", f"http://me:{SIGNATURE}@127.0.0.1:9")
+
+
+def token_that_was_copied_badly(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    patch.setenv("HF_TOKEN", "hf_wrong“wrongwrong")
+
+
+def login_page(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    hub.fail("", 200, content=b"<html>Log in to the network</html>", times=99)
+
+
+def another_program(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
+    hub.fail("", 200, content=b"[]", times=99)
+
+
 def slow(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(hub_module, "ASKING", 0.1)
     patch.setattr(hub_module, "SENDING", 0.1)
@@ -458,6 +474,10 @@ def reading_own(hub: HubServer, patch: pytest.MonkeyPatch) -> None:
         (wrong_token, "the Hub does not know the token (Invalid credentials in Authorization header). Make a token with"),
         (offline, "the Hub is switched off. HF_HUB_OFFLINE is set, so nothing is downloaded: type unset HF_HUB_OFFLINE"),
         (unreachable, "the connection to http://127.0.0.1:9 failed ([Errno 111] Connection refused)"),
+        (unreachable_with_a_password, "the connection to http://***@127.0.0.1:9 failed"),
+        (token_that_was_copied_badly, "the token for the Hub has a character that no token has. Make a token"),
+        (login_page, "does not answer as the Hub does. Look at HF_ENDPOINT, and for a proxy in between"),
+        (another_program, "does not answer as the Hub does. Look at HF_ENDPOINT"),
         (slow, "did not answer in time"),
         (reading, "The token of me may not write there. Make a token with write permission"),
         (reading_own, "cannot be written: the Hub refuses (Forbidden). The token of me may not write there. Make"),

@@ -60,6 +60,10 @@ def find_token(target: str) -> str:
         ) from None
     if token is None:
         raise PublishError(f"{target}: there is no token for the Hub. {TOKEN_ADVICE}")
+    if not token.isascii():
+        raise PublishError(
+            f"{target}: the token for the Hub has a character that no token has. {TOKEN_ADVICE}"
+        )
     return token
 
 
@@ -161,15 +165,18 @@ def _reason(error: Exception, address: Address) -> str:
     from huggingface_hub import constants
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-    inner = _inner(error)
+    inner, endpoint = _inner(error), _shown(constants.ENDPOINT, address.token)
     if isinstance(inner, OfflineModeIsEnabled):
         return (
             f"the Hub is switched off{offline_note() or '. Type unset HF_HUB_OFFLINE TRANSFORMERS_OFFLINE'}"
         )
     if isinstance(inner, httpx2.TimeoutException):
-        return f"{constants.ENDPOINT} did not answer in time"
+        return f"{endpoint} did not answer in time"
     if isinstance(inner, httpx2.TransportError):
-        return f"the connection to {constants.ENDPOINT} failed ({text_of(inner)})"
+        return f"the connection to {endpoint} failed ({text_of(inner)})"
+    if isinstance(inner, (json.JSONDecodeError, LookupError, TypeError, AttributeError, RecursionError)):
+        # The login page of a network, or another program.
+        return f"{endpoint} does not answer as the Hub does. Look at HF_ENDPOINT, and for a proxy in between"
     if not isinstance(inner, HfHubHTTPError):
         return _shown(text_of(inner), address.token)
     status = inner.response.status_code
@@ -204,5 +211,6 @@ def text_of(error: BaseException) -> str:
 
 
 def _shown(text: str, token: str) -> str:
-    """A text without the token, and without the signatures in addresses."""
-    return re.sub(r"\?[^\s'\"]+", "?...", text.replace(token, "***"))
+    """A text without the token, and without the passwords and signatures in addresses."""
+    text = re.sub(r"//[^/\s]*@", "//***@", text.replace(token, "***"))
+    return re.sub(r"\?[^\s'\"]+", "?...", text)

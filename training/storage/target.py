@@ -53,6 +53,11 @@ def open_target(target: str, folder: Path | None) -> Target:
     """Opens the target for the model in `folder`. Raises PublishError if it cannot be used."""
     if target.startswith("dbfs:"):
         raise PublishError(f"{target}: is a URL, but a path is needed. Type {local_path(target)}")
+    if short := re.match("(hf|s3a?):(?!//)/?", target, re.IGNORECASE):
+        url = f"{short[1].lower()}://{target[short.end() :]}"
+        raise PublishError(
+            f"{without_secret(target)}: would be a folder on this machine. Type {without_secret(url)}"
+        )
     is_local = re.match("(file|local)://", target)
     if "://" in target and not is_local:
         return _open_url(target)
