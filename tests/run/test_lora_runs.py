@@ -121,6 +121,33 @@ def test_a_resume_on_another_base_is_refused_with_both_checksums(
     assert files(stopped) == before
 
 
+def test_a_base_that_was_moved_is_found_by_a_resume_and_afterwards_by_an_export(
+    stopped: Path, finished: Path, base: Path, tmp_path: Path
+) -> None:
+    moved, gone = tmp_path / "moved", str(tmp_path / "gone")
+    shutil.copytree(base, moved)
+    lora, record = stopped / "checkpoint-2" / "lora.json", stopped / "run.json"
+    facts, run = json.loads(lora.read_text()), json.loads(record.read_text())
+    lora.write_text(json.dumps(facts | {"base": facts["base"] | {"model": gone}}))
+    run["base"]["model"] = run["options"]["input_model"] = gone
+    record.write_text(json.dumps(run))
+    manifest = checkpoint.read_manifest(stopped / "checkpoint-2")
+    manifest["files"] |= checkpoint.digests(stopped / "checkpoint-2", ["lora.json"])
+    checkpoint.write_manifest(
+        stopped / "checkpoint-2", manifest["eval_loss"], manifest["model"], manifest["files"]
+    )
+    lora_run(stopped, moved, resume="auto")
+    assert (stopped / "model.safetensors").read_bytes() == (finished / "model.safetensors").read_bytes()
+    config = json.loads((stopped / "adapter" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(moved)
+    export(
+        stopped / "checkpoint-2", tmp_path / "model"
+    )  # run.json names the folder to which the base was moved
+    export(finished / "checkpoint-2", tmp_path / "expected")
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "model" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
 @pytest.mark.parametrize("rank", [0, 8])
 def test_force_does_not_load_an_adapter_into_a_run_of_another_kind_or_rank(
     stopped: Path, base: Path, rank: int
@@ -301,7 +328,9 @@ def test_a_base_that_is_gone_at_the_end_is_reported_and_the_run_ends_once_it_is_
 
     with monkeypatch.context() as moved:
         moved.setattr(final_model, "write_final_model", without_base)
-        with pytest.raises(TrainingError, match=f"its last step, 1: {own}: no such folder"):
+        with pytest.raises(
+            TrainingError, match=f"its last step, 1: .*: its base model is gone: there is no folder {own}"
+        ):
             lora_run(tmp_path / "out", own, max_steps=1, save_steps=1)
     assert not (tmp_path / "out" / "config.json").exists()
     away.rename(own)

@@ -102,6 +102,8 @@ def test_a_base_that_changed_or_went_while_the_run_trained_is_not_merged(tmp_pat
     (tmp_path / "lora.json").write_text(json.dumps({"base": base}))
     with pytest.raises(ModelError, match=r"of SHA-256 0, but is now .* Put the former weights there again"):
         merged_files(tmp_path, tmp_path / "model", "5GB", False)
-    (tmp_path / "base").rename(tmp_path / "elsewhere")
+    elsewhere = (tmp_path / "base").rename(tmp_path / "elsewhere")
     with pytest.raises(ModelError, match=r"its base model is gone: .* The adapter is kept. Put the model"):
         merged_files(tmp_path, tmp_path / "model", "5GB", False)
+    with pytest.raises(ModelError, match="elsewhere with weights of SHA-256"):
+        merged_files(tmp_path, tmp_path / "model", "5GB", False, str(elsewhere))

@@ -144,6 +144,21 @@ def test_a_run_that_began_before_adapters_existed_still_resumes() -> None:
     assert "--lora was 0, but is now 8" in differences(former, record_of(lora=8))
 
 
+def test_a_base_that_was_moved_is_the_same_and_an_unknown_one_is_not() -> None:
+    def record(folder: str, sha256: str | None, revision: str | None = None) -> dict[str, Any]:
+        return record_of(lora=8, input_model=folder) | {
+            "base": {"model": folder, "revision": revision, "sha256": sha256}
+        }
+
+    assert differences(record("b2", "0"), record("b3", "0")) == []
+    assert differences(record("some/base", None, "c0"), record("other/base", None, "c0")) == []
+    moved = "--input-model was b2, but is now b3"
+    [model, weights] = differences(record("b2", "0"), record("b3", "1"))
+    assert model == moved
+    assert weights.startswith("the base model was b2 with weights of SHA-256 0, but is now b3")
+    assert differences(record("b2", None), record("b3", None)) == [moved]
+
+
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
 def test_a_decaying_schedule_must_keep_its_end(schedule: str) -> None:
     former, now = record_of(lr_scheduler_type=schedule), record_of(lr_scheduler_type=schedule, epochs=1.0)

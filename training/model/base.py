@@ -56,6 +56,12 @@ def base_difference(former: dict[str, Any] | None, now: dict[str, Any] | None) -
     return f"the base model was {_in_words(former)}, but is now {_in_words(now)}{advice}"
 
 
+def is_same_base(former: dict[str, Any] | None, now: dict[str, Any] | None) -> bool:
+    """Whether two records are known to name the same weights, wherever they are."""
+    known = former and now and (now["revision"] or now["sha256"])
+    return bool(known) and base_difference(former, now) is None
+
+
 def _in_words(base: dict[str, Any]) -> str:
     """The base with its full revision or checksum."""
     if base["revision"]:

@@ -155,7 +155,8 @@ def _write_weights(
     shard = run.get("options", {}).get("max_shard_size", "5GB")
     lora = read_facts(folder) is not None
     if lora:
-        plan = merged_files(folder, partial, shard, trust_remote_code)
+        place = (run.get("base") or {}).get("model")  # a resumed run may have found its base elsewhere
+        plan = merged_files(folder, partial, shard, trust_remote_code, place)
     else:
         plan = plan_files(empty_model(folder, trust_remote_code), stored_weights(folder), ranks, shard)
     _check_space(target, plan.size)

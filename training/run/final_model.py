@@ -153,7 +153,9 @@ def _write_share(settings: Settings, chosen: Path, unfinished: Path) -> dict[str
 def _write_merged(settings: Settings, chosen: Path, unfinished: Path) -> dict[str, Any]:
     """Writes the merged model of a LoRA run. Returns the digests of its weight files."""
     options = settings.options
-    plan = merged_files(chosen, unfinished, options.max_shard_size, options.trust_remote_code)
+    plan = merged_files(
+        chosen, unfinished, options.max_shard_size, options.trust_remote_code, options.input_model
+    )
     return write_files(plan, unfinished) | adapter_digests(unfinished)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from training.consts import INSTALLED
 from training.errors import OptionsError
 from training.files import local_path
-from training.model.base import base_difference
+from training.model.base import base_difference, is_same_base
 from training.options.settings import Settings
 from training.options.trainer_options import SCHEDULES, TrainingOptions, flag_of
 from training.storage import checkpoint
@@ -106,7 +106,8 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
     # A run that began before an option existed is like one with its default.
     defaults = {option.name: option.default for option in fields(TrainingOptions)}
     before, after = defaults | former["options"], now["options"]
-    names = list(COMPARED_OPTIONS)
+    moved = is_same_base(former.get("base"), now.get("base"))
+    names = [name for name in COMPARED_OPTIONS if not (moved and name == "input_model")]
     if SCHEDULES[after["lr_scheduler_type"]].decays:
         names += ["epochs", "max_steps"]
     found = [

@@ -34,25 +34,19 @@ from training.run.adapter_checkpoint import read_facts, stored_trained
 logger = logging.getLogger(__name__)
 
 
-def merged_files(checkpoint: Path, folder: Path, max_shard_size: str, trust_remote_code: bool) -> WeightFiles:
+def merged_files(
+    checkpoint: Path, folder: Path, max_shard_size: str, trust_remote_code: bool, place: str | None = None
+) -> WeightFiles:
     """The weight files of a checkpoint's merged model, not yet written; `folder` holds its tokenizer already.
 
     Loads a fresh base in the run's precision into host memory, never one in 4 bits, and merges the adapter into it. The
     adapter is written first, and merged from its files. So what peft will load has been read back and found to fit.
     The weights of a base in a folder are compared with those of the run: they may have changed while it trained. A base on
-    the Hub is loaded at the run's commit. Raises ModelError.
+    the Hub is loaded at the run's commit. `place`: where the base is, if it may have been moved. Raises ModelError.
     """
     lora = read_facts(checkpoint)
     assert lora is not None
-    base = lora["base"]
-    if base["sha256"]:
-        if base["model"] != DEMO and not Path(base["model"]).is_dir():
-            raise ModelError(
-                f"{checkpoint}: its base model is gone: there is no folder {base['model']}. The adapter is kept. Put the "
-                f"model with weights of SHA-256 {base['sha256']} there again"
-            )
-        if other := base_difference(base, identify(base["model"])):
-            raise ModelError(f"{checkpoint}: {other}. Put the former weights there again")
+    base = lora["base"] = _found_base(checkpoint, lora["base"], place)
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     logger.info("merging the adapter into %s", base["model"])
     model = load_model(
@@ -69,6 +63,26 @@ def merged_files(checkpoint: Path, folder: Path, max_shard_size: str, trust_remo
     return plan_files(
         empty_model(folder, trust_remote_code), in_memory(model.state_dict()), 1, max_shard_size
     )
+
+
+def _found_base(checkpoint: Path, base: dict[str, Any], place: str | None) -> dict[str, Any]:
+    """The base of a checkpoint, with the name of the folder that holds it now. Raises ModelError if none does."""
+    if not base["sha256"]:
+        return base
+    problems = []
+    for name in dict.fromkeys((place or base["model"], base["model"])):
+        if name != DEMO and not Path(name).is_dir():
+            problems.append(
+                f"its base model is gone: there is no folder {name}. The adapter is kept. Put the model with weights of "
+                f"SHA-256 {base['sha256']} there again, or a link to it"
+            )
+            continue
+        now = identify(name)
+        other = base_difference(base, now)
+        if other is None:
+            return base | {"model": now["model"]}
+        problems.append(f"{other}. Put the former weights there again")
+    raise ModelError(f"{checkpoint}: {problems[0]}")
 
 
 def adapter_digests(folder: Path) -> dict[str, dict[str, Any]]:
