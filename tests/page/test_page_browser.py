@@ -72,7 +72,13 @@ def started(folder: Path, *words: object, **environment: str) -> tuple[subproces
     )
     with open(log, "w") as stream:
         server = subprocess.Popen(
-            list(map(str, command)), cwd=ROOT, env=environment, stdout=stream, stderr=stream
+            list(map(str, command)),
+            cwd=ROOT,
+            env=environment,
+            stdout=stream,
+            stderr=stream,
+            # A shell lets commands in the background ignore Ctrl-C, and so would the page.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     deadline = time.monotonic() + 180
     while "in a browser" not in log.read_text():

@@ -24,7 +24,7 @@ from training.data.tokens import prepare_dataset
 from training.errors import DataError, ModelError, first_line
 from training.machine.environment import lora_package_problems
 from training.machine.local import free_host_gib
-from training.model.loading import DTYPES
+from training.model.loading import DTYPES, MOST_LAYERS
 from training.model.packing import packing_of
 from training.model.tokenizer import load_tokenizer
 from training.options.command_line import PathName
@@ -193,7 +193,9 @@ def _memory_problems(choices: Choices) -> list[str]:
     "--architecture", default="gptj", show_default=True, help="Model type of transformers, such as llama."
 )
 @click.option("--width", type=click.IntRange(8), default=512, show_default=True, help="Width of the model.")
-@click.option("--layers", type=click.IntRange(1), default=4, show_default=True, help="Layers of the model.")
+@click.option(
+    "--layers", type=click.IntRange(1, MOST_LAYERS), default=4, show_default=True, help="Layers of the model."
+)
 @click.option("--heads", type=click.IntRange(1), default=8, show_default=True, help="Attention heads.")
 @click.option(
     "--vocab", "vocabulary", type=click.IntRange(1), help="Embedding rows.  [default: the tokenizer's]"
