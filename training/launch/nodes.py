@@ -256,7 +256,7 @@ def _gather(count: int, address: str, run: str, folder: Path, seconds: float, po
             with contextlib.suppress(TimeoutError):
                 line = _Line(server.accept()[0])
                 message = line.receive(_HELLO_SECONDS) or {}
-                number = message.get("node")
+                number: Any = message.get("node")
                 known = message.get("run") == run and type(number) is int and 0 < number < count
                 # A node that waited too long for an answer has closed its connection, and comes again.
                 if known and not line.is_closed():
