@@ -178,6 +178,22 @@ REFUSED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "alpha": (lambda f: edit(f, lora_alpha="much"), "lora_alpha in its adapter_config.json is 'much'"),
     "alpha NaN": (lambda f: edit(f, lora_alpha=float("nan")), "lora_alpha in its adapter_config.json is nan"),
     "alphas": (lambda f: edit(f, alpha_pattern={"(": 3}), "alpha_pattern in its adapter_config.json is"),
+    "integers": (
+        lambda f: edit_weights(f, lambda t: t.update({f"{Q}A.weight": t[f"{Q}A.weight"].int()})),
+        "lora_A.weight holds int32, expected float16, bfloat16 or float32",
+    ),
+    "float8": (
+        lambda f: edit_weights(f, lambda t: t.update({f"{Q}B.weight": t[f"{Q}B.weight"].to(torch.float8_e4m3fn)})),
+        "lora_B.weight holds float8_e4m3fn, expected",
+    ),
+    "scalar": (
+        lambda f: edit_weights(f, lambda t: t.update({"base_model.model.model.norm.weight": torch.tensor(1.0)})),
+        "model.norm.weight has the shape \\[16\\], but its change \\[\\]",
+    ),
+    "rows far away": (
+        lambda f: edit(f, trainable_token_indices={"embed_tokens": [10**9]}),
+        "it trains row 1,000,000,000 of the embedding, and its base has 50 rows. Copy the adapter again with its tokenizer",
+    ),
     "rank 0": (
         lambda f: edit_weights(f, lambda t: t.update({f"{Q}A.weight": torch.zeros(0, 16), f"{Q}B.weight": torch.zeros(16, 0)})),
         "have rank 0",
@@ -199,6 +215,16 @@ def test_an_adapter_that_cannot_be_merged_is_refused_and_the_base_unchanged(
     with pytest.raises(ModelError, match=words):
         merge_into(model, find_adapter(str(folder)))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("alpha", [1e300, 4.0])
+def test_an_adapter_whose_sums_overflow_is_refused(alpha: float, tmp_path: Path) -> None:
+    folder = save(llama, tmp_path, r=4, target_modules=["q_proj"])
+    edit(folder, lora_alpha=alpha)
+    if alpha < 1e300:
+        edit_weights(folder, lambda tensors: [tensor.fill_(3e38) for tensor in tensors.values()])
+    with pytest.raises(ModelError, match=r"q_proj\.weight would hold numbers beyond those of float32"):
+        merge_into(fresh(tmp_path), find_adapter(str(folder)))
 
 
 def test_a_model_is_no_adapter(tmp_path: Path) -> None:

@@ -71,6 +71,8 @@ def test_run_merged_model_and_peft_have_the_same_logits(base: str, targets: str,
     }  # fmt: skip
     (tmp_path / "adapter").mkdir()
     write_adapter(tmp_path / "adapter", grown(tmp_path / "base"), facts, in_memory(trainable_state(model)))
+    modes = {file.stat().st_mode for file in (tmp_path / "adapter").iterdir()}
+    assert len(modes) == 1, "who can read the config can read the weights"
     merged = grown(tmp_path / "base")
     merge_into(merged, find_adapter(str(tmp_path / "adapter")))
     in_peft = peft.PeftModel.from_pretrained(grown(tmp_path / "base"), tmp_path / "adapter").eval()

@@ -36,6 +36,9 @@ _OTHER_METHODS = {
 }  # fmt: skip
 _PLAIN_STARTS = (True, False, None, "true", "gaussian", "orthogonal", "eva")  # values of init_lora_weights
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_MOST_LEFT_OUT = 1024  # new rows that an adapter may leave untrained; a token id far beyond would fill memory
+
 Change = Callable[[torch.Tensor], torch.Tensor]  # a weight of the base -> that of the merged model
 
 
@@ -165,7 +168,7 @@ def merge_into(model: PreTrainedModel, adapter: Adapter) -> None:
     W + scale * B @ A is computed in float32 and rounded once to the base's precision. New rows of embedding and head, and
     modules that were trained whole, replace those of the base; the embedding grows if they need it.
 
-    Raises ModelError if the adapter does not fit the base.
+    Raises ModelError if the adapter does not fit the base, or if a sum overflows; the model is of no use then.
     """
     try:
         with safe_open(adapter.folder / ADAPTER_WEIGHTS, framework="pt") as weights:
@@ -177,11 +180,23 @@ def merge_into(model: PreTrainedModel, adapter: Adapter) -> None:
     tensors = {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
     if not tensors:
         raise ModelError(f"{adapter.name}: its {ADAPTER_WEIGHTS} is empty. Copy the adapter again")
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _FLOATS:
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ModelError(
+                f"{adapter.name}: {name} holds {kind}, expected float16, bfloat16 or float32. Save the adapter again in float32"
+            )
     _grow(model, adapter, tensors)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, change in _changes(model, adapter, tensors).items():
         with gathered(parameters[name]), torch.no_grad():
-            parameters[name].copy_(change(parameters[name]))
+            merged = change(parameters[name])
+            if not torch.isfinite(merged).all() and torch.isfinite(parameters[name]).all():
+                raise ModelError(
+                    f"{adapter.name}: with the adapter, {name} would hold numbers beyond those of "
+                    f"{str(merged.dtype).removeprefix('torch.')}. Copy the adapter again, or choose bf16 or float32"
+                )
+            parameters[name].copy_(merged)
 
 
 @contextmanager
@@ -199,14 +214,20 @@ def gathered(parameter: torch.nn.Parameter) -> Iterator[None]:
 def _grow(model: PreTrainedModel, adapter: Adapter, tensors: dict[str, torch.Tensor]) -> None:
     """Grows the embedding to the rows that the adapter's tensors have."""
     embedding, head = embedding_names(model)
-    needed = [0]
+    needed, existing = [0], model.get_input_embeddings().num_embeddings
     for name, tensor in tensors.items():
         module, kind = _parts(name)
         if kind == "rows":
-            needed += [1 + max(_row_ids(adapter, model, module))]
+            ids = _row_ids(adapter, model, module)
+            if max(ids) >= existing + len(ids) + _MOST_LEFT_OUT:
+                raise ModelError(
+                    f"{adapter.name}: it trains row {max(ids):,} of the embedding, and its base has {existing:,} rows. Copy the "
+                    "adapter again with its tokenizer"
+                )
+            needed += [1 + max(ids)]
         elif kind == "whole" and name in (f"{embedding}.weight", f"{head}.weight") and tensor.dim() == 2:
             needed += [tensor.shape[0]]
-    if max(needed) > model.get_input_embeddings().num_embeddings:
+    if max(needed) > existing:
         model.resize_token_embeddings(max(needed), mean_resizing=False)
 
 
@@ -278,7 +299,8 @@ def _change(
     tensor = tensors[name]
     module, kind = _parts(name)
     if kind == "whole":
-        return _replaced_rows(list(range(tensor.shape[0])), tensor), tuple(tensor.shape)
+        rows = list(range(tensor.shape[0] if tensor.dim() else 0))
+        return _replaced_rows(rows, tensor), tuple(tensor.shape)
     if kind == "rows":
         ids = _row_ids(adapter, model, module)
         width = _shape(model.get_submodule(module).weight)[-1]

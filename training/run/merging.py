@@ -115,7 +115,11 @@ def write_adapter(
                 f"{name}.new_rows"
             ].read()
             rows[name] = lora["rows"]
-    save_file(tensors, folder / ADAPTER_WEIGHTS, metadata={"format": "pt"})
+    file = folder / ADAPTER_WEIGHTS
+    file.touch()
+    mode = file.stat().st_mode  # of any new file; safetensors writes one that only its owner may read
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
