@@ -6,6 +6,7 @@ the base is in the precision of the run."""
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,8 +19,10 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from training.consts import RUN_FILE
 from training.data.prompt import CONTROL_TOKENS
 from training.errors import OptionsError
+from training.model.adapter_files import find_adapter
 from training.model.blocks import blocks_of
 from training.model.loading import rows_needed, text_config
 from training.model.new_rows import add_new_rows, is_sharded
@@ -113,6 +116,21 @@ def check_adapter(config: PreTrainedConfig, lora: Lora, trust_remote_code: bool 
         problems += error.problems
     if problems:
         raise OptionsError(*problems)
+
+
+def check_base(name: str) -> None:
+    """Raises OptionsError if the base is itself an adapter: peft's files cannot name the merged model as their base."""
+    found = find_adapter(name)
+    if found is None:
+        return
+    beside = found.folder.parent
+    merged = "Merge it into its base (merge_and_unload of the package peft), and name the folder of the merged model"
+    if (beside / RUN_FILE).is_file() and (beside / "config.json").is_file():
+        merged = f"Type --input-model {shlex.quote(str(beside))}, the merged model of its run"
+    raise OptionsError(
+        f"--input-model {name}: it is a LoRA adapter, and peft could not load an adapter on another adapter. {merged}; or "
+        "leave out --lora to train every weight"
+    )
 
 
 # --- injection ----------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from training.data.held_out import held_out_message, held_out_size, split_held_o
 from training.data.ledger import Ledger
 from training.data.tokens import marked_sample, prepare_dataset
 from training.launch.supervisor import remove_shared_buffer
-from training.model.adapter import check_adapter, lora_of
+from training.model.adapter import check_adapter, check_base, lora_of
 from training.model.loading import check_quantization, load_config, max_positions, rows_needed, text_config
 from training.model.packing import Packing, packing_of
 from training.model.tokenizer import load_tokenizer, saved_form
@@ -106,6 +106,7 @@ def agreed_packing(options: TrainingOptions, tokenizer: PreTrainedTokenizerBase)
         packing = Packing(obstacle, all(answer.response_loss for answer in answers))
     lora = lora_of(options) if options.lora else None
     if lora is not None:
+        check_base(name)
         together(lambda: check_adapter(config, lora, trust_remote_code))
     grows = rows_needed(tokenizer) > (text_config(config).vocab_size or 0)
     return on_rank_0(lambda: try_model(name, config, packing, grows, trust_remote_code, lora))
