@@ -157,6 +157,15 @@ def test_force_does_not_load_an_adapter_into_a_run_of_another_kind_or_rank(
         lora_run(stopped, base, resume="auto", force=True, lora=rank, **dropout)
 
 
+def test_force_with_other_targets_is_refused_and_the_record_unchanged(stopped: Path, base: Path) -> None:
+    before = (stopped / "run.json").read_bytes()
+    with pytest.raises(
+        OptionsError, match=r"was written with --lora-targets all, .* Type --lora-targets all"
+    ):
+        lora_run(stopped, base, resume="auto", force=True, lora_targets="q_proj")
+    assert (stopped / "run.json").read_bytes() == before
+
+
 def test_the_finished_folder_is_a_stock_model_and_its_adapter_has_the_same_logits_in_peft(
     finished: Path, base: Path
 ) -> None:
@@ -224,25 +233,34 @@ def test_an_adapter_folder_answers_as_the_merged_model(finished: Path, tmp_path:
         assert torch.equal(tensor, model.state_dict()[name]), name
 
 
-def test_a_foreign_adapter_without_a_tokenizer_is_trained_further(
+def test_adapters_on_an_adapter_are_refused_before_training_with_the_model_to_name(
     finished: Path, base: Path, tmp_path: Path
 ) -> None:
-    """With other layers, by another LoRA run, whose base is then the base with that adapter."""
+    with pytest.raises(OptionsError, match=f"Type --input-model {finished}, the merged model of its run"):
+        lora_run(tmp_path / "out", finished / "adapter", max_steps=1)
+    foreign = shutil.copytree(finished / "adapter", tmp_path / "foreign")
+    with pytest.raises(OptionsError, match=r"foreign: it is a LoRA adapter, .* Merge it into its base"):
+        lora_run(tmp_path / "out", foreign, max_steps=1)
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
+def test_a_foreign_adapter_without_a_tokenizer_is_trained_further_with_every_weight(
+    base: Path, tmp_path: Path
+) -> None:
     foreign = AutoModelForCausalLM.from_pretrained(base)
     model = peft.get_peft_model(
         foreign, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     )
-    model.save_pretrained(tmp_path / "foreign")
     folder = tmp_path / "foreign"
-    record = lora_run(tmp_path / "out", folder, max_steps=1, save_steps=1)
-    assert record["base"]["model"] == str(folder)
-    expected = load_model(str(folder), load_tokenizer(str(base)), torch.bfloat16, 0)
-    merged = load_file(tmp_path / "out" / "model.safetensors")
+    model.save_pretrained(folder)
+    full = {"lora": 0, "lora_dropout": 0.0, "lr": 1e-4, "max_steps": 1, "save_steps": 1}
+    lora_run(tmp_path / "out", folder, **full)
+    expected = load_model(str(folder), load_tokenizer(str(base)), torch.float32, 0)
+    trained = load_file(tmp_path / "out" / "model.safetensors")
     name = "transformer.h.0.attn.q_proj.weight"
-    distance = (merged[name].float() - expected.state_dict()[name].float()).abs().max()
-    first = (expected.state_dict()[name].float() - load_file(base / "model.safetensors")[name]).abs().max()
-    assert 0 <= distance < 0.1 * first, "a step changes it less than the foreign adapter did"
-    assert json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    distance = (trained[name].float() - expected.state_dict()[name]).abs().max()
+    first = (expected.state_dict()[name] - load_file(base / "model.safetensors")[name]).abs().max()
+    assert 0 < distance < 0.1 * first, "a step changes it less than the foreign adapter did"
 
 
 def hub_base(cache: Path, base: Path, commit: str) -> Path:

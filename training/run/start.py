@@ -175,7 +175,7 @@ def find_start(output: Path, options: TrainingOptions, now: dict[str, Any], step
             f"--resume: {output} holds a finished model of {former['steps']} steps, but no checkpoint to continue "
             "from. Name a new --local-output-dir"
         )
-    _check_resumable(folder, options, steps)
+    _check_resumable(folder, former, options, steps)
     progress = json.loads((folder / checkpoint.PROGRESS_FILE).read_text())
     return Start(folder, former, len(progress["loss_sums"]))
 
@@ -265,7 +265,7 @@ def _newest_intact(output: Path, options: TrainingOptions) -> Path | None:
     return None
 
 
-def _check_resumable(folder: Path, options: TrainingOptions, steps: int) -> None:
+def _check_resumable(folder: Path, former: dict[str, Any], options: TrainingOptions, steps: int) -> None:
     """Raises OptionsError if a run with these options cannot continue, or end, at this checkpoint."""
     step, manifest = checkpoint.step_of(folder), checkpoint.read_manifest(folder)
     assert manifest is not None
@@ -283,6 +283,12 @@ def _check_resumable(folder: Path, options: TrainingOptions, steps: int) -> None
         )
         raise OptionsError(
             f"--resume: {folder} was written {written}, which --force cannot change. {missing}"
+        )
+    targets = former["options"].get("lora_targets", TrainingOptions.lora_targets)
+    if rank and targets != options.lora_targets:
+        raise OptionsError(
+            f"--resume: {folder} was written with --lora-targets {targets}, which --force cannot change. "
+            f"Type --lora-targets {targets}"
         )
     if step > steps or (step == steps and not measured):
         raise OptionsError(
