@@ -98,7 +98,8 @@ def test_an_unknown_machine_is_refused_and_the_nearest_are_listed():
         ("2xRTX-4080", "2xRTX-4090"),
     ):
         with pytest.raises(
-            MachineError, match=rf"unknown machine '{typed}'. Nearest: .*{nearest}.* Known are"
+            MachineError,
+            match=rf"unknown machine '{typed}'. Nearest: .*{nearest}.* Known are .*--gpu-memory and --gpu-flops",
         ):
             find_machine(typed)
 

@@ -37,6 +37,7 @@ def test_learning_rate_and_alpha_follow_the_method_unless_they_are_typed(
     ("options", "words"),
     [
         ({"lora": 10_000}, "--lora 10000: expected 0 to 1024"),
+        ({"lora": 8, "lora_alpha": 1e300}, "--lora-alpha 1e+300: expected at most 10000; most adapters have"),
         ({"lora_alpha": 32.0}, "--lora-alpha 32.0: has no effect without --lora. Add --lora 16"),
         ({"lora_dropout": 0.1}, "--lora-dropout 0.1: has no effect without --lora"),
         ({"lora_targets": "q_proj"}, "--lora-targets q_proj: has no effect without --lora"),

@@ -273,7 +273,7 @@ def find_machine(name: str) -> Machine:
     nearest = f"Nearest: {', '.join(by_lower[key] for key in matches)}. " if matches else ""
     raise MachineError(
         f"unknown machine {name!r}. {nearest}Known are COUNTxGPU, where GPU is {', '.join(GPUS)}, and the machines of the "
-        "clouds, which python -m training.plan --help lists"
+        "clouds, which python -m training.plan --help lists. For a machine of your own type --gpu-memory and --gpu-flops instead"
     )
 
 

@@ -24,6 +24,7 @@ SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # S3 accepts no more in one request, and some of MLflow's upload paths do not split files.
 LARGEST_REGISTRY_FILE = 5 * 2**30
 MAX_LORA_RANK = 1024
+MAX_LORA_ALPHA = 10_000
 
 
 def option_problems(options: TrainingOptions) -> list[str]:
@@ -101,6 +102,11 @@ def lora_problems(options: TrainingOptions) -> list[str]:
     if options.lora > MAX_LORA_RANK:
         problems.append(
             f"--lora {options.lora}: expected 0 to {MAX_LORA_RANK}; most adapters have rank 8 to 64. Type --lora 16"
+        )
+    if options.lora_alpha is not None and MAX_LORA_ALPHA < options.lora_alpha < math.inf:
+        problems.append(
+            f"--lora-alpha {options.lora_alpha:g}: expected at most {MAX_LORA_ALPHA}; most adapters have one to two times "
+            "their rank. Leave it out for twice the rank"
         )
     if options.lora_targets.strip() and not all(name.strip() for name in options.lora_targets.split(",")):
         problems.append(
