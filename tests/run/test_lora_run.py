@@ -89,13 +89,15 @@ def test_a_base_whose_embedding_grows_learns_to_stop_with_its_new_rows(
     ],
     ids=["bf16 adapters", "float32 adapters", "bf16 full"],
 )
-def test_a_frozen_base_is_loaded_in_the_precision_of_the_run_and_trained_weights_in_float32(
+def test_a_frozen_base_is_loaded_in_the_precision_of_the_run_and_trained_weights_in_float32_and_counted(
     base_folder: Path,
     tmp_path: Path,
     options: dict[str, Any],
     dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    caplog.set_level("INFO", "training")
     seen = []
     real = steps.build_trainer
 
@@ -104,6 +106,8 @@ def test_a_frozen_base_is_loaded_in_the_precision_of_the_run_and_trained_weights
         weight = trainer.model.transformer.h[0].ln_1.weight
         trained = {tensor.dtype for tensor in trainer.model.parameters() if tensor.requires_grad}
         seen.append((weight.dtype, trained, trainer.accelerator.native_amp))
+        count = sum(tensor.numel() for tensor in trainer.model.parameters() if tensor.requires_grad)
+        assert (f"{count:,} parameters are trained" in caplog.text) == ("lora" in options)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(steps, "build_trainer", build)
