@@ -20,6 +20,7 @@ from training.model.generation import load_model_tokenizer_for_generate
 from training.model.loading import load_model
 from training.model.tokenizer import load_tokenizer
 from training.options.trainer_options import TrainingOptions
+from training.plan.request import model_of
 from training.run import final_model
 from training.run.exporting import export
 from training.storage import checkpoint
@@ -242,6 +243,11 @@ def test_adapters_on_an_adapter_are_refused_before_training_with_the_model_to_na
     with pytest.raises(OptionsError, match=r"foreign: it is a LoRA adapter, .* Merge it into its base"):
         lora_run(tmp_path / "out", foreign, max_steps=1)
     assert not (tmp_path / "out" / "run.json").exists()
+    planned = TrainingOptions(
+        input_model=str(foreign), training_dataset="demo", lora=4, local_output_dir=str(tmp_path / "out")
+    )
+    with pytest.raises(OptionsError, match=r"foreign: it is a LoRA adapter"):
+        model_of(planned)
 
 
 def test_a_foreign_adapter_without_a_tokenizer_is_trained_further_with_every_weight(

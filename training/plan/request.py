@@ -76,12 +76,16 @@ def checked_settings(options: TrainingOptions, ranks: int, best_precision: str) 
 
 
 def model_of(options: TrainingOptions) -> ModelShape:
-    """The shape of the run's base model, with what its architecture allows. Raises ModelError for an unknown model."""
+    """The shape of the run's base model, with what its architecture allows.
+
+    Raises ModelError for an unknown model, OptionsError for an adapter on an adapter.
+    """
     model = model_shape(options.input_model, options.trust_remote_code)
     if is_built_in(model.name):
         return model
     import transformers
 
+    from training.model.adapter import check_base
     from training.model.loading import load_config
     from training.model.packing import Packing, packing_of
     from training.model.trial import try_model
@@ -90,6 +94,8 @@ def model_of(options: TrainingOptions) -> ModelShape:
     transformers.logging.set_verbosity_error()
     name, trust_remote_code = options.input_model, options.trust_remote_code
     config = load_config(name, trust_remote_code)
+    if options.lora:
+        check_base(name)
     packing = Packing("padded rows were requested")
     if options.batching == "packed":
         packing = packing_of(config, trust_remote_code)
