@@ -183,15 +183,22 @@ def answering_model(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> GP
     Its layers add nothing, so the next token depends only on the last one: response key -> A -> B -> end.
     """
     model = load_model(str(base_folder), tokenizer, torch.float32, seed=42)
-    chain = tokenizer.convert_tokens_to_ids(["### Response:\n", "A", "B", "### End"])
+    return follow_chain(model, tokenizer, "### Response:\n", "A", "B", "### End")
+
+
+def follow_chain(model: GPTJForCausalLM, tokenizer: PreTrainedTokenizerBase, *chain: str) -> GPTJForCausalLM:
+    """Sets a model's weights so that its next token depends only on the last one: it follows the chain of tokens.
+
+    Each token is there once as a last one. The end of the chain may be an earlier token: then the answer has no end.
+    """
+    ids = tokenizer.convert_tokens_to_ids(list(chain))
     with torch.no_grad():
-        for block in model.transformer.h:
-            for parameter in block.parameters():
-                parameter.zero_()
+        for parameter in model.transformer.h.parameters():
+            parameter.zero_()
         model.transformer.wte.weight.zero_()
         model.lm_head.weight.zero_()
         model.lm_head.bias.zero_()
-        for dimension, (last, following) in enumerate(pairwise(chain)):
+        for dimension, (last, following) in enumerate(pairwise(ids)):
             model.transformer.wte.weight[last, dimension] = 1.0
             model.lm_head.weight[following, dimension] = 100.0
     model.config.use_cache = True

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerBase
 
-from tests.conftest import jsonl, say_rows
+from tests.conftest import follow_chain, jsonl, say_rows
 from training.data.prompt import END_KEY, RESPONSE_KEY
-from training.model.tokenizer import generation_config
 from training.page.models import PageModel
 from training.page.state import Page
 from training.page.votes import HELD_OUT, Question, Votes
@@ -23,27 +20,11 @@ RIVER = f"Name a river. {SCRIPT}"
 
 
 def chain_model(tokenizer: PreTrainedTokenizerBase, *chain: str) -> GPTJForCausalLM:
-    """A GPT-J whose next token depends only on the last one: it follows the chain of tokens, each of which is there once.
-
-    The last token may be an earlier one again. Then the answer has no end.
-    """
-    ids = tokenizer.convert_tokens_to_ids(list(chain))
+    """A GPT-J that follows the chain of tokens, with positions for a long answer."""
     eos = tokenizer.eos_token_id
     config = GPTJConfig(vocab_size=len(tokenizer), n_positions=LONG, n_embd=32, n_layer=2, n_head=2, rotary_dim=8,
                         bos_token_id=eos, eos_token_id=eos)  # fmt: skip
-    model = GPTJForCausalLM(config)
-    with torch.no_grad():
-        for parameter in model.transformer.h.parameters():
-            parameter.zero_()
-        model.transformer.wte.weight.zero_()
-        model.lm_head.weight.zero_()
-        model.lm_head.bias.zero_()
-        for dimension, (last, following) in enumerate(pairwise(ids)):
-            model.transformer.wte.weight[last, dimension] = 1.0
-            model.lm_head.weight[following, dimension] = 100.0
-    model.config.use_cache = True
-    model.generation_config = generation_config(tokenizer)
-    return model.eval()
+    return follow_chain(GPTJForCausalLM(config), tokenizer, *chain)
 
 
 @pytest.fixture(scope="session")

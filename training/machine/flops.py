@@ -22,7 +22,7 @@ def model_parameters(model: PreTrainedModel) -> tuple[int, int]:
 
     def count(module: torch.nn.Module | None) -> int:
         parameters = [] if module is None else module.parameters()
-        return sum(_size(p) for p in parameters if not (only_frozen and p.requires_grad))
+        return sum(parameter_size(p) for p in parameters if not (only_frozen and p.requires_grad))
 
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     tied = head is not None and head.weight is embedding.weight
@@ -32,10 +32,10 @@ def model_parameters(model: PreTrainedModel) -> tuple[int, int]:
 def adapter_parameters(model: PreTrainedModel) -> int | None:
     """Parameters that are trained, of a model with a frozen base; None if every weight is trained."""
     trained = [p for p in model.parameters() if p.requires_grad]
-    return None if len(trained) == len(list(model.parameters())) else sum(map(_size, trained))
+    return None if len(trained) == len(list(model.parameters())) else sum(map(parameter_size, trained))
 
 
-def _size(parameter: Any) -> int:
+def parameter_size(parameter: Any) -> int:
     """Numbers in a parameter.
 
     Under ZeRO-3 the size of one that is not gathered is 0; its full size is in DeepSpeed's `ds_numel`. bitsandbytes keeps

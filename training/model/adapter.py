@@ -25,7 +25,8 @@ from training.errors import OptionsError
 from training.model.adapter_files import find_adapter
 from training.model.blocks import blocks_of
 from training.model.loading import rows_needed, text_config
-from training.model.new_rows import add_new_rows, is_sharded
+from training.model.new_rows import add_new_rows
+from training.model.sharded import is_sharded
 from training.model.twin import meta_model
 
 ADAPTER = "default"  # peft's name of a model's only adapter

@@ -7,8 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +21,7 @@ from transformers.utils.hub import cached_file
 
 from training.errors import ModelError, first_line
 from training.files import expanded, is_hub_name
+from training.model.sharded import gathered
 
 ADAPTER_CONFIG = "adapter_config.json"  # the package peft writes it
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -189,7 +189,7 @@ def merge_into(model: PreTrainedModel, adapter: Adapter) -> None:
     _grow(model, adapter, tensors)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name, change in _changes(model, adapter, tensors).items():
-        with gathered(parameters[name]), torch.no_grad():
+        with gathered(parameters[name], modifier_rank=0), torch.no_grad():
             merged = change(parameters[name])
             if not torch.isfinite(merged).all() and torch.isfinite(parameters[name]).all():
                 raise ModelError(
@@ -197,18 +197,6 @@ def merge_into(model: PreTrainedModel, adapter: Adapter) -> None:
                     f"{str(merged.dtype).removeprefix('torch.')}. Copy the adapter again, or choose bf16 or float32"
                 )
             parameters[name].copy_(merged)
-
-
-@contextmanager
-def gathered(parameter: torch.nn.Parameter) -> Iterator[None]:
-    """The whole of a parameter that ZeRO-3 has divided among the ranks; rank 0's changes are kept."""
-    if not hasattr(parameter, "ds_id"):
-        yield
-        return
-    import deepspeed
-
-    with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-        yield
 
 
 def _grow(model: PreTrainedModel, adapter: Adapter, tensors: dict[str, torch.Tensor]) -> None:

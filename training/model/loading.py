@@ -193,7 +193,7 @@ def load_model(
 
 
 def _quantization(quantize: str | None, dtype: torch.dtype) -> dict[str, Any]:
-    """What from_pretrained is told for weights in 4 bits: QLoRA's recipe, with quantized scales of the blocks."""
+    """Arguments of from_pretrained for weights in 4 bits, as in QLoRA: the scales of their blocks are quantized too."""
     if quantize is None:
         return {}
     config = BitsAndBytesConfig(

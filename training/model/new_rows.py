@@ -6,7 +6,7 @@ and leave out a head's bias."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from training.errors import ModelError
+from training.model.sharded import gathered, is_sharded
 
 
 @cache
@@ -107,20 +108,6 @@ def trained(values: torch.Tensor, base: torch.Tensor) -> nn.Parameter:
     """
     keeps = is_sharded(base) or base.dtype == torch.float64
     return nn.Parameter(values.detach().clone().to(base.device, base.dtype if keeps else torch.float32))
-
-
-def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether ZeRO-3 has divided the tensor among the ranks."""
-    return hasattr(tensor, "ds_id")
-
-
-def gathered(tensor: torch.Tensor) -> Any:
-    """A context in which every rank has the whole tensor, also under ZeRO-3. All ranks enter it."""
-    if not is_sharded(tensor):
-        return nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters([tensor])
 
 
 def trainable_state(model: nn.Module) -> dict[str, torch.Tensor]:

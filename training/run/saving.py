@@ -23,6 +23,7 @@ from transformers import TrainerState, modeling_utils
 from training.consts import LORA_FILE, STOP_SECONDS
 from training.errors import TrainingError
 from training.files import duration, free_bytes, size_in_words, write_json
+from training.machine.flops import parameter_size
 from training.model.new_rows import trainable_state
 from training.model.tokenizer import generation_config
 from training.model.verify import not_finite, save_model
@@ -267,7 +268,7 @@ def _name_taken(folder: Path, step: int) -> str | None:
 
 def _lack_of_space(trainer: Any, output: Path) -> str | None:
     """Why the next checkpoint would not fit, or None."""
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in trainable_state(trainer.model).values())
+    parameters = sum(map(parameter_size, trainable_state(trainer.model).values()))
     need, free = trainer.saved_bytes or trainer.checkpoint_bytes * parameters, free_bytes(output)
     if free is None or free >= need:
         return None

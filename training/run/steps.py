@@ -16,12 +16,11 @@ from training.consts import METRICS_FILE, SAMPLES_FILE
 from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
 from training.data.rows import read_prompts
 from training.errors import ModelError, OptionsError
-from training.machine.flops import peak_flops
+from training.machine.flops import adapter_parameters, peak_flops
 from training.model.adapter import add_adapter, lora_of, row_ids
 from training.model.blocks import block_parameters, use_whole_blocks
 from training.model.loading import DTYPES, load_config, load_model, max_positions, text_config
 from training.model.loss import use_padded_loss
-from training.model.new_rows import trainable_state
 from training.options.deepspeed import fill_bucket_sizes
 from training.options.settings import Settings
 from training.options.trainer_options import TrainingOptions, steps_between_samples
@@ -173,11 +172,10 @@ def _add_adapter(model: PreTrainedModel, options: TrainingOptions, prepared: Pre
     config = load_config(options.input_model, options.trust_remote_code)  # the model's own has grown
     rows = row_ids(prepared.tokenizer, text_config(config).vocab_size)
     add_adapter(model, lora_of(options), rows, options.seed)
-    trained = trainable_state(model).values()
     logger.info(
         "LoRA of rank %d: %s parameters are trained, with %d rows of embedding and head; the base is frozen%s",
         options.lora,
-        f"{sum(getattr(parameter, 'ds_numel', parameter.numel()) for parameter in trained):,}",
+        f"{adapter_parameters(model):,}",
         len(rows),
         " and in 4 bits" if options.quantize else "",
     )

@@ -15,7 +15,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
@@ -98,6 +98,21 @@ def panel_names(figures: dict[str, float]) -> dict[str, float]:
         f"eval/{name[5:]}" if name.startswith("eval_") else f"train/{name}": value
         for name, value in figures.items()
     }
+
+
+def log_rows(
+    run: Any, entries: list[Entry], last: int, table: Callable[[Sequence[dict[str, Any]]], Any]
+) -> None:
+    """Logs the entries after the step `last` to a run of W&B or Trackio, of which each step is one row.
+
+    `table` makes the tracker's table from the answers of an entry.
+    """
+    for entry in entries:
+        if entry.step > last:
+            row: dict[str, Any] = dict(panel_names(entry.figures()))
+            if entry.answers:
+                row[ANSWERS] = table(entry.answers)
+            run.log(row, step=entry.step)
 
 
 def without_secrets(text: object) -> str:

@@ -14,10 +14,9 @@ from training.errors import install_extra
 from training.files import writable
 from training.options.trainer_options import TrainingOptions
 from training.tracking.tracker import (
-    ANSWERS,
     Entry,
     Service,
-    panel_names,
+    log_rows,
     parameters,
     without_secrets,
 )
@@ -83,13 +82,8 @@ class Trackio:
         import trackio
 
         assert self.run is not None
-        for entry in entries:
-            if entry.step <= self.last:
-                continue
-            row: dict[str, Any] = dict(panel_names(entry.figures()))
-            if entry.answers:
-                row[ANSWERS] = trackio.Table(data=cast(Any, list(entry.answers)))  # takes dicts as well
-            self.run.log(row, step=entry.step)
+        # Its table takes dicts as well.
+        log_rows(self.run, entries, self.last, lambda answers: trackio.Table(data=cast(Any, list(answers))))
 
     def end(self, status: str) -> None:
         assert self.run is not None

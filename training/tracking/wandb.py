@@ -15,10 +15,9 @@ from training.errors import install_extra
 from training.options.trainer_options import TrainingOptions
 from training.tracking.tracker import (
     ANSWER_COLUMNS,
-    ANSWERS,
     Entry,
     Service,
-    panel_names,
+    log_rows,
     parameters,
     without_secrets,
 )
@@ -67,8 +66,8 @@ class Wandb:
     """The W&B run of a training run. Its id is that of run.json, so that a resumed run continues it.
 
     W&B's own process sends, and writes everything into `output`/wandb as well. If the server does not answer at the
-    start, the run is written there alone. W&B's row of a step cannot be changed later, so a resumed run sends only the
-    steps after the newest one that W&B has.
+    start, the run is written there alone. W&B cannot change a step that it has, so a resumed run sends only the steps
+    after the newest one.
     """
 
     title = "Weights & Biases"
@@ -143,14 +142,13 @@ class Wandb:
         import wandb
 
         assert self.run is not None
-        for entry in entries:
-            if entry.step <= self.last:
-                continue
-            row: dict[str, Any] = dict(panel_names(entry.figures()))
-            if entry.answers:
-                rows = [list(answer.values()) for answer in entry.answers]
-                row[ANSWERS] = wandb.Table(columns=list(ANSWER_COLUMNS), data=rows)
-            self.run.log(row, step=entry.step)
+        columns: list[Any] = list(ANSWER_COLUMNS)
+        log_rows(
+            self.run,
+            entries,
+            self.last,
+            lambda answers: wandb.Table(columns=columns, data=[list(answer.values()) for answer in answers]),
+        )
 
     def end(self, status: str) -> None:
         import wandb
