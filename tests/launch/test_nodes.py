@@ -150,14 +150,14 @@ def test_a_node_that_fails_ends_the_others_with_its_words(
         command = [sys.executable, "-c", "import sys; sys.exit(2)"] if met.index == 2 else WAITS
         return met.train(command, tmp_path, 0, "flow")
 
-    begin = time.monotonic()
+    others, begin = set(descendants(os.getpid())), time.monotonic()  # of tests before in this process
     results = together(3, act, tmp_path, ports)
     assert time.monotonic() - begin < 15
     reason = f"Node 2 of 3 ({socket.gethostname()}) reports: Training ended with exit code 2: refused before training"
     for result in results[:2]:
         assert isinstance(result, NodesError)
         assert str(result).startswith(reason)
-    assert not descendants(os.getpid()), "the waiting ranks are killed"
+    assert not set(descendants(os.getpid())) - others, "the waiting ranks are killed"
 
 
 LOST = """
@@ -174,6 +174,7 @@ def test_a_killed_node_is_named_and_the_ranks_that_wait_for_it_are_ended(
     ports: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(nodes, "GRACE_SECONDS", 0.2)
+    others = set(descendants(os.getpid()))  # of tests before in this process
     words = [sys.executable, "-c", LOST, str(tmp_path), str(ports[0])]
     other = subprocess.Popen(words, stdout=subprocess.PIPE)
     with meet(0, 2, "127.0.0.1", "7/train", tmp_path, 20, ports[:1]) as met:
@@ -187,4 +188,4 @@ def test_a_killed_node_is_named_and_the_ranks_that_wait_for_it_are_ended(
             met.train(WAITS, tmp_path, 0, "flow")
     other.communicate()
     assert "The ranks of this node are killed, because they still wait" in capfd.readouterr().out
-    assert not descendants(os.getpid())
+    assert not set(descendants(os.getpid())) - others
