@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -23,6 +24,7 @@ import torch
 from tests.conftest import jsonl, say_rows
 from tests.run.test_trainer import FLOAT32, ROOT, deepspeed, record, torchrun, without_a_launcher
 from tests.storage.test_checkpoint import flip
+from training.consts import SUPERVISED
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, REFUSED
 from training.run.final_model import UNFINISHED
 from training.run.lock import one_writer
@@ -97,7 +99,8 @@ class Run:
         trainers, launchers = (
             {pid for pid, (_, module) in found.items() if module == name} for name in ("trainer", "launcher")
         )
-        ranks = {pid for pid in trainers if found[pid][0] in trainers}
+        # A child that has not begun its own program yet still counts as its supervisor.
+        ranks = {pid for pid in trainers if found[pid][0] in trainers and supervised(pid)}
         supervisors = trainers - ranks
         return sorted(
             {"all": set(found), "rank": ranks, "supervisor": supervisors, "launcher": launchers}[kind]
@@ -140,6 +143,11 @@ class Run:
     def stepping(self) -> bool:
         return "s/step" in self.output
 
+    def has_logged(self, step: int) -> bool:
+        """Whether a line of this step, or of a later one, was printed."""
+        logged = re.findall(r"^\s*step ([\d,]+)/", self.output, re.MULTILINE)
+        return any(int(number.replace(",", "")) >= step for number in logged)
+
     def saving(self) -> bool:
         incomplete = [
             f for f in checkpoint.checkpoints(self.folder) if not (f / checkpoint.MANIFEST_FILE).exists()
@@ -149,6 +157,13 @@ class Run:
 
     def placing(self) -> bool:
         return (self.folder / UNFINISHED).exists() or (self.folder / "model.safetensors").exists()
+
+
+def supervised(pid: int) -> bool:
+    """Whether the process was started by a supervisor, and not only forked."""
+    with contextlib.suppress(OSError):  # it has just ended
+        return f"{SUPERVISED}=".encode() in (Path("/proc") / str(pid) / "environ").read_bytes()
+    return False
 
 
 @pytest.fixture
@@ -440,7 +455,7 @@ def test_a_run_whose_launcher_is_killed_or_stopped_saves_and_resumes(start, undi
     """No process stays, and the ranks save. SIGTERM of DeepSpeed's launcher is tried above."""
     for by, number, logged in ((deepspeed, signal.SIGKILL, 2), (torchrun, signal.SIGTERM, 8)):
         run = start(folder, 2, "--resume", "auto", "--max-steps", 10_000, by=by)
-        assert run.wait_until(lambda run=run, step=logged: f"step {step}/" in run.output), run.output
+        assert run.wait_until(partial(run.has_logged, logged)), run.output
         run.process.send_signal(number)
         run.wait(60)
         assert run.output.count("type the same command with --resume auto") == 1, run.output
