@@ -1,0 +1,10 @@
+"""The sources of a run's rows: one or several values of `--training-dataset`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def sources_of(value: str | Sequence[str]) -> tuple[str, ...]:
+    """The sources that a run's record names: a list, or one string in records of earlier versions."""
+    return (value,) if isinstance(value, str) else tuple(value)
