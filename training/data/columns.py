@@ -87,7 +87,7 @@ def _categories(tables: Sequence[Table]) -> list[str]:
         if table.names.count(CATEGORY) > 1:
             return []
         try:
-            texts += map(_text, table.values(CATEGORY) if CATEGORY in table.names else [None] * table.count)
+            texts += map(text_of, table.values(CATEGORY) if CATEGORY in table.names else [None] * table.count)
         except DataError:  # text that cannot be read
             return []
     return [] if None in texts else [printable(text) for text in texts]
@@ -143,35 +143,16 @@ def _match_columns(found: list[str], source: str, required: tuple[str, ...]) -> 
 
 def _texts(values: Sequence[Any], key: str, source: str) -> list[str]:
     """The values as text, "" for one that is missing. Raises DataError with the first ten rows that are not text."""
-    texts = [_text(value) for value in values]
+    texts = [text_of(value) for value in values]
     wrong = [number for number, text in enumerate(texts, start=1) if text is None]
     if wrong:
         found = short_repr(values[wrong[0] - 1])
         raise DataError(
             f"{source}, row {wrong[0]}: {key} is {found}, expected a string{and_more(wrong, 'rows')}"
         )
-    halves = [number for number, text in enumerate(texts, start=1) if text and not _is_unicode(text)]
+    halves = [number for number, text in enumerate(texts, start=1) if text and not is_unicode(text)]
     if halves:
         raise DataError(
             f"{source}, row {halves[0]}: {key} has half of a surrogate pair{and_more(halves, 'rows')}"
         )
     return [text or "" for text in texts]
-
-
-def _text(value: Any) -> str | None:
-    """A string, number or boolean as text, a missing value as ""; None for any other value."""
-    if value is None:
-        return ""
-    if isinstance(value, bool):
-        return "true" if value else "false"  # as in JSON
-    if isinstance(value, Number):
-        return str.__str__(value)
-    return value if isinstance(value, str) else None
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -32,6 +32,11 @@ QUESTION_WITH_INPUT = f"{{instruction}}\n\n{INPUT_KEY}\n{{input}}"
 # The text between the control tokens: "{intro}\n\n", "\n{question}\n\n" and "{response}\n\n".
 HEAD, BODY, RESPONSE, _ = re.split("|".join(map(re.escape, CONTROL_TOKENS)), LAYOUT)
 
+# What shows that a question has an input, in rows and in the messages of a chat.
+INPUT_MARK = re.split("{instruction}|{input}", QUESTION_WITH_INPUT)[1]
+GAP = "\n\n"  # between a system message and the question
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of OpenAI's parts of a content that are text
+
 
 def render_prompt(instruction: str, input: str | None = None) -> str:
     """The prompt as text, up to and including the response key."""
@@ -49,7 +54,7 @@ def question(instruction: str, input: str | None) -> str:
 def prompt_pieces(instruction: str, input: str | None) -> tuple[str, str]:
     """The text before the instruction key, and the text between it and the response key."""
     asked = question(instruction, input)
-    return HEAD.format(intro=INTRO if asked == instruction else INTRO_WITH_INPUT), BODY.format(question=asked)
+    return HEAD.format(intro=INTRO_WITH_INPUT if INPUT_MARK in asked else INTRO), BODY.format(question=asked)
 
 
 def response_piece(response: str) -> str:
@@ -117,11 +122,11 @@ def chat_template(start: str, special_tokens: Iterable[str]) -> str:
     before_response, after_response = RESPONSE.split("{response}")
     words = {
         "START": start,
-        "TEXT_PARTS": ["text", "input_text", "output_text"],
-        "GAP": "\n\n",
+        "TEXT_PARTS": TEXT_PARTS,
+        "GAP": GAP,
         "OPENING_WITH_INPUT": HEAD.format(intro=INTRO_WITH_INPUT) + INSTRUCTION_KEY,
         "OPENING": HEAD.format(intro=INTRO) + INSTRUCTION_KEY,
-        "INPUT_MARK": re.split("{instruction}|{input}", QUESTION_WITH_INPUT)[1],
+        "INPUT_MARK": INPUT_MARK,
         "BEFORE_QUESTION": before_question,
         "AFTER_QUESTION": after_question,
         "BEFORE_RESPONSE": before_response,

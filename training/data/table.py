@@ -40,6 +40,26 @@ class Number(str):
         return str(self)
 
 
+def text_of(value: Any) -> str | None:
+    """A string, number or boolean as text, a missing value as ""; None for any other value."""
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "true" if value else "false"  # as in JSON
+    if isinstance(value, Number):
+        return str.__str__(value)
+    return value if isinstance(value, str) else None
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be encoded, that is, has no half of a surrogate pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def short_repr(value: Any) -> str:
     """A value and its type in at most about 50 characters."""
     kind = "number" if isinstance(value, Number) else type(value).__name__

@@ -1,0 +1,248 @@
+"""Conversations of several turns: OpenAI's `messages`, ShareGPT's `conversations`, and pairs of questions and answers.
+
+A turn of a message list is one message, counted from 1. Dolly's prompt has no roles: a system message is put before the
+next question, as in the chat template (`training/data/prompt.py`)."""
+
+from __future__ import annotations
+
+
+from typing import Any, NamedTuple
+
+from training.data.prompt import GAP, TEXT_PARTS, question
+from training.data.table import is_unicode, short_repr, text_of
+from training.errors import DataError
+
+# The names of the columns: OpenAI's, ShareGPT's, and that of lmsys-chat and WildChat.
+CONVERSATIONS = ("messages", "conversations", "conversation")
+HISTORY = "history"  # a column beside instruction and output: the turns before them
+SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
+# OpenAI's roles first, then ShareGPT's.
+ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "assistant": ASSISTANT,
+         "human": USER, "gpt": ASSISTANT, "chatgpt": ASSISTANT, "bing": ASSISTANT, "bard": ASSISTANT}  # fmt: skip
+TOOL_ROLES = ("tool", "function", "observation", "function_call", "tool_call")
+TOOL_KEYS = ("tool_calls", "function_call", "tool_call_id")
+# Why a conversation cannot be used, as the ledger counts it.
+NO_MESSAGES = "no list of messages"
+BAD_ROLE = "unknown role"
+TOOL_CALL = "tool call"
+NO_TEXT = "content that is not text"
+BAD_ORDER = "roles do not alternate"
+NO_ANSWER = "no assistant turn"
+NO_LOSS = "message of weight 0"
+
+
+class Turn(NamedTuple):
+    """A question and its answer.
+
+    `system` comes before the question. It is "" or ends with a blank line, so `system + question` is what is asked.
+    """
+
+    question: str
+    answer: str
+    system: str = ""
+
+
+History = tuple[Turn, ...]  # the turns before the last one
+
+
+class Prompt(NamedTuple):
+    """What a model is asked: the last question, and the turns before it."""
+
+    instruction: str
+    input: str = ""
+    history: History = ()
+
+
+class Conversation(NamedTuple):
+    """The answered turns, and what follows the last answer: system messages, and a question (None without one)."""
+
+    turns: History
+    system: str
+    question: str | None
+
+
+class UnusableConversation(ValueError):
+    """A conversation that cannot be rendered as Dolly's prompt.
+
+    Attributes:
+        reason: one of the reasons above.
+        turn: the number of the message, from 1; None if it is the conversation as a whole.
+    """
+
+    def __init__(self, reason: str, message: str, turn: int | None = None) -> None:
+        super().__init__(message)
+        self.reason, self.turn = reason, turn
+
+    @property
+    def place(self) -> str:
+        """What follows the row in a message: ", turn 3" or ""."""
+        return "" if self.turn is None else f", turn {self.turn}"
+
+
+def conversation_of(messages: Any) -> Conversation:
+    """Questions and answers of a list of messages, `{"role", "content"}` or `{"from", "value"}`.
+
+    Raises UnusableConversation if roles are unknown or do not alternate, or if a content is not text.
+    """
+    if not isinstance(messages, list | tuple):
+        raise UnusableConversation(NO_MESSAGES, f"{short_repr(messages)} is not a list of messages")
+    turns: list[Turn] = []
+    system, asked = "", None
+    for number, message in enumerate(messages, start=1):
+        role, text = _role_and_text(message, number)
+        if role == SYSTEM:
+            if asked is not None:
+                raise UnusableConversation(
+                    BAD_ORDER, "a system message stands between a question and its answer", number
+                )
+            system += text + GAP if text.strip() else ""
+        elif (role == USER) == (asked is not None):  # no answer before this question, or no question before
+            raise UnusableConversation(BAD_ORDER, _disorder(role, bool(turns)), number)
+        elif role == USER:
+            asked = text
+        else:
+            turns.append(Turn(str(asked), text, system))
+            system, asked = "", None
+    return Conversation(tuple(turns), system, asked)
+
+
+def _disorder(role: str, begun: bool) -> str:
+    if role == ASSISTANT and not begun:
+        return "the assistant speaks before the user. Begin with a user message"
+    return f"two {role} messages in a row. Join them into one"
+
+
+def _role_and_text(message: Any, number: int) -> tuple[str, str]:
+    """The role, as one of three, and the content of a message."""
+    if not isinstance(message, dict):
+        raise UnusableConversation(
+            NO_MESSAGES, f"{short_repr(message)} is not a message with role and content", number
+        )
+    name = message.get("role") if message.get("role") is not None else message.get("from")
+    content = message.get("content") if message.get("content") is not None else message.get("value")
+    if name in TOOL_ROLES or any(_given(message.get(key)) for key in TOOL_KEYS):
+        raise UnusableConversation(
+            TOOL_CALL, "a tool call, but Dolly's prompt has no tools. Leave the conversation out", number
+        )
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        raise UnusableConversation(
+            BAD_ROLE,
+            f"the role is {short_repr(name) if name is not None else 'missing'}, expected system, user or assistant "
+            "(ShareGPT: system, human or gpt)",
+            number,
+        )
+    if role == ASSISTANT and message.get("weight") is not None and text_of(message["weight"]) in ZERO:
+        raise UnusableConversation(
+            NO_LOSS, "has weight 0, but the loss is on every assistant message. Remove the weight", number
+        )
+    return role, _content(content, number)
+
+
+def _content(content: Any, number: int) -> str:
+    """The text of a content: a string, or a list of text parts, which are joined."""
+    parts = content if isinstance(content, list | tuple) else [content]
+    texts = []
+    for part in parts:
+        if isinstance(part, dict) and part.get("type") in TEXT_PARTS:
+            part = part.get("text")
+        text = None if part is None else text_of(part)
+        if text is None:
+            found = f"a part of type {short_repr(part['type'])}" if isinstance(part, dict) and "type" in part else (
+                "missing" if part is None else short_repr(part)
+            )  # fmt: skip
+            raise UnusableConversation(NO_TEXT, f"the content is {found}, expected text", number)
+        if not is_unicode(text):
+            raise UnusableConversation(NO_TEXT, "the content has half of a surrogate pair", number)
+        texts.append(text)
+    return "".join(texts)
+
+
+def _given(value: Any) -> bool:
+    """Whether a key has a value. Parquet files have each key in each message."""
+    return value is not None and value not in ("", [], {})
+
+
+ZERO = ("0", "0.0", "false")
+_KNOWN_KEYS = {"role", "content", "from", "value", "weight", *TOOL_KEYS}
+
+
+def other_keys(messages: Any) -> set[str]:
+    """Keys of messages that are not read, such as "name"."""
+    return {
+        str(key)
+        for message in messages
+        for key, value in message.items()
+        if key not in _KNOWN_KEYS and _given(value)
+    }
+
+
+def history_of(value: Any) -> tuple[History, str]:
+    """(turns, system messages after them) of a history: a list of messages, or of pairs [question, answer].
+
+    A missing or empty value is no history. Raises UnusableConversation, also if the last question has no answer.
+    """
+    if not _given(value):
+        return (), ""
+    if isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) for pair in value):
+        if wrong := next((n for n, pair in enumerate(value, start=1) if len(pair) != 2), None):
+            raise UnusableConversation(
+                NO_MESSAGES,
+                f"has {len(value[wrong - 1])} texts, expected a pair [question, answer]",
+                wrong,
+            )
+        return tuple(Turn(*(_content(text, n) for text in pair)) for n, pair in enumerate(value, start=1)), ""
+    turns, system, asked = conversation_of(value)
+    if asked is not None:
+        raise UnusableConversation(
+            NO_ANSWER, "the last question has no answer. End the history with an answer", len(value)
+        )
+    return turns, system
+
+
+def prompt_of(instruction: str, input: str | None = None, history: Any = ()) -> Prompt:
+    """A prompt after a history: OpenAI messages, or pairs [question, answer]. Raises DataError."""
+    try:
+        turns, system = history_of(history)
+    except UnusableConversation as error:
+        raise DataError(f"history{error.place}: {error}") from error
+    return Prompt(system + instruction, input or "", turns)
+
+
+def prompt_of_messages(messages: Any) -> Prompt:
+    """The prompt of a conversation that ends with a user message. Raises DataError."""
+    try:
+        turns, system, asked = conversation_of(messages)
+        if asked is None:
+            raise UnusableConversation(
+                NO_MESSAGES, "there is no question at the end. End with a user message", len(messages) or None
+            )
+    except UnusableConversation as error:
+        raise DataError(f"messages{error.place}: {error}") from error
+    return Prompt(system + asked, "", turns)
+
+
+def messages_of(prompt: Prompt) -> list[dict[str, str]]:
+    """OpenAI messages of a prompt, from which the chat template renders the same text."""
+    messages = []
+    for turn in prompt.history:
+        if turn.system:
+            messages.append({"role": SYSTEM, "content": turn.system.removesuffix(GAP)})
+        messages.append({"role": USER, "content": turn.question})
+        messages.append({"role": ASSISTANT, "content": turn.answer})
+    return [*messages, {"role": USER, "content": question(prompt.instruction, prompt.input)}]
+
+
+def without_first_turns(prompt: Prompt, count: int) -> Prompt:
+    """The prompt without its first `count` turns. Their system messages go before the first turn that stays."""
+    system = "".join(turn.system for turn in prompt.history[:count])
+    rest = prompt.history[count:]
+    if rest:
+        return prompt._replace(history=(rest[0]._replace(system=system + rest[0].system), *rest[1:]))
+    return prompt._replace(instruction=system + prompt.instruction, history=())
+
+
+def turns_of(prompt: Prompt, answer: str = "") -> list[tuple[str, str, str]]:
+    """(instruction, input, output) of each turn; `answer` is the output of the last."""
+    earlier = [(turn.system + turn.question, "", turn.answer) for turn in prompt.history]
+    return [*earlier, (prompt.instruction, prompt.input, answer)]
