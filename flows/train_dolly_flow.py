@@ -354,7 +354,7 @@ class TrainDollyFlow(FlowSpec):
         transformers.utils.logging.disable_progress_bar()
         _, rows, ledger = tokenised_rows(options)
         test_size = held_out_size(options.test_size, len(rows))
-        lengths = row_lengths(options.training_dataset, rows["length"][:], rows["response_start"][:])
+        lengths = row_lengths(options.training_dataset, rows["length"][:], ledger.response_tokens)
         settings = checked_settings(options, self.all_ranks, FAMILIES[machine.family].precision)
         model = model_of(options)
         plan = plan_run(settings, lengths, model, machine)

@@ -230,7 +230,7 @@ def packing_leak(setup: Setup) -> Finding:
 def _batch(rows: list[dict[str, Any]], device: Any, as_one: bool) -> dict[str, Any]:
     if as_one:  # the contaminated row
         ids = [token for row in rows for token in row["input_ids"]]
-        rows = [{"input_ids": ids, "response_start": rows[0]["length"]}]
+        rows = [{"input_ids": ids, "response_spans": [[rows[0]["length"], len(ids)]]}]
     batch = DataCollatorForPackedRows(pad_token_id=0)(rows)
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
 
@@ -253,7 +253,7 @@ def _gradient_of_first(model: Any, rows: list[dict[str, Any]], as_one: bool) -> 
         embedded.append(output)
 
     hook = model.get_input_embeddings().register_forward_hook(keep)
-    silent = [rows[0] | {"response_start": start}, *rows[1:]]
+    silent = [rows[0] | {"response_spans": []}, *rows[1:]]
     try:
         model(**_batch(silent, model.device, as_one)).loss.backward()
     finally:
@@ -298,7 +298,8 @@ def loss_in(precision: str) -> Callable[[Setup], Finding]:
 def _loss_inputs(setup: Setup, dtype: torch.dtype) -> Tensors:
     """Hidden states, weight and bias of the head, and the labels of a step's rows."""
     generator = torch.Generator().manual_seed(DEFAULT_SEED)
-    labels = sum(row["length"] - row["response_start"] for row in random_rows(setup.rows, setup.vocabulary))
+    spans = [span for row in random_rows(setup.rows, setup.vocabulary) for span in row["response_spans"]]
+    labels = sum(end - start for start, end in spans)
     weight = 0.02 * torch.randn(setup.vocabulary, setup.width, generator=generator)
     hidden, bias = (
         torch.randn(*shape, generator=generator) for shape in ((labels, setup.width), (len(weight),))

@@ -49,7 +49,7 @@ def random_rows(rows: int, vocabulary: int, seed: int = DEFAULT_SEED) -> list[di
     return [
         {
             "input_ids": torch.randint(vocabulary, (length,), generator=generator).tolist(),
-            "response_start": round(length * (1 - ALPACA_RESPONSE_SHARE)),
+            "response_spans": [[round(length * (1 - ALPACA_RESPONSE_SHARE)), length]],
             "length": length,
             "row": number,
         }

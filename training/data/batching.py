@@ -86,7 +86,7 @@ class Documents:
 
     Attributes:
         lengths: tokens of each row, in order.
-        labels: number of labels of each row; they are those of its last tokens.
+        labels: number of labels of each row, in order.
     """
 
     lengths: tuple[int, ...]

@@ -1,6 +1,6 @@
 """Collates rows into a batch: padded to the longest row (as in Dolly), or packed into one row without padding.
 
-A row is `{"input_ids": list[int], "response_start": int}`. The loss covers `input_ids[response_start:]`, including the
+A row is `{"input_ids": list[int], "response_spans": [[start, end], ...]}`. The loss covers `input_ids[start:end]`, including the
 end key, and nothing else. Both collators give the same labels to the same tokens. The Trainer divides by the number of
 labels over all ranks and accumulation steps, so it normalises both alike."""
 
@@ -22,13 +22,15 @@ Batch = dict[str, Any]
 
 
 def completion_labels(row: Row) -> list[int]:
-    """The row's token ids as labels, with everything before the response set to IGNORE_INDEX.
+    """The row's token ids as labels, with everything outside the responses set to IGNORE_INDEX.
 
     The first token is always ignored: no token of its own row predicts it, and in a packed row the token before it
     belongs to another row.
     """
-    start = max(row["response_start"], 1)
-    return [IGNORE_INDEX] * start + row["input_ids"][start:]
+    labels = [IGNORE_INDEX] * len(row["input_ids"])
+    for start, end in row["response_spans"]:
+        labels[max(start, 1) : end] = row["input_ids"][max(start, 1) : end]
+    return labels
 
 
 def _placeholder_rows(pad_token_id: int) -> list[Row]:
@@ -36,7 +38,7 @@ def _placeholder_rows(pad_token_id: int) -> list[Row]:
 
     Under ZeRO-3 every rank must run every forward and backward pass, or the other ranks hang.
     """
-    return [{"input_ids": [pad_token_id], "response_start": 1}]
+    return [{"input_ids": [pad_token_id], "response_spans": []}]
 
 
 @dataclass
@@ -48,9 +50,9 @@ class DataCollatorForCompletionOnlyLM:
 
     With pad token 0, these three rows:
 
-        {"input_ids": [11, 12, 13, 14, 15], "response_start": 3}
-        {"input_ids": [21, 22, 23],         "response_start": 2}
-        {"input_ids": [31, 32, 33, 34],     "response_start": 1}
+        {"input_ids": [11, 12, 13, 14, 15], "response_spans": [[3, 5]]}
+        {"input_ids": [21, 22, 23],         "response_spans": [[2, 3]]}
+        {"input_ids": [31, 32, 33, 34],     "response_spans": [[1, 2], [3, 4]]}
 
     become three int64 tensors `(rows, tokens)`:
 
@@ -62,7 +64,7 @@ class DataCollatorForCompletionOnlyLM:
                          1    1    1    1    0    0    0    0
         labels        -100 -100 -100   14   15 -100 -100 -100
                       -100 -100   23 -100 -100 -100 -100 -100
-                      -100   32   33   34 -100 -100 -100 -100
+                      -100   32 -100   34 -100 -100 -100 -100
     """
 
     pad_token_id: int
@@ -94,34 +96,35 @@ class DataCollatorForPackedRows:
 
     These three rows:
 
-        {"input_ids": [11, 12, 13, 14, 15], "response_start": 3}
-        {"input_ids": [21, 22, 23],         "response_start": 2}
-        {"input_ids": [31, 32, 33, 34],     "response_start": 1}
+        {"input_ids": [11, 12, 13, 14, 15], "response_spans": [[3, 5]]}
+        {"input_ids": [21, 22, 23],         "response_spans": [[2, 3]]}
+        {"input_ids": [31, 32, 33, 34],     "response_spans": [[1, 2], [3, 4]]}
 
-    become int64 tensors, here with 12 tokens and 6 labels:
+    become int64 tensors, here with 12 tokens and 5 labels:
 
         input_ids     (1, tokens)    11   12   13   14   15   21   22   23   31   32   33   34
         position_ids  (1, tokens)     0    1    2    3    4    0    1    2    0    1    2    3
-        labels        (1, tokens)  -100 -100 -100   14   15 -100 -100   23 -100   32   33   34
-        logits_to_keep  (labels,)               2    3              6         8    9   10
-        shift_labels  (1, labels)              14   15             23        32   33   34
+        labels        (1, tokens)  -100 -100 -100   14   15 -100 -100   23 -100   32 -100   34
+        logits_to_keep  (labels,)               2    3              6         8        10
+        shift_labels  (1, labels)              14   15             23        32        34
 
     and, beside them,
 
         cu_seq_lens_q  (rows + 1,) int32   0 5 8 12
-        documents                          Documents(lengths=(5, 3, 4), labels=(2, 1, 3))
+        documents                          Documents(lengths=(5, 3, 4), labels=(2, 1, 2))
     """
 
     pad_token_id: int  # used only if the share is empty
 
     def __call__(self, rows: list[Row]) -> Batch:
         rows = rows or _placeholder_rows(self.pad_token_id)
+        of_rows = [completion_labels(row) for row in rows]
         batch = DataCollatorWithFlattening()(
-            [{"input_ids": row["input_ids"], "labels": completion_labels(row)} for row in rows]
+            [{"input_ids": row["input_ids"], "labels": own} for row, own in zip(rows, of_rows, strict=True)]
         )
         targets = (batch["labels"][0] != IGNORE_INDEX).nonzero()[:, 0]
         lengths = [len(row["input_ids"]) for row in rows]
-        labels = [max(len(row["input_ids"]) - max(row["response_start"], 1), 0) for row in rows]
+        labels = [len(own) - own.count(IGNORE_INDEX) for own in of_rows]
         return batch | {
             "logits_to_keep": targets - 1,
             "shift_labels": batch["labels"][:, targets],

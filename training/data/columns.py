@@ -6,7 +6,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from training.data.table import Number, Table, and_more, listed, named, short_repr
+from training.data.conversations import (
+    CONVERSATIONS,
+    HISTORY,
+    NO_ANSWER,
+    NO_QUESTION,
+    History,
+    Prompt,
+    ConversationError,
+    conversation_of,
+    history_of,
+    other_keys,
+    turns_of,
+)
+from training.data.table import Table, and_more, is_unicode, listed, named, short_repr, text_of
 from training.errors import DataError, printable
 
 # Alpaca's name first, then dolly-15k's.
@@ -15,27 +28,32 @@ COLUMN_NAMES = {
     "input": ("input", "context"),
     "output": ("output", "response"),
 }
-KNOWN = frozenset(name for names in COLUMN_NAMES.values() for name in names)
+KNOWN = frozenset([*(name for names in COLUMN_NAMES.values() for name in names), *CONVERSATIONS])
 CATEGORY = "category"  # of a row, as in dolly-15k: it groups the rows of an evaluation
 RENDERED = "text"  # Alpaca's whole row as one text: nothing is lost if it is not read
 REQUIRED = ("instruction", "output")  # columns of training rows
 REQUIRED_COLUMNS_HELP = (
     "expected instruction and output (as in Alpaca; input is optional), "
-    "or instruction and response (as in dolly-15k; context is optional)"
+    "or instruction and response (as in dolly-15k; context is optional), or messages (conversations)"
 )
-# Names of other projects, in lower case: what to rename, and how conversations are recognised.
+# Names of other projects, in lower case: what to rename.
 OTHER_NAMES = {
     "instruction": ("instruction", "instructions", "prompt", "question", "query"),
     "output": ("output", "outputs", "response", "responses", "completion", "answer", "target"),
 }
-CONVERSATIONS = ("messages", "conversations", "conversation", "dialog", "dialogue")
+DIALOGUES = ("dialog", "dialogue")
 
 
 @dataclass
 class Columns:
     """The three columns of a dataset, of equal length. A value that is missing is "".
 
+    In a conversation they are its last turn: what was asked last, with the system message before it, and the answer.
+
     Attributes:
+        history: the turns before the last one, of each row; empty if no row has any.
+        unusable: conversations that cannot be used, by their place from 0, whose columns are "".
+        unanswered: rows, from 1, whose last question has no answer and is left out.
         files: rows of each file by its name, in the order of the rows; empty unless the source is a folder.
         not_read: what the source holds besides these columns, in words.
         category: the value of the column 'category' of each row; empty without such a column. Training ignores it.
@@ -47,9 +65,17 @@ class Columns:
     files: dict[str, int] = field(default_factory=dict, compare=False)
     not_read: list[str] = field(default_factory=list, compare=False)
     category: list[str] = field(default_factory=list, compare=False, repr=False)
+    history: list[History] = field(default_factory=list)
+    unusable: dict[int, ConversationError] = field(default_factory=dict, compare=False)
+    unanswered: list[int] = field(default_factory=list, compare=False)
 
     def __len__(self) -> int:
         return len(self.instruction)
+
+    def turns(self, row: int) -> list[tuple[str, str, str]]:
+        """(instruction, input, output) of each turn of a row, by its place from 0."""
+        history = self.history[row] if self.history else ()
+        return turns_of(Prompt(self.instruction[row], self.input[row], history), self.output[row])
 
 
 def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) -> Columns:
@@ -70,12 +96,69 @@ def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) 
             getattr(columns, key).extend(_texts(values, key, table.source))
         columns.not_read += table.not_read
     columns.category = _categories(tables)
-    unread = [name for name in names if name not in matched.values()]
+    read = _add_turns(tables, columns, required)
+    unread = [name for name in names if name not in (*matched.values(), *read)]
     if RENDERED in unread and _is_rendered(tables[0], columns.output):
         unread.remove(RENDERED)
     if unread:
         columns.not_read.insert(0, named("column", unread))
     return columns
+
+
+def _add_turns(tables: Sequence[Table], columns: Columns, required: tuple[str, ...]) -> set[str]:
+    """Reads conversations, and the turns before a row. Returns the names of the columns that were read.
+
+    A row with an instruction and an output of its own is not a conversation; its column 'history' is read.
+    """
+    read: set[str] = set()
+    keys: set[str] = set()
+    histories: list[History] = [()] * len(columns)
+    start = 0
+    for table in tables:
+        for name in (*CONVERSATIONS, HISTORY):
+            values = table.values(name) if table.names.count(name) == 1 else []
+            if name == HISTORY and not all(isinstance(value, list | None) for value in values):
+                continue  # something else of that name
+            for place, value in enumerate(values, start):
+                own = all(getattr(columns, key)[place] for key in required)
+                if value is None or own != (name == HISTORY) or place in columns.unusable:
+                    continue
+                read.add(name)
+                try:
+                    histories[place] = _set_turns(columns, place, value, name == HISTORY, required)
+                    keys |= other_keys(value)
+                except ConversationError as error:
+                    columns.unusable[place] = error
+                    columns.instruction[place] = columns.input[place] = columns.output[place] = ""
+        start += table.count
+    if any(histories):
+        columns.history = histories
+    if keys:
+        columns.not_read.append(f"{named('key', sorted(keys))} of messages")
+    return read
+
+
+def _set_turns(
+    columns: Columns, place: int, value: Any, is_history: bool, required: tuple[str, ...]
+) -> History:
+    """Sets the last turn of a row from its conversation, and returns the turns before it."""
+    if is_history:
+        turns, system = history_of(value)
+        columns.instruction[place] = system + columns.instruction[place]
+        return turns
+    conversation = conversation_of(value)
+    if required != REQUIRED:  # a prompt
+        if conversation.question is None:
+            raise ConversationError(NO_QUESTION, "no question at the end. End with a user message")
+        columns.instruction[place] = conversation.system + conversation.question
+        return conversation.turns
+    if not conversation.turns:
+        raise ConversationError(NO_ANSWER, "no assistant turn, so there is nothing to learn")
+    *history, last = conversation.turns
+    columns.instruction[place], columns.output[place] = last.system + last.question, last.answer
+    if conversation.question is not None or conversation.system:
+        columns.unanswered.append(place + 1)
+    return tuple(history)
 
 
 def _categories(tables: Sequence[Table]) -> list[str]:
@@ -120,17 +203,19 @@ def _match_columns(found: list[str], source: str, required: tuple[str, ...]) -> 
     missing = [key for key in required if matched[key] is None]
     if not missing:
         return matched
+    if any(name in CONVERSATIONS for name in found):
+        return dict.fromkeys(COLUMN_NAMES)
     expected = REQUIRED_COLUMNS_HELP if required == REQUIRED else "expected instruction; input is optional"
     lower = {name.strip().lower(): name for name in reversed(found)}
-    chat = next((lower[name] for name in CONVERSATIONS if name in lower), None)
-    if chat is None and {"role", "content"} <= lower.keys():
-        chat = lower["content"]
-    if chat is None and {"from", "value"} <= lower.keys():
-        chat = lower["value"]
-    if chat is not None:
+    if chat := next((lower[name] for name in (*CONVERSATIONS, *DIALOGUES) if name in lower), None):
         raise DataError(
-            f"{source}: its rows are conversations (column {chat!r}); {expected}. "
-            "Write each question and its answer as one row"
+            f"{source}: its rows are conversations (column {chat!r}). Rename it to 'messages', with a list of messages "
+            '{"role": "user", "content": "..."} in each row'
+        )
+    if {"role", "content"} <= lower.keys() or {"from", "value"} <= lower.keys():
+        raise DataError(
+            f"{source}: its rows are single messages. Write each conversation as one row: "
+            '{"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]}'
         )
     lacking = " and no column ".join(" or ".join(map(repr, COLUMN_NAMES[key])) for key in missing)
     others = {key: next((lower[n] for n in OTHER_NAMES[key] if n in lower), None) for key in missing}

@@ -28,6 +28,7 @@ TOOL_CALL = "tool call"
 NO_TEXT = "content that is not text"
 BAD_ORDER = "roles do not alternate"
 NO_ANSWER = "no assistant turn"
+NO_QUESTION = "no question"
 NO_LOSS = "message of weight 0"
 
 
@@ -61,7 +62,7 @@ class Conversation(NamedTuple):
     question: str | None
 
 
-class UnusableConversation(ValueError):
+class ConversationError(ValueError):
     """A conversation that cannot be rendered as Dolly's prompt.
 
     Attributes:
@@ -82,22 +83,22 @@ class UnusableConversation(ValueError):
 def conversation_of(messages: Any) -> Conversation:
     """Questions and answers of a list of messages, `{"role", "content"}` or `{"from", "value"}`.
 
-    Raises UnusableConversation if roles are unknown or do not alternate, or if a content is not text.
+    Raises ConversationError if roles are unknown or do not alternate, or if a content is not text.
     """
     if not isinstance(messages, list | tuple):
-        raise UnusableConversation(NO_MESSAGES, f"{short_repr(messages)} is not a list of messages")
+        raise ConversationError(NO_MESSAGES, f"{short_repr(messages)} is not a list of messages")
     turns: list[Turn] = []
     system, asked = "", None
     for number, message in enumerate(messages, start=1):
         role, text = _role_and_text(message, number)
         if role == SYSTEM:
             if asked is not None:
-                raise UnusableConversation(
+                raise ConversationError(
                     BAD_ORDER, "a system message stands between a question and its answer", number
                 )
             system += text + GAP if text.strip() else ""
         elif (role == USER) == (asked is not None):  # no answer before this question, or no question before
-            raise UnusableConversation(BAD_ORDER, _disorder(role, bool(turns)), number)
+            raise ConversationError(BAD_ORDER, _disorder(role, bool(turns)), number)
         elif role == USER:
             asked = text
         else:
@@ -115,25 +116,25 @@ def _disorder(role: str, begun: bool) -> str:
 def _role_and_text(message: Any, number: int) -> tuple[str, str]:
     """The role, as one of three, and the content of a message."""
     if not isinstance(message, dict):
-        raise UnusableConversation(
+        raise ConversationError(
             NO_MESSAGES, f"{short_repr(message)} is not a message with role and content", number
         )
     name = message.get("role") if message.get("role") is not None else message.get("from")
     content = message.get("content") if message.get("content") is not None else message.get("value")
     if name in TOOL_ROLES or any(_given(message.get(key)) for key in TOOL_KEYS):
-        raise UnusableConversation(
+        raise ConversationError(
             TOOL_CALL, "a tool call, but Dolly's prompt has no tools. Leave the conversation out", number
         )
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
-        raise UnusableConversation(
+        raise ConversationError(
             BAD_ROLE,
             f"the role is {short_repr(name) if name is not None else 'missing'}, expected system, user or assistant "
             "(ShareGPT: system, human or gpt)",
             number,
         )
     if role == ASSISTANT and message.get("weight") is not None and text_of(message["weight"]) in ZERO:
-        raise UnusableConversation(
+        raise ConversationError(
             NO_LOSS, "has weight 0, but the loss is on every assistant message. Remove the weight", number
         )
     return role, _content(content, number)
@@ -151,9 +152,9 @@ def _content(content: Any, number: int) -> str:
             found = f"a part of type {short_repr(part['type'])}" if isinstance(part, dict) and "type" in part else (
                 "missing" if part is None else short_repr(part)
             )  # fmt: skip
-            raise UnusableConversation(NO_TEXT, f"the content is {found}, expected text", number)
+            raise ConversationError(NO_TEXT, f"the content is {found}, expected text", number)
         if not is_unicode(text):
-            raise UnusableConversation(NO_TEXT, "the content has half of a surrogate pair", number)
+            raise ConversationError(NO_TEXT, "the content has half of a surrogate pair", number)
         texts.append(text)
     return "".join(texts)
 
@@ -169,24 +170,22 @@ _KNOWN_KEYS = {"role", "content", "from", "value", "weight", *TOOL_KEYS}
 
 def other_keys(messages: Any) -> set[str]:
     """Keys of messages that are not read, such as "name"."""
-    return {
-        str(key)
-        for message in messages
-        for key, value in message.items()
-        if key not in _KNOWN_KEYS and _given(value)
-    }
+    given = (
+        (key, value) for message in messages if isinstance(message, dict) for key, value in message.items()
+    )
+    return {str(key) for key, value in given if key not in _KNOWN_KEYS and _given(value)}
 
 
 def history_of(value: Any) -> tuple[History, str]:
     """(turns, system messages after them) of a history: a list of messages, or of pairs [question, answer].
 
-    A missing or empty value is no history. Raises UnusableConversation, also if the last question has no answer.
+    A missing or empty value is no history. Raises ConversationError, also if the last question has no answer.
     """
     if not _given(value):
         return (), ""
     if isinstance(value, list | tuple) and all(isinstance(pair, list | tuple) for pair in value):
         if wrong := next((n for n, pair in enumerate(value, start=1) if len(pair) != 2), None):
-            raise UnusableConversation(
+            raise ConversationError(
                 NO_MESSAGES,
                 f"has {len(value[wrong - 1])} texts, expected a pair [question, answer]",
                 wrong,
@@ -194,7 +193,7 @@ def history_of(value: Any) -> tuple[History, str]:
         return tuple(Turn(*(_content(text, n) for text in pair)) for n, pair in enumerate(value, start=1)), ""
     turns, system, asked = conversation_of(value)
     if asked is not None:
-        raise UnusableConversation(
+        raise ConversationError(
             NO_ANSWER, "the last question has no answer. End the history with an answer", len(value)
         )
     return turns, system
@@ -204,7 +203,7 @@ def prompt_of(instruction: str, input: str | None = None, history: Any = ()) -> 
     """A prompt after a history: OpenAI messages, or pairs [question, answer]. Raises DataError."""
     try:
         turns, system = history_of(history)
-    except UnusableConversation as error:
+    except ConversationError as error:
         raise DataError(f"history{error.place}: {error}") from error
     return Prompt(system + instruction, input or "", turns)
 
@@ -214,10 +213,8 @@ def prompt_of_messages(messages: Any) -> Prompt:
     try:
         turns, system, asked = conversation_of(messages)
         if asked is None:
-            raise UnusableConversation(
-                NO_MESSAGES, "there is no question at the end. End with a user message", len(messages) or None
-            )
-    except UnusableConversation as error:
+            raise ConversationError(NO_QUESTION, "no question at the end. End with a user message")
+    except ConversationError as error:
         raise DataError(f"messages{error.place}: {error}") from error
     return Prompt(system + asked, "", turns)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 from weakref import WeakKeyDictionary
 
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from training.data.prompt import INSTRUCTION_KEY, prompt_pieces
+from training.data.prompt import INSTRUCTION_KEY, prompt_pieces, response_piece
 
 # Made by `_text_backend`; None if a tokenizer needs no copy.
 _COPIES: WeakKeyDictionary[PreTrainedTokenizerBase, Tokenizer | None] = WeakKeyDictionary()
@@ -29,14 +30,47 @@ def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str], inputs: Sequence[str | None]
 ) -> tuple[list[list[int]], list[list[int]]]:
     """Token ids (heads, bodies). A prompt is head + body + response key; the head ends with the instruction key."""
-    key = tokenizer.convert_tokens_to_ids(INSTRUCTION_KEY)
     pieces = [prompt_pieces(*row) for row in zip(instructions, inputs, strict=True)]
-    heads = list({head for head, _ in pieces})  # at most two different heads, each tokenised once
-    before, _ = surrounding_ids(tokenizer)
-    # A head begins the text, so a tokenizer may encode it otherwise than `encode_text` does.
-    encoded = _encode(tokenizer.backend_tokenizer, heads)
-    ids = {head: [*before, *ids, key] for head, ids in zip(heads, encoded, strict=True)}
-    return [ids[head] for head, _ in pieces], encode_text(tokenizer, [body for _, body in pieces])
+    heads = _encode_heads(tokenizer, {head for head, _ in pieces}, first=True)
+    return [heads[head] for head, _ in pieces], encode_text(tokenizer, [body for _, body in pieces])
+
+
+def encode_turns(
+    tokenizer: PreTrainedTokenizerBase, rows: Sequence[Sequence[tuple[str, str | None, str]]]
+) -> list[list[tuple[list[int], list[int], list[int]]]]:
+    """Token ids (head, body, response) of each turn of each row, given (instruction, input, output) of each turn.
+
+    A turn is head + body + response key + response + end key, and a row is its turns one after the other.
+    """
+    turns = [turn for row in rows for turn in row]
+    pieces = [prompt_pieces(instruction, input) for instruction, input, _ in turns]
+    different = {head for head, _ in pieces}
+    heads = {first: _encode_heads(tokenizer, different, first) for first in (True, False)}
+    bodies = encode_text(tokenizer, [body for _, body in pieces])
+    responses = encode_text(tokenizer, [response_piece(output) for *_, output in turns])
+    encoded = zip(pieces, bodies, responses, strict=True)
+    return [
+        [
+            (heads[number == 0][head], body, response)
+            for number, ((head, _), body, response) in enumerate(islice(encoded, len(row)))
+        ]
+        for row in rows
+    ]
+
+
+def _encode_heads(
+    tokenizer: PreTrainedTokenizerBase, heads: Iterable[str], first: bool
+) -> dict[str, list[int]]:
+    """Token ids of heads with the instruction key; there are two, each tokenised once.
+
+    The `first` head begins the text: a tokenizer may put ids before it, and may encode it otherwise than text after a
+    control token. A later one follows an end key.
+    """
+    heads = list(heads)
+    before = surrounding_ids(tokenizer)[0] if first else []
+    encoded = _encode(tokenizer.backend_tokenizer, heads) if first else encode_text(tokenizer, heads)
+    key = tokenizer.convert_tokens_to_ids(INSTRUCTION_KEY)
+    return {head: [*before, *ids, key] for head, ids in zip(heads, encoded, strict=True)}
 
 
 def surrounding_ids(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

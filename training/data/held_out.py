@@ -59,7 +59,8 @@ def split_held_out(
 def rows_digest(*parts: datasets.Dataset) -> str:
     """A checksum of the training rows and the held-out rows, in their order.
 
-    It changes with data, tokenizer, length, split and seed.
+    It changes with data, tokenizer, length, split and seed. Where each row is a single turn, it is that of runs from
+    before conversations were read.
     """
     import numpy as np
 
@@ -69,5 +70,9 @@ def rows_digest(*parts: datasets.Dataset) -> str:
         for batch in rows.with_format("numpy").iter(batch_size=10_000):
             for ids in batch["input_ids"]:
                 digest.update(np.asarray(ids, dtype=np.int32).tobytes())
-            digest.update(np.asarray(batch["response_start"], dtype=np.int32).tobytes())
+            spans = [np.asarray(of_row, dtype=np.int32).reshape(-1, 2) for of_row in batch["response_spans"]]
+            digest.update(np.array([of_row[0, 0] for of_row in spans], dtype=np.int32).tobytes())
+            for number, of_row in enumerate(spans):
+                if len(of_row) > 1:
+                    digest.update(np.int32(number).tobytes() + of_row.tobytes())
     return digest.hexdigest()

@@ -158,7 +158,7 @@ def _rows_of_columns(value: dict[str, Any], columns: dict[str, Any], source: str
         if len({tuple(column) for column in columns.values()}) > 1:
             raise DataError(f"{source}: the columns {listed(columns)} have different indices")
         value = {name: list(column.values()) for name, column in value.items() if isinstance(column, dict)}
-    elif not all(isinstance(column, list) for column in columns.values()):
+    elif not all(isinstance(column, list) and not _is_conversation(column) for column in columns.values()):
         return [value]
     lists = {name: column for name, column in value.items() if isinstance(column, list)}
     lengths = {name: len(column) for name, column in lists.items()}
@@ -166,6 +166,11 @@ def _rows_of_columns(value: dict[str, Any], columns: dict[str, Any], source: str
         counts = ", ".join(f"{name!r} {count:,}" for name, count in lengths.items())
         raise DataError(f"{source}: the columns differ in length: {counts} values")
     return [dict(zip(lists, row, strict=True)) for row in zip(*lists.values(), strict=True)]
+
+
+def _is_conversation(values: list[Any]) -> bool:
+    """Whether a list is the messages of one row, and not a column."""
+    return bool(values) and all(isinstance(v, dict) and not {"role", "from"}.isdisjoint(v) for v in values)
 
 
 def _skip_space(text: str, position: int) -> int:

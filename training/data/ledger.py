@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from training.data.conversations import ConversationError
 from training.errors import DataError, printable
 from training.files import write_json
 
@@ -24,6 +25,10 @@ class Ledger:
     Attributes:
         files: rows of each file of a folder, in the order of the rows.
         not_read: what the source holds besides instruction, input and output, such as "the column 'category'".
+        turns: questions with an answer in the rows kept.
+        rows_shortened: conversations too long for `max_length`, whose last `turns_left_out` turns are left out.
+        unanswered: conversations whose last question has no answer, and is left out.
+        unusable: the first conversations that cannot be used, in words.
     """
 
     source: str
@@ -39,12 +44,30 @@ class Ledger:
     length_histogram: dict[str, int] = field(default_factory=dict)
     files: dict[str, int] = field(default_factory=dict)
     not_read: list[str] = field(default_factory=list)
+    turns: int = 0
+    rows_shortened: int = 0
+    turns_left_out: int = 0
+    unanswered: int = 0
+    unusable: list[str] = field(default_factory=list)
 
     def drop(self, reason: str, row: int) -> None:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         first = self.first_dropped_rows.setdefault(reason, [])
         if len(first) < 10:
             first.append(row)
+
+    def drop_unusable(self, error: ConversationError, row: int) -> None:
+        """Counts a conversation that cannot be used."""
+        self.drop(error.reason, row)
+        if len(self.unusable) < 10:
+            place = self.place(row) if self.files else f"row {row}"
+            self.unusable.append(f"{place}{error.place}: {error}")
+
+    def count_turns(self, kept: int, of: int) -> None:
+        """Counts the turns of a row that is kept."""
+        self.turns += kept
+        self.turns_left_out += of - kept
+        self.rows_shortened += kept < of
 
     def place(self, row: int) -> str:
         """A row by its number, and in a folder by its file: "part-00001.parquet row 8"."""
@@ -69,6 +92,15 @@ class Ledger:
             lines.append(f"  from {len(names):,} file{'s' if last else ''}: {names[0]}{last}")
         if self.not_read:
             lines.append(f"  not read: {'; '.join(self.not_read)}")
+        if self.turns > self.rows_kept:
+            lines.append(f"  conversations: {self.turns:,} turns")
+        if self.rows_shortened:
+            lines.append(
+                f"  {self.rows_shortened:,} conversations are longer than {self.max_length:,} tokens: "
+                f"their last {self.turns_left_out:,} turns are left out"
+            )
+        if self.unanswered:
+            lines.append(f"  {self.unanswered:,} conversations end with a question, which is left out")
         for reason, count in self.dropped.items():
             rows = ", ".join(map(self.place, self.first_dropped_rows[reason]))
             lines.append(f"  dropped {count:,}: {reason} (first rows: {rows})")
@@ -83,11 +115,21 @@ def length_histogram(sizes: np.ndarray) -> dict[str, int]:
     return {name: int(count) for name, count in zip(names, counts, strict=True) if count}
 
 
-def check_dropped(ledger: Ledger, limit: float, positions: int | None = None) -> None:
+def check_dropped(
+    ledger: Ledger, limit: float, positions: int | None = None, drop_unusable: bool = False
+) -> None:
     """Raises DataError if no row is kept, or if more than the fraction `limit` of the rows is dropped.
+
+    Unless `drop_unusable`, also for a conversation that cannot be used.
 
     `positions`: largest --max-length that the model allows; None if it cannot be raised.
     """
+    if ledger.unusable and not drop_unusable:
+        more = "\n  ".join(["", *ledger.unusable[1:]])
+        raise DataError(
+            f"{ledger.source}, {ledger.unusable[0]}{printable(more)}\n"
+            "Correct these conversations, or type --drop-unusable to leave out all that cannot be used"
+        )
     dropped = sum(ledger.dropped.values())
     if ledger.rows_kept == 0 or dropped > limit * ledger.rows_read:
         advice = "Correct the rows"

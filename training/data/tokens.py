@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from training.consts import LEDGER_FILE
-from training.data.encoding import encode_prompts, encode_text, surrounding_ids
+from training.data.encoding import encode_turns, surrounding_ids
 from training.data.ledger import (
     EMPTY_INSTRUCTION,
     EMPTY_RESPONSE,
@@ -25,13 +25,16 @@ from training.data.ledger import (
     check_dropped,
     length_histogram,
 )
-from training.data.prompt import END_KEY, RESPONSE_KEY, response_piece
+from training.data.prompt import END_KEY, RESPONSE_KEY
 from training.data.rows import Columns, check_source, local_files, read_columns
 from training.errors import DataError
 from training.files import fingerprint, write_folder
 
 ROWS_PER_TOKENIZER_CALL = 2000
-COLUMNS = ["row", "input_ids", "response_start", "length"]  # of the tokenised dataset
+Span = tuple[
+    int, int
+]  # of a response with its end key: the place of its first token, and the place behind its last
+COLUMNS = ["row", "input_ids", "response_spans", "length"]  # of the tokenised dataset
 # The cached rows depend on this code as well: an edit of one of these files invalidates the cache.
 SOURCES = [
     Path(__file__).with_name(f"{name}.py")
@@ -41,6 +44,7 @@ SOURCES = [
         "formats",
         "folders",
         "columns",
+        "conversations",
         "rows",
         "prompt",
         "encoding",
@@ -52,39 +56,60 @@ SOURCES = [
 
 def encode_rows(
     tokenizer: PreTrainedTokenizerBase, columns: Columns, ledger: Ledger, keep_truncated: bool = False
-) -> Iterator[tuple[int, list[int], int]]:
-    """Yields (row number, input_ids, response_start) of every row kept, and counts every row in `ledger`.
+) -> Iterator[tuple[int, list[int], list[Span]]]:
+    """Yields (row number, input_ids, response spans) of every row kept, and counts every row in `ledger`.
 
-    `input_ids[response_start]` is the first token of the response. The last token is the end key, except in rows that
-    `keep_truncated` allows to be cut at `ledger.max_length`.
+    There is a span for each turn that is kept. A conversation that is too long loses whole turns at its end. The last
+    token is an end key, except in rows that `keep_truncated` allows to be cut at `ledger.max_length`.
     """
-    response_key, end_key = (tokenizer.convert_tokens_to_ids(key) for key in (RESPONSE_KEY, END_KEY))
+    keys = tokenizer.convert_tokens_to_ids([RESPONSE_KEY, END_KEY])
     for start in range(0, len(columns), ROWS_PER_TOKENIZER_CALL):
-        part = slice(start, start + ROWS_PER_TOKENIZER_CALL)
-        heads, bodies = encode_prompts(tokenizer, columns.instruction[part], columns.input[part])
-        responses = encode_text(tokenizer, map(response_piece, columns.output[part]))
-        for offset, (head, body, response) in enumerate(zip(heads, bodies, responses, strict=True)):
-            row = start + offset
+        rows = range(start, min(start + ROWS_PER_TOKENIZER_CALL, len(columns)))
+        texts = [columns.turns(row) for row in rows]
+        for row, turns, pieces in zip(rows, texts, encode_turns(tokenizer, texts), strict=True):
             ledger.rows_read += 1
-            if not columns.output[row].strip():
+            if row in columns.unusable:
+                ledger.drop_unusable(columns.unusable[row], row + 1)
+            elif not all(output.strip() for *_, output in turns):
                 ledger.drop(EMPTY_RESPONSE, row + 1)
-                continue
-            if not columns.instruction[row].strip():
+            elif not all(instruction.strip() for instruction, *_ in turns):
                 ledger.drop(EMPTY_INSTRUCTION, row + 1)
-                continue
-            response_start = len(head) + len(body) + 1
-            ids = [*head, *body, response_key, *response, end_key]
-            if response_start >= ledger.max_length:
-                ledger.drop(PROMPT_TOO_LONG, row + 1)
-                continue
-            if len(ids) > ledger.max_length:
-                if not keep_truncated:
-                    ledger.drop(RESPONSE_CUT, row + 1)
-                    continue
-                ids = ids[: ledger.max_length]
-                ledger.rows_truncated += 1
-            ledger.rows_kept += 1
-            yield row + 1, ids, response_start
+            elif encoded := _join(pieces, keys, row + 1, ledger, keep_truncated):
+                ledger.rows_kept += 1
+                yield row + 1, *encoded
+
+
+def _join(
+    turns: Sequence[tuple[list[int], list[int], list[int]]],
+    keys: Sequence[int],
+    row: int,
+    ledger: Ledger,
+    keep_truncated: bool,
+) -> tuple[list[int], list[Span]] | None:
+    """Input ids and response spans of a row, from (head, body, response) of its turns; None if it is dropped.
+
+    `keys` are the ids of response key and end key.
+    """
+    response_key, end_key = keys
+    ids: list[int] = []
+    spans: list[Span] = []
+    for head, body, response in turns:
+        begin = len(ids) + len(head) + len(body) + 1
+        end = begin + len(response) + 1
+        if end > ledger.max_length:
+            if spans:
+                break
+            if begin >= ledger.max_length or not keep_truncated:
+                ledger.drop(PROMPT_TOO_LONG if begin >= ledger.max_length else RESPONSE_CUT, row)
+                return None
+            ids = [*head, *body, response_key, *response][: ledger.max_length]
+            spans.append((begin, ledger.max_length))
+            ledger.rows_truncated += 1
+            break
+        ids += [*head, *body, response_key, *response, end_key]
+        spans.append((begin, end))
+    ledger.count_turns(len(spans), len(turns))
+    return ids, spans
 
 
 def prepare_dataset(
@@ -96,16 +121,18 @@ def prepare_dataset(
     cache_root: Path | None = None,
     selection: Mapping[str, str] | None = None,
     positions: int | None = None,
+    drop_unusable: bool = False,
 ) -> tuple[datasets.Dataset, Ledger]:
     """Tokenises the rows of `source`, or reads them from the cache.
 
     The first call writes the cache; later calls and other ranks read it. Its key covers data, prompt, tokenizer,
-    `max_length` and `keep_truncated`. `selection` is that of `read_columns`, `positions` that of
-    `check_dropped`.
+    `max_length` and `keep_truncated`. `selection` is that of `read_columns`, `positions` and `drop_unusable` are those
+    of `check_dropped`.
 
     Returns:
         (rows, ledger). The rows are memory-mapped, in the order of the source:
-        `{row: int64, input_ids: list[int32], response_start: int32, length: int32}`, where `row` counts from 1.
+        `{row: int64, input_ids: list[int32], response_spans: list[[int32, int32]], length: int32}`, where `row` counts
+        from 1, and `input_ids[start:end]` of each span is a response with its end key.
 
     Raises:
         DataError: the source cannot be read, more than `max_dropped_fraction` of its rows had to be dropped, or the
@@ -133,7 +160,7 @@ def prepare_dataset(
             raise DataError(f"{target}: the tokenised rows were written but cannot be read. Check the disk")
     rows, ledger = cached
     ledger.source = source  # the cached rows may come from another path with the same content
-    check_dropped(ledger, max_dropped_fraction, positions)
+    check_dropped(ledger, max_dropped_fraction, positions, drop_unusable)
     return rows, ledger
 
 
@@ -194,14 +221,18 @@ def _write_cache(
 ) -> None:
     numbers: list[int] = []
     rows: list[np.ndarray] = []
-    starts: list[int] = []
-    for number, ids, start in encode_rows(tokenizer, columns, ledger, keep_truncated):
+    spans: list[Span] = []
+    counts: list[int] = []
+    for number, ids, of_row in encode_rows(tokenizer, columns, ledger, keep_truncated):
         numbers.append(number)
         rows.append(np.asarray(ids, dtype=np.int32))
-        starts.append(start)
+        spans += of_row
+        counts.append(len(of_row))
     sizes = np.array([len(ids) for ids in rows], dtype=np.int64)
+    edges = np.array(spans, dtype=np.int32).reshape(-1, 2)
+    ledger.unanswered = len(columns.unanswered)
     ledger.tokens = int(sizes.sum())
-    ledger.response_tokens = ledger.tokens - int(np.sum(starts, dtype=np.int64))
+    ledger.response_tokens = int(np.diff(edges).sum())
     ledger.longest_row = int(sizes.max(initial=0))
     ledger.length_histogram = length_histogram(sizes)
     values = np.concatenate([np.empty(0, np.int32), *rows])
@@ -209,7 +240,10 @@ def _write_cache(
         {
             "row": pa.array(numbers, pa.int64()),
             "input_ids": pa.LargeListArray.from_arrays(np.concatenate([[0], sizes.cumsum()]), values),
-            "response_start": pa.array(starts, pa.int32()),
+            "response_spans": pa.ListArray.from_arrays(
+                np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int32),
+                pa.FixedSizeListArray.from_arrays(edges.ravel(), 2),
+            ),
             "length": pa.array(sizes, pa.int32()),
         }
     )
@@ -218,7 +252,12 @@ def _write_cache(
         ledger.save(folder / LEDGER_FILE)
 
 
-def marked_sample(tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], response_start: int) -> str:
+def marked_sample(
+    tokenizer: PreTrainedTokenizerBase, input_ids: Sequence[int], spans: Iterable[Sequence[int]]
+) -> str:
     """Decodes one row, with the supervised tokens between « and »."""
-    prompt, response = input_ids[:response_start], input_ids[response_start:]
-    return f"{tokenizer.decode(prompt)}«{tokenizer.decode(response)}»"
+    text, last = "", 0
+    for start, end in spans:
+        text += f"{tokenizer.decode(input_ids[last:start])}«{tokenizer.decode(input_ids[start:end])}»"
+        last = end
+    return text

@@ -129,7 +129,7 @@ def encode_for(
     for tokenizer, limit in tokenizers:
         ledger = Ledger(rows.source, min(limit, rows.max_length or limit))
         encoded = encode_rows(tokenizer, rows.columns, ledger, rows.keep_truncated)
-        by_model.append({number - 1: (ids, start) for number, ids, start in encoded})
+        by_model.append({number - 1: (ids, spans[-1][0]) for number, ids, spans in encoded})
     places = sorted(set.intersection(*(set(encoded) for encoded in by_model)))
     if not places:
         limit = min(limit for _, limit in tokenizers)
@@ -208,7 +208,12 @@ def response_losses(
     sums = np.zeros(len(rows))
 
     def score_batch(places: Sequence[int]) -> None:
-        batch = collate([{"input_ids": rows.ids[i], "response_start": rows.starts[i]} for i in places])
+        batch = collate(
+            [
+                {"input_ids": rows.ids[i], "response_spans": [[rows.starts[i], len(rows.ids[i])]]}
+                for i in places
+            ]
+        )
         longest = max(
             len(rows.ids[i]) for i in places
         )  # a multiple of 8 may be more than the model's positions

@@ -97,6 +97,7 @@ def held_out_rows(folder: Path, record: Mapping[str, Any], tokenizer: PreTrained
             run.get("keep_truncated", False),
             run.get("max_dropped_fraction", 1.0),
             selection=selection,
+            drop_unusable=run.get("drop_unusable", False),
         )
         columns = read_columns(source, selection)
     except DataError as error:

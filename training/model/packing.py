@@ -92,7 +92,11 @@ def compare_packed_with_alone(model: PreTrainedModel) -> Packing:
     documents = [
         torch.randint(1, VOCABULARY, (length,), generator=generator).tolist() for length in DOCUMENT_LENGTHS
     ]
-    rows = [{"input_ids": document, "response_start": len(document) // 2} for document in documents]
+    rows = [
+        {"input_ids": document, "response_spans": [[n // 4, n // 2], [3 * n // 4, n]]}  # two turns
+        for document in documents
+        if (n := len(document))
+    ]
     collate = DataCollatorForPackedRows(pad_token_id=0)
     batch = collate(rows)
     packed_logits = model(input_ids=batch["input_ids"], position_ids=batch["position_ids"]).logits[0].double()

@@ -220,7 +220,10 @@ def _padded(rows: list[torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _collated(rows: list[torch.Tensor], collator: Any) -> dict[str, torch.Tensor]:
     return collator(pad_token_id=0)(
-        [{"input_ids": row[0].tolist(), "response_start": row.shape[1] // 2} for row in rows]
+        [
+            {"input_ids": row[0].tolist(), "response_spans": [[row.shape[1] // 2, row.shape[1]]]}
+            for row in rows
+        ]
     )
 
 

@@ -117,6 +117,11 @@ class TrainingOptions:
         type=click.FloatRange(0, 1),
         metavar="SHARE",
     )
+    drop_unusable: bool = _data(
+        False,
+        "Leave out conversations that cannot be used, as with tool calls, instead of refusing the dataset. They count "
+        "for --max-dropped-fraction.",
+    )
     test_size: int | None = _data(
         None,
         f"Rows held out for the held-out loss.  [default: a tenth of the rows, at most {DEFAULT_TEST_SIZE:,}]",

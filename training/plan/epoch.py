@@ -50,13 +50,12 @@ def alpaca_lengths() -> Lengths:
     return Lengths(DEFAULT_TRAINING_DATASET, tokens, ALPACA_RESPONSE_SHARE)
 
 
-def row_lengths(source: str, tokens: Sequence[int], response_starts: Sequence[int]) -> Lengths:
-    """Lengths from each tokenised row's token count and the index of its first response token."""
+def row_lengths(source: str, tokens: Sequence[int], response_tokens: int) -> Lengths:
+    """Lengths from each tokenised row's token count and the number of tokens in all responses."""
     import numpy as np
 
     counts = np.array(tokens, dtype=np.int64)
-    total = max(int(counts.sum()), 1)
-    return Lengths(source, counts, (total - sum(response_starts)) / total)
+    return Lengths(source, counts, response_tokens / max(int(counts.sum()), 1))
 
 
 @dataclass(frozen=True)

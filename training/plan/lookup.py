@@ -111,7 +111,7 @@ def dataset_lengths(options: TrainingOptions, model: ModelShape) -> Lengths:
 
     datasets.disable_progress_bars()  # keep the output a plain table
     transformers.utils.logging.disable_progress_bar()
-    rows, _ = prepare_dataset(
+    rows, ledger = prepare_dataset(
         dataset,
         load_tokenizer(model.name, options.trust_remote_code),
         longest,
@@ -119,8 +119,9 @@ def dataset_lengths(options: TrainingOptions, model: ModelShape) -> Lengths:
         options.max_dropped_fraction,
         selection=options.dataset_selection,
         positions=model.positions,
+        drop_unusable=options.drop_unusable,
     )
-    return row_lengths(dataset, rows["length"][:], rows["response_start"][:])
+    return row_lengths(dataset, rows["length"][:], ledger.response_tokens)
 
 
 def _limited(lengths: Lengths, longest: int, options: TrainingOptions, positions: int) -> Lengths:

@@ -220,7 +220,8 @@ def _plan_choices(
     machine = replace(this_machine(settings.output, taken_gib=gpus), count=ranks_here, disk_gib=math.inf)
     lengths = row_lengths(
         options.training_dataset,
-        *(prepared.train_rows[c][:] + prepared.held_out_rows[c][:] for c in ("length", "response_start")),
+        prepared.train_rows["length"][:] + prepared.held_out_rows["length"][:],
+        prepared.ledger.response_tokens,
     )
     model = with_packing(model_shape(options.input_model, options.trust_remote_code), prepared.packing)
     if model.downloaded and _is_cached(options.input_model):

@@ -78,7 +78,7 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     if isinstance(options.max_tokens_per_device, int):
         check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
     row = train_rows[0]
-    sample = marked_sample(tokenizer, row["input_ids"], row["response_start"])
+    sample = marked_sample(tokenizer, row["input_ids"], row["response_spans"])
     logger.info("%s", ledger)
     logger.info("%s", worded(held_out_message(test_size, count, options.test_size, recorded)))
     logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
@@ -235,6 +235,7 @@ def tokenised_rows(
         options.max_dropped_fraction,
         selection=options.dataset_selection,
         positions=positions,
+        drop_unusable=options.drop_unusable,
     )
     return tokenizer, rows, ledger
 
