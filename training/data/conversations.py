@@ -5,7 +5,6 @@ next question, as in the chat template (`training/data/prompt.py`)."""
 
 from __future__ import annotations
 
-
 from typing import Any, NamedTuple
 
 from training.data.prompt import GAP, TEXT_PARTS, question
