@@ -203,7 +203,9 @@ def test_the_shares_of_a_step_on_all_ranks_are_those_that_the_ranks_iterate(deal
 
 def test_the_trainer_accepts_the_sampler_and_sets_its_epoch(tmp_path: Path, base_folder: Path) -> None:
     lengths = [3 + i % 7 for i in range(21)]
-    rows = Dataset.from_list([{"input_ids": [i] * n, "response_start": 1} for i, n in enumerate(lengths)])
+    rows = Dataset.from_list(
+        [{"input_ids": [i] * n, "response_spans": [[1, n]]} for i, n in enumerate(lengths)]
+    )
     batches: list[list[int]] = []
 
     class Recorder(Trainer):

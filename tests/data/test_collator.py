@@ -16,20 +16,27 @@ from training.data.collator import (
 
 PAD = 0
 THREE_ROWS = [
-    {"input_ids": [11, 12, 13, 14, 15], "response_start": 3},
-    {"input_ids": [21, 22, 23], "response_start": 2},
-    {"input_ids": [31, 32, 33, 34], "response_start": 1},
+    {"input_ids": [11, 12, 13, 14, 15], "response_spans": [[3, 5]]},
+    {"input_ids": [21, 22, 23], "response_spans": [[2, 3]]},
+    {"input_ids": [31, 32, 33, 34], "response_spans": [[1, 2], [3, 4]]},
 ]
 
 padded = DataCollatorForCompletionOnlyLM(pad_token_id=PAD)
 packed = DataCollatorForPackedRows(pad_token_id=PAD)
+
+
+def pairs(edges: list[int]) -> list[list[int]]:
+    """Spans between the sorted edges, two by two: [7, 1, 4, 2]  ->  [[1, 2], [4, 7]]"""
+    edges = sorted(edges)
+    return [list(pair) for pair in zip(edges[::2], edges[1::2], strict=False)]
+
 
 row_lists = st.lists(
     st.integers(2, 30).flatmap(
         lambda n: st.fixed_dictionaries(
             {
                 "input_ids": st.lists(st.integers(0, 5), min_size=n, max_size=n),
-                "response_start": st.integers(1, n - 1),
+                "response_spans": st.lists(st.integers(1, n), min_size=2, max_size=6, unique=True).map(pairs),
             }
         )
     ),
@@ -53,7 +60,7 @@ def test_the_padded_batch_is_the_one_in_the_docstring() -> None:
     assert batch["labels"].tolist() == [
         [-100, -100, -100, 14, 15, -100, -100, -100],
         [-100, -100, 23, -100, -100, -100, -100, -100],
-        [-100, 32, 33, 34, -100, -100, -100, -100],
+        [-100, 32, -100, 34, -100, -100, -100, -100],
     ]
     assert {tensor.dtype for tensor in batch.values()} == {torch.int64}
 
@@ -62,11 +69,11 @@ def test_the_packed_batch_is_the_one_in_the_docstring() -> None:
     batch = packed(THREE_ROWS)
     assert batch["input_ids"].tolist() == [[11, 12, 13, 14, 15, 21, 22, 23, 31, 32, 33, 34]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 0, 1, 2, 3]]
-    assert batch["labels"].tolist() == [[-100, -100, -100, 14, 15, -100, -100, 23, -100, 32, 33, 34]]
-    assert batch["logits_to_keep"].tolist() == [2, 3, 6, 8, 9, 10]
-    assert batch["shift_labels"].tolist() == [[14, 15, 23, 32, 33, 34]]
+    assert batch["labels"].tolist() == [[-100, -100, -100, 14, 15, -100, -100, 23, -100, 32, -100, 34]]
+    assert batch["logits_to_keep"].tolist() == [2, 3, 6, 8, 10]
+    assert batch["shift_labels"].tolist() == [[14, 15, 23, 32, 34]]
     assert batch["cu_seq_lens_q"].tolist() == [0, 5, 8, 12]
-    assert batch["documents"] == Documents(lengths=(5, 3, 4), labels=(2, 1, 3))
+    assert batch["documents"] == Documents(lengths=(5, 3, 4), labels=(2, 1, 2))
     assert {name: value.dtype for name, value in batch.items() if name != "documents"} == {
         "input_ids": torch.int64, "position_ids": torch.int64, "labels": torch.int64,
         "logits_to_keep": torch.int64, "shift_labels": torch.int64, "cu_seq_lens_q": torch.int32,
@@ -74,16 +81,19 @@ def test_the_packed_batch_is_the_one_in_the_docstring() -> None:
 
 
 def test_a_pad_token_inside_the_text_is_attended_to_and_has_a_label() -> None:
-    row = {"input_ids": [PAD, 12, PAD, 14, PAD], "response_start": 2}
+    row = {"input_ids": [PAD, 12, PAD, 14, PAD], "response_spans": [[2, 5]]}
     batch = padded([row])
     assert batch["attention_mask"].tolist() == [[1, 1, 1, 1, 1, 0, 0, 0]]
     assert batch["labels"].tolist() == [[-100, -100, PAD, 14, PAD, -100, -100, -100]]
-    row = {"input_ids": list(range(1, 9)), "response_start": 4}
+    row = {"input_ids": list(range(1, 9)), "response_spans": [[4, 8]]}
     assert padded([row])["attention_mask"].tolist() == [[1] * 8]
 
 
 def test_the_first_token_of_a_row_is_never_a_target() -> None:
-    rows = [{"input_ids": [11, 12], "response_start": 1}, {"input_ids": [21, 22], "response_start": 0}]
+    rows = [
+        {"input_ids": [11, 12], "response_spans": [[1, 2]]},
+        {"input_ids": [21, 22], "response_spans": [[0, 2]]},
+    ]
     assert packed(rows)["labels"].tolist() == [[-100, 12, -100, 22]]
     assert padded(rows)["labels"][:, :2].tolist() == [[-100, 12], [-100, 22]]
 
@@ -107,10 +117,10 @@ def test_a_packed_batch_is_split_by_rows_and_an_empty_part_has_no_loss() -> None
     first, second = split_packed_batch(packed(THREE_ROWS), 2)
     assert first["input_ids"].tolist() == [[31, 32, 33, 34, 21, 22, 23]]
     assert first["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2]]
-    assert first["logits_to_keep"].tolist() == [0, 1, 2, 5]
-    assert first["shift_labels"].tolist() == [[32, 33, 34, 23]]
+    assert first["logits_to_keep"].tolist() == [0, 2, 5]
+    assert first["shift_labels"].tolist() == [[32, 34, 23]]
     assert first["cu_seq_lens_q"].tolist() == [0, 4, 7]
-    assert first["documents"] == Documents(lengths=(4, 3), labels=(3, 1))
+    assert first["documents"] == Documents(lengths=(4, 3), labels=(2, 1))
     assert second["input_ids"].tolist() == [[11, 12, 13, 14, 15]]
     assert second["shift_labels"].tolist() == [[14, 15]]
     *_, empty = split_packed_batch(packed(THREE_ROWS), 4)

@@ -50,8 +50,11 @@ def dollys_tokenizer(folder: Path, fillers: int = 0) -> PreTrainedTokenizerBase:
 def encoded(
     tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, str, str]], max_length: int = 10_000
 ) -> list[tuple[int, list[int], int]]:
+    """(row number, input ids, start of the response) of rows of one turn."""
     columns = Columns(*(list(column) for column in zip(*rows, strict=True)))
-    return list(encode_rows(tokenizer, columns, Ledger("rows", max_length)))
+    kept = list(encode_rows(tokenizer, columns, Ledger("rows", max_length)))
+    assert all(end == len(ids) for _, ids, [(_, end)] in kept)
+    return [(number, ids, start) for number, ids, [(start, _)] in kept]
 
 
 # --- the prompt and its ids --------------------------------------------------------------------------
@@ -291,13 +294,18 @@ def test_the_ledger_counts_kept_dropped_and_truncated_rows(
         dropped={empty: 2, full: 1, cut: 1},
         first_dropped_rows={empty: [2, 3], full: [4], cut: [5]},
         rows_truncated=0,
+        turns=2,
         tokens=2 * max_length - 2,
         response_tokens=2 * max_length - 2 - prompt - (prompt + 1),
         longest_row=max_length,
         length_histogram=ledger.length_histogram,
     )
-    assert (rows["row"][:], rows["response_start"][:]) == ([1, 6], [prompt, prompt + 1])
+    assert (rows["row"][:], [start for [[start, _]] in rows["response_spans"]]) == (
+        [1, 6],
+        [prompt, prompt + 1],
+    )
     assert [len(ids) for ids in rows["input_ids"]] == [max_length - 2, max_length]
+    assert [end for [[_, end]] in rows["response_spans"]] == rows["length"][:]
     assert "dropped 2: empty response (first rows: 2, 3)" in str(ledger)
     ledger.save(tmp_path / "ledger.json")
     assert Ledger(**json.loads((tmp_path / "ledger.json").read_text())) == ledger
@@ -313,10 +321,11 @@ def test_a_row_of_exactly_max_length_is_kept_and_a_cut_row_needs_one_response_to
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     columns = Columns(["a"], [""], ["b"])
-    [(_, ids, start)] = encode_rows(tokenizer, columns, Ledger("", 999))
+    [(_, ids, [(start, end)])] = encode_rows(tokenizer, columns, Ledger("", 999))
     complete, cut, none = Ledger("", len(ids)), Ledger("", start + 1), Ledger("", start)
-    assert list(encode_rows(tokenizer, columns, complete)) == [(1, ids, start)]
-    assert list(encode_rows(tokenizer, columns, cut, keep_truncated=True)) == [(1, ids[: start + 1], start)]
+    assert list(encode_rows(tokenizer, columns, complete)) == [(1, ids, [(start, end)])]
+    [shorter] = encode_rows(tokenizer, columns, cut, keep_truncated=True)
+    assert shorter == (1, ids[: start + 1], [(start, start + 1)])
     assert list(encode_rows(tokenizer, columns, none, keep_truncated=True)) == []
     assert (complete.rows_truncated, cut.rows_truncated) == (0, 1)
     assert none.dropped == {"prompt alone fills max_length": 1}

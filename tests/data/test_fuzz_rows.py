@@ -112,7 +112,7 @@ class Oracle:
         features = prepared.to_list()
         for feature, (number, (ids, start)) in zip(features, kept.items(), strict=True):
             assert feature["input_ids"] == ids
-            assert (feature["response_start"], feature["length"]) == (start, len(ids))
+            assert (feature["response_spans"], feature["length"]) == ([[start, len(ids)]], len(ids))
             row = rows[number - 1]
             self.check_row(row, ids, start, complete=len(self.expected(row)[0]) <= longest)
         self.check_labels(features)
@@ -128,7 +128,7 @@ class Oracle:
             assert [i for i in ids[start:] if i in special] == ids[-1:] == [end]
 
     def check_labels(self, features: list[dict[str, Any]]) -> None:
-        starts = [(row["input_ids"], row["response_start"]) for row in features]
+        starts = [(row["input_ids"], row["response_spans"][0][0]) for row in features]
         expected = [[-100] * start + ids[start:] for ids, start in starts]
         packed = DataCollatorForPackedRows(self.eos)(features)
         assert packed["labels"][0].tolist() == [i for row in expected for i in row]

@@ -48,7 +48,7 @@ def test_the_cache_key_covers_every_source_file_that_affects_ids(
     copies = [Path(shutil.copy(file, tmp_path)) for file in tokens.SOURCES]
     assert {file.name for file in copies} == {
         f"{name}.py"
-        for name in "table json_rows formats folders columns rows prompt encoding tokens ledger".split()
+        for name in "table json_rows formats folders columns conversations rows prompt encoding tokens ledger".split()
     }
     monkeypatch.setattr(tokens, "SOURCES", copies)
     keys = set()

@@ -292,19 +292,16 @@ def test_a_column_named_text_is_left_out_in_silence_only_if_it_is_the_rendered_r
 
 
 OTHER_SHAPES = {
-    "messages": (
-        [{"messages": [{"role": "user", "content": "a"}]}],
-        "its rows are conversations (column 'messages'); expected instruction and output",
+    "messages by another name": (
+        [{"dialog": [{"role": "user", "content": "a"}]}],
+        "its rows are conversations (column 'dialog'). Rename it to 'messages'",
     ),
-    "ShareGPT": (
-        [{"id": "1", "conversations": [{"from": "human", "value": "a"}]}],
-        "its rows are conversations (column 'conversations')",
-    ),
-    "one conversation": ({"messages": [{"role": "user", "content": "a"}]}, "conversations (column 'content')"),
+    "messages in capitals": ([{"Messages": []}], "(column 'Messages'). Rename it to 'messages'"),
+    "single messages": ([{"role": "user", "content": "a"}], "its rows are single messages. Write each conversation"),
     "prompt and completion": (
         [{"prompt": "a", "completion": "b"}],
         "Found 'prompt', 'completion'; expected instruction and output (as in Alpaca; input is optional), or "
-        "instruction and response (as in dolly-15k; context is optional). Rename 'prompt' to 'instruction' and "
+        "instruction and response (as in dolly-15k; context is optional), or messages (conversations). Rename 'prompt' to 'instruction' and "
         "'completion' to 'output'",
     ),
     "columns of other names": (

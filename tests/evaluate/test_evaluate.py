@@ -157,7 +157,7 @@ def test_the_held_out_rows_are_those_of_the_run_in_the_order_of_its_shuffle(
     assert rows.numbers == held_out["row"][:]
     _, [encoded] = encode_for(rows, [(tokenizer, 100)])
     assert encoded.ids == held_out["input_ids"][:]
-    assert encoded.starts == held_out["response_start"][:]
+    assert encoded.starts == [start for [[start, _]] in held_out["response_spans"]]
     first = rows.first(5)
     assert first.numbers == rows.numbers[:5]
     assert first.chosen == "the first 5 of the 12 rows that the run held out (seed 7)"

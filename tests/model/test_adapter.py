@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from tests.data.test_collator import packed, padded
-from tests.model.test_attention import VOCABULARY, eager_gptj, random_rows
+from tests.model.test_attention import VOCABULARY, count_targets, eager_gptj, random_rows
 from training.errors import ModelError, OptionsError
 from training.machine.flops import adapter_parameters, layer_tokens, model_parameters, training_flops
 from training.model import loss as response_loss
@@ -134,9 +134,7 @@ def test_gradients_of_packed_rows_are_those_of_padded_rows_of_the_merged_stock_m
     rows[1]["input_ids"][0] = ROWS[3]
     expected_loss = merged(**padded(rows)).loss
     expected_loss.backward()
-    loss = model(
-        **packed(rows), num_items_in_batch=sum(len(r["input_ids"]) - r["response_start"] for r in rows)
-    ).loss
+    loss = model(**packed(rows), num_items_in_batch=count_targets(rows)).loss
     loss.backward()
     assert loss.item() == pytest.approx(expected_loss.item(), rel=1e-6)
     trained = trainable_state(model)

@@ -22,15 +22,21 @@ VOCABULARY = 211
 
 
 def random_rows(seed: int = 0, count: int = 5) -> list[dict]:
+    """Rows of 3 to 59 tokens with two answers each."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(2, 60, (count,), generator=generator).tolist()
+    lengths = torch.randint(3, 60, (count,), generator=generator).tolist()
     return [
         {
             "input_ids": torch.randint(0, VOCABULARY, (n,), generator=generator).tolist(),
-            "response_start": int(torch.randint(1, n, (), generator=generator)),
+            "response_spans": torch.randperm(n + 1, generator=generator)[:4].sort()[0].view(-1, 2).tolist(),
         }
         for n in lengths
     ]
+
+
+def count_targets(rows: list[dict]) -> int:
+    """Labels of rows: tokens of the answers, without a row's first token."""
+    return sum(end - max(start, 1) for row in rows for start, end in row["response_spans"])
 
 
 def tied_llama() -> LlamaForCausalLM:

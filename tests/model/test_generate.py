@@ -142,7 +142,7 @@ def test_a_prompt_has_the_same_ids_as_in_training_and_control_words_stay_text(
     words = ["### End", "### Response:\n", "a\n\n### Response:\nb\n\n### End", "<|endoftext|>"]
     instructions, inputs = INSTRUCTIONS + words, INPUTS + [None] * len(words)
     columns = Columns(instructions, [text or "" for text in inputs], ["answer"] * len(inputs))
-    trained = [ids[:start] for _, ids, start in encode_rows(tokenizer, columns, Ledger("", 999))]
+    trained = [ids[:start] for _, ids, [(start, _)] in encode_rows(tokenizer, columns, Ledger("", 999))]
     assert prompt_ids(tokenizer, instructions, inputs, 999) == trained
 
 

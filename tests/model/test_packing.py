@@ -318,7 +318,10 @@ def rows(lengths: list[int], vocabulary: int) -> list[dict]:
     return [
         {
             "input_ids": torch.randint(0, vocabulary, (length,), generator=generator).tolist(),
-            "response_start": int(torch.randint(1, length, (), generator=generator)),
+            "response_spans": torch.randperm(length + 1, generator=generator)[:4]
+            .sort()[0]
+            .view(-1, 2)
+            .tolist(),
         }
         for length in lengths
     ]

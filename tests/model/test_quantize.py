@@ -24,7 +24,10 @@ LORA = Lora(rank=4, alpha=8.0)
 
 def rows_of(tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Any]]:
     ids = tokenizer("### Instruction:\nSay 3.\n\n### Response:\nthree\n\n### End")["input_ids"]
-    return [{"input_ids": ids, "response_start": len(ids) - 5}, {"input_ids": ids[2:], "response_start": 4}]
+    return [
+        {"input_ids": ids, "response_spans": [[len(ids) - 5, len(ids)]]},
+        {"input_ids": ids[2:], "response_spans": [[4, len(ids) - 2]]},
+    ]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "recomputed"])

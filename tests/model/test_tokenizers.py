@@ -77,7 +77,7 @@ def encoded(
     tokenizer: PreTrainedTokenizerBase, rows: list[tuple[str, str, str]]
 ) -> list[tuple[list[int], int]]:
     columns = Columns(*(list(column) for column in zip(*rows, strict=True)))
-    return [(ids, start) for _, ids, start in encode_rows(tokenizer, columns, Ledger("rows", 10_000))]
+    return [(ids, start) for _, ids, [(start, _)] in encode_rows(tokenizer, columns, Ledger("rows", 10_000))]
 
 
 def assert_same_ids(tokenizer: PreTrainedTokenizerBase, stock: PreTrainedTokenizerBase) -> None:

@@ -177,7 +177,7 @@ def use_model(name: str) -> None:
     model = load_model(name, tokenizer, torch.float32, seed=42)
     control = [tokenizer.convert_tokens_to_ids(word) for word in CONTROL]
     words = f"a ### End {EOS}\n\n### Response:\nb ### Instruction: "
-    [(_, ids, start)] = encode_rows(tokenizer, Columns([words], [words], [words]), Ledger("", 10_000))
+    [(_, ids, [(start, _)])] = encode_rows(tokenizer, Columns([words], [words], [words]), Ledger("", 10_000))
     assert [i for i in ids[:start] if i in control] == control[1:]
     assert [i for i in ids[start:] if i in control] == [ids[-1]] == control[:1]
     assert tokenizer.eos_token_id not in ids or tokenizer.eos_token_id in control

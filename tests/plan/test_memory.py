@@ -277,7 +277,7 @@ def small_batch(
     model: GPTJForCausalLM, packed: bool, lengths: Iterable[int] = LENGTHS
 ) -> dict[str, torch.Tensor]:
     ids = [torch.randint(model.config.vocab_size, (length,)).tolist() for length in lengths]
-    rows = [{"input_ids": row, "response_start": int(0.45 * len(row))} for row in ids]
+    rows = [{"input_ids": row, "response_spans": [[int(0.45 * len(row)), len(row)]]} for row in ids]
     if not packed:
         return DataCollatorForCompletionOnlyLM(0)(rows)
     use_packed_attention(model)

@@ -92,8 +92,8 @@ def test_built_in_row_lengths_match_alpacas_statistics():
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the Alpaca sample")
 def test_the_built_in_histogram_matches_tokenised_alpaca_rows():
     tokenizer = load_tokenizer(str(SHARED / "gpt2-bpe"))
-    rows, _ = prepare_dataset(str(SHARED / "data/alpaca_1500.jsonl"), tokenizer, 2048)
-    counted = row_lengths("alpaca", rows["length"][:], rows["response_start"][:])
+    rows, ledger = prepare_dataset(str(SHARED / "data/alpaca_1500.jsonl"), tokenizer, 2048)
+    counted = row_lengths("alpaca", rows["length"][:], ledger.response_tokens)
     bins = np.bincount((counted.tokens - 1) // 8, minlength=len(ALPACA_HISTOGRAM))
     assert bins.tolist() == list(ALPACA_HISTOGRAM)
     assert counted.response_share == pytest.approx(ALPACA_RESPONSE_SHARE, abs=0.001)

@@ -17,7 +17,7 @@ from deepspeed.utils import get_z3_leaf_modules, safe_get_full_fp32_param, safe_
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
-from tests.model.test_attention import eager_gptj, packed, padded, random_rows, tied_llama
+from tests.model.test_attention import count_targets, eager_gptj, packed, padded, random_rows, tied_llama
 from tests.run.zero3_gradients import CONFIG
 from training.data.batching import GlobalBatchSampler
 from training.launch.exits import run_and_exit
@@ -53,7 +53,7 @@ def compare(make: Any, folder: Path, stage: int, checkpointing: bool, whole_bloc
     rows = random_rows(seed=7, count=9)
     for row in rows:
         row["input_ids"][:2] = IDS[:2]
-    labels = sum(len(row["input_ids"]) - row["response_start"] for row in rows)
+    labels = count_targets(rows)
     expected = reference_of(make, rows, labels)
     config = deepcopy(CONFIG)
     config["zero_optimization"]["stage"] = stage

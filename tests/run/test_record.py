@@ -165,8 +165,11 @@ def test_a_decaying_schedule_must_keep_its_end(schedule: str) -> None:
     assert differences(former, now) == ["--epochs was 3.0, but is now 1.0"]
 
 
-def test_the_digest_changes_with_any_token_response_start_order_or_held_out_row() -> None:
-    rows = [{"input_ids": [1, 2, 3], "response_start": 2}, {"input_ids": [4, 5], "response_start": 1}]
+def test_the_digest_changes_with_any_token_response_order_or_held_out_row() -> None:
+    rows = [
+        {"input_ids": [1, 2, 3], "response_spans": [[2, 3]]},
+        {"input_ids": [4, 5], "response_spans": [[1, 2]]},
+    ]
 
     def digest(*parts: list[dict[str, Any]]) -> str:
         return rows_digest(*map(datasets.Dataset.from_list, parts))
@@ -176,12 +179,19 @@ def test_the_digest_changes_with_any_token_response_start_order_or_held_out_row(
         [rows[::-1]],
         [rows[:1]],
         [[rows[0] | {"input_ids": [1, 2, 9]}, rows[1]]],
-        [[rows[0] | {"response_start": 1}, rows[1]]],
+        [[rows[0] | {"response_spans": [[1, 3]]}, rows[1]]],
         [[rows[0] | {"input_ids": [1, 2, 3, 2]}, rows[1]]],
-        [rows, [{"input_ids": [3, 4], "response_start": 1}]],
-        [rows, [{"input_ids": [3, 5], "response_start": 1}]],
-        [[*rows, {"input_ids": [3, 4], "response_start": 1}], [{"input_ids": [3, 5], "response_start": 1}]],
+        [[rows[0] | {"response_spans": [[1, 2], [2, 3]]}, rows[1]]],
+        [[rows[0] | {"response_spans": [[1, 1], [2, 3]]}, rows[1]]],
+        [rows, [{"input_ids": [3, 4], "response_spans": [[1, 2]]}]],
+        [rows, [{"input_ids": [3, 5], "response_spans": [[1, 2]]}]],
+        [
+            [*rows, {"input_ids": [3, 4], "response_spans": [[1, 2]]}],
+            [{"input_ids": [3, 5], "response_spans": [[1, 2]]}],
+        ],
     ]
     digests = [digest(*parts) for parts in datasets_that_differ]
     assert digests == [digest(*parts) for parts in datasets_that_differ]
     assert len(set(digests)) == len(digests)
+    # As versions before conversations made it, whose runs are resumed.
+    assert digests[0] == "f874350fb1362a1802d2caf74c54f89b9f540dfdb3be38c545de0cf1aa46ab28"

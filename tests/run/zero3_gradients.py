@@ -19,7 +19,7 @@ from deepspeed.utils import get_z3_leaf_modules, safe_get_full_fp32_param, safe_
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 
-from tests.model.test_attention import eager_gptj, packed, padded, random_rows, tied_llama
+from tests.model.test_attention import count_targets, eager_gptj, packed, padded, random_rows, tied_llama
 from training.data.batching import GlobalBatchSampler
 from training.data.collator import split_packed_batch
 from training.launch.exits import run_and_exit
@@ -59,7 +59,7 @@ def compare(
     """
     reference.zero_grad()
     rows = random_rows(seed=7, count=row_count)
-    labels = sum(len(row["input_ids"]) - row["response_start"] for row in rows)
+    labels = count_targets(rows)
     reference(**padded(rows), num_items_in_batch=labels).loss.backward()
 
     model = AutoModelForCausalLM.from_pretrained(folder).train()

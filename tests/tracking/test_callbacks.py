@@ -11,8 +11,8 @@ from training.tracking.callbacks import TensorBoardLog
 from training.tracking.progress import ProgressLog, duration
 
 ROWS = [
-    {"input_ids": [11, 12, 13, 14, 15], "response_start": 3},
-    {"input_ids": [21, 22, 23], "response_start": 2},
+    {"input_ids": [11, 12, 13, 14, 15], "response_spans": [[3, 5]]},
+    {"input_ids": [21, 22, 23], "response_spans": [[2, 3]]},
 ]
 
 
