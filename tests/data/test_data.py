@@ -105,7 +105,9 @@ def test_ids_are_dollys_on_1500_rows_of_alpaca_with_gpt_js_vocabulary(tmp_path: 
     assert {number for number, _, _ in kept} == set(range(1, 1501)) - dropped
     expected = dolly([f"{texts[number - 1]}\n\n### End" for number, _, _ in kept])["input_ids"]
     assert [ids for _, ids, _ in kept] == expected
-    assert all(ids[start - 1] == 50402 and ids[-1] == 50400 for _, ids, start in kept)
+    assert all(
+        ids[start - 1] == 50402 and ids[-1] == 50400 and end == len(ids) for _, ids, [(start, end)] in kept
+    )
 
 
 @pytest.mark.parametrize("field", ["instruction", "input", "output"])
@@ -154,7 +156,10 @@ def bos_tokenizer(bpe_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def test_the_sample_marks_exactly_the_supervised_tokens(tokenizer: PreTrainedTokenizerBase) -> None:
     [(_, ids, start)] = encoded(tokenizer, [("Name a colour.", "red, blue", "Red , don 't ask .")])
-    assert tokens.marked_sample(tokenizer, ids, start) == f"{WITH_INPUT}«Red , don 't ask .\n\n### End»"
+    assert (
+        tokens.marked_sample(tokenizer, ids, [(start, len(ids))])
+        == f"{WITH_INPUT}«Red , don 't ask .\n\n### End»"
+    )
 
 
 # --- the chat template -------------------------------------------------------------------------------

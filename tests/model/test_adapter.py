@@ -161,7 +161,11 @@ def test_a_new_adapter_changes_nothing_and_is_drawn_from_the_seed_alone(kind: st
     base, model = base_of(kind).eval(), base_of(kind).eval()
     add_adapter(model, LORA, ROWS, seed=7)
     with torch.no_grad():
-        assert torch.equal(model(input_ids=row).logits, base(input_ids=row).logits)
+        ours, theirs = model(input_ids=row).logits, base(input_ids=row).logits
+    # Logits of the new rows come from a product of their own, which some CPUs round otherwise.
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+    old = [id for id in range(VOCABULARY) if id not in ROWS]
+    assert torch.equal(ours[..., old], theirs[..., old])
     torch.manual_seed(123)
     again, other = base_of(kind), base_of(kind)
     add_adapter(again, LORA, ROWS, seed=7)
