@@ -66,10 +66,11 @@ def file_in_run(folder: str, parameter: str, content: bytes, name: str | None) -
 
 def default_prompts(demo: bool) -> bytes:
     """The default sample prompts: Dolly's five, or some of the demo's rows."""
-    prompts = [{"instruction": instruction} for instruction in SAMPLE_INSTRUCTIONS]
-    if demo:
-        rows = demo_rows()
-        prompts = [{key: row[key] for key in ("instruction", "input")} for row in rows[:: len(rows) // 5]]
+    if not demo:
+        return json.dumps([{"instruction": instruction} for instruction in SAMPLE_INSTRUCTIONS]).encode()
+    rows = demo_rows()
+    chosen = rows[:: len(rows) // 5]
+    prompts = [{key: value for key, value in row.items() if key != "output"} for row in chosen]
     return json.dumps(prompts).encode()
 
 

@@ -1,4 +1,4 @@
-"""The demo's table and picture: losses, and some held-out answers with different first words."""
+"""The demo's table and picture: losses, and some held-out answers, those of conversations first."""
 
 from __future__ import annotations
 
@@ -9,35 +9,75 @@ from click.testing import CliRunner
 from matplotlib.image import imread
 
 from training import demo
+from training.data.columns import Columns
+from training.data.conversations import Turn
 from training.pictures import draw_demo
 
-ROWS = [
-    {"instruction": "Name a river.", "input": "", "output": "The Rhine"},
-    {"instruction": "Name a lake.", "input": "", "output": "Como"},
-    {"instruction": "Count the words.", "input": "owl\nfox", "output": "2"},
-]
+ROWS = Columns(
+    instruction=["Name a river.", "Name a lake.", "And then?", "Count the words.", "And the next one?"],
+    input=["", "", "", "owl\nfox", ""],
+    output=["The Rhine", "Como", "Wednesday", "2", "3"],
+    history=[(), (), (Turn("Which day follows\nMonday?", "Tuesday"),), (), (Turn("What follows 1?", "2"),)],
+)
 LOGGED = [{"step": 0, "eval_loss": 7.0}, {"step": 20, "loss": 5.0}, {"step": 40, "eval_loss": 1.0}]
 
 
-def test_examples_are_single_lines_with_different_first_words() -> None:
-    shown = demo.examples(ROWS, ["a\nb", "c", "d"], ["The Rhine", "x", "3"])
+def test_examples_ask_with_different_first_words_and_conversations_come_first() -> None:
+    shown = demo.examples(ROWS, ["a\nb", "c", "d", "e", "f"], ["The Rhine", "x", "Wednesday", "3", "3"])
     assert shown == [
+        ("Which day follows Monday? -> Tuesday\n  And then?", "d", "Wednesday", "Wednesday"),
         ("Name a river.", "a b", "The Rhine", "The Rhine"),
-        ("Count the words. owl fox", "d", "3", "2"),
+        ("Count the words. owl fox", "e", "3", "2"),
     ]
-    _, right, wrong = demo.table(shown).splitlines()
-    assert right.endswith("= The Rhine")
-    assert wrong.endswith("! 3")
+
+
+def test_rows_without_a_history_need_no_column_for_it() -> None:
+    columns = Columns(ROWS.instruction, ROWS.input, ROWS.output)
+    shown = demo.examples(columns, [""] * 5, ["x"] * 5)
+    assert [cells[0] for cells in shown] == ["Name a river.", "And then?", "Count the words. owl fox"]
+
+
+def test_the_table_shows_every_turn_within_100_columns() -> None:
+    shown = [
+        ("Which day follows Monday? -> Tuesday\n  And then?", "Belpelue drums", "Wednesday", "Wednesday"),
+        (
+            "When did Ivan have the coat? Ivan had a green coat on Tuesday.",
+            "",
+            "On " + "x" * 40,
+            "On Tuesday.",
+        ),
+    ]
+    text = demo.table(shown)
+    assert text.splitlines() == [
+        "instruction                                           before          after ('=': correct)",
+        "Which day follows Monday? -> Tuesday",
+        "  And then?                                           Belpelue dru  = Wednesday",
+        "When did Ivan have the coat? Ivan had a green coat",
+        "  on Tuesday.                                                       ! On xxxxxxxxxxxxxxxxxxxxxxxxxxx",
+    ]
+    assert max(map(len, text.splitlines())) == 100
 
 
 @pytest.mark.parametrize("name", ["demo.png", "demo.svg"])
 def test_the_picture_has_the_losses_the_result_and_the_answers(name: str, tmp_path: Path) -> None:
     file = tmp_path / name
     long = "x" * 200
-    draw_demo(LOGGED, [("Name a river.", long, "The Rhine", "The Rhine"), (long, "", "3", "2")], "97%", file)
+    examples = [
+        ("Which day follows Monday? -> Tuesday\n  And then?", "", "Friday", "Wednesday"),
+        ("Name a river.", long, "The Rhine", "The Rhine"),
+        (long, "", "3", "2"),
+    ]
+    draw_demo(LOGGED, examples, "97%", file)
     if file.suffix == ".svg":
         svg = file.read_text()
-        for text in ("held-out rows, 1.000", "97%", "expected", "The Rhine", f"{'x' * 19}…"):
+        for text in (
+            "held-out rows, 1.000",
+            "97%",
+            "expected",
+            "The Rhine",
+            f"{'x' * 19}…",
+            "Which day follows Monday? -&gt; Tuesday",
+        ):
             assert f"<!-- {text}" in svg, text
         assert long not in svg
     else:

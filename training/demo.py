@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import shlex
 import subprocess
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import transformers
 
 from training.console import set_up_console
 from training.consts import DEMO, METRICS_FILE
+from training.data.columns import Columns
 from training.errors import printable
 from training.evaluate.answers import encode_for, greedy_answers
 from training.evaluate.metrics import exact_matches
@@ -60,27 +63,41 @@ def answers(name: str, rows: Rows) -> list[str]:
     return greedy_answers(model, tokenizer, encoded.prompts, MAX_NEW_TOKENS, batch_size=100).texts
 
 
-def examples(rows: list[dict[str, str]], before: list[str], after: list[str]) -> list[tuple[str, ...]]:
-    """(instruction, answer before, answer after, expected) of some held-out rows, as single lines.
+def examples(columns: Columns, before: list[str], after: list[str]) -> list[tuple[str, ...]]:
+    """(question, answer before, answer after, expected) of some held-out rows, conversations first.
 
-    No two instructions start with the same word.
+    All are single lines, except the question of a conversation: each earlier turn has a line, and the last is indented.
+    No two conversations ask with the same first word, and no two other rows.
     """
-    by_first_word: dict[str, tuple[str, ...]] = {}
-    for row, old, new in zip(rows, before, after, strict=True):
-        texts = f"{row['instruction']} {row['input']}", old, new, row["output"]
-        by_first_word.setdefault(
-            row["instruction"].split()[0], tuple(" ".join(text.split()) for text in texts)
-        )
-    return list(by_first_word.values())[:TERMINAL_EXAMPLES]
+    shown: dict[tuple[bool, str], tuple[str, ...]] = {}
+    histories = columns.history or [()] * len(columns)
+    rows = zip(columns.instruction, columns.input, histories, before, after, columns.output, strict=True)
+    for instruction, input, history, *texts in rows:
+        turns = [single_line(f"{turn.question} -> {turn.answer}") for turn in history]
+        question = "\n  ".join([*turns, single_line(f"{instruction} {input}")])
+        shown.setdefault((bool(history), instruction.split()[0]), (question, *map(single_line, texts)))
+    return sorted(shown.values(), key=lambda cells: "\n" not in cells[0])[:TERMINAL_EXAMPLES]
+
+
+def single_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def table(shown: list[tuple[str, ...]]) -> str:
-    """The examples as a text table."""
-    lines = [
-        f"{instruction[:52]:<54}{before[:18]:<20}{'=' if after == expected else '!'} {after[:44]}"
-        for instruction, before, after, expected in shown
-    ]
-    return printable("\n".join([f"{'instruction':<54}{'before':<20}  after ('=': correct)", *lines]))
+    """The examples as a text table of 100 columns. A question has as many lines as it needs; long answers are cut."""
+    lines = [f"{'instruction':<54}{'before':<14}  after ('=': correct)"]
+    for question, before, after, expected in shown:
+        turns = (textwrap.wrap(turn, 52, subsequent_indent="  ") for turn in question.split("\n"))
+        *above, last = chain.from_iterable(turns)
+        lines += [*above, f"{last:<54}{before[:12]:<14}{'=' if after == expected else '!'} {after[:30]}"]
+    return printable("\n".join(lines))
+
+
+def question_to_try(columns: Columns) -> str:
+    """The first instruction that needs neither an input nor earlier turns."""
+    needs = zip(columns.input, columns.history or [()] * len(columns), strict=True)
+    place = next((place for place, (input, history) in enumerate(needs) if not input and not history), 0)
+    return printable(columns.instruction[place])
 
 
 def show_adapter(output: Path, ranks: int, rank: int, extra: Sequence[str]) -> str:
@@ -105,7 +122,7 @@ def show_adapter(output: Path, ranks: int, rank: int, extra: Sequence[str]) -> s
         "training.generate",
         "--model",
         str(output / "lora"),
-        rows.columns.instruction[0],
+        question_to_try(rows.columns),
     ]
     return f"{lora_demo.table(rows.columns.category, base, adapter)}\nAsk it yourself: {shlex.join(words)}"
 
@@ -160,13 +177,13 @@ def main(
     run_trainer(values, ranks, trainer_options, "Running the command that you would type for the large model")
     rows = held_out_rows(Path(output), finished_run(Path(output)), load_tokenizer(output))
     before, after = answers(DEMO, rows), answers(output, rows)
-    shown = examples(rows.as_dicts(), before, after)
+    shown = examples(rows.columns, before, after)
     shares = [exact_matches(rows.columns.output, texts).mean() for texts in (before, after)]
     result = f"exact match on all {len(rows)} held-out rows: {shares[0]:.0%} before, {shares[1]:.0%} after"
     print(f"\nHeld-out rows, which were not trained on:\n\n{table(shown)}\n")
     print(
         f"{result}; {duration(time.monotonic() - start)} in total\n"
-        f'Ask it yourself: python -m training.generate --model {shlex.quote(output)} "{printable(rows.columns.instruction[0])}"'
+        f'Ask it yourself: python -m training.generate --model {shlex.quote(output)} "{question_to_try(rows.columns)}"'
     )
     if plot:
         draw_demo(metrics.read(Path(output) / METRICS_FILE), shown[:PICTURE_EXAMPLES], result, plot)

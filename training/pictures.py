@@ -41,7 +41,7 @@ COLOURS = {
 ENDINGS = (".png", ".pdf", ".svg")
 # The demo's table: headings, and for each column its x position and the number of characters shown.
 EXAMPLE_COLUMNS = ("instruction", "before", "after", "expected")
-EXAMPLE_LAYOUT = ((0.0, 62), (0.46, 20), (0.62, 32), (0.81, 32))
+EXAMPLE_LAYOUT = ((0.0, 62), (0.46, 20), (0.62, 30), (0.81, 30))
 PANELS = 6  # of a row in the picture of an evaluation
 MAX_MARKERS = 30  # most points that get a marker: a single point draws no line
 
@@ -158,37 +158,45 @@ def draw_run(entries: Sequence[dict[str, Any]], title: str, file: str | IO[bytes
 def draw_demo(
     entries: Sequence[dict[str, Any]], examples: Sequence[tuple[str, ...]], result: str, file: Path
 ) -> None:
-    """Draws the demo's losses, and below them a table of (instruction, answer before, answer after, expected).
+    """Draws the demo's losses, and below them a table of (question, answer before, answer after, expected).
 
-    The suffix of `file` is the format. `entries` are those of metrics.jsonl.
+    Earlier turns of a conversation are lines above the question, in grey. The suffix of `file` is the format. `entries`
+    are those of metrics.jsonl.
     """
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(figsize=(11, 6.8), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1))
-    losses, table = figure.subplots(2, height_ratios=[3, 0.4 * (len(examples) + 1)])
+    figure = Figure(figsize=(11, 7.2), layout=ConstrainedLayoutEngine(w_pad=0.15, h_pad=0.1))
+    count = sum(len(cells[0].split("\n")) for cells in examples)
+    losses, table = figure.subplots(2, height_ratios=[3, 0.4 * (count + 1)])
     _draw_losses(losses, entries)
     _step_axis(losses, entries)
     table.axis("off")
-    table.set(xlim=(0, 1), ylim=(len(examples) + 0.1, -1))
+    table.set(xlim=(0, 1), ylim=(count + 0.1, -1))
     table.set_title(result, fontsize=10, loc="left")
-    for line, cells in enumerate([EXAMPLE_COLUMNS, *examples], start=-1):
-        correct = cells[2] == cells[3]
-        for (x, width), text in zip(EXAMPLE_LAYOUT, map(printable, cells), strict=True):
-            after = line >= 0 and x == EXAMPLE_LAYOUT[2][0]
-            table.text(
-                x,
-                line + 0.5,
-                text if len(text) <= width else f"{text[: width - 1]}…",
-                color=("#1a7f37" if correct else "#b42318") if after else "black",
-                weight="bold" if line < 0 else "normal",
-                va="center",
-                fontsize=9,
-                parse_math=False,  # a text may hold $
-            )
-        table.axhline(line + 1, color="#d0d0d0", linewidth=0.8)
+    line = -1
+    for cells in (EXAMPLE_COLUMNS, *examples):
+        is_heading, correct = line < 0, cells[2] == cells[3]
+        *earlier, last = cells[0].split("\n")
+        for turn in earlier:
+            _draw_cell(table, 0, line, turn, color="#6b6b6b")
+            line += 1
+        for column, text in enumerate((last, *cells[1:])):
+            colour = "black" if column != 2 or is_heading else "#1a7f37" if correct else "#b42318"
+            _draw_cell(table, column, line, text, color=colour, weight="bold" if is_heading else "normal")
+        line += 1
+        table.axhline(line, color="#d0d0d0", linewidth=0.8)
     figure.suptitle("The demo: a small GPT-J learns to follow instructions", fontsize=12, x=0.03, ha="left")
     figure.savefig(file, dpi=110)
+
+
+def _draw_cell(table: Any, column: int, line: int, text: str, **style: str) -> None:
+    """Draws a cell of the demo's table, cut at the width of its column."""
+    x, width = EXAMPLE_LAYOUT[column]
+    text = printable(text)
+    text = text if len(text) <= width else f"{text[: width - 1]}…"
+    # a text may hold $
+    table.text(x, line + 0.5, text, va="center", fontsize=9, parse_math=False, **style)
 
 
 def draw_evaluation(

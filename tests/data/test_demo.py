@@ -36,11 +36,15 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def texts_of(row):
+    return [text for turn in tasks.turns(row) for text in turn]
+
+
 def test_there_are_thousands_of_rows_in_alpacas_format_without_duplicates(rows):
     assert 5_000 <= len(rows) <= 7_000
-    assert all(set(row) == {"instruction", "input", "output"} for row in rows)
+    assert all(row.keys() - {"history"} == {"instruction", "input", "output"} for row in rows)
     assert 0.3 < sum(not row["input"] for row in rows) / len(rows) < 0.7
-    assert len({(row["instruction"], row["input"]) for row in rows}) == len(rows)
+    assert len({tasks.first_question(row) for row in rows}) == len(rows)
 
 
 def test_rows_are_the_same_in_every_process_and_the_random_state_is_untouched(rows):
@@ -57,7 +61,7 @@ def test_no_output_is_empty_and_no_text_has_control_words_or_stray_spaces(rows):
     for row in rows:
         assert row["instruction"]
         assert row["output"]
-        for text in row.values():
+        for text in texts_of(row):
             assert isinstance(text, str)
             assert "#" not in text
             assert text == text.strip()
@@ -83,7 +87,7 @@ def test_no_output_is_empty_and_no_text_has_control_words_or_stray_spaces(rows):
     ],
 )
 def test_known_facts_are_correct(rows, instruction, answer):
-    matching = [row for row in rows if (row["instruction"], row["input"]) == (instruction, "")]
+    matching = [row for row in rows if tasks.first_question(row) == (instruction, "")]
     assert [row["output"] for row in matching] == [answer]
 
 
@@ -153,5 +157,5 @@ def test_the_prompt_has_few_tokens(tokenizer, rows):
     # every row has an introduction, so a long one would cost more than the rows themselves
     assert len(tokenizer(INTRO)["input_ids"]) == 18
     assert len(tokenizer(INTRO_WITH_INPUT)["input_ids"]) == 27
-    texts = [" ".join(row.values()) for row in rows]
+    texts = [" ".join(texts_of(row)) for row in rows]
     assert sum(len(ids) for ids in tokenizer(texts)["input_ids"]) / len(texts) < 30

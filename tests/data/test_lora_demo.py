@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from training import demo
-from training.data.demo_rows import demo_rows, rows_by_task
+from training.data.demo_rows import Row, demo_rows, first_question, rows_by_task
 from training.options.trainer_options import TrainingOptions
 from training.plan import lora_demo
 
@@ -21,12 +21,10 @@ def test_the_base_never_sees_the_new_task_and_no_run_sees_a_held_out_row(tmp_pat
         [json.loads(line) for line in Path(files[name]).read_text().splitlines()]
         for name in ("base", "adapter", "held_out")
     )
-    tasks = {
-        (row["instruction"], row["input"]): task for task, rows in rows_by_task().items() for row in rows
-    }
+    tasks = {first_question(row): task for task, rows in rows_by_task().items() for row in rows}
 
-    def keys(rows: list[dict[str, str]]) -> list[tuple[str, str]]:
-        return [(row["instruction"], row["input"]) for row in rows]
+    def keys(rows: list[Row]) -> list[tuple[str, str]]:
+        return list(map(first_question, rows))
 
     new = lora_demo.NEW_TASK
     assert all(tasks[key] != new for key in keys(base))

@@ -2,14 +2,23 @@
 
 Each task function returns rows. Every fact has several phrasings, so that a held-out row asks for a known fact in new
 words. Exercises are sampled from far more possibilities than are used, so that a held-out exercise must be worked out,
-not remembered."""
+not remembered. Some rows are the second turn of a conversation: their question has an answer only after the first turn.
+No two rows begin with the same question, so that no held-out conversation begins like one that is trained on."""
 
 from __future__ import annotations
 
 import itertools
 import random
+from typing import NotRequired, TypedDict
 
-Row = dict[str, str]
+
+class Row(TypedDict):
+    """A row in Alpaca's format. `history` holds [question, answer] of earlier turns; rows of one turn have none."""
+
+    instruction: str
+    input: str
+    output: str
+    history: NotRequired[list[list[str]]]
 
 
 def pairs(table: str) -> list[list[str]]:
@@ -73,6 +82,13 @@ VERBS = """buy buys bought, draw draws drew, find finds found, have has had, los
 sell sells sold, want wants wanted"""
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
+FOLLOW_UPS = [
+    "And after that?",
+    "And then?",
+    "What comes next?",
+    "And the next one?",
+    "What comes after that?",
+]
 
 
 def a(word: str) -> str:
@@ -168,7 +184,7 @@ def what_comes_next(rng: random.Random) -> list[Row]:
     numbers = [str(n) for n in range(1, 22)]
     rows = []
     # days and months wrap around, numbers do not
-    for kind, sequence in (("day", DAYS + DAYS[:1]), ("month", MONTHS + MONTHS[:1]), ("number", numbers)):
+    for kind, sequence in (("day", DAYS + DAYS[:2]), ("month", MONTHS + MONTHS[:2]), ("number", numbers)):
         questions = [
             f"Which {kind} comes after {{}}?",
             f"Name the {kind} that follows {{}}.",
@@ -176,8 +192,27 @@ def what_comes_next(rng: random.Random) -> list[Row]:
             f"What is the next {kind} after {{}}?",
             f"Tell me the {kind} after {{}}.",
         ]
+        first_questions = [
+            f"Which {kind} follows {{}}?",
+            f"What {kind} comes after {{}}?",
+            f"What is the {kind} after {{}}?",
+            f"Give the {kind} that comes after {{}}.",
+            f"Say which {kind} is next after {{}}.",
+            f"Which {kind} is the next one after {{}}?",
+        ]
         rows += facts(questions, dict(itertools.pairwise(sequence)))
+        rows += conversations(first_questions, sequence)
     return rows
+
+
+def conversations(questions: list[str], sequence: list[str]) -> list[Row]:
+    """One row per question and three neighbours: the first turn asks for the second of them, the row for the third."""
+    follow_ups = itertools.cycle(FOLLOW_UPS)  # five after six questions: each question meets each follow-up
+    return [
+        {**row(next(follow_ups), third), "history": [[question.format(first), second]]}
+        for first, second, third in zip(sequence, sequence[1:], sequence[2:], strict=False)
+        for question in questions
+    ]
 
 
 def add(rng: random.Random) -> list[Row]:
@@ -303,12 +338,23 @@ TASKS = (
 )
 
 
+def turns(row: Row) -> list[tuple[str, str, str]]:
+    """(instruction, input, output) of each turn."""
+    earlier = [(question, "", answer) for question, answer in row.get("history", [])]
+    return [*earlier, (row["instruction"], row["input"], row["output"])]
+
+
+def first_question(row: Row) -> tuple[str, str]:
+    """(instruction, input) of the first turn."""
+    return turns(row)[0][:2]
+
+
 def rows_by_task() -> dict[str, list[Row]]:
-    """The rows of each task by the name of its function, without duplicates. Every call returns the same rows."""
+    """The rows of each task by the name of its function, no two with the same first question. Every call returns the same."""
     rng = random.Random(DEMO_SEED)
     rows = [(task.__name__, row) for task in TASKS for row in task(rng)]
-    # drop duplicate exercises: one copy could be held out while the other is trained on
-    unique = {(row["instruction"], row["input"]): (name, row) for name, row in rows}
+    # one row for each first question: of two, one could be held out while the other is trained on
+    unique = {first_question(row): (name, row) for name, row in rows}
     tasks: dict[str, list[Row]] = {task.__name__: [] for task in TASKS}
     for name, row in unique.values():
         tasks[name].append(row)
@@ -316,5 +362,5 @@ def rows_by_task() -> dict[str, list[Row]]:
 
 
 def demo_rows() -> list[Row]:
-    """All rows in Alpaca's format, `{instruction, input, output}`. Every call returns the same rows."""
+    """All rows in Alpaca's format, some with a `history`. Every call returns the same rows."""
     return [row for rows in rows_by_task().values() for row in rows]

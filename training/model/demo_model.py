@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from transformers import __version__ as transformers_version
 
 from training.consts import DEMO, ROOT
-from training.data.demo_rows import DEMO_SEED, Row, demo_rows
+from training.data.demo_rows import DEMO_SEED, Row, demo_rows, turns
 from training.data.prompt import prompt_pieces, response_piece
 from training.errors import ModelError, first_line
 from training.files import expanded, fingerprint, path_problem, write_folder
@@ -67,7 +67,9 @@ def _train_bpe(rows: list[Row]) -> tuple[dict[str, int], list[tuple[str, str]]]:
     )
     # BPE sees only the text between control tokens. Split it by paragraph, each with its blank line.
     pieces = [
-        (*prompt_pieces(row["instruction"], row["input"]), response_piece(row["output"])) for row in rows
+        (*prompt_pieces(instruction, input), response_piece(output))
+        for row in rows
+        for instruction, input, output in turns(row)
     ]
     tokenizer.train_from_iterator((re.split(r"(?<=\n\n)", text) for text in chain(*pieces)), trainer)
     model = json.loads(tokenizer.to_str())["model"]

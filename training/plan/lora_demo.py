@@ -19,7 +19,7 @@ NEW_TASK = "rewrite"  # sentences in the past tense, negative, or as a question
 HELD_OUT = 25  # rows of each task
 
 
-def split_rows(tasks: Mapping[str, list[Row]]) -> tuple[list[Row], list[Row], list[Row]]:
+def split_rows(tasks: Mapping[str, list[Row]]) -> tuple[list[Row], list[Row], list[dict[str, Any]]]:
     """(rows of the base, rows of the adapter, held-out rows of every task, whose category is the task).
 
     The base gets every task but the new one. The adapter gets the new one, and as many rows of the others, so that it
@@ -28,10 +28,10 @@ def split_rows(tasks: Mapping[str, list[Row]]) -> tuple[list[Row], list[Row], li
     rng = random.Random(DEMO_SEED)
     base: list[Row] = []
     new: list[Row] = []
-    held_out: list[Row] = []
+    held_out: list[dict[str, Any]] = []
     for task, rows in tasks.items():
         shuffled = rng.sample(rows, len(rows))
-        held_out += [row | {"category": task} for row in shuffled[:HELD_OUT]]
+        held_out += [{**row, "category": task} for row in shuffled[:HELD_OUT]]
         (new if task == NEW_TASK else base).extend(shuffled[HELD_OUT:])
     return base, new + rng.sample(base, len(new)), held_out
 
@@ -40,7 +40,8 @@ def write_rows(output: Path) -> dict[str, str]:
     """Writes the rows into base.jsonl, adapter.jsonl and held_out.jsonl of a new folder. Returns the paths by name."""
     output.mkdir(parents=True)
     files = {}
-    for name, rows in zip(("base", "adapter", "held_out"), split_rows(rows_by_task()), strict=True):
+    parts: tuple[list[Any], ...] = split_rows(rows_by_task())
+    for name, rows in zip(("base", "adapter", "held_out"), parts, strict=True):
         files[name] = str(output / f"{name}.jsonl")
         write_file(Path(files[name]), "".join(json.dumps(row) + "\n" for row in rows))
     return files
