@@ -22,10 +22,11 @@ from tests.model.tokenizer_kinds import (
     unigram,
     unigram_pieces,
 )
+from training.data.columns import REQUIRED, Columns, columns_of
 from training.data.encoding import encode_text, guarded_tokens, surrounding_ids
+from training.data.json_rows import table_of
 from training.data.ledger import Ledger
 from training.data.prompt import INPUT_KEY, render_prompt
-from training.data.rows import Columns
 from training.data.tokens import encode_rows
 from training.errors import ModelError
 from training.model.generation import prompt_ids
@@ -94,6 +95,14 @@ def assert_same_ids(tokenizer: PreTrainedTokenizerBase, stock: PreTrainedTokeniz
             templated = other.apply_chat_template(turns[:1], add_generation_prompt=True)["input_ids"]
             assert templated == prompt, "chat template"
             assert other.apply_chat_template(turns)["input_ids"] == ids, "chat template"
+    messages = [{"role": "system", "content": " Be brief.\n"}]
+    for instruction, input, response in ROWS:
+        question = f"{instruction}\n\n{INPUT_KEY}\n{input}" if input else instruction
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
+    columns = columns_of([table_of([{"messages": messages}], "rows")], "rows", REQUIRED)
+    [(_, ids, _)] = encode_rows(tokenizer, columns, Ledger("rows", 10_000))
+    for other in (tokenizer, stock):
+        assert other.apply_chat_template(messages)["input_ids"] == ids, "conversation"
 
 
 def test_ids_are_the_same_everywhere(both: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]) -> None:

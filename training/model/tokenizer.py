@@ -22,8 +22,8 @@ from transformers.utils import is_sentencepiece_available
 
 from training.consts import MAX_NEW_TOKENS, MOST_TOKENS, SAMPLING
 from training.data.encoding import (
-    encode_prompts,
     encode_text,
+    encode_turns,
     guarded_tokens,
     special_tokens,
     surrounding_ids,
@@ -251,7 +251,7 @@ SAMPLES = (
 
 
 def _stock_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    """Token ids of SAMPLES in stock transformers: first as whole texts, then from the chat template."""
+    """Token ids of SAMPLES, and of a conversation of them, in stock transformers: as whole texts, then as chats."""
     texts, chats = [], []
     for instruction, input, response in SAMPLES:
         texts.append(render_prompt(instruction, input) + response_piece(response) + END_KEY)
@@ -261,6 +261,8 @@ def _stock_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
                 {"role": "assistant", "content": response},
             ]
         )
+    texts.append("".join(texts))
+    chats.append([message for chat in chats for message in chat])
     return [tokenizer(text)["input_ids"] for text in texts] + [
         tokenizer.apply_chat_template(chat)["input_ids"] for chat in chats
     ]
@@ -269,12 +271,9 @@ def _stock_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 def _check_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raises ModelError unless rows of training, whole texts in stock transformers and chats have the same ids."""
     response_key, end_key = tokenizer.convert_tokens_to_ids([RESPONSE_KEY, END_KEY])
-    instructions, inputs, responses = zip(*SAMPLES, strict=True)
-    heads, bodies = encode_prompts(tokenizer, instructions, inputs)
-    answers = encode_text(tokenizer, map(response_piece, responses))
     rows = [
-        [*head, *body, response_key, *answer, end_key]
-        for head, body, answer in zip(heads, bodies, answers, strict=True)
+        [id for head, body, answer in turns for id in (*head, *body, response_key, *answer, end_key)]
+        for turns in encode_turns(tokenizer, [*([sample] for sample in SAMPLES), SAMPLES])
     ]
     for ids, other in zip(rows * 2, _stock_ids(tokenizer), strict=True):
         if ids != other:
