@@ -74,8 +74,10 @@ class Columns:
 
     def turns(self, row: int) -> list[tuple[str, str, str]]:
         """(instruction, input, output) of each turn of a row, by its place from 0."""
-        history = self.history[row] if self.history else ()
-        return turns_of(Prompt(self.instruction[row], self.input[row], history), self.output[row])
+        if not self.history:  # most datasets: as fast as possible
+            return [(self.instruction[row], self.input[row], self.output[row])]
+        prompt = Prompt(self.instruction[row], self.input[row], self.history[row])
+        return turns_of(prompt, self.output[row])
 
 
 def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) -> Columns:

@@ -70,13 +70,22 @@ def encode_rows(
             ledger.rows_read += 1
             if row in columns.unusable:
                 ledger.drop_unusable(columns.unusable[row], row + 1)
-            elif not all(output.strip() for *_, output in turns):
-                ledger.drop(EMPTY_RESPONSE, row + 1)
-            elif not all(instruction.strip() for instruction, *_ in turns):
-                ledger.drop(EMPTY_INSTRUCTION, row + 1)
+            elif reason := _lack(turns):
+                ledger.drop(reason, row + 1)
             elif encoded := _join(pieces, keys, row + 1, ledger, keep_truncated):
                 ledger.rows_kept += 1
                 yield row + 1, *encoded
+
+
+def _lack(turns: Sequence[tuple[str, str, str]]) -> str | None:
+    """Why a row is dropped whatever its length: an answer or a question is blank."""
+    lack = None
+    for instruction, _, output in turns:
+        if not output.strip():
+            return EMPTY_RESPONSE
+        if not instruction.strip():
+            lack = EMPTY_INSTRUCTION
+    return lack
 
 
 def _join(
