@@ -19,6 +19,7 @@ from metaflow import Parameter
 from training.consts import DEMO, SAMPLE_INSTRUCTIONS
 from training.data.demo_rows import demo_rows
 from training.data.formats import suffix_of
+from training.data.source_names import joined
 from training.errors import OptionsError
 from training.files import expanded, local_path, path_problem
 from training.options.command_line import parse_words
@@ -33,9 +34,13 @@ def option(name: str, default: str = "", parameter: Any = Parameter, **settings:
     known = TrainingOptions.__dataclass_fields__[name]
     kinds: dict[str, Any] = {"int": {"type": int}, "float": {"type": float}}
     kind = kinds.get(known.type.split()[0], {})  # the first of "int | None"
-    shown = default or known.default
+    several = "multiple" in known.metadata
+    shown: Any = default or known.default
+    if several:
+        shown = joined(shown)
     note = "" if shown is None else f"  [default: {shown}]"
-    return parameter(flag_of(name)[2:], help=known.metadata["help"] + note, **kind, **settings)
+    help = known.metadata["help"] + (" Several are separated by commas." if several else "")
+    return parameter(flag_of(name)[2:], help=help + note, **kind, **settings)
 
 
 def typed_names(context: Any = None) -> str:
@@ -77,24 +82,39 @@ def default_prompts(demo: bool) -> bytes:
 def parse_options(words: list[str], more: str, problems: list[str]) -> TrainingOptions:
     """Parses the trainer's options from a command line, in which the last value counts. Appends to `problems`.
 
-    Existing paths become absolute, because the command runs in another folder. Raises OptionsError with all problems
+    The sources of rows in `more` replace those in `words`. Existing paths become absolute, because the command runs in another folder. Raises OptionsError with all problems
     if the command line cannot be parsed.
     """
     try:
-        values, wrong = parse_words(words + shlex.split(more))
+        typed = shlex.split(more)
+        values, wrong = parse_words([*_without_sources(words, typed), *typed])
     except (click.UsageError, ValueError) as error:  # an unknown option, an unclosed quote
         reason = error.format_message() if isinstance(error, click.UsageError) else error
         raise OptionsError(*problems, f"--trainer-options {more!r}: {reason}") from error
     problems += wrong
-    for name in ("input_model", "training_dataset", "sample_prompts", "deepspeed", "resume"):
-        path = os.path.expanduser(values[name] or "")
-        if path not in (DEMO, "auto", "never") and os.path.exists(path):
-            values[name] = str(Path(path).absolute())
+    for name in ("input_model", "sample_prompts", "deepspeed", "resume"):
+        values[name] = values[name] and _absolute(values[name])
+    values["training_dataset"] = tuple(map(_absolute, values["training_dataset"]))
     for name in ("dbfs_output_dir", "checkpoint_to"):
         if values[name] and "://" not in values[name]:
             with suppress(RuntimeError):  # ~nobody: reported by destination_problems
                 values[name] = str(local_path(values[name]).absolute())
     return TrainingOptions(**values)
+
+
+def _without_sources(words: list[str], typed: list[str]) -> list[str]:
+    """`words` without --training-dataset and its values, if `typed` has some: they would be added to them."""
+    flag = flag_of("training_dataset")
+    if not any(word.partition("=")[0] == flag for word in typed):
+        return words
+    return [word for before, word in pairwise(["", *words]) if flag not in (before, word)]
+
+
+def _absolute(name: str) -> str:
+    """The absolute path of what exists; other names as they are."""
+    path = os.path.expanduser(name)
+    is_path = path not in (DEMO, "auto", "never") and os.path.exists(path)
+    return str(Path(path).absolute()) if is_path else name
 
 
 def changed_options(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -58,6 +58,7 @@ from flow_parameters import (
 from gpu_profile import gpu_profile
 
 from training.consts import CONFIG, DEMO, INSTALLED, METRICS_FILE, ROOT, SAMPLE_INSTRUCTIONS, SAMPLES_FILE
+from training.data.source_names import joined, sources_of, split_sources
 from training.errors import DataError, MachineError, ModelError, OptionsError, TrainingFailedError
 from training.files import write_file
 from training.launch.local import deepspeed_command, shell_command
@@ -259,11 +260,12 @@ class TrainDollyFlow(FlowSpec):
         problems = self._machine_problems(machine, family, remote)
         demo = family == "cpu" and self.input_model in (None, DEMO)
         chosen = preset_options(family, self.all_ranks, lora=bool(self.lora))
-        rows = {}
+        rows: dict[str, tuple[str, ...]] = {}
         if self.training_file is not None:
-            rows["training_dataset"] = self._own_file("training_file", self.training_file)
-        dataset = rows.get("training_dataset", self.training_dataset or DEMO)
-        chosen |= demo_options(self.all_ranks, dataset) if demo else {"epochs": 1.0}
+            rows["training_dataset"] = (self._own_file("training_file", self.training_file),)
+        elif self.training_dataset is not None:
+            rows["training_dataset"] = split_sources(self.training_dataset)
+        chosen |= demo_options(self.all_ranks, *rows.get("training_dataset", ())) if demo else {"epochs": 1.0}
         typed = self.trainer_options or ""
         if demo and "--save-steps" not in typed and "--save-every" not in typed:
             chosen["save_every"] = "1min"  # the demo is short, but the flow must be able to resume it
@@ -331,11 +333,9 @@ class TrainDollyFlow(FlowSpec):
 
     def _nodes_problems(self, machine: Machine, remote: bool) -> list[str]:
         """Why this flow cannot run on --num-nodes nodes."""
-        return (
-            []
-            if self.num_nodes == 1
-            else [f"--num-nodes {self.num_nodes}: expected 1, or python flows/{NODES_FLOW.name}"]
-        )
+        if self.num_nodes == 1:
+            return []
+        return [f"--num-nodes {self.num_nodes}: expected 1, or python flows/{NODES_FLOW.name}"]
 
     def _plan(self, options: TrainingOptions, machine: Machine) -> Plan:
         """Tokenises the rows and plans the run. Stores the artifacts `ledger` and `plan`.
@@ -354,7 +354,7 @@ class TrainDollyFlow(FlowSpec):
         transformers.utils.logging.disable_progress_bar()
         _, rows, ledger = tokenised_rows(options)
         test_size = held_out_size(options.test_size, len(rows))
-        lengths = row_lengths(options.training_dataset, rows["length"][:], ledger.response_tokens)
+        lengths = row_lengths(joined(options.training_dataset), rows["length"][:], ledger.response_tokens)
         settings = checked_settings(options, self.all_ranks, FAMILIES[machine.family].precision)
         model = model_of(options)
         plan = plan_run(settings, lengths, model, machine)
@@ -370,7 +370,7 @@ class TrainDollyFlow(FlowSpec):
     def _write_files(self) -> None:
         """Writes the user's rows and prompts into the run's folder: each pod has its own disk."""
         for name, content in (("sample_prompts", self.prompts), ("training_dataset", self.training_file)):
-            file = Path(self.options[name])
+            file = Path(sources_of(self.options[name])[0])
             # not a file named in --trainer-options
             if content is not None and file.is_relative_to(self.folder):
                 file.parent.mkdir(parents=True, exist_ok=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 from notebooks.found import default_training_root, lost_model_problem
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
+from training.data.source_names import split_sources
 from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError, printable
 from training.files import PathKind, expanded, local_path, path_problem
 from training.machine.catalogue import FAMILIES, Machine
@@ -46,6 +47,7 @@ class Choices:
         test_size: rows held out; None for the default.
         published: folder or URL that the finished model is copied to; None to not copy it.
         checkpoint_to: folder or URL that each checkpoint is copied to; None to not copy them.
+        training_dataset: the sources of the rows.
         resume: whether `name` is an earlier run.
         restarts: most times that the run is started again.
         method: key of METHODS, or "auto".
@@ -55,7 +57,7 @@ class Choices:
     num_nodes: int
     gpu_family: str
     input_model: str
-    training_dataset: str
+    training_dataset: tuple[str, ...]
     dataset_selection: dict[str, str]
     test_size: int | None
     epochs: float
@@ -69,7 +71,7 @@ class Choices:
     method: str
 
     @property
-    def dataset_options(self) -> dict[str, str]:
+    def dataset_options(self) -> dict[str, Any]:
         """The trainer's options for the dataset."""
         parts = {f"dataset_{key}": text for key, text in self.dataset_selection.items()}
         return {"training_dataset": self.training_dataset} | parts
@@ -88,12 +90,15 @@ def read_widgets(widgets: Any) -> Choices:
         return _number(name, values[name], kind, default, least, problems)
 
     for name, kind in PATHS.items():
-        if values[name] and (problem := path_problem(values[name], kind)):
-            problems.append(f"{name} {values[name]}: {problem}")
+        texts = split_sources(values[name]) if kind == "dataset" else (values[name],)
+        found = {text: problem for text in texts if text and (problem := path_problem(text, kind))}
+        if found:
+            problems += [f"{name} {text}: {problem}" for text, problem in found.items()]
             values[name] = default_training_root() if kind == "output" else ""
     demo = values["gpu_family"] == "cpu"
     model = _absolute_path(values["input_model"]) or (DEMO if demo else DEFAULT_INPUT_MODEL)
-    dataset = _absolute_path(values["training_dataset"]) or (DEMO if demo else DEFAULT_TRAINING_DATASET)
+    typed = values["training_dataset"] or (DEMO if demo else DEFAULT_TRAINING_DATASET)
+    sources = tuple(map(_absolute_path, split_sources(typed)))
     root, resumed = local_path(values["local_training_root"]).absolute(), values["resume"]
     if not values["local_training_root"]:
         problems.append(f"local_training_root is empty. Name a folder, such as {default_training_root()}")
@@ -120,7 +125,7 @@ def read_widgets(widgets: Any) -> Choices:
         num_nodes=nodes,
         gpu_family=values["gpu_family"],
         input_model=model,
-        training_dataset=dataset,
+        training_dataset=sources,
         dataset_selection={key: text for key in DATASET_PARTS if (text := values[f"dataset_{key}"])},
         test_size=number("test_size", int, None),
         epochs=number("epochs", float, DEMO_RECIPE["epochs"] if model == DEMO else 1.0),
@@ -296,7 +301,7 @@ def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, str]]
         _, rows, ledger = tokenised_rows(run)
         recorded = recorded_test_size(run)
         test_size = held_out_size(run.test_size, len(rows), recorded)
-        columns = read_columns(run.training_dataset, run.dataset_selection)
+        columns = read_columns(run.training_dataset[0], run.dataset_selection)
     except (DataError, ModelError) as error:
         raise RunRefusedError(worded(str(error), NOTEBOOK)) from error
     print(ledger)

@@ -56,7 +56,7 @@ dbutils.widgets.dropdown("method", "auto", ["auto", *METHODS], "Method (auto: wh
 dbutils.widgets.text("num_gpus", "", "GPUs of each node (all)")
 dbutils.widgets.text("num_nodes", "1", "Nodes")
 dbutils.widgets.text("input_model", "", "Base model (EleutherAI/gpt-j-6B; cpu: demo)")
-dbutils.widgets.text("training_dataset", "", "Dataset (tatsu-lab/alpaca; cpu: demo)")
+dbutils.widgets.text("training_dataset", "", "Datasets, with commas (tatsu-lab/alpaca; cpu: demo)")
 dbutils.widgets.text("dataset_config", "", "Configuration of a Hub dataset (its only one)")
 dbutils.widgets.text("dataset_split", "", "Split of a Hub dataset (train)")
 dbutils.widgets.text("dataset_revision", "", "Revision of a Hub dataset (the newest)")
@@ -193,7 +193,7 @@ from training.storage.metrics import read
 
 record = cells.finished_record(choices)
 picture = io.BytesIO()
-title = f"{choices.name}: {choices.input_model} on {choices.training_dataset}"
+title = f"{choices.name}: {choices.input_model} on {', '.join(choices.training_dataset)}"
 draw_run(read(choices.output / METRICS_FILE), title, picture)
 display(Image(picture.getvalue()))
 print("held-out loss {before:.3f} before, {after:.3f} after".format(**record["held_out_loss"]))

@@ -123,19 +123,20 @@ def test_without_metaflow_the_pip_command_is_printed(file: Path, metaflow: Metaf
 def test_the_flow_imports_no_torch_and_relative_paths_become_absolute(
     metaflow: Metaflow, tmp_path: Path
 ) -> None:
-    for name in ("own.csv", "prompts.txt"):
+    for name in ("own.csv", "more.csv", "prompts.txt"):
         (tmp_path / name).write_text("")
     (tmp_path / "demo").mkdir()
     words = (
-        "--training-dataset own.csv --sample-prompts prompts.txt --input-model demo --dbfs-output-dir kept"
+        "--training-dataset own.csv --training-dataset more.csv --training-dataset demo "
+        "--sample-prompts prompts.txt --input-model demo --dbfs-output-dir kept"
     )
     code = (
         "import sys; import train_dolly_flow as flow; torch = 'torch' in sys.modules\n"
-        f"o = flow.parse_options(['--local-output-dir', '/out'], {words!r}, [])\n"
-        "print(torch, o.training_dataset, o.sample_prompts, o.input_model, o.dbfs_output_dir)"
+        f"o = flow.parse_options(['--training-dataset', 'a/b', '--local-output-dir', '/out'], {words!r}, [])\n"
+        "print(torch, *o.training_dataset, o.sample_prompts, o.input_model, o.dbfs_output_dir)"
     )
     result = metaflow.python("-c", code)
-    paths = f"{tmp_path}/own.csv {tmp_path}/prompts.txt demo {tmp_path}/kept"
+    paths = f"{tmp_path}/own.csv {tmp_path}/more.csv demo {tmp_path}/prompts.txt demo {tmp_path}/kept"
     assert result.stdout == f"False {paths}\n", result.stderr
 
 

@@ -22,7 +22,7 @@ from training.trainer import main
 
 def test_options_survive_the_conversion_to_command_line_words() -> None:
     chosen = {"lr": 0.00012345678, "epochs": 1.0, "bf16": False, "keep_truncated": True, "force": False}
-    chosen |= {"max_steps": None, "training_dataset": "my rows.jsonl", "local_output_dir": "out"}
+    chosen |= {"max_steps": None, "training_dataset": ("my rows.jsonl", "a,b/c"), "local_output_dir": "out"}
     context = main.make_context("training.trainer", option_words(chosen))
     options = TrainingOptions(**context.params)
     expected = {name: value for name, value in chosen.items() if value is not None}

@@ -195,12 +195,12 @@ def test_the_replacement_of_dbutils_returns_defaults_and_set_values(monkeypatch:
 
 def test_default_widgets_are_dollys_run_and_gpu_family_cpu_is_the_demo(tmp_path: Path) -> None:
     dolly = cell_functions.read_widgets(widgets())
-    assert (dolly.input_model, dolly.training_dataset) == ("EleutherAI/gpt-j-6B", "tatsu-lab/alpaca")
+    assert (dolly.input_model, dolly.training_dataset) == ("EleutherAI/gpt-j-6B", ("tatsu-lab/alpaca",))
     assert (dolly.epochs, dolly.num_gpus, dolly.num_nodes, dolly.published) == (1.0, None, 1, None)
     assert re.fullmatch(r"dolly__\d{4}-\d\d-\d\dT\d\d-\d\d-\d\d", dolly.name)
     assert dolly.output == Path("/local") / dolly.name
     demo = cell_functions.read_widgets(widgets(gpu_family="cpu", dbfs_output_root="dbfs:/models/"))
-    assert (demo.input_model, demo.training_dataset, demo.epochs) == (DEMO, DEMO, DEMO_RECIPE["epochs"])
+    assert (demo.input_model, demo.training_dataset, demo.epochs) == (DEMO, (DEMO,), DEMO_RECIPE["epochs"])
     assert demo.published == f"/dbfs/models/{demo.name}"
     assert cell_functions.read_widgets(widgets(dbfs_output_root="s3://b/f")).published.startswith(
         "s3://b/f/dolly__"
@@ -230,7 +230,7 @@ def test_the_widgets_choose_a_part_of_a_dataset_on_the_hub() -> None:
         widgets(training_dataset="a/b", dataset_split=" test ", dataset_revision="v1")
     )
     part = {"dataset_split": "test", "dataset_revision": "v1"}
-    assert chosen.dataset_options == {"training_dataset": "a/b"} | part
+    assert chosen.dataset_options == {"training_dataset": ("a/b",)} | part
     options = TrainingOptions(local_output_dir="out", **chosen.dataset_options)
     assert options.dataset_selection == chosen.dataset_selection == {"split": "test", "revision": "v1"}
 
@@ -238,8 +238,12 @@ def test_the_widgets_choose_a_part_of_a_dataset_on_the_hub() -> None:
 def test_relative_paths_of_datasets_become_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "rows.jsonl", rows_of(3))
-    assert cell_functions.read_widgets(widgets(training_dataset="rows.jsonl")).training_dataset == str(
-        tmp_path / "rows.jsonl"
+    (tmp_path / "a, b.csv").write_text("instruction,output\n1,2\n")
+    typed = " rows.jsonl,a, b.csv , databricks/databricks-dolly-15k,"
+    assert cell_functions.read_widgets(widgets(training_dataset=typed)).training_dataset == (
+        str(tmp_path / "rows.jsonl"),
+        str(tmp_path / "a, b.csv"),
+        "databricks/databricks-dolly-15k",
     )
 
 

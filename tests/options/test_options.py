@@ -51,7 +51,7 @@ def test_the_defaults_are_those_of_dolly(tmp_path: Path, parsed_options: list[Tr
     [parsed] = parsed_options
     assert parsed == TrainingOptions(local_output_dir=str(tmp_path / "out"))
     assert parsed.input_model == "EleutherAI/gpt-j-6B"
-    assert parsed.training_dataset == "tatsu-lab/alpaca"
+    assert parsed.training_dataset == ("tatsu-lab/alpaca",)
     assert (parsed.epochs, parsed.lr, parsed.seed, parsed.test_size) == (3, None, 42, None)
     assert (parsed.per_device_train_batch_size, parsed.per_device_eval_batch_size) == (8, 8)
     assert (parsed.lr_scheduler_type, parsed.warmup_steps, parsed.weight_decay) == ("constant", 0, 0)

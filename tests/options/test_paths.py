@@ -86,7 +86,10 @@ def test_every_option_of_the_trainer_that_names_a_path_expands_the_home_folder(
         option[2] for option in OPTIONS if option[0] is trainer.main
     }
     options = TrainingOptions(**paths)
-    assert {getattr(options, name) for name in paths} == {str(tmp_path / "x")}
+    path = str(tmp_path / "x")
+    assert {name: getattr(options, name) for name in paths} == {
+        name: (path,) if name == "training_dataset" else path for name in paths
+    }
     unknown = TrainingOptions(local_output_dir="~nobody-here/x", resume="auto")
     assert (unknown.local_output_dir, unknown.resume) == ("~nobody-here/x", "auto")
 

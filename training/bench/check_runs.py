@@ -73,7 +73,7 @@ def _settings(setup: Setup, name: str) -> Settings:
     precision: dict[str, Any] = {} if sharded else {setup.precision: True}
     options = TrainingOptions(
         input_model=DEMO,
-        training_dataset=DEMO,
+        training_dataset=(DEMO,),
         local_output_dir=str(Path(setup.folder) / name),
         deepspeed=config_file("z3", setup.precision) if sharded else None,
         per_device_train_batch_size=setup.rows,

@@ -95,7 +95,7 @@ def _train(name: str, documents: int, checkpointing: bool, line: Connection) -> 
         _become_the_only_rank()
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingOptions(
-            input_model=DEMO, training_dataset=DEMO, local_output_dir=folder, test_size=8, max_steps=10**6,
+            input_model=DEMO, training_dataset=(DEMO,), local_output_dir=folder, test_size=8, max_steps=10**6,
             eval_steps=10**6, save_steps=10**6, per_device_train_batch_size=documents,
             deepspeed=file,
         )  # fmt: skip

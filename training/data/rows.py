@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from training.data.formats import (
     refuse_disguise,
 )
 from training.data.json_rows import json_table, table_of
+from training.data.source_names import path_exists
 from training.data.table import Table, and_more, kind_of, listed, named
 from training.errors import DataError, TooFewRowsError, offline_note
 from training.files import is_hub_name, local_path
@@ -69,11 +70,64 @@ def check_source(source: str, selection: Mapping[str, str]) -> None:
             f"{path or source}: no such file. Expected a {', '.join(KINDS)} file, a folder of them, the name of a dataset on the "
             f"Hub, or '{DEMO}'"
         )
-    if selection and (source == DEMO or path is not None):
-        flags = " and ".join(f"--dataset-{name}" for name in selection)
-        raise DataError(
-            f"{source}: is not on the Hub, so {flags} would be ignored. Leave it out, or name a dataset on the Hub"
+    if problem := selection_problem([source], selection):
+        raise DataError(problem)
+
+
+def selection_problem(sources: Sequence[str], selection: Mapping[str, str]) -> str | None:
+    """Why a part of a dataset on the Hub cannot be chosen: none of the sources is there. Raises DataError, as `is_on_hub`."""
+    if not selection or any(map(is_on_hub, sources)):
+        return None
+    flags = " and ".join(f"--dataset-{name}" for name in selection)
+    are = "is" if len(sources) == 1 else "are"
+    return (
+        f"{', '.join(sources)}: {are} not on the Hub, so {flags} would be ignored. "
+        "Leave it out, or name a dataset on the Hub"
+    )
+
+
+def is_on_hub(source: str) -> bool:
+    """Whether the source is a name on the Hub. Raises DataError for a URL, or a path that cannot be used."""
+    return source != DEMO and _local_path(source) is None
+
+
+def check_sources(sources: Sequence[str], selection: Mapping[str, str]) -> None:
+    """Raises DataError with all of `source_problems`."""
+    if problems := source_problems(sources, selection):
+        raise DataError("\n".join(problems))
+
+
+def source_problems(sources: Sequence[str], selection: Mapping[str, str]) -> list[str]:
+    """Problems of all sources, each beginning with the name of the source. No file is read.
+
+    `selection` (config, split and revision) is refused if no source is on the Hub.
+    """
+    problems = []
+    for source in dict.fromkeys(sources):
+        try:
+            check_source(source, {})
+        except DataError as error:
+            several = ". For several sources, repeat the option" if "," in source else ""
+            problems.append(f"{error}{several}")
+    if not problems and (problem := selection_problem(sources, selection)):
+        problems.append(problem)
+    return problems + _repeated(sources)
+
+
+def _repeated(sources: Sequence[str]) -> list[str]:
+    """A problem for each source that an earlier one already names: its held-out rows would also be trained on."""
+    problems, earlier = [], dict[str, str]()
+    for source in filter(str.strip, sources):
+        key = (
+            os.path.realpath(local_path(source)) if source != DEMO and path_exists(source) else source.lower()
         )
+        if key in earlier:
+            same = "is named twice" if source == earlier[key] else f"is the same as {earlier[key]}"
+            problems.append(
+                f"{source}: {same}, so rows that are held out would also be trained on. Leave one of them out"
+            )
+        earlier.setdefault(key, source)
+    return list(dict.fromkeys(problems))
 
 
 def local_files(source: str) -> dict[str, Path] | None:

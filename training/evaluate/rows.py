@@ -16,6 +16,7 @@ from training.consts import DEFAULT_SEED, LEDGER_FILE
 from training.data.columns import Columns
 from training.data.held_out import rows_digest, split_held_out
 from training.data.rows import read_columns
+from training.data.source_names import sources_of
 from training.data.tokens import prepare_dataset
 from training.errors import DataError
 
@@ -86,7 +87,7 @@ def held_out_rows(folder: Path, record: Mapping[str, Any], tokenizer: PreTrained
     Raises DataError if the data is gone or has changed.
     """
     run = record["options"]
-    source, selection = run["training_dataset"], _selection(run)
+    source, selection = sources_of(run["training_dataset"])[0], _selection(run)
     advice = "Name other rows with --rows FILE; they must be rows that the model was not trained on"
     max_length = _max_length(folder, run, tokenizer)
     try:

@@ -131,13 +131,14 @@ def spark_problems(
         "input_model",
         "resume",
     ):
-        value = str(options.get(name) or "")
-        is_path = name.endswith(("_dir", "_to")) or value.startswith((".", "~")) or os.path.exists(value)
-        if value and is_path and "://" not in value and not Path(value).is_absolute():
-            full = Path(expanded(value)).absolute()
-            problems.append(
-                f"{flag_of(name)} {value}: is a relative path, and the nodes have other working folders. Type {full}"
-            )
+        typed = options.get(name) or ()
+        for value in map(str, [typed] if isinstance(typed, str | Path) else typed):
+            is_path = name.endswith(("_dir", "_to")) or value.startswith((".", "~")) or os.path.exists(value)
+            if value and is_path and "://" not in value and not Path(value).is_absolute():
+                full = Path(expanded(value)).absolute()
+                problems.append(
+                    f"{flag_of(name)} {value}: is a relative path, and the nodes have other working folders. Type {full}"
+                )
     return problems + _cluster_problems(num_nodes * gpus_per_node, use_gpu)
 
 

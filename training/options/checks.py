@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from training.consts import RUN_FILE
 from training.errors import OptionsError
@@ -34,15 +35,9 @@ def option_problems(options: TrainingOptions) -> list[str]:
         value, flag = getattr(options, option.name), flag_of(option.name)
         if isinstance(value, float) and not math.isfinite(value):  # click's ranges let nan and inf pass
             problems.append(f"{flag} {value}: expected a finite number")
-        if isinstance(value, str) and option.name not in ("deepspeed", "deepspeed_config"):
-            if not value.strip():  # e.g. from an unset shell variable
-                problems.append(f"{flag} is empty. Give a value, or leave the option out")
-            elif not is_utf8(value):
-                # Writing the model card, after training, would fail: it is UTF-8.
-                ascii_only = sys.getfilesystemencoding() != "utf-8"
-                fix = "Type export PYTHONUTF8=1" if ascii_only else "Rename the file or folder"
-                problems.append(f"{flag} {value!r}: is not UTF-8. {fix}")
-    problems += path_problems(options).values()
+        if option.name not in ("deepspeed", "deepspeed_config"):
+            problems += _text_problems(flag, value)
+    problems += [problem for found in path_problems(options).values() for problem in found]
     if options.warmup_steps and not SCHEDULES[options.lr_scheduler_type].warms_up:
         problems.append(
             f"--lr-scheduler-type {options.lr_scheduler_type} has no warm-up, so --warmup-steps "
@@ -72,6 +67,26 @@ def option_problems(options: TrainingOptions) -> list[str]:
         except OptionsError as error:
             problems += error.problems
     return problems
+
+
+def _text_problems(flag: str, value: Any) -> list[str]:
+    """Problems of an option's text, or of each of its texts: it is empty, or cannot be written to a file."""
+    texts, problems = _texts(value), []
+    for number, text in enumerate(texts, start=1):
+        if not text.strip():  # e.g. from an unset shell variable
+            which = f"{flag} number {number}" if len(texts) > 1 else flag
+            problems.append(f"{which} is empty. Give a value, or leave the option out")
+        elif not is_utf8(text):
+            # Writing the model card, after training, would fail: it is UTF-8.
+            ascii_only = sys.getfilesystemencoding() != "utf-8"
+            fix = "Type export PYTHONUTF8=1" if ascii_only else "Rename the file or folder"
+            problems.append(f"{flag} {text!r}: is not UTF-8. {fix}")
+    return problems
+
+
+def _texts(value: Any) -> tuple[str, ...]:
+    """The texts of an option's value: none of a number, several of an option that was repeated."""
+    return (value,) if isinstance(value, str) else value if isinstance(value, tuple) else ()
 
 
 def _save_problems(options: TrainingOptions) -> list[str]:
@@ -133,15 +148,16 @@ def lora_problems(options: TrainingOptions) -> list[str]:
     return problems
 
 
-def path_problems(options: TrainingOptions) -> dict[str, str]:
+def path_problems(options: TrainingOptions) -> dict[str, list[str]]:
     """Problems of the paths of files and folders, by the name of the field. Files are not read."""
-    problems = {}
+    problems: dict[str, list[str]] = {}
     for option in fields(options):
-        kind, path = option.metadata.get("path"), getattr(options, option.name) or ""
-        if not kind or not path.strip() or not is_utf8(path):  # reported above
-            continue
-        if problem := path_problem(path, kind):
-            problems[option.name] = f"{flag_of(option.name)} {path}: {problem}"
+        kind: Any = option.metadata.get("path")
+        for path in _texts(getattr(options, option.name)) if kind else ():
+            if not path.strip() or not is_utf8(path):  # reported above
+                continue
+            if problem := path_problem(path, kind):
+                problems.setdefault(option.name, []).append(f"{flag_of(option.name)} {path}: {problem}")
     return problems
 
 

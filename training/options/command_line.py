@@ -134,6 +134,13 @@ class CollectedOption(click.Option):
     """An option that stores its error instead of ending the parsing, so that all bad values are reported together."""
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
+        default = None if self.required else self.get_default(ctx)
+        if not self.multiple:
+            return self._converted(ctx, value, default)
+        return sum((self._converted(ctx, (one,), ()) for one in value), ()) or default
+
+    def _converted(self, ctx: click.Context, value: Any, otherwise: Any) -> Any:
+        """The value, or `otherwise` if it is refused."""
         try:
             return super().process_value(ctx, value)
         except click.BadParameter as error:  # includes MissingParameter
@@ -142,7 +149,7 @@ class CollectedOption(click.Option):
             for theirs, plain in _KINDS.items():
                 message = message.replace(f"is not a valid {theirs}", f"is not a {plain}")
             ctx.meta.setdefault(__name__, []).append(message)
-            return self.get_default(ctx) if not self.required else None
+            return otherwise
 
 
 def value_problems(ctx: click.Context) -> list[str]:
@@ -151,7 +158,9 @@ def value_problems(ctx: click.Context) -> list[str]:
 
 
 def parse_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """(values of the fields, problems) of the trainer's options in these words; the last value of an option counts.
+    """(values of the fields, problems) of the trainer's options in these words.
+
+    The last value of an option counts, and all values of one that can be repeated.
 
     Raises click.UsageError if the words cannot be taken apart.
     """
@@ -185,6 +194,8 @@ def _click_option(option: Field[Any], default: Any) -> Callable[..., Any]:
     settings.pop("group")
     if kind := settings.pop("path", None):
         settings["type"] = PathName(kind)
+    if settings.get("multiple"):
+        settings["help"] += " Can be repeated."
     flag = settings.pop("flag", flag_of(option.name))
     if option.type == "bool" and not option.default:
         settings |= {"is_flag": True, "show_default": False}
@@ -201,6 +212,8 @@ def _click_option(option: Field[Any], default: Any) -> Callable[..., Any]:
 def option_words(chosen: Mapping[str, Any]) -> list[str]:
     """Command-line words of options: {"lr": 1e-5} gives ["--lr", "1e-05"]. Options of value None are left out.
 
+    An option with several values is repeated.
+
     Raises KeyError for an unknown option.
     """
     defaults = {option.name: option.default for option in fields(TrainingOptions)}
@@ -214,6 +227,8 @@ def option_words(chosen: Mapping[str, Any]) -> list[str]:
         elif isinstance(value, float):
             short = f"{value:g}"
             words += [flag, short if float(short) == value else repr(value)]
+        elif isinstance(value, list | tuple):
+            words += [word for one in value for word in (flag, str(one))]
         else:
             words += [flag, str(value)]
     return words

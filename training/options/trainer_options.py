@@ -87,11 +87,12 @@ class TrainingOptions:
         metavar="MODEL",
         path="model",
     )
-    training_dataset: str = _data(
-        DEFAULT_TRAINING_DATASET,
+    training_dataset: tuple[str, ...] = _data(
+        (DEFAULT_TRAINING_DATASET,),
         f"A name on the Hub, a .json, .jsonl, .csv or .parquet file, a folder of them, or '{DEMO}'.",
         metavar="DATASET",
         path="dataset",
+        multiple=True,
     )
     dataset_config: str | None = _data(
         None, "Configuration of a dataset on the Hub that has several.", metavar="NAME"
@@ -243,7 +244,6 @@ class TrainingOptions:
         flag="--local_rank",
         metavar="RANK",
     )
-
     rank_timeout: int = _devices(
         DEFAULT_RANK_TIMEOUT,
         "Seconds a rank waits for the other ranks before the run fails.",
@@ -304,8 +304,7 @@ class TrainingOptions:
     resume: str = _output(
         "never",
         "never: start a new run. auto: continue from the newest complete checkpoint in --local-output-dir or "
-        "--checkpoint-to, if any. "
-        "Or the folder of a checkpoint.",
+        "--checkpoint-to, if any. Or the folder of a checkpoint.",
         metavar="never|auto|FOLDER",
         path="checkpoint",
     )
@@ -340,9 +339,12 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         for option in fields(self):
-            value = getattr(self, option.name)
-            if "path" in option.metadata and isinstance(value, str):
-                object.__setattr__(self, option.name, expanded(value))
+            value, several = getattr(self, option.name), "multiple" in option.metadata
+            if several:  # a single one may be text
+                value = tuple(map(expanded, (value,) if isinstance(value, str) else value))
+            elif "path" in option.metadata and isinstance(value, str):
+                value = expanded(value)
+            object.__setattr__(self, option.name, value)
 
     @property
     def deepspeed_json(self) -> str | None:
@@ -352,12 +354,9 @@ class TrainingOptions:
     @property
     def dataset_selection(self) -> dict[str, str]:
         """The part of a dataset on the Hub that was chosen: config, split and revision, without those left out."""
-        chosen = {
-            "config": self.dataset_config,
-            "split": self.dataset_split,
-            "revision": self.dataset_revision,
-        }
-        return {key: value for key, value in chosen.items() if value is not None}
+        chosen = (self.dataset_config, self.dataset_split, self.dataset_revision)
+        pairs = zip(("config", "split", "revision"), chosen, strict=True)
+        return {key: value for key, value in pairs if value is not None}
 
 
 STEPS_BETWEEN_SAVES = 200  # with --final-model best, which no clock may influence

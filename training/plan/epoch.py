@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from training.consts import DEFAULT_TRAINING_DATASET, LARGEST_SHARE, PAD_TO_MULTIPLE_OF
 from training.data.held_out import default_size
+from training.data.source_names import joined
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,6 +57,21 @@ def row_lengths(source: str, tokens: Sequence[int], response_tokens: int) -> Len
 
     counts = np.array(tokens, dtype=np.int64)
     return Lengths(source, counts, response_tokens / max(int(counts.sum()), 1))
+
+
+def joined_lengths(parts: Sequence[Lengths]) -> Lengths:
+    """The rows of several sources together."""
+    import numpy as np
+
+    if len(parts) == 1:
+        return parts[0]
+    totals = [int(part.tokens.sum()) for part in parts]
+    responses = sum(part.response_share * total for part, total in zip(parts, totals, strict=True))
+    return Lengths(
+        joined([part.source for part in parts]),
+        np.concatenate([part.tokens for part in parts]),
+        responses / max(sum(totals), 1),
+    )
 
 
 @dataclass(frozen=True)

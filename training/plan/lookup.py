@@ -10,7 +10,7 @@ from training.consts import DEFAULT_TRAINING_DATASET, DEMO, WEIGHTS
 from training.errors import DataError, ModelError, first_line
 from training.options.checks import check_max_length
 from training.options.trainer_options import TrainingOptions
-from training.plan.epoch import Lengths, alpaca_lengths, row_lengths
+from training.plan.epoch import Lengths, alpaca_lengths, joined_lengths, row_lengths
 from training.plan.model_shape import BUILT_IN, Linear, ModelShape, gptj_shape
 
 
@@ -94,18 +94,24 @@ def _linears(model: Any) -> tuple[Linear, ...]:
 
 
 def dataset_lengths(options: TrainingOptions, model: ModelShape) -> Lengths:
-    """Row lengths of the run's dataset. Alpaca's are built in; others are tokenised with the model's tokenizer.
+    """Row lengths of the run's sources. Alpaca's are built in; others are tokenised with the model's tokenizer.
 
     Raises DataError or ModelError if the dataset or the tokenizer cannot be loaded, or too many rows are dropped, and
     OptionsError if --max-length is more than the model can hold.
     """
     check_max_length(options, model.positions)
-    dataset, longest = options.training_dataset, options.max_length or model.positions
+    return joined_lengths([_source_lengths(source, options, model) for source in options.training_dataset])
+
+
+def _source_lengths(dataset: str, options: TrainingOptions, model: ModelShape) -> Lengths:
+    """Row lengths of one of the run's sources."""
+    longest = options.max_length or model.positions
     if dataset == DEFAULT_TRAINING_DATASET and not options.dataset_selection:
         return _limited(alpaca_lengths(), longest, options, model.positions)
     import datasets
     import transformers
 
+    from training.data.rows import is_on_hub
     from training.data.tokens import prepare_dataset
     from training.model.tokenizer import load_tokenizer
 
@@ -117,7 +123,7 @@ def dataset_lengths(options: TrainingOptions, model: ModelShape) -> Lengths:
         longest,
         options.keep_truncated,
         options.max_dropped_fraction,
-        selection=options.dataset_selection,
+        selection=options.dataset_selection if is_on_hub(dataset) else {},
         positions=model.positions,
         drop_unusable=options.drop_unusable,
     )

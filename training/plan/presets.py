@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.consts import CONFIG, DEMO, GLOBAL_BATCH
@@ -99,18 +99,19 @@ DEMO_BASE: dict[str, Any] = {"epochs": 5.0}
 DEMO_ADAPTER: dict[str, Any] = {"epochs": 14.0, "lr": 5e-3, "warmup_steps": 20}
 
 
-def demo_recipe(dataset: str = DEMO) -> dict[str, Any]:
+def demo_recipe(sources: Sequence[str] = (DEMO,)) -> dict[str, Any]:
     """The recipe of the demo model. Its number of held-out rows is for the demo's rows only."""
-    return {name: value for name, value in DEMO_RECIPE.items() if dataset == DEMO or name != "test_size"}
+    its_rows = tuple(sources) == (DEMO,)
+    return {name: value for name, value in DEMO_RECIPE.items() if its_rows or name != "test_size"}
 
 
-def demo_options(ranks: int, dataset: str = DEMO) -> dict[str, Any]:
+def demo_options(ranks: int, *sources: str) -> dict[str, Any]:
     """The trainer's options for the demo model on `ranks` ranks, keyed by TrainingOptions' names."""
     return {
         "input_model": DEMO,
-        "training_dataset": dataset,
+        "training_dataset": sources or (DEMO,),
         "per_device_train_batch_size": max(1, GLOBAL_BATCH // ranks),
         "gradient_accumulation_steps": 1,
         "gradient_checkpointing": "off",
-        **demo_recipe(dataset),
+        **demo_recipe(sources or (DEMO,)),
     }

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from training.consts import STOP_SECONDS
+from training.data.source_names import joined
 from training.errors import printable
 from training.files import duration
 from training.options.trainer_options import steps_between_saves
@@ -29,6 +30,7 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "warnings": [plan.warning] if plan.warning else [],
         "command": plan.command,
         "model": plan.model.name,
+        "datasets": list(settings.options.training_dataset),
         "parameters": plan.model.parameters,
         "machine": machine.name,
         "gpu": machine.gpu,
@@ -107,7 +109,7 @@ def as_table(plan: Plan, price: float | None, commands: bool = True) -> str:
         _line("total", sum(plan.disk_gib.values()), machine.disk_gib),
         *(["copied to --checkpoint-to, GiB"] if sizes else []),
         *(_line(name, value) for name, value in sizes.items()),
-        "an epoch",
+        f"an epoch{_several(settings.options.training_dataset)}",
         f"  {_number(load.steps, 'step')} of {_short_time(sum(seconds.values()))}: "
         + ", ".join(f"{name} {_short_time(value)}" for name, value in seconds.items() if value),
         f"  {load.real_tokens:,} real tokens of {load.computed_tokens:,} computed "
@@ -131,6 +133,11 @@ def as_table(plan: Plan, price: float | None, commands: bool = True) -> str:
             f"  {plan.nearest.command}",
         ]
     return printable("\n".join(lines))
+
+
+def _several(sources: Sequence[str]) -> str:
+    """The names of the sources, if there are several."""
+    return f" of {joined(sources)}" if len(sources) > 1 else ""
 
 
 def _adapter_lines(plan: Plan) -> list[str]:

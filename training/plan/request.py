@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from training.data.held_out import held_out_size
-from training.data.rows import check_source
+from training.data.rows import check_sources
 from training.errors import DataError, ModelError, OptionsError
 from training.machine.catalogue import Machine, find_family
 from training.options.deepspeed_checks import file_problems, precision_problems
@@ -29,7 +29,7 @@ def plan_options(
     Raises MachineError for an unknown GPU family, OptionsError for options that cannot be used on the machine, and
     ModelError or DataError if the model or the dataset cannot be used.
     """
-    check_source(options.training_dataset, options.dataset_selection)  # before the model is looked up
+    check_sources(options.training_dataset, options.dataset_selection)  # before the model is looked up
     family, model = find_family(machine.family), model_of(options)
     settings = checked_settings(options, ranks, family.precision)
     lengths = dataset_lengths(options, model)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training.consts import INSTALLED
+from training.data.source_names import joined
 from training.errors import OptionsError
 from training.files import local_path
 from training.model.base import base_difference, is_same_base
@@ -134,7 +135,7 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
         )
         found.append(
             "the rows differ: another --training-dataset or part of it, --test-size, --max-length or --keep-truncated, another "
-            f"prompt (training/data/prompt.py), or the file has changed (it was {before.get('training_dataset')})"
+            f"prompt (training/data/prompt.py), or the file has changed (it was {joined(before['training_dataset'])})"
             f"{earlier}"
         )
     return found

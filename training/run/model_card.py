@@ -12,6 +12,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from training.consts import DEMO, METRICS_FILE, SAMPLE_INSTRUCTIONS
 from training.data.ledger import Ledger
 from training.data.prompt import END_KEY
+from training.data.source_names import joined, sources_of
 from training.errors import printable
 from training.files import is_hub_name
 from training.storage import checkpoint, metrics
@@ -29,34 +30,35 @@ ENGLISH = ("tatsu-lab/alpaca", "databricks/databricks-dolly-15k", DEMO)  # data 
 def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger, name: str | None = None) -> None:
     """README.md of the model folder: base, data, licences, options, losses, ledger."""
     options = record["options"]
-    base, dataset = options["input_model"], options["training_dataset"]
+    base, sources = options["input_model"], sources_of(options["training_dataset"])
     base_licence = LICENCES.get(base, "unknown")
-    data_licence = LICENCES.get(dataset, "unknown")
+    data_licences = {source: LICENCES.get(source, "unknown") for source in sources}
     data = ModelCardData(
-        language="en" if dataset in ENGLISH else None,
-        license=data_licence if data_licence == base_licence else "other",
+        language="en" if all(source in ENGLISH for source in sources) else None,
+        license=base_licence if {base_licence} == set(data_licences.values()) else "other",
         base_model=base if _is_on_hub(base) else None,
-        datasets=[dataset] if _is_on_hub(dataset) else None,
+        datasets=list(filter(_is_on_hub, sources)) or None,
         library_name="transformers",
         pipeline_tag="text-generation",
     )
     losses = record["held_out_loss"]
     after = "not measured" if losses["after"] is None else f"**{losses['after']:.4f}**"
-    limit = (
-        "Both licences apply to every use of the model. Alpaca's forbids commercial use: this model is for research."
-        if "-nc-" in data_licence
-        else "Both licences apply to every use of the model."
-    )
+    limit = f"{'Both' if len(sources) == 1 else 'All'} licences apply to every use of the model."
+    if any("-nc-" in licence for licence in data_licences.values()):
+        limit += " Alpaca's forbids commercial use: this model is for research."
     changed = "\n".join(
-        f"| `{key}` | {_code(value)} |" for key, value in options.items() if value is not None
+        f"| `{key}` | {_code(value)} |"
+        for key, value in (options | {"training_dataset": joined(sources)}).items()
+        if value is not None
     )
+    data_words = ", ".join(f"{_code(source)} (licence: {data_licences[source]})" for source in sources)
     steps, devices = record["steps"], record["world_size"]
     content = f"""---
 {data.to_yaml()}
 ---
 # {_line(name or folder.name)}
 
-{_code(base)} (licence: {base_licence}) fine-tuned to follow instructions on {_code(dataset)} (licence: {data_licence}),
+{_code(base)} (licence: {base_licence}) fine-tuned to follow instructions on {data_words},
 with the recipe of Databricks' first Dolly. {limit}
 
 Held-out loss, nats a response token: {losses["before"]:.4f} before training, {after} after

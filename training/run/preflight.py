@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.consts import GIB
-from training.data.rows import check_source, read_prompts
+from training.data.rows import read_prompts, source_problems
+from training.data.source_names import joined
 from training.errors import DataError, OptionsError
 from training.evaluate.metrics import missing_extra
-from training.files import disk_problems, duration, local_path
+from training.files import disk_problems, duration, local_path, path_problem
 from training.machine import kernels
 from training.machine.environment import lora_package_problems, version_problems
 from training.options import checks, deepspeed_checks
@@ -148,15 +149,13 @@ def _copying_problems(options: TrainingOptions) -> list[str]:
 
 
 def dataset_problems(options: TrainingOptions) -> list[str]:
-    """A problem if the file of the rows is missing, or if --dataset-split and its like would be ignored."""
-    name = options.training_dataset
-    if "training_dataset" in checks.path_problems(options) or not checks.is_utf8(name):  # reported already
-        return []
-    try:
-        check_source(name, options.dataset_selection)
-    except DataError as error:
-        return [f"--training-dataset {error}"]
-    return []
+    """Problems of the rows' sources: a file is missing, one is named twice, --dataset-split would be ignored."""
+    sources = options.training_dataset
+    usable = [name for name in sources if checks.is_utf8(name) and not path_problem(name, "dataset")]
+    selection = (
+        options.dataset_selection if len(usable) == len(sources) else {}
+    )  # others are reported already
+    return [f"--training-dataset {problem}" for problem in source_problems(usable, selection)]
 
 
 def prompt_problems(options: TrainingOptions) -> list[str]:
@@ -219,7 +218,7 @@ def _plan_choices(
     gpus = [taken] * torch.cuda.device_count()
     machine = replace(this_machine(settings.output, taken_gib=gpus), count=ranks_here, disk_gib=math.inf)
     lengths = row_lengths(
-        options.training_dataset,
+        joined(options.training_dataset),
         prepared.train_rows["length"][:] + prepared.held_out_rows["length"][:],
         prepared.ledger.response_tokens,
     )

@@ -228,7 +228,7 @@ def tokenised_rows(
     check_max_length(options, positions)
     tokenizer = tokenizer or run_tokenizer(options)
     rows, ledger = prepare_dataset(
-        options.training_dataset,
+        options.training_dataset[0],
         tokenizer,
         options.max_length or positions,
         options.keep_truncated,

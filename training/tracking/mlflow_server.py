@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from training.data.source_names import joined
 from training.errors import install_extra
 from training.files import writable
 from training.tracking.tracker import Entry, parameters, without_secrets
@@ -49,7 +50,7 @@ def tags(record: dict[str, Any]) -> dict[str, str]:
     return {
         RUN_TAG: record["id"],
         "base_model": record["options"]["input_model"],
-        "dataset": record["options"]["training_dataset"],
+        "dataset": joined(record["options"]["training_dataset"]),
         "python": record["python"],
         **{f"version_{package}": number for package, number in record["versions"].items()},
         **({"git_commit": commit, "mlflow.source.git.commit": commit} if commit else {}),

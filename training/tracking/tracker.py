@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Protocol
 
+from training.data.source_names import joined
 from training.options.reporting import TENSORBOARD
 
 ANSWERS = "answers"  # name of the table of sample answers
@@ -83,12 +84,16 @@ def tracker_modules(names: Iterable[str]) -> list[Any]:
 
 
 def parameters(record: dict[str, Any]) -> dict[str, Any]:
-    """What describes a run: its options, settings, and the choices of the plan; URLs without passwords."""
+    """What describes a run: its options, settings, and the choices of the plan; URLs without passwords.
+
+    The sources of its rows are one text, because a list is no parameter of MLflow.
+    """
     plan_choices = {f"decided_{name}": value for name, value in (record.get("decided") or {}).items()}
     size = {name: record.get(name) for name in ("world_size", "global_batch", "precision")}
+    options = record["options"] | {"training_dataset": joined(record["options"]["training_dataset"])}
     return {
         name: without_secrets(value) if isinstance(value, str) and "://" in value else value
-        for name, value in (record["options"] | size | plan_choices).items()
+        for name, value in (options | size | plan_choices).items()
     }
 
 
