@@ -1,7 +1,8 @@
-"""Answers instructions with a trained model: one that is typed, or those of a file.
+"""Answers instructions with a trained model: one that is typed, also after earlier turns, or those of a file.
 
 python -m training.generate --model OUT "Write a love letter to Edgar Allan Poe."
 python -m training.generate --model OUT - < question.txt
+python -m training.generate --model OUT --history conversation.json "And in English?"
 python -m training.generate --model OUT --prompts questions.jsonl --output answers.jsonl
 """
 
@@ -21,11 +22,13 @@ from transformers import TextStreamer, set_seed
 
 from training.console import set_up_console, typed_text
 from training.consts import GREEDY, MAX_NEW_TOKENS
-from training.data.rows import read_prompts
+from training.data.conversations import Prompt, prompt_of, row_of_prompt
+from training.data.rows import read_history, read_prompts
 from training.errors import printable
 from training.files import writable
 from training.model.generation import (
     BATCH_SIZE,
+    answer_prompts,
     generate_response,
     generate_responses,
     load_model_tokenizer_for_generate,
@@ -57,13 +60,22 @@ class PrintableStreamer(TextStreamer):
 )
 @click.option("--input", "context", help="Input text for the instruction.")
 @click.option(
+    "--history",
+    cls=CollectedOption,
+    type=PathName("file"),
+    metavar="FILE",
+    help="The conversation before the instruction: a .json file with OpenAI's messages, the last one an answer. A "
+    "file that --output wrote for one instruction also continues with the next one.",
+)
+@click.option(
     "--prompts",
     "file",
     cls=CollectedOption,
     type=PathName("file"),
     metavar="FILE",
     help="Answer every instruction of a file instead: a .txt file with one per line, or a .json or .jsonl file with "
-    "instruction and input. The answers are lines of JSON, in the file's order.",
+    "instruction, input and history, or with messages. The last question of messages is asked; an answer after it is "
+    "not read. The answers are lines of JSON, in the file's order.",
 )
 @click.option(
     "--output",
@@ -106,6 +118,7 @@ def _answer(
     instruction: str | None,
     path: str,
     context: str | None,
+    history: str | None,
     file: str | None,
     output: str | None,
     batch_size: int,
@@ -119,7 +132,7 @@ def _answer(
     instruction, context = (text and typed_text(text) for text in (instruction, context))
     if instruction == STDIN:
         instruction = _read_stdin()
-    problems = [*typing_errors, *_problems(instruction, context, file, output)]
+    problems = [*typing_errors, *_problems(instruction, context, history, file, output)]
     if greedy and seed is not None:
         problems.append(f"--seed {seed}: has no effect with --greedy. Leave one of them out")
     if file is None and batch_size != BATCH_SIZE:
@@ -130,7 +143,10 @@ def _answer(
     transformers.utils.logging.disable_progress_bar()
     generation = {"max_new_tokens": max_new_tokens, **(GREEDY if greedy else {})}
     try:
-        prompts = [(str(instruction), context or "")] if file is None else read_prompts(file, unique=False)
+        if file is None:
+            prompts = [prompt_of(str(instruction), context, read_history(history) if history else ())]
+        else:
+            prompts = read_prompts(file, unique=False)
         model, tokenizer = load_model_tokenizer_for_generate(
             path, DTYPES[dtype] if dtype else None, trust_remote_code=trust_remote_code
         )
@@ -141,7 +157,7 @@ def _answer(
             _answer_as_json(prompts, output or STDOUT, batch_size, **loaded)
         else:
             streamer = PrintableStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-            generate_response(*prompts[0], streamer=streamer, **loaded)
+            answer_prompts(prompts, streamer=streamer, **loaded)
     except OSError as error:  # a full disk
         if output in (None, STDOUT):
             raise
@@ -169,18 +185,20 @@ def _read_stdin() -> str:
 
 
 def _problems(
-    instruction: str | None, context: str | None, file: str | None, output: str | None
+    instruction: str | None, context: str | None, history: str | None, file: str | None, output: str | None
 ) -> list[str]:
     """What is wrong with the options, before anything is read or loaded."""
     problems = []
     for name, text in (("INSTRUCTION", instruction), ("--input", context)):
         if text and not is_utf8(text):
             problems.append(f"{name} {text!r}: is not UTF-8")
-    for name, path in (("--prompts", file), ("--output", output)):
+    for name, path in (("--history", history), ("--prompts", file), ("--output", output)):
         if path is not None and not path.strip():  # e.g. from an unset shell variable
             return [*problems, f"{name} is empty. Give a value, or leave the option out"]
     if file is not None and (instruction is not None or context is not None):
         problems.append("--prompts has instructions and inputs of its own. Leave out INSTRUCTION and --input")
+    elif file is not None and history is not None:
+        problems.append("--prompts has histories of its own, in the column history. Leave out --history")
     elif file is None and not (instruction or "").strip():
         problems.append(
             "INSTRUCTION is empty. Type it, or - to read it from standard input, or --prompts FILE"
@@ -194,18 +212,19 @@ def _problems(
     return problems
 
 
-def _answer_as_json(
-    prompts: Sequence[tuple[str, str]], output: str, batch_size: int, **generation: Any
-) -> None:
-    """Writes {"instruction", "input", "response"} of each prompt, in order, as soon as its batch is complete."""
+def _answer_as_json(prompts: Sequence[Prompt], output: str, batch_size: int, **generation: Any) -> None:
+    """Writes {"instruction", "input", "response"} of each prompt, in order, as soon as its batch is complete.
+
+    A prompt after a conversation has it as "history".
+    """
     # Escaped on standard output: an answer must not change a terminal, which may also be ASCII only.
     escaped = output == STDOUT
     with click.open_file(os.path.expanduser(output), "x", encoding="utf-8") as stream:
         for start in range(0, len(prompts), batch_size):
             batch = prompts[start : start + batch_size]
-            responses = generate_responses(*zip(*batch, strict=True), batch_size=batch_size, **generation)
-            for (instruction, context), response in zip(batch, responses, strict=True):
-                line = {"instruction": instruction, "input": context, "response": response}
+            responses = answer_prompts(batch, batch_size=batch_size, **generation)
+            for prompt, response in zip(batch, responses, strict=True):
+                line = row_of_prompt(prompt) | {"response": response}
                 print(json.dumps(line, ensure_ascii=escaped), file=stream)
             stream.flush()
 

@@ -15,7 +15,7 @@ def test_prompts_and_text_files_import_no_datasets_pyarrow_or_torch(tmp_path: Pa
     rows.write_text("instruction,output\nSay 1.,1\n")
     code = (
         "import sys; from training.run import preflight; from training.data.rows import read_columns, read_prompts\n"
-        "assert read_prompts(sys.argv[1]) == [('Name a river.', '')]; assert len(read_columns(sys.argv[2])) == 1\n"
+        "assert read_prompts(sys.argv[1]) == [('Name a river.', '', ())]; assert len(read_columns(sys.argv[2])) == 1\n"
         "print(sorted({'datasets', 'pyarrow', 'torch', 'transformers'} & sys.modules.keys()))"
     )
     command = [sys.executable, "-c", code, str(prompts), str(rows)]

@@ -22,6 +22,7 @@ from transformers import (
 
 from tests.conftest import python
 from training import generate
+from training.data.conversations import Prompt
 from training.data.ledger import Ledger
 from training.data.prompt import render_prompt
 from training.data.rows import Columns
@@ -77,7 +78,7 @@ def test_a_batch_gives_the_same_answers_as_single_prompts(
 def test_a_greedy_answer_is_the_argmax_of_a_plain_forward_pass(
     random_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    [ids] = prompt_ids(tokenizer, ["Greet."], [None], 100)
+    [ids] = prompt_ids(tokenizer, [Prompt("Greet.")], 100)
     expected = []
     with torch.inference_mode():
         for _ in range(6):
@@ -143,15 +144,17 @@ def test_a_prompt_has_the_same_ids_as_in_training_and_control_words_stay_text(
     instructions, inputs = INSTRUCTIONS + words, INPUTS + [None] * len(words)
     columns = Columns(instructions, [text or "" for text in inputs], ["answer"] * len(inputs))
     trained = [ids[:start] for _, ids, [(start, _)] in encode_rows(tokenizer, columns, Ledger("", 999))]
-    assert prompt_ids(tokenizer, instructions, inputs, 999) == trained
+    prompts = [Prompt(*prompt) for prompt in zip(columns.instruction, columns.input, strict=True)]
+    assert prompt_ids(tokenizer, prompts, 999) == trained
 
 
 def test_a_long_prompt_is_cut_but_keeps_its_head_and_response_key(
     tokenizer: PreTrainedTokenizerBase, caplog: pytest.LogCaptureFixture
 ) -> None:
-    full, short = prompt_ids(tokenizer, ["!" * 500, "a"], [None, None], 999)
+    prompts = [Prompt("!" * 500), Prompt("a")]
+    full, short = prompt_ids(tokenizer, prompts, 999)
     with caplog.at_level(logging.WARNING):
-        cut, same = prompt_ids(tokenizer, ["!" * 500, "a"], [None, None], 100)
+        cut, same = prompt_ids(tokenizer, prompts, 100)
     assert cut == [*full[:99], full[-1]]
     assert same == short
     assert [record.message for record in caplog.records if "leave room for the answer" in record.message]
@@ -307,7 +310,7 @@ def test_a_full_disk_is_reported_with_the_output_and_not_as_a_traceback(
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(generate, "generate_responses", full)
+    monkeypatch.setattr(generate, "answer_prompts", full)
     code, _, err = ask("--model", str(answering_folder), "--output", str(tmp_path / "a.jsonl"), "Greet.")
     assert (code, err) == (
         2, f"Cannot answer: --output {tmp_path}/a.jsonl: could not be written (No space left on device). "

@@ -23,6 +23,7 @@ from tests.model.tokenizer_kinds import (
     unigram_pieces,
 )
 from training.data.columns import REQUIRED, Columns, columns_of
+from training.data.conversations import Prompt
 from training.data.encoding import encode_text, guarded_tokens, surrounding_ids
 from training.data.json_rows import table_of
 from training.data.ledger import Ledger
@@ -82,7 +83,7 @@ def encoded(
 
 
 def assert_same_ids(tokenizer: PreTrainedTokenizerBase, stock: PreTrainedTokenizerBase) -> None:
-    prompts = prompt_ids(tokenizer, [row[0] for row in ROWS], [row[1] for row in ROWS], 10_000)
+    prompts = prompt_ids(tokenizer, [Prompt(*row[:2]) for row in ROWS], 10_000)
     for row, prompt, (ids, start) in zip(ROWS, prompts, encoded(tokenizer, ROWS), strict=True):
         instruction, input, response = row
         assert prompt == ids[:start], "generate"

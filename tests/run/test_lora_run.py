@@ -11,6 +11,7 @@ from transformers import AutoTokenizer, GPTJForCausalLM, PreTrainedModel, PreTra
 
 from tests.conftest import jsonl
 from training.consts import GREEDY
+from training.data.conversations import Prompt
 from training.data.prompt import END_KEY
 from training.model.generation import answer_ids, load_model_tokenizer_for_generate, prompt_ids
 from training.model.loading import load_model
@@ -44,7 +45,7 @@ def trained_base(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 def stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> int:
     """How many of the greedy answers end with the end key by themselves."""
-    prompts = prompt_ids(tokenizer, list(ANSWERS), [None] * len(ANSWERS), 200)
+    prompts = prompt_ids(tokenizer, list(map(Prompt, ANSWERS)), 200)
     ids = answer_ids(prompts, model.eval(), tokenizer, torch.device("cpu"), max_new_tokens=20, **GREEDY)
     return int((ids == tokenizer.convert_tokens_to_ids(END_KEY)).any(dim=1).sum())
 
@@ -68,7 +69,7 @@ def test_a_base_whose_embedding_grows_learns_to_stop_with_its_new_rows(
     assert (record["options"]["lr"], record["options"]["lora_alpha"]) == (1e-2, 16)
     model, again = load_model_tokenizer_for_generate(str(tmp_path / "out"))
     assert stops(model, again) == len(ANSWERS)
-    prompts = prompt_ids(again, list(ANSWERS), [None] * len(ANSWERS), 200)
+    prompts = prompt_ids(again, list(map(Prompt, ANSWERS)), 200)
     answers = answer_ids(prompts, model, again, torch.device("cpu"), max_new_tokens=20, **GREEDY)
     texts = [text.strip() for text in again.batch_decode(answers, skip_special_tokens=True)]
     assert texts == list(ANSWERS.values())

@@ -24,9 +24,10 @@ from tests.run.test_resume import TrainFunction, run
 from tests.run.test_trainer import DEMO
 from training import trainer
 from training.consts import GREEDY, SAMPLE_TOKENS
+from training.data.conversations import Prompt, Turn, row_of_prompt
 from training.data.rows import read_prompts
 from training.errors import DataError, OptionsError
-from training.model.generation import generate_responses, load_model_tokenizer_for_generate
+from training.model.generation import answer_prompts, load_model_tokenizer_for_generate
 from training.options.trainer_options import TrainingOptions, steps_between_samples
 from training.storage import metrics
 from training.storage.copy import model_files
@@ -34,7 +35,12 @@ from training.tracking import callbacks, samples
 from training.tracking.progress import print_line
 from training.tracking.samples import Samples
 
-PROMPTS = [("Say 3.", ""), ("Say 4 please.", ""), ("Count the words.", "red blue\ngreen")]
+PROMPTS = [
+    Prompt("Say 3."),
+    Prompt("Say 4 please."),
+    Prompt("Count the words.", "red blue\ngreen"),
+    Prompt("Say 3.", history=(Turn("Say 1.", "1", "Be short.\n\n"), Turn("Say 2.", "two\nor 2"))),
+]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +51,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory: pytest.TempPathFactory) -> str:
-    lines = [{"instruction": instruction, "input": context} for instruction, context in PROMPTS]
-    return jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", lines)
+    return jsonl(tmp_path_factory.mktemp("prompts") / "prompts.jsonl", [row_of_prompt(p) for p in PROMPTS])
 
 
 @pytest.fixture
@@ -70,7 +75,7 @@ def train_small(rows: str, model_with_dropout: str, monkeypatch: pytest.MonkeyPa
 def test_prompts_are_read_from_lines_or_objects_without_duplicates(
     tmp_path: Path, name: str, content: str, expected: list[tuple[str, str]]
 ) -> None:
-    assert read_prompts(write(tmp_path / name, content)) == expected
+    assert read_prompts(write(tmp_path / name, content)) == [Prompt(*prompt) for prompt in expected]
 
 
 @pytest.mark.parametrize(
@@ -215,7 +220,7 @@ def test_sampling_restores_the_model_and_all_random_states(
     config, hook = answering_model.config.to_dict(), answering_model.register_forward_hook(draw)
     before = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
     try:
-        assert samples_of(PROMPTS)._generate_answers() == ["AB"] * 3
+        assert samples_of(PROMPTS)._generate_answers() == ["AB"] * len(PROMPTS)
         assert answering_model.training
         assert answering_model.config.to_dict() == config
     finally:
@@ -232,7 +237,7 @@ def test_sampling_restores_the_model_and_all_random_states(
 def test_a_prompt_longer_than_the_models_context_is_truncated_and_answered(
     samples_of: Callable[..., Samples],
 ) -> None:
-    assert samples_of([("word " * 2000, ""), ("a", "")])._generate_answers() == ["AB", "AB"]
+    assert samples_of([Prompt("word " * 2000), Prompt("a")])._generate_answers() == ["AB", "AB"]
 
 
 def test_a_model_with_too_few_positions_for_an_answer_is_refused(
@@ -290,9 +295,19 @@ STAGES = [0, 4, 8, 12, 14]
 
 def test_the_samples_file_has_every_prompt_of_every_due_step_in_order(sampled: Path) -> None:
     entries = metrics.read(sampled / "samples.jsonl")
-    written = [(e["step"], e["instruction"], e["input"]) for e in entries]
-    assert written == [(n, *p) for n in STAGES for p in PROMPTS]
-    assert all(set(e) == {"step", "epoch", "instruction", "input", "response"} for e in entries)
+    written = [{k: e[k] for k in e if k not in ("epoch", "response")} for e in entries]
+    assert written == [{"step": n} | row_of_prompt(p) for n in STAGES for p in PROMPTS]
+    assert [list(e) for e in entries[2:4]] == [
+        ["step", "epoch", "instruction", "input", "response"],
+        ["step", "epoch", "instruction", "input", "history", "response"],
+    ]
+    assert entries[3]["history"] == [
+        {"role": "system", "content": "Be short."},
+        {"role": "user", "content": "Say 1."},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Say 2."},
+        {"role": "assistant", "content": "two\nor 2"},
+    ]
     log = json.loads((sampled / "trainer_state.json").read_text())["log_history"]
     epochs = {e["step"]: e["epoch"] for e in log}
     assert all(e["epoch"] == epochs[e["step"]] for e in entries)
@@ -305,7 +320,7 @@ def greedy(folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """Greedy answers of the model in a folder."""
     model, tokenizer = load_model_tokenizer_for_generate(str(folder), dtype=dtype, device="cpu")
     options = {"model": model, "tokenizer": tokenizer, "max_new_tokens": SAMPLE_TOKENS}
-    return generate_responses(*zip(*PROMPTS, strict=True), **options, **GREEDY)
+    return answer_prompts(PROMPTS, **options, **GREEDY)
 
 
 def test_samples_are_the_greedy_answers_of_the_model_of_their_step(sampled: Path) -> None:
@@ -318,20 +333,24 @@ def test_the_console_shows_one_block_of_samples_for_each_due_step(sampled: Path)
     printed = sampled.with_name("printed.txt").read_text()
     heads = [line.split(",")[0] for line in printed.splitlines() if "answers of the model" in line]
     assert heads == [f"step {n}/14  epoch {n / 14:.2f}  answers of the model" for n in STAGES]
-    last = metrics.read(sampled / "samples.jsonl")[-3:]
+    last = metrics.read(sampled / "samples.jsonl")[-len(PROMPTS) :]
     block = printed.rpartition("answers of the model")[2].splitlines()[1:]
     assert block[0] == "  Say 3."
     assert block[1].strip() == (last[0]["response"].splitlines() or ["(nothing)"])[0].strip()
     assert "  Count the words.\n  red blue\n  green\n" in printed
+    turns = "system: Be short.\n  user: Say 1.\n  assistant: 1\n  user: Say 2.\n  assistant: two\n  or 2\n  user: Say 3."
+    assert f"\n  {turns}\n      " in printed
 
 
 def test_tensorboard_shows_each_prompt_with_its_answers(sampled: Path) -> None:
     events = EventAccumulator(str(sampled / "runs"))
     events.Reload()
-    for number, (instruction, _) in enumerate(PROMPTS):
+    for number, prompt in enumerate(PROMPTS):
         texts = events.Tensors(f"answers/{number:03}/text_summary")
         assert [text.step for text in texts] == STAGES
-        assert instruction in texts[0].tensor_proto.string_val[0].decode()
+        shown = texts[0].tensor_proto.string_val[0].decode()
+        assert prompt.instruction in shown
+        assert ("assistant: two" in shown) == bool(prompt.history)
 
 
 def test_metrics_and_samples_are_published_with_the_model(sampled: Path) -> None:
@@ -341,7 +360,7 @@ def test_metrics_and_samples_are_published_with_the_model(sampled: Path) -> None
 def test_control_characters_are_not_printed_and_long_lists_are_cut(
     samples_of: Callable[..., Samples], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    samples = samples_of([(f"Say {n}.", "") for n in range(12)])
+    samples = samples_of([Prompt(f"Say {n}.") for n in range(12)])
     answers = ["\x1b[2Jclear\r", "", *["x"] * 10]
     print_line(samples._format_answers(TrainerState(global_step=3, max_steps=9), answers, 1.0))
     text = capsys.readouterr().out
@@ -385,7 +404,8 @@ def test_a_stopped_and_resumed_run_writes_every_sample_once(
 def truncate_files(output: Path, uninterrupted: Path) -> None:
     """Leaves the files as a kill in step 13 does: of step 12 one complete sample and one cut off."""
     lines = (uninterrupted / "samples.jsonl").read_bytes().splitlines(keepends=True)
-    (output / "samples.jsonl").write_bytes(b"".join(lines[:10]) + lines[10][:20])
+    whole = 3 * len(PROMPTS) + 1  # of steps 0, 4 and 8, and the first of step 12
+    (output / "samples.jsonl").write_bytes(b"".join(lines[:whole]) + lines[whole][:20])
     (output / "metrics.jsonl").write_bytes(
         (uninterrupted / "metrics.jsonl").read_bytes() + b'{"step": 13, "lo'
     )
@@ -450,7 +470,7 @@ def test_two_zero3_ranks_train_and_sample_the_same_when_killed_three_times(
     finally:
         for started in runs:
             started.kill()
-    answers = [e["response"] for e in metrics.read(samples)[-3:]]
+    answers = [e["response"] for e in metrics.read(samples)[-len(PROMPTS) :]]
     assert answers == greedy(tmp_path / "with", torch.float32)
 
 

@@ -149,11 +149,11 @@ def _set_turns(
         columns.instruction[place] = system + columns.instruction[place]
         return turns
     conversation = conversation_of(value)
-    if required != REQUIRED:  # a prompt
-        if conversation.question is None:
-            raise ConversationError(NO_QUESTION, "no question at the end. End with a user message")
+    if required != REQUIRED and conversation.question is not None:  # a prompt
         columns.instruction[place] = conversation.system + conversation.question
         return conversation.turns
+    if required != REQUIRED and (conversation.system or not conversation.turns):
+        raise ConversationError(NO_QUESTION, "no question. End with a user message")
     if not conversation.turns:
         raise ConversationError(NO_ANSWER, "no assistant turn, so there is nothing to learn")
     *history, last = conversation.turns

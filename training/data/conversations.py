@@ -5,6 +5,7 @@ next question, as in the chat template (`training/data/prompt.py`)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from training.data.prompt import GAP, TEXT_PARTS, question
@@ -242,3 +243,26 @@ def turns_of(prompt: Prompt, answer: str = "") -> list[tuple[str, str, str]]:
     """(instruction, input, output) of each turn; `answer` is the output of the last."""
     earlier = [(turn.system + turn.question, "", turn.answer) for turn in prompt.history]
     return [*earlier, (prompt.instruction, prompt.input, answer)]
+
+
+def row_of_prompt(prompt: Prompt) -> dict[str, Any]:
+    """The prompt as a row of a JSON file, which `read_prompts` reads as this prompt.
+
+    {"instruction", "input"}, and "history" with OpenAI messages if there is one.
+    """
+    row: dict[str, Any] = {"instruction": prompt.instruction, "input": prompt.input}
+    return row | {HISTORY: messages_of(prompt)[:-1]} if prompt.history else row
+
+
+def prompt_of_row(row: Mapping[str, Any]) -> Prompt:
+    """The prompt of a row that `row_of_prompt` made. The row may have other columns. Raises DataError."""
+    return prompt_of(row["instruction"], row["input"], row.get(HISTORY))
+
+
+def prompt_text(prompt: Prompt) -> str:
+    """A prompt for people: the instruction and the input; after a history each message begins with its role."""
+    last = f"{prompt.instruction}\n{prompt.input}".strip()
+    if not prompt.history:
+        return last
+    messages = [*messages_of(prompt)[:-1], {"role": USER, "content": last}]
+    return "\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -12,6 +12,15 @@ from typing import Any
 
 from training.consts import DEMO
 from training.data.columns import KNOWN, REQUIRED, Columns, columns_of
+from training.data.conversations import (
+    ASSISTANT,
+    CONVERSATIONS,
+    HISTORY,
+    ConversationError,
+    Prompt,
+    history_of,
+    messages_of,
+)
 from training.data.demo_rows import demo_rows
 from training.data.folders import TRAIN, is_saved_dataset, parts_of
 from training.data.formats import (
@@ -25,7 +34,7 @@ from training.data.formats import (
 )
 from training.data.json_rows import json_table, table_of
 from training.data.source_names import path_exists
-from training.data.table import Table, and_more, kind_of, listed, named
+from training.data.table import Table, and_more, kind_of, listed, named, short_repr
 from training.errors import DataError, TooFewRowsError, offline_note
 from training.files import is_hub_name, local_path
 
@@ -163,25 +172,79 @@ def _local_path(source: str) -> Path | None:
         raise DataError(f"{source}: cannot be read ({error})") from error
 
 
-def read_prompts(file: str, unique: bool = True) -> list[tuple[str, str]]:
-    """Reads (instruction, input) pairs from a .json or .jsonl file, or from a .txt file with one instruction per line.
+def read_prompts(file: str, unique: bool = True) -> list[Prompt]:
+    """Reads prompts from a .txt file with one instruction per line, or from the rows of a .json or .jsonl file.
 
-    With `unique`, duplicates are removed. Raises DataError with file and row.
+    A row has an instruction, and possibly an input and a history, or it has `messages`: their last question is asked,
+    after the turns before it. Answers to what is asked are not read. With `unique`, duplicates are removed. Raises
+    DataError with file, row and turn.
     """
+    table = _read_typed(file, PROMPT_KINDS)
+    if not table.count:
+        raise DataError(f"{file}: has no instructions")
+    columns = columns_of([table], file, required=("instruction",))
+    _refuse_unusable(columns, file)
+    if HISTORY in table.names:
+        for number, value in enumerate(table.values(HISTORY), start=1):
+            if not isinstance(value, list | None):
+                found = short_repr(value)
+                raise DataError(f"{file}, row {number}: history is {found}, expected a list of messages")
+    empty = [number for number, text in enumerate(columns.instruction, start=1) if not text.strip()]
+    if empty:
+        raise DataError(f"{file}, row {empty[0]}: the instruction is empty{and_more(empty, 'rows')}")
+    histories = columns.history or [()] * len(columns)
+    prompts = [Prompt(*row) for row in zip(columns.instruction, columns.input, histories, strict=True)]
+    return list(dict.fromkeys(prompts)) if unique else prompts
+
+
+def read_history(file: str) -> list[Any]:
+    """Reads the messages of one conversation, after which an instruction is asked.
+
+    The file is .json or .jsonl. It has the messages, an object with `messages`, or a row with an answer, as
+    `training.generate --output` writes it. Raises DataError with file and turn.
+    """
+    table = _read_typed(file, PROMPT_KINDS[1:])
+    if {"role", "content"} <= set(table.names) or {"from", "value"} <= set(table.names):  # a row is a message
+        columns = {name: table.values(name) for name in table.names}
+        messages = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    elif not table.count:
+        messages = []
+    elif table.count > 1:
+        raise DataError(f"{file}: holds {table.count:,} rows, expected the messages of one conversation")
+    elif name := next((name for name in CONVERSATIONS if name in table.names), None):
+        [messages] = table.values(name)
+    else:
+        row = columns_of([table], file, REQUIRED)
+        _refuse_unusable(row, file)
+        history = row.history[0] if row.history else ()
+        answered = Prompt(row.instruction[0], row.input[0], history)
+        messages = [*messages_of(answered), {"role": ASSISTANT, "content": row.output[0]}]
+    if not messages:
+        raise DataError(f"{file}: has no messages")
     try:
-        table = _read_table(Path(file).expanduser(), PROMPT_KINDS)
+        history_of(messages)
+    except ConversationError as error:
+        raise DataError(f"{file}{error.place}: {error}") from error
+    return messages
+
+
+def _refuse_unusable(columns: Columns, file: str) -> None:
+    """Raises DataError with file, row and turn of the first conversation that cannot be used."""
+    if columns.unusable:
+        places = sorted(columns.unusable)
+        error = columns.unusable[places[0]]
+        more = and_more([place + 1 for place in places], "conversations")
+        raise DataError(f"{file}, row {places[0] + 1}{error.place}: {error}{more}") from error
+
+
+def _read_typed(file: str, kinds: Collection[str]) -> Table:
+    """Reads a file whose name was typed. Raises DataError, also for a name that no file can have."""
+    try:
+        return _read_table(Path(file).expanduser(), kinds)
     except DataError:
         raise
     except (RuntimeError, ValueError) as error:  # an unknown ~user, a null byte
         raise DataError(f"{file}: cannot be read ({error})") from error
-    if not table.count:
-        raise DataError(f"{file}: has no instructions")
-    columns = columns_of([table], file, required=("instruction",))
-    empty = [number for number, text in enumerate(columns.instruction, start=1) if not text.strip()]
-    if empty:
-        raise DataError(f"{file}, row {empty[0]}: the instruction is empty{and_more(empty, 'rows')}")
-    prompts = list(zip(columns.instruction, columns.input, strict=True))
-    return list(dict.fromkeys(prompts)) if unique else prompts
 
 
 # --- a file -------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.consts import DEFAULT_SEED, GREEDY, MAX_NEW_TOKENS, RUN_FILE, SAMPLING
-from training.data.encoding import encode_prompts
-from training.data.prompt import RESPONSE_KEY
+from training.data.conversations import Prompt, prompt_of, turns_of, without_first_turns
+from training.data.encoding import encode_turns
+from training.data.prompt import END_KEY, RESPONSE_KEY
 from training.files import expanded
 from training.model.attention import use_packed_attention
 from training.model.loading import load_model, max_positions
@@ -73,19 +75,21 @@ def generate_response(
     instruction: str,
     input: str | None = None,
     *,
+    history: Sequence[Any] = (),
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     **generation: Any,
 ) -> str:
     """Answers one instruction. See `generate_responses`."""
-    return generate_responses([instruction], [input], model=model, tokenizer=tokenizer, **generation)[0]
+    ask: dict[str, Any] = {"model": model, "tokenizer": tokenizer, **generation}
+    return generate_responses([instruction], [input], histories=[history], **ask)[0]
 
 
-@torch.inference_mode()
 def generate_responses(
     instructions: Sequence[str],
     inputs: Sequence[str | None] | None = None,
     *,
+    histories: Sequence[Sequence[Any]] | None = None,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     batch_size: int = BATCH_SIZE,
@@ -93,18 +97,39 @@ def generate_responses(
 ) -> list[str]:
     """Answers every instruction. Returns the text between response key and end key, in order.
 
-    `generation` takes any argument of `model.generate` and overrides Dolly's sampling (`max_new_tokens=256,
-    do_sample=True, top_p=0.92, top_k=0`). Prompts are batched by length and padded on the left. If a prompt leaves
-    no room for `max_new_tokens`, the end of the user's text is cut, never the response key.
+    A history is the conversation before its instruction: OpenAI's messages, which may begin with a system message, or
+    [question, answer] pairs. `generation` takes any argument of `model.generate` and overrides Dolly's sampling
+    (`max_new_tokens=256, do_sample=True, top_p=0.92, top_k=0`). Prompts are batched by length and padded on the left.
+    `prompt_ids` says what is cut if a prompt leaves no room for `max_new_tokens`.
+
+    Raises DataError if a history cannot be used.
     """
     inputs = inputs if inputs is not None else [None] * len(instructions)
+    histories = histories if histories is not None else [()] * len(instructions)
+    prompts = [
+        prompt_of(instruction, input, history)
+        for instruction, input, history in zip(instructions, inputs, histories, strict=True)
+    ]
+    return answer_prompts(prompts, model=model, tokenizer=tokenizer, batch_size=batch_size, **generation)
+
+
+@torch.inference_mode()
+def answer_prompts(
+    prompts: Sequence[Prompt],
+    *,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int = BATCH_SIZE,
+    **generation: Any,
+) -> list[str]:
+    """Answers every prompt. See `generate_responses`."""
     max_prompt_tokens = max_positions(model.config) - int(generation.get("max_new_tokens", MAX_NEW_TOKENS))
-    prompts = prompt_ids(tokenizer, instructions, inputs, max_prompt_tokens)
-    answers = [""] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    ids = prompt_ids(tokenizer, prompts, max_prompt_tokens)
+    answers = [""] * len(ids)
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        texts = answer_batch([prompts[i] for i in batch], model, tokenizer, model.device, **generation)
+        texts = answer_batch([ids[i] for i in batch], model, tokenizer, model.device, **generation)
         for i, text in zip(batch, texts, strict=True):
             answers[i] = text
     return answers
@@ -145,24 +170,62 @@ def answer_ids(
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase,
-    instructions: Sequence[str],
-    inputs: Sequence[str | None],
-    max_tokens: int,
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt], max_tokens: int
 ) -> list[list[int]]:
-    """Token ids of each prompt, cut to `max_tokens`. Raises ValueError if not even an empty prompt fits."""
+    """Token ids of each prompt, as the chat template renders its messages.
+
+    A prompt of more than `max_tokens` loses the oldest turns of its history, but not their system message, which goes
+    before the first turn that stays. If it is still too long without any turn, the end of the question is cut. Warnings
+    say so. Raises ValueError if not even an empty prompt fits.
+    """
     response_key = tokenizer.convert_tokens_to_ids(RESPONSE_KEY)
-    prompts = []
-    for head, body in zip(*encode_prompts(tokenizer, instructions, inputs), strict=True):
-        room = max_tokens - len(head) - 1
+    ids = []
+    for prompt, (before, body) in zip(prompts, _encode(tokenizer, prompts), strict=True):
+        if prompt.history and len(before) + len(body) + 1 > max_tokens:
+            before, body = _without_oldest_turns(tokenizer, prompt, max_tokens)
+        room = max_tokens - len(before) - 1
         if room < 1:
             raise ValueError(
                 f"max_new_tokens leaves {max(0, max_tokens)} of the model's positions for the prompt, "
-                f"which needs at least {len(head) + 2}. Ask for fewer new tokens"
+                f"which needs at least {len(before) + 2}. Ask for fewer new tokens"
             )
         if len(body) > room:
             logger.warning(
                 "a prompt of %d tokens was cut to %d, to leave room for the answer", len(body), room
             )
-        prompts.append([*head, *body[:room], response_key])
-    return prompts
+        ids.append([*before, *body[:room], response_key])
+    return ids
+
+
+def _encode(
+    tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
+) -> list[tuple[list[int], list[int]]]:
+    """Token ids (before, body) of each prompt: up to the last instruction key, and from there to the response key."""
+    response_key, end_key = tokenizer.convert_tokens_to_ids([RESPONSE_KEY, END_KEY])
+    encoded = []
+    for *earlier, (head, body, _) in encode_turns(tokenizer, [turns_of(prompt) for prompt in prompts]):
+        before: list[int] = []
+        for turn_head, question, answer in earlier:
+            before += [*turn_head, *question, response_key, *answer, end_key]
+        encoded.append(([*before, *head], body))
+    return encoded
+
+
+def _without_oldest_turns(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, max_tokens: int
+) -> tuple[list[int], list[int]]:
+    """The parts of a prompt without as many of its oldest turns as it takes to fit; without all if that is too few."""
+    turns = len(prompt.history)
+
+    def parts(left_out: int) -> tuple[list[int], list[int]]:
+        return _encode(tokenizer, [without_first_turns(prompt, left_out)])[0]
+
+    left_out = 1 + bisect_left(
+        range(1, turns), True, key=lambda count: sum(map(len, parts(count))) + 1 <= max_tokens
+    )
+    logger.warning(
+        "the first %d of %d turns before a question were left out, to leave room for the answer",
+        left_out,
+        turns,
+    )
+    return parts(left_out)

@@ -20,6 +20,7 @@ from transformers import (
     TextStreamer,
 )
 
+from training.data.conversations import Prompt
 from training.errors import first_line, printable
 from training.model.generation import (
     PARAMETERS,
@@ -231,8 +232,8 @@ def _generate(
 ) -> None:
     """Answers with the prompt, the cut and the text of `generate_responses`. Raises what generation raises."""
     positions = max_positions(model.model.config)
-    [whole] = prompt_ids(model.tokenizer, [instruction], [context], 2**62)
-    [prompt] = prompt_ids(model.tokenizer, [instruction], [context], positions - answer.limit)
+    [whole] = prompt_ids(model.tokenizer, [Prompt(instruction, context)], 2**62)
+    [prompt] = prompt_ids(model.tokenizer, [Prompt(instruction, context)], positions - answer.limit)
     if len(prompt) < len(whole):
         answer.cut_from, answer.cut_to = len(whole), len(prompt)
     answer.removed = os.path.isabs(model.path) and not os.path.isdir(model.path)

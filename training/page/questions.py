@@ -22,7 +22,7 @@ def rows_of_file(file: str) -> list[Question]:
     Raises DataError.
     """
     if kind_of(Path(file)) in PROMPT_KINDS:
-        prompts = read_prompts(file)
+        prompts = [prompt[:2] for prompt in read_prompts(file)]
     else:
         columns = read_columns(file)
         prompts = list(dict.fromkeys(zip(columns.instruction, columns.input, strict=True)))

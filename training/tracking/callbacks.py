@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerState
 from transformers.integrations import TensorBoardCallback
 
 from training.consts import METRICS_FILE
+from training.data.conversations import prompt_of_row, prompt_text
 from training.errors import printable
 from training.options.reporting import TENSORBOARD, trackers_of
 from training.options.settings import Settings
@@ -67,9 +68,8 @@ class TensorBoardLog(TensorBoardCallback, AnswersLog):
     def log_answers(self, step: int, answers: Sequence[dict[str, Any]]) -> None:
         """One text for each prompt."""
         for number, answer in enumerate(answers):
-            prompt = "\n\n".join((answer["instruction"], answer["input"])).strip()
             # Indented text is code in Markdown, which is shown unchanged.
-            texts = printable(prompt), printable(answer["response"])
+            texts = printable(prompt_text(prompt_of_row(answer))), printable(answer["response"])
             blocks = (textwrap.indent(text or "(nothing)", "    ") for text in texts)
             self._add_text(f"answers/{number:03}", "\n\nanswer:\n\n".join(blocks), step)
 

@@ -180,12 +180,22 @@ def served_requirements() -> list[str]:
 
 
 def signature() -> ModelSignature:
-    """The model's inputs, outputs and parameters. Unity Catalog requires a signature."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema
+    """The model's inputs, outputs and parameters. Unity Catalog requires a signature.
 
+    `history` has MLflow's type for any value, and `predict` checks it: as an array of objects, MLflow would refuse JSON
+    text, messages with more keys than role and content, and a request in which only some rows have a history.
+    """
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types.schema import AnyType
+
+    inputs: list[ColSpec | TensorSpec] = [
+        ColSpec("string", "instruction"),
+        ColSpec("string", "input", required=False),
+        ColSpec(AnyType(), "history", required=False),
+    ]
     return ModelSignature(
-        inputs=Schema([ColSpec("string", "instruction"), ColSpec("string", "input", required=False)]),
+        inputs=Schema(inputs),
         outputs=Schema([ColSpec("string", "response")]),
         params=ParamSchema([ParamSpec(*parameter) for parameter in PARAMETERS]),
     )

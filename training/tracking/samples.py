@@ -20,6 +20,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from training.consts import GREEDY, SAMPLE_TOKENS
+from training.data.conversations import HISTORY, Prompt, prompt_text, row_of_prompt
 from training.model.generation import answer_batch, prompt_ids
 from training.model.loading import max_positions
 from training.ranks import broadcast
@@ -36,20 +37,19 @@ class Samples(TrainerCallback):
     """Generates sample answers. All ranks generate the same answers: ZeRO-3 needs every rank in each forward pass.
 
     Args:
-        prompts: (instruction, input) pairs without duplicates; the same on all ranks.
+        prompts: prompts without duplicates; the same on all ranks.
         every: steps between two samplings; may be a fraction.
         file: samples.jsonl, written by rank 0.
 
     Raises ValueError if the model's positions are too few for a prompt and an answer.
     """
 
-    def __init__(self, trainer: Any, prompts: list[tuple[str, str]], every: Fraction, file: Path) -> None:
+    def __init__(self, trainer: Any, prompts: list[Prompt], every: Fraction, file: Path) -> None:
         self.trainer, self.prompts, self.every, self.file = trainer, prompts, every, file
         self.tokenizer: PreTrainedTokenizerBase = trainer.processing_class
         positions = max_positions(trainer.model.config)
         self.new_tokens = min(SAMPLE_TOKENS, positions // 2)
-        instructions, inputs = zip(*prompts, strict=True)
-        self.ids = prompt_ids(self.tokenizer, instructions, inputs, positions - self.new_tokens)
+        self.ids = prompt_ids(self.tokenizer, prompts, positions - self.new_tokens)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         if not self._due(state):
@@ -69,12 +69,14 @@ class Samples(TrainerCallback):
         """Whether the last step reached a multiple of `every`; true before the first step."""
         return state.global_step // self.every > (state.global_step - 1) // self.every
 
-    def _existing_answers(self, state: TrainerState) -> set[tuple[str, str]]:
+    def _existing_answers(self, state: TrainerState) -> set[Prompt]:
         """Prompts whose answer of this step is in the file. A killed run may have written only some."""
         entries = [entry for entry in metrics.read(self.file) if entry["step"] == state.global_step]
-        return set(self.prompts) & {(entry.get("instruction"), entry.get("input")) for entry in entries}
+        columns = ("instruction", "input", HISTORY)
+        written = [{name: entry[name] for name in columns if name in entry} for entry in entries]
+        return {prompt for prompt in self.prompts if row_of_prompt(prompt) in written}
 
-    def _sample(self, state: TrainerState, existing: Collection[tuple[str, str]] = ()) -> None:
+    def _sample(self, state: TrainerState, existing: Collection[Prompt] = ()) -> None:
         """Prints all answers and writes those that are not `existing` yet. All ranks call it."""
         start = time.monotonic()
         answers = self._generate_answers()
@@ -83,10 +85,10 @@ class Samples(TrainerCallback):
         print_line(self._format_answers(state, answers, time.monotonic() - start))
         position = {"step": state.global_step, "epoch": state.epoch or 0.0}
         entries = [
-            position | {"instruction": instruction, "input": context, "response": answer}
-            for (instruction, context), answer in zip(self.prompts, answers, strict=True)
+            position | row_of_prompt(prompt) | {"response": answer}
+            for prompt, answer in zip(self.prompts, answers, strict=True)
         ]
-        new = [entry for entry in entries if (entry["instruction"], entry["input"]) not in existing]
+        new = [entry for prompt, entry in zip(self.prompts, entries, strict=True) if prompt not in existing]
         metrics.append(self.file, *new)
         callbacks = self.trainer.callback_handler.callbacks
         for log in (callback for callback in callbacks if isinstance(callback, AnswersLog)):
@@ -111,15 +113,11 @@ class Samples(TrainerCallback):
     def _format_answers(self, state: TrainerState, answers: list[str], seconds: float) -> str:
         lines = [f"{step_label(state)}  epoch {state.epoch or 0:.2f}  answers of the model, {seconds:.1f} s"]
         for prompt, answer in list(zip(self.prompts, answers, strict=True))[:MAX_PRINTED]:
-            lines.append(textwrap.indent(_prompt_text(prompt), "  "))
+            lines.append(textwrap.indent(prompt_text(prompt), "  "))
             lines.append(textwrap.indent(answer or "(nothing)", "      "))
         if len(answers) > MAX_PRINTED:
             lines.append(f"  and {len(answers) - MAX_PRINTED} more in {self.file}")
         return "\n".join(lines)
-
-
-def _prompt_text(prompt: tuple[str, str]) -> str:
-    return "\n".join(prompt).strip()
 
 
 @contextmanager
