@@ -64,8 +64,7 @@ class PrintableStreamer(TextStreamer):
     cls=CollectedOption,
     type=PathName("file"),
     metavar="FILE",
-    help="The conversation before the instruction: a .json file with OpenAI's messages, the last one an answer. A "
-    "file that --output wrote for one instruction also continues with the next one.",
+    help="The conversation before the instruction: a .json file with OpenAI's messages, or an answer of --output.",
 )
 @click.option(
     "--prompts",
