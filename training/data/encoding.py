@@ -45,17 +45,17 @@ def encode_turns(
     turns = [turn for row in rows for turn in row]
     pieces = [prompt_pieces(instruction, input) for instruction, input, _ in turns]
     different = {head for head, _ in pieces}
-    heads = {first: _encode_heads(tokenizer, different, first) for first in (True, False)}
+    first, later = (_encode_heads(tokenizer, different, begins) for begins in (True, False))
     bodies = encode_text(tokenizer, [body for _, body in pieces])
     responses = encode_text(tokenizer, [response_piece(output) for *_, output in turns])
-    encoded = zip(pieces, bodies, responses, strict=True)
-    return [
-        [
-            (heads[number == 0][head], body, response)
-            for number, ((head, _), body, response) in enumerate(islice(encoded, len(row)))
-        ]
-        for row in rows
-    ]
+    encoded = iter(zip(pieces, bodies, responses, strict=True))
+    ids = []
+    for row in rows:
+        of_row: list[tuple[list[int], list[int], list[int]]] = []
+        for (head, _), body, response in islice(encoded, len(row)):
+            of_row.append(((later if of_row else first)[head], body, response))
+        ids.append(of_row)
+    return ids
 
 
 def _encode_heads(
