@@ -65,9 +65,9 @@ def test_the_loss_of_a_row_is_that_of_stock_transformers_on_the_row_alone(
     encoded = list(encode_rows(tokenizer, columns, Ledger(rows, POSITIONS)))
     model = load_model(str(base_folder), tokenizer, torch.float32, seed=42).eval()
     found = response_losses(
-        model, tokenizer, EncodedRows([ids for _, ids, _ in encoded], [start for *_, start in encoded])
+        model, tokenizer, EncodedRows([ids for _, ids, _ in encoded], [spans[0][0] for *_, spans in encoded])
     )
-    for (_, ids, start), loss in list(zip(encoded, found, strict=True))[::7]:
+    for (_, ids, [(start, _)]), loss in list(zip(encoded, found, strict=True))[::7]:
         logits = model(torch.tensor([ids])).logits[0]
         expected = F.cross_entropy(logits[start - 1 : -1], torch.tensor(ids[start:]), reduction="sum")
         assert loss == pytest.approx(expected.item(), rel=1e-5)

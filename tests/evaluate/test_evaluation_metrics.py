@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from training.evaluate.compare import compare_categories, compare_scores
+from training.evaluate.compare import compare_groups, compare_scores
 from training.evaluate.intervals import percentile_interval, resampled_sums
 from training.evaluate.metrics import Scores, exact_matches, rouge_l
 
@@ -69,7 +69,7 @@ def test_the_difference_is_paired() -> None:
 
 def test_each_category_has_its_own_figures_the_largest_first() -> None:
     base = scores([1.0, 2.0, 3.0], [1, 1, 1])
-    found = compare_categories(base, scores([1.0, 1.0, 1.0], [1, 1, 1]), ["qa", "chat", "qa"])
+    found = compare_groups(base, scores([1.0, 1.0, 1.0], [1, 1, 1]), ["qa", "chat", "qa"])
     assert {name: part["rows"] for name, part in found.items()} == {"qa": 2, "chat": 1}
     assert list(found) == ["qa", "chat"]
     assert found["qa"]["metrics"]["loss"]["difference"]["value"] == -1.0

@@ -10,6 +10,8 @@ import mlflow
 import pytest
 from click.testing import CliRunner
 
+from tests.conftest import jsonl
+from training.data.demo_rows import demo_rows
 from training.evaluate.__main__ import main
 from training.options.trainer_options import TrainingOptions
 from training.run import finish
@@ -20,13 +22,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Those of a run of the demo, 80 steps on one CPU, that publishes, logs to MLflow and evaluates."""
+    """Those of a run on the demo's rows of one turn, 80 steps on one CPU, that publishes, logs to MLflow and evaluates."""
     folder = tmp_path_factory.mktemp("trained")
+    rows = [row for row in demo_rows() if not row.get("history")]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
         chosen = {
             "input_model": "demo",
-            "training_dataset": "demo",
+            "training_dataset": jsonl(folder / "rows.jsonl", rows),
             "max_steps": 80,
             "lr": 3e-3,
             "bf16": False,

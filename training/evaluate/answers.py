@@ -1,4 +1,6 @@
-"""Scores models on rows: the loss of each response, and the greedy answers, in batches of similar length."""
+"""Scores models on rows: the loss of each response, and the greedy answers, in batches of similar length.
+
+In a conversation the last response is scored, after the turns before it."""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ from training.data.collator import DataCollatorForCompletionOnlyLM
 from training.data.encoding import surrounding_ids
 from training.data.ledger import Ledger
 from training.data.prompt import END_KEY
-from training.data.tokens import encode_rows
+from training.data.tokens import Span, encode_rows
 from training.errors import DataError, ModelError
-from training.evaluate.compare import compare_categories, compare_scores
+from training.evaluate.compare import compare_groups, compare_scores
 from training.evaluate.metrics import Scores, exact_matches, rouge_l
 from training.files import duration
 from training.model.generation import answer_ids, load_model_tokenizer_for_generate
@@ -77,7 +79,7 @@ def compare_models(rows: Rows, base: str, tuned: str, loading: Loading) -> dict[
         scores.append(score(name, model, tokenizer, encoded_rows, rows.columns.output, loading))
         del model
         free_memory()
-    categories = rows.columns.category
+    categories, sources = rows.columns.category, rows.sources
     return {
         "base": base,
         "tuned": tuned,
@@ -87,6 +89,8 @@ def compare_models(rows: Rows, base: str, tuned: str, loading: Loading) -> dict[
             "of": rows.of,
             "chosen": rows.chosen,
             "left_out": dict(rows.dropped or {}),
+            "conversations": sum(map(bool, rows.columns.history)),
+            "shortened": rows.shortened,
         },
         "settings": {
             "decoding": "greedy",
@@ -96,13 +100,14 @@ def compare_models(rows: Rows, base: str, tuned: str, loading: Loading) -> dict[
         },
         "versions": {name: version(name) for name in ("torch", "transformers", "rouge-score")},
         "metrics": compare_scores(scores[0], scores[1], same),
-        "categories": compare_categories(scores[0], scores[1], categories, same) if categories else {},
+        "sources": compare_groups(scores[0], scores[1], sources, same) if len(set(sources)) > 1 else {},
+        "categories": compare_groups(scores[0], scores[1], categories, same) if categories else {},
     }
 
 
 @dataclass(frozen=True)
 class EncodedRows:
-    """Rows as a model sees them: `ids[row][starts[row]]` is the first token of the response, the last one the end key."""
+    """Rows as a model sees them: `ids[row][starts[row]:]` is the response that is scored, with its end key."""
 
     ids: list[list[int]]
     starts: list[int]
@@ -120,16 +125,19 @@ def encode_for(
 ) -> tuple[Rows, list[EncodedRows]]:
     """The rows that all models can take, as each tokenizer encodes them.
 
+    Training drops the last turns of a conversation that is too long. Here they are dropped as well, and of all models the
+    one that can take the fewest turns decides: all are scored on the same answer.
+
     Args:
         tokenizers: of each model, with the most tokens that a row may have.
 
     Raises DataError if no row is short enough for all of them.
     """
-    by_model: list[dict[int, tuple[list[int], int]]] = []
+    by_model: list[dict[int, tuple[list[int], list[Span]]]] = []
     for tokenizer, limit in tokenizers:
         ledger = Ledger(rows.source, min(limit, rows.max_length or limit))
         encoded = encode_rows(tokenizer, rows.columns, ledger, rows.keep_truncated)
-        by_model.append({number - 1: (ids, spans[-1][0]) for number, ids, spans in encoded})
+        by_model.append({number - 1: (ids, spans) for number, ids, spans in encoded})
     places = sorted(set.intersection(*(set(encoded) for encoded in by_model)))
     if not places:
         limit = min(limit for _, limit in tokenizers)
@@ -139,10 +147,17 @@ def encode_for(
     dropped = dict(rows.dropped or {})
     if len(places) < len(rows):
         dropped["longer than a model can take"] = len(rows) - len(places)
-    chosen = [
-        EncodedRows([encoded[i][0] for i in places], [encoded[i][1] for i in places]) for encoded in by_model
-    ]
-    return replace(rows.at(places), dropped=dropped or None), chosen
+    turns = [min(len(encoded[place][1]) for encoded in by_model) for place in places]
+    chosen = []
+    for of_model in by_model:
+        scored = [
+            (of_model[place][0], of_model[place][1][count - 1])
+            for place, count in zip(places, turns, strict=True)
+        ]
+        chosen.append(
+            EncodedRows([ids[:end] for ids, (_, end) in scored], [start for _, (start, _) in scored])
+        )
+    return replace(rows.at(places).first_turns(turns), dropped=dropped or None), chosen
 
 
 def same_tokens(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBase) -> bool:

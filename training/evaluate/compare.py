@@ -49,19 +49,22 @@ def compare_scores(
     return results
 
 
-def compare_categories(
-    base: Scores, tuned: Scores, categories: Sequence[str], same_tokens: bool = True
+def compare_groups(
+    base: Scores, tuned: Scores, groups: Sequence[str], same_tokens: bool = True
 ) -> dict[str, Any]:
-    """`compare_scores` of each category, {category: {"rows": number, "metrics": ...}}, the largest category first."""
+    """`compare_scores` of each group, {group: {"rows": number, "metrics": ...}}, the largest group first.
+
+    `groups` has the category or the source of each row.
+    """
     numbers: dict[str, list[int]] = {}
-    for number, category in enumerate(categories):
-        numbers.setdefault(category, []).append(number)
+    for number, group in enumerate(groups):
+        numbers.setdefault(group, []).append(number)
     return {
-        category: {
+        group: {
             "rows": len(rows),
             "metrics": compare_scores(rows_of(base, rows), rows_of(tuned, rows), same_tokens),
         }
-        for category, rows in sorted(numbers.items(), key=lambda item: (-len(item[1]), item[0]))
+        for group, rows in sorted(numbers.items(), key=lambda item: (-len(item[1]), item[0]))
     }
 
 

@@ -44,12 +44,14 @@ class Line:
 
 
 def sections_of(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, list[Line]]]:
-    """(title, lines) of each table of an evaluation: rows, categories, tasks."""
+    """(title, lines) of each table of an evaluation: rows, sources, categories, tasks."""
     for kind in ("held_out", "file"):
         if section := evaluation.get(kind):
             yield section["rows"]["chosen"], _lines(section["metrics"])
-            for category, part in section["categories"].items():
-                yield f"category {category or 'none'}, {part['rows']:,} rows", _lines(part["metrics"])
+            # An evaluation of an older version has no sources.
+            for noun, parts in (("source", section.get("sources", {})), ("category", section["categories"])):
+                for name, part in parts.items():
+                    yield f"{noun} {name or 'none'}, {part['rows']:,} rows", _lines(part["metrics"])
     if section := evaluation.get("tasks"):
         lines = [
             Line(f"{task} {metric}", metric.split()[0], models)
@@ -77,6 +79,14 @@ def notes_of(evaluation: Mapping[str, Any]) -> list[str]:
             "a base was never trained on Dolly's control tokens: it stops by itself if it writes EOS, or one by chance"
         )
         notes += [f"{count:,} rows are left out: {reason}" for reason, count in rows["left_out"].items()]
+        if conversations := rows.get("conversations"):
+            notes.append(
+                f"{conversations:,} rows are conversations: only their last answer is scored, also in the loss"
+            )
+        if shortened := rows.get("shortened"):
+            notes.append(
+                f"{shortened:,} conversations are longer than a model can take: their last turns are left out"
+            )
         if not settings["same_tokens"]:
             notes.append(
                 "the models have other tokens, so loss, perplexity and length cannot be compared; the metrics of texts can"

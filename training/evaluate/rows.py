@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -26,7 +27,8 @@ class Rows:
     """Rows to evaluate models on, in a seeded order.
 
     Attributes:
-        columns: instruction, input, output and, if the source has it, category of each row.
+        columns: instruction, input, output, history and, if the source has it, category of each row. The output is the
+            answer that is scored.
         numbers: number of each row in its source, from 1.
         source: the file, dataset or "demo" that they come from.
         of: number of rows that could have been chosen.
@@ -34,6 +36,8 @@ class Rows:
         max_length: the longest row in tokens that training kept; None for the limit of the model.
         keep_truncated: whether training cut longer rows there, instead of dropping them.
         dropped: rows of the source that cannot be used, by reason.
+        sources: the label of the source of each row; empty if all come from one.
+        shortened: number of conversations whose last turns are left out, because they are too long.
     """
 
     columns: Columns
@@ -44,6 +48,8 @@ class Rows:
     max_length: int | None = None
     keep_truncated: bool = False
     dropped: Mapping[str, int] | None = None
+    sources: Sequence[str] = ()
+    shortened: int = 0
 
     def __len__(self) -> int:
         return len(self.numbers)
@@ -56,22 +62,38 @@ class Rows:
 
     def at(self, places: Sequence[int]) -> Rows:
         """The rows at these places."""
-        return replace(self, columns=_at(self.columns, places), numbers=[self.numbers[i] for i in places])
+        return replace(
+            self,
+            columns=_at(self.columns, places),
+            numbers=[self.numbers[i] for i in places],
+            sources=[self.sources[i] for i in places] if self.sources else (),
+        )
 
-    def as_dicts(self) -> list[dict[str, str]]:
-        """The rows as {"instruction", "input", "output"}."""
-        columns = self.columns
-        values = zip(columns.instruction, columns.input, columns.output, strict=True)
-        return [{"instruction": a, "input": b, "output": c} for a, b, c in values]
+    def first_turns(self, counts: Sequence[int]) -> Rows:
+        """The rows with their first turns, as many as `counts` says for each: the answer of the last one is scored."""
+        columns, shortened = _first_turns(self.columns, counts)
+        return replace(self, columns=columns, shortened=shortened)
 
 
 def _at(columns: Columns, places: Sequence[int]) -> Columns:
     parts = {
         name: [getattr(columns, name)[place] for place in places]
-        for name in ("instruction", "input", "output", "category")
+        for name in ("instruction", "input", "output", "category", "history")
         if getattr(columns, name)
     }
     return Columns(**{"instruction": [], "input": [], "output": []} | parts)
+
+
+def _first_turns(columns: Columns, counts: Sequence[int]) -> tuple[Columns, int]:
+    """(columns with the first turns of each row, number of rows that lost any)."""
+    whole = [columns.turns(row) for row in range(len(columns))]
+    if [len(turns) for turns in whole] == list(counts):
+        return columns, 0
+    last = [turns[count - 1] for turns, count in zip(whole, counts, strict=True)]
+    history = [turns[: count - 1] for turns, count in zip(columns.history, counts, strict=True)]
+    shortened = sum(len(turns) > count for turns, count in zip(whole, counts, strict=True))
+    instruction, input, output = (list(texts) for texts in zip(*last, strict=True))
+    return Columns(instruction, input, output, category=columns.category, history=history), shortened
 
 
 def held_out_rows(folder: Path, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase) -> Rows:
@@ -139,18 +161,30 @@ def _max_length(folder: Path, run: Mapping[str, Any], tokenizer: PreTrainedToken
 def file_rows(source: str, seed: int = DEFAULT_SEED) -> Rows:
     """The rows of a file, a folder or a dataset on the Hub, in a seeded order. Raises DataError without usable rows."""
     columns = read_columns(source)
-    usable = [i for i in range(len(columns)) if columns.output[i].strip() and columns.instruction[i].strip()]
+    reasons = [_unusable(columns, row) for row in range(len(columns))]
+    usable = [row for row, reason in enumerate(reasons) if reason is None]
+    dropped = Counter(reason for reason in reasons if reason is not None)
     if not usable:
+        found = ", ".join(f"{count:,} rows: {reason}" for reason, count in dropped.items())
         raise DataError(
-            f"{source}: no row has an instruction and an output. An evaluation compares answers with the outputs"
+            f"{source}: no row has an instruction and an output ({found}). An evaluation compares answers with the "
+            "outputs"
         )
     places = [usable[i] for i in np.random.default_rng(seed).permutation(len(usable))]
-    left_out = len(columns) - len(usable)
     return Rows(
         _at(columns, places),
         [place + 1 for place in places],
         source,
         len(places),
         f"the {len(places):,} rows of {source} (in an order of seed {seed})",
-        dropped={"empty instruction or output": left_out} if left_out else None,
+        dropped=dict(dropped) or None,
     )
+
+
+def _unusable(columns: Columns, row: int) -> str | None:
+    """Why training would not use a row; None if it would."""
+    if row in columns.unusable:
+        return columns.unusable[row].reason
+    turns = columns.turns(row)
+    filled = all(instruction.strip() and output.strip() for instruction, _, output in turns)
+    return None if filled else "empty instruction or output"

@@ -28,7 +28,7 @@ ENDS = {"value": "", "low": "_low", "high": "_high"}  # suffixes of a figure and
 def evaluation_figures(evaluation: Mapping[str, Any]) -> dict[str, float]:
     """The figures of evaluation.json by MLflow name: evaluation/held_out/rouge_l/tuned, and .../tuned_low and _high.
 
-    Categories are left out: their names may be any text.
+    A source is evaluation/held_out/sources/alpaca/rouge_l/tuned. Categories are left out: their names may be any text.
     """
     figures = {}
     for path, metrics in _tables(evaluation):
@@ -45,6 +45,8 @@ def _tables(evaluation: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, A
     for kind in ("held_out", "file"):
         if kind in evaluation:
             yield kind, evaluation[kind]["metrics"]
+            for label, part in evaluation[kind].get("sources", {}).items():
+                yield f"{kind}/sources/{label}", part["metrics"]
     for task, part in evaluation.get("tasks", {}).get("tasks", {}).items():
         yield f"tasks/{task}", part["metrics"]
 
