@@ -22,8 +22,8 @@ from tests.model.tokenizer_kinds import (
     unigram,
     unigram_pieces,
 )
-from training.data.columns import REQUIRED, Columns, columns_of
-from training.data.conversations import Prompt
+from training.data.columns import REQUIRED, Columns
+from training.data.conversations import Prompt, read_turns
 from training.data.encoding import encode_text, guarded_tokens, surrounding_ids
 from training.data.json_rows import table_of
 from training.data.ledger import Ledger
@@ -100,7 +100,8 @@ def assert_same_ids(tokenizer: PreTrainedTokenizerBase, stock: PreTrainedTokeniz
     for instruction, input, response in ROWS:
         question = f"{instruction}\n\n{INPUT_KEY}\n{input}" if input else instruction
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": response}]
-    columns = columns_of([table_of([{"messages": messages}], "rows")], "rows", REQUIRED)
+    columns = Columns([""], [""], [""])
+    read_turns([table_of([{"messages": messages}], "rows")], columns, REQUIRED)
     [(_, ids, _)] = encode_rows(tokenizer, columns, Ledger("rows", 10_000))
     for other in (tokenizer, stock):
         assert other.apply_chat_template(messages)["input_ids"] == ids, "conversation"

@@ -4,23 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from training.data.conversations import (
-    CONVERSATIONS,
-    HISTORY,
-    NO_ANSWER,
-    NO_QUESTION,
-    ConversationError,
-    History,
-    Prompt,
-    conversation_of,
-    history_of,
-    other_keys,
-    turns_of,
-)
-from training.data.table import Table, and_more, is_unicode, listed, named, short_repr, text_of
+from training.data.table import CONVERSATIONS, Table, and_more, is_unicode, listed, short_repr, text_of
 from training.errors import DataError, printable
+
+if TYPE_CHECKING:
+    from training.data.conversations import ConversationError, History
 
 # Alpaca's name first, then dolly-15k's.
 COLUMN_NAMES = {
@@ -72,18 +62,14 @@ class Columns:
     def __len__(self) -> int:
         return len(self.instruction)
 
-    def turns(self, row: int) -> list[tuple[str, str, str]]:
-        """(instruction, input, output) of each turn of a row, by its place from 0."""
-        if not self.history:  # most datasets: as fast as possible
-            return [(self.instruction[row], self.input[row], self.output[row])]
-        prompt = Prompt(self.instruction[row], self.input[row], self.history[row])
-        return turns_of(prompt, self.output[row])
 
+def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) -> tuple[Columns, list[str]]:
+    """(columns, names of the columns that are not read) of one dataset from its tables. Raises DataError.
 
-def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) -> Columns:
-    """The columns of one dataset from its tables. Raises DataError."""
+    Rows without the required columns are "" if there is a column of conversations.
+    """
     if not any(table.count or table.names for table in tables):
-        return Columns([], [], [])
+        return Columns([], [], []), []
     names = list(dict.fromkeys(name for table in tables for name in table.names))
     for table in tables:
         if repeated := next((name for name in KNOWN if table.names.count(name) > 1), None):
@@ -98,69 +84,10 @@ def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) 
             getattr(columns, key).extend(_texts(values, key, table.source))
         columns.not_read += table.not_read
     columns.category = _categories(tables)
-    read = _add_turns(tables, columns, required)
-    unread = [name for name in names if name not in (*matched.values(), *read)]
+    unread = [name for name in names if name not in matched.values()]
     if RENDERED in unread and _is_rendered(tables[0], columns.output):
         unread.remove(RENDERED)
-    if unread:
-        columns.not_read.insert(0, named("column", unread))
-    return columns
-
-
-def _add_turns(tables: Sequence[Table], columns: Columns, required: tuple[str, ...]) -> set[str]:
-    """Reads conversations, and the turns before a row. Returns the names of the columns that were read.
-
-    A row with an instruction and an output of its own is not a conversation; its column 'history' is read.
-    """
-    read: set[str] = set()
-    keys: set[str] = set()
-    histories: list[History] = [()] * len(columns)
-    start = 0
-    for table in tables:
-        for name in (*CONVERSATIONS, HISTORY):
-            values = table.values(name) if table.names.count(name) == 1 else []
-            if name == HISTORY and not all(isinstance(value, list | None) for value in values):
-                continue  # something else of that name
-            for place, value in enumerate(values, start):
-                own = all(getattr(columns, key)[place] for key in required)
-                if value is None or own != (name == HISTORY) or place in columns.unusable:
-                    continue
-                read.add(name)
-                try:
-                    histories[place] = _set_turns(columns, place, value, name == HISTORY, required)
-                    keys |= other_keys(value)
-                except ConversationError as error:
-                    columns.unusable[place] = error
-                    columns.instruction[place] = columns.input[place] = columns.output[place] = ""
-        start += table.count
-    if any(histories):
-        columns.history = histories
-    if keys:
-        columns.not_read.append(f"{named('key', sorted(keys))} of messages")
-    return read
-
-
-def _set_turns(
-    columns: Columns, place: int, value: Any, is_history: bool, required: tuple[str, ...]
-) -> History:
-    """Sets the last turn of a row from its conversation, and returns the turns before it."""
-    if is_history:
-        turns, system = history_of(value)
-        columns.instruction[place] = system + columns.instruction[place]
-        return turns
-    conversation = conversation_of(value)
-    if required != REQUIRED and conversation.question is not None:  # a prompt
-        columns.instruction[place] = conversation.system + conversation.question
-        return conversation.turns
-    if required != REQUIRED and (conversation.system or not conversation.turns):
-        raise ConversationError(NO_QUESTION, "no question. End with a user message")
-    if not conversation.turns:
-        raise ConversationError(NO_ANSWER, "no assistant turn, so there is nothing to learn")
-    *history, last = conversation.turns
-    columns.instruction[place], columns.output[place] = last.system + last.question, last.answer
-    if conversation.question is not None or conversation.system:
-        columns.unanswered.append(place + 1)
-    return tuple(history)
+    return columns, unread
 
 
 def _categories(tables: Sequence[Table]) -> list[str]:

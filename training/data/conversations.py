@@ -5,16 +5,16 @@ next question, as in the chat template (`training/data/prompt.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.data.prompt import GAP, TEXT_PARTS, question
-from training.data.table import is_unicode, short_repr, text_of
+from training.data.table import CONVERSATIONS, HISTORY, Table, is_unicode, named, short_repr, text_of
 from training.errors import DataError
 
-# The names of the columns: OpenAI's, ShareGPT's, and that of lmsys-chat and WildChat.
-CONVERSATIONS = ("messages", "conversations", "conversation")
-HISTORY = "history"  # a column beside instruction and output: the turns before them
+if TYPE_CHECKING:
+    from training.data.columns import Columns
+
 SYSTEM, USER, ASSISTANT = "system", "user", "assistant"
 # OpenAI's roles first, then ShareGPT's.
 ROLES = {"system": SYSTEM, "developer": SYSTEM, "user": USER, "assistant": ASSISTANT,
@@ -266,3 +266,68 @@ def prompt_text(prompt: Prompt) -> str:
         return last
     messages = [*messages_of(prompt)[:-1], {"role": USER, "content": last}]
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def row_turns(columns: Columns, row: int) -> list[tuple[str, str, str]]:
+    """(instruction, input, output) of each turn of a row, by its place from 0."""
+    if not columns.history:  # most datasets: as fast as possible
+        return [(columns.instruction[row], columns.input[row], columns.output[row])]
+    prompt = Prompt(columns.instruction[row], columns.input[row], columns.history[row])
+    return turns_of(prompt, columns.output[row])
+
+
+def read_turns(tables: Sequence[Table], columns: Columns, required: Collection[str]) -> set[str]:
+    """Adds conversations, and the turns before a row, to `columns`. Returns the names of the columns that were read.
+
+    A row with an instruction and an output of its own is not a conversation; its column 'history' is read.
+    """
+    read: set[str] = set()
+    keys: set[str] = set()
+    histories: list[History] = [()] * len(columns)
+    start = 0
+    for table in tables:
+        for name in (*CONVERSATIONS, HISTORY):
+            values = table.values(name) if table.names.count(name) == 1 else []
+            if name == HISTORY and not all(isinstance(value, list | None) for value in values):
+                continue  # something else of that name
+            for place, value in enumerate(values, start):
+                own = all(getattr(columns, key)[place] for key in required)
+                if value is None or own != (name == HISTORY) or place in columns.unusable:
+                    continue
+                read.add(name)
+                try:
+                    histories[place] = _set_turns(columns, place, value, name == HISTORY, required)
+                    keys |= other_keys(value)
+                except ConversationError as error:
+                    columns.unusable[place] = error
+                    columns.instruction[place] = columns.input[place] = columns.output[place] = ""
+        start += table.count
+    if any(histories):
+        columns.history = histories
+    if keys:
+        columns.not_read.append(f"{named('key', sorted(keys))} of messages")
+    return read
+
+
+def _set_turns(
+    columns: Columns, place: int, value: Any, is_history: bool, required: Collection[str]
+) -> History:
+    """Sets the last turn of a row from its conversation, and returns the turns before it."""
+    if is_history:
+        turns, system = history_of(value)
+        columns.instruction[place] = system + columns.instruction[place]
+        return turns
+    conversation = conversation_of(value)
+    is_prompt = "output" not in required
+    if is_prompt and conversation.question is not None:
+        columns.instruction[place] = conversation.system + conversation.question
+        return conversation.turns
+    if is_prompt and (conversation.system or not conversation.turns):
+        raise ConversationError(NO_QUESTION, "no question. End with a user message")
+    if not conversation.turns:
+        raise ConversationError(NO_ANSWER, "no assistant turn, so there is nothing to learn")
+    *history, last = conversation.turns
+    columns.instruction[place], columns.output[place] = last.system + last.question, last.answer
+    if conversation.question is not None or conversation.system:
+        columns.unanswered.append(place + 1)
+    return tuple(history)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from training.data.conversations import ConversationError
 from training.errors import DataError, printable
 from training.files import write_json
+
+if TYPE_CHECKING:
+    from training.data.conversations import ConversationError
 
 EMPTY_RESPONSE = "empty response"
 EMPTY_INSTRUCTION = "empty instruction"

@@ -14,12 +14,11 @@ from training.consts import DEMO
 from training.data.columns import KNOWN, REQUIRED, Columns, columns_of
 from training.data.conversations import (
     ASSISTANT,
-    CONVERSATIONS,
-    HISTORY,
     ConversationError,
     Prompt,
     history_of,
     messages_of,
+    read_turns,
 )
 from training.data.demo_rows import demo_rows
 from training.data.folders import TRAIN, is_saved_dataset, parts_of
@@ -34,7 +33,7 @@ from training.data.formats import (
 )
 from training.data.json_rows import json_table, table_of
 from training.data.source_names import path_exists
-from training.data.table import Table, and_more, kind_of, listed, named, short_repr
+from training.data.table import CONVERSATIONS, HISTORY, Table, and_more, kind_of, listed, named, short_repr
 from training.errors import DataError, TooFewRowsError, offline_note
 from training.files import is_hub_name, local_path
 
@@ -62,11 +61,20 @@ def read_columns(source: str, selection: Mapping[str, str] | None = None) -> Col
         tables, not_read, files = _read_folder(path)
     else:
         tables = [_read_table(path, KINDS)]
-    columns = columns_of(tables, source, REQUIRED)
+    columns = _columns_of(tables, source, REQUIRED)
     columns.files = files
     columns.not_read += not_read
     if not len(columns):
         raise TooFewRowsError(source, 0)
+    return columns
+
+
+def _columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) -> Columns:
+    """The columns of one dataset from its tables, with the turns of its conversations. Raises DataError."""
+    columns, unread = columns_of(tables, source, required)
+    read = read_turns(tables, columns, required)
+    if unread := [name for name in unread if name not in read]:
+        columns.not_read.insert(0, named("column", unread))
     return columns
 
 
@@ -182,7 +190,7 @@ def read_prompts(file: str, unique: bool = True) -> list[Prompt]:
     table = _read_typed(file, PROMPT_KINDS)
     if not table.count:
         raise DataError(f"{file}: has no instructions")
-    columns = columns_of([table], file, required=("instruction",))
+    columns = _columns_of([table], file, required=("instruction",))
     _refuse_unusable(columns, file)
     if HISTORY in table.names:
         for number, value in enumerate(table.values(HISTORY), start=1):
@@ -214,7 +222,7 @@ def read_history(file: str) -> list[Any]:
     elif name := next((name for name in CONVERSATIONS if name in table.names), None):
         [messages] = table.values(name)
     else:
-        row = columns_of([table], file, REQUIRED)
+        row = _columns_of([table], file, REQUIRED)
         _refuse_unusable(row, file)
         history = row.history[0] if row.history else ()
         answered = Prompt(row.instruction[0], row.input[0], history)

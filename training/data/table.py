@@ -7,6 +7,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# Columns of conversations: OpenAI's, ShareGPT's, and that of lmsys-chat and WildChat.
+CONVERSATIONS = ("messages", "conversations", "conversation")
+HISTORY = "history"  # a column beside instruction and output: the turns before them
+
 FIRST = 10  # rows that a message lists
 NAMED = 20  # names of columns or files that a message lists
 COMPRESSED = (".gz", ".zst")  # suffixes behind the suffix of the kind

@@ -15,6 +15,7 @@ import tokenizers
 from transformers import PreTrainedTokenizerBase
 
 from training.consts import LEDGER_FILE
+from training.data.conversations import row_turns
 from training.data.encoding import encode_turns, surrounding_ids
 from training.data.ledger import (
     EMPTY_INSTRUCTION,
@@ -65,7 +66,7 @@ def encode_rows(
     keys = tokenizer.convert_tokens_to_ids([RESPONSE_KEY, END_KEY])
     for start in range(0, len(columns), ROWS_PER_TOKENIZER_CALL):
         rows = range(start, min(start + ROWS_PER_TOKENIZER_CALL, len(columns)))
-        texts = [columns.turns(row) for row in rows]
+        texts = [row_turns(columns, row) for row in rows]
         for row, turns, pieces in zip(rows, texts, encode_turns(tokenizer, texts), strict=True):
             ledger.rows_read += 1
             if row in columns.unusable:

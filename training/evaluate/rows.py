@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from training.consts import DEFAULT_SEED, LEDGER_FILE
 from training.data.columns import Columns
+from training.data.conversations import row_turns
 from training.data.held_out import rows_digest, split_held_out
 from training.data.rows import read_columns
 from training.data.source_names import sources_of
@@ -86,7 +87,7 @@ def _at(columns: Columns, places: Sequence[int]) -> Columns:
 
 def _first_turns(columns: Columns, counts: Sequence[int]) -> tuple[Columns, int]:
     """(columns with the first turns of each row, number of rows that lost any)."""
-    whole = [columns.turns(row) for row in range(len(columns))]
+    whole = [row_turns(columns, row) for row in range(len(columns))]
     if [len(turns) for turns in whole] == list(counts):
         return columns, 0
     last = [turns[count - 1] for turns, count in zip(whole, counts, strict=True)]
@@ -185,6 +186,6 @@ def _unusable(columns: Columns, row: int) -> str | None:
     """Why training would not use a row; None if it would."""
     if row in columns.unusable:
         return columns.unusable[row].reason
-    turns = columns.turns(row)
+    turns = row_turns(columns, row)
     filled = all(instruction.strip() and output.strip() for instruction, _, output in turns)
     return None if filled else "empty instruction or output"

@@ -20,7 +20,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback, TrainerState
 
 from training.consts import GREEDY, SAMPLE_TOKENS
-from training.data.conversations import HISTORY, Prompt, prompt_text, row_of_prompt
+from training.data.conversations import Prompt, prompt_text, row_of_prompt
+from training.data.table import HISTORY
 from training.model.generation import answer_batch, prompt_ids
 from training.model.loading import max_positions
 from training.ranks import broadcast
