@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -84,27 +83,21 @@ class Run:
 
     def pids(self, kind: str) -> list[int]:
         """Processes of this run: its "ranks", their "supervisors", DeepSpeed's "launcher", or "all" of them."""
-        found: dict[int, tuple[int, str]] = {}
+        found: dict[int, str] = {}
         for process in Path("/proc").glob("[0-9]*"):
             try:
                 words = (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
-                state, parent = (process / "stat").read_text().rpartition(")")[2].split()[:2]
+                environment = (process / "environ").read_bytes()
+                state = (process / "stat").read_text().rpartition(")")[2].split()[0]
             except (OSError, ValueError):
                 continue  # the process has just ended
             if str(self.folder) in words and state != "Z":
                 module = "launcher" if any("launcher.launch" in word for word in words) else "runner"
                 if "training.trainer" in words and "--module" not in words and module != "launcher":
-                    module = "trainer"
-                found[int(process.name)] = (int(parent), module)
-        trainers, launchers = (
-            {pid for pid, (_, module) in found.items() if module == name} for name in ("trainer", "launcher")
-        )
-        # A child that has not begun its own program yet still counts as its supervisor.
-        ranks = {pid for pid in trainers if found[pid][0] in trainers and supervised(pid)}
-        supervisors = trainers - ranks
-        return sorted(
-            {"all": set(found), "rank": ranks, "supervisor": supervisors, "launcher": launchers}[kind]
-        )
+                    # A child that has not begun its own program yet is like its supervisor.
+                    module = "rank" if f"{SUPERVISED}=".encode() in environment else "supervisor"
+                found[int(process.name)] = module
+        return sorted(pid for pid, module in found.items() if kind in ("all", module))
 
     def wait_until(self, reached: Callable[[], bool]) -> bool:
         """Waits for the state. Returns False if the run ended first."""
@@ -157,13 +150,6 @@ class Run:
 
     def placing(self) -> bool:
         return (self.folder / UNFINISHED).exists() or (self.folder / "model.safetensors").exists()
-
-
-def supervised(pid: int) -> bool:
-    """Whether the process was started by a supervisor, and not only forked."""
-    with contextlib.suppress(OSError):  # it has just ended
-        return f"{SUPERVISED}=".encode() in (Path("/proc") / str(pid) / "environ").read_bytes()
-    return False
 
 
 @pytest.fixture
