@@ -88,6 +88,45 @@ def test_a_cpu_trains_the_demos_model_and_its_number_of_held_out_rows_is_for_the
     assert (options.input_model, options.test_size) == (model, test_size)
 
 
+def test_the_help_of_the_datasets_says_how_to_name_several(flow: Any) -> None:
+    parameter = flow.option("training_dataset")
+    parameter.init()
+    assert parameter.kwargs["help"].endswith("Several are separated by commas.  [default: tatsu-lab/alpaca]")
+
+
+@pytest.mark.parametrize(
+    ("typed", "more", "sources"),
+    [
+        ("a/b, rows.csv", "", ("a/b", "{}/rows.csv")),
+        ("a/b,rows.csv", "--training-dataset demo", ("demo",)),
+        (None, "--training-dataset demo --training-dataset=a/b", ("demo", "a/b")),
+        (None, "", ("demo",)),
+    ],
+)
+def test_the_parameter_takes_several_datasets_and_those_of_trainer_options_replace_them(
+    flow: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: str | None,
+    more: str,
+    sources: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "rows.csv").write_text("")
+    run = stand_in(
+        flow,
+        gpu_family="cpu",
+        ranks=2,
+        all_ranks=2,
+        folder="run",
+        training_dataset=typed,
+        trainer_options=more,
+    )
+    run.output = f"{tmp_path}/run/model"
+    options = flow.TrainDollyFlow._options(run, find_machine("8xA100-40GB"), True)
+    assert options.training_dataset == tuple(source.format(tmp_path) for source in sources)
+
+
 @pytest.mark.parametrize(
     ("typed", "expected"),
     [

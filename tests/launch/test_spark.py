@@ -36,9 +36,10 @@ pytestmark = [
 
 def test_all_problems_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mine.jsonl").touch()
+    for name in ("mine.jsonl", "more.jsonl"):
+        (tmp_path / name).touch()
     options = {
-        "training_dataset": "mine.jsonl",
+        "training_dataset": ("mine.jsonl", "a/b", "more.jsonl"),
         "input_model": "EleutherAI/gpt-j-6B",
         "local_output_dir": "out",
         "dbfs_output_dir": "s3://bucket/dolly",
@@ -47,14 +48,15 @@ def test_all_problems_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(OptionsError) as refused:
         launch_on_spark(options, num_nodes=1, gpus_per_node=0)
     problems = refused.value.problems
-    assert len(problems) == 6
+    assert len(problems) == 7
     assert "1 nodes: expected 2 or more" in problems[0]
     assert "0 ranks per node" in problems[1]
     assert "--deepspeed is missing" in problems[2]
     relative = "is a relative path, and the nodes have other working folders"
     assert f"--local-output-dir out: {relative}. Type {tmp_path}/out" in problems[3]
     assert f"--training-dataset mine.jsonl: {relative}. Type {tmp_path}" in problems[4]
-    assert "no active Spark session" in problems[5]
+    assert f"--training-dataset more.jsonl: {relative}. Type {tmp_path}" in problems[5]
+    assert "no active Spark session" in problems[6]
 
 
 def test_a_missing_pyspark_is_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:

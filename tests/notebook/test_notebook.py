@@ -249,9 +249,13 @@ def test_relative_paths_of_datasets_become_absolute(tmp_path: Path, monkeypatch:
 
 def test_all_problems_of_the_widgets_are_reported_at_once(tmp_path: Path) -> None:
     wrong = {"num_gpus": "many", "epochs": "nan", "num_nodes": "0", "resume": "b"}
+    wrong["training_dataset"] = "s3://b/c.csv, demo, ~nobody-here/x"
     with pytest.raises(errors.RunRefusedError) as refused:
         cell_functions.read_widgets(widgets(local_training_root=folder_with_stopped_run(tmp_path), **wrong))
+    dataset = "Name a file, a folder of files, or a dataset on the Hub"
     assert str(refused.value).splitlines() == [
+        f"training_dataset s3://b/c.csv: is a URL. {dataset}",
+        f"training_dataset ~nobody-here/x: there is no user 'nobody-here'. {dataset}",
         f"resume b: no such run in {tmp_path}. Existing runs: dolly__a. Leave it empty for a new run",
         "num_nodes 0: expected a whole number above 0",
         "num_gpus many: expected a whole number above 0",

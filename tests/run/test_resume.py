@@ -341,6 +341,19 @@ def test_a_stopped_run_resumes_with_the_same_rows_losses_dropout_and_weights(
             assert checkpoint.read_manifest(folder)["eval_loss"] == theirs["eval_loss"]
 
 
+def test_a_run_of_an_earlier_version_that_recorded_its_dataset_as_a_text_resumes(
+    train_small: TrainFunction, rows: str, tmp_path: Path
+) -> None:
+    output, changed = tmp_path / "out", {"max_steps": 3}
+    train_small(output, stop_at=2, **changed)
+    former = json.loads((output / "run.json").read_text())
+    assert former["options"]["training_dataset"] == [rows]
+    write_run_record(output, former | {"options": former["options"] | {"training_dataset": rows}})
+    record, _ = train_small(output, **changed)
+    assert (record["status"], record["id"], record["rows"]) == ("finished", former["id"], former["rows"])
+    assert f"on `{rows}` (licence: unknown)" in (output / "README.md").read_text()
+
+
 def test_a_finished_run_is_not_changed_and_the_best_model_can_be_chosen_later(
     train_small: TrainFunction, copied: Path
 ) -> None:
