@@ -338,7 +338,7 @@ class Run:
 
     def _take_answer(self, entry: Mapping[str, Any]) -> None:
         step = float(entry["step"])
-        prompt = _cut("\n".join(str(entry[name]) for name in ("instruction", "input") if entry.get(name)))
+        prompt = _prompt_text(entry)
         stage = self.answers.setdefault(step, {})
         self.epochs[step] = number(entry.get("epoch"))
         if prompt in stage or len(stage) < PROMPTS:
@@ -450,6 +450,16 @@ def error_text(error: BaseException | str | None) -> str:
 
 def _figure(value: float | None, form: str) -> str:
     return "?" if value is None else form.format(value)
+
+
+def _prompt_text(entry: Mapping[str, Any]) -> str:
+    """The prompt of a line of samples.jsonl. A conversation keeps its end, which has the question."""
+    text = "\n".join(str(entry[name]) for name in ("instruction", "input") if entry.get(name))
+    turns = [f"{turn['role']}: {turn['content']}" for turn in entry.get("history") or ()]
+    if not turns:
+        return _cut(text)
+    text = "\n".join([*turns, f"user: {text}"])
+    return text if len(text) <= ANSWER_CHARACTERS else "…" + text[1 - ANSWER_CHARACTERS :]
 
 
 def _cut(text: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 from notebooks.found import default_training_root, lost_model_problem
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
+from training.data.conversations import prompt_of_row, prompt_text
 from training.data.source_names import split_sources
 from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError, printable
 from training.files import PathKind, expanded, local_path, path_problem
@@ -313,30 +314,29 @@ def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, str]]
     ]
 
 
-def write_prompts(choices: Choices, rows: Sequence[Mapping[str, str]]) -> str:
+def write_prompts(choices: Choices, rows: Sequence[Mapping[str, Any]]) -> str:
     """Writes the rows to a file for --sample-prompts and returns its name.
 
     The file is beside the run's folder, which must be empty when training starts.
     """
     file = choices.output.with_name(f"{choices.name}.prompts.jsonl")
     file.parent.mkdir(parents=True, exist_ok=True)
-    lines = (json.dumps({key: row[key] for key in ("instruction", "input")}) for row in rows)
+    lines = (json.dumps({key: row[key] for key in row if key != "output"}) for row in rows)
     file.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(file)
 
 
-def generate_answers(model: str, rows: Sequence[Mapping[str, str]]) -> list[str]:
-    """A model's answers to rows with `instruction` and optional `input`. Loads the model and frees its memory."""
+def generate_answers(model: str, rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A model's answers to the prompts of rows. Loads the model and frees its memory."""
     import torch
     import transformers
 
-    from training.model.generation import generate_responses, load_model_tokenizer_for_generate
+    from training.model.generation import answer_prompts, load_model_tokenizer_for_generate
 
     transformers.utils.logging.disable_progress_bar()
     loaded, tokenizer = load_model_tokenizer_for_generate(model)
     transformers.set_seed(DEFAULT_SEED)
-    instructions, inputs = [row["instruction"] for row in rows], [row.get("input") for row in rows]
-    texts = generate_responses(instructions, inputs, model=loaded, tokenizer=tokenizer)
+    texts = answer_prompts([prompt_of_row(row) for row in rows], model=loaded, tokenizer=tokenizer)
     del loaded
     gc.collect()
     if torch.cuda.is_available():
@@ -369,12 +369,16 @@ class Table:
         return printable("\n".join(lines))
 
 
+def shown_prompt(row: Mapping[str, Any]) -> str:
+    """The text of a row's prompt, with the turns before it."""
+    return prompt_text(prompt_of_row(row))
+
+
 def answers_by_step(samples: Sequence[Mapping[str, Any]]) -> Table:
     """Table of samples.jsonl: one row per prompt, one column per step."""
     steps = sorted({entry["step"] for entry in samples})
     responses: dict[str, dict[int, str]] = {}
     for entry in samples:
-        prompt = f"{entry['instruction']}\n{entry['input']}".strip()
-        responses.setdefault(prompt, {})[entry["step"]] = entry["response"]
+        responses.setdefault(shown_prompt(entry), {})[entry["step"]] = entry["response"]
     rows = [[prompt, *(answers.get(step, "") for step in steps)] for prompt, answers in responses.items()]
     return Table(["instruction", *(f"step {step:,}" for step in steps)], rows)

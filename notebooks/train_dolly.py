@@ -207,7 +207,7 @@ print("held-out loss {before:.3f} before, {after:.3f} after".format(**record["he
 # COMMAND ----------
 
 cells.finished_record(choices)
-texts = [f"{row['instruction']}\n{row['input']}".strip() for row in prompts]
+texts = [cells.shown_prompt(row) for row in prompts]
 before = cells.generate_answers(choices.input_model, prompts)
 after = cells.generate_answers(str(choices.output), prompts)
 columns = zip(texts, before, after, [row["output"] for row in prompts], strict=True)

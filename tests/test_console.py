@@ -71,6 +71,10 @@ def test_notebook_model_card_and_pictures_show_any_text(tmp_path: Path) -> None:
         assert "[31mred" in text
         assert not HARMFUL & set(text)
     assert "<b>" not in table._repr_html_()
+    turns = [{"role": "user", "content": "Name a river."}, {"role": "assistant", "content": "The Rhine"}]
+    chat = {"step": 1, "instruction": "Why?", "input": "", "history": turns, "response": "a"}
+    rows = answers_by_step([chat, {"step": 1, "instruction": "Why?", "input": "", "response": "b"}]).rows
+    assert rows == [["user: Name a river.\nassistant: The Rhine\nuser: Why?", "a"], ["Why?", "b"]]
 
     options = {"input_model": f"{NASTY}\nmodel", "training_dataset": NASTY.replace("\ud800", "")}
     losses = {"held_out_loss": {"before": 2.0, "after": 1.0}}

@@ -368,6 +368,23 @@ def test_answers_have_one_column_per_stage(tmp_path: Path) -> None:
     )
 
 
+def test_prompts_with_the_same_question_are_told_apart_by_the_turns_before_it(tmp_path: Path) -> None:
+    asked = [(name, [{"role": "user", "content": text}, {"role": "assistant", "content": name}])
+             for name, text in (("a", "Hi."), ("b", "Hi."), ("c", "Long text " * 100))]  # fmt: skip
+    for response, history in [("none", []), *asked]:
+        entry = {"step": 0, "instruction": "Why?", "input": "", "history": history}
+        append(tmp_path / SAMPLES_FILE, entry | {"response": response})
+    _, rows = read_run(tmp_path).answer_table()
+    assert rows[:3] == [
+        ["Why?", "none"],
+        ["user: Hi.\nassistant: a\nuser: Why?", "a"],
+        ["user: Hi.\nassistant: b\nuser: Why?", "b"],
+    ]
+    prompt, answer = rows[3]
+    assert (len(prompt), answer) == (gpu_profile.ANSWER_CHARACTERS, "c")
+    assert prompt.endswith("Long text \nassistant: c\nuser: Why?"), "the question is seen"
+
+
 def test_of_many_stages_first_last_and_some_between_are_shown(tmp_path: Path) -> None:
     for step in range(0, 5000, 10):
         for prompt in range(30):

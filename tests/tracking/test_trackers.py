@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
-from tests.conftest import problems_of
+from tests.conftest import jsonl, problems_of
 from tests.run import test_trainer
 from training.options.command_line import parse_words
 from training.options.reporting import TRACKERS, report_problems, trackers_of
@@ -187,7 +187,11 @@ def test_a_tracker_that_hangs_delays_start_and_end_by_their_limits_alone(
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The folder of the runs, with Trackio's store and no account of W&B."""
     folder = tmp_path_factory.mktemp("trackers")
-    (folder / "prompts.txt").write_text("Classify the word drum.\nWhat do 2 and 1 make together?\n")
+    asked = [
+        {"instruction": "Classify the word drum."},
+        {"instruction": "Again?", "history": [["Say 1.", "1"]]},
+    ]
+    jsonl(folder / "prompts.jsonl", asked)
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith(("WANDB_", "TRACKIO_"))]:
             patch.delenv(name)
@@ -257,7 +261,14 @@ def test_a_resumed_run_is_one_run_of_both_trackers_with_each_step_once(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_API_KEY", KEY)
     output = folder / "out"
-    words = ["--report-to", "wandb,trackio", "--sample-prompts", folder / "prompts.txt", "--sample-every", 2]
+    words = [
+        "--report-to",
+        "wandb,trackio",
+        "--sample-prompts",
+        folder / "prompts.jsonl",
+        "--sample-every",
+        2,
+    ]
     printed = trained(output, *words, "--max-steps", 4)
     assert "Weights & Biases: offline. To upload the run later, type wandb sync " in printed
     first = metrics(output)
@@ -284,6 +295,9 @@ def test_a_resumed_run_is_one_run_of_both_trackers_with_each_step_once(
         }
     tables = {len(json.loads(file.read_text())["data"]) for file in after.glob("files/media/table/*")}
     assert tables == {6, 8}, "answers of steps 0, 2 and 4, then of 6 as well"
+    for table in (json.loads(file.read_text()) for file in after.glob("files/media/table/*")):
+        assert table["columns"] == ["step", "history", "instruction", "input", "response"]
+        assert [row[1] for row in table["data"][:2]] == ["", "user: Say 1.\nassistant: 1"]
     for name in ("tokens_per_second", "mfu", "peak_memory_gib", "blocked_seconds"):
         later = {step: row[f"train/{name}"] for step, row in rows.items() if f"train/{name}" in row}
         assert {step: later.get(step) for step in (5, 6)} == {
@@ -302,6 +316,7 @@ def test_a_resumed_run_is_one_run_of_both_trackers_with_each_step_once(
     assert [entry["step"] for entry in logs if "answers" in entry] == [0, 2, 4, 6]
     answers = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     last = [entry["answers"]["_value"] for entry in logs if "answers" in entry][-1]
+    assert {row["history"] for row in last} == {"", "user: Say 1.\nassistant: 1"}
     assert [(row["step"], row["response"]) for row in last] == [
         (row["step"], row["response"]) for row in answers
     ]

@@ -5,7 +5,7 @@ next question, as in the chat template (`training/data/prompt.py`)."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.data.prompt import GAP, TEXT_PARTS, question
@@ -264,7 +264,11 @@ def prompt_text(prompt: Prompt) -> str:
     last = f"{prompt.instruction}\n{prompt.input}".strip()
     if not prompt.history:
         return last
-    messages = [*messages_of(prompt)[:-1], {"role": USER, "content": last}]
+    return messages_text([*messages_of(prompt)[:-1], {"role": USER, "content": last}])
+
+
+def messages_text(messages: Iterable[Mapping[str, str]]) -> str:
+    """OpenAI messages for people: each begins on a new line with its role."""
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 

@@ -278,8 +278,8 @@ class TrainingOptions:
     sample_prompts: str | None = _output(
         None,
         "Instructions that the model answers during training, and before the first and after the last step: a .txt "
-        "file with one per line, or a .json or .jsonl file with instruction and input. The answers are greedy, at "
-        f"most {SAMPLE_TOKENS} tokens long.",
+        "file with one per line, or a .json or .jsonl file with instruction, input and history, or messages. The "
+        f"answers are greedy, at most {SAMPLE_TOKENS} tokens long.",
         metavar="FILE",
         path="file",
     )

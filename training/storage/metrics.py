@@ -6,6 +6,7 @@ metrics.jsonl   {"step": 10, "max_steps": 797, "epoch": 0.013, "seconds": 12.3, 
                 {"step": 200, "max_steps": 797, "epoch": 0.251, "seconds": 99.2, "blocked_seconds": 0.3,
                  "written_bytes": 85000000000}
 samples.jsonl   {"step": 100, "epoch": 0.126, "instruction": "Name a river.", "input": "", "response": "The Rhine"}
+                with "history", a list of messages, before the response if the prompt follows a conversation
 
 The line of a save follows when its last file is written, some steps later. `seconds` count training time, including the time before a resume. NaN and infinity (the gradient norm of a skipped
 fp16 step) are written as null. Only rank 0 writes. A resumed run first drops the entries after its checkpoint, so no

@@ -14,8 +14,9 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from training.consts import SAMPLES_FILE
+from training.data.conversations import HISTORY, messages_text
 from training.storage import metrics
-from training.tracking.tracker import ANSWER_COLUMNS, Entry, Service, now, without_secrets
+from training.tracking.tracker import Entry, Service, now, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class AnswersLog(TrainerCallback):
     """A callback that also gets the sample answers of --sample-prompts."""
 
     def log_answers(self, step: int, answers: Sequence[dict[str, Any]]) -> None:
-        """Gets the answers of this step: instruction, input and response. samples.jsonl has them already."""
+        """Gets the answers of this step as samples.jsonl has them: instruction, input, history if there is one, response."""
         raise NotImplementedError
 
 
@@ -57,8 +58,7 @@ class BackgroundLog(AnswersLog):
 
     def log_answers(self, step: int, answers: Sequence[dict[str, Any]]) -> None:
         rows = metrics.read(self.output / SAMPLES_FILE)[-MOST_ANSWERS:]
-        table = [{name: row.get(name) for name in ANSWER_COLUMNS} for row in rows]
-        self.entries.put(Entry(step, {}, now(), table))
+        self.entries.put(Entry(step, {}, now(), _answers_table(rows)))
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **_: Any) -> None:
         self.status = "FINISHED" if state.global_step >= state.max_steps else "KILLED"
@@ -93,6 +93,17 @@ class BackgroundLog(AnswersLog):
                 failed = True
             self.attempted.set()
             self.closing.wait(RETRY_SECONDS if failed else SEND_SECONDS)
+
+
+def _answers_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of samples.jsonl with the same columns each: a history as text, if any of them has one."""
+    histories = [messages_text(row.get(HISTORY) or ()) for row in rows]
+    return [
+        {"step": row["step"]}
+        | ({HISTORY: history} if any(histories) else {})
+        | {name: row.get(name) for name in ("instruction", "input", "response")}
+        for row, history in zip(rows, histories, strict=True)
+    ]
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from typing import Any
 
 from training.options.trainer_options import TrainingOptions
 from training.tracking.mlflow_server import MlflowRun, as_metrics, short_timeouts, tracking_problems
-from training.tracking.tracker import ANSWER_COLUMNS, ANSWERS, Entry, Service, without_secrets
+from training.tracking.tracker import ANSWERS, Entry, Service, without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ class MlflowService:
 
     def _send_table(self, rows: Sequence[dict[str, Any]]) -> None:
         """Replaces the table of answers. It is less important than the metrics, which its store must not delay."""
-        table = {"columns": ANSWER_COLUMNS, "data": [list(row.values()) for row in rows]}
+        table = {"columns": list(rows[0]), "data": [list(row.values()) for row in rows]}
         try:
             self.run.client.log_dict(self.run.run_id, table, TABLE)
             tag = json.dumps([{"path": TABLE, "type": "table"}])

@@ -24,7 +24,6 @@ from training.data.source_names import joined
 from training.options.reporting import TENSORBOARD
 
 ANSWERS = "answers"  # name of the table of sample answers
-ANSWER_COLUMNS = ("step", "instruction", "input", "response")
 SECRETS = (
     "MLFLOW_TRACKING_TOKEN",
     "MLFLOW_TRACKING_PASSWORD",
@@ -42,7 +41,7 @@ class Entry:
 
     Attributes:
         milliseconds: Unix time.
-        answers: rows with ANSWER_COLUMNS.
+        answers: rows of the same columns: step, instruction, input and response, and history if a prompt has one.
     """
 
     step: int

@@ -14,7 +14,6 @@ from training.consts import DEFAULT_PROJECT
 from training.errors import install_extra
 from training.options.trainer_options import TrainingOptions
 from training.tracking.tracker import (
-    ANSWER_COLUMNS,
     Entry,
     Service,
     log_rows,
@@ -142,12 +141,13 @@ class Wandb:
         import wandb
 
         assert self.run is not None
-        columns: list[Any] = list(ANSWER_COLUMNS)
         log_rows(
             self.run,
             entries,
             self.last,
-            lambda answers: wandb.Table(columns=columns, data=[list(answer.values()) for answer in answers]),
+            lambda answers: wandb.Table(
+                columns=list[Any](answers[0]), data=[list(answer.values()) for answer in answers]
+            ),
         )
 
     def end(self, status: str) -> None:
