@@ -14,7 +14,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState
 
 from training.consts import SAMPLES_FILE
-from training.data.conversations import HISTORY, messages_text
+from training.data.conversations import messages_text
+from training.data.table import HISTORY
 from training.storage import metrics
 from training.tracking.tracker import Entry, Service, now, without_secrets
 
