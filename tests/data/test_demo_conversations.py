@@ -19,9 +19,7 @@ from training.data.tokens import encode_rows, prepare_dataset
 from training.model.tokenizer import load_tokenizer
 from training.plan.presets import DEMO_RECIPE
 
-NUMBERS = [str(number) for number in range(1, 22)]
 NEXT = dict(pairwise(tasks.DAYS + tasks.DAYS[:1])) | dict(pairwise(tasks.MONTHS + tasks.MONTHS[:1]))
-NEXT |= dict(pairwise(NUMBERS))
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +38,8 @@ def test_one_kind_of_row_is_partly_a_conversation_of_two_turns() -> None:
         for name, rows in rows_by_task().items()
         if any("history" in row for row in rows)
     }
-    assert conversations == {"what_comes_next": 228}
-    assert len(rows_by_task()["what_comes_next"]) == 423
+    assert conversations == {"what_comes_next": 114}
+    assert len(rows_by_task()["what_comes_next"]) == 309
 
 
 @pytest.mark.parametrize(
@@ -50,7 +48,7 @@ def test_one_kind_of_row_is_partly_a_conversation_of_two_turns() -> None:
         ("Which day follows Monday?", "Tuesday", "And after that?", "Wednesday"),
         ("Which day is the next one after Saturday?", "Sunday", "And after that?", "Monday"),
         ("What month comes after November?", "December", "And then?", "January"),
-        ("Which number follows 18?", "19", "What comes next?", "20"),
+        ("What month comes after December?", "January", "What comes next?", "February"),
     ],
 )
 def test_a_follow_up_goes_on_where_the_first_turn_ended(
@@ -73,9 +71,10 @@ def test_every_answer_follows_the_one_before_it_and_only_the_first_turn_says_whi
         [asked] = [word for word in question.strip(".?").split() if word in NEXT]
         assert (NEXT[asked], NEXT[answer]) == (answer, row["output"])
         assert not row["input"]
-        assert not set(row["instruction"].strip("?").split()) & {*NEXT, "day", "month", "number"}
-    answers = {row["output"] for row in rows if row["instruction"] == tasks.FOLLOW_UPS[0]}
-    assert len(answers) > 30  # so a guess without the first turn is seldom right
+        assert not set(row["instruction"].strip("?").split()) & {*NEXT, "day", "month"}
+    # each follow-up has every answer, so a guess without the first turn is seldom right
+    for follow_up in tasks.FOLLOW_UPS:
+        assert {row["output"] for row in rows if row["instruction"] == follow_up} == set(NEXT)
 
 
 def test_a_conversation_has_its_text_and_its_loss_on_both_answers(
@@ -122,6 +121,6 @@ def test_no_held_out_row_begins_like_one_that_is_trained_on_and_every_held_out_f
     trained, held_out = ([rows[number - 1] for number in part["row"]] for part in parts)
     assert not set(map(first_question, trained)) & set(map(first_question, held_out))
     follow_ups = [row for row in held_out if "history" in row]
-    assert len(follow_ups) > 5
+    assert follow_ups
     known = {(row["history"][0][1], row["output"]) for row in trained if "history" in row}
     assert {(row["history"][0][1], row["output"]) for row in follow_ups} <= known

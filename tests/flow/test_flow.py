@@ -331,7 +331,7 @@ def test_a_run_from_its_package_stores_plan_ledger_model_and_versions(in_a_pod: 
     assert "on this pod: 2 x CPU rank, fp32" in output
     assert "step 8/8" in output, "the training output is shown"
     kept = metaflow.artifacts("ledger", "plan", "model", "versions", "record", "metrics", "samples", "ranks")
-    assert kept["ledger"]["rows_kept"] == 6104
+    assert kept["ledger"]["rows_kept"] == 6218
     assert kept["plan"]["fits"]
     assert kept["plan"]["global_batch_rows"] == 64
     assert (kept["record"]["status"], kept["record"]["steps"]) == ("finished", 8)

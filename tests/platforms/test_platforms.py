@@ -69,7 +69,7 @@ def test_the_demo_notebook_trains_shows_its_picture_and_answers(tmp_path: Path) 
     [picture] = [output.data["image/png"] for output in cells["picture"].outputs]
     assert base64.b64decode(picture).startswith(b"\x89PNG")
     answers = "".join(output.get("text", "") for output in cells["ask"].outputs)
-    assert answers.count(" -> ") == 2
+    assert answers.count(" -> ") == 4
     [model] = (tmp_path / "repository" / "runs").glob("demo__*/run.json")
     assert read_run_record(model.parent)["status"] == "finished"
 

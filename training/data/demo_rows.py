@@ -184,7 +184,7 @@ def what_comes_next(rng: random.Random) -> list[Row]:
     numbers = [str(n) for n in range(1, 22)]
     rows = []
     # days and months wrap around, numbers do not
-    for kind, sequence in (("day", DAYS + DAYS[:2]), ("month", MONTHS + MONTHS[:2]), ("number", numbers)):
+    for kind, sequence in (("day", DAYS + DAYS[:1]), ("month", MONTHS + MONTHS[:1]), ("number", numbers)):
         questions = [
             f"Which {kind} comes after {{}}?",
             f"Name the {kind} that follows {{}}.",
@@ -192,25 +192,24 @@ def what_comes_next(rng: random.Random) -> list[Row]:
             f"What is the next {kind} after {{}}?",
             f"Tell me the {kind} after {{}}.",
         ]
-        first_questions = [
-            f"Which {kind} follows {{}}?",
-            f"What {kind} comes after {{}}?",
-            f"What is the {kind} after {{}}?",
-            f"Give the {kind} that comes after {{}}.",
-            f"Say which {kind} is next after {{}}.",
-            f"Which {kind} is the next one after {{}}?",
-        ]
         rows += facts(questions, dict(itertools.pairwise(sequence)))
-        rows += conversations(first_questions, sequence)
-    return rows
+    return rows + conversations("day", DAYS) + conversations("month", MONTHS)
 
 
-def conversations(questions: list[str], sequence: list[str]) -> list[Row]:
-    """One row per question and three neighbours: the first turn asks for the second of them, the row for the third."""
+def conversations(kind: str, cycle: list[str]) -> list[Row]:
+    """Rows of two turns: the first asks for what comes after a word, the second for what comes after that."""
+    questions = [
+        f"Which {kind} follows {{}}?",
+        f"What {kind} comes after {{}}?",
+        f"What is the {kind} after {{}}?",
+        f"Give the {kind} that comes after {{}}.",
+        f"Say which {kind} is next after {{}}.",
+        f"Which {kind} is the next one after {{}}?",
+    ]
     follow_ups = itertools.cycle(FOLLOW_UPS)  # five after six questions: each question meets each follow-up
     return [
         {**row(next(follow_ups), third), "history": [[question.format(first), second]]}
-        for first, second, third in zip(sequence, sequence[1:], sequence[2:], strict=False)
+        for first, second, third in zip(cycle, cycle[1:] + cycle[:1], cycle[2:] + cycle[:2], strict=True)
         for question in questions
     ]
 

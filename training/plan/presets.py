@@ -89,7 +89,7 @@ DEMO_RECIPE: dict[str, Any] = {
     "warmup_steps": 50,
     "test_size": 400,
     "per_device_eval_batch_size": 50,
-    "eval_steps": 186,
+    "eval_steps": 182,
     "logging_steps": 20,
 }
 
