@@ -58,9 +58,9 @@ from flow_parameters import (
 from gpu_profile import gpu_profile
 
 from training.consts import CONFIG, DEMO, INSTALLED, METRICS_FILE, ROOT, SAMPLE_INSTRUCTIONS, SAMPLES_FILE
-from training.data.source_names import joined, sources_of, split_sources
+from training.data.source_names import joined, sources_of
 from training.errors import DataError, MachineError, ModelError, OptionsError, TrainingFailedError
-from training.files import write_file
+from training.files import split_sources, write_file
 from training.launch.local import deepspeed_command, shell_command
 from training.launch.restart import DEFAULT_RESTARTS, launch
 from training.machine.catalogue import FAMILIES, Machine

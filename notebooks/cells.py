@@ -16,9 +16,8 @@ from typing import Any
 from notebooks.found import default_training_root, lost_model_problem
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
 from training.data.conversations import prompt_of_row, prompt_text
-from training.data.source_names import split_sources
 from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError, printable
-from training.files import PathKind, expanded, local_path, path_problem
+from training.files import PathKind, expanded, local_path, path_problem, split_sources
 from training.machine.catalogue import FAMILIES, Machine
 from training.options.trainer_options import TrainingOptions
 from training.options.wording import NOTEBOOK, worded

@@ -291,6 +291,29 @@ def _url_problem(url: str, kind: PathKind) -> str | None:
     return f"is a URL. {_INSTEAD[kind]}"
 
 
+def split_sources(text: str) -> tuple[str, ...]:
+    """The datasets in a text with commas between them, as a notebook's widget and a flow's parameter have it.
+
+    A path that exists may hold commas: the longest such path counts. Empty parts are left out, unless nothing else is
+    there.
+    """
+    parts, sources = text.split(","), []
+    while parts:
+        texts = [",".join(parts[:end]).strip() for end in range(len(parts), 0, -1)]
+        source = next(filter(path_exists, texts), texts[-1])
+        sources.append(source)
+        del parts[: len(parts) - texts.index(source)]
+    return tuple(filter(None, sources)) or (text.strip(),)
+
+
+def path_exists(text: str) -> bool:
+    """Whether the text is the path of a file or folder that exists."""
+    try:
+        return bool(text) and local_path(text).exists()
+    except (OSError, RuntimeError, ValueError):  # too long a name, an unknown ~user, a null byte
+        return False
+
+
 def is_hub_name(name: str) -> bool:
     """Whether a model or a dataset on the Hub can have this name: NAME or OWNER/NAME."""
     return bool(re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name, re.ASCII))

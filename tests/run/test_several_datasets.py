@@ -14,7 +14,8 @@ from huggingface_hub import ModelCard
 from tests.conftest import jsonl, problems_of, resolved, rows_of
 from training.consts import DEFAULT_TRAINING_DATASET
 from training.data.ledger import Ledger
-from training.data.source_names import joined, sources_of, split_sources
+from training.data.source_names import joined, sources_of
+from training.files import split_sources
 from training.options.command_line import option_words, parse_words
 from training.options.trainer_options import TrainingOptions
 from training.plan.__main__ import main as plan

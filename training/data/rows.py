@@ -32,10 +32,9 @@ from training.data.formats import (
     refuse_disguise,
 )
 from training.data.json_rows import json_table, table_of
-from training.data.source_names import path_exists
 from training.data.table import CONVERSATIONS, HISTORY, Table, and_more, kind_of, listed, named, short_repr
 from training.errors import DataError, TooFewRowsError, offline_note
-from training.files import is_hub_name, local_path
+from training.files import is_hub_name, local_path, path_exists
 
 KINDS = (".json", ".jsonl", ".csv", ".parquet")
 PROMPT_KINDS = (".txt", ".json", ".jsonl")
