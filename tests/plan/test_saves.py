@@ -9,7 +9,7 @@ import pytest
 from tests.plan.test_plan import dolly_plan
 from training.consts import GIB
 from training.machine.catalogue import find_machine
-from training.options.trainer_options import steps_between_saves
+from training.options.intervals import steps_between_saves
 from training.plan import saves
 from training.plan.overhead import checkpoint_seconds
 

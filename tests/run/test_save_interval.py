@@ -12,7 +12,8 @@ import pytest
 from tests.conftest import jsonl, say_rows
 from training.errors import OptionsError
 from training.options.checks import option_problems
-from training.options.trainer_options import TrainingOptions, steps_between_saves, typed_save_seconds
+from training.options.intervals import steps_between_saves, typed_save_seconds
+from training.options.trainer_options import TrainingOptions
 from training.run import save_interval
 from training.run.save_interval import SaveInterval, save_steps
 from training.storage import checkpoint

@@ -28,7 +28,8 @@ from training.data.conversations import Prompt, Turn, row_of_prompt
 from training.data.rows import read_prompts
 from training.errors import DataError, OptionsError
 from training.model.generation import answer_prompts, load_model_tokenizer_for_generate
-from training.options.trainer_options import TrainingOptions, steps_between_samples
+from training.options.intervals import steps_between_samples
+from training.options.trainer_options import TrainingOptions
 from training.storage import metrics
 from training.storage.copy import model_files
 from training.tracking import callbacks, samples

@@ -12,14 +12,9 @@ from typing import Any
 from training.consts import RUN_FILE
 from training.errors import OptionsError
 from training.files import PARTIAL, SCRATCH, WRITER_FILES, local_path, mounted_store, path_problem, writable
+from training.options.intervals import steps_between_samples, typed_save_seconds
 from training.options.reporting import report_problems, trackers_of
-from training.options.trainer_options import (
-    SCHEDULES,
-    TrainingOptions,
-    flag_of,
-    steps_between_samples,
-    typed_save_seconds,
-)
+from training.options.trainer_options import SCHEDULES, TrainingOptions, flag_of
 
 SIZES = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 # S3 accepts no more in one request, and some of MLflow's upload paths do not split files.

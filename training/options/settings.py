@@ -10,11 +10,8 @@ from typing import Any, Literal
 from training.consts import LEARNING_RATES
 from training.files import local_path
 from training.options.deepspeed import Zero, enabled, read_json, read_zero
-from training.options.trainer_options import (
-    SECONDS_BETWEEN_SAVES,
-    TrainingOptions,
-    fixed_save_steps,
-)
+from training.options.intervals import SECONDS_BETWEEN_SAVES, fixed_save_steps
+from training.options.trainer_options import TrainingOptions
 
 Batching = Literal["packed", "padded", "length"]
 

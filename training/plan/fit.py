@@ -11,8 +11,8 @@ from training.errors import OptionsError
 from training.machine.catalogue import Machine
 from training.machine.cores import binding_words
 from training.machine.local import THIS_MACHINE
+from training.options.intervals import steps_between_saves
 from training.options.settings import Settings, resolve
-from training.options.trainer_options import steps_between_saves
 from training.plan.changes import NOTICED_GIB, apply_change, possible_changes, training_command
 from training.plan.epoch import Lengths, Load, epoch_load
 from training.plan.memory import (

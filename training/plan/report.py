@@ -11,7 +11,7 @@ from training.consts import STOP_SECONDS
 from training.data.source_names import joined
 from training.errors import printable
 from training.files import duration
-from training.options.trainer_options import steps_between_saves
+from training.options.intervals import steps_between_saves
 from training.pictures import draw_plan
 from training.plan.adapter import trained_parameters
 from training.plan.fit import Plan, fastest

@@ -6,11 +6,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from training.consts import GIB
-from training.options.trainer_options import (
-    LARGEST_SAVE_SHARE,
-    default_seconds_between_saves,
-    typed_save_seconds,
-)
+from training.options.intervals import LARGEST_SAVE_SHARE, default_seconds_between_saves, typed_save_seconds
 from training.plan.adapter import trained_parameters
 from training.plan.overhead import checkpoint_seconds
 

@@ -11,12 +11,8 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from training.files import duration
-from training.options.trainer_options import (
-    TrainingOptions,
-    default_seconds_between_saves,
-    fixed_save_steps,
-    steps_between_saves,
-)
+from training.options.intervals import default_seconds_between_saves, fixed_save_steps, steps_between_saves
+from training.options.trainer_options import TrainingOptions
 from training.ranks import broadcast
 
 logger = logging.getLogger(__name__)

@@ -22,8 +22,9 @@ from training.model.blocks import block_parameters, use_whole_blocks
 from training.model.loading import DTYPES, load_config, load_model, max_positions, text_config
 from training.model.loss import use_padded_loss
 from training.options.deepspeed import fill_bucket_sizes
+from training.options.intervals import steps_between_samples
 from training.options.settings import Settings
-from training.options.trainer_options import TrainingOptions, steps_between_samples
+from training.options.trainer_options import TrainingOptions
 from training.ranks import on_rank_0
 from training.run.adapter_checkpoint import use_adapter_checkpoints
 from training.run.completion_trainer import CompletionTrainer
