@@ -70,11 +70,11 @@ def file_in_run(folder: str, parameter: str, content: bytes, name: str | None) -
 
 
 def default_prompts(demo: bool) -> bytes:
-    """The default sample prompts: Dolly's five, or some of the demo's rows."""
+    """The default sample prompts: Dolly's five, or some of the demo's rows, the last of them after an earlier turn."""
     if not demo:
         return json.dumps([{"instruction": instruction} for instruction in SAMPLE_INSTRUCTIONS]).encode()
     rows = demo_rows()
-    chosen = rows[:: len(rows) // 5]
+    chosen = [*rows[:: len(rows) // 5], next(row for row in rows if "history" in row)]
     prompts = [{key: value for key, value in row.items() if key != "output"} for row in chosen]
     return json.dumps(prompts).encode()
 

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from training.consts import DEFAULT_INPUT_MODEL, DEMO
+from training.data.conversations import prompt_of
+from training.data.rows import read_prompts
 from training.errors import OptionsError
 from training.machine.catalogue import find_machine
 from training.options.trainer_options import TrainingOptions
@@ -86,6 +88,17 @@ def test_a_cpu_trains_the_demos_model_and_its_number_of_held_out_rows_is_for_the
     run.output = f"{tmp_path}/run/model"
     options = flow.TrainDollyFlow._options(run, find_machine("8xA100-40GB"), True)
     assert (options.input_model, options.test_size) == (model, test_size)
+
+
+def test_the_sample_prompts_of_the_demo_are_rows_and_a_follow_up_after_its_first_turn(
+    flow: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "prompts.json"
+    file.write_bytes(flow.default_prompts(True))
+    *others, follow_up = read_prompts(str(file))
+    assert follow_up == prompt_of("And after that?", history=[["Which day follows Monday?", "Tuesday"]])
+    assert len(others) == 6
+    assert not any(prompt.history for prompt in others)
 
 
 def test_the_help_of_the_datasets_says_how_to_name_several(flow: Any) -> None:
