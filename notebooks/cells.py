@@ -291,7 +291,7 @@ def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, str]]
     model cannot be used.
     """
     from training.data.held_out import held_out_message, held_out_size, split_held_out
-    from training.data.rows import read_columns
+    from training.data.sources import places_of, read_sources
     from training.errors import DataError, ModelError
     from training.run.identity import recorded_test_size
     from training.run.prepare import tokenised_rows
@@ -301,15 +301,15 @@ def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, str]]
         _, rows, ledger = tokenised_rows(run)
         recorded = recorded_test_size(run)
         test_size = held_out_size(run.test_size, len(rows), recorded)
-        columns = read_columns(run.training_dataset[0], run.dataset_selection)
+        columns, starts = read_sources(run.training_dataset, run.dataset_selection)
     except (DataError, ModelError) as error:
         raise RunRefusedError(worded(str(error), NOTEBOOK)) from error
     print(ledger)
     print(worded(held_out_message(test_size, len(rows), run.test_size, recorded), NOTEBOOK))
-    numbers = split_held_out(rows, test_size, run.seed)[1]["row"][:count]
+    held_out = split_held_out(rows, test_size, run.seed)[1]
     return [
-        {key: getattr(columns, key)[number - 1] for key in ("instruction", "input", "output")}
-        for number in numbers
+        {key: getattr(columns, key)[place] for key in ("instruction", "input", "output")}
+        for place in places_of(held_out, starts)[:count]
     ]
 
 

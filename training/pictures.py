@@ -9,6 +9,7 @@ from typing import IO, Any
 
 import click
 
+from training.consts import SOURCE_LOSS
 from training.errors import printable
 from training.files import expanded, writable
 
@@ -260,7 +261,10 @@ def _points(entries: Sequence[dict[str, Any]], key: str) -> tuple[list[int], lis
 
 
 def _draw_losses(axes: Any, entries: Sequence[dict[str, Any]]) -> None:
-    """Draws the loss of train and held-out rows, with the last values in the legend. Raises ValueError without a loss."""
+    """Draws the loss of train and held-out rows, with the last values in the legend. Raises ValueError without a loss.
+
+    The held-out rows of each source follow as dotted lines if there are several.
+    """
     curves = {"train rows": _points(entries, "loss"), "held-out rows": _points(entries, "eval_loss")}
     if not any(steps for steps, _ in curves.values()):
         raise ValueError("this run has not logged a step yet: there is nothing to draw")
@@ -268,8 +272,18 @@ def _draw_losses(axes: Any, entries: Sequence[dict[str, Any]]) -> None:
         if steps:
             last = f"{label}, {losses[-1]:.3f} at the end"
             axes.plot(steps, losses, label=last, color=COLOURS[colour], marker=_marker(steps))
+    for number, name in enumerate(_source_losses(entries)):
+        steps, losses = _points(entries, name)
+        label = f"held-out rows of {name.removeprefix(SOURCE_LOSS)}, {losses[-1]:.3f} at the end"
+        axes.plot(steps, losses, ":", label=label, color=f"C{number % 10}", marker=_marker(steps))
     axes.set_title("loss, nats per response token", fontsize=10, loc="left")
     axes.legend(frameon=False)
+
+
+def _source_losses(entries: Sequence[dict[str, Any]]) -> list[str]:
+    """The keys of the held-out losses by source, in the order of the sources."""
+    keys = dict.fromkeys(key for entry in entries for key, loss in entry.items() if loss is not None)
+    return [key for key in keys if key.startswith(SOURCE_LOSS)]
 
 
 def _step_axis(axes: Any, entries: Sequence[dict[str, Any]]) -> None:

@@ -158,6 +158,27 @@ def test_held_out_rows_are_evaluated_once_with_the_same_number_of_steps_on_every
 
 
 @settings(deadline=None)  # a busy machine is slow
+@given(
+    st.lists(st.tuples(st.integers(1, 500), st.integers(0, 3)), max_size=60), st.integers(1, 8), world_sizes
+)
+def test_a_step_of_an_evaluation_has_rows_of_one_source_and_a_first_batch_that_is_not_empty(
+    rows: list[tuple[int, int]], size: int, world_size: int
+) -> None:
+    lengths, sources = [length for length, _ in rows], [source for _, source in rows]
+    steps = held_out_batches(lengths, size, world_size, sources)
+    assert sorted(chain.from_iterable(chain.from_iterable(steps))) == list(range(len(rows)))
+    assert all(len(batches) == world_size and max(map(len, batches)) <= size for batches in steps)
+    for batches in steps:
+        assert {sources[row] for batch in batches for row in batch} == {sources[batches[0][0]]}
+    assert [lengths[batches[0][0]] for batches in steps] == sorted(
+        (lengths[batches[0][0]] for batches in steps), reverse=True
+    )
+    assert held_out_batches(lengths, size, world_size, [0] * len(rows)) == held_out_batches(
+        lengths, size, world_size
+    )
+
+
+@settings(deadline=None)  # a busy machine is slow
 @given(st.lists(st.integers(1, 100), max_size=30), st.integers(100, 400))
 def test_micro_steps_keep_to_the_token_budget(lengths: list[int], max_tokens: int) -> None:
     needed = micro_steps_needed(lengths, max_tokens)

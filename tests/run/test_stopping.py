@@ -270,8 +270,8 @@ def poisoned(base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Pa
     return poison
 
 
-def assert_rows_named(message: str, trained: int) -> None:
-    [listed] = re.findall(r"was computing rows ([\d, ]+) of the dataset", message)
+def assert_rows_named(message: str, file: str, trained: int) -> None:
+    [listed] = re.findall(rf"was computing rows? ([\d, ]+) of {file}\. Look at them", message)
     numbers = [int(number) for number in listed.split(",")]
     assert trained in numbers
     assert len(numbers) <= 3, "a rank's micro-batch, not the global batch"
@@ -285,7 +285,7 @@ def test_a_nan_or_infinite_loss_ends_the_run_with_step_rank_and_rows(
 ) -> None:  # fmt: skip
     with pytest.raises(TrainingError, match=r"step \d+: the loss of rank 0 is NaN or infinite") as error:
         begin(input_model=poisoned(RARE, value), batching=batching, save_steps=100)
-    assert_rows_named(str(error.value), rows[1])
+    assert_rows_named(str(error.value), *rows[:2])
     assert not checkpoint.checkpoints(output)
     assert record(output)["status"] == "running"
 
@@ -322,7 +322,7 @@ def test_on_two_zero3_ranks_one_reports_step_rank_and_rows(
     assert result.returncode == CANNOT_CONTINUE, result.stdout
     assert len(re.findall(r"Training ended at step \d+: the loss of rank [01] is NaN", result.stdout)) == 1
     assert "Traceback" not in result.stdout
-    assert_rows_named(result.stdout, rows[1])
+    assert_rows_named(result.stdout, *rows[:2])
     assert not checkpoint.checkpoints(output)
 
 

@@ -187,23 +187,33 @@ class GlobalBatchSampler(BatchRebalanceSampler):
                 yield ranks[self.rank]
 
 
-def held_out_batches(lengths: Sequence[int], rows: int, world_size: int) -> list[list[Share]]:
+def held_out_batches(
+    lengths: Sequence[int], rows: int, world_size: int, sources: Sequence[int] | None = None
+) -> list[list[Share]]:
     """Batches of held-out rows, `[step][rank]`, each with at most `rows` rows of similar length.
 
     Longest rows come first, so that a lack of memory shows at once. The rows of a step go to the ranks in serpentine
     order, which balances their work. Every rank has the same number of steps; in the last one, batches may be empty.
+    The first batch of a step never is.
+
+    With the source of each row in `sources`, all rows of a step are of one source, so that its loss can be summed.
 
         lengths [10, 80, 20, 70, 30, 60], 2 rows, 2 ranks  ->  [[[1, 4], [3, 5]], [[2], [0]]]
     """
-    order = sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True)
+    of_source: dict[int, list[int]] = {}
+    for row in sorted(range(len(lengths)), key=lengths.__getitem__, reverse=True):
+        of_source.setdefault(sources[row] if sources else 0, []).append(row)
     steps = []
-    for start in range(0, len(order), rows * world_size):
-        batches: list[Share] = [[] for _ in range(world_size)]
-        for i, row in enumerate(order[start : start + rows * world_size]):
-            turn, rank = divmod(i, world_size)
-            batches[world_size - 1 - rank if turn % 2 else rank].append(row)
-        steps.append(batches)
-    return steps
+    for order in of_source.values():
+        for start in range(0, len(order), rows * world_size):
+            batches: list[Share] = [[] for _ in range(world_size)]
+            for i, row in enumerate(order[start : start + rows * world_size]):
+                turn, rank = divmod(i, world_size)
+                batches[world_size - 1 - rank if turn % 2 else rank].append(row)
+            steps.append(batches)
+    return sorted(
+        steps, key=lambda batches: lengths[batches[0][0]], reverse=True
+    )  # keeps the order of equal ones
 
 
 def check_token_budget(lengths: Sequence[int], max_tokens: int) -> None:

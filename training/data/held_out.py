@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from training.consts import DEFAULT_TEST_SIZE
@@ -51,9 +52,62 @@ def held_out_message(size: int, rows: int, typed: int | None, recorded: int | No
 def split_held_out(
     rows: datasets.Dataset, test_size: int, seed: int
 ) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Shuffles and splits into (training rows, held-out rows), with the same two calls as Dolly."""
-    parts = rows.shuffle(seed=seed).train_test_split(test_size=test_size, seed=seed)
-    return parts["train"], parts["test"]
+    """Shuffles and splits into (training rows, held-out rows), with the same two calls as Dolly.
+
+    Rows of several sources have the column `source`. Each source gives `held_out_shares` of them, with the same two
+    calls. Its training rows follow those of the source before it, because training shuffles them. The held-out rows are
+    shuffled, so that the first of them are a mixture.
+    """
+    if "source" not in rows.column_names:
+        parts = rows.shuffle(seed=seed).train_test_split(test_size=test_size, seed=seed)
+        return parts["train"], parts["test"]
+    import datasets
+    import numpy as np
+
+    counts, train, held_out = np.bincount(rows["source"][:]).tolist(), [], []
+    end = 0
+    for count, share in zip(counts, held_out_shares(counts, test_size), strict=True):
+        start, end = end, end + count
+        shuffled = rows.select(range(start, end)).shuffle(seed=seed)
+        if 0 < share < count:
+            parts = shuffled.train_test_split(test_size=share, seed=seed)
+            train.append(parts["train"])
+            held_out.append(parts["test"])
+        else:
+            (held_out if share else train).append(shuffled)
+    return datasets.concatenate_datasets(train), datasets.concatenate_datasets(held_out).shuffle(seed=seed)
+
+
+def held_out_shares(counts: Sequence[int], test_size: int) -> list[int]:
+    """How many of the `test_size` held-out rows each source gives, in proportion to its `counts` rows.
+
+    The rows left by rounding down go to the largest remainders. A source of 2 or more rows gives at least one, if
+    test_size is large enough for that.
+
+        [900, 90, 10, 2], 20  ->  [16, 2, 1, 1]
+    """
+    smallest = sum(count > 1 for count in counts) <= test_size
+    shares: dict[int, int] = {}  # of the sources that proportion would give less than one row
+    while True:
+        rest = [source for source in range(len(counts)) if source not in shares]
+        size, total = test_size - len(shares), sum(counts[source] for source in rest)
+        small = [
+            source for source in rest if smallest and counts[source] > 1 and size * counts[source] < total
+        ]
+        if not small:
+            break
+        shares |= dict.fromkeys(small, 1)
+    shares |= {source: size * counts[source] // total for source in rest}
+    # Between equal remainders the larger source gives the row.
+    rest.sort(key=lambda source: (size * counts[source] % total, counts[source]), reverse=True)
+    for source in rest[: test_size - sum(shares.values())]:
+        shares[source] += 1
+    return [shares[source] for source in range(len(counts))]
+
+
+def source_of_each(rows: datasets.Dataset) -> list[int]:
+    """Number of the source of each tokenised row, from 0. Those of a single source have no such column."""
+    return rows["source"][:] if "source" in rows.column_names else [0] * len(rows)
 
 
 def rows_digest(*parts: datasets.Dataset) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from training.consts import DEMO
+from training.consts import DEMO, KINDS
 from training.data.columns import KNOWN, REQUIRED, Columns, columns_of
 from training.data.conversations import (
     ASSISTANT,
@@ -36,7 +36,6 @@ from training.data.table import CONVERSATIONS, HISTORY, Table, and_more, kind_of
 from training.errors import DataError, TooFewRowsError, offline_note
 from training.files import is_hub_name, local_path, path_exists
 
-KINDS = (".json", ".jsonl", ".csv", ".parquet")
 PROMPT_KINDS = (".txt", ".json", ".jsonl")
 
 
@@ -75,6 +74,11 @@ def _columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...])
     if unread := [name for name in unread if name not in read]:
         columns.not_read.insert(0, named("column", unread))
     return columns
+
+
+def selection_of(source: str, sources: Sequence[str], selection: Mapping[str, str]) -> Mapping[str, str]:
+    """Config, split and revision for one of the sources. A single one that is not on the Hub is refused with them."""
+    return selection if len(sources) == 1 or is_on_hub(source) else {}
 
 
 def check_source(source: str, selection: Mapping[str, str]) -> None:

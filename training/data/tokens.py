@@ -25,9 +25,10 @@ from training.data.ledger import (
     Ledger,
     check_dropped,
     length_histogram,
+    total_of,
 )
 from training.data.prompt import END_KEY, RESPONSE_KEY
-from training.data.rows import Columns, check_source, local_files, read_columns
+from training.data.rows import Columns, check_source, local_files, read_columns, selection_of
 from training.errors import DataError
 from training.files import fingerprint, write_folder
 
@@ -174,6 +175,46 @@ def prepare_dataset(
     return rows, ledger
 
 
+def prepare_sources(
+    sources: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    keep_truncated: bool = False,
+    max_dropped_fraction: float = 0.1,
+    selection: Mapping[str, str] | None = None,
+    positions: int | None = None,
+    drop_unusable: bool = False,
+) -> tuple[datasets.Dataset, Ledger]:
+    """Tokenises the rows of each source, or reads them from its cache, and joins them in this order.
+
+    The arguments are those of `prepare_dataset`. The `selection` is for the sources on the Hub.
+
+    Returns:
+        (rows, ledger). The rows of a single source are those of `prepare_dataset`. Those of several have one more
+        column, `source: int32`, which counts from 0; `row` is the number within the source.
+
+    Raises DataError for the first source that cannot be used.
+    """
+    parts, ledgers = [], []
+    for number, source in enumerate(sources):
+        rows, ledger = prepare_dataset(
+            source,
+            tokenizer,
+            max_length,
+            keep_truncated,
+            max_dropped_fraction,
+            selection=selection_of(source, sources, selection or {}),
+            positions=positions,
+            drop_unusable=drop_unusable,
+        )
+        parts.append(
+            rows if len(sources) == 1 else rows.add_column("source", np.full(len(rows), number, np.int32))
+        )
+        ledgers.append(ledger)
+    joined = parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
+    return joined, total_of(ledgers)
+
+
 @contextmanager
 def _garbage_collection_paused() -> Iterator[None]:
     """Pauses the garbage collector. It would take a sixth of the tokenising time, and rows have no reference cycles."""
@@ -189,7 +230,7 @@ def _garbage_collection_paused() -> Iterator[None]:
 def _read_cache(target: Path) -> tuple[datasets.Dataset, Ledger] | None:
     """Rows and ledger from a cache folder; None if a file is missing or damaged."""
     try:
-        ledger = Ledger(**json.loads((target / LEDGER_FILE).read_text()))
+        ledger = Ledger.read(target / LEDGER_FILE)
         if ledger.rows_kept + sum(ledger.dropped.values()) != ledger.rows_read or not ledger.rows_read:
             return None
         if not ledger.rows_kept:  # datasets writes no file for zero rows

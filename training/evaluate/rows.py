@@ -16,10 +16,12 @@ from transformers import PreTrainedTokenizerBase
 from training.consts import DEFAULT_SEED, LEDGER_FILE
 from training.data.columns import Columns
 from training.data.conversations import row_turns
-from training.data.held_out import rows_digest, split_held_out
+from training.data.held_out import rows_digest, source_of_each, split_held_out
 from training.data.rows import read_columns
-from training.data.source_names import sources_of
-from training.data.tokens import prepare_dataset
+from training.data.source_labels import source_labels
+from training.data.source_names import joined, sources_of
+from training.data.sources import places_of, read_sources
+from training.data.tokens import prepare_sources
 from training.errors import DataError
 
 
@@ -110,12 +112,12 @@ def held_out_rows(folder: Path, record: Mapping[str, Any], tokenizer: PreTrained
     Raises DataError if the data is gone or has changed.
     """
     run = record["options"]
-    source, selection = sources_of(run["training_dataset"])[0], _selection(run)
+    sources, selection = sources_of(run["training_dataset"]), _selection(run)
     advice = "Name other rows with --rows FILE; they must be rows that the model was not trained on"
     max_length = _max_length(folder, run, tokenizer)
     try:
-        prepared, _ = prepare_dataset(
-            source,
+        prepared, _ = prepare_sources(
+            sources,
             tokenizer,
             max_length,
             run.get("keep_truncated", False),
@@ -123,7 +125,7 @@ def held_out_rows(folder: Path, record: Mapping[str, Any], tokenizer: PreTrained
             selection=selection,
             drop_unusable=run.get("drop_unusable", False),
         )
-        columns = read_columns(source, selection)
+        columns, starts = read_sources(sources, selection)
     except DataError as error:
         raise DataError(f"the rows that the run held out cannot be read: {error}. {advice}") from error
     if not isinstance(run.get("test_size"), int):
@@ -131,18 +133,20 @@ def held_out_rows(folder: Path, record: Mapping[str, Any], tokenizer: PreTrained
     parts = split_held_out(prepared, run["test_size"], run["seed"])
     if record.get("rows") not in (None, rows_digest(*parts)):
         raise DataError(
-            f"{source}: has changed since the run was trained on it, or is another file of this name, so the rows that "
+            f"{joined(sources)}: has changed since the run was trained on it, or is another file of this name, so the rows that "
             f"the run held out are not known. {advice}"
         )
-    numbers = parts[1]["row"][:]
+    held_out = parts[1]
+    labels = source_labels(sources)
     return Rows(
-        _at(columns, [number - 1 for number in numbers]),
-        list(numbers),
-        source,
-        len(numbers),
-        f"the {len(numbers):,} rows that the run held out (seed {run['seed']})",
+        _at(columns, places_of(held_out, starts)),
+        held_out["row"][:],
+        joined(sources),
+        len(held_out),
+        f"the {len(held_out):,} rows that the run held out (seed {run['seed']})",
         max_length,
         run.get("keep_truncated", False),
+        sources=[labels[source] for source in source_of_each(held_out)] if len(sources) > 1 else (),
     )
 
 

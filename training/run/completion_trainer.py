@@ -19,6 +19,9 @@ from transformers.trainer_utils import EvalLoopOutput
 
 from training.data.batching import GlobalBatchSampler, held_out_batches, micro_steps_needed
 from training.data.collator import Batch, count_labels, split_packed_batch
+from training.data.held_out import source_of_each
+from training.data.ledger import Ledger
+from training.data.source_labels import source_labels
 from training.errors import TrainingError
 from training.machine.flops import adapter_parameters, layer_tokens, model_parameters, training_flops
 from training.machine.local import peak_memory_gib
@@ -34,6 +37,7 @@ class CompletionTrainer(Trainer):
     """transformers' Trainer with our batches, held-out loss per token and speed figures.
 
     Args:
+        ledger: of the rows; it names them, and has the sources whose held-out losses are measured.
         batching: "packed", "padded", or "length" (padded, rows of a global batch dealt by length).
         max_tokens: limit of tokens a device computes at once; larger packed batches are split. None: no limit.
         peak_flops: floating point operations a second of one device, for the MFU.
@@ -52,6 +56,7 @@ class CompletionTrainer(Trainer):
     def __init__(
         self,
         *args: Any,
+        ledger: Ledger,
         batching: Batching,
         max_tokens: int | None,
         peak_flops: float,
@@ -70,6 +75,9 @@ class CompletionTrainer(Trainer):
             # A frozen base is in the run's precision already. Autocast would copy activations to float32.
             self.accelerator.autocast_handler = AutocastKwargs(enabled=False)
         self.shape = config.hidden_size, config.num_hidden_layers
+        self.ledger = ledger
+        self.labels = source_labels([source.source for source in ledger.sources])
+        self.sources_of_steps: list[int] = []  # of an evaluation
         self.batching = batching
         self.max_tokens = max_tokens
         self.peak_flops = peak_flops
@@ -104,7 +112,9 @@ class CompletionTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         rows = eval_dataset if eval_dataset is not None else self.eval_dataset
-        steps = held_out_batches(rows["length"][:], self.args.eval_batch_size, self.args.world_size)
+        sources = source_of_each(rows)
+        steps = held_out_batches(rows["length"][:], self.args.eval_batch_size, self.args.world_size, sources)
+        self.sources_of_steps = [sources[ranks[0][0]] for ranks in steps]
         return DataLoader(
             rows,
             batch_sampler=[ranks[self.args.process_index] for ranks in steps],
@@ -120,7 +130,7 @@ class CompletionTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
-        """Mean loss of the held-out response tokens, in nats.
+        """Mean loss of the held-out response tokens, in nats; with several sources also that of each one's tokens.
 
         transformers averages the means of batches, so its figure depends on how the rows are batched.
         """
@@ -129,26 +139,41 @@ class CompletionTrainer(Trainer):
         dtype = (
             torch.float32 if self.args.device.type == "mps" else torch.float64
         )  # a Mac's GPU has no float64
-        summed = torch.zeros(2, dtype=dtype, device=self.args.device)  # loss, tokens
-        for inputs in dataloader:
+        # Loss and tokens of each source.
+        summed = torch.zeros(max(1, len(self.labels)), 2, dtype=dtype, device=self.args.device)
+        for source, inputs in zip(self.sources_of_steps, dataloader, strict=True):
             with torch.no_grad(), self.compute_loss_context_manager():
                 inputs = self._prepare_inputs(inputs)
                 tokens = count_labels(inputs)
                 loss = model(**inputs, num_items_in_batch=tokens.clamp(min=1)).loss
-            summed += torch.stack([loss.to(dtype) * tokens.clamp(min=1), tokens.to(dtype)])
+            summed[source] += torch.stack([loss.to(dtype) * tokens.clamp(min=1), tokens.to(dtype)])
             self.callback_handler.on_prediction_step(self.args, self.state, self.control)
         summed = self.accelerator.reduce(summed)
-        loss = (summed[0] / summed[1]).item()
+        losses, tokens = summed.sum(dim=0)
+        loss = (losses / tokens).item()
+        of_sources = {
+            label: (losses / tokens).item()
+            for label, (losses, tokens) in zip(self.labels, summed, strict=False)
+            if tokens > 0  # a small source may hold out no rows
+        }
         if not math.isfinite(loss):
-            if self.state.global_step == 0:
-                raise TrainingError(describe_bad_base(self.model, self.args.fp16))
-            self.finish_save()
-            raise TrainingError(
-                f"step {self.state.global_step}: the held-out loss is NaN or infinite. Look at the held-out rows "
-                "and at the base model; if they are correct, lower --lr. This step is not saved. "
-                f"{saving.older_checkpoint(self.args.output_dir)}"
-            )
-        return EvalLoopOutput(None, None, {f"{metric_key_prefix}_loss": loss}, len(self.eval_dataset))
+            self._refuse_held_out_loss(of_sources)
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        metrics |= {f"{metric_key_prefix}_loss_{label}": value for label, value in of_sources.items()}
+        return EvalLoopOutput(None, None, metrics, len(self.eval_dataset))
+
+    def _refuse_held_out_loss(self, of_sources: dict[str, float]) -> None:
+        """Raises TrainingError for a held-out loss that is NaN or infinite."""
+        if self.state.global_step == 0:
+            raise TrainingError(describe_bad_base(self.model, self.args.fp16))
+        self.finish_save()
+        bad = [label for label, value in of_sources.items() if not math.isfinite(value)]
+        of = f" of {' and '.join(bad)}" if bad else ""
+        raise TrainingError(
+            f"step {self.state.global_step}: the held-out loss{of} is NaN or infinite. Look at the held-out rows "
+            "and at the base model; if they are correct, lower --lr. This step is not saved. "
+            f"{saving.older_checkpoint(self.args.output_dir)}"
+        )
 
     def training_step(
         self, model: torch.nn.Module, inputs: Any, num_items_in_batch: torch.Tensor | int | None = None
@@ -242,11 +267,11 @@ class CompletionTrainer(Trainer):
         """Message that names the rows of the micro-step whose loss is NaN or infinite."""
         # With a token budget a share is computed in parts; all rows of the share are named.
         share = self.sampler.shares_of_step(self.state.global_step - 1)[micro_step][rank]
-        rows = sorted(self.train_dataset["row"][row] for row in share)
+        rows = self.train_dataset.select(share)
+        places = self.ledger.places(list(zip(source_of_each(rows), rows["row"][:], strict=True)))
         return (
-            f"step {self.state.global_step}: the loss of rank {rank} is NaN or infinite. It was computing rows "
-            f"{', '.join(map(str, rows))} of the dataset. Look at them; if they are correct, lower --lr. "
-            f"This step is not saved. {saving.older_checkpoint(self.args.output_dir)}"
+            f"step {self.state.global_step}: the loss of rank {rank} is NaN or infinite. It was computing {places}. "
+            f"Look at them; if they are correct, lower --lr. This step is not saved. {saving.older_checkpoint(self.args.output_dir)}"
         )
 
 

@@ -188,7 +188,7 @@ def _describe(folder: Path, partial: Path, target: Path, weights: dict[str, Any]
         return
     try:
         record |= outcome(folder, folder) | {"weights": weights, "exported_from": str(folder)}
-        write_model_card(partial, record, Ledger(**json.loads(ledger.read_text())), name=target.name)
+        write_model_card(partial, record, Ledger.read(ledger), name=target.name)
     except Exception as error:  # of many types: these files may be damaged, or of another version
         if _is_full(error):
             raise

@@ -67,6 +67,8 @@ def finish(
         duration(record["seconds"]["training"]),
         output,
     )
+    for label, losses in record["held_out_loss"].get("by_source", {}).items():
+        logger.info("  of %s: %.4f before, %.4f after", label, losses["before"], losses["after"])
     _deliver(settings, record)
     return record
 

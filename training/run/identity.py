@@ -55,10 +55,14 @@ COMPARED_OPTIONS = (
 
 
 def new_record(
-    settings: Settings, rows: str | None = None, base: dict[str, Any] | None = None
+    settings: Settings,
+    rows: str | None = None,
+    base: dict[str, Any] | None = None,
+    sources: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """The record of a run before its first step; `rows` is the `rows_digest` of its rows.
 
+    `sources` are its sources if there are several: name, label, rows and held-out rows of each.
     `base` identifies the base model of an adapter (model/base.py).
 
     `status` is "running", then "stopped" (by SIGTERM or Ctrl-C) or "finished" (the model is written and verified).
@@ -78,6 +82,7 @@ def new_record(
         "global_batch": settings.global_batch,
         "precision": settings.precision,
         "rows": rows,
+        **({"sources": sources} if sources else {}),
         "python": platform.python_version(),
         "versions": versions,
         "git_commit": git_commit(),

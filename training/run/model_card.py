@@ -64,7 +64,7 @@ with the recipe of Databricks' first Dolly. {limit}
 Held-out loss, nats a response token: {losses["before"]:.4f} before training, {after} after
 {steps:,} step{"s" * (steps != 1)} on {devices} device{"s" * (devices != 1)} in {record["precision"]}.
 
-```python
+{_sources_section(record)}```python
 from transformers import pipeline
 
 ask = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
@@ -86,6 +86,22 @@ print(ask([{{"role": "user", "content": {json.dumps(SAMPLE_INSTRUCTIONS[0])}}}])
 {changed}
 """
     ModelCard(content).save(folder / "README.md")
+
+
+def _sources_section(record: dict[str, Any]) -> str:
+    """Rows and held-out losses of each source as a table; "" for a single source."""
+    sources = record.get("sources")
+    if not sources:
+        return ""
+    losses = record["held_out_loss"]["by_source"]
+    lines = ["| source | rows | held out | loss before | after |", "|---|---|---|---|---|"]
+    for source in sources:
+        of_source = losses.get(source["label"], {})
+        figures = [of_source.get(moment) for moment in ("before", "after")]
+        texts = ["not measured" if loss is None else f"{loss:.4f}" for loss in figures]
+        rows = f"{source['rows']:,} | {source['held_out']:,}"
+        lines.append(f"| {_code(source['source'])} | {rows} | {' | '.join(texts)} |")
+    return "\n".join(lines) + "\n\n"
 
 
 def _adapter_section(record: dict[str, Any]) -> str:
@@ -128,7 +144,14 @@ def outcome(chosen: Path, last: Path) -> dict[str, Any]:
     manifest = checkpoint.read_manifest(chosen)
     assert manifest is not None
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
-    held_out = {entry["step"]: entry["eval_loss"] for entry in history if "eval_loss" in entry}
+    held_out = {entry["step"]: entry for entry in history if "eval_loss" in entry}
+    before, after = held_out[min(held_out)], held_out.get(checkpoint.step_of(chosen), {})
+    losses: dict[str, Any] = {"before": before["eval_loss"], "after": manifest["eval_loss"]}
+    ends = metrics.losses_by_source(after)
+    if of_sources := metrics.losses_by_source(before):
+        losses["by_source"] = {
+            label: {"before": loss, "after": ends.get(label)} for label, loss in of_sources.items()
+        }
     progress = json.loads((last / checkpoint.PROGRESS_FILE).read_text())
     loss_sum = progress["loss_total"] + fmean(progress["loss_sums"])
     return {
@@ -136,7 +159,7 @@ def outcome(chosen: Path, last: Path) -> dict[str, Any]:
         "steps": checkpoint.step_of(last),
         "model_of_step": checkpoint.step_of(chosen),
         "train_loss": loss_sum / checkpoint.step_of(last),
-        "held_out_loss": {"before": held_out[min(held_out)], "after": manifest["eval_loss"]},
+        "held_out_loss": losses,
         "seconds": {"training": progress["seconds"]},
         "batching": progress["batching"],
         "saves": metrics.saves_of(last.parent / METRICS_FILE),

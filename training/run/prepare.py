@@ -6,6 +6,7 @@ import io
 import logging
 import os
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
@@ -19,9 +20,11 @@ from torch.distributed import distributed_c10d
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from training.data.batching import check_token_budget
-from training.data.held_out import held_out_message, held_out_size, split_held_out
+from training.data.held_out import held_out_message, held_out_size, source_of_each, split_held_out
 from training.data.ledger import Ledger
-from training.data.tokens import marked_sample, prepare_dataset
+from training.data.source_labels import source_labels
+from training.data.tokens import marked_sample, prepare_sources
+from training.errors import printable
 from training.launch.supervisor import remove_shared_buffer
 from training.model.adapter import check_adapter, check_base, lora_of
 from training.model.loading import check_quantization, load_config, max_positions, rows_needed, text_config
@@ -54,6 +57,17 @@ class Prepared:
     ledger: Ledger
     packing: Packing
 
+    @property
+    def sources(self) -> list[dict[str, Any]]:
+        """The sources for run.json: name, label, rows and held-out rows of each; [] for a single source."""
+        held_out = Counter(source_of_each(self.held_out_rows))
+        ledgers = self.ledger.sources
+        labels = source_labels([ledger.source for ledger in ledgers])
+        return [
+            {"source": ledger.source, "label": label, "rows": ledger.rows_kept, "held_out": held_out[number]}
+            for number, (ledger, label) in enumerate(zip(ledgers, labels, strict=True))
+        ]
+
 
 def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     """Forms the process group, tokenises the rows once for all ranks, and chooses those that are held out.
@@ -81,8 +95,10 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     sample = marked_sample(tokenizer, row["input_ids"], row["response_spans"])
     logger.info("%s", ledger)
     logger.info("%s", worded(held_out_message(test_size, count, options.test_size, recorded)))
-    logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
     prepared = Prepared(args, tokenizer, train_rows, held_out_rows, ledger, packing)
+    for source in prepared.sources:
+        logger.info("  %s of %s", f"{source['held_out']:,}", printable(source["source"]))
+    logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
     return settings.with_test_size(test_size), prepared
 
 
@@ -219,7 +235,7 @@ def tokenised_rows(
     tokenizer: PreTrainedTokenizerBase | None = None,
     packing: Packing = Packing(),  # noqa: B008  (frozen)
 ) -> tuple[PreTrainedTokenizerBase, datasets.Dataset, Ledger]:
-    """(tokenizer, rows, ledger) of a run; model and --max-length limit the rows (see `prepare_dataset`).
+    """(tokenizer, rows, ledger) of a run; model and --max-length limit the rows (see `prepare_sources`).
 
     Raises OptionsError if --max-length is more than the model's rows can have.
     """
@@ -227,8 +243,8 @@ def tokenised_rows(
     positions = packing.row_limit(max_positions(config))
     check_max_length(options, positions)
     tokenizer = tokenizer or run_tokenizer(options)
-    rows, ledger = prepare_dataset(
-        options.training_dataset[0],
+    rows, ledger = prepare_sources(
+        options.training_dataset,
         tokenizer,
         options.max_length or positions,
         options.keep_truncated,

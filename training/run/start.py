@@ -86,7 +86,8 @@ def find(settings: Settings, prepared: Prepared, steps: int) -> tuple[Start, dic
         return identify(options.input_model) if settings.lora else None
 
     def of_this_run() -> dict[str, Any]:
-        return new_record(settings, rows_digest(prepared.train_rows, prepared.held_out_rows), base())
+        digest = rows_digest(prepared.train_rows, prepared.held_out_rows)
+        return new_record(settings, digest, base(), prepared.sources)
 
     def on_disk() -> tuple[Start, dict[str, Any]]:
         record = of_this_run()

@@ -140,6 +140,7 @@ def build_trainer(
         eval_dataset=prepared.held_out_rows,
         data_collator=collator(pad_token_id=pad),
         processing_class=prepared.tokenizer,
+        ledger=prepared.ledger,
         batching=settings.batching,
         max_tokens=settings.max_tokens if isinstance(settings.max_tokens, int) else None,
         peak_flops=peak_flops(args.device, DTYPES[settings.precision]),

@@ -5,10 +5,12 @@ metrics.jsonl   {"step": 10, "max_steps": 797, "epoch": 0.013, "seconds": 12.3, 
                 {"step": 100, "max_steps": 797, "epoch": 0.126, "seconds": 80.1, "eval_loss": 1.5}
                 {"step": 200, "max_steps": 797, "epoch": 0.251, "seconds": 99.2, "blocked_seconds": 0.3,
                  "written_bytes": 85000000000}
+                With several sources, a held-out loss of each follows: "eval_loss_alpaca": 1.4, "eval_loss_dolly": 1.7.
 samples.jsonl   {"step": 100, "epoch": 0.126, "instruction": "Name a river.", "input": "", "response": "The Rhine"}
                 with "history", a list of messages, before the response if the prompt follows a conversation
 
-The line of a save follows when its last file is written, some steps later. `seconds` count training time, including the time before a resume. NaN and infinity (the gradient norm of a skipped
+The line of a save follows when its last file is written, some steps later. `seconds` count training time, including
+the time before a resume. NaN and infinity (the gradient norm of a skipped
 fp16 step) are written as null. Only rank 0 writes. A resumed run first drops the entries after its checkpoint, so no
 step appears twice."""
 
@@ -21,9 +23,17 @@ import os
 from pathlib import Path
 from typing import Any
 
+from training.consts import SOURCE_LOSS
 from training.files import write_file
 
 logger = logging.getLogger(__name__)
+
+
+def losses_by_source(entry: dict[str, Any]) -> dict[str, float]:
+    """The held-out loss of each source by its label, from an entry of the log; {} if there is one source."""
+    return {
+        name.removeprefix(SOURCE_LOSS): loss for name, loss in entry.items() if name.startswith(SOURCE_LOSS)
+    }
 
 
 def append(file: Path, *entries: dict[str, Any]) -> bool:

@@ -109,7 +109,9 @@ class MetricsLog(TrainerCallback):
         if event in self.written or not kind:
             return
         self.written.add(event)
-        values = {"eval_loss": logs["eval_loss"]} if kind == "eval_loss" else logs
+        values = logs
+        if kind == "eval_loss":  # without what transformers measures of the evaluation
+            values = {name: value for name, value in logs.items() if name.startswith(kind)}
         position = {"step": state.global_step, "max_steps": state.max_steps, "epoch": state.epoch or 0.0}
         metrics.append(self.file, position | {"seconds": self.seconds()} | values)
 

@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerState
 from training.consts import SUPERVISED
 from training.errors import printable
 from training.files import duration
+from training.storage.metrics import losses_by_source
 
 
 class ProgressLog(TrainerCallback):
@@ -37,7 +38,7 @@ class ProgressLog(TrainerCallback):
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any], **_: Any) -> None:
         if "eval_loss" in logs:
-            print_line(f"{step_label(state)}  held-out loss {logs['eval_loss']:.4f}")
+            print_line(f"{step_label(state)}  held-out loss {logs['eval_loss']:.4f}{of_sources(logs)}")
         elif "loss" in logs:
             print_line(
                 f"{step_label(state)}  loss {logs['loss']:.4f}  rate {logs['learning_rate']:.2e}"
@@ -55,6 +56,12 @@ class ProgressLog(TrainerCallback):
             return ""
         seconds = (time.monotonic() - self.start) / steps
         return f"  {seconds:.2f} s/step  {duration(seconds * (state.max_steps - state.global_step))} left"
+
+
+def of_sources(logs: dict[str, Any]) -> str:
+    """The held-out losses of several sources: "  alpaca 1.2345, dolly 1.6789"; "" for a single source."""
+    losses = losses_by_source(logs)
+    return "  " + ", ".join(f"{label} {loss:.4f}" for label, loss in losses.items()) if losses else ""
 
 
 def step_label(state: TrainerState) -> str:
