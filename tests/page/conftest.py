@@ -9,6 +9,7 @@ import pytest
 from transformers import GPTJConfig, GPTJForCausalLM, PreTrainedTokenizerBase
 
 from tests.conftest import follow_chain, jsonl, say_rows
+from training.data.conversations import Prompt
 from training.data.prompt import END_KEY, RESPONSE_KEY
 from training.page.models import PageModel
 from training.page.state import Page
@@ -51,7 +52,7 @@ def page(
         PageModel("base", "hub/base", "hub/base", endless_model, tokenizer),
         PageModel("tuned", "hub/tuned", "run-1", brief_model, tokenizer),
     ]
-    rows = [Question(f"Say {n}.", "", HELD_OUT) for n in range(3)]
+    rows = [Question(Prompt(f"Say {n}."), HELD_OUT) for n in range(3)]
     return Page(models, Votes.open(tmp_path / "votes" / "votes.jsonl"), rows)
 
 

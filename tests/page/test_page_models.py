@@ -12,6 +12,7 @@ from transformers import GPTJForCausalLM, PreTrainedTokenizerBase
 
 from tests.conftest import POSITIONS
 from tests.page.conftest import LONG, RIVER, save_run
+from training.data.conversations import Prompt
 from training.data.held_out import split_held_out
 from training.model.generation import generate_response
 from training.model.loading import load_model
@@ -25,8 +26,8 @@ from training.storage.record import finished_run
 GREEDY = {"max_new_tokens": 20, "do_sample": False, "top_p": None, "top_k": None}
 
 
-def last_answers(models: list[PageModel], instruction: str, generation: dict, context: str = "") -> list:
-    *_, answers = stream_answers(models, instruction, context, generation, threading.Event())
+def last_answers(models: list[PageModel], prompt: Prompt, generation: dict) -> list:
+    *_, answers = stream_answers(models, [prompt] * len(models), generation, threading.Event())
     return answers
 
 
@@ -36,7 +37,7 @@ def test_the_page_answers_as_generate_does_also_with_a_prompt_that_is_cut(
     model = load_model(str(base_folder), tokenizer, torch.float32, seed=42).eval()
     shown = PageModel("random", "hub/random", "hub/random", model, tokenizer)
     for instruction, context in (("Name a colour.", ""), ("Name", "red, blue"), ("word " * 400, "")):
-        [answer] = last_answers([shown], instruction, GREEDY, context)
+        [answer] = last_answers([shown], Prompt(instruction, context), GREEDY)
         expected = generate_response(instruction, context, model=model, tokenizer=tokenizer, **GREEDY)
         assert answer.text == expected
         assert bool(answer.cut_from) == (len(instruction) > 1000)
@@ -46,16 +47,17 @@ def test_the_page_answers_as_generate_does_also_with_a_prompt_that_is_cut(
 
 def test_an_answer_grows_and_both_models_answer_at_the_same_time(page: Page) -> None:
     seen = []
-    for note, texts in ask.answers(page, "session", "Say A.", "", 400, 0, 1, 0):
-        assert note == ""
-        seen.append(texts)
-    lengths = [len(texts[0]) for texts in seen]
+    for view in ask.answers(page, "session", "Say A.", "", 400, 0, 1, 0):
+        assert view.problem == ""
+        seen.append(view.models)
+    lengths = [len(base.answer) for base, _ in seen]
     assert lengths == sorted(lengths)
     assert len(set(lengths)) > 2, "it grows on the page"
-    assert seen[-1][2] == "AB"
-    assert seen[-1][3].startswith("3 tokens in ")
-    assert seen[-1][1] == "Cut off at max_new_tokens, 400 tokens"
-    assert seen[0][0] == "" or "AB" in [texts[2] for texts in seen if len(texts[0]) < 800], (
+    base, tuned = seen[-1]
+    assert tuned.answer == "AB"
+    assert tuned.note.startswith("3 tokens in ")
+    assert base.note == "Cut off at max_new_tokens, 400 tokens"
+    assert lengths[0] == 0 or "AB" in [tuned.answer for base, tuned in seen if len(base.answer) < 800], (
         "before the other ended"
     )
 
@@ -63,20 +65,20 @@ def test_an_answer_grows_and_both_models_answer_at_the_same_time(page: Page) -> 
 def test_stop_ends_the_generation_at_the_next_token(page: Page) -> None:
     running = ask.answers(page, "session", "Say A.", "", 30_000, 0, 1, 0)
     other = ask.answers(page, "other", "Say A.", "", 20, 0, 1, 0)
-    while "A A A" not in next(running)[1][0]:
+    while "A A A" not in next(running).models[0].answer:
         pass
     next(other)
     page.stop("other session")  # that of another tab, which asks nothing
     time.sleep(0.3)
-    assert next(other)[1][1] == "Waiting: the model answers another question"
+    assert next(other).models[0].note == "Waiting: the model answers another question"
     page.stop("session")
-    *_, (_, texts) = running
-    words, count, *_ = texts[1].removeprefix("Stopped after").split()[::-1]
+    *_, view = running
+    words, count, *_ = view.models[0].note.removeprefix("Stopped after").split()[::-1]
     assert words == "tokens"
     assert 3 < int(count) < 20_000
-    assert texts[3].startswith("3 tokens"), "the model that had ended keeps its answer"
-    *_, (_, texts) = other
-    assert texts[0].split() == ["A"] * 10, "then the waiting question is answered"
+    assert view.models[1].note.startswith("3 tokens"), "the model that had ended keeps its answer"
+    *_, view = other
+    assert view.models[0].answer.split() == ["A"] * 10, "then the waiting question is answered"
 
 
 def test_a_closed_tab_ends_the_generation(page: Page) -> None:
@@ -95,13 +97,13 @@ def test_a_failure_is_said_in_words_and_the_model_answers_the_next_question(
             raise error
 
         monkeypatch.setattr(page.models[1].model, "generate", generate)
-        return last_answers(page.models[1:], "Say A.", GREEDY)
+        return last_answers(page.models[1:], Prompt("Say A."), GREEDY)
 
     assert "Lower max_new_tokens" in fail(torch.OutOfMemoryError("CUDA"))[0].note()
     assert fail(RuntimeError("device lost"))[0].note() == "No answer (RuntimeError: device lost)"
     monkeypatch.undo()
-    assert last_answers(page.models[1:], "Say A.", GREEDY)[0].text == "AB"
-    [answer] = last_answers(page.models[1:], "Say A.", GREEDY | {"max_new_tokens": LONG})
+    assert last_answers(page.models[1:], Prompt("Say A."), GREEDY)[0].text == "AB"
+    [answer] = last_answers(page.models[1:], Prompt("Say A."), GREEDY | {"max_new_tokens": LONG})
     assert "Ask for fewer new tokens" in answer.note()
 
 
@@ -109,16 +111,17 @@ def test_a_model_whose_folder_was_removed_still_answers_and_says_so(
     brief_model: GPTJForCausalLM, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
     model = PageModel("tuned", str(tmp_path / "gone"), "run-1", brief_model, tokenizer)
-    [answer] = last_answers([model], "Say A.", GREEDY)
+    [answer] = last_answers([model], Prompt("Say A."), GREEDY)
     assert answer.text == "AB"
     assert "The model's folder was removed" in answer.note()
 
 
 @pytest.mark.parametrize("instruction", ["", " \n", None, "half \ud83d"])
 def test_a_question_without_text_is_not_asked(page: Page, instruction: str | None) -> None:
-    [(words, texts)] = ask.answers(page, "session", instruction, None, 8, 0, 1, 0)
-    assert words.startswith("The instruction is ")
-    assert texts == [""] * 4
+    [view] = ask.answers(page, "session", instruction, None, 8, 0, 1, 0)
+    assert view.problem.startswith("The instruction is ")
+    assert view.models == [("", "", "")] * 2
+    assert view.fields is None, "what was typed stays"
 
 
 def test_sampling_settings_are_checked_together() -> None:
@@ -159,9 +162,9 @@ def test_the_questions_are_the_held_out_rows_of_the_run_and_its_saved_answers(
 
     numbered = datasets.Dataset.from_dict({"row": range(40)})
     assert sorted(found) == sorted(all_rows[number] for number in split_held_out(numbered, 6, 42)[1]["row"])
-    assert examples(tmp_path / "run") == [(RIVER, ""), *examples(tmp_path)]
-    assert saved_answers(tmp_path / "run") == {(RIVER, ""): (60, "The Rhine")}
-    assert saved_answers(tmp_path / "run", step=0) == {(RIVER, ""): (0, "A A A")}
+    assert examples(tmp_path / "run") == [Prompt(RIVER), *examples(tmp_path)]
+    assert saved_answers(tmp_path / "run") == {Prompt(RIVER): (60, "The Rhine")}
+    assert saved_answers(tmp_path / "run", step=0) == {Prompt(RIVER): (0, "A A A")}
     assert len(examples(tmp_path)) == 5, "Dolly's own"
     (tmp_path / "rows.csv").write_text("instruction,output\nName a river.,Rhine\n")
-    assert rows_of_file(str(tmp_path / "rows.csv")) == [Question("Name a river.", "", HELD_OUT)]
+    assert rows_of_file(str(tmp_path / "rows.csv")) == [Question(Prompt("Name a river."), HELD_OUT)]

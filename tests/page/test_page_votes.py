@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from training.data.conversations import Prompt
 from training.errors import DataError
 from training.page import blind, votes
 from training.page.models import PageModel
@@ -22,7 +23,7 @@ GREEDY = (8, 0, 1, 0)  # the values of PARAMETERS
 
 def pair(page: Page, number: int = 0, swapped: bool = False, source: str = HELD_OUT) -> Pair:
     models = page.models[::-1] if swapped else page.models
-    return Pair(Question(f"Say {number}.", "", source), (models[0], models[1]), ("one", "two"), {})
+    return Pair(Question(Prompt(f"Say {number}."), source), (models[0], models[1]), ("one", "two"), {})
 
 
 def test_the_wilson_interval_has_the_published_values() -> None:

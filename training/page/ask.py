@@ -1,69 +1,137 @@
-"""The tab Ask: all models answer one question side by side, while they generate."""
+"""The tab Ask: all models answer one question side by side, while they generate. The next question continues the
+conversation: each model sees its own earlier answers."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from contextlib import closing
+from typing import Any, NamedTuple
 
 import gradio as gr
 
-from training.page.models import generation_arguments, question_problem, stream_answers
-from training.page.state import Page
+from training.data.conversations import Prompt
+from training.page.models import REFRESH_SECONDS, generation_arguments, question_problem, stream_answers
+from training.page.questions import history_texts, question_text
+from training.page.state import Chat, Exchange, Page
+
+FIRST, NEXT = "Instruction", "Next instruction. It continues the conversation"
+NO_ANSWER = "No answer, so the model does not see this question again"
+
+
+class Shown(NamedTuple):
+    """The texts of a model: the conversation up to the last question, the answer to it, and how it was answered."""
+
+    conversation: str
+    answer: str
+    note: str
+
+
+class View(NamedTuple):
+    """What the tab shows.
+
+    Attributes:
+        problem: why the question is not asked; "" if it is.
+        models: the texts of each model.
+        fields: (instruction, input) to put into the fields; None leaves them as they are.
+        begun: whether the next question continues a conversation.
+    """
+
+    problem: str
+    models: list[Shown]
+    fields: tuple[str, str] | None
+    begun: bool
+
+    def updates(self) -> list[Any]:
+        """Values of the components: instruction, input, problem, and those of each model."""
+        if self.fields is None:
+            fields = [gr.skip(), gr.skip()]
+        else:
+            label = NEXT if self.begun else FIRST
+            fields = [gr.update(value=self.fields[0], label=label), gr.update(value=self.fields[1])]
+        boxes: list[Any] = []
+        for shown in self.models:
+            boxes += [_optional(shown.conversation), shown.answer, shown.note]
+        return [*fields, _optional(self.problem), *boxes]
+
+
+def _optional(text: str) -> dict[str, Any]:
+    """The update of a box that is hidden while it is empty."""
+    return gr.update(value=text, visible=bool(text))
 
 
 def ask_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
     """Lays out the tab. `sampling` are the fields of PARAMETERS."""
-    instruction = gr.Textbox(label="Instruction", lines=3, max_lines=12, elem_id="instruction")
+    instruction = gr.Textbox(label=FIRST, lines=3, max_lines=12, elem_id="instruction")
     context = gr.Textbox(label="Input (optional)", lines=1, max_lines=12, elem_id="input")
     with gr.Row():
-        ask = gr.Button("Ask", variant="primary", elem_id="ask")
-        stop = gr.Button("Stop", elem_id="stop")
+        ask = gr.Button("Ask", variant="primary", min_width=90, elem_id="ask")
+        stop = gr.Button("Stop", min_width=90, elem_id="stop")
+        new = gr.Button("New conversation", min_width=90, elem_id="new")
     problem = gr.Textbox(label="Not asked", visible=False, interactive=False, elem_id="problem")
     boxes: list[gr.Textbox] = []
     with gr.Row():
         for number, model in enumerate(page.models):
             with gr.Column(min_width=280):
-                boxes += [
-                    gr.Textbox(
-                        label=model.name, lines=6, max_lines=16, interactive=False, elem_id=f"answer-{number}"
-                    ),
-                    gr.Textbox(
-                        label=f"How {model.name} answered",
-                        lines=1,
-                        max_lines=4,
-                        interactive=False,
-                        elem_id=f"note-{number}",
-                    ),
-                ]
+                boxes += _model_boxes(number, model.name)
     offered = gr.Dataset(
         components=[gr.Textbox(visible=False)],
-        samples=[["\n".join(filter(None, prompt))] for prompt in page.examples],
+        samples=[[_example_text(prompt)] for prompt in page.examples],
         type="index",
         label="Examples",
         elem_id="examples",
     )
 
     def answer(request: gr.Request, *values: Any) -> Iterator[list[Any]]:
-        for found, texts in answers(page, str(request.session_hash), *values):
-            yield [gr.update(value=found, visible=bool(found)), *texts]
+        for view in answers(page, str(request.session_hash), *values):
+            yield view.updates()
 
     def stop_answers(request: gr.Request) -> None:
         page.stop(str(request.session_hash))
 
-    def choose(number: int) -> list[Any]:
-        return [*page.examples[number], gr.update(value="", visible=False), *saved_texts(page, number)]
+    def begin(request: gr.Request) -> list[Any]:
+        return new_conversation(page, str(request.session_hash)).updates()
+
+    def choose(request: gr.Request, number: int) -> list[Any]:
+        return new_conversation(page, str(request.session_hash), number).updates()
 
     hidden: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    fields = [instruction, context, *sampling]
-    ask.click(answer, fields, [problem, *boxes], concurrency_limit=8, **hidden)
+    shown = [instruction, context, problem, *boxes]
+    ask.click(answer, [instruction, context, *sampling], shown, concurrency_limit=8, **hidden)
     stop.click(stop_answers, None, None, queue=False, **hidden)
-    offered.click(choose, offered, [instruction, context, problem, *boxes], **hidden)
+    new.click(begin, None, shown, **hidden)
+    offered.click(choose, offered, shown, **hidden)
 
 
-def answers(
-    page: Page, session: str, instruction: str, context: str, *sampling: Any
-) -> Iterator[tuple[str, list[str]]]:
-    """Yields (why the question is not asked or "", [text, note, text, note, ...] of the models) until all are done."""
+def _model_boxes(number: int, name: str) -> list[gr.Textbox]:
+    """The boxes of a model: the conversation so far, its last answer, and how it answered."""
+    return [
+        gr.Textbox(
+            label=f"Conversation with {name}",
+            visible=False,
+            lines=2,
+            max_lines=12,
+            interactive=False,
+            elem_id=f"conversation-{number}",
+        ),
+        gr.Textbox(label=name, lines=6, max_lines=16, interactive=False, elem_id=f"answer-{number}"),
+        gr.Textbox(
+            label=f"How {name} answered", lines=1, max_lines=4, interactive=False, elem_id=f"note-{number}"
+        ),
+    ]
+
+
+def _example_text(prompt: Prompt) -> str:
+    earlier = len(prompt.history)
+    turns = f"(after {earlier} earlier turn{'s' * (earlier != 1)})" if earlier else ""
+    return "\n".join(filter(None, [turns, *prompt[:2]]))
+
+
+def answers(page: Page, session: str, instruction: str, context: str, *sampling: Any) -> Iterator[View]:
+    """Asks all models the next question of the session's conversation. Yields what to show until all are done.
+
+    Each view is that of the conversation which the session then has: it may begin a new one meanwhile.
+    """
     found = question_problem(instruction, context)
     generation: dict[str, Any] = {}
     try:
@@ -71,19 +139,56 @@ def answers(
     except ValueError as error:
         found = found or str(error)
     if found:
-        yield found, [""] * 2 * len(page.models)
+        yield _view(page, page.chat(session), problem=found)
         return
-    for streamed in stream_answers(
-        page.models, instruction, context or "", generation, page.new_stop(session)
-    ):
-        yield "", [text for answer in streamed for text in (answer.text, answer.note())]
+    stop, chat = page.new_stop(session), page.chat(session)
+    while chat.exchanges and not all(answer.done for answer in chat.exchanges[-1].answers):
+        time.sleep(REFRESH_SECONDS)  # the answers that were just stopped
+    if chat.exchanges and chat.exchanges[-1].missing:
+        chat.exchanges.pop()  # nobody answered it
+    prompts = [chat.prompt(model, instruction, context or "") for model in range(len(page.models))]
+    with closing(stream_answers(page.models, prompts, generation, stop)) as stream:
+        exchange = Exchange(instruction, context or "", next(stream))
+        chat.exchanges.append(exchange)
+        yield _view(page, page.chat(session), fields=("", ""))
+        for _ in stream:
+            yield _view(page, page.chat(session))
+    if page.chat(session) is chat and exchange.missing:
+        yield _view(page, chat, fields=(instruction, context or ""))
 
 
-def saved_texts(page: Page, number: int) -> list[str]:
-    """[text, note, text, note, ...] that the runs have saved for an example."""
+def new_conversation(page: Page, session: str, example: int | None = None) -> View:
+    """Begins anew, with empty fields or with those of an example."""
+    fields = ("", "") if example is None else page.examples[example][:2]
+    return _view(page, page.new_chat(session, example), fields=fields)
+
+
+def _view(page: Page, chat: Chat, problem: str = "", fields: tuple[str, str] | None = None) -> View:
+    """What the tab shows of a conversation."""
+    if chat.exchanges:
+        models = [_shown(chat, model) for model in range(len(page.models))]
+    else:
+        begun = "\n\n".join(history_texts(chat.begun))
+        models = [Shown(begun, *texts) for texts in saved_texts(page, chat.example)]
+    return View(problem, models, fields, bool(chat.exchanges or chat.begun))
+
+
+def _shown(chat: Chat, model: int) -> Shown:
+    texts = history_texts(chat.begun)
+    for exchange in chat.exchanges:
+        answer = exchange.answers[model]
+        texts.append(f"Question: {question_text(Prompt(exchange.instruction, exchange.input))}")
+        texts.append(f"Answer: {answer.text}" if not answer.missing else NO_ANSWER)
+    return Shown("\n\n".join(texts[:-1]), answer.text, answer.note())
+
+
+def saved_texts(page: Page, example: int | None) -> list[tuple[str, str]]:
+    """(text, note) of each model: what the runs have saved for an example."""
+    if example is None:
+        return [("", "")] * len(page.models)
     texts = []
     for saved in page.saved:
-        step, text = saved.get(page.examples[number], (None, ""))
+        step, text = saved.get(page.examples[example], (None, ""))
         note = "" if step is None else f"Saved by the training run at step {step:,}, greedy"
-        texts += [text, note]
+        texts.append((text, note))
     return texts

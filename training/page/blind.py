@@ -8,7 +8,9 @@ from typing import Any
 
 import gradio as gr
 
-from training.page.models import PageModel, generation_arguments, question_problem, stream_answers
+from training.data.conversations import Prompt
+from training.page.models import Answer, PageModel, generation_arguments, question_problem, stream_answers
+from training.page.questions import question_text
 from training.page.state import Page
 from training.page.votes import OWN, Pair, Question, in_random_order, next_row
 
@@ -34,7 +36,7 @@ def blind_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
         own = gr.Button("Ask this", elem_id="own")
     # A function is called for each visitor; a text would show the votes at the start of the page.
     status = _output("What to do", "status", lambda: rows_left(page), max_lines=6)
-    question = _output("Question", "question", lines=2, max_lines=12)
+    question = _output("Question", "question", lines=2, max_lines=16)
     with gr.Row():
         boxes = [
             _output(f"Answer {side}", f"blind-{side.lower()}", lines=6, max_lines=16, min_width=280)
@@ -87,7 +89,7 @@ def ask_own(
     if problem := question_problem(instruction, context):
         yield None, problem, "", "", ""
     else:
-        question = Question(instruction, context or "", OWN)
+        question = Question(Prompt(instruction, context or ""), OWN)
         yield from _ask(page, session, question, in_random_order(page.models), sampling)
 
 
@@ -100,14 +102,14 @@ def _ask(
 ) -> Iterator[tuple[Pair | None, str, str, str, str]]:
     """Yields (pair, status, question, answer A, answer B), the answers both at once: the time that one takes, its number
     of tokens and its problems would say whose it is."""
-    asked = "\n\nInput:\n".join(filter(None, question[:2]))
+    asked = question_text(question.prompt)
     try:
         generation = generation_arguments(*sampling)
     except ValueError as error:
         yield None, str(error), asked, "", ""
         return
     yield None, "The models answer ...", asked, "", ""
-    *_, answers = stream_answers(models, *question[:2], generation, page.new_stop(session))
+    *_, answers = stream_answers(models, [question.prompt] * 2, generation, page.new_stop(session))
     if problems := sorted({answer.problem for answer in answers if answer.problem}):
         yield None, ". ".join(problems), asked, "", ""
     elif any(answer.stopped for answer in answers):
@@ -115,9 +117,23 @@ def _ask(
     else:
         first, second = answers
         pair = Pair(question, models, (first.text, second.text), generation)
-        cut = any(answer.cut_from for answer in answers)
-        status = f"{VOTE}. The question was too long, and its end was cut" if cut else VOTE
-        yield pair, status, asked, first.text or "(an empty answer)", second.text or "(an empty answer)"
+        yield (
+            pair,
+            ". ".join([VOTE, *_shortened(answers)]),
+            asked,
+            first.text or "(an empty answer)",
+            second.text or "(an empty answer)",
+        )
+
+
+def _shortened(answers: Sequence[Answer]) -> list[str]:
+    """What a model did not see of the question, without saying which model."""
+    words = []
+    if any(answer.left_out for answer in answers):
+        words.append("The conversation was too long, and its oldest turns were left out")
+    if any(answer.cut_from for answer in answers):
+        words.append("The question was too long, and its end was cut")
+    return words
 
 
 def vote(page: Page, pair: Pair | None, choice: str) -> tuple[str, str]:
@@ -145,7 +161,7 @@ def rows_left(page: Page) -> str:
         return f"{page.rows_problem}. Ask a question of your own"
     pairs = combinations(page.models, 2)
     left = max(
-        sum(row[:2] not in voted for row in page.rows)
+        sum(row.prompt not in voted for row in page.rows)
         for voted in (page.votes.voted(*pair) for pair in pairs)
     )
     if not left:

@@ -6,7 +6,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,8 @@ from transformers import (
     TextStreamer,
 )
 
-from training.data.conversations import Prompt
+from training.data.conversations import Prompt, without_first_turns
+from training.data.prompt import RESPONSE_KEY
 from training.errors import first_line, printable
 from training.model.generation import (
     PARAMETERS,
@@ -36,6 +37,7 @@ from training.storage.record import read_run_record
 logger = logging.getLogger(__name__)
 
 REFRESH_SECONDS = 0.1  # between two updates of the page
+NO_LIMIT = 2**62  # tokens of a prompt
 
 
 @dataclass
@@ -62,6 +64,7 @@ class Answer:
 
     Attributes:
         tokens: generated tokens, with the end key.
+        left_out: the oldest turns of the conversation that the model does not see, because they leave no room.
         cut_from, cut_to: tokens of the prompt before and after the end of the user's text was cut; 0 if it was not.
         problem: why there is no answer, in words; "" if there is one.
     """
@@ -70,6 +73,7 @@ class Answer:
     tokens: int = 0
     seconds: float = 0.0
     limit: int = 0
+    left_out: int = 0
     cut_from: int = 0
     cut_to: int = 0
     waiting: bool = False
@@ -77,6 +81,11 @@ class Answer:
     removed: bool = False
     done: bool = False
     problem: str = ""
+
+    @property
+    def missing(self) -> bool:
+        """Whether there is no answer that a conversation could go on from."""
+        return bool(self.problem) or (self.stopped and not self.text)
 
     def note(self) -> str:
         """How the answer came about, for the line below it."""
@@ -92,6 +101,9 @@ class Answer:
             parts = [f"Cut off at max_new_tokens, {figures}"]
         elif self.done and not self.text:
             parts = [f"An empty answer, {figures}"]
+        if self.left_out:
+            turns = "turn is" if self.left_out == 1 else f"{self.left_out:,} turns are"
+            parts.append(f"the conversation is too long for the model, so its oldest {turns} left out")
         if self.cut_from:
             parts.append(
                 f"the prompt has {self.cut_from:,} tokens, so the end of your text was cut to fit {self.cut_to:,} and "
@@ -158,25 +170,23 @@ def generation_arguments(*values: Any) -> dict[str, Any]:
 
 def stream_answers(
     models: Sequence[PageModel],
-    instruction: str,
-    context: str,
+    prompts: Sequence[Prompt],
     generation: dict[str, Any],
     stop: threading.Event,
-) -> Iterator[list[Answer]]:
+) -> Generator[list[Answer], None, None]:
     """Yields the answers of all models so far, again and again until all are done.
 
     The models answer at the same time. `stop` ends the generation at the next token; it is also set when the caller
     closes this iterator, because the tab of the browser was closed.
 
     Args:
+        prompts: of each model: in a conversation each sees its own earlier answers.
         generation: arguments of `model.generate`; max_new_tokens is needed.
     """
     answers = [Answer(limit=int(generation["max_new_tokens"])) for _ in models]
     threads = [
-        threading.Thread(
-            target=_answer, args=(model, instruction, context, generation, stop, answer), daemon=True
-        )
-        for model, answer in zip(models, answers, strict=True)
+        threading.Thread(target=_answer, args=(model, prompt, generation, stop, answer), daemon=True)
+        for model, prompt, answer in zip(models, prompts, answers, strict=True)
     ]
     for thread in threads:
         thread.start()
@@ -192,8 +202,7 @@ def stream_answers(
 
 def _answer(
     model: PageModel,
-    instruction: str,
-    context: str,
+    prompt: Prompt,
     generation: dict[str, Any],
     stop: threading.Event,
     answer: Answer,
@@ -207,7 +216,7 @@ def _answer(
                 return
         try:
             answer.waiting = False
-            _generate(model, instruction, context, generation, stop, answer)
+            _generate(model, prompt, generation, stop, answer)
         finally:
             model.lock.release()
     except torch.OutOfMemoryError:
@@ -224,23 +233,19 @@ def _answer(
 
 def _generate(
     model: PageModel,
-    instruction: str,
-    context: str,
+    prompt: Prompt,
     generation: dict[str, Any],
     stop: threading.Event,
     answer: Answer,
 ) -> None:
     """Answers with the prompt, the cut and the text of `generate_responses`. Raises what generation raises."""
-    positions = max_positions(model.model.config)
-    [whole] = prompt_ids(model.tokenizer, [Prompt(instruction, context)], 2**62)
-    [prompt] = prompt_ids(model.tokenizer, [Prompt(instruction, context)], positions - answer.limit)
-    if len(prompt) < len(whole):
-        answer.cut_from, answer.cut_to = len(whole), len(prompt)
+    room = max_positions(model.model.config) - answer.limit
+    ids = _fitting_ids(model.tokenizer, prompt, room, answer)
     answer.removed = os.path.isabs(model.path) and not os.path.isdir(model.path)
     start = time.perf_counter()
     streamer = _AnswerStreamer(model.tokenizer, answer, start)
     [text] = answer_batch(
-        [prompt],
+        [ids],
         model.model,
         model.tokenizer,
         model.model.device,
@@ -249,6 +254,21 @@ def _generate(
         **generation,
     )
     answer.text, answer.stopped = text, stop.is_set()
+
+
+def _fitting_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, room: int, answer: Answer) -> list[int]:
+    """Token ids of a prompt, at most `room`. Notes in `answer` what was left out or cut. Raises ValueError."""
+
+    def ids(asked: Prompt, most: int) -> list[int]:
+        return prompt_ids(tokenizer, [asked], most)[0]
+
+    fitting, key = ids(prompt, room), tokenizer.convert_tokens_to_ids(RESPONSE_KEY)
+    # Text never becomes the response key, so there is one for each turn that the model sees.
+    answer.left_out = len(prompt.history) + 1 - fitting.count(key)
+    whole = ids(without_first_turns(prompt, answer.left_out), NO_LIMIT)
+    if len(fitting) < len(whole):
+        answer.cut_from, answer.cut_to = len(whole), len(fitting)
+    return fitting
 
 
 class _AnswerStreamer(TextStreamer):

@@ -1,65 +1,91 @@
-"""Questions that the page offers: the held-out rows of a run, and examples with the answers that the run saved."""
+"""Questions that the page offers: the held-out rows of a run, and examples with the answers that the run saved.
+
+Also how the page shows a question and the turns before it, as text."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from training.consts import SAMPLE_INSTRUCTIONS, SAMPLES_FILE
+from training.data.columns import Columns
+from training.data.conversations import History, Prompt, prompt_of_row
 from training.data.rows import PROMPT_KINDS, read_columns, read_prompts
 from training.data.table import kind_of
+from training.errors import DataError
 from training.evaluate import rows
 from training.page.votes import HELD_OUT, Question
 from training.storage import metrics
 
 
 def rows_of_file(file: str) -> list[Question]:
-    """The questions in a file: rows in any format of training, or instructions as `training.generate` reads them.
+    """The questions in a file: rows in any format of training, or prompts as `training.generate` reads them.
 
     Raises DataError.
     """
-    if kind_of(Path(file)) in PROMPT_KINDS:
-        prompts = [prompt[:2] for prompt in read_prompts(file)]
-    else:
-        columns = read_columns(file)
-        prompts = list(dict.fromkeys(zip(columns.instruction, columns.input, strict=True)))
-    return [Question(*prompt, HELD_OUT) for prompt in prompts]
+    is_text = kind_of(Path(file)) in PROMPT_KINDS
+    prompts = read_prompts(file) if is_text else _prompts_of(read_columns(file))
+    return [Question(prompt, HELD_OUT) for prompt in prompts]
 
 
 def held_out_rows(
     folder: Path, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> list[Question]:
     """The rows that a finished run held out, as the evaluation finds them. Raises DataError."""
-    columns = rows.held_out_rows(folder, record, tokenizer).columns
-    prompts = zip(columns.instruction, columns.input, strict=True)
-    return [Question(*prompt, HELD_OUT) for prompt in dict.fromkeys(prompts)]
+    prompts = _prompts_of(rows.held_out_rows(folder, record, tokenizer).columns)
+    return [Question(prompt, HELD_OUT) for prompt in prompts]
 
 
-def examples(folder: Path) -> list[tuple[str, str]]:
-    """(instruction, input) of the examples: those that the run in `folder` has answered, and Dolly's five."""
-    answered = [(entry["instruction"], entry["input"]) for entry in _samples(folder)]
-    return list(dict.fromkeys([*answered, *((text, "") for text in SAMPLE_INSTRUCTIONS)]))
+def _prompts_of(columns: Columns) -> list[Prompt]:
+    """What the rows ask, each once."""
+    histories = columns.history or [()] * len(columns)
+    prompts = map(Prompt, columns.instruction, columns.input, histories)
+    return list(dict.fromkeys(prompts))
 
 
-def saved_answers(folder: Path, step: int | None = None) -> dict[tuple[str, str], tuple[int, str]]:
+def examples(folder: Path) -> list[Prompt]:
+    """The examples: those that the run in `folder` has answered, and Dolly's five."""
+    answered = [prompt for prompt, _ in _samples(folder)]
+    return list(dict.fromkeys([*answered, *map(Prompt, SAMPLE_INSTRUCTIONS)]))
+
+
+def saved_answers(folder: Path, step: int | None = None) -> dict[Prompt, tuple[int, str]]:
     """(step, answer) for each prompt that the run in `folder` answered at `step`; without one, at its last step.
 
     The answers of step 0 are those of the base model.
     """
     return {
-        (entry["instruction"], entry["input"]): (entry["step"], entry["response"])
-        for entry in sorted(_samples(folder), key=lambda entry: entry["step"])
+        prompt: (entry["step"], entry["response"])
+        for prompt, entry in sorted(_samples(folder), key=lambda sample: sample[1]["step"])
         if step in (None, entry["step"])
     }
 
 
-def _samples(folder: Path) -> list[dict[str, Any]]:
+def _samples(folder: Path) -> list[tuple[Prompt, dict[str, Any]]]:
+    """The prompts and entries of samples.jsonl. Damaged ones are left out."""
     texts = ("instruction", "input", "response")
+    samples = []
+    for entry in metrics.read(folder / SAMPLES_FILE):
+        with suppress(DataError):
+            if all(isinstance(entry.get(name), str) for name in texts):
+                samples.append((prompt_of_row(entry), entry))
+    return samples
+
+
+def question_text(prompt: Prompt) -> str:
+    """A question as the page shows it, with the turns before it."""
+    asked = "\n\nInput:\n".join(filter(None, prompt[:2]))
+    return "\n\n".join([*history_texts(prompt.history), f"Question: {asked}"]) if prompt.history else asked
+
+
+def history_texts(history: History) -> list[str]:
+    """The questions and answers of earlier turns."""
     return [
-        entry
-        for entry in metrics.read(folder / SAMPLES_FILE)
-        if all(isinstance(entry.get(name), str) for name in texts)
+        text
+        for turn in history
+        for text in (f"Question: {turn.system}{turn.question}", f"Answer: {turn.answer}")
     ]

@@ -6,7 +6,8 @@ A vote is a line of JSON. "a" and "b" are the answers in the order in which they
      "a": {"name": "dolly", "id": "9085ec51", "answer": "The Rhine"}, "b": {...}, "vote": "a",
      "generation": {"max_new_tokens": 256, ...}}
 
-A vote is "a", "b" or "tie". The source is "held-out" for a row, and "own" for a question that somebody typed."""
+A vote is "a", "b" or "tie". The source is "held-out" for a row, and "own" for a question that somebody typed. A row of
+several turns has "history" as well: the messages before its last question, {"role": "user", "content": "..."}."""
 
 from __future__ import annotations
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.consts import RUN_FILE
+from training.data.conversations import Prompt, prompt_of_row, row_of_prompt
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -40,10 +42,9 @@ _random = random.SystemRandom()
 
 
 class Question(NamedTuple):
-    """An instruction, its input or "", and where it comes from."""
+    """What the models are asked, and where it comes from."""
 
-    instruction: str
-    input: str
+    prompt: Prompt
     source: str
 
 
@@ -145,8 +146,9 @@ def _is_vote(vote: Any) -> bool:
     try:
         texts = [vote["instruction"], vote["input"], vote["source"]]
         texts += [vote[side][key] for side in "ab" for key in ("name", "id", "answer")]
+        prompt_of_row(vote)
         return all(isinstance(text, str) for text in texts) and vote["vote"] in CHOICES
-    except (KeyError, TypeError):
+    except (KeyError, TypeError, DataError):
         return False
 
 
@@ -173,12 +175,10 @@ class Votes:
             {"name": model.name, "id": model.identity, "answer": answer}
             for model, answer in zip(pair.models, pair.answers, strict=True)
         ]
-        question = pair.question
         entry = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "source": question.source,
-            "instruction": question.instruction,
-            "input": question.input,
+            "source": pair.question.source,
+            **row_of_prompt(pair.question.prompt),
             "a": sides[0],
             "b": sides[1],
             "vote": choice,
@@ -198,13 +198,9 @@ class Votes:
             counts[0 if better == "tie" else 1 if better == first.identity else -1] += 1
         return Tally(counts[1], counts[0], counts[-1])
 
-    def voted(self, first: PageModel, second: PageModel) -> set[tuple[str, str]]:
-        """(instruction, input) of the held-out rows on which somebody has voted for these models."""
-        return {
-            (entry["instruction"], entry["input"])
-            for entry in self._of(first, second)
-            if entry["source"] == HELD_OUT
-        }
+    def voted(self, first: PageModel, second: PageModel) -> set[Prompt]:
+        """The held-out rows on which somebody has voted for these models."""
+        return {prompt_of_row(entry) for entry in self._of(first, second) if entry["source"] == HELD_OUT}
 
     def _of(self, first: PageModel, second: PageModel) -> list[dict[str, Any]]:
         identities = {first.identity, second.identity}
@@ -241,7 +237,7 @@ def next_row(
     _random.shuffle(pairs)
     for pair in sorted(pairs, key=lambda pair: len(votes.voted(*pair))):
         voted = votes.voted(*pair)
-        if left := [row for row in rows if row[:2] not in voted]:
+        if left := [row for row in rows if row.prompt not in voted]:
             return _random.choice(left), in_random_order(pair)
     return None
 
