@@ -192,6 +192,7 @@ def test_answers_stream_side_by_side_and_stop_ends_them(chromium: Any, address: 
     tab.page.click("#stop")
     note = tab.wait("note-0", "Stopped after")
     assert int(note.split()[2]) < 30_000
+    tab.fill("instruction", "Say A again.")
     tab.page.click("#ask")
     tab.wait("note-0", "so far")  # the model is free again
     tab.page.click("#stop")
@@ -219,6 +220,7 @@ def test_two_users_ask_at_once_and_a_closed_tab_frees_the_models(chromium: Any, 
     third.page.get_by_role("tab", name="Blind").click()
     third.page.click("#next")
     third.wait("status", "The models answer")
+    second.fill("instruction", "Say A.")
     second.page.click("#ask")
     second.wait("note-0", "Waiting")
     third.close()
@@ -232,6 +234,7 @@ def test_a_script_is_shown_and_not_run(chromium: Any, address: str) -> None:
     tab.fill("instruction", SCRIPT)
     tab.page.click("#ask")
     tab.wait("note-0", "Cut off")
+    assert tab.text("conversation-0") == f"Question: {SCRIPT}"
     tab.page.get_by_role("tab", name="Blind").click()
     tab.page.click("#next")
     tab.wait("status", "Which answer")
@@ -247,6 +250,70 @@ def test_a_script_is_shown_and_not_run(chromium: Any, address: str) -> None:
     tab.fill("instruction", "   ")
     tab.page.click("#ask")
     assert tab.wait("problem", "empty") == "The instruction is empty. Type one"
+    tab.close()
+
+
+def test_a_follow_up_needs_no_mouse_and_each_user_has_a_conversation_of_their_own(
+    chromium: Any, address: str
+) -> None:
+    tab, other = Tab(chromium, address), Tab(chromium, address)
+    page = tab.page
+    for user in (tab, other):
+        user.set_new_tokens(6)
+    other.fill("instruction", "Say B.")
+    other.page.click("#ask")
+    other.wait("note-0", "Cut off")
+
+    def ask(text: str) -> None:
+        press_until(page, "Shift+Tab", "#instruction textarea")
+        page.keyboard.type(text)
+        press_until(page, "Tab", "#ask")
+        page.keyboard.press("Enter")
+        tab.wait("conversation-1", f"Question: {text}")
+        tab.wait("note-0", "Cut off")
+        tab.wait("note-1", "3 tokens in")
+
+    assert page.get_by_label("Instruction", exact=True).is_visible()
+    assert not page.locator("#conversation-1").is_visible()
+    ask("Say A.")
+    assert page.get_by_label("Next instruction. It continues the conversation").input_value() == ""
+    ask("And now?")
+    assert tab.text("conversation-0") == "Question: Say A.\n\nAnswer: A A A\n\nQuestion: And now?"
+    assert tab.text("conversation-1") == "Question: Say A.\n\nAnswer: AB\n\nQuestion: And now?"
+    assert (tab.text("answer-0"), tab.text("answer-1")) == ("A A A", "AB")
+    other.fill("instruction", "And?")
+    other.page.click("#ask")
+    assert other.wait("conversation-1", "And?") == "Question: Say B.\n\nAnswer: AB\n\nQuestion: And?"
+    press_until(page, "Tab", "#new")
+    page.keyboard.press("Enter")
+    page.wait_for_selector("#conversation-1", state="hidden")
+    assert page.get_by_label("Instruction", exact=True).is_visible()
+    assert [tab.text(name) for name in ("answer-0", "answer-1", "note-0", "note-1")] == [""] * 4
+    ask("Say C.")
+    assert tab.text("conversation-1") == "Question: Say C."
+    other.wait("note-0", "Cut off")
+    tab.close()
+    other.close()
+
+
+def test_a_new_conversation_ends_the_former_one_and_what_is_typed_meanwhile_stays(
+    chromium: Any, address: str
+) -> None:
+    tab = Tab(chromium, address)
+    tab.set_new_tokens(30_000)
+    tab.fill("instruction", "Say A.")
+    tab.page.click("#ask")
+    tab.wait("note-0", "so far")
+    tab.fill("instruction", "typed mean")
+    length = len(tab.text("answer-0"))
+    while len(tab.text("answer-0")) < length + 20:
+        tab.page.wait_for_timeout(50)
+    assert tab.text("instruction") == "typed mean"
+    tab.page.click("#new")
+    tab.page.wait_for_selector("#conversation-0", state="hidden")
+    tab.page.wait_for_timeout(1000)  # a late view of the former conversation would come now
+    assert not tab.page.locator("#conversation-0").is_visible()
+    assert tab.text("answer-0") == tab.text("note-0") == ""
     tab.close()
 
 
@@ -316,6 +383,18 @@ def test_a_blind_vote_needs_no_mouse_and_says_whose_the_answers_were_only_afterw
 @pytest.mark.parametrize("width", [1280, 400])
 def test_the_page_fits_the_screen(chromium: Any, address: str, width: int, tmp_path: Path) -> None:
     tab = Tab(chromium, address, width)
+    tab.set_new_tokens(6)
+    for question in ("Say A.", "And a long question. " * 60):
+        tab.fill("instruction", question)
+        tab.page.click("#ask")
+        tab.wait("conversation-0", question)
+        tab.wait("note-0", "Cut off")
+        tab.wait("note-1", "3 tokens in")
+    tab.page.wait_for_timeout(500)
+    hidden = "box => box.scrollHeight - box.clientHeight - box.scrollTop"
+    assert tab.page.locator("#conversation-0 textarea").evaluate(hidden) < 20, "the last question is in view"
+    for button in ("#ask", "#stop", "#new"):
+        assert tab.page.locator(button).evaluate("button => button.scrollWidth <= button.clientWidth"), button
     widths = []
     for name in ("Ask", "Blind"):
         tab.page.get_by_role("tab", name=name).click()

@@ -17,8 +17,8 @@ from training.data.prompt import render_prompt
 from training.model.generation import prompt_ids
 from training.page import ask, blind, votes
 from training.page.models import PageModel, stream_answers
-from training.page.questions import examples, held_out_rows, question_text, rows_of_file, saved_answers
-from training.page.state import MOST_CHATS, Page
+from training.page.questions import examples, held_out_rows, rows_of_file, saved_answers
+from training.page.state import MOST_CHATS, Page, question_text
 from training.page.votes import HELD_OUT, Pair, Question, Votes
 from training.storage.record import finished_run
 
@@ -269,6 +269,11 @@ def test_questions_of_a_file_may_have_messages_or_a_history(tmp_path: Path) -> N
     expected = [Prompt("And B?", "", EARLIER), Prompt("And C?", "", EARLIER), Prompt("Say D.")]
     file = jsonl(tmp_path / "rows.jsonl", rows)
     assert rows_of_file(file) == [Question(prompt, HELD_OUT) for prompt in expected]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    unusable = {"messages": [{"role": "nobody", "content": "x"}]}
+    jsonl(folder / "rows.jsonl", [*rows[1:], unusable, {"instruction": " ", "output": "x"}])
+    assert rows_of_file(str(folder)) == [Question(prompt, HELD_OUT) for prompt in expected]
     assert question_text(Prompt("Add.", "1 2")) == "Add.\n\nInput:\n1 2"
 
 

@@ -135,7 +135,9 @@ class CollectedOption(click.Option):
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
         default = None if self.required else self.get_default(ctx)
-        if not (self.multiple and isinstance(value, list | tuple)):  # click has a mark for an option not typed
+        if not (
+            self.multiple and isinstance(value, list | tuple)
+        ):  # click has a mark for an option not typed
             return self._converted(ctx, value, default)
         return sum((self._converted(ctx, (one,), ()) for one in value), ()) or default
 

@@ -12,10 +12,12 @@ import gradio as gr
 
 from training.data.conversations import Prompt
 from training.page.models import REFRESH_SECONDS, generation_arguments, question_problem, stream_answers
-from training.page.questions import history_texts, question_text
-from training.page.state import Chat, Exchange, Page
+from training.page.state import Chat, Exchange, Page, history_texts, question_text
 
 FIRST, NEXT = "Instruction", "Next instruction. It continues the conversation"
+# gradio does so only if less than 100 pixels are new.
+SHOW_END = """() => setTimeout(() => document.querySelectorAll("[id^=conversation-] textarea").forEach(
+    box => { box.scrollTop = box.scrollHeight; }), 50)"""
 NO_ANSWER = "No answer, so the model does not see this question again"
 
 
@@ -67,7 +69,7 @@ def ask_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
     with gr.Row():
         ask = gr.Button("Ask", variant="primary", min_width=90, elem_id="ask")
         stop = gr.Button("Stop", min_width=90, elem_id="stop")
-        new = gr.Button("New conversation", min_width=90, elem_id="new")
+        new = gr.Button("New conversation", min_width=160, elem_id="new")
     problem = gr.Textbox(label="Not asked", visible=False, interactive=False, elem_id="problem")
     boxes: list[gr.Textbox] = []
     with gr.Row():
@@ -100,6 +102,8 @@ def ask_tab(page: Page, sampling: Sequence[gr.Number]) -> None:
     ask.click(answer, [instruction, context, *sampling], shown, concurrency_limit=8, **hidden)
     stop.click(stop_answers, None, None, queue=False, **hidden)
     new.click(begin, None, shown, **hidden)
+    for conversation in boxes[::3]:
+        conversation.change(None, js=SHOW_END, **hidden)
     offered.click(choose, offered, shown, **hidden)
 
 
@@ -168,9 +172,10 @@ def _view(page: Page, chat: Chat, problem: str = "", fields: tuple[str, str] | N
     if chat.exchanges:
         models = [_shown(chat, model) for model in range(len(page.models))]
     else:
-        begun = "\n\n".join(history_texts(chat.begun))
-        models = [Shown(begun, *texts) for texts in saved_texts(page, chat.example)]
-    return View(problem, models, fields, bool(chat.exchanges or chat.begun))
+        earlier = "\n\n".join(history_texts(chat.begun))
+        models = [Shown(earlier, *texts) for texts in saved_texts(page, chat.example)]
+    begun = bool(chat.begun) or not all(exchange.missing for exchange in chat.exchanges)
+    return View(problem, models, fields, begun)
 
 
 def _shown(chat: Chat, model: int) -> Shown:

@@ -10,8 +10,7 @@ import gradio as gr
 
 from training.data.conversations import Prompt
 from training.page.models import Answer, PageModel, generation_arguments, question_problem, stream_answers
-from training.page.questions import question_text
-from training.page.state import Page
+from training.page.state import Page, question_text
 from training.page.votes import OWN, Pair, Question, in_random_order, next_row
 
 LABELS = {"a": "A is better", "tie": "Tie", "b": "B is better"}

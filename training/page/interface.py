@@ -32,7 +32,8 @@ def build(page: Page, tabs: Mapping[str, Callable[[Page, list[gr.Number]], None]
 
     with gr.Blocks(title="Dolly", analytics_enabled=False) as blocks:
         gr.Markdown(
-            "# Dolly\nAsk the models one question, or compare two answers without knowing whose they are."
+            "# Dolly\nAsk the models and continue the conversation, or compare two answers without knowing whose they "
+            "are."
         )
         with gr.Accordion("How the models answer", open=False):
             gr.Markdown(

@@ -1,6 +1,4 @@
-"""Questions that the page offers: the held-out rows of a run, and examples with the answers that the run saved.
-
-Also how the page shows a question and the turns before it, as text."""
+"""Questions that the page offers: the held-out rows of a run, and examples with the answers that the run saved."""
 
 from __future__ import annotations
 
@@ -13,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from training.consts import SAMPLE_INSTRUCTIONS, SAMPLES_FILE
 from training.data.columns import Columns
-from training.data.conversations import History, Prompt, prompt_of_row
+from training.data.conversations import Prompt, prompt_of_row
 from training.data.rows import PROMPT_KINDS, read_columns, read_prompts
 from training.data.table import kind_of
 from training.errors import DataError
@@ -41,10 +39,10 @@ def held_out_rows(
 
 
 def _prompts_of(columns: Columns) -> list[Prompt]:
-    """What the rows ask, each once."""
+    """What the rows ask, each once, without rows that ask nothing and conversations that cannot be used."""
     histories = columns.history or [()] * len(columns)
     prompts = map(Prompt, columns.instruction, columns.input, histories)
-    return list(dict.fromkeys(prompts))
+    return [prompt for prompt in dict.fromkeys(prompts) if prompt.instruction.strip()]
 
 
 def examples(folder: Path) -> list[Prompt]:
@@ -74,18 +72,3 @@ def _samples(folder: Path) -> list[tuple[Prompt, dict[str, Any]]]:
             if all(isinstance(entry.get(name), str) for name in texts):
                 samples.append((prompt_of_row(entry), entry))
     return samples
-
-
-def question_text(prompt: Prompt) -> str:
-    """A question as the page shows it, with the turns before it."""
-    asked = "\n\nInput:\n".join(filter(None, prompt[:2]))
-    return "\n\n".join([*history_texts(prompt.history), f"Question: {asked}"]) if prompt.history else asked
-
-
-def history_texts(history: History) -> list[str]:
-    """The questions and answers of earlier turns."""
-    return [
-        text
-        for turn in history
-        for text in (f"Question: {turn.system}{turn.question}", f"Answer: {turn.answer}")
-    ]

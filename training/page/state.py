@@ -1,4 +1,4 @@
-"""What the page shows and keeps while it runs, for all sessions of all browsers."""
+"""What the page keeps while it runs, for all sessions of all browsers, and how it shows questions as text."""
 
 from __future__ import annotations
 
@@ -98,3 +98,18 @@ class Page:
             self.chats.pop(next(iter(self.chats)), None)
         self.chats[session] = chat
         return chat
+
+
+def question_text(prompt: Prompt) -> str:
+    """A question as the page shows it, with the turns before it."""
+    asked = "\n\nInput:\n".join(filter(None, prompt[:2]))
+    return "\n\n".join([*history_texts(prompt.history), f"Question: {asked}"]) if prompt.history else asked
+
+
+def history_texts(history: History) -> list[str]:
+    """The questions and answers of earlier turns."""
+    return [
+        text
+        for turn in history
+        for text in (f"Question: {turn.system}{turn.question}", f"Answer: {turn.answer}")
+    ]
