@@ -101,6 +101,26 @@ def test_the_held_out_conversations_of_a_run_are_found_with_their_turns(
     assert kept.columns.output == [f"{number - 1}" for number in kept.numbers]
 
 
+def test_the_held_out_rows_of_two_sources_have_their_turns_and_the_label_of_their_source(
+    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    chat = [messages("Say A.", "A", f"Say {n}.", f"{n}") for n in range(20)]
+    plain = [{"instruction": f"Write {n}.", "output": f"{n}", "category": "sums"} for n in range(20)]
+    sources = [jsonl(tmp_path / "plain.jsonl", plain), jsonl(tmp_path / "chat.jsonl", chat)]
+    options = {"training_dataset": sources, "test_size": 10, "seed": 7, "max_length": POSITIONS}
+    rows = held_out_rows(tmp_path, {"options": options}, tokenizer)
+    kept, [encoded] = encode_for(rows, [(tokenizer, POSITIONS)])
+    assert set(kept.sources) == {"plain", "chat"}
+    for place, source in enumerate(kept.sources):
+        number = kept.numbers[place] - 1
+        is_chat = source == "chat"
+        assert kept.columns.history[place] == ((Turn("Say A.", "A"),) if is_chat else ())
+        assert kept.columns.category[place] == ("" if is_chat else "sums")
+        asked = render_prompt(f"Say {number}." if is_chat else f"Write {number}.")
+        before = f"{render_prompt('Say A.')}A\n\n### End" if is_chat else ""
+        assert tokenizer.decode(encoded.ids[place]) == f"{before}{asked}{number}\n\n### End"
+
+
 def test_rows_that_training_would_not_use_are_left_out_and_counted(tmp_path: Path) -> None:
     tool = messages("Say A.", "A")
     tool["messages"][1]["tool_calls"] = [{"id": "1"}]

@@ -20,7 +20,7 @@ from training.data.held_out import rows_digest, source_of_each, split_held_out
 from training.data.rows import read_columns
 from training.data.source_labels import source_labels
 from training.data.source_names import joined, sources_of
-from training.data.sources import places_of, read_sources
+from training.data.sources import PER_ROW, places_of, read_sources
 from training.data.tokens import prepare_sources
 from training.errors import DataError
 
@@ -81,7 +81,7 @@ class Rows:
 def _at(columns: Columns, places: Sequence[int]) -> Columns:
     parts = {
         name: [getattr(columns, name)[place] for place in places]
-        for name in ("instruction", "input", "output", "category", "history")
+        for name in PER_ROW
         if getattr(columns, name)
     }
     return Columns(**{"instruction": [], "input": [], "output": []} | parts)
