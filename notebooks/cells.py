@@ -15,7 +15,7 @@ from typing import Any
 
 from notebooks.found import default_training_root, lost_model_problem
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
-from training.data.conversations import prompt_of_row, prompt_text
+from training.data.conversations import Prompt, prompt_of_row, prompt_text, row_of_prompt
 from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError, printable
 from training.files import PathKind, expanded, local_path, path_problem, split_sources
 from training.machine.catalogue import FAMILIES, Machine
@@ -284,11 +284,11 @@ def finished_record(choices: Choices) -> dict[str, Any]:
         ) from error
 
 
-def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, str]]:
+def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]:
     """Tokenises the rows of a run, and prints what became of them.
 
-    Returns the first `count` held-out rows as {instruction, input, output}. Raises RunRefusedError if the rows or the
-    model cannot be used.
+    Returns the first `count` held-out rows as {instruction, input, output}, and history if there is one. Raises
+    RunRefusedError if the rows or the model cannot be used.
     """
     from training.data.held_out import held_out_message, held_out_size, split_held_out
     from training.data.sources import places_of, read_sources
@@ -307,8 +307,10 @@ def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, str]]
     print(ledger)
     print(worded(held_out_message(test_size, len(rows), run.test_size, recorded), NOTEBOOK))
     held_out = split_held_out(rows, test_size, run.seed)[1]
+    histories = columns.history or [()] * len(columns)
     return [
-        {key: getattr(columns, key)[place] for key in ("instruction", "input", "output")}
+        row_of_prompt(Prompt(columns.instruction[place], columns.input[place], histories[place]))
+        | {"output": columns.output[place]}
         for place in places_of(held_out, starts)[:count]
     ]
 

@@ -21,6 +21,8 @@ from tests.conftest import jsonl, rows_of
 from tests.run.test_resume import make_run
 from training import errors, notebook, trainer
 from training.consts import DEMO
+from training.data.conversations import prompt_of_row
+from training.data.rows import read_prompts
 from training.errors import TrainingFailedError
 from training.launch.local import deepspeed_command
 from training.launch.restart import launch
@@ -435,6 +437,26 @@ def test_rows_are_held_out_by_the_trainers_rule_by_the_widget_or_as_before_a_res
     record = {"status": "finished", "options": {"test_size": 200}}
     (tmp_path / "dolly__a" / "run.json").write_text(json.dumps(record))
     assert prepared(training_dataset=own, resume="dolly__a")[1] == 200
+
+
+def test_held_out_conversations_are_asked_with_the_turns_before_the_last_question(tmp_path: Path) -> None:
+    turns = [
+        {"instruction": "And then?", "output": f"{n + 1}", "history": [[f"Say {n}.", f"{n}"]]}
+        for n in range(80)
+    ]
+    own = jsonl(tmp_path / "turns.jsonl", turns)
+    values = {"gpu_family": "cpu", "local_training_root": str(tmp_path), "training_dataset": own}
+    choices = cell_functions.read_widgets(widgets(**values))
+    names = run_cell("find_machine", choices=choices)
+    rows = cell_functions.prepare_rows(names["recipe"] | names["options"], 2)
+    assert len(rows) == 2
+    for row in rows:
+        number = int(row["output"]) - 1
+        assert (
+            cell_functions.shown_prompt(row) == f"user: Say {number}.\nassistant: {number}\nuser: And then?"
+        )
+    prompts = read_prompts(cell_functions.write_prompts(choices, rows))
+    assert prompts == [prompt_of_row(row) for row in rows]
 
 
 def test_several_nodes_use_spark_and_a_cluster_that_cannot_train_is_refused(

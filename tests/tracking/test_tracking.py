@@ -408,7 +408,7 @@ def test_two_ranks_log_one_run_and_its_model_answers_without_this_repository(ser
             for instruction in instructions
         ]
     inputs = {column["name"]: column["required"] for column in json.loads(answer["signature"]["inputs"])}
-    assert inputs == {"instruction": True, "input": False}
+    assert inputs == {"instruction": True, "input": False, "history": False}
     assert [column["name"] for column in json.loads(answer["signature"]["outputs"])] == ["response"]
 
 
