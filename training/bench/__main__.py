@@ -20,7 +20,7 @@ from training.bench.measure import POSITIONS, Choices, compare, model_config
 from training.bench.shares import ALL_RECIPES, LORA, PEFT
 from training.console import set_up_console
 from training.consts import DEMO, GIB
-from training.data.tokens import prepare_dataset
+from training.data.tokens import prepare_sources
 from training.errors import DataError, ModelError, first_line
 from training.machine.environment import lora_package_problems
 from training.machine.local import free_host_gib
@@ -93,7 +93,7 @@ def plot(shares: dict[str, list[float]], world_size: int, path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _prepare(choices: Choices, dataset: str, name: str) -> tuple[Choices, Any, Any]:
+def _prepare(choices: Choices, sources: tuple[str, ...], name: str) -> tuple[Choices, Any, Any]:
     """(choices with the vocabulary size filled in, tokenizer, tokenised rows).
 
     Raises click.UsageError with every problem.
@@ -103,7 +103,7 @@ def _prepare(choices: Choices, dataset: str, name: str) -> tuple[Choices, Any, A
     rows: Any = None
     try:
         tokenizer = load_tokenizer(name)
-        rows, _ = prepare_dataset(dataset, tokenizer, POSITIONS)
+        rows, _ = prepare_sources(sources, tokenizer, POSITIONS)
     except (DataError, ModelError) as error:
         problems.append(str(error))
     problems += lora_package_problems(choices.lora > 0, quantize=False)
@@ -182,9 +182,10 @@ def _memory_problems(choices: Choices) -> list[str]:
 @click.option(
     "--training-dataset",
     type=PathName("dataset"),
-    default=DEMO,
+    default=(DEMO,),
     show_default=True,
-    help="Dataset, as in the trainer's --training-dataset.",
+    multiple=True,
+    help="Dataset, as in the trainer's --training-dataset. Can be repeated.",
 )
 @click.option(
     "--tokenizer", "name", default=DEMO, show_default=True, help="Name or folder of the tokenizer's model."
@@ -219,7 +220,7 @@ def _memory_problems(choices: Choices) -> list[str]:
     help="Draw the share of real tokens at every step.",
 )
 def main(
-    training_dataset: str,
+    training_dataset: tuple[str, ...],
     name: str,
     device: str | None,
     as_json: bool,

@@ -28,7 +28,7 @@ from training.data.ledger import (
     total_of,
 )
 from training.data.prompt import END_KEY, RESPONSE_KEY
-from training.data.rows import Columns, check_source, local_files, read_columns, selection_of
+from training.data.rows import Columns, check_source, check_sources, local_files, read_columns, selection_of
 from training.errors import DataError
 from training.files import fingerprint, write_folder
 
@@ -193,8 +193,9 @@ def prepare_sources(
         (rows, ledger). The rows of a single source are those of `prepare_dataset`. Those of several have one more
         column, `source: int32`, which counts from 0; `row` is the number within the source.
 
-    Raises DataError for the first source that cannot be used.
+    Raises DataError with every source that is missing or named twice, or else for the first that cannot be used.
     """
+    check_sources(sources, selection or {})
     parts, ledgers = [], []
     for number, source in enumerate(sources):
         rows, ledger = prepare_dataset(

@@ -111,7 +111,7 @@ def _source_lengths(dataset: str, options: TrainingOptions, model: ModelShape) -
     import datasets
     import transformers
 
-    from training.data.rows import is_on_hub
+    from training.data.rows import selection_of
     from training.data.tokens import prepare_dataset
     from training.model.tokenizer import load_tokenizer
 
@@ -123,7 +123,7 @@ def _source_lengths(dataset: str, options: TrainingOptions, model: ModelShape) -
         longest,
         options.keep_truncated,
         options.max_dropped_fraction,
-        selection=options.dataset_selection if is_on_hub(dataset) else {},
+        selection=selection_of(dataset, options.training_dataset, options.dataset_selection),
         positions=model.positions,
         drop_unusable=options.drop_unusable,
     )
