@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from training.machine.catalogue import find_machine
@@ -39,6 +40,24 @@ def test_both_losses_are_drawn_and_metrics_that_were_not_logged_get_no_panel() -
     short, trained, both = (file.getvalue() for file in files)
     assert trained != both
     assert imread(io.BytesIO(short)).shape[0] < imread(io.BytesIO(both)).shape[0]
+
+
+def test_the_held_out_loss_of_each_source_is_a_line_with_its_name(tmp_path: Path) -> None:
+    figures: list[Figure] = []
+    save = Figure.savefig
+    entries = [
+        {"step": step, "eval_loss": 2.0, "eval_loss_alpaca": 1.5 + step, "eval_loss_my-rows": 2.5}
+        for step in (0, 1)
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", lambda self, *a, **k: figures.append(self) or save(self, *a, **k))
+        draw_run(entries, "a run", str(tmp_path / "run.png"))
+    legend = figures[0].axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "held-out rows, 2.000 at the end",
+        "held-out rows of alpaca, 2.500 at the end",
+        "held-out rows of my-rows, 2.500 at the end",
+    ]
 
 
 def test_a_plan_is_drawn_with_every_part_of_its_memory_and_time(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from training.consts import INSTALLED
-from training.data.source_names import joined
+from training.data.source_names import joined, sources_of
 from training.errors import OptionsError
 from training.files import local_path
 from training.model.base import base_difference, is_same_base
@@ -131,19 +131,27 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if other_base := base_difference(former.get("base"), now.get("base")):
         found.append(other_base)
     if former.get("rows") and now.get("rows") and former["rows"] != now["rows"]:
-        # Runs without this option are of a version that read rows in another way.
-        earlier = (
-            ""
-            if "dataset_split" in former["options"]
-            else ". An earlier version, as that of this run, also trained on blank inputs and instructions, and gave "
-            "tokenizers such as Llama's other ids: finish the run with it, or start a new one"
-        )
-        found.append(
-            "the rows differ: another --training-dataset or part of it, --test-size, --max-length or --keep-truncated, another "
-            f"prompt (training/data/prompt.py), or the file has changed (it was {joined(before['training_dataset'])})"
-            f"{earlier}"
-        )
+        found.append(_rows_difference(former, now))
     return found
+
+
+def _rows_difference(former: dict[str, Any], now: dict[str, Any]) -> str:
+    """What may be another than in the run that is resumed, if its rows are others."""
+    before = former["options"].get("training_dataset", TrainingOptions.training_dataset)
+    sources, typed = sources_of(before), sources_of(now["options"]["training_dataset"])
+    if sources != typed and sorted(sources) == sorted(typed):
+        return f"the sources of --training-dataset were in this order: {joined(sources)}"
+    # Runs without this option are of a version that read rows in another way.
+    earlier = (
+        ""
+        if "dataset_split" in former["options"]
+        else ". An earlier version, as that of this run, also trained on blank inputs and instructions, and gave "
+        "tokenizers such as Llama's other ids: finish the run with it, or start a new one"
+    )
+    return (
+        "the rows differ: another --training-dataset or part of it, --test-size, --max-length or --keep-truncated, "
+        f"another prompt (training/data/prompt.py), or the file has changed (it was {joined(sources)}){earlier}"
+    )
 
 
 def check_same_run(former: dict[str, Any], now: dict[str, Any], force: bool) -> None:
