@@ -63,10 +63,10 @@ def table(tasks: Sequence[str], before: Sequence[float], after: Sequence[float])
 
     def line(title: str, pairs: list[tuple[float, float]]) -> str:
         old, new = (sum(values) / len(pairs) for values in zip(*pairs, strict=True))
-        return f"{title:<44}{len(pairs):>6}{old:>16.0%}{new:>16.0%}"
+        return f"{title:<48}{len(pairs):>6}{old:>16.0%}{new:>16.0%}"
 
     others = sorted(task for task in shares if task != NEW_TASK)
-    lines = [f"{'exact matches on held-out rows':<44}{'rows':>6}{'base':>16}{'with adapter':>16}"]
+    lines = [f"{'exact matches on held-out rows':<48}{'rows':>6}{'base':>16}{'with adapter':>16}"]
     lines += [line(task.replace("_", " "), shares[task]) for task in others]
     lines.append(line("all tasks that the base was trained on", [p for t in others for p in shares[t]]))
     lines.append(line(f"{NEW_TASK}, which only the adapter was trained on", shares[NEW_TASK]))
