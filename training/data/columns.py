@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from training.data.table import CONVERSATIONS, Table, and_more, is_unicode, listed, short_repr, text_of
+from training.data.table import CONVERSATIONS, Table, and_more, is_unicode, listed, named, short_repr, text_of
 from training.errors import DataError, printable
 
 if TYPE_CHECKING:
@@ -75,8 +75,8 @@ def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) 
         if repeated := next((name for name in KNOWN if table.names.count(name) > 1), None):
             raise DataError(f"{table.source}: column {repeated!r} appears twice. Keep one of the two")
         if table.count:
-            _match_columns(table.names, table.source, required)
-    matched = _match_columns(names, source, required)
+            _match_columns(table.names, table.source, required, [table])
+    matched = _match_columns(names, source, required, tables)
     columns = Columns([], [], [])
     for table in tables:
         for key, name in matched.items():
@@ -116,8 +116,10 @@ def _is_rendered(table: Table, outputs: Sequence[str]) -> bool:
     return all(isinstance(text, str) and output.strip() in text for text, output in first)
 
 
-def _match_columns(found: list[str], source: str, required: tuple[str, ...]) -> dict[str, str | None]:
-    """Maps instruction, input and output to the names of their columns.
+def _match_columns(
+    found: list[str], source: str, required: tuple[str, ...], tables: Sequence[Table]
+) -> dict[str, str | None]:
+    """Maps instruction, input and output to the names of their columns in `tables`.
 
     None for an input that is missing and an output that is not required.
     """
@@ -148,11 +150,23 @@ def _match_columns(found: list[str], source: str, required: tuple[str, ...]) -> 
         )
     lacking = " and no column ".join(" or ".join(map(repr, COLUMN_NAMES[key])) for key in missing)
     others = {key: next((lower[n] for n in OTHER_NAMES[key] if n in lower), None) for key in missing}
+    lists = [name for name in others.values() if name and _holds_lists(name, tables)]
+    if lists:
+        raise DataError(
+            f"{source}: {named('column', lists)} hold{'' if lists[1:] else 's'} lists of messages. "
+            "Join them into one list in each row, in the column 'messages'"
+        )
     renames = " and ".join(f"{name!r} to {key!r}" for key, name in others.items() if name)
     raise DataError(
         f"{source}: no column {lacking}. Found {listed(found)}; {expected}"
         + (f". Rename {renames}" if renames else "")
     )
+
+
+def _holds_lists(name: str, tables: Sequence[Table]) -> bool:
+    """Whether the first value of a column is a list of objects."""
+    values = (value for table in tables if table.names.count(name) == 1 for value in table.values(name)[:1])
+    return any(isinstance(value, list) and all(isinstance(one, dict) for one in value) for value in values)
 
 
 def _texts(values: Sequence[Any], key: str, source: str) -> list[str]:

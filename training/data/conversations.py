@@ -86,7 +86,9 @@ def conversation_of(messages: Any) -> Conversation:
     Raises ConversationError if roles are unknown or do not alternate, or if a content is not text.
     """
     if not isinstance(messages, list | tuple):
-        raise ConversationError(NO_MESSAGES, f"{short_repr(messages)} is not a list of messages")
+        is_json = isinstance(messages, str) and messages.lstrip().startswith(("[", "{"))
+        advice = ". If it is JSON text, write what json.loads gives" if is_json else ""
+        raise ConversationError(NO_MESSAGES, f"{short_repr(messages)} is not a list of messages{advice}")
     turns: list[Turn] = []
     system, asked = "", None
     for number, message in enumerate(messages, start=1):
@@ -119,13 +121,14 @@ def _role_and_text(message: Any, number: int) -> tuple[str, str]:
         raise ConversationError(
             NO_MESSAGES, f"{short_repr(message)} is not a message with role and content", number
         )
-    name = message.get("role") if message.get("role") is not None else message.get("from")
+    name = message.get("role") if message.get("role") not in (None, "") else message.get("from")
     content = message.get("content") if message.get("content") is not None else message.get("value")
-    if name in TOOL_ROLES or any(_given(message.get(key)) for key in TOOL_KEYS):
+    known = name.strip().lower() if isinstance(name, str) else ""
+    if known in TOOL_ROLES or any(_given(message.get(key)) for key in TOOL_KEYS):
         raise ConversationError(
             TOOL_CALL, "a tool call, but Dolly's prompt has no tools. Leave the conversation out", number
         )
-    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    role = ROLES.get(known)
     if role is None:
         raise ConversationError(
             BAD_ROLE,
@@ -133,7 +136,7 @@ def _role_and_text(message: Any, number: int) -> tuple[str, str]:
             "(ShareGPT: system, human or gpt)",
             number,
         )
-    if role == ASSISTANT and message.get("weight") is not None and text_of(message["weight"]) in ZERO:
+    if role == ASSISTANT and _is_zero(message.get("weight")):
         raise ConversationError(
             NO_LOSS, "has weight 0, but the loss is on every assistant message. Remove the weight", number
         )
@@ -164,7 +167,14 @@ def _given(value: Any) -> bool:
     return value is not None and value not in ("", [], {})
 
 
-ZERO = ("0", "0.0", "false")
+def _is_zero(weight: Any) -> bool:
+    """Whether a weight is 0, as a number of JSON or of Parquet, or false."""
+    try:
+        return weight is not None and float(weight) == 0
+    except (TypeError, ValueError, OverflowError):
+        return False
+
+
 _KNOWN_KEYS = {"role", "content", "from", "value", "weight", *TOOL_KEYS}
 
 
@@ -283,22 +293,30 @@ def row_turns(columns: Columns, row: int) -> list[tuple[str, str, str]]:
 def read_turns(tables: Sequence[Table], columns: Columns, required: Collection[str]) -> set[str]:
     """Adds conversations, and the turns before a row, to `columns`. Returns the names of the columns that were read.
 
-    A row with an instruction and an output of its own is not a conversation; its column 'history' is read.
+    A row with an instruction and an output of its own is not a conversation; its column 'history' is read. A column of
+    that name without any list is something else.
     """
     read: set[str] = set()
     keys: set[str] = set()
     histories: list[History] = [()] * len(columns)
+    conversations: set[int] = set()  # places of rows
+    has_history = any(
+        isinstance(value, list)
+        for table in tables
+        if table.names.count(HISTORY) == 1
+        for value in table.values(HISTORY)
+    )
     start = 0
     for table in tables:
-        for name in (*CONVERSATIONS, HISTORY):
+        for name in (*CONVERSATIONS, HISTORY) if has_history else CONVERSATIONS:
             values = table.values(name) if table.names.count(name) == 1 else []
-            if name == HISTORY and not all(isinstance(value, list | None) for value in values):
-                continue  # something else of that name
-            for place, value in enumerate(values, start):
-                own = all(getattr(columns, key)[place] for key in required)
-                if value is None or own != (name == HISTORY) or place in columns.unusable:
+            for place, value in enumerate(map(_by_message, values), start):
+                own = all(getattr(columns, key)[place].strip() for key in required)
+                if value is None or own != (name == HISTORY) or place in conversations:
                     continue
                 read.add(name)
+                if name != HISTORY:
+                    conversations.add(place)
                 try:
                     histories[place] = _set_turns(columns, place, value, name == HISTORY, required)
                     keys |= other_keys(value)
@@ -311,6 +329,15 @@ def read_turns(tables: Sequence[Table], columns: Columns, required: Collection[s
     if keys:
         columns.not_read.append(f"{named('key', sorted(keys))} of messages")
     return read
+
+
+def _by_message(value: Any) -> Any:
+    """A list of messages from lists by key, {"role": [...], "content": [...]}, as `datasets` writes a Sequence."""
+    if isinstance(value, dict) and not {"role", "from"}.isdisjoint(value):
+        lists = list(value.values())
+        if all(isinstance(values, list) and len(values) == len(lists[0]) for values in lists):
+            return [dict(zip(value, message, strict=True)) for message in zip(*lists, strict=True)]
+    return value
 
 
 def _set_turns(

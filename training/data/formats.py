@@ -188,8 +188,8 @@ def arrow_values(column: Any, source: str) -> list[Any]:
     values: list[Any] = []
     try:
         for scalar in column:
-            values.append(scalar.as_py())
-    except (pyarrow.ArrowException, ValueError, OverflowError, ImportError) as error:
-        # text that is not UTF-8, a date outside of Python's range
+            values.append(scalar.as_py(maps_as_pydicts="strict"))
+    except (pyarrow.ArrowException, ValueError, KeyError, OverflowError, ImportError) as error:
+        # text that is not UTF-8, a key that a map has twice, a date outside of Python's range
         raise DataError(f"{source}, row {len(values) + 1}: a {kind} that cannot be read ({error})") from error
     return values

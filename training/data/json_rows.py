@@ -21,9 +21,12 @@ def table_of(rows: list[Any], source: str, not_read: Collection[str] = ()) -> Ta
     """A table of objects. Raises DataError with the rows that are none."""
     others = [number for number, row in enumerate(rows, start=1) if not isinstance(row, dict)]
     if others:
-        found = short_repr(rows[others[0] - 1])
+        row = rows[others[0] - 1]
+        is_chat = isinstance(row, list) and _is_conversation(row)
+        advice = '. Write each conversation as {"messages": [...]}' if is_chat else ""
         raise DataError(
-            f"{source}, row {others[0]}: {found} is not an object with named columns{and_more(others, 'rows')}"
+            f"{source}, row {others[0]}: {short_repr(row)} is not an object with named columns"
+            f"{and_more(others, 'rows')}{advice}"
         )
     names = list(dict.fromkeys(name for row in rows for name in row))
     return Table(source, names, len(rows), lambda name: [row.get(name) for row in rows], list(not_read))

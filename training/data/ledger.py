@@ -195,7 +195,16 @@ def check_dropped(
     `positions`: largest --max-length that the model allows; None if it cannot be raised.
     """
     if ledger.unusable and not drop_unusable:
-        more = "\n  ".join(["", *ledger.unusable[1:]])
+        causes = (
+            EMPTY_RESPONSE,
+            EMPTY_INSTRUCTION,
+            PROMPT_TOO_LONG,
+            RESPONSE_CUT,
+        )  # of all other dropped rows
+        count = sum(ledger.dropped.values()) - sum(ledger.dropped.get(cause, 0) for cause in causes)
+        others = count - len(ledger.unusable)
+        rest = [f"and {others:,} more: {count:,} of {ledger.rows_read:,} rows"] if others else []
+        more = "\n  ".join(["", *ledger.unusable[1:], *rest])
         raise DataError(
             f"{ledger.source}, {ledger.unusable[0]}{printable(more)}\n"
             "Correct these conversations, or type --drop-unusable to leave out all that cannot be used"

@@ -197,7 +197,7 @@ def read_prompts(file: str, unique: bool = True) -> list[Prompt]:
     _refuse_unusable(columns, file)
     if HISTORY in table.names:
         for number, value in enumerate(table.values(HISTORY), start=1):
-            if not isinstance(value, list | None):
+            if value != "" and not isinstance(value, list | None):
                 found = short_repr(value)
                 raise DataError(f"{file}, row {number}: history is {found}, expected a list of messages")
     empty = [number for number, text in enumerate(columns.instruction, start=1) if not text.strip()]

@@ -52,6 +52,8 @@ def text_of(value: Any) -> str | None:
         return "true" if value else "false"  # as in JSON
     if isinstance(value, Number):
         return str.__str__(value)
+    if isinstance(value, int):  # inside a list of Parquet
+        return str(value)
     return value if isinstance(value, str) else None
 
 

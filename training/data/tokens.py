@@ -117,7 +117,7 @@ def _join(
             spans.append((begin, ledger.max_length))
             ledger.rows_truncated += 1
             break
-        ids = [*ids, *head, *body, response_key, *response, end_key]
+        ids += (*head, *body, response_key, *response, end_key)
         spans.append((begin, end))
     ledger.count_turns(len(spans), len(turns))
     return ids, spans
