@@ -21,14 +21,19 @@ from training.model.loss import use_response_loss
 VOCABULARY = 211
 
 
+def two_spans(length: int, generator: torch.Generator) -> list[list[int]]:
+    """Two random answers in a row of `length` tokens; one may be empty."""
+    return torch.randint(0, length + 1, (4,), generator=generator).sort()[0].view(-1, 2).tolist()
+
+
 def random_rows(seed: int = 0, count: int = 5) -> list[dict]:
-    """Rows of 3 to 59 tokens with two answers each."""
+    """Rows of 2 to 59 tokens with two answers each."""
     generator = torch.Generator().manual_seed(seed)
-    lengths = torch.randint(3, 60, (count,), generator=generator).tolist()
+    lengths = torch.randint(2, 60, (count,), generator=generator).tolist()
     return [
         {
             "input_ids": torch.randint(0, VOCABULARY, (n,), generator=generator).tolist(),
-            "response_spans": torch.randperm(n + 1, generator=generator)[:4].sort()[0].view(-1, 2).tolist(),
+            "response_spans": two_spans(n, generator),
         }
         for n in lengths
     ]

@@ -26,6 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 
 from tests.conftest import jsonl, rows_of
 from tests.data.test_collator import packed, padded
+from tests.model.test_attention import two_spans
 from tests.run.test_trainer import FLOAT32, deepspeed, run
 from tests.run.zero3_packing import KINDS, answers
 from training.consts import DEMO, IGNORE_INDEX
@@ -318,10 +319,7 @@ def rows(lengths: list[int], vocabulary: int) -> list[dict]:
     return [
         {
             "input_ids": torch.randint(0, vocabulary, (length,), generator=generator).tolist(),
-            "response_spans": torch.randperm(length + 1, generator=generator)[:4]
-            .sort()[0]
-            .view(-1, 2)
-            .tolist(),
+            "response_spans": two_spans(length, generator),
         }
         for length in lengths
     ]
