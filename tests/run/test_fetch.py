@@ -231,7 +231,7 @@ def test_a_run_from_another_s_checkpoint_has_an_id_of_its_own_and_keeps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(start, "rows_digest", lambda *_: "rows")
-    rows = SimpleNamespace(train_rows=None, held_out_rows=None)
+    rows = SimpleNamespace(train_rows=None, held_out_rows=None, sources=[])
     make_run(tmp_path / "source", 3, id="of-the-source")
     named, new = tmp_path / "source" / "checkpoint-3", tmp_path / "new"
 

@@ -114,7 +114,8 @@ def test_a_store_that_cannot_be_written_is_refused(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_settings_sent_to_a_tracker_hold_no_password() -> None:
-    record = {"options": {"dbfs_output_dir": f"s3://me:{TOKEN}@host/a", "lr": 1e-5}, "world_size": 2}
+    options = {"dbfs_output_dir": f"s3://me:{TOKEN}@host/a", "lr": 1e-5, "training_dataset": ["a.jsonl", "b"]}
+    record = {"options": options, "world_size": 2}
     sent = parameters(record)
     assert TOKEN not in str(sent)
     assert (sent["lr"], sent["world_size"]) == (1e-5, 2)
