@@ -16,6 +16,7 @@ from training.data.tokens import prepare_dataset
 from training.errors import DataError, OptionsError
 from training.model.tokenizer import load_tokenizer
 from training.options.trainer_options import TrainingOptions
+from training.plan.__main__ import OPTIONS
 from training.plan.epoch import (
     ALPACA_HISTOGRAM,
     ALPACA_RESPONSE_SHARE,
@@ -175,3 +176,7 @@ def test_half_of_dollys_padded_tokens_are_real_and_a_third_of_the_capacity_of_ei
     assert real(8)[1] == pytest.approx(0.34, abs=0.03)
     packed = epoch_load(alpaca_lengths(), settings_of_a_run(ranks=8))
     assert packed.real_tokens / packed.paced_tokens > 0.99
+
+
+def test_the_plan_takes_the_options_that_messages_about_rows_name() -> None:
+    assert {"drop_unusable", "max_dropped_fraction", "max_length", "test_size"} <= set(OPTIONS)

@@ -54,6 +54,7 @@ OPTIONS = (
     "dataset_revision",
     "max_length",
     "keep_truncated",
+    "drop_unusable",
     "max_dropped_fraction",
     "batching",
     "max_tokens_per_device",
