@@ -101,7 +101,7 @@ def test_the_built_in_histogram_matches_tokenised_alpaca_rows():
 
 
 def test_a_users_dataset_is_measured_by_row_lengths_and_response_share(tmp_path, base_folder):
-    lengths = row_lengths("mine", [10, 30], [5, 15])
+    lengths = row_lengths("mine", [10, 30], 20)
     assert lengths.tokens.tolist() == [10, 30]
     assert lengths.response_share == 0.5
     rows = [row | {"instruction": "a" * n} for n, row in enumerate(rows_of(40), start=1)]
