@@ -131,6 +131,32 @@ def test_each_source_keeps_to_the_limit_of_dropped_rows(
         prepare_sources(files, tokenizer, 200)
 
 
+def test_sources_with_the_same_rows_are_refused(files: list[str], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Another name of a file is noticed by its path, and a copy, also of another kind, by its rows."""
+    Path("folder").mkdir()
+    Path("folder/a.jsonl").symlink_to(Path("a.jsonl").resolve())
+    jsonl(Path("folder/c.jsonl"), say_rows(3))
+    Path("copy.json").write_text(json.dumps([*say_rows(70), BLANK]))
+    for other, same in (
+        ("./a.jsonl", "is the same as"),
+        ("folder", "shares a.jsonl with"),
+        ("copy.json", "has the same rows as"),
+    ):
+        with pytest.raises(DataError) as refusal:
+            prepare_sources(["b.jsonl", "a.jsonl", other], tokenizer, 200)
+        assert str(refusal.value) == (
+            f"{other}: {same} a.jsonl, so rows that are held out would also be trained on. Leave one of them out"
+        )
+
+
+def test_a_source_of_which_no_row_is_left_is_refused_whatever_share_may_be_dropped(
+    files: list[str], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    jsonl(Path("b.jsonl"), [BLANK] * 5)
+    with pytest.raises(DataError, match="5 of 5 rows would be dropped, and none is left"):
+        prepare_sources(files, tokenizer, 200, max_dropped_fraction=1.0)
+
+
 def test_a_part_of_a_dataset_on_the_hub_is_chosen_for_no_file(
     files: list[str], tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,7 +165,7 @@ def test_a_part_of_a_dataset_on_the_hub_is_chosen_for_no_file(
 
     def spied(source, *arguments, selection, **more):
         asked[source] = dict(selection)
-        return prepare("b.jsonl", *arguments, selection={}, **more)
+        return prepare("b.jsonl" if "/" in source else source, *arguments, selection={}, **more)
 
     monkeypatch.setattr(tokens, "prepare_dataset", spied)
     prepare_sources(["a.jsonl", "owner/rows"], tokenizer, 200, selection={"split": "test"})

@@ -220,8 +220,8 @@ def check_dropped(
             advice += f", raise --max-length to at most {positions}"
         if ledger.rows_kept:
             advice += ", or raise --max-dropped-fraction"
+        more_than = f"more than {limit:.0%} (--max-dropped-fraction {limit:g})"
+        too_many = more_than if ledger.rows_kept else "and none is left"
         raise DataError(
-            f"{dropped:,} of {ledger.rows_read:,} rows would be dropped, more than "
-            f"{limit:.0%} (--max-dropped-fraction {limit:g}).\n{ledger}\n"
-            f"{advice}"
+            f"{dropped:,} of {ledger.rows_read:,} rows would be dropped, {too_many}.\n{ledger}\n{advice}"
         )

@@ -34,9 +34,12 @@ from training.data.formats import (
 from training.data.json_rows import json_table, table_of
 from training.data.table import CONVERSATIONS, HISTORY, Table, and_more, kind_of, listed, named, short_repr
 from training.errors import DataError, TooFewRowsError, offline_note
-from training.files import is_hub_name, local_path, path_exists
+from training.files import is_hub_name, local_path
 
 PROMPT_KINDS = (".txt", ".json", ".jsonl")
+TRAINED_TOO = (
+    ", so rows that are held out would also be trained on. Leave one of them out"  # of two equal sources
+)
 
 
 def read_columns(source: str, selection: Mapping[str, str] | None = None) -> Columns:
@@ -118,10 +121,7 @@ def check_sources(sources: Sequence[str], selection: Mapping[str, str]) -> None:
 
 
 def source_problems(sources: Sequence[str], selection: Mapping[str, str]) -> list[str]:
-    """Problems of all sources, each beginning with the name of the source. No file is read.
-
-    `selection` (config, split and revision) is refused if no source is on the Hub.
-    """
+    """Problems of the sources, each beginning with its name, and of a `selection` without a source on the Hub."""
     problems = []
     for source in dict.fromkeys(sources):
         try:
@@ -135,19 +135,27 @@ def source_problems(sources: Sequence[str], selection: Mapping[str, str]) -> lis
 
 
 def _repeated(sources: Sequence[str]) -> list[str]:
-    """A problem for each source that an earlier one already names: its held-out rows would also be trained on."""
+    """A problem for each source with a file of an earlier one: what one holds out, the other would train on."""
     problems, earlier = [], dict[str, str]()
     for source in filter(str.strip, sources):
-        key = (
-            os.path.realpath(local_path(source)) if source != DEMO and path_exists(source) else source.lower()
-        )
-        if key in earlier:
-            same = "is named twice" if source == earlier[key] else f"is the same as {earlier[key]}"
-            problems.append(
-                f"{source}: {same}, so rows that are held out would also be trained on. Leave one of them out"
-            )
-        earlier.setdefault(key, source)
+        places = _places(source)
+        if shared := next((place for place in places if place in earlier), None):
+            other = earlier[shared]
+            is_same = len(places) == len(_places(other)) == 1
+            same = "is the same as" if is_same else f"shares {Path(shared).name} with"
+            problem = "is named twice" if source == other else f"{same} {other}"
+            problems.append(f"{source}: {problem}{TRAINED_TOO}")
+        earlier = dict.fromkeys(places, source) | earlier
     return list(dict.fromkeys(problems))
+
+
+def _places(source: str) -> list[str]:
+    """The real path of each file of a source, or the name of one that is not local."""
+    try:
+        files = local_files(source) or {}
+    except DataError:  # reported where the source is read
+        files = {}
+    return [*map(os.path.realpath, files.values())] or [source.lower() if is_hub_name(source) else source]
 
 
 def local_files(source: str) -> dict[str, Path] | None:

@@ -28,7 +28,15 @@ from training.data.ledger import (
     total_of,
 )
 from training.data.prompt import END_KEY, RESPONSE_KEY
-from training.data.rows import Columns, check_source, check_sources, local_files, read_columns, selection_of
+from training.data.rows import (
+    TRAINED_TOO,
+    Columns,
+    check_source,
+    check_sources,
+    local_files,
+    read_columns,
+    selection_of,
+)
 from training.errors import DataError
 from training.files import fingerprint, write_folder
 
@@ -193,10 +201,11 @@ def prepare_sources(
         (rows, ledger). The rows of a single source are those of `prepare_dataset`. Those of several have one more
         column, `source: int32`, which counts from 0; `row` is the number within the source.
 
-    Raises DataError with every source that is missing or named twice, or else for the first that cannot be used.
+    Raises DataError with every source that is missing or named twice, or else for the first that cannot be used or has
+    the rows of an earlier one.
     """
     check_sources(sources, selection or {})
-    parts, ledgers = [], []
+    parts, ledgers = list[datasets.Dataset](), list[Ledger]()
     for number, source in enumerate(sources):
         rows, ledger = prepare_dataset(
             source,
@@ -208,6 +217,9 @@ def prepare_sources(
             positions=positions,
             drop_unusable=drop_unusable,
         )
+        for earlier, part in zip(sources, parts, strict=False):
+            if len(part) == len(rows) and part.data["input_ids"].equals(rows.data["input_ids"]):
+                raise DataError(f"{source}: has the same rows as {earlier}{TRAINED_TOO}")
         parts.append(
             rows if len(sources) == 1 else rows.add_column("source", np.full(len(rows), number, np.int32))
         )
