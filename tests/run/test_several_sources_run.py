@@ -162,6 +162,18 @@ def test_other_sources_or_another_order_are_refused_at_a_resume(
         train(options_of(base_folder, sources[:1], finished, resume="auto", max_steps=6))
 
 
+def test_a_source_that_a_forced_resume_adds_has_no_loss_from_before(
+    base_folder: Path, sources: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(options_of(base_folder, sources[:1], tmp_path / "out", max_steps=2))
+    train(options_of(base_folder, sources, tmp_path / "out", resume="auto", force=True))
+    by_source = json.loads((tmp_path / "out" / "run.json").read_text())["held_out_loss"]["by_source"]
+    assert list(by_source) == list(LABELS)
+    assert all(loss["before"] is None and loss["after"] > 0 for loss in by_source.values())
+    assert (tmp_path / "out" / "README.md").read_text().count("not measured") == 2
+    assert "Logging error" not in capsys.readouterr().err
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_two_ranks_resumed_in_mid_epoch_end_with_the_same_weights_and_log(

@@ -24,7 +24,7 @@ from training.model.verify import verify_model
 from training.options.reporting import trackers_of
 from training.options.settings import Settings
 from training.ranks import is_main_process
-from training.run.model_card import outcome, write_model_card
+from training.run.model_card import loss_text, outcome, write_model_card
 from training.storage import checkpoint
 from training.storage.copy import publish
 from training.storage.record import write_run_record
@@ -68,7 +68,7 @@ def finish(
         output,
     )
     for label, losses in record["held_out_loss"].get("by_source", {}).items():
-        logger.info("  of %s: %.4f before, %.4f after", label, losses["before"], losses["after"])
+        logger.info("  of %s: %s before, %s after", label, *map(loss_text, losses.values()))
     _deliver(settings, record)
     return record
 

@@ -93,15 +93,19 @@ def _sources_section(record: dict[str, Any]) -> str:
     sources = record.get("sources")
     if not sources:
         return ""
-    losses = record["held_out_loss"]["by_source"]
+    losses = record["held_out_loss"].get("by_source", {})
     lines = ["| source | rows | held out | loss before | after |", "|---|---|---|---|---|"]
     for source in sources:
         of_source = losses.get(source["label"], {})
         figures = [of_source.get(moment) for moment in ("before", "after")]
-        texts = ["not measured" if loss is None else f"{loss:.4f}" for loss in figures]
         rows = f"{source['rows']:,} | {source['held_out']:,}"
-        lines.append(f"| {_code(source['source'])} | {rows} | {' | '.join(texts)} |")
+        lines.append(f"| {_code(source['source'])} | {rows} | {' | '.join(map(loss_text, figures))} |")
     return "\n".join(lines) + "\n\n"
+
+
+def loss_text(loss: float | None) -> str:
+    """A held-out loss of a source. A resume with --force, or with another name of a file, may have one of the two only."""
+    return "not measured" if loss is None else f"{loss:.4f}"
 
 
 def _adapter_section(record: dict[str, Any]) -> str:
@@ -147,10 +151,10 @@ def outcome(chosen: Path, last: Path) -> dict[str, Any]:
     held_out = {entry["step"]: entry for entry in history if "eval_loss" in entry}
     before, after = held_out[min(held_out)], held_out.get(checkpoint.step_of(chosen), {})
     losses: dict[str, Any] = {"before": before["eval_loss"], "after": manifest["eval_loss"]}
-    ends = metrics.losses_by_source(after)
-    if of_sources := metrics.losses_by_source(before):
+    starts, ends = metrics.losses_by_source(before), metrics.losses_by_source(after)
+    if labels := starts | ends:
         losses["by_source"] = {
-            label: {"before": loss, "after": ends.get(label)} for label, loss in of_sources.items()
+            label: {"before": starts.get(label), "after": ends.get(label)} for label in labels
         }
     progress = json.loads((last / checkpoint.PROGRESS_FILE).read_text())
     loss_sum = progress["loss_total"] + fmean(progress["loss_sums"])
