@@ -313,6 +313,10 @@ def test_a_prompt_and_its_messages_are_the_same_conversation() -> None:
         prompt_of("Hi", "", CHAT[:2])
     with pytest.raises(DataError, match=r"history, turn 1: has 1 texts, expected a pair"):
         prompt_of("Hi", "", [["a"]])
+    with pytest.raises(
+        DataError, match=r"instruction: list .*, expected text. Earlier turns go into history"
+    ):
+        prompt_of(CHAT[:4])  # type: ignore[arg-type]
 
 
 def test_a_prompt_without_its_first_turns_keeps_their_system_message() -> None:

@@ -133,6 +133,7 @@ def test_the_card_has_base_data_licences_losses_options_ledger_and_a_valid_examp
         "797 steps on 8 devices in bf16",
         "dropped 2: empty response (first rows: 3, 7)",
         "| `lr` | `1e-05` |",
+        "It answers one instruction at a time",
     ):
         assert words in card.text
 

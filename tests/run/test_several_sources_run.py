@@ -21,7 +21,7 @@ from training.storage import metrics
 from training.tracking.tracker import Entry, panel_names
 from training.trainer import train
 
-LABELS = ("plain", "turns")
+LABELS = ("plain", "chats")
 
 
 def conversations(count: int) -> list[dict[str, Any]]:
@@ -43,7 +43,7 @@ def conversations(count: int) -> list[dict[str, Any]]:
 def sources(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A file of plain rows and one of conversations."""
     folder = tmp_path_factory.mktemp("sources")
-    return jsonl(folder / "plain.jsonl", say_rows(60)), jsonl(folder / "turns.jsonl", conversations(30))
+    return jsonl(folder / "plain.jsonl", say_rows(60)), jsonl(folder / "chats.jsonl", conversations(30))
 
 
 def options_of(base: Path, sources: tuple[str, ...], output: Path, **changed: Any) -> TrainingOptions:
@@ -84,9 +84,10 @@ def test_each_sources_held_out_loss_is_in_every_file(finished: Path) -> None:
             for label in LABELS
         },
     }
+    assert list(run["held_out_loss"]["by_source"]) == list(LABELS), "in the order typed"
     state = json.loads((finished / "trainer_state.json").read_text())["log_history"]
-    assert [e["eval_loss_turns"] for e in state if "eval_loss" in e] == [
-        e["eval_loss_turns"] for e in evaluations
+    assert [e["eval_loss_chats"] for e in state if "eval_loss" in e] == [
+        e["eval_loss_chats"] for e in evaluations
     ]
     drawn = EventAccumulator(str(finished / "runs")).Reload()
     for name, tag in (
@@ -95,8 +96,9 @@ def test_each_sources_held_out_loss_is_in_every_file(finished: Path) -> None:
     ):
         assert [event.value for event in drawn.Scalars(tag)] == pytest.approx([e[name] for e in evaluations])
     sent = panel_names(Entry(4, evaluations[2], 0).figures())
-    assert sent["eval/loss_turns"] == evaluations[2]["eval_loss_turns"], "the name in W&B and Trackio"
+    assert sent["eval/loss_chats"] == evaluations[2]["eval_loss_chats"], "the name in W&B and Trackio"
     card = (finished / "README.md").read_text()
+    assert "It answers a question, also one that follows earlier turns" in card
     for source in run["sources"]:
         of_source = run["held_out_loss"]["by_source"][source["label"]]
         figures = (
@@ -127,7 +129,7 @@ def test_the_console_shows_each_sources_rows_and_loss(
 ) -> None:  # fmt: skip
     caplog.set_level("INFO")
     train(options_of(base_folder, sources, tmp_path / "out", max_steps=1))
-    line = r"step 0/1  held-out loss \d\.\d{4}  plain \d\.\d{4}, turns \d\.\d{4}\n"
+    line = r"step 0/1  held-out loss \d\.\d{4}  plain \d\.\d{4}, chats \d\.\d{4}\n"
     assert re.search(line, capsys.readouterr().out)
     for words in (
         "12 of 90 rows are held out",
@@ -136,7 +138,7 @@ def test_the_console_shows_each_sources_rows_and_loss(
         "2 sources: 90 rows read",
     ):
         assert words in caplog.text
-    assert re.search(r"  of turns: \d\.\d{4} before, \d\.\d{4} after", caplog.text)
+    assert re.findall(r"  of (\w+): \d\.\d{4} before, \d\.\d{4} after", caplog.text) == list(LABELS)
 
 
 def test_a_bad_loss_names_the_source_of_its_rows(

@@ -211,6 +211,10 @@ def history_of(value: Any) -> tuple[History, str]:
 
 def prompt_of(instruction: str, input: str | None = None, history: Any = ()) -> Prompt:
     """A prompt after a history: OpenAI messages, or pairs [question, answer]. Raises DataError."""
+    if not isinstance(instruction, str):  # callers of chat pipelines pass messages here
+        raise DataError(
+            f"instruction: {short_repr(instruction)}, expected text. Earlier turns go into history"
+        )
     try:
         turns, system = history_of(history)
     except ConversationError as error:

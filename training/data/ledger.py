@@ -139,7 +139,7 @@ class Ledger:
         if self.not_read:
             lines.append(f"  not read: {'; '.join(self.not_read)}")
         if self.turns > self.rows_kept:
-            lines.append(f"  conversations: {self.turns:,} turns")
+            lines.append(f"  conversations: {self.turns:,} turns in {self.rows_kept:,} rows")
         if self.rows_shortened:
             lines.append(
                 f"  {self.rows_shortened:,} conversations are longer than {self.max_length:,} tokens: "

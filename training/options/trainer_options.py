@@ -86,7 +86,8 @@ class TrainingOptions:
     )
     training_dataset: tuple[str, ...] = _data(
         (DEFAULT_TRAINING_DATASET,),
-        f"A name on the Hub, a .json, .jsonl, .csv or .parquet file, a folder of them, or '{DEMO}'.",
+        f"A name on the Hub, a .json, .jsonl, .csv or .parquet file, a folder of them, or '{DEMO}'. Rows have instruction, "
+        "input and output, or messages.",
         metavar="DATASET",
         path="dataset",
         multiple=True,

@@ -187,7 +187,7 @@ def _describe(folder: Path, partial: Path, target: Path, weights: dict[str, Any]
         logger.warning("%s has no record of the run: the model has no card and no run.json", run)
         return
     try:
-        record |= outcome(folder, folder) | {"weights": weights, "exported_from": str(folder)}
+        record |= outcome(record, folder, folder) | {"weights": weights, "exported_from": str(folder)}
         write_model_card(partial, record, Ledger.read(ledger), name=target.name)
     except Exception as error:  # of many types: these files may be damaged, or of another version
         if _is_full(error):

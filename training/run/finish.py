@@ -46,7 +46,7 @@ def finish(
     Only rank 0 calls it. It depends on files only, so a later command can repeat it if this one is killed.
     """
     options, output = settings.options, settings.output
-    record |= outcome(chosen, last) | {"weights": weights}
+    record |= outcome(record, chosen, last) | {"weights": weights}
     try:
         with _all_cores():
             verify_model(output, options.trust_remote_code)

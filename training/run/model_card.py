@@ -53,6 +53,9 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger, name:
     )
     data_words = ", ".join(f"{_code(source)} (licence: {data_licences[source]})" for source in sources)
     steps, devices = record["steps"], record["world_size"]
+    asks = "It answers one instruction at a time"
+    if ledger.turns > ledger.rows_kept:
+        asks = "It answers a question, also one that follows earlier turns"
     content = f"""---
 {data.to_yaml()}
 ---
@@ -71,7 +74,7 @@ ask = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
 print(ask([{{"role": "user", "content": {json.dumps(SAMPLE_INSTRUCTIONS[0])}}}])[0]["generated_text"][-1]["content"])
 ```
 
-{_adapter_section(record)}It answers one instruction at a time, stops at `{END_KEY}`, and like its base it invents facts.
+{_adapter_section(record)}{asks}, stops at `{END_KEY}`, and like its base it invents facts.
 
 ## Data
 
@@ -143,8 +146,11 @@ def _code(text: object) -> str:
     return "`" + _line(text).replace("`", "'").replace("|", "\\|") + "`"
 
 
-def outcome(chosen: Path, last: Path) -> dict[str, Any]:
-    """The entries of run.json for a finished run, from its last and its chosen checkpoint."""
+def outcome(record: dict[str, Any], chosen: Path, last: Path) -> dict[str, Any]:
+    """The entries of run.json for a finished run, from its last and its chosen checkpoint.
+
+    The losses by source are in the order of the record: trainer_state.json sorts its keys.
+    """
     manifest = checkpoint.read_manifest(chosen)
     assert manifest is not None
     history = json.loads((last / "trainer_state.json").read_text())["log_history"]
@@ -152,7 +158,8 @@ def outcome(chosen: Path, last: Path) -> dict[str, Any]:
     before, after = held_out[min(held_out)], held_out.get(checkpoint.step_of(chosen), {})
     losses: dict[str, Any] = {"before": before["eval_loss"], "after": manifest["eval_loss"]}
     starts, ends = metrics.losses_by_source(before), metrics.losses_by_source(after)
-    if labels := starts | ends:
+    if found := starts | ends:
+        labels = [source["label"] for source in record["sources"] if source["label"] in found]
         losses["by_source"] = {
             label: {"before": starts.get(label), "after": ends.get(label)} for label in labels
         }
