@@ -259,6 +259,7 @@ UNUSABLE: dict[str, tuple[Any, str, str]] = {
         ", turn 2",
         "a tool call, but",
     ),
+    "train false": ([USER, ANSWER | {"train": False}], ", turn 2", "has train false, but the loss is on every"),
     "weight 0": ([USER, ANSWER | {"weight": 0}], ", turn 2", "has weight 0, but the loss is on every assistant message"),
 }  # fmt: skip
 

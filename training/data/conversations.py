@@ -29,7 +29,8 @@ NO_TEXT = "content that is not text"
 BAD_ORDER = "roles do not alternate"
 NO_ANSWER = "no assistant turn"
 NO_QUESTION = "no question"
-NO_LOSS = "message of weight 0"
+NO_LOSS = "message without a loss"
+LOSS_KEYS = ("weight", "train")  # of OpenAI and of Axolotl; 0 or false asks for no loss
 
 
 class Turn(NamedTuple):
@@ -136,9 +137,12 @@ def _role_and_text(message: Any, number: int) -> tuple[str, str]:
             "(ShareGPT: system, human or gpt)",
             number,
         )
-    if role == ASSISTANT and _is_zero(message.get("weight")):
+    silent = next((key for key in LOSS_KEYS if _is_zero(message.get(key))), None)
+    if role == ASSISTANT and silent:
         raise ConversationError(
-            NO_LOSS, "has weight 0, but the loss is on every assistant message. Remove the weight", number
+            NO_LOSS,
+            f"has {silent} {text_of(message[silent])}, but the loss is on every assistant message. Remove it",
+            number,
         )
     return role, _content(content, number)
 
@@ -175,7 +179,7 @@ def _is_zero(weight: Any) -> bool:
         return False
 
 
-_KNOWN_KEYS = {"role", "content", "from", "value", "weight", *TOOL_KEYS}
+_KNOWN_KEYS = {"role", "content", "from", "value", *LOSS_KEYS, *TOOL_KEYS}
 
 
 def other_keys(messages: Any) -> set[str]:
