@@ -53,9 +53,6 @@ def write_model_card(folder: Path, record: dict[str, Any], ledger: Ledger, name:
     )
     data_words = ", ".join(f"{_code(source)} (licence: {data_licences[source]})" for source in sources)
     steps, devices = record["steps"], record["world_size"]
-    asks = "It answers one instruction at a time"
-    if ledger.turns > ledger.rows_kept:
-        asks = "It answers a question, also one that follows earlier turns"
     content = f"""---
 {data.to_yaml()}
 ---
@@ -74,7 +71,7 @@ ask = pipeline("text-generation", model="PATH/TO/THIS/FOLDER")
 print(ask([{{"role": "user", "content": {json.dumps(SAMPLE_INSTRUCTIONS[0])}}}])[0]["generated_text"][-1]["content"])
 ```
 
-{_adapter_section(record)}{asks}, stops at `{END_KEY}`, and like its base it invents facts.
+{_adapter_section(record)}{_ability(ledger)}, stops at `{END_KEY}`, and like its base it invents facts.
 
 ## Data
 
@@ -89,6 +86,12 @@ print(ask([{{"role": "user", "content": {json.dumps(SAMPLE_INSTRUCTIONS[0])}}}])
 {changed}
 """
     ModelCard(content).save(folder / "README.md")
+
+
+def _ability(ledger: Ledger) -> str:
+    if ledger.turns > ledger.rows_kept:
+        return "It answers a question, also one that follows earlier turns"
+    return "It answers one instruction at a time"
 
 
 def _sources_section(record: dict[str, Any]) -> str:
@@ -159,7 +162,9 @@ def outcome(record: dict[str, Any], chosen: Path, last: Path) -> dict[str, Any]:
     losses: dict[str, Any] = {"before": before["eval_loss"], "after": manifest["eval_loss"]}
     starts, ends = metrics.losses_by_source(before), metrics.losses_by_source(after)
     if found := starts | ends:
-        labels = [source["label"] for source in record["sources"] if source["label"] in found]
+        typed = [source["label"] for source in record.get("sources", ())]
+        labels = [label for label in typed if label in found]
+        labels += [label for label in found if label not in typed]  # of a source that was renamed since
         losses["by_source"] = {
             label: {"before": starts.get(label), "after": ends.get(label)} for label in labels
         }
