@@ -239,7 +239,7 @@ UNUSABLE: dict[str, tuple[Any, str, str]] = {
     "no message": (["Hi"], ", turn 1", "str 'Hi' is not a message with role and content"),
     "an empty list": ([], "", "no assistant turn"),
     "no answer": ([USER], "", "no assistant turn, so there is nothing to learn"),
-    "unknown role": ([USER, {"role": "critic", "content": "a"}], ", turn 2", "the role is str 'critic', expected"),
+    "unknown role": ([USER, {"role": "critic", "content": "a"}], ", turn 2", "the role is 'critic', expected"),
     "no role": ([{"content": "a"}], ", turn 1", "the role is missing, expected system, user or assistant"),
     "two questions": ([USER, USER, ANSWER], ", turn 2", "two user messages in a row. Join them into one"),
     "two answers": ([USER, ANSWER, ANSWER], ", turn 3", "two assistant messages in a row"),
@@ -248,7 +248,7 @@ UNUSABLE: dict[str, tuple[Any, str, str]] = {
     "an image": (
         [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}, ANSWER],
         ", turn 1",
-        "the content is a part of type str 'image_url', expected text",
+        "the content is a part of type 'image_url', expected text",
     ),
     "a number in a list": ([{"role": "user", "content": [[1]]}, ANSWER], ", turn 1", "the content is list [1], expected"),
     "no content": ([USER, {"role": "assistant", "content": None}], ", turn 2", "the content is missing, expected text"),

@@ -127,7 +127,7 @@ def test_an_answer_follows_its_history_alone_and_in_a_batch(
         ([{"role": "tool", "content": "x"}], "history, turn 1: a tool call"),
         (
             [*RIVER, {"role": "judge", "content": "x"}],
-            "history, turn 3: the role is str 'judge', expected system",
+            "history, turn 3: the role is 'judge', expected system",
         ),
         ([*RIVER, ASK], "history, turn 3: the last question has no answer"),
         ([["a"]], "turn 1: has 1 texts, expected a pair"),
@@ -265,7 +265,7 @@ def test_a_file_of_history_that_cannot_be_used_is_refused_with_its_turn(
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"messages": [{"role": "judge", "content": "a"}]}, "row 2, turn 1: the role is str 'judge'"),
+        ({"messages": [{"role": "judge", "content": "a"}]}, "row 2, turn 1: the role is 'judge'"),
         ({"messages": [SYSTEM]}, "row 2: no question"),
         ({"messages": [*RIVER, SYSTEM]}, "row 2: no question"),
         ({"messages": [*RIVER, *RIVER[1:]]}, "row 2, turn 3: two assistant messages in a row"),

@@ -146,7 +146,7 @@ def test_a_serving_endpoint_takes_histories_in_each_form_of_json(
 @pytest.mark.parametrize(
     ("history", "words"),
     [
-        ([{"role": "judge", "content": "a"}], "row 2: history, turn 1: the role is str 'judge'"),
+        ([{"role": "judge", "content": "a"}], "row 2: history, turn 1: the role is 'judge'"),
         (RIVER[:1], "row 2: history, turn 1: the last question has no answer"),
         ("[{", "row 2: history is not JSON"),
         ("7", "row 2: history is int 7, expected a list of messages such as"),

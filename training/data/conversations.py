@@ -9,7 +9,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.data.prompt import GAP, TEXT_PARTS, question
-from training.data.table import CONVERSATIONS, HISTORY, Table, is_unicode, named, short_repr, text_of
+from training.data.table import CONVERSATIONS, HISTORY, Table, is_unicode, named, short, short_repr, text_of
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _role_and_text(message: Any, number: int) -> tuple[str, str]:
     if role is None:
         raise ConversationError(
             BAD_ROLE,
-            f"the role is {short_repr(name) if name is not None else 'missing'}, expected system, user or assistant "
+            f"the role is {'missing' if name is None else short(repr(name))}, expected system, user or assistant "
             "(ShareGPT: system, human or gpt)",
             number,
         )
@@ -156,7 +156,7 @@ def _content(content: Any, number: int) -> str:
             part = part.get("text")
         text = None if part is None else text_of(part)
         if text is None:
-            found = f"a part of type {short_repr(part['type'])}" if isinstance(part, dict) and "type" in part else (
+            found = f"a part of type {short(repr(part['type']))}" if isinstance(part, dict) and "type" in part else (
                 "missing" if part is None else short_repr(part)
             )  # fmt: skip
             raise ConversationError(NO_TEXT, f"the content is {found}, expected text", number)
