@@ -125,7 +125,11 @@ def _join(
             spans.append((begin, ledger.max_length))
             ledger.rows_truncated += 1
             break
-        ids += (*head, *body, response_key, *response, end_key)
+        turn = [*head, *body, response_key, *response, end_key]
+        if spans:
+            ids += turn
+        else:
+            ids = turn  # most rows have one turn, which is not copied
         spans.append((begin, end))
     ledger.count_turns(len(spans), len(turns))
     return ids, spans
