@@ -160,13 +160,13 @@ def test_a_killed_run_is_started_again_and_then_stops_the_notebook_at_the_traini
 @trains
 def test_a_stopped_notebook_run_continues_by_its_name(tmp_path: Path) -> None:
     run = Run(tmp_path, epochs="0.4")
-    run.wait_for("step 20/36")
+    run.wait_for("step 20/37")
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 1
     assert "Stopped. To continue" in run.printed
     assert f"type {run.name} into the widget resume" in run.printed
     stopped = checkpoints(run.root / run.name)[-1]
-    assert 20 <= int(stopped.name.split("-")[1]) < 36
+    assert 20 <= int(stopped.name.split("-")[1]) < 37
     name = run.name
     again = Run(tmp_path, epochs="0.4", resume=name)
     finished_cells(again)
@@ -175,4 +175,4 @@ def test_a_stopped_notebook_run_continues_by_its_name(tmp_path: Path) -> None:
     assert read_run_record(again.models / name)["status"] == "finished"
     steps = [entry["step"] for entry in read(again.root / name / METRICS_FILE) if "loss" in entry]
     assert steps == sorted(set(steps))
-    assert steps[-1] <= 36
+    assert steps[-1] <= 37

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -44,7 +45,8 @@ def test_a_signal_to_the_restarter_ends_the_run_and_torchruns_own_restarts_go_on
     assert run.wait_until(run.stepping), run.output
     os.kill(run.pids("rank")[0], signal.SIGKILL)
     run.wait_for_exit()
-    assert run.output.count("the run continues from") == 2
+    # Not in the last lines of a killed rank 0, which are repeated with a margin.
+    assert len(re.findall("^the run continues from", run.output, re.MULTILINE)) == 2
     assert_the_same_run(folder, undisturbed(2))
 
 
