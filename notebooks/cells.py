@@ -15,7 +15,7 @@ from typing import Any
 
 from notebooks.found import default_training_root, lost_model_problem
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
-from training.data.conversations import Prompt, prompt_of_row, prompt_text, row_of_prompt
+from training.data.conversations import prompt_of_row, prompt_text, prompts_of, row_of_prompt
 from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError, printable
 from training.files import PathKind, expanded, local_path, path_problem, split_sources
 from training.machine.catalogue import FAMILIES, Machine
@@ -307,10 +307,9 @@ def prepare_rows(options: Mapping[str, Any], count: int) -> list[dict[str, Any]]
     print(ledger)
     print(worded(held_out_message(test_size, len(rows), run.test_size, recorded), NOTEBOOK))
     held_out = split_held_out(rows, test_size, run.seed)[1]
-    histories = columns.history or [()] * len(columns)
+    prompts = prompts_of(columns)
     return [
-        row_of_prompt(Prompt(columns.instruction[place], columns.input[place], histories[place]))
-        | {"output": columns.output[place]}
+        row_of_prompt(prompts[place]) | {"output": columns.output[place]}
         for place in places_of(held_out, starts)[:count]
     ]
 

@@ -177,6 +177,17 @@ def base_folder(bpe_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def random_folder(
+    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A random model with Dolly's control tokens and their chat template, as a finished run has them. Its answers differ."""
+    folder = tmp_path_factory.mktemp("random")
+    load_model(str(base_folder), tokenizer, torch.float32, seed=42).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def answering_model(base_folder: Path, tokenizer: PreTrainedTokenizerBase) -> GPTJForCausalLM:
     """A GPT-J that answers every prompt with "AB" and the end key, sampled or greedy.
 

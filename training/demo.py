@@ -18,6 +18,7 @@ import transformers
 from training.console import set_up_console
 from training.consts import DEMO, METRICS_FILE
 from training.data.columns import Columns
+from training.data.conversations import prompts_of
 from training.errors import printable
 from training.evaluate.answers import encode_for, greedy_answers
 from training.evaluate.metrics import exact_matches
@@ -70,9 +71,8 @@ def examples(columns: Columns, before: list[str], after: list[str]) -> list[tupl
     No two conversations ask with the same first word, and no two other rows.
     """
     shown: dict[tuple[bool, str], tuple[str, ...]] = {}
-    histories = columns.history or [()] * len(columns)
-    rows = zip(columns.instruction, columns.input, histories, before, after, columns.output, strict=True)
-    for instruction, input, history, *texts in rows:
+    rows = zip(prompts_of(columns), before, after, columns.output, strict=True)
+    for (instruction, input, history), *texts in rows:
         turns = [single_line(f"{turn.question} -> {turn.answer}") for turn in history]
         question = "\n  ".join([*turns, single_line(f"{instruction} {input}")])
         shown.setdefault((bool(history), instruction.split()[0]), (question, *map(single_line, texts)))
@@ -95,9 +95,9 @@ def table(shown: list[tuple[str, ...]]) -> str:
 
 def question_to_try(columns: Columns) -> str:
     """The first instruction that needs neither an input nor earlier turns."""
-    needs = zip(columns.input, columns.history or [()] * len(columns), strict=True)
-    place = next((place for place, (input, history) in enumerate(needs) if not input and not history), 0)
-    return printable(columns.instruction[place])
+    prompts = prompts_of(columns)
+    alone = (prompt for prompt in prompts if not prompt.input and not prompt.history)
+    return printable(next(alone, prompts[0]).instruction)
 
 
 def show_adapter(output: Path, ranks: int, rank: int, extra: Sequence[str]) -> str:

@@ -26,7 +26,6 @@ from training.data.conversations import (
     conversation_of,
     messages_of,
     prompt_of,
-    prompt_of_messages,
     without_first_turns,
 )
 from training.data.ledger import Ledger
@@ -47,7 +46,7 @@ SHARE_GPT = [
     {"from": {"system": "system", "user": "human", "assistant": "gpt"}[m["role"]], "value": m["content"]}
     for m in CHAT
 ]
-FIRST, SECOND = Turn("Hi", "Hello.", "Be brief.\n\n"), ("Name a colour.", "", "Red.")
+FIRST = Turn("Hi", "Hello.", "Be brief.\n\n")
 
 
 @pytest.fixture(scope="module")
@@ -302,14 +301,11 @@ def test_all_unusable_conversations_of_a_folder_are_in_one_message(
 
 
 def test_a_prompt_and_its_messages_are_the_same_conversation() -> None:
-    prompt = prompt_of_messages(CHAT[:4])
+    prompt = prompt_of("Name a colour.", None, CHAT[:3])
     assert prompt == Prompt("Name a colour.", "", (FIRST,))
     assert messages_of(prompt) == CHAT[:4]
-    assert prompt_of("Name a colour.", None, CHAT[:3]) == prompt
     assert prompt_of("Hi", "", CHAT[:1]) == Prompt("Be brief.\n\nHi")
     assert prompt_of("Hi", "a", None) == Prompt("Hi", "a")
-    with pytest.raises(DataError, match="no question at the end"):
-        prompt_of_messages(CHAT)
     with pytest.raises(DataError, match=r"history, turn 2: the last question has no answer"):
         prompt_of("Hi", "", CHAT[:2])
     with pytest.raises(DataError, match=r"history, turn 1: has 1 texts, expected a pair"):

@@ -12,6 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from tests.conftest import jsonl, write
+from tests.data.test_conversations import ANSWER, CHAT, FIRST, USER
 from training.data.columns import Columns
 from training.data.conversations import Turn
 from training.data.ledger import Ledger
@@ -19,17 +20,7 @@ from training.data.rows import read_columns, read_prompts
 from training.data.tokens import encode_rows, prepare_dataset
 from training.errors import DataError
 
-CHAT = [
-    {"role": "system", "content": "Be brief."},
-    {"role": "user", "content": "Hi"},
-    {"role": "assistant", "content": "Hello."},
-    {"role": "user", "content": "Name a colour."},
-    {"role": "assistant", "content": "Red."},
-]
-READ = Columns(
-    ["Name a colour."], [""], ["Red."], history=[(Turn("Hi", "Hello.", "Be brief.\n\n"),)]
-)  # CHAT as columns
-USER, ANSWER = CHAT[1], CHAT[2]
+READ = Columns(["Name a colour."], [""], ["Red."], history=[(FIRST,)])  # CHAT as columns
 
 
 def parquet(path: Path, messages: Any, kind: pa.DataType | None = None) -> str:

@@ -18,11 +18,10 @@ from transformers import GPTJForCausalLM, PreTrainedTokenizerBase
 
 from tests.conftest import jsonl
 from tests.model.tokenizer_kinds import KINDS
-from training.data.encoding import encode_prompts, encode_text
+from training.data.encoding import encode_text, encode_turns
 from training.evaluate.__main__ import main
 from training.evaluate.harness import DollyModel, run_tasks
 from training.model.generation import load_model_tokenizer_for_generate
-from training.model.loading import load_model
 from training.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
@@ -101,17 +100,6 @@ def scores(results: dict[str, Any], task: str) -> list[list[float]]:
     return [[answer[0] for answer in sample["filtered_resps"]] for sample in results["samples"][task]]
 
 
-@pytest.fixture(scope="module")
-def random_folder(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A random model with Dolly's control tokens and their chat template, as a finished run has them."""
-    folder = tmp_path_factory.mktemp("random")
-    load_model(str(base_folder), tokenizer, torch.float32, seed=42).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
 @pytest.mark.parametrize(
     ("name", "more", "prompt"),
     [("plain", CHOICE, "plain"), ("begun", BEGUN, "plain"), ("begun", BEGUN, "dolly")],
@@ -144,7 +132,7 @@ def test_in_dollys_prompt_the_stock_harness_fails_and_ours_scores_the_ids_of_tra
             if question is QUESTIONS[1]
             else question["q"]
         )
-        [head], [body] = encode_prompts(tokenizer, [text], [None])
+        [[(head, body, _)]] = encode_turns(tokenizer, [[(text, None, "")]])
         for choice, (score, _) in zip(question["choices"], sample["filtered_resps"], strict=True):
             [continuation] = encode_text(tokenizer, [choice])
             prompt = [*head, *body, key]
@@ -170,7 +158,7 @@ def test_with_every_kind_of_tokenizer_prompt_and_answer_have_the_ids_of_training
     ):
         turns = [{"role": "user", "content": question}]
         context = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        [head], [body] = encode_prompts(tokenizer, [question], [None])
+        [[(head, body, _)]] = encode_turns(tokenizer, [[(question, None, "")]])
         [expected] = encode_text(tokenizer, [answer])
         assert DollyModel._encode_pair(model, context, answer) == ([*head, *body, key], expected)
         prompt, continuation = DollyModel._encode_pair(model, context + "The answer: ", answer)

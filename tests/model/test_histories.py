@@ -16,7 +16,7 @@ from tests.conftest import jsonl, write
 from tests.model.tokenizer_kinds import KINDS
 from training import generate
 from training.consts import GREEDY
-from training.data.conversations import Prompt, Turn, messages_of, prompt_of, prompt_of_messages
+from training.data.conversations import Prompt, Turn, messages_of, prompt_of
 from training.errors import DataError, printable
 from training.model.generation import answer_prompts, generate_response, generate_responses, prompt_ids
 from training.model.loading import load_model
@@ -41,6 +41,12 @@ CONVERSATIONS = [
 
 
 # --- token ids ---------------------------------------------------------------------------------------
+
+
+def prompt_of_messages(messages: list[dict[str, str]]) -> Prompt:
+    """The prompt of a conversation that ends with a user message."""
+    *history, asked = messages
+    return prompt_of(asked["content"], None, history)
 
 
 @pytest.mark.parametrize("kind", ["byte-level", "byte-level with BOS", "llama", "metaspace first in a sequence",

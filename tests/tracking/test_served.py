@@ -9,13 +9,10 @@ from typing import Any
 import numpy as np
 import pandas
 import pytest
-import torch
-from transformers import PreTrainedTokenizerBase
 
 from training.consts import GREEDY
 from training.errors import DataError
 from training.model.generation import generate_response
-from training.model.loading import load_model
 from training.tracking.mlflow_model import signature
 from training.tracking.served import Served
 
@@ -27,24 +24,13 @@ GREEDY_PARAMS = {"temperature": 0.0, "max_new_tokens": 9}
 
 
 @pytest.fixture(scope="module")
-def folder(
-    base_folder: Path, tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A model whose answers differ from prompt to prompt."""
-    folder = tmp_path_factory.mktemp("random")
-    load_model(str(base_folder), tokenizer, torch.float32, seed=42).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def loaded(random_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The folder as MLflow loads it, with the signature that a finished run logs."""
     path = tmp_path_factory.mktemp("logged") / "model"
     mlflow.pyfunc.save_model(
         path,
         loader_module="training.tracking.served",
-        data_path=str(folder),
+        data_path=str(random_folder),
         signature=signature(),
         pip_requirements=[],
     )

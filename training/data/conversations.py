@@ -226,17 +226,6 @@ def prompt_of(instruction: str, input: str | None = None, history: Any = ()) -> 
     return Prompt(system + instruction, input or "", turns)
 
 
-def prompt_of_messages(messages: Any) -> Prompt:
-    """The prompt of a conversation that ends with a user message. Raises DataError."""
-    try:
-        turns, system, asked = conversation_of(messages)
-        if asked is None:
-            raise ConversationError(NO_QUESTION, "no question at the end. End with a user message")
-    except ConversationError as error:
-        raise DataError(f"messages{error.place}: {error}") from error
-    return Prompt(system + asked, "", turns)
-
-
 def messages_of(prompt: Prompt) -> list[dict[str, str]]:
     """OpenAI messages of a prompt, from which the chat template renders the same text."""
     messages = []
@@ -288,6 +277,12 @@ def prompt_text(prompt: Prompt) -> str:
 def messages_text(messages: Iterable[Mapping[str, str]]) -> str:
     """OpenAI messages for people: each begins on a new line with its role."""
     return "\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def prompts_of(columns: Columns) -> list[Prompt]:
+    """What each row asks last, after the turns before it."""
+    histories = columns.history or [()] * len(columns)
+    return [Prompt(*row) for row in zip(columns.instruction, columns.input, histories, strict=True)]
 
 
 def row_turns(columns: Columns, row: int) -> list[tuple[str, str, str]]:

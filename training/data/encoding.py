@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerBase
 
-from training.data.prompt import INSTRUCTION_KEY, prompt_pieces, response_piece
+from training.data.prompt import END_KEY, INSTRUCTION_KEY, RESPONSE_KEY, prompt_pieces, response_piece
 
 # Made by `_text_backend`; None if a tokenizer needs no copy.
 _COPIES: WeakKeyDictionary[PreTrainedTokenizerBase, Tokenizer | None] = WeakKeyDictionary()
@@ -24,15 +24,6 @@ _COPIES: WeakKeyDictionary[PreTrainedTokenizerBase, Tokenizer | None] = WeakKeyD
 def encode_text(tokenizer: PreTrainedTokenizerBase, texts: Iterable[str]) -> list[list[int]]:
     """Token ids of text that follows a control token. A control token in the text is encoded as plain characters."""
     return _encode(_text_backend(tokenizer), texts)
-
-
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, instructions: Sequence[str], inputs: Sequence[str | None]
-) -> tuple[list[list[int]], list[list[int]]]:
-    """Token ids (heads, bodies). A prompt is head + body + response key; the head ends with the instruction key."""
-    pieces = [prompt_pieces(*row) for row in zip(instructions, inputs, strict=True)]
-    heads = _encode_heads(tokenizer, {head for head, _ in pieces}, first=True)
-    return [heads[head] for head, _ in pieces], encode_text(tokenizer, [body for _, body in pieces])
 
 
 def encode_turns(
@@ -60,6 +51,14 @@ def encode_turns(
             of_row.append(((later if of_row else first)[head], body, response))
         ids.append(of_row)
     return ids
+
+
+def join_turns(
+    tokenizer: PreTrainedTokenizerBase, turns: Iterable[tuple[list[int], list[int], list[int]]]
+) -> list[int]:
+    """Token ids of whole turns, given (head, body, response) of each."""
+    response_key, end_key = tokenizer.convert_tokens_to_ids([RESPONSE_KEY, END_KEY])
+    return [id for head, body, response in turns for id in (*head, *body, response_key, *response, end_key)]
 
 
 def _encode_heads(

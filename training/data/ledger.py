@@ -22,7 +22,7 @@ PROMPT_TOO_LONG = "prompt alone fills max_length"
 RESPONSE_CUT = "response would be cut at max_length"
 HISTOGRAM_EDGES = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
 HISTOGRAM_NAMES = [*(f"<={edge}" for edge in HISTOGRAM_EDGES), f">{HISTOGRAM_EDGES[-1]}"]
-FIRST_DROPPED = 10  # row numbers kept for each reason
+FIRST_DROPPED = 10  # rows that are named for each reason
 NO_SUMS = ("max_length", "longest_row")  # numbers of a ledger that are no sums over several sources
 
 
@@ -78,7 +78,7 @@ class Ledger:
     def drop_unusable(self, error: ConversationError, row: int) -> None:
         """Counts a conversation that cannot be used."""
         self.drop(error.reason, row)
-        if len(self.unusable) < 10:
+        if len(self.unusable) < FIRST_DROPPED:
             place = self.place(row) if self.files else f"row {row}"
             self.unusable.append(f"{place}{error.place}: {error}")
 

@@ -18,6 +18,7 @@ from training.data.conversations import (
     Prompt,
     history_of,
     messages_of,
+    prompts_of,
     read_turns,
 )
 from training.data.demo_rows import demo_rows
@@ -37,9 +38,8 @@ from training.errors import DataError, TooFewRowsError, offline_note
 from training.files import is_hub_name, local_path
 
 PROMPT_KINDS = (".txt", ".json", ".jsonl")
-TRAINED_TOO = (
-    ", so rows that are held out would also be trained on. Leave one of them out"  # of two equal sources
-)
+# Of two equal sources.
+TRAINED_TOO = ", so rows that are held out would also be trained on. Leave one of them out"
 
 
 def read_columns(source: str, selection: Mapping[str, str] | None = None) -> Columns:
@@ -137,11 +137,12 @@ def source_problems(sources: Sequence[str], selection: Mapping[str, str]) -> lis
 def _repeated(sources: Sequence[str]) -> list[str]:
     """A problem for each source with a file of an earlier one: what one holds out, the other would train on."""
     problems, earlier = [], dict[str, str]()
+    places_of = {source: _places(source) for source in sources if source.strip()}
     for source in filter(str.strip, sources):
-        places = _places(source)
+        places = places_of[source]
         if shared := next((place for place in places if place in earlier), None):
             other = earlier[shared]
-            is_same = len(places) == len(_places(other)) == 1
+            is_same = len(places) == len(places_of[other]) == 1
             same = "is the same as" if is_same else f"shares {Path(shared).name} with"
             problem = "is named twice" if source == other else f"{same} {other}"
             problems.append(f"{source}: {problem}{TRAINED_TOO}")
@@ -211,8 +212,7 @@ def read_prompts(file: str, unique: bool = True) -> list[Prompt]:
     empty = [number for number, text in enumerate(columns.instruction, start=1) if not text.strip()]
     if empty:
         raise DataError(f"{file}, row {empty[0]}: the instruction is empty{and_more(empty, 'rows')}")
-    histories = columns.history or [()] * len(columns)
-    prompts = [Prompt(*row) for row in zip(columns.instruction, columns.input, histories, strict=True)]
+    prompts = prompts_of(columns)
     return list(dict.fromkeys(prompts)) if unique else prompts
 
 
@@ -235,8 +235,7 @@ def read_history(file: str) -> list[Any]:
     else:
         row = _columns_of([table], file, REQUIRED)
         _refuse_unusable(row, file)
-        history = row.history[0] if row.history else ()
-        answered = Prompt(row.instruction[0], row.input[0], history)
+        [answered] = prompts_of(row)
         messages = [*messages_of(answered), {"role": ASSISTANT, "content": row.output[0]}]
     if not messages:
         raise DataError(f"{file}: has no messages")

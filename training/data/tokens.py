@@ -41,9 +41,8 @@ from training.errors import DataError
 from training.files import fingerprint, write_folder
 
 ROWS_PER_TOKENIZER_CALL = 2000
-Span = tuple[
-    int, int
-]  # of a response with its end key: the place of its first token, and the place behind its last
+# Of a response with its end key: the place of its first token, and the place behind its last.
+Span = tuple[int, int]
 COLUMNS = ["row", "input_ids", "response_spans", "length"]  # of the tokenised dataset
 # The cached rows depend on this code as well: an edit of one of these files invalidates the cache.
 SOURCES = [

@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from training.consts import DEFAULT_SEED, GREEDY, MAX_NEW_TOKENS, RUN_FILE, SAMPLING
 from training.data.conversations import Prompt, prompt_of, turns_of, without_first_turns
-from training.data.encoding import encode_turns
-from training.data.prompt import END_KEY, RESPONSE_KEY
+from training.data.encoding import encode_turns, join_turns
+from training.data.prompt import RESPONSE_KEY
 from training.files import expanded
 from training.model.attention import use_packed_attention
 from training.model.loading import load_model, max_positions
@@ -201,14 +201,8 @@ def _encode(
     tokenizer: PreTrainedTokenizerBase, prompts: Sequence[Prompt]
 ) -> list[tuple[list[int], list[int]]]:
     """Token ids (before, body) of each prompt: up to the last instruction key, and from there to the response key."""
-    response_key, end_key = tokenizer.convert_tokens_to_ids([RESPONSE_KEY, END_KEY])
-    encoded = []
-    for *earlier, (head, body, _) in encode_turns(tokenizer, [turns_of(prompt) for prompt in prompts]):
-        before: list[int] = []
-        for turn_head, question, answer in earlier:
-            before += [*turn_head, *question, response_key, *answer, end_key]
-        encoded.append(([*before, *head], body))
-    return encoded
+    encoded = encode_turns(tokenizer, [turns_of(prompt) for prompt in prompts])
+    return [([*join_turns(tokenizer, earlier), *head], body) for *earlier, (head, body, _) in encoded]
 
 
 def _without_oldest_turns(

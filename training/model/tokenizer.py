@@ -25,6 +25,7 @@ from training.data.encoding import (
     encode_text,
     encode_turns,
     guarded_tokens,
+    join_turns,
     special_tokens,
     surrounding_ids,
     tokens_in_reach,
@@ -33,7 +34,6 @@ from training.data.prompt import (
     CONTROL_TOKENS,
     END_KEY,
     INSTRUCTION_KEY,
-    RESPONSE_KEY,
     chat_template,
     prompt_pieces,
     question,
@@ -270,11 +270,8 @@ def _stock_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
 
 def _check_ids(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Raises ModelError unless rows of training, whole texts in stock transformers and chats have the same ids."""
-    response_key, end_key = tokenizer.convert_tokens_to_ids([RESPONSE_KEY, END_KEY])
-    rows = [
-        [id for head, body, answer in turns for id in (*head, *body, response_key, *answer, end_key)]
-        for turns in encode_turns(tokenizer, [*([sample] for sample in SAMPLES), SAMPLES])
-    ]
+    samples = [*([sample] for sample in SAMPLES), SAMPLES]
+    rows = [join_turns(tokenizer, turns) for turns in encode_turns(tokenizer, samples)]
     for ids, other in zip(rows * 2, _stock_ids(tokenizer), strict=True):
         if ids != other:
             pairs = enumerate(zip(ids, other, strict=False))

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from training.consts import SAMPLE_INSTRUCTIONS, SAMPLES_FILE
 from training.data.columns import Columns
-from training.data.conversations import Prompt, prompt_of_row
+from training.data.conversations import Prompt, prompt_of_row, prompts_of
 from training.data.rows import PROMPT_KINDS, read_columns, read_prompts
 from training.data.table import kind_of
 from training.errors import DataError
@@ -26,7 +26,7 @@ def rows_of_file(file: str) -> list[Question]:
     Raises DataError.
     """
     is_text = kind_of(Path(file)) in PROMPT_KINDS
-    prompts = read_prompts(file) if is_text else _prompts_of(read_columns(file))
+    prompts = read_prompts(file) if is_text else _questions(read_columns(file))
     return [Question(prompt, HELD_OUT) for prompt in prompts]
 
 
@@ -34,15 +34,13 @@ def held_out_rows(
     folder: Path, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> list[Question]:
     """The rows that a finished run held out, as the evaluation finds them. Raises DataError."""
-    prompts = _prompts_of(rows.held_out_rows(folder, record, tokenizer).columns)
+    prompts = _questions(rows.held_out_rows(folder, record, tokenizer).columns)
     return [Question(prompt, HELD_OUT) for prompt in prompts]
 
 
-def _prompts_of(columns: Columns) -> list[Prompt]:
+def _questions(columns: Columns) -> list[Prompt]:
     """What the rows ask, each once, without rows that ask nothing and conversations that cannot be used."""
-    histories = columns.history or [()] * len(columns)
-    prompts = map(Prompt, columns.instruction, columns.input, histories)
-    return [prompt for prompt in dict.fromkeys(prompts) if prompt.instruction.strip()]
+    return [prompt for prompt in dict.fromkeys(prompts_of(columns)) if prompt.instruction.strip()]
 
 
 def examples(folder: Path) -> list[Prompt]:
