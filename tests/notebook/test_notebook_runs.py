@@ -103,9 +103,11 @@ def test_every_cell_runs_on_the_demo_and_publishes_a_model_that_answers(tmp_path
     assert len(answers) == len(SAMPLE_INSTRUCTIONS) + 3
     assert all(before != after for before, after in answers)
     (stages,) = displayed(cells[cell_with(cells, "answers_by_step")])
-    assert re.findall(r"<th[^>]*>(.*?)</th>", stages["text/html"]) == ["instruction", "step 0", "step 27"]
     published = run.models / run.name
-    assert read_run_record(published)["status"] == "finished"
+    record = read_run_record(published)
+    last = f"step {record['steps']}"
+    assert re.findall(r"<th[^>]*>(.*?)</th>", stages["text/html"]) == ["instruction", "step 0", last]
+    assert record["status"] == "finished"
     assert (published / "manifest.json").is_file()
     assert str(published) in outputs(cells[cell_with(cells, "results.usage")])
     (evaluation,) = displayed(cells[-1])
@@ -160,19 +162,20 @@ def test_a_killed_run_is_started_again_and_then_stops_the_notebook_at_the_traini
 @trains
 def test_a_stopped_notebook_run_continues_by_its_name(tmp_path: Path) -> None:
     run = Run(tmp_path, epochs="0.4")
-    run.wait_for("step 20/37")
+    run.wait_for("step 20/")
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 1
     assert "Stopped. To continue" in run.printed
     assert f"type {run.name} into the widget resume" in run.printed
     stopped = checkpoints(run.root / run.name)[-1]
-    assert 20 <= int(stopped.name.split("-")[1]) < 37
+    assert int(stopped.name.split("-")[1]) >= 20
     name = run.name
     again = Run(tmp_path, epochs="0.4", resume=name)
     finished_cells(again)
     assert f"the run continues from {stopped}" in again.printed
     assert again.name == name
-    assert read_run_record(again.models / name)["status"] == "finished"
+    record = read_run_record(again.models / name)
+    assert record["status"] == "finished"
     steps = [entry["step"] for entry in read(again.root / name / METRICS_FILE) if "loss" in entry]
     assert steps == sorted(set(steps))
-    assert steps[-1] <= 37
+    assert steps[-1] <= record["steps"] > int(stopped.name.split("-")[1])
