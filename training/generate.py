@@ -23,7 +23,7 @@ from transformers import TextStreamer, set_seed
 from training.console import set_up_console, typed_text
 from training.consts import GREEDY, MAX_NEW_TOKENS
 from training.data.conversations import Prompt, prompt_of, row_of_prompt
-from training.data.rows import read_history, read_prompts
+from training.data.prompt_files import read_history, read_prompts
 from training.errors import printable
 from training.files import writable
 from training.model.generation import (

@@ -129,7 +129,32 @@ FORMS: dict[str, dict[str, Any]] = {
         "output": "Red.",
         "history": [["Be brief.\n\nHi", "Hello."]],
     },
+    "a column system": {"messages": CHAT[1:], "system": "Be brief."},
+    "a column system, and the same message": {"messages": CHAT, "system": "Be brief."},
+    "a column system beside a history": {
+        "instruction": "Name a colour.",
+        "output": "Red.",
+        "history": [["Hi", "Hello."]],
+        "system": "Be brief.",
+    },
 }
+
+
+def test_a_column_system_stands_before_the_first_question_of_any_row(tmp_path: Path) -> None:
+    rows = [
+        {"instruction": "Hi", "output": "Hello.", "system": "Be brief."},
+        {"instruction": "Hi", "output": "Hello.", "system": " "},
+        {"instruction": " ", "output": "Hello.", "system": "Be brief."},
+        {"messages": CHAT, "system": "Be kind."},
+        {"messages": CHAT[:1], "system": "Be brief."},
+    ]
+    columns = read_columns(jsonl(tmp_path / "x.jsonl", rows))
+    assert columns.instruction == ["Be brief.\n\nHi", "Hi", " ", "Name a colour.", ""]
+    assert columns.history[3] == (Turn("Hi", "Hello.", "Be kind.\n\nBe brief.\n\n"),)
+    assert [error.reason for error in columns.unusable.values()] == ["no assistant turn"]
+    assert not columns.not_read
+    columns = read_columns(jsonl(tmp_path / "y.jsonl", [rows[0] | {"system": ["Be brief."]}]))
+    assert (columns.instruction, columns.not_read) == (["Hi"], ["the column 'system'"])
 
 
 @pytest.mark.parametrize("form", FORMS)

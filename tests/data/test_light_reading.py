@@ -14,7 +14,8 @@ def test_prompts_and_text_files_import_no_datasets_pyarrow_or_torch(tmp_path: Pa
     prompts.write_text("Name a river.\n")
     rows.write_text("instruction,output\nSay 1.,1\n")
     code = (
-        "import sys; from training.run import preflight; from training.data.rows import read_columns, read_prompts\n"
+        "import sys; from training.run import preflight; from training.data.prompt_files import read_prompts\n"
+        "from training.data.rows import read_columns\n"
         "assert read_prompts(sys.argv[1]) == [('Name a river.', '', ())]; assert len(read_columns(sys.argv[2])) == 1\n"
         "print(sorted({'datasets', 'pyarrow', 'torch', 'transformers'} & sys.modules.keys()))"
     )

@@ -16,7 +16,8 @@ from tests.data.test_conversations import ANSWER, CHAT, FIRST, USER
 from training.data.columns import Columns
 from training.data.conversations import Turn
 from training.data.ledger import Ledger
-from training.data.rows import read_columns, read_prompts
+from training.data.prompt_files import read_prompts
+from training.data.rows import read_columns
 from training.data.tokens import encode_rows, prepare_dataset
 from training.errors import DataError
 

@@ -211,7 +211,7 @@ def test_the_suffix_of_a_file_is_detected_from_its_content(content: bytes, suffi
 
 # Rows 1 and 2 are good. In the others a value is missing.
 WITH_GAPS = [
-    {"instruction": "a", "input": " \n", "output": "b", "system": "Be kind."},
+    {"instruction": "a", "input": " \n", "output": "b", "weight": 1},
     {"instruction": "c", "input": float("nan"), "output": "d"},
     {"instruction": "e", "input": "", "output": None},
     {"instruction": None, "input": None, "output": "f"},
@@ -233,8 +233,8 @@ def test_what_is_missing_is_dropped_and_reported_whatever_it_looks_like(
         )
         assert rows["row"][:] == [1, 2]
         assert ledger.first_dropped_rows == {"empty response": [3, 5, 8, 9], "empty instruction": [4, 6, 7]}
-        assert ledger.not_read == ["the columns 'system', 'history'"]
-        assert "\n  not read: the columns 'system', 'history'\n" in str(ledger)
+        assert ledger.not_read == ["the columns 'weight', 'history'"]
+        assert "\n  not read: the columns 'weight', 'history'\n" in str(ledger)
         for row in rows["input_ids"]:  # a blank input is none
             assert "paired with an input" not in tokenizer.decode(row)
 

@@ -12,7 +12,7 @@ import pytest
 
 from training.consts import DEFAULT_INPUT_MODEL, DEMO
 from training.data.conversations import prompt_of
-from training.data.rows import read_prompts
+from training.data.prompt_files import read_prompts
 from training.errors import OptionsError
 from training.machine.catalogue import find_machine
 from training.options.trainer_options import TrainingOptions

@@ -172,13 +172,15 @@ def ask(
     [
         json.dumps([SYSTEM, *RIVER]),
         json.dumps({"messages": [SYSTEM, *RIVER], "id": 7}),
+        json.dumps({"messages": RIVER, "system": SYSTEM["content"]}),
+        json.dumps({"messages": [SYSTEM, *RIVER], "system": SYSTEM["content"]}),
         json.dumps({"conversations": [{"from": "system", "value": SYSTEM["content"]},
                                       {"from": "human", "value": "Name a river."},
                                       {"from": "gpt", "value": "The Rhine"}]}),
         "\n".join(map(json.dumps, [SYSTEM, *RIVER])),
         json.dumps({"instruction": f"{SYSTEM['content']}\n\nName a river.", "input": "", "response": "The Rhine"}),
     ],
-    ids=["messages", "an object", "ShareGPT", "a line for each message", "an answer"],
+    ids=["messages", "an object", "a system prompt beside", "the same in both", "ShareGPT", "a line for each message", "an answer"],
 )  # fmt: skip
 def test_the_command_answers_after_the_conversation_of_a_file(
     ask: Callable[..., str], random_model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tmp_path: Path,

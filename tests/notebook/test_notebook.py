@@ -22,7 +22,7 @@ from tests.run.test_resume import make_run
 from training import errors, notebook, trainer
 from training.consts import DEMO
 from training.data.conversations import prompt_of_row
-from training.data.rows import read_prompts
+from training.data.prompt_files import read_prompts
 from training.errors import TrainingFailedError
 from training.launch.local import deepspeed_command
 from training.launch.restart import launch

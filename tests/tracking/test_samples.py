@@ -25,7 +25,7 @@ from tests.run.test_trainer import DEMO
 from training import trainer
 from training.consts import GREEDY, SAMPLE_TOKENS
 from training.data.conversations import Prompt, Turn, row_of_prompt
-from training.data.rows import read_prompts
+from training.data.prompt_files import read_prompts
 from training.errors import DataError, OptionsError
 from training.model.generation import answer_prompts, load_model_tokenizer_for_generate
 from training.options.intervals import steps_between_samples

@@ -6,7 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from training.data.table import CONVERSATIONS, Table, and_more, is_unicode, listed, named, short_repr, text_of
+from training.data.table import (
+    CONVERSATIONS,
+    Table,
+    and_more,
+    is_unicode,
+    listed,
+    named,
+    short_repr,
+    text_of,
+)
 from training.errors import DataError, printable
 
 if TYPE_CHECKING:
@@ -83,26 +92,27 @@ def columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) 
             values = table.values(name) if name in table.names else [None] * table.count
             getattr(columns, key).extend(_texts(values, key, table.source))
         columns.not_read += table.not_read
-    columns.category = _categories(tables)
+    columns.category = [printable(text) for text in texts_of(tables, CATEGORY)]
     unread = [name for name in names if name not in matched.values()]
     if RENDERED in unread and _is_rendered(tables[0], columns.output):
         unread.remove(RENDERED)
     return columns, unread
 
 
-def _categories(tables: Sequence[Table]) -> list[str]:
-    """The category of each row, "" where it is missing; [] if no table has one, or if a value is not text."""
-    if not any(CATEGORY in table.names for table in tables):
+def texts_of(tables: Sequence[Table], name: str) -> list[str]:
+    """The texts of an optional column, one per row, "" where missing; [] without it, or if a value is not text."""
+    texts: list[str] = []
+    if not any(name in table.names for table in tables):
         return []
-    texts: list[str | None] = []
     for table in tables:
-        if table.names.count(CATEGORY) > 1:
+        if table.names.count(name) > 1:
             return []
         try:
-            texts += map(text_of, table.values(CATEGORY) if CATEGORY in table.names else [None] * table.count)
+            values = table.values(name) if name in table.names else [None] * table.count
         except DataError:  # text that cannot be read
             return []
-    return [] if None in texts else [printable(text) for text in texts]
+        texts += [text for text in map(text_of, values) if text is not None and is_unicode(text)]
+    return texts if len(texts) == sum(table.count for table in tables) else []
 
 
 def _is_rendered(table: Table, outputs: Sequence[str]) -> bool:

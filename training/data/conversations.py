@@ -9,7 +9,16 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from training.data.prompt import GAP, TEXT_PARTS, question
-from training.data.table import CONVERSATIONS, HISTORY, Table, is_unicode, named, short, short_repr, text_of
+from training.data.table import (
+    CONVERSATIONS,
+    HISTORY,
+    Table,
+    is_unicode,
+    named,
+    short,
+    short_repr,
+    text_of,
+)
 from training.errors import DataError
 
 if TYPE_CHECKING:
@@ -332,6 +341,25 @@ def read_turns(tables: Sequence[Table], columns: Columns, required: Collection[s
     if keys:
         columns.not_read.append(f"{named('key', sorted(keys))} of messages")
     return read
+
+
+def add_system_prompts(columns: Columns, prompts: Sequence[str]) -> None:
+    """Puts a prompt, one per row, before the first question of its row. A blank one, or a row without a question, is left."""
+    for place, prompt in enumerate(prompts):
+        if not prompt.strip() or not columns.instruction[place].strip():
+            continue
+        if columns.history and columns.history[place]:
+            first, *others = columns.history[place]
+            first = first._replace(system=_after_system(prompt, first.system))
+            columns.history[place] = (first, *others)
+        else:
+            columns.instruction[place] = _after_system(prompt, columns.instruction[place])
+
+
+def _after_system(system: str, text: str) -> str:
+    """The text after a system prompt. It is not put there twice."""
+    prompt = system + GAP
+    return text if text.startswith(prompt) else prompt + text
 
 
 def _by_message(value: Any) -> Any:

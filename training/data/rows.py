@@ -11,16 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from training.consts import DEMO, KINDS
-from training.data.columns import KNOWN, REQUIRED, Columns, columns_of
-from training.data.conversations import (
-    ASSISTANT,
-    ConversationError,
-    Prompt,
-    history_of,
-    messages_of,
-    prompts_of,
-    read_turns,
-)
+from training.data.columns import KNOWN, REQUIRED, Columns, columns_of, texts_of
+from training.data.conversations import add_system_prompts, read_turns
 from training.data.demo_rows import demo_rows
 from training.data.folders import TRAIN, is_saved_dataset, parts_of
 from training.data.formats import (
@@ -33,11 +25,10 @@ from training.data.formats import (
     refuse_disguise,
 )
 from training.data.json_rows import json_table, table_of
-from training.data.table import CONVERSATIONS, HISTORY, Table, and_more, kind_of, listed, named, short_repr
+from training.data.table import SYSTEM_PROMPT, Table, kind_of, listed, named
 from training.errors import DataError, TooFewRowsError, offline_note
 from training.files import is_hub_name, local_path
 
-PROMPT_KINDS = (".txt", ".json", ".jsonl")
 # Of two equal sources.
 TRAINED_TOO = ", so rows that are held out would also be trained on. Leave one of them out"
 
@@ -61,8 +52,8 @@ def read_columns(source: str, selection: Mapping[str, str] | None = None) -> Col
     elif path.is_dir():
         tables, not_read, files = _read_folder(path)
     else:
-        tables = [_read_table(path, KINDS)]
-    columns = _columns_of(tables, source, REQUIRED)
+        tables = [read_table(path, KINDS)]
+    columns = columns_with_turns(tables, source, REQUIRED)
     columns.files = files
     columns.not_read += not_read
     if not len(columns):
@@ -70,10 +61,13 @@ def read_columns(source: str, selection: Mapping[str, str] | None = None) -> Col
     return columns
 
 
-def _columns_of(tables: Sequence[Table], source: str, required: tuple[str, ...]) -> Columns:
+def columns_with_turns(tables: Sequence[Table], source: str, required: tuple[str, ...]) -> Columns:
     """The columns of one dataset from its tables, with the turns of its conversations. Raises DataError."""
     columns, unread = columns_of(tables, source, required)
     read = read_turns(tables, columns, required)
+    if system_prompts := texts_of(tables, SYSTEM_PROMPT):
+        read.add(SYSTEM_PROMPT)
+        add_system_prompts(columns, system_prompts)
     if unread := [name for name in unread if name not in read]:
         columns.not_read.insert(0, named("column", unread))
     return columns
@@ -192,83 +186,10 @@ def _local_path(source: str) -> Path | None:
         raise DataError(f"{source}: cannot be read ({error})") from error
 
 
-def read_prompts(file: str, unique: bool = True) -> list[Prompt]:
-    """Reads prompts from a .txt file with one instruction per line, or from the rows of a .json or .jsonl file.
-
-    A row has an instruction, and possibly an input and a history, or it has `messages`: their last question is asked,
-    after the turns before it. Answers to what is asked are not read. With `unique`, duplicates are removed. Raises
-    DataError with file, row and turn.
-    """
-    table = _read_typed(file, PROMPT_KINDS)
-    if not table.count:
-        raise DataError(f"{file}: has no instructions")
-    columns = _columns_of([table], file, required=("instruction",))
-    _refuse_unusable(columns, file)
-    if HISTORY in table.names:
-        for number, value in enumerate(table.values(HISTORY), start=1):
-            if value != "" and not isinstance(value, list | None):
-                found = short_repr(value)
-                raise DataError(f"{file}, row {number}: history is {found}, expected a list of messages")
-    empty = [number for number, text in enumerate(columns.instruction, start=1) if not text.strip()]
-    if empty:
-        raise DataError(f"{file}, row {empty[0]}: the instruction is empty{and_more(empty, 'rows')}")
-    prompts = prompts_of(columns)
-    return list(dict.fromkeys(prompts)) if unique else prompts
-
-
-def read_history(file: str) -> list[Any]:
-    """Reads the messages of one conversation, after which an instruction is asked.
-
-    The file is .json or .jsonl. It has the messages, an object with `messages`, or a row with an answer, as
-    `training.generate --output` writes it. Raises DataError with file and turn.
-    """
-    table = _read_typed(file, PROMPT_KINDS[1:])
-    if {"role", "content"} <= set(table.names) or {"from", "value"} <= set(table.names):  # a row is a message
-        columns = {name: table.values(name) for name in table.names}
-        messages = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-    elif not table.count:
-        messages = []
-    elif table.count > 1:
-        raise DataError(f"{file}: holds {table.count:,} rows, expected the messages of one conversation")
-    elif name := next((name for name in CONVERSATIONS if name in table.names), None):
-        [messages] = table.values(name)
-    else:
-        row = _columns_of([table], file, REQUIRED)
-        _refuse_unusable(row, file)
-        [answered] = prompts_of(row)
-        messages = [*messages_of(answered), {"role": ASSISTANT, "content": row.output[0]}]
-    if not messages:
-        raise DataError(f"{file}: has no messages")
-    try:
-        history_of(messages)
-    except ConversationError as error:
-        raise DataError(f"{file}{error.place}: {error}") from error
-    return messages
-
-
-def _refuse_unusable(columns: Columns, file: str) -> None:
-    """Raises DataError with file, row and turn of the first conversation that cannot be used."""
-    if columns.unusable:
-        places = sorted(columns.unusable)
-        error = columns.unusable[places[0]]
-        more = and_more([place + 1 for place in places], "conversations")
-        raise DataError(f"{file}, row {places[0] + 1}{error.place}: {error}{more}") from error
-
-
-def _read_typed(file: str, kinds: Collection[str]) -> Table:
-    """Reads a file whose name was typed. Raises DataError, also for a name that no file can have."""
-    try:
-        return _read_table(Path(file).expanduser(), kinds)
-    except DataError:
-        raise
-    except (RuntimeError, ValueError) as error:  # an unknown ~user, a null byte
-        raise DataError(f"{file}: cannot be read ({error})") from error
-
-
 # --- a file -------------------------------------------------------------------------------------------
 
 
-def _read_table(path: Path, kinds: Collection[str]) -> Table:
+def read_table(path: Path, kinds: Collection[str]) -> Table:
     """Reads a file of one of `kinds`.
 
     Raises DataError, with the line or row, if the file is missing, empty, unreadable or of another kind.
@@ -323,7 +244,7 @@ def _read_folder(folder: Path) -> tuple[list[Table], list[str], dict[str, int]]:
         parts = parts_of(folder, KINDS)
         # Spark writes empty files for partitions without rows.
         filled = [file for file in parts.files if not file.is_file() or file.stat().st_size]
-        tables = [_read_table(file, KINDS) for file in filled]
+        tables = [read_table(file, KINDS) for file in filled]
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error})") from error
     tables = [table for table in tables if table.count or table.names]

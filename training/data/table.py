@@ -10,6 +10,7 @@ from typing import Any
 # Columns of conversations: OpenAI's, ShareGPT's, and that of lmsys-chat and WildChat.
 CONVERSATIONS = ("messages", "conversations", "conversation")
 HISTORY = "history"  # a column beside instruction and output: the turns before them
+SYSTEM_PROMPT = "system"  # a column: what stands before the first question of a row
 
 FIRST = 10  # rows that a message lists
 NAMED = 20  # names of columns or files that a message lists

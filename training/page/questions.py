@@ -12,7 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from training.consts import SAMPLE_INSTRUCTIONS, SAMPLES_FILE
 from training.data.columns import Columns
 from training.data.conversations import Prompt, prompt_of_row, prompts_of
-from training.data.rows import PROMPT_KINDS, read_columns, read_prompts
+from training.data.prompt_files import PROMPT_KINDS, read_prompts
+from training.data.rows import read_columns
 from training.data.table import kind_of
 from training.errors import DataError
 from training.evaluate import rows

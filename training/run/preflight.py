@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.consts import GIB
-from training.data.rows import read_prompts, source_problems
+from training.data.prompt_files import read_prompts
+from training.data.rows import source_problems
 from training.data.source_names import joined
 from training.errors import DataError, OptionsError
 from training.evaluate.metrics import missing_extra

@@ -14,7 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from training.consts import METRICS_FILE, SAMPLES_FILE
 from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
-from training.data.rows import read_prompts
+from training.data.prompt_files import read_prompts
 from training.errors import ModelError, OptionsError
 from training.machine.flops import adapter_parameters, peak_flops
 from training.model.adapter import add_adapter, lora_of, row_ids
