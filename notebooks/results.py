@@ -59,5 +59,7 @@ def evaluation(choices: Choices, rows: int) -> Table | None:
         known = write_evaluation(choices.output, {"held_out": section})
     shown = {"held_out": known["held_out"]}
     print("\n".join(notes_of(shown)))
-    [(title, lines), *_] = tables_of(shown)
+    (title, lines), *parts = tables_of(shown)  # parts: one for each source or category
+    for name, of_part in parts:
+        lines += [(f"{name}:", *[""] * len(HEADINGS)), *of_part]
     return Table([title, *HEADINGS], lines)

@@ -21,7 +21,7 @@ def choices(answering_folder: Path, base_folder: Path, tokenizer: Any, tmp_path:
     """Those of a finished run whose model answers "AB" to everything."""
     folder = tmp_path / "run"
     shutil.copytree(answering_folder, folder)
-    source = jsonl(tmp_path / "rows.jsonl", say_rows(30))
+    source = jsonl(tmp_path / "rows.jsonl", [row | {"category": "words"} for row in say_rows(30)])
     parts = split_held_out(prepare_dataset(source, tokenizer, 100)[0], 6, 7)
     options = {"training_dataset": source, "test_size": 6, "seed": 7, "max_length": 100}
     record = {"status": "finished", "options": options, "rows": rows_digest(*parts)}
@@ -39,7 +39,12 @@ def test_base_and_trained_model_are_compared_once_and_shown_again(
         "tuned",
         "tuned - base",
     ]
-    assert [row[0] for row in table.rows][2:4] == ["exact match", "ROUGE-L"]
+    labels = [row[0] for row in table.rows]
+    assert labels[2:4] == ["exact match", "ROUGE-L"]
+    assert labels.index("category words, 4 rows:") == len(labels) // 2, (
+        "then the same lines again, of the category"
+    )
+    assert len({len(row) for row in table.rows}) == 1
     assert "95% intervals" in capsys.readouterr().out
     assert (choices.output / "evaluation.json").is_file()
     monkeypatch.setattr("training.evaluate.answers.compare_models", None)

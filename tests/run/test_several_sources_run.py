@@ -136,6 +136,7 @@ def test_the_console_shows_each_sources_rows_and_loss(
         f"  8 of {sources[0]}",
         f"  4 of {sources[1]}",
         "2 sources: 90 rows read",
+        *(f"a row of {source} as the model sees it; the loss is on" for source in sources),
     ):
         assert words in caplog.text
     assert re.findall(r"  of (\w+): \d\.\d{4} before, \d\.\d{4} after", caplog.text) == list(LABELS)

@@ -91,14 +91,19 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     ledger, count, test_size, train_rows, held_out_rows = together(lambda: _on_rank_0_first(args, split_rows))
     if isinstance(options.max_tokens_per_device, int):
         check_token_budget(train_rows["length"][:], options.max_tokens_per_device)
-    row = train_rows[0]
-    sample = marked_sample(tokenizer, row["input_ids"], row["response_spans"])
     logger.info("%s", ledger)
     logger.info("%s", worded(held_out_message(test_size, count, options.test_size, recorded)))
     prepared = Prepared(args, tokenizer, train_rows, held_out_rows, ledger, packing)
     for source in prepared.sources:
         logger.info("  %s of %s", f"{source['held_out']:,}", printable(source["source"]))
-    logger.info("a row as the model sees it; the loss is on the tokens between « and »:\n%s", sample)
+    numbers = source_of_each(train_rows)
+    for number in dict.fromkeys(numbers):
+        row = train_rows[numbers.index(number)]
+        sample = marked_sample(tokenizer, row["input_ids"], row["response_spans"])
+        of_source = f" of {printable(ledger.sources[number].source)}" if ledger.sources else ""
+        logger.info(
+            "a row%s as the model sees it; the loss is on the tokens between « and »:\n%s", of_source, sample
+        )
     return settings.with_test_size(test_size), prepared
 
 
