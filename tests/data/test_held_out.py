@@ -5,7 +5,13 @@ from __future__ import annotations
 import datasets
 import pytest
 
-from training.data.held_out import default_size, held_out_message, held_out_size, split_held_out
+from training.data.held_out import (
+    asked_in_training,
+    default_size,
+    held_out_message,
+    held_out_size,
+    split_held_out,
+)
 from training.errors import DataError
 
 
@@ -65,3 +71,21 @@ def test_the_split_is_the_same_as_dollys() -> None:
     assert held_out["row"][:] == dollys["test"]["row"][:]
     assert sorted([*train["row"], *held_out["row"]]) == list(range(1, 101))
     assert split_held_out(rows, 10, seed=43)[1]["row"][:] != held_out["row"][:]
+
+
+def test_held_out_rows_that_ask_the_same_as_a_training_row_are_counted() -> None:
+    def rows(*parts: tuple[list[int], list[list[int]]]) -> datasets.Dataset:
+        ids, spans = zip(*parts, strict=True)
+        return datasets.Dataset.from_dict({"input_ids": ids, "response_spans": spans})
+
+    train = rows(([1, 2, 3, 9], [[2, 4]]), ([7, 8, 4, 5, 6, 9], [[1, 2], [4, 6]]), ([5, 5], [[1, 2]]))
+    held_out = rows(
+        ([1, 2, 3, 9], [[2, 4]]),  # the first row again
+        ([1, 2, 4], [[2, 3]]),  # its question, with another answer
+        ([1, 3, 3, 9], [[2, 4]]),
+        ([7, 8, 4, 5, 9], [[1, 2], [4, 5]]),  # the second row's last question after the same turn
+        ([7, 3, 4, 5, 9], [[1, 2], [4, 5]]),  # after another answer
+        ([7, 8, 4, 5, 9], [[1, 2], [3, 5]]),
+    )
+    assert asked_in_training(train, held_out) == 3
+    assert asked_in_training(train.select([2, 0]), held_out.select([2, 0, 1])) == 2

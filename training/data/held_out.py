@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from training.consts import DEFAULT_TEST_SIZE
 from training.errors import DataError, TooFewRowsError
@@ -62,7 +64,6 @@ def split_held_out(
         parts = rows.shuffle(seed=seed).train_test_split(test_size=test_size, seed=seed)
         return parts["train"], parts["test"]
     import datasets
-    import numpy as np
 
     counts, train, held_out = np.bincount(rows["source"][:]).tolist(), [], []
     end = 0
@@ -110,23 +111,47 @@ def source_of_each(rows: datasets.Dataset) -> list[int]:
     return rows["source"][:] if "source" in rows.column_names else [0] * len(rows)
 
 
+def asked_in_training(train_rows: datasets.Dataset, held_out_rows: datasets.Dataset) -> int:
+    """How many held-out rows ask the same as a training row: their ids are equal up to the last response."""
+    asked = set(_prompts(train_rows))
+    return sum(prompt in asked for prompt in _prompts(held_out_rows))
+
+
+def _prompts(rows: datasets.Dataset) -> Iterator[bytes]:
+    """A checksum of each row's ids up to its last response."""
+    for ids, lengths, spans, counts in _batches(rows):
+        starts = np.cumsum(lengths) - lengths
+        for start, last in zip(starts.tolist(), spans[np.cumsum(counts) - 1, 0].tolist(), strict=True):
+            yield hashlib.blake2b(ids[start : start + last].tobytes(), digest_size=16).digest()
+
+
+def _batches(rows: datasets.Dataset) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+    """(ids one row after the other, ids of each row, spans (spans, 2), spans of each row) of 10,000 rows at a time.
+
+    Ids and spans are int32.
+    """
+    import pyarrow.compute
+
+    for table in rows.with_format("arrow").iter(batch_size=10_000):
+        ids, spans = (table[name].combine_chunks() for name in ("input_ids", "response_spans"))
+        lengths, counts = (pyarrow.compute.list_value_length(lists).to_numpy() for lists in (ids, spans))
+        edges = spans.flatten().flatten().to_numpy().astype(np.int32, copy=False).reshape(-1, 2)
+        yield ids.flatten().to_numpy().astype(np.int32, copy=False), lengths, edges, counts
+
+
 def rows_digest(*parts: datasets.Dataset) -> str:
     """A checksum of the training rows and the held-out rows, in their order.
 
     It changes with data, tokenizer, length, split and seed. Where each row is a single turn, it is that of runs from
     before conversations were read.
     """
-    import numpy as np
-
     digest = hashlib.sha256()
     for rows in parts:
         digest.update(len(rows).to_bytes(8))
-        for batch in rows.with_format("numpy").iter(batch_size=10_000):
-            for ids in batch["input_ids"]:
-                digest.update(np.asarray(ids, dtype=np.int32).tobytes())
-            spans = [np.asarray(of_row, dtype=np.int32).reshape(-1, 2) for of_row in batch["response_spans"]]
-            digest.update(np.array([of_row[0, 0] for of_row in spans], dtype=np.int32).tobytes())
-            for number, of_row in enumerate(spans):
-                if len(of_row) > 1:
-                    digest.update(np.int32(number).tobytes() + of_row.tobytes())
+        for ids, _, spans, counts in _batches(rows):
+            firsts = np.cumsum(counts) - counts
+            digest.update(ids.tobytes() + spans[firsts, 0].tobytes())
+            for number in np.flatnonzero(counts > 1).tolist():
+                of_row = spans[firsts[number] : firsts[number] + counts[number]]
+                digest.update(np.int32(number).tobytes() + of_row.tobytes())
     return digest.hexdigest()

@@ -20,7 +20,13 @@ from torch.distributed import distributed_c10d
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from training.data.batching import check_token_budget
-from training.data.held_out import held_out_message, held_out_size, source_of_each, split_held_out
+from training.data.held_out import (
+    asked_in_training,
+    held_out_message,
+    held_out_size,
+    source_of_each,
+    split_held_out,
+)
 from training.data.ledger import Ledger
 from training.data.source_labels import source_labels
 from training.data.tokens import marked_sample, prepare_sources
@@ -96,6 +102,13 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     prepared = Prepared(args, tokenizer, train_rows, held_out_rows, ledger, packing)
     for source in prepared.sources:
         logger.info("  %s of %s", f"{source['held_out']:,}", printable(source["source"]))
+    if repeated := asked_in_training(train_rows, held_out_rows) if rank() == 0 else 0:
+        are = "row asks" if repeated == 1 else "rows ask"
+        logger.info(
+            "%s held-out %s the same as a training row, so the held-out loss is lower than on questions that are new",
+            f"{repeated:,}",
+            are,
+        )
     numbers = source_of_each(train_rows)
     for number in dict.fromkeys(numbers):
         row = train_rows[numbers.index(number)]
