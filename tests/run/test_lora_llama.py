@@ -31,6 +31,7 @@ def test_a_trained_llama_learns_by_lora_and_its_merged_model_answers_and_stops(
             save_steps=10, local_output_dir=str(output),
         )
     )  # fmt: skip
+    assert record["decided"]["batching"] == "packed"
     losses = record["held_out_loss"]
     print(f"held-out loss {losses['before']:.3f} -> {losses['after']:.3f}")
     assert losses["after"] < 0.5 * losses["before"]
