@@ -350,7 +350,7 @@ def test_predicted_activations_and_logits_are_within_a_quarter_of_the_measured_p
 
 
 # width, layers, heads, vocabulary; of the last also no limit, modules one by one, and the rank of adapters
-SHAPES = [(128, 2, 4, 1000), (256, 4, 8, 5000), (512, 6, 8, 20_000), (512, 6, 8, 20_000, 0, 0, 16)]
+SHAPES = [(128, 2, 4, 1000), (512, 6, 8, 20_000), (512, 6, 8, 20_000, 0, 0, 16)]
 
 
 @pytest.mark.slow
