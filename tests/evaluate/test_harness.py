@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -23,7 +24,7 @@ from tests.model.tokenizer_kinds import KINDS
 from training.consts import ROOT
 from training.data.encoding import encode_text, encode_turns
 from training.evaluate.__main__ import main
-from training.evaluate.harness import DollyModel, run_tasks
+from training.evaluate.harness import DollyModel, compare_results, run_tasks
 from training.model.generation import load_model_tokenizer_for_generate
 from training.model.tokenizer import load_tokenizer
 
@@ -222,6 +223,14 @@ def test_the_command_prints_the_harness_values_with_intervals(
     assert section["settings"]["prompt"] == "in Dolly's prompt"
     assert "benchmarks of lm-eval, in Dolly's prompt:" in result.stdout
     assert "held" not in result.stdout, "no rows were evaluated"
+
+
+def test_a_figure_of_any_number_type_is_kept() -> None:
+    numbers = (np.float32(0.5), np.int64(2), 0.25, 1)
+    results = {"results": {"own": {f"metric {number!r},none": number for number in numbers}}}
+    metrics = compare_results(results, results, "own")
+    assert [metric["tuned"]["value"] for metric in metrics.values()] == [0.5, 2, 0.25, 1]
+    json.dumps(metrics)
 
 
 def test_an_unknown_task_is_refused_with_the_nearest_names(answering_folder: Path) -> None:

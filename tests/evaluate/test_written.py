@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner
 
 from training.evaluate import __main__ as command
-from training.evaluate.report import read_evaluation, write_evaluation
+from training.evaluate.report import as_table, read_evaluation, write_evaluation
 
 FIGURE = {"value": 0.5, "low": 0.25, "high": 0.75}
 METRICS = {"exact_match": {"base": FIGURE, "tuned": FIGURE, "difference": FIGURE}}
@@ -55,6 +55,12 @@ def test_a_damaged_section_is_replaced_and_said_and_the_others_are_kept(
     write_evaluation(tmp_path, {"tasks": TASKS})
     assert json.loads((tmp_path / "evaluation.json").read_text()) == {"file": SECTION, "tasks": TASKS}
     assert (tmp_path / "README.md").read_text().count("two rows") == 1
+
+
+def test_a_task_without_a_figure_has_a_table_without_lines() -> None:
+    text = as_table({"tasks": TASKS | {"tasks": {"piqa": {"metrics": {}}}}})
+    assert text.startswith("benchmarks of lm-eval, in Dolly's prompt:\n")
+    assert "piqa" not in text
 
 
 def test_an_unreadable_evaluation_is_said_before_it_is_replaced(

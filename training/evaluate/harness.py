@@ -7,6 +7,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
+from numbers import Real  # those of Python and of numpy
 from pathlib import Path
 from typing import Any
 
@@ -198,9 +199,9 @@ def compare_results(base: Mapping[str, Any], tuned: Mapping[str, Any], task: str
     metrics: dict[str, Any] = {}
     for key, value in base["results"][task].items():
         name, _, chosen_filter = key.partition(",")
-        if not isinstance(value, int | float) or name.endswith("_stderr") or not chosen_filter:
+        if not isinstance(value, Real) or name.endswith("_stderr") or not chosen_filter:
             continue
-        values = [results["results"][task][key] for results in (base, tuned)]
+        values = [float(results["results"][task][key]) for results in (base, tuned)]
         label = name if chosen_filter == "none" else f"{name} ({chosen_filter})"
         questions = [_questions(results, task, name, chosen_filter) for results in (base, tuned)]
         if not all(questions) or not np.allclose([np.mean(scores) for scores in questions], values):
@@ -226,6 +227,6 @@ def _questions(results: Mapping[str, Any], task: str, metric: str, chosen_filter
     found = [
         (sample["doc_id"], sample.get(metric)) for sample in samples if sample["filter"] == chosen_filter
     ]
-    if not all(isinstance(value, int | float | np.number) for _, value in found):
+    if not all(isinstance(value, Real) for _, value in found):
         return []
     return [float(value) for _, value in sorted(found)]

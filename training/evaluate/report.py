@@ -112,8 +112,9 @@ def as_table(evaluation: Mapping[str, Any]) -> str:
     """The evaluation as text for a terminal."""
     lines: list[str] = []
     for title, rows in tables_of(evaluation):
-        width = max(18, *(len(label) for label, *_ in rows))
-        widths = [max(len(heading), *(len(row[i + 1]) for row in rows)) for i, heading in enumerate(HEADINGS)]
+        labels, *columns = zip(("", *HEADINGS), *rows, strict=True)
+        width = max(18, *map(len, labels))
+        widths = [max(map(len, column)) for column in columns]
         lines += [f"{title}:" if not lines else f"\n{title}:"]
         for label, *texts in [("", *HEADINGS), *rows]:
             line = "".join(f"  {text:<{size}}" for text, size in zip(texts, widths, strict=True))
