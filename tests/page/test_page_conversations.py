@@ -14,6 +14,7 @@ from tests.conftest import jsonl
 from tests.page.conftest import RIVER, save_run
 from training.data.conversations import Prompt, Turn
 from training.data.prompt import render_prompt
+from training.errors import DataError
 from training.model.generation import prompt_ids
 from training.page import ask, blind, votes
 from training.page.models import PageModel, stream_answers
@@ -275,6 +276,12 @@ def test_questions_of_a_file_may_have_messages_or_a_history(tmp_path: Path) -> N
     jsonl(folder / "rows.jsonl", [*rows[1:], unusable, {"instruction": " ", "output": "x"}])
     assert rows_of_file(str(folder)) == [Question(prompt, HELD_OUT) for prompt in expected]
     assert question_text(Prompt("Add.", "1 2")) == "Add.\n\nInput:\n1 2"
+
+
+def test_a_file_that_asks_nothing_is_refused_and_not_replaced_by_held_out_rows(tmp_path: Path) -> None:
+    (tmp_path / "rows.csv").write_text('instruction,output\n" ",x\n')
+    with pytest.raises(DataError, match=r"rows\.csv: no row asks anything"):
+        rows_of_file(str(tmp_path / "rows.csv"))
 
 
 def test_held_out_rows_and_saved_answers_have_their_earlier_turns(

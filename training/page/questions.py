@@ -24,10 +24,12 @@ from training.storage import metrics
 def rows_of_file(file: str) -> list[Question]:
     """The questions in a file: rows in any format of training, or prompts as `training.generate` reads them.
 
-    Raises DataError.
+    Raises DataError, also if no row asks anything.
     """
     is_text = kind_of(Path(file)) in PROMPT_KINDS
     prompts = read_prompts(file) if is_text else _questions(read_columns(file))
+    if not prompts:
+        raise DataError(f"{file}: no row asks anything. Name a file whose rows have an instruction")
     return [Question(prompt, HELD_OUT) for prompt in prompts]
 
 
