@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 from tests.conftest import jsonl, say_rows
 from training.consts import ROOT
 from training.errors import TrainingFailedError
+from training.launch import __main__ as command
 from training.launch import restart
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, LOST_PEER, REFUSED, restart_cures
 from training.launch.restart import MOST_WITHOUT_PROGRESS, launch, stopped_processes
@@ -147,6 +149,16 @@ def test_an_interrupt_ends_the_run(trainer, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         trainer.run("save1,76 finish")
     assert len(trainer.starts) == 1
+
+
+def test_a_signal_in_the_pause_before_a_start_ends_the_command_as_one_in_the_run_does(monkeypatch):
+    def interrupt(*arguments: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "launch", interrupt)
+    result = CliRunner().invoke(command.main, ["--num-gpus", "1", "--", "--local-output-dir", "/x"])
+    assert result.exit_code == INTERRUPTED
+    assert result.stderr == "Stopped. To continue, type the same command with --resume auto\n"
 
 
 def test_the_checkpoint_of_another_run_stays_named_until_the_new_run_has_recorded_it(trainer):

@@ -43,20 +43,27 @@ def test_all_problems_are_reported_at_once(tmp_path: Path, monkeypatch: pytest.M
         "input_model": "EleutherAI/gpt-j-6B",
         "local_output_dir": "out",
         "dbfs_output_dir": "s3://bucket/dolly",
+        "sample_prompts": "asked.txt",
         "resume": "auto",
     }
     with pytest.raises(OptionsError) as refused:
         launch_on_spark(options, num_nodes=1, gpus_per_node=0)
     problems = refused.value.problems
-    assert len(problems) == 7
+    assert len(problems) == 8
     assert "1 nodes: expected 2 or more" in problems[0]
     assert "0 ranks per node" in problems[1]
     assert "--deepspeed is missing" in problems[2]
     relative = "is a relative path, and the nodes have other working folders"
-    assert f"--local-output-dir out: {relative}. Type {tmp_path}/out" in problems[3]
-    assert f"--training-dataset mine.jsonl: {relative}. Type {tmp_path}" in problems[4]
-    assert f"--training-dataset more.jsonl: {relative}. Type {tmp_path}" in problems[5]
-    assert "no active Spark session" in problems[6]
+    assert problems[3:7] == [
+        f"{flag} {name}: {relative}. Type {tmp_path}/{name}"
+        for flag, name in (
+            ("--training-dataset", "mine.jsonl"),
+            ("--training-dataset", "more.jsonl"),
+            ("--local-output-dir", "out"),
+            ("--sample-prompts", "asked.txt"),
+        )
+    ]
+    assert "no active Spark session" in problems[7]
 
 
 def test_a_missing_pyspark_is_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -59,6 +59,9 @@ def main(num_gpus: int, restarts: int, words: tuple[str, ...]) -> None:
         if error.code != INTERRUPTED:  # the ranks have said what to type
             print(error, file=sys.stderr)
         sys.exit((error.code or 1) & 0xFF)
+    except KeyboardInterrupt:  # in the pause before a start
+        print("Stopped. To continue, type the same command with --resume auto", file=sys.stderr)
+        sys.exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from training.launch.exits import exit_meaning
 from training.launch.local import LAST_LINES, TRAINER
 from training.options.command_line import option_words
 from training.options.deepspeed import read_json
-from training.options.trainer_options import flag_of
+from training.options.trainer_options import TrainingOptions, flag_of
 from training.options.wording import worded
 
 FIRST_WORKER_WAIT = 120.0  # seconds to wait for the first worker of a new cluster
@@ -123,23 +124,29 @@ def spark_problems(
         problems += error.problems
     if not options.get("local_output_dir"):
         problems.append("--local-output-dir is missing. Name a folder on storage shared by all nodes")
-    for name in (
-        "local_output_dir",
-        "dbfs_output_dir",
-        "checkpoint_to",
-        "training_dataset",
-        "input_model",
-        "resume",
-    ):
-        typed = options.get(name) or ()
+    return [*problems, *_relative_paths(options), *_cluster_problems(num_nodes * gpus_per_node, use_gpu)]
+
+
+def _relative_paths(options: Mapping[str, Any]) -> list[str]:
+    """The problems of paths that the nodes would look up in working folders of their own."""
+    problems = []
+    for option in fields(TrainingOptions):
+        kind, typed = option.metadata.get("path"), options.get(option.name) or ()
+        if kind is None or option.name in (
+            "deepspeed",
+            "deepspeed_config",
+        ):  # read here, in `_deepspeed_config`
+            continue
+        may_be_a_name = kind in ("model", "dataset", "checkpoint")
         for value in map(str, [typed] if isinstance(typed, str | Path) else typed):
-            is_path = name.endswith(("_dir", "_to")) or value.startswith((".", "~")) or os.path.exists(value)
+            is_path = not may_be_a_name or value.startswith((".", "~")) or os.path.exists(value)
             if value and is_path and "://" not in value and not Path(value).is_absolute():
                 full = Path(expanded(value)).absolute()
                 problems.append(
-                    f"{flag_of(name)} {value}: is a relative path, and the nodes have other working folders. Type {full}"
+                    f"{flag_of(option.name)} {value}: is a relative path, and the nodes have other working folders. "
+                    f"Type {full}"
                 )
-    return problems + _cluster_problems(num_nodes * gpus_per_node, use_gpu)
+    return problems
 
 
 def _deepspeed_config(options: Mapping[str, Any]) -> dict[str, Any]:
