@@ -308,6 +308,16 @@ def test_a_damaged_file_of_the_run_is_not_copied_and_a_removed_one_neither(
         shutil.rmtree(output / "checkpoint-3")
 
 
+def test_a_checkpoint_that_is_removed_before_its_copy_is_no_longer_in_use(
+    output: Path, target: Path, start: Callable
+) -> None:
+    copying = start(target)
+    wait_for(lambda: copying._target)
+    removed = output / "checkpoint-3"
+    copying._copy(removed)
+    assert not copying.is_copying(removed)
+
+
 def test_a_copy_that_is_killed_leaves_no_manifest_and_the_next_attempt_replaces_it(
     output: Path, target: Path, start: Callable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,7 +406,13 @@ def test_a_named_checkpoint_never_costs_the_copies_of_another_run_or_newer_ones(
     start(target).close(None)
     assert remote.store_problems(str(target), output, str(own)) == [], "its own past"
     fork = output.with_name("fork")
-    for resume, folder in ((own, fork), (save(fork, 4), fork), (save(output, 2), output)):
+    no_checkpoint = output / "final"  # refused by another check, which reports it in the same message
+    for resume, folder in (
+        (own, fork),
+        (save(fork, 4), fork),
+        (save(output, 2), output),
+        (no_checkpoint, output),
+    ):
         [problem] = remote.store_problems(str(target), folder, str(resume))
         assert problem == (
             f"{target}: holds checkpoints of another run than {resume}, or newer ones (the newest is checkpoint-4). "

@@ -163,6 +163,7 @@ class Mirror:
         self.busy = folder
         manifest = checkpoint.read_manifest(folder)
         if manifest is None:  # just removed
+            self.busy = None
             return
         begin, step = time.monotonic(), checkpoint.step_of(folder)
         former = self._copies.pop(step, None)

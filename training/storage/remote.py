@@ -111,7 +111,7 @@ def store_problems(name: str, output: Path | None, resume: str) -> list[str]:
 def _is_past_of(resume: str, output: Path | None, found: dict[int, dict[str, Any]]) -> bool:
     """Whether a run in `output` that resumes its own checkpoint `resume` has copied all of these checkpoints before."""
     named = Path(resume).resolve()
-    if resume == "never" or output is None or named.parent != output.resolve():
+    if output is None or named.parent != output.resolve() or not checkpoint.is_checkpoint(named):
         return False
     own = (read_run_record(output) or {}).get("id")
     return max(found) <= checkpoint.step_of(named) and all(copy.get("run") == own for copy in found.values())
