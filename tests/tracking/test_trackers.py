@@ -169,6 +169,16 @@ def test_entries_are_kept_while_a_tracker_fails_and_it_is_said_once(
     ]
 
 
+def test_figures_that_a_failing_tracker_never_got_are_said_at_the_end(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with background.background_logs([Broken()], tmp_path) as [log]:
+        log.on_log(None, TrainerState(), TrainerControl(), logs={"loss": 1.0})
+    assert [record.getMessage() for record in caplog.records][-1] == (
+        "Broken: the last figures were not sent. The output folder has all of them"
+    )
+
+
 def test_a_tracker_that_hangs_delays_start_and_end_by_their_limits_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

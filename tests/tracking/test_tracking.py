@@ -13,6 +13,7 @@ import time
 import urllib.request
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas
@@ -23,9 +24,10 @@ from packaging.utils import canonicalize_name
 from tests.conftest import problems_of, resolved
 from tests.run import test_trainer
 from tests.run.test_trainer import DEMO, FLOAT32, deepspeed, free_port
-from training.errors import OptionsError, TrackingError
+from training.errors import OptionsError, PublishError, TrackingError
 from training.model.generation import generate_response, load_model_tokenizer_for_generate
 from training.options.trainer_options import TrainingOptions
+from training.run import finish
 from training.run.identity import new_record
 from training.tracking.mlflow_model import log_finished
 from training.tracking.mlflow_server import tags, tracking_problems
@@ -174,6 +176,24 @@ def test_databricks_needs_no_tracking_uri(monkeypatch):
     assert tracking_problems("--mlflow-model-name", NAME) == []
 
 
+def test_a_profile_file_of_databricks_that_cannot_be_parsed_is_named_without_what_it_holds(
+    monkeypatch, tmp_path
+):
+    for name in ("DATABRICKS_RUNTIME_VERSION", "DATABRICKS_HOST", "DATABRICKS_CONFIG_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "databricks")
+    monkeypatch.setenv("DATABRICKS_CONFIG_FILE", str(tmp_path / "config"))
+    for text, kind in (
+        ("[DEFAULT]\nhost = a\nhost = b\n", "DuplicateOptionError"),
+        (TOKEN, "MissingSectionHeaderError"),
+    ):
+        (tmp_path / "config").write_text(text)
+        assert tracking_problems("--mlflow-model-name", None) == [
+            f"MLFLOW_TRACKING_URI databricks: {tmp_path}/config cannot be read ({kind}). Correct that file, or export "
+            "DATABRICKS_HOST and DATABRICKS_TOKEN"
+        ]
+
+
 def test_mlflow_problems_are_reported_together_with_problems_of_other_options(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nowhere://")
     options = TrainingOptions(
@@ -200,13 +220,31 @@ def test_a_missing_mlflow_package_is_reported_with_the_pip_command():
         ({}, "its training did not finish"),
         ({"status": "finished", "weights": {"model.safetensors": {"size": 7, "sha256": "0" * 64}}},
          "its weights have changed since training verified them"),
+        ({"status": "finished", "weights": {"gone.safetensors": {"size": 7, "sha256": "0" * 64}}},
+         "gone.safetensors: cannot be read [(]No such file or directory[)]"),
     ],
 )  # fmt: skip
-def test_unfinished_runs_and_changed_weights_are_not_logged(tmp_path, entries, message):
+def test_unfinished_runs_and_changed_or_missing_weights_are_not_logged(tmp_path, entries, message):
     (tmp_path / "model.safetensors").write_bytes(b"changed")
     (tmp_path / "run.json").write_text(json.dumps(record_of() | entries))
     with pytest.raises(TrackingError, match=message):
         log_finished(tmp_path)
+
+
+def test_a_copy_that_fails_does_not_cost_the_model_in_mlflow(monkeypatch, tmp_path):
+    logged = []
+
+    def fail(*arguments: object) -> None:
+        raise PublishError("no space is left there")
+
+    monkeypatch.setattr(finish, "publish", fail)
+    monkeypatch.setattr(finish, "log_or_warn", lambda folder, name: logged.append((folder, name)))
+    options = TrainingOptions(
+        local_output_dir=str(tmp_path), dbfs_output_dir="/dbfs/x", mlflow_model_name=NAME, report_to="mlflow"
+    )
+    with pytest.raises(PublishError, match="no space is left there"):
+        finish.deliver_again(SimpleNamespace(options=options, output=tmp_path), {})
+    assert logged == [(tmp_path, NAME)]
 
 
 # --- the served model --------------------------------------------------------------------------------

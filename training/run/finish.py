@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from training.data.ledger import Ledger
-from training.errors import ModelError, TrainingError, first_line
+from training.errors import ModelError, PublishError, TrainingError, first_line
 from training.evaluate.answers import Loading, compare_models, free_memory
 from training.evaluate.report import as_table, read_evaluation, write_evaluation
 from training.evaluate.rows import held_out_rows
@@ -93,14 +93,23 @@ def deliver_again(settings: Settings, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _deliver(settings: Settings, record: dict[str, Any]) -> None:
-    """Evaluates, publishes and logs the finished model, in this order: the copies hold the evaluation."""
+    """Evaluates, publishes and logs the finished model, in this order: the copies hold the evaluation.
+
+    Raises PublishError after the model was logged all the same.
+    """
     options, output = settings.options, settings.output
     if options.evaluate and "held_out" not in read_evaluation(output):
         _evaluate(settings, record)
-    if options.dbfs_output_dir:
-        publish(output, options.dbfs_output_dir)
+    not_published = None
+    try:
+        if options.dbfs_output_dir:
+            publish(output, options.dbfs_output_dir)
+    except PublishError as error:  # its advice is to publish again, which would not log the model
+        not_published = error
     if "mlflow" in trackers_of(options):
         log_or_warn(output, options.mlflow_model_name)
+    if not_published is not None:
+        raise not_published
 
 
 def _evaluate(settings: Settings, record: dict[str, Any]) -> None:

@@ -46,6 +46,7 @@ class BackgroundLog(AnswersLog):
     def __init__(self, service: Service, output: Path) -> None:
         self.service, self.output = service, output
         self.status = "FAILED"  # until the Trainer reaches its end
+        self.failed = False  # the last attempt to reach the tracker
         self.entries: queue.SimpleQueue[Entry] = queue.SimpleQueue()
         self.attempted, self.closing = threading.Event(), threading.Event()
         self.thread = threading.Thread(target=self._send_until_closed, name=service.title, daemon=True)
@@ -67,15 +68,15 @@ class BackgroundLog(AnswersLog):
     def _send_until_closed(self) -> None:
         title = self.service.title
         unsent: list[Entry] = []
-        attached = failed = last = False
+        attached = last = False
         while not last:
             last = self.closing.is_set()
             try:
                 if not attached:
                     self.service.attach()
-                    if failed:
+                    if self.failed:
                         logger.info("%s answers again", title)
-                    attached, failed = True, False
+                    attached, self.failed = True, False
                 while not self.entries.empty():
                     unsent.append(self.entries.get())
                 self.service.send(unsent)
@@ -85,15 +86,15 @@ class BackgroundLog(AnswersLog):
             # From the tracker's package, or what it uses. Training must continue.
             except Exception as error:
                 attached = False  # the server may have stored part of it; attach reads what it has
-                if not failed:
+                if not self.failed:
                     logger.warning(
                         "%s does not answer (%s). Training continues; metrics are kept and sent when it answers",
                         title,
                         without_secrets(error) or type(error).__name__,
                     )
-                failed = True
+                self.failed = True
             self.attempted.set()
-            self.closing.wait(RETRY_SECONDS if failed else SEND_SECONDS)
+            self.closing.wait(RETRY_SECONDS if self.failed else SEND_SECONDS)
 
 
 def _answers_table(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -124,9 +125,10 @@ def background_logs(services: list[Service], output: Path) -> Iterator[list[Back
         end = time.monotonic() + CLOSE_SECONDS
         for log in logs:
             log.thread.join(max(0.0, end - time.monotonic()))
-            if log.thread.is_alive():
+            late = log.thread.is_alive()
+            if late or log.failed:
                 logger.warning(
-                    "%s: the last figures were not sent within %.0f s. The output folder has all of them",
+                    "%s: the last figures were not sent%s. The output folder has all of them",
                     log.service.title,
-                    CLOSE_SECONDS,
+                    f" within {CLOSE_SECONDS:.0f} s" if late else "",
                 )

@@ -54,12 +54,19 @@ def log_finished(folder: Path, name: str | None = None) -> str:
         URI for `mlflow.pyfunc.load_model`: models:/main.models.dolly/3, or models:/<id>.
 
     Raises:
-        TrackingError: the run did not finish, its weights have changed since training verified them, or MLflow failed.
+        TrackingError: the run did not finish, its weights are gone or have changed since training verified them, or
+            MLflow failed.
     """
     record = finished_run(folder)
     record.setdefault("id", record["started"])
     weights = record.get("weights", {})
-    if digests(folder, weights) != weights:
+    try:
+        unchanged = digests(folder, weights) == weights
+    except OSError as error:
+        raise TrackingError(
+            f"{error.filename}: cannot be read ({error.strerror}). Copy or train the model again"
+        ) from error
+    if not unchanged:
         raise TrackingError(f"{folder}: its weights have changed since training verified them")
     run = MlflowRun(record, folder.name)
     try:

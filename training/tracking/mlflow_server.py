@@ -6,8 +6,9 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator
-from configparser import ConfigParser, ParsingError
-from contextlib import contextmanager, suppress
+from configparser import ConfigParser
+from configparser import Error as ConfigError
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -236,8 +237,13 @@ def _databricks_problems(uri: str) -> list[str]:
     profile = profile or os.environ.get("DATABRICKS_CONFIG_PROFILE", "DEFAULT")
     name = os.environ.get("DATABRICKS_CONFIG_FILE", "~/.databrickscfg")
     config = ConfigParser(interpolation=None)
-    with suppress(OSError, ValueError, ParsingError):
+    try:
         config.read(Path(name).expanduser())
+    except (OSError, ValueError, ConfigError) as error:  # its message may repeat a token
+        return [
+            f"{name} cannot be read ({type(error).__name__}). Correct that file, or export DATABRICKS_HOST and "
+            "DATABRICKS_TOKEN"
+        ]
     if config.has_section(profile) or (profile == "DEFAULT" and config.defaults()):
         return []
     return [
