@@ -30,6 +30,7 @@ from typing import Any
 from training.errors import NodesError
 from training.launch.exits import INTERRUPTED
 from training.launch.local import TRAINER, free_port, run_command
+from training.launch.supervisor import status_of
 from training.options.command_line import option_words
 from training.storage.record import read_run_record
 
@@ -334,8 +335,7 @@ def descendants(process: int, processes: Path = Path("/proc")) -> list[int]:
     children: dict[int, list[int]] = {}
     for folder in processes.glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            parent = int((folder / "stat").read_text().rpartition(")")[2].split()[1])  # proc_pid_stat(5)
-            children.setdefault(parent, []).append(int(folder.name))
+            children.setdefault(status_of(folder).parent, []).append(int(folder.name))
     found = list(children.get(process, []))
     for child in found:  # grows meanwhile
         found += children.get(child, [])

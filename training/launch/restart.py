@@ -17,6 +17,7 @@ from training.consts import RUN_FILE
 from training.files import local_path
 from training.launch.exits import INTERRUPTED, exit_meaning, restart_cures
 from training.launch.local import WORKING_FOLDER, Ending, free_port, run_command
+from training.launch.supervisor import status_of
 from training.options.trainer_options import DEFAULT_RANK_TIMEOUT
 from training.options.wording import worded
 from training.storage import checkpoint
@@ -162,11 +163,11 @@ def _kill_stopped(session: int, seconds: float) -> Iterator[None]:
 
 
 def stopped_processes(session: int, processes: Path = Path("/proc")) -> list[int]:
-    """Processes of a session that are stopped by a signal (state T of proc_pid_stat(5)). Empty where there is no /proc."""
+    """Processes of a session that are stopped by a signal (state T). Empty where there is no /proc."""
     found = []
     for process in processes.glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            state, _, _, of = (process / "stat").read_text().rpartition(")")[2].split()[:4]
-            if state == "T" and of == str(session):
+            status = status_of(process)
+            if status.state == "T" and status.session == session:
                 found.append(int(process.name))
     return sorted(found)

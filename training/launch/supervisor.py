@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import IO
+from typing import IO, NamedTuple
 
 from training.consts import SUPERVISED
 from training.errors import printable
@@ -100,11 +100,11 @@ def _stop_with_starter(rank: subprocess.Popen[bytes]) -> None:
     """
     launcher = Path(f"/proc/{os.getppid()}")
     with contextlib.suppress(OSError):
-        starter = _parent_of(launcher)
+        starter = status_of(launcher).parent
         of_spark = re.search(rb"pyspark\.(daemon|worker)", Path(f"/proc/{starter}/cmdline").read_bytes())
         if not of_spark and b"deepspeed.launcher.launch" not in (launcher / "cmdline").read_bytes():
             return
-        while _parent_of(launcher) == starter and not _orphaned(launcher):
+        while status_of(launcher).parent == starter and not _orphaned(launcher):
             time.sleep(1)
         os.kill(os.getpid(), signal.SIGTERM)
         if of_spark:
@@ -118,14 +118,26 @@ def _orphaned(process: Path) -> bool:
     Processes started by process 1 (systemd, a container) lead their own group or belong to the group of process 1.
     """
     try:
-        _, parent, group = (process / "stat").read_text().rpartition(")")[2].split()[:3]
-        return parent == "1" and group not in ("0", "1", process.resolve().name)
+        status = status_of(process)
+        return status.parent == 1 and status.group not in (0, 1, int(process.resolve().name))
     except OSError:  # no Linux
         return False
 
 
-def _parent_of(process: Path) -> int:
-    return int((process / "stat").read_text().rpartition(")")[2].split()[1])  # proc_pid_stat(5)
+class Status(NamedTuple):
+    """A process as Linux reports it: its state is one letter, the others are process ids."""
+
+    state: str
+    parent: int
+    group: int
+    session: int
+
+
+def status_of(process: Path) -> Status:
+    """The status of the process with this folder in /proc (proc_pid_stat(5)). Raises OSError."""
+    # The name of the program comes before, in brackets, and may hold spaces and brackets.
+    state, *numbers = (process / "stat").read_text().rpartition(")")[2].split()[:4]
+    return Status(state, *map(int, numbers))
 
 
 def remove_shared_buffer(folder: Path = Path("/dev/shm")) -> None:
