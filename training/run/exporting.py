@@ -6,7 +6,6 @@ import errno
 import json
 import logging
 import os
-import re
 import shlex
 import shutil
 from pathlib import Path
@@ -130,7 +129,7 @@ def target_problems(target: Path) -> list[str]:
         return [f"{typed}: is not empty. Name a new folder"]
     resolved = target.resolve()
     for folder in (resolved, *resolved.parents):
-        named = re.fullmatch(r"checkpoint-\d+", folder.name)
+        named = checkpoint.FOLDER.fullmatch(folder.name)
         if named or os.path.isfile(folder / checkpoint.MANIFEST_FILE):  # unlike Path.is_file, it never raises
             return [f"{typed}: a run may remove {folder} as its checkpoint. Name a folder outside of it"]
     if not writable(target):

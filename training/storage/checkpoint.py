@@ -29,6 +29,7 @@ from training.files import PARTIAL, file_digest, write_json
 
 Losses = dict[int, float | None]  # held-out losses of complete checkpoints, by step
 
+FOLDER = re.compile(r"checkpoint-(\d+)")  # name of a checkpoint's folder, with its step
 MANIFEST_FILE = "manifest.json"
 PROGRESS_FILE = "progress.json"
 
@@ -44,7 +45,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether this is a folder `checkpoint-<step>`, complete or not."""
-    return bool(re.fullmatch(r"checkpoint-\d+", folder.name)) and folder.is_dir()
+    return bool(FOLDER.fullmatch(folder.name)) and folder.is_dir()
 
 
 def any_complete(output: Path) -> bool:

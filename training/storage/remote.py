@@ -44,7 +44,6 @@ from training.storage.target import (
 from training.storage.write import remove_file, write_checked
 
 ATTEMPT = re.compile(r"attempt-(\d+)-[0-9a-f]{8}\.json")
-FOLDER = re.compile(r"checkpoint-(\d+)")
 RUN_FILES = (RUN_FILE, LEDGER_FILE, METRICS_FILE, SAMPLES_FILE)  # a resume continues them
 FILES_AT_ONCE = 4  # copied or fetched in parallel, each front to back
 
@@ -71,12 +70,12 @@ def open_store(name: str, output: Path | None = None) -> tuple[Target, dict[str,
             )
     existing = list_files(target)
     existing.pop(MARKER_FILE, None)  # of `try_writing`, if it could not be removed
-    foreign = sorted(n for n in existing if not (ATTEMPT.fullmatch(n) or FOLDER.fullmatch(n)))
-    if not foreign and not _attempts(
-        existing
-    ):  # a target that came back without its attempt's file has copies alone
+    foreign = sorted(n for n in existing if not (ATTEMPT.fullmatch(n) or checkpoint.FOLDER.fullmatch(n)))
+    if not foreign and not _attempts(existing):
+        # A target that was away may come back without its attempt's file. Then it holds copies alone.
         copies = complete_checkpoints(target, existing)
-        foreign = sorted(n for n in existing if "run" not in copies.get(int(n.split("-")[1]), {}))
+        of_a_run = {f"checkpoint-{step}" for step, manifest in copies.items() if "run" in manifest}
+        foreign = sorted(set(existing) - of_a_run)
     if foreign:
         names = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise PublishError(
@@ -137,7 +136,7 @@ def complete_checkpoints(target: Target, existing: dict[str, int | None]) -> dic
 
 def steps_in(existing: dict[str, int | None]) -> list[int]:
     """The sorted steps of all checkpoint folders, complete or not."""
-    return sorted(int(match[1]) for match in map(FOLDER.fullmatch, existing) if match)
+    return sorted(int(match[1]) for match in map(checkpoint.FOLDER.fullmatch, existing) if match)
 
 
 def without_run(manifest: dict[str, Any]) -> dict[str, Any]:
