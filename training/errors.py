@@ -172,6 +172,11 @@ def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(lines[: 2 if lines[0].endswith(':') else 1])}"
 
 
+def text_of(error: BaseException) -> str:
+    """What an error says, in one line of at most 300 characters; its type if it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 def own_code_problem(name: str, error: Exception) -> str | None:
     """The sentence for a model or tokenizer that transformers refuses because it brings its own code; else None."""
     if "trust_remote_code" not in str(error):

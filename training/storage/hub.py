@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from training.consts import RUN_FILE
-from training.errors import PublishError, SourceError
+from training.errors import PublishError, SourceError, text_of
 from training.files import LARGE, digest, size_in_words
 from training.storage.hub_requests import (
     SCHEME,
@@ -29,7 +29,6 @@ from training.storage.hub_requests import (
     find_token,
     retried,
     session,
-    text_of,
 )
 from training.storage.source import source_digest
 from training.storage.target import MARKER_FILE, without_secret

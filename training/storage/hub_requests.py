@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from training.errors import PublishError, offline_note
+from training.errors import PublishError, offline_note, text_of
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -204,10 +204,6 @@ def _who(address: Address) -> str:
     if owner not in owners:
         return f"You are {name} there, and {owner} is no organisation of yours. Type {SCHEME}{name}/{model}"
     return f"The token of {name} may not write there. {TOKEN_ADVICE}"
-
-
-def text_of(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _shown(text: str, token: str) -> str:

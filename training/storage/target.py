@@ -13,7 +13,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
-from training.errors import PublishError, install_extra
+from training.errors import PublishError, install_extra, text_of
 from training.files import local_path, mounted_store, writable
 
 MARKER_FILE = "publishing.json"
@@ -124,9 +124,7 @@ def as_publish_error(problem: str) -> Iterator[None]:
     except PublishError:
         raise
     except Exception as error:
-        reason = (
-            getattr(error, "strerror", None) or " ".join(str(error).split())[:300] or type(error).__name__
-        )
+        reason = getattr(error, "strerror", None) or text_of(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason = "no space is left there"
         raise PublishError(f"{problem}: {reason}") from error

@@ -17,7 +17,7 @@ from training.consts import SAMPLES_FILE
 from training.data.conversations import messages_text
 from training.data.table import HISTORY
 from training.storage import metrics
-from training.tracking.tracker import Entry, Service, now, without_secrets
+from training.tracking.tracker import Entry, Service, now, reason
 
 logger = logging.getLogger(__name__)
 
@@ -90,7 +90,7 @@ class BackgroundLog(AnswersLog):
                     logger.warning(
                         "%s does not answer (%s). Training continues; metrics are kept and sent when it answers",
                         title,
-                        without_secrets(error) or type(error).__name__,
+                        reason(error),
                     )
                 self.failed = True
             self.attempted.set()

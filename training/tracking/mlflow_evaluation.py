@@ -18,7 +18,7 @@ from training.tracking.mlflow_server import (
     short_timeouts,
     tracking_problems,
 )
-from training.tracking.tracker import Entry, now, without_secrets
+from training.tracking.tracker import Entry, now, reason
 
 logger = logging.getLogger(__name__)
 
@@ -79,4 +79,4 @@ def log_evaluation(record: Mapping[str, Any], name: str, evaluation: Mapping[str
     except Exception as error:  # from MLflow, requests, SQLAlchemy or Databricks
         with suppress(Exception):
             run.end("FAILED")
-        raise TrackingError(f"MLflow: {without_secrets(error) or type(error).__name__}") from error
+        raise TrackingError(f"MLflow: {reason(error)}") from error

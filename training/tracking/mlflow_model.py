@@ -22,7 +22,7 @@ from training.storage.copy import model_files
 from training.storage.record import finished_run
 from training.tracking.mlflow_evaluation import stored_figures
 from training.tracking.mlflow_server import MlflowRun, as_metrics, short_timeouts
-from training.tracking.tracker import Entry, now, without_secrets
+from training.tracking.tracker import Entry, now, reason
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
@@ -79,7 +79,7 @@ def log_finished(folder: Path, name: str | None = None) -> str:
         run.end("FINISHED")
     except Exception as error:
         advice = ". Free disk space, or type export TMPDIR=FOLDER" if "No space left" in str(error) else ""
-        raise TrackingError(f"MLflow: {without_secrets(error) or type(error).__name__}{advice}") from error
+        raise TrackingError(f"MLflow: {reason(error)}{advice}") from error
     finally:
         with suppress(Exception):  # keep the first error
             run.end("FAILED")

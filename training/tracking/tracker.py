@@ -130,6 +130,11 @@ def without_secrets(text: object) -> str:
     return line if len(line) <= 300 else line[:299] + "…"
 
 
+def reason(error: Exception) -> str:
+    """What an error says, as `without_secrets`; its type if it says nothing."""
+    return without_secrets(error) or type(error).__name__
+
+
 def now() -> int:
     """Unix time in milliseconds."""
     return time.time_ns() // 1_000_000

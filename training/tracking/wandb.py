@@ -18,6 +18,7 @@ from training.tracking.tracker import (
     Service,
     log_rows,
     parameters,
+    reason,
     without_secrets,
 )
 
@@ -79,9 +80,7 @@ class Wandb:
     def attach(self) -> None:
         import wandb
 
-        os.environ.setdefault(
-            "WANDB_ERROR_REPORTING", "false"
-        )  # no reports to W&B about errors of its package
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # to W&B, about errors of its package
         os.environ.setdefault("WANDB_SILENT", "true")
         wandb.teardown()  # ends the process of a failed attempt, which would still hold the run's id
         problem = _key_problem()
@@ -95,7 +94,7 @@ class Wandb:
             logger.warning(
                 "%s does not answer (%s). Training continues. The run is written to a folder; to upload it, type %s",
                 self.title,
-                without_secrets(error) or type(error).__name__,
+                reason(error),
                 self._sync_command(),
             )
         else:
