@@ -37,9 +37,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 BATCH_SIZE = 32  # rows that are answered at once
-LOSS_TOKENS = (
-    2048  # computed at once for the loss: their logits take 0.4 GB in float32 with GPT-J's vocabulary
-)
+# Tokens whose loss is computed at once: their logits take 0.4 GB in float32 with GPT-J's vocabulary.
+LOSS_TOKENS = 2048
 SECONDS_BETWEEN_LINES = 15.0
 
 
@@ -229,9 +228,8 @@ def response_losses(
                 for i in places
             ]
         )
-        longest = max(
-            len(rows.ids[i]) for i in places
-        )  # a multiple of 8 may be more than the model's positions
+        # The collator pads to a multiple of 8, which may be more than the model's positions.
+        longest = max(len(rows.ids[i]) for i in places)
         ids, mask, labels = (
             batch[name][:, :longest].to(model.device) for name in ("input_ids", "attention_mask", "labels")
         )

@@ -120,9 +120,8 @@ def read(file: Path) -> list[dict[str, Any]]:
     except FileNotFoundError:
         return []
     votes, incomplete = [], []
-    for number, line in enumerate(
-        text.split("\n"), start=1
-    ):  # not splitlines: U+2028 is legal inside a string
+    lines = text.split("\n")  # not splitlines: U+2028 is legal inside a string
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:

@@ -136,9 +136,8 @@ class CompletionTrainer(Trainer):
         """
         model = self._wrap_model(self.model, training=False)
         model.eval()
-        dtype = (
-            torch.float32 if self.args.device.type == "mps" else torch.float64
-        )  # a Mac's GPU has no float64
+        # A Mac's GPU has no float64.
+        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
         # Loss and tokens of each source.
         summed = torch.zeros(max(1, len(self.labels)), 2, dtype=dtype, device=self.args.device)
         for source, inputs in zip(self.sources_of_steps, dataloader, strict=True):

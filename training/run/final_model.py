@@ -45,9 +45,8 @@ def write_final_model(settings: Settings, last: Path) -> tuple[Path, dict[str, A
     Returns the checkpoint and {name of a weight file: {"size": bytes, "sha256": hex}}. Raises TrainingError on all ranks.
     """
     unset_hf_deepspeed_config()  # or transformers would shard the empty model over the ranks
-    if (
-        settings.lora
-    ):  # the base is loaded again: the trained model, which is in reference cycles, must not stay beside it
+    if settings.lora:
+        # Or the trained model, which is in reference cycles, would stay in memory beside the base that is loaded again.
         gc.collect()
     output, main = settings.output, is_main_process()
     chosen = chosen_checkpoint(settings, last) if main else None
@@ -69,9 +68,11 @@ def write_final_model(settings: Settings, last: Path) -> tuple[Path, dict[str, A
     else:
         shares = _on_all_ranks(chosen, output, partial(_write_share, settings, chosen, unfinished))
         digests = {name: share[name] for share in shares for name in sorted(share)}
-    placed = sorted({*names, *digests, *([INDEX] if (unfinished / INDEX).exists() else [])})
-    if settings.lora and main:  # rank 0 has written all of them
+    placed: list[str] = []
+    if main and settings.lora:  # rank 0 has written all of them
         placed = checkpoint.files_of(unfinished)
+    elif main:  # by name: NFS may not yet list what other ranks have written
+        placed = sorted({*names, *digests, *([INDEX] if (unfinished / INDEX).exists() else [])})
     _on_all_ranks(chosen, output, partial(place_files, unfinished, output, placed) if main else None)
     return chosen, dict(sorted(digests.items()))
 

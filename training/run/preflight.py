@@ -153,9 +153,8 @@ def dataset_problems(options: TrainingOptions) -> list[str]:
     """Problems of the rows' sources: a file is missing, one is named twice, --dataset-split would be ignored."""
     sources = options.training_dataset
     usable = [name for name in sources if checks.is_utf8(name) and not path_problem(name, "dataset")]
-    selection = (
-        options.dataset_selection if len(usable) == len(sources) else {}
-    )  # others are reported already
+    # A source that is reported already may be the one on the Hub, to which the selection belongs.
+    selection = options.dataset_selection if len(usable) == len(sources) else {}
     return [f"--training-dataset {problem}" for problem in source_problems(usable, selection)]
 
 

@@ -61,9 +61,8 @@ class Trackio:
     def attach(self) -> None:
         import trackio
 
-        with warnings.catch_warnings(
-            record=True
-        ) as caught:  # Trackio raises nothing for a server that is away
+        with warnings.catch_warnings(record=True) as caught:
+            # Trackio raises nothing for a server that is away.
             warnings.simplefilter("always")
             self.run = trackio.init(
                 project=os.environ.get("TRACKIO_PROJECT", DEFAULT_PROJECT),
