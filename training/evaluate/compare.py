@@ -9,42 +9,39 @@ from typing import Any
 import numpy as np
 
 from training.consts import DEFAULT_SEED
-from training.evaluate.intervals import Interval, percentile_interval, resampled_sums
+from training.evaluate.intervals import percentile_interval, resampled_sums
 from training.evaluate.metrics import METRICS, Metric, Scores
 
 
-def compare_scores(
-    base: Scores, tuned: Scores, same_tokens: bool = True, seed: int = DEFAULT_SEED
-) -> dict[str, Any]:
+def compare_scores(base: Scores, tuned: Scores, same_tokens: bool = True) -> dict[str, Any]:
     """Each metric by name: {"base": {"value", "low", "high"}, "tuned": ..., "difference": tuned minus base}.
 
     The difference is paired: base and tuned are resampled with the same rows. It is None for a metric that counts
     tokens, if the models do not have the `same_tokens`.
     """
-    parts = [name for metric in METRICS for name in (metric.above, metric.below) if name]
-    names = list(dict.fromkeys(parts))
+    names = list(dict.fromkeys(name for metric in METRICS for name in (metric.above, metric.below) if name))
     columns = np.stack([getattr(scores, name) for scores in (base, tuned) for name in names], axis=1)
-    resampled = resampled_sums(columns, seed)
-    rows, n = len(columns), len(names)
+    rows, total, resampled = len(columns), columns.sum(axis=0), resampled_sums(columns, DEFAULT_SEED)
 
-    def figure(metric: Metric, sums: np.ndarray, model: int) -> Any:
-        """The metric of model 0 (base) or 1 (tuned), from sums `(..., columns)`."""
-        above = sums[..., n * model + names.index(metric.above)]
-        below = sums[..., n * model + names.index(metric.below)] if metric.below else rows
+    def figure(metric: Metric, sums: np.ndarray) -> Any:
+        """The metric of one model, from the sums of its columns `(..., names)`."""
+        above = sums[..., names.index(metric.above)]
+        below = sums[..., names.index(metric.below)] if metric.below else rows
         return metric.shown(above / below)
 
+    of_base, of_tuned = slice(len(names)), slice(len(names), None)  # columns of each model
     results: dict[str, Any] = {}
     for metric in METRICS:
-        values = [figure(metric, columns.sum(axis=0), model) for model in (0, 1)]
-        others = [figure(metric, resampled, model) for model in (0, 1)]
-        intervals: list[Interval | None] = [
-            percentile_interval(value, other) for value, other in zip(values, others, strict=True)
-        ]
+        base_value, tuned_value = figure(metric, total[of_base]), figure(metric, total[of_tuned])
+        base_draws = figure(metric, resampled[:, of_base])
+        tuned_draws = figure(metric, resampled[:, of_tuned])
         comparable = same_tokens or not metric.needs_same_tokens
-        difference = percentile_interval(values[1] - values[0], others[1] - others[0]) if comparable else None
         results[metric.name] = {
-            name: None if interval is None else asdict(interval)
-            for name, interval in zip(("base", "tuned", "difference"), [*intervals, difference], strict=True)
+            "base": asdict(percentile_interval(base_value, base_draws)),
+            "tuned": asdict(percentile_interval(tuned_value, tuned_draws)),
+            "difference": asdict(percentile_interval(tuned_value - base_value, tuned_draws - base_draws))
+            if comparable
+            else None,
         }
     return results
 

@@ -163,7 +163,7 @@ def _max_length(folder: Path, run: Mapping[str, Any], tokenizer: PreTrainedToken
     return int(run.get("max_length") or tokenizer.model_max_length)
 
 
-def file_rows(source: str, seed: int = DEFAULT_SEED) -> Rows:
+def file_rows(source: str) -> Rows:
     """The rows of a file, a folder or a dataset on the Hub, in a seeded order. Raises DataError without usable rows."""
     columns = read_columns(source)
     reasons = [_unusable(columns, row) for row in range(len(columns))]
@@ -175,13 +175,13 @@ def file_rows(source: str, seed: int = DEFAULT_SEED) -> Rows:
             f"{source}: no row has an instruction and an output ({found}). An evaluation compares answers with the "
             "outputs"
         )
-    places = [usable[i] for i in np.random.default_rng(seed).permutation(len(usable))]
+    places = [usable[i] for i in np.random.default_rng(DEFAULT_SEED).permutation(len(usable))]
     return Rows(
         _at(columns, places),
         [place + 1 for place in places],
         source,
         len(places),
-        f"the {len(places):,} rows of {source} (in an order of seed {seed})",
+        f"the {len(places):,} rows of {source} (in an order of seed {DEFAULT_SEED})",
         dropped=dict(dropped) or None,
     )
 

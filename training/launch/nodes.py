@@ -330,10 +330,10 @@ def _find(index: int, address: str, run: str, end: float, ports: Sequence[int]) 
         time.sleep(1)
 
 
-def descendants(process: int, processes: Path = Path("/proc")) -> list[int]:
+def descendants(process: int) -> list[int]:
     """All processes that a process has started, directly or not. Empty where there is no /proc."""
     children: dict[int, list[int]] = {}
-    for folder in processes.glob("[0-9]*"):
+    for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             children.setdefault(status_of(folder).parent, []).append(int(folder.name))
     found = list(children.get(process, []))

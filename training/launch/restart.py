@@ -162,10 +162,10 @@ def _kill_stopped(session: int, seconds: float) -> Iterator[None]:
         ended.set()
 
 
-def stopped_processes(session: int, processes: Path = Path("/proc")) -> list[int]:
+def stopped_processes(session: int) -> list[int]:
     """Processes of a session that are stopped by a signal (state T). Empty where there is no /proc."""
     found = []
-    for process in processes.glob("[0-9]*"):
+    for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             status = status_of(process)
             if status.state == "T" and status.session == session:
