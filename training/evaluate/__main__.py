@@ -262,7 +262,7 @@ def _compare(
     if tasks is not None:
         from training.evaluate.harness import compare_on_tasks, find_tasks
 
-        find_tasks(tasks)  # a wrong name, before the rows take their time
+        found = find_tasks(tasks)  # before the rows take their time: a name may be wrong
     if rows is not None:
         sections["file"] = compare_models(file_rows(rows).first(limit), base, tuned, loading)
     elif tasks is None and record is not None:
@@ -270,7 +270,7 @@ def _compare(
         sections["held_out"] = compare_models(held_out.first(limit), base, tuned, loading)
     if tasks is not None:
         sections["tasks"] = compare_on_tasks(
-            tasks, base, tuned, loading, task_prompt or "dolly", limit, num_fewshot
+            *found, base, tuned, loading, task_prompt or "dolly", limit, num_fewshot
         )
     return sections
 

@@ -50,6 +50,7 @@ class Loading:
         dtype: of the weights; None for half precision on a GPU and float32 on a CPU.
         batch_size: rows that are answered at once; halved where the GPU's memory does not suffice.
         max_new_tokens: longest answer, in tokens.
+        trust_remote_code: run Python code of the models' repositories.
     """
 
     dtype: torch.dtype | None = None

@@ -70,11 +70,11 @@ class DollyModel(HFLM):
         if not self.in_dolly_prompt or end < len(RESPONSE_KEY):
             pair: tuple[list[int], list[int]] = super()._encode_pair(context, continuation)
             return pair
-        begun = context[end:]
+        beginning = context[end:]
         # The chat template has rendered BOS as well, where the tokenizer has one.
         prompt = self.tokenizer.encode(context[:end], add_special_tokens=False)
-        [given, whole] = encode_text(self.tokenizer, [begun.rstrip(), begun + continuation])
-        return [*prompt, *given], whole[len(given) :]
+        [known, whole] = encode_text(self.tokenizer, [beginning.rstrip(), beginning + continuation])
+        return [*prompt, *known], whole[len(known) :]
 
 
 def find_tasks(names: str) -> tuple[list[str], TaskManager]:
@@ -100,7 +100,8 @@ def find_tasks(names: str) -> tuple[list[str], TaskManager]:
 
 
 def compare_on_tasks(
-    names: str,
+    tasks: Sequence[str],
+    manager: TaskManager,
     base: str,
     tuned: str,
     loading: Loading,
@@ -111,13 +112,13 @@ def compare_on_tasks(
     """Runs the tasks with both models, one after the other. Returns a section of evaluation.json.
 
     Args:
+        tasks, manager: from `find_tasks`.
         prompt: "dolly" or "plain"; solved examples become earlier turns of the chat in Dolly's prompt.
         limit: questions of each task; None for all.
         num_fewshot: solved examples before each question; None for the task's own number.
 
-    Raises DataError for unknown tasks and for data that cannot be loaded, and ModelError.
+    Raises DataError for data that cannot be loaded, and ModelError.
     """
-    tasks, manager = find_tasks(names)
     results, dtypes = [], []
     for name in (base, tuned):
         model, tokenizer = load_model_tokenizer_for_generate(
@@ -160,7 +161,7 @@ def _notes(limit: int | None, num_fewshot: int | None) -> list[str]:
 
 
 def run_tasks(
-    model: HFLM,
+    model: DollyModel,
     tasks: Sequence[str],
     manager: TaskManager,
     limit: int | None = None,
@@ -174,7 +175,7 @@ def run_tasks(
             task_manager=manager,
             limit=limit,
             num_fewshot=num_fewshot,
-            apply_chat_template=getattr(model, "in_dolly_prompt", False),
+            apply_chat_template=model.in_dolly_prompt,
             bootstrap_iters=0,  # intervals are ours
         )
     except torch.OutOfMemoryError:
