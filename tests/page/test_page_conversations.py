@@ -57,7 +57,7 @@ def test_a_follow_up_is_asked_after_the_answers_that_the_model_gave_itself(
 ) -> None:
     first, *_, _ = ask.answers(page, "session", "Say it.", "twice", *SAMPLING)
     assert first.fields == ("", ""), "the fields are free for the next question"
-    assert first.begun
+    assert first.continues
     view = last(page, "And now?")
     beginning = render_prompt("Say it.", "twice")
     assert asked["base"] == [beginning, f"{beginning}A A A\n\n### End{render_prompt('And now?')}"]

@@ -36,20 +36,20 @@ class View(NamedTuple):
         problem: why the question is not asked; "" if it is.
         models: the texts of each model.
         fields: (instruction, input) to put into the fields; None leaves them as they are.
-        begun: whether the next question continues a conversation.
+        continues: whether the next question continues a conversation.
     """
 
     problem: str
     models: list[Shown]
     fields: tuple[str, str] | None
-    begun: bool
+    continues: bool
 
     def updates(self) -> list[Any]:
         """Values of the components: instruction, input, problem, and those of each model."""
         if self.fields is None:
             fields = [gr.skip(), gr.skip()]
         else:
-            label = NEXT if self.begun else FIRST
+            label = NEXT if self.continues else FIRST
             fields = [gr.update(value=self.fields[0], label=label), gr.update(value=self.fields[1])]
         boxes: list[Any] = []
         for shown in self.models:
@@ -136,14 +136,14 @@ def answers(page: Page, session: str, instruction: str, context: str, *sampling:
 
     Each view is that of the conversation which the session then has: it may begin a new one meanwhile.
     """
-    found = question_problem(instruction, context)
+    problem = question_problem(instruction, context)
     generation: dict[str, Any] = {}
     try:
         generation = generation_arguments(*sampling)
     except ValueError as error:
-        found = found or str(error)
-    if found:
-        yield _view(page, page.chat(session), problem=found)
+        problem = problem or str(error)
+    if problem:
+        yield _view(page, page.chat(session), problem=problem)
         return
     stop, chat = page.new_stop(session), page.chat(session)
     while chat.exchanges and not all(answer.done for answer in chat.exchanges[-1].answers):
@@ -172,14 +172,14 @@ def _view(page: Page, chat: Chat, problem: str = "", fields: tuple[str, str] | N
     if chat.exchanges:
         models = [_shown(chat, model) for model in range(len(page.models))]
     else:
-        earlier = "\n\n".join(history_texts(chat.begun))
+        earlier = "\n\n".join(history_texts(chat.earlier))
         models = [Shown(earlier, *texts) for texts in saved_texts(page, chat.example)]
-    begun = bool(chat.begun) or not all(exchange.missing for exchange in chat.exchanges)
-    return View(problem, models, fields, begun)
+    continues = bool(chat.earlier) or not all(exchange.missing for exchange in chat.exchanges)
+    return View(problem, models, fields, continues)
 
 
 def _shown(chat: Chat, model: int) -> Shown:
-    texts = history_texts(chat.begun)
+    texts = history_texts(chat.earlier)
     for exchange in chat.exchanges:
         answer = exchange.answers[model]
         texts.append(f"Question: {question_text(Prompt(exchange.instruction, exchange.input))}")

@@ -101,25 +101,25 @@ def _ask(
 ) -> Iterator[tuple[Pair | None, str, str, str, str]]:
     """Yields (pair, status, question, answer A, answer B), the answers both at once: the time that one takes, its number
     of tokens and its problems would say whose it is."""
-    asked = question_text(question.prompt)
+    shown = question_text(question.prompt)
     try:
         generation = generation_arguments(*sampling)
     except ValueError as error:
-        yield None, str(error), asked, "", ""
+        yield None, str(error), shown, "", ""
         return
-    yield None, "The models answer ...", asked, "", ""
+    yield None, "The models answer ...", shown, "", ""
     *_, answers = stream_answers(models, [question.prompt] * 2, generation, page.new_stop(session))
     if problems := sorted({answer.problem for answer in answers if answer.problem}):
-        yield None, ". ".join(problems), asked, "", ""
+        yield None, ". ".join(problems), shown, "", ""
     elif any(answer.stopped for answer in answers):
-        yield None, "Stopped. There is nothing to vote on", asked, "", ""
+        yield None, "Stopped. There is nothing to vote on", shown, "", ""
     else:
         first, second = answers
         pair = Pair(question, models, (first.text, second.text), generation)
         yield (
             pair,
             ". ".join([VOTE, *_shortened(answers)]),
-            asked,
+            shown,
             first.text or "(an empty answer)",
             second.text or "(an empty answer)",
         )

@@ -36,11 +36,12 @@ class Chat:
     """The conversation of a session in the tab Ask. Each model has answers of its own.
 
     Attributes:
-        example: the number of the example that was chosen; None for none. `begun` are its earlier turns.
+        example: the number of the example that was chosen; None for none.
+        earlier: the turns that come with this example.
     """
 
     example: int | None = None
-    begun: History = ()
+    earlier: History = ()
     exchanges: list[Exchange] = field(default_factory=list)
 
     def prompt(self, model: int, instruction: str, input: str) -> Prompt:
@@ -50,7 +51,7 @@ class Chat:
             for exchange in self.exchanges
             if not exchange.answers[model].missing
         ]
-        return Prompt(instruction, input, (*self.begun, *answered))
+        return Prompt(instruction, input, (*self.earlier, *answered))
 
 
 @dataclass
@@ -102,8 +103,8 @@ class Page:
 
 def question_text(prompt: Prompt) -> str:
     """A question as the page shows it, with the turns before it."""
-    asked = "\n\nInput:\n".join(filter(None, prompt[:2]))
-    return "\n\n".join([*history_texts(prompt.history), f"Question: {asked}"]) if prompt.history else asked
+    text = "\n\nInput:\n".join(filter(None, (prompt.instruction, prompt.input)))
+    return "\n\n".join([*history_texts(prompt.history), f"Question: {text}"]) if prompt.history else text
 
 
 def history_texts(history: History) -> list[str]:
