@@ -136,7 +136,8 @@ def _listed(target: Opened) -> dict[str, int | None]:
     if isinstance(target, hub.Repository):
         return {name: file.size for name, file in target.files.items()}
     existing = list_files(target)
-    if existing.get(ADAPTER_FOLDER, 0) is not None:
+    has_adapter = ADAPTER_FOLDER in existing and existing[ADAPTER_FOLDER] is None  # a folder has no size
+    if not has_adapter:
         return existing
     del existing[ADAPTER_FOLDER]
     inside = list_files(replace(target, path=target.file(ADAPTER_FOLDER)))

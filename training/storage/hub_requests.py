@@ -117,10 +117,10 @@ def retried(address: Address, call: Callable[[], Result]) -> Result:
         try:
             return call()
         except Exception as error:
-            asked = _pause(error)
-            if asked is None:
+            least = _pause(error)
+            if least is None:
                 raise
-            pause = min(max(wait, asked), LONGEST_WAIT)
+            pause = min(max(wait, least), LONGEST_WAIT)
             reason = (
                 str(error)
                 if isinstance(error, PublishError)
@@ -148,11 +148,10 @@ def _pause(error: Exception) -> int | None:
         status = inner.response.status_code
         if status not in (409, 412, 429) and status < 500 and not _is_expired(inner):
             return None
-        asked = inner.response.headers.get("Retry-After", "")
-        return int(asked) if asked.isdigit() else 0
-    return (
-        0 if isinstance(inner, (httpx2.TransportError, json.JSONDecodeError, DifferentFilesError)) else None
-    )
+        seconds = inner.response.headers.get("Retry-After", "")
+        return int(seconds) if seconds.isdigit() else 0
+    may_pass = isinstance(inner, httpx2.TransportError | json.JSONDecodeError | DifferentFilesError)
+    return 0 if may_pass else None
 
 
 def _is_expired(error: HfHubHTTPError) -> bool:
@@ -180,15 +179,14 @@ def _reason(error: Exception, address: Address) -> str:
     if not isinstance(inner, HfHubHTTPError):
         return _shown(text_of(inner), address.token)
     status = inner.response.status_code
-    said = (
-        f" ({_shown(' '.join(inner.server_message.split()), address.token)})" if inner.server_message else ""
-    )
+    words = " ".join((inner.server_message or "").split())
+    said = f" ({_shown(words, address.token)})" if words else ""
     if status == 401:
         return f"the Hub does not know the token{said}. {TOKEN_ADVICE}"
     if status == 403 and not _is_expired(inner):
         return f"the Hub refuses{said}. {_who(address)}"
-    if asked := inner.response.headers.get("Retry-After"):
-        return f"the Hub answered {status} and asks to wait {asked} s"
+    if seconds := inner.response.headers.get("Retry-After"):
+        return f"the Hub answered {status} and asks to wait {seconds} s"
     return f"the Hub answered {status}{said}"
 
 
