@@ -82,8 +82,8 @@ def default_prompts(demo: bool) -> bytes:
 def parse_options(words: list[str], more: str, problems: list[str]) -> TrainingOptions:
     """Parses the trainer's options from a command line, in which the last value counts. Appends to `problems`.
 
-    The sources of rows in `more` replace those in `words`. Existing paths become absolute, because the command runs in another folder. Raises OptionsError with all problems
-    if the command line cannot be parsed.
+    The sources of rows in `more` replace those in `words`. Existing paths become absolute, because the command runs in
+    another folder. Raises OptionsError with all problems if the command line cannot be parsed.
     """
     try:
         typed = shlex.split(more)

@@ -2,13 +2,15 @@
 
     python flows/model_on_s3.py 1764229912 --to dolly       then: python -m training.generate --model dolly "..."
 
-The model is under METAFLOW_DATATOOLS_S3ROOT/<flow>/<run id>/, and its checkpoints are in checkpoints/ there. run.json is copied last, so training.generate
-refuses an incomplete copy. The artifact `model` of the run holds each file's size and SHA-256.
+The model is under METAFLOW_DATATOOLS_S3ROOT/<flow>/<run id>/, and its checkpoints are in checkpoints/ there. run.json is
+copied last, so training.generate refuses an incomplete copy. The artifact `model` of the run holds each file's size and
+SHA-256.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -24,7 +26,8 @@ from training.consts import RUN_FILE
 from training.files import file_digest
 from training.options.command_line import PathName
 
-FLOWS = ("TrainDollyFlow", "TrainDollyNodesFlow")
+# The flows by name, and the file of each.
+FLOWS = {"TrainDollyFlow": "train_dolly_flow.py", "TrainDollyNodesFlow": "train_dolly_nodes_flow.py"}
 LEFTOVER = "metaflow.s3." + 8 * "[a-z0-9_]"  # S3(tmproot=...) copies into a mkdtemp folder
 NO_METAFLOW = "Metaflow is not installed. Type pip install '.[metaflow]'"
 
@@ -174,7 +177,7 @@ def _model_artifact(run_id: str) -> dict[str, Any]:
     except (MetaflowException, KeyError, AttributeError, StopIteration) as error:
         step = "train" if "train" in run else "start"
         raise StoreError(
-            f"run {run_id}: has no model. Type python flows/train_dolly_flow.py logs {run_id}/{step}"
+            f"run {run_id}: has no model. Type python flows/{FLOWS[flow]} logs {run_id}/{step}"
         ) from error
     if not model.get("s3"):
         raise StoreError(
@@ -216,10 +219,10 @@ def main(run_id: str, folder: str) -> None:
         fetch(run_id, Path(folder))
     except ImportError:
         sys.exit(NO_METAFLOW)
-    except StoreError as error:
+    except (StoreError, OSError) as error:
         sys.exit(f"Cannot fetch: {error}")
     click.echo(
-        f'{folder} holds the model. Ask it: python -m training.generate --model {folder} "Name a river."'
+        f'{folder} holds the model. Ask it: python -m training.generate --model {shlex.quote(folder)} "Name a river."'
     )
 
 

@@ -1,8 +1,8 @@
 """Resources of the training pod: CPUs, GPUs, memory, disk and shared memory, taken from the plan.
 
-Metaflow needs them before a run has parameters, so they are planned for Dolly's run, with adapters where full tuning does not
-fit, or on "cpu" for the demo. A run
-that needs more is refused in its first step, with the numbers to type. This module does not import torch.
+Metaflow needs them before a run has parameters, so they are planned for Dolly's run, with adapters where full tuning does
+not fit, or on "cpu" for the demo. A run that needs more is refused in its first step, with the numbers to type. This
+module does not import torch.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import signal
 import socket
 import sys
@@ -194,7 +195,9 @@ class TrainDollyFlow(FlowSpec):
         if self.model["s3"]:
             folder = Path(self.folder).name
             print(f"fetch it:  python flows/model_on_s3.py {current.run_id} --to {folder}")
-        print(f'ask it:    python -m training.generate --model {folder} "{SAMPLE_INSTRUCTIONS[0]}"')
+        print(
+            f'ask it:    python -m training.generate --model {shlex.quote(folder)} "{SAMPLE_INSTRUCTIONS[0]}"'
+        )
 
     # --- helpers of the steps ---------------------------------------------------------------------------
 
@@ -276,7 +279,7 @@ class TrainDollyFlow(FlowSpec):
         chosen["dbfs_output_dir"] = target and f"{target.rstrip('/')}/{Path(self.folder).name}"
         chosen["checkpoint_to"] = checkpoint_target(current.flow_name, current.run_id)
         words = option_words(chosen | {"local_output_dir": self.output, "resume": "auto"})
-        options = parse_options(words, self.trainer_options, problems)
+        options = parse_options(words, typed, problems)
         if options.local_output_dir != self.output:
             problems.append(
                 "--trainer-options '--local-output-dir ...': the flow chooses this folder. Type --local-training-root "

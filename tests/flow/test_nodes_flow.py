@@ -14,8 +14,10 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+from click.testing import CliRunner
+from metaflow.exception import MetaflowNotFound
 
-from flows import pod
+from flows import model_on_s3, pod
 from flows.flow_parameters import changed_options, several_nodes
 from tests.flow.test_flow import FETCH, FLOW, ROOT, SHORT, Metaflow
 from training.launch.local import deepspeed_command
@@ -179,3 +181,37 @@ def artifacts_of_the_join(metaflow: Metaflow) -> dict[str, Any]:
     for node in range(2):
         assert f'["{node}", "{socket.gethostname()}", "CPU", "host"' in text, text
     return kept
+
+
+@pytest.mark.parametrize(
+    ("flow", "file"),
+    [("TrainDollyFlow", "train_dolly_flow.py"), ("TrainDollyNodesFlow", "train_dolly_nodes_flow.py")],
+)
+def test_the_log_of_a_run_without_a_model_is_named_with_the_file_of_its_flow(
+    flow: str, file: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(name: str) -> dict[str, Any]:
+        if name != f"{flow}/7":
+            raise MetaflowNotFound(f"{name} does not exist")
+        return {"train": []}
+
+    monkeypatch.setattr("metaflow.Run", run)
+    monkeypatch.setattr("metaflow.namespace", lambda _: None)
+    with pytest.raises(model_on_s3.StoreError, match=rf"Type python flows/{file} logs 7/train$"):
+        model_on_s3.fetch("7", Path("model"))
+
+
+def test_the_command_that_asks_a_fetched_model_is_quoted_and_a_folder_that_cannot_be_made_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def fetch(run_id: str, folder: Path) -> None:
+        if folder.name == "none":
+            raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(model_on_s3, "fetch", fetch)
+    folder = tmp_path / "my model"
+    result = CliRunner().invoke(model_on_s3.main, ["7", "--to", str(folder)])
+    assert f"--model '{folder}' " in result.output
+    result = CliRunner().invoke(model_on_s3.main, ["7", "--to", str(tmp_path / "none")])
+    assert result.exit_code == 1
+    assert result.output.startswith("Cannot fetch: [Errno 13] Permission denied")
