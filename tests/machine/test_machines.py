@@ -202,6 +202,18 @@ def test_the_gpu_with_the_least_free_memory_counts_without_what_other_processes_
     assert this_machine(taken_gib=[0.0, 2.0]).gpu_memory_gib == pytest.approx(37.4)
 
 
+@pytest.mark.parametrize("count", [0, -1])
+def test_a_run_without_devices_is_refused_on_gpus_and_on_a_cpu(
+    count: int, request: pytest.FixtureRequest
+) -> None:
+    refused = re.escape(f"--num-gpus {count}: at least one device is needed")
+    with pytest.raises(MachineError, match=refused):
+        this_machine(num_gpus=count)
+    request.getfixturevalue("two_gpus")
+    with pytest.raises(MachineError, match=refused):
+        this_machine(num_gpus=count)
+
+
 @pytest.mark.parametrize("answer", ["echo 'GPU-bbb-2, [N/A]'", "exit 9", "echo No devices were found"])
 def test_without_an_answer_of_nvidia_smi_all_memory_counts_as_free(two_gpus: Path, answer: str) -> None:
     two_gpus.write_text(f"#!/bin/sh\n{answer}\n")

@@ -277,6 +277,12 @@ def find_machine(name: str) -> Machine:
     )
 
 
+def check_device_count(count: int) -> None:
+    """Raises MachineError for a run without devices."""
+    if count < 1:
+        raise MachineError(f"--num-gpus {count}: at least one device is needed to train")
+
+
 def _plain(name: str) -> str:
     """A name without differences that do not matter: "2x RTX 4090" and "2xrtx-4090" are the same."""
     return re.sub(r"[\s_-]", "", name.lower())

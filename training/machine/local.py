@@ -12,7 +12,7 @@ from pathlib import Path
 from training.consts import GIB
 from training.errors import MachineError
 from training.files import free_bytes
-from training.machine.catalogue import GPUS, Machine, family_of, gpu_of, peak_of
+from training.machine.catalogue import GPUS, Machine, check_device_count, family_of, gpu_of, peak_of
 
 THIS_MACHINE = "this machine"  # its name in the plan
 
@@ -23,18 +23,18 @@ def this_machine(
     """This machine's devices and their free memory, free host memory and free disk (of `folder`). Imports torch.
 
     Without a GPU the devices are `num_gpus` CPU ranks, by default two as in the demo. If the GPUs differ, the one with
-    the least free memory counts, because ZeRO shards evenly. Raises MachineError if the machine has fewer than `num_gpus`
-    GPUs.
+    the least free memory counts, because ZeRO shards evenly. Raises MachineError if `num_gpus` is below 1, or if the
+    machine has fewer GPUs.
 
     `taken_gib` comes from an earlier call of `gpu_memory_taken_gib`.
     """
     import torch
 
+    if num_gpus is not None:
+        check_device_count(num_gpus)
     host, disk = free_host_gib(), free_disk_gib(folder)
     if not torch.cuda.is_available():
-        return Machine(
-            THIS_MACHINE, "cpu", "CPU", 2 if num_gpus is None else num_gpus, 0.0, 0.0, "none", host, disk
-        )
+        return Machine(THIS_MACHINE, "cpu", "CPU", num_gpus or 2, 0.0, 0.0, "none", host, disk)
     devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
     if num_gpus and num_gpus > len(devices):
         raise MachineError(f"--num-gpus {num_gpus}: this machine has {len(devices)} GPUs")

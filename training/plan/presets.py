@@ -6,8 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from training.consts import CONFIG, DEMO, GLOBAL_BATCH
-from training.errors import MachineError
-from training.machine.catalogue import find_family
+from training.machine.catalogue import check_device_count, find_family
 from training.options.deepspeed import enabled, read_json
 
 DOLLY_ROWS = 8  # micro batch of a device, as in Dolly
@@ -50,11 +49,12 @@ def preset_options(
 ) -> dict[str, Any]:
     """The trainer's options for `num_gpus` devices of a GPU family, keyed by TrainingOptions' names.
 
-    With `lora` they suit adapters on a frozen base: no DeepSpeed on one device, no optimizer in host memory. Raises MachineError for an unknown family or fewer than one device.
+    With `lora` they suit adapters on a frozen base: no DeepSpeed on one device, no optimizer in host memory.
+
+    Raises MachineError for an unknown family or fewer than one device.
     """
     recipe = find_family(family)
-    if num_gpus < 1:
-        raise MachineError(f"--num-gpus {num_gpus}: at least one device is needed to train")
+    check_device_count(num_gpus)
     rows, accumulation = rows_and_accumulation(GLOBAL_BATCH, num_gpus, batching)
     return {
         "deepspeed": lora_file(family, num_gpus) if lora else recipe.deepspeed,
