@@ -281,6 +281,24 @@ def test_several_gpus_keep_the_whole_frozen_weights_or_share_them_if_they_are_to
     assert preset_options("v100", 4, lora=True)["deepspeed"] == "config/ds_z3_fp16_config.json"
 
 
+def test_a_deepspeed_file_without_which_the_run_fits_is_left_out():
+    small = replace(find_machine("1xA10G"), gpu_memory_gib=14.0)
+    settings = lora_settings(deepspeed=ZERO_2, per_device_train_batch_size=1, save_total_limit=1)
+    plan = plan_run(settings, alpaca_lengths(), GPTJ, small)
+    assert plan.changes == {"GPU memory": "Leave out --deepspeed"}
+    assert plan.nearest is not None
+    assert "--deepspeed" not in plan.nearest.command
+
+
+def test_adapters_on_a_model_without_linear_layers_are_refused_and_not_suggested():
+    other, small = replace(GPTJ, linears=()), find_machine("1xA10G")
+    with pytest.raises(OptionsError, match=r"--lora: a gptj model has no linear layers\. Leave out --lora"):
+        plan_run(lora_settings(), alpaca_lengths(), other, small)
+    plan = plan_run(lora_settings(lora=0), alpaca_lengths(), other, small)
+    assert plan.problems
+    assert "--lora" not in " ".join(plan.problems)
+
+
 # --- against measurements ----------------------------------------------------------------------------
 
 

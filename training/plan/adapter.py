@@ -76,7 +76,9 @@ def adapter_of(model: ModelShape, settings: Settings) -> Adapter | None:
 
 
 def _chosen_layers(model: ModelShape, targets: str) -> tuple[Linear, ...]:
-    """The layers of these names, or ends of names, separated by commas."""
+    """The layers of these names, or ends of names, separated by commas. Raises OptionsError if there are none."""
+    if not model.linears:
+        raise OptionsError(f"--lora: a {model.kind} model has no linear layers. Leave out --lora")
     if targets == "all":
         return model.linears
     names = [name.strip() for name in targets.split(",")]

@@ -32,14 +32,15 @@ class Change:
 
     @property
     def advice(self) -> str:
-        words = " ".join(
+        """What to type, or where it fits. An option whose value is None is left out."""
+        typed = " ".join(
             f"{flag_of(name)} {value}" for name, value in self.options.items() if value is not None
         )
-        left_out = [flag_of(name) for name, value in self.options.items() if value is None]
-        words += f", without {' and '.join(left_out)}" if left_out else ""
+        left_out = " and ".join(flag_of(name) for name, value in self.options.items() if value is None)
+        without = f", without {left_out}" if left_out else ""
         if self.where:
-            return f"It fits on {self.where}{' with ' if words else ''}{words}"
-        return f"Type {words}"
+            return f"It fits on {self.where}{f' with {typed}' if typed else ''}{without}"
+        return f"Type {typed}{without}" if typed else f"Leave out {left_out}"
 
     @property
     def trains_adapters(self) -> bool:
@@ -124,7 +125,7 @@ def _option_changes(failed: Plan) -> list[Change]:
 def _adapter_changes(failed: Plan, machine: Machine, where: str = "") -> list[Change]:
     """Adapters on a frozen base (LoRA) instead of full tuning, then on a base in 4 bits, which one device trains."""
     settings = failed.settings
-    if machine.is_cpu:
+    if machine.is_cpu or not failed.model.linears:
         return []
     changes = []
     for quantize, ranks in ((None, settings.ranks), ("nf4", 1)):
