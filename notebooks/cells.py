@@ -6,6 +6,7 @@ import contextlib
 import gc
 import html
 import json
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -108,9 +109,10 @@ def read_widgets(widgets: Any) -> Choices:
 
     def in_root(widget: str) -> str | None:
         """The run's folder in the root that this widget names; None if it is empty."""
-        folder = values[widget].rstrip("/")
-        path = f"{folder}/{name}" if "://" in folder else str(local_path(folder).absolute() / name)
-        return path if folder else None
+        folder = values[widget]
+        if "://" in folder:
+            return f"{folder.rstrip('/')}/{name}"
+        return str(local_path(folder).absolute() / name) if folder else None
 
     checkpoint_to = in_root("checkpoint_root")
     if resumed and values["local_training_root"] and not (root / resumed / RUN_FILE).is_file():
@@ -161,8 +163,9 @@ def _number(name: str, value: str, kind: type, default: Any, least: int, problem
     if not value:
         return default
     with contextlib.suppress(ValueError):
-        if kind(value) > 0 or (kind(value) == 0 and least == 0):
-            return kind(value)
+        number = kind(value)
+        if 0 < number < math.inf or (number == 0 and least == 0):
+            return number
     words = "number" if kind is float else "whole number"
     problems.append(f"{name} {value}: expected a {words}{' above 0' if least else ', or 0'}")
     return default

@@ -62,7 +62,7 @@ def _cell(source: str, number: int) -> NotebookNode:
             ast.parse(code)
         except SyntaxError as error:
             raise NotebookSourceError(
-                f"line {error.lineno} of a cell is not Python ({error.msg}): {error.text}"
+                f"cell {number}: line {error.lineno} is not Python ({error.msg}): {error.text}"
             ) from error
         return new_code_cell(code)
     if not all(MAGIC.match(line) or not line.strip() for line in lines):
@@ -227,6 +227,10 @@ def main(notebook: str, chosen: tuple[str, ...], out: str, no_run: bool) -> None
         cells = read_source(source.read_text(encoding="utf-8"))
     except (NotebookSourceError, UnicodeDecodeError) as error:
         raise click.UsageError(f"{notebook}: {error}") from error
+    except OSError as error:
+        raise click.UsageError(
+            f"{notebook}: cannot be read ({error.strerror}). Name a file on this machine"
+        ) from error
     known = widget_names(cells)
     unknown = [choice for choice in chosen if "=" not in choice or choice.partition("=")[0] not in known]
     if unknown:

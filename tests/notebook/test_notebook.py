@@ -136,6 +136,7 @@ def test_each_kind_of_databricks_cell_is_converted_to_a_jupyter_cell() -> None:
         (source("x = 1", "# MAGIC %md\ny = 1"), "cell 2: has lines with and without '# MAGIC'"),
         (source("# MAGIC %sh ls"), "cell 1: '%sh' cannot run outside Databricks"),
         (source("# MAGIC !ls"), "cell 1: '!ls' cannot run outside Databricks"),
+        (source("x = 1", "y = 2\nfor in"), "cell 2: line 2 is not Python (invalid syntax): for in"),
     ],
 )
 def test_cells_that_need_databricks_are_refused_with_their_number(text: str, message: str) -> None:
@@ -204,9 +205,13 @@ def test_default_widgets_are_dollys_run_and_gpu_family_cpu_is_the_demo(tmp_path:
     demo = cell_functions.read_widgets(widgets(gpu_family="cpu", dbfs_output_root="dbfs:/models/"))
     assert (demo.input_model, demo.training_dataset, demo.epochs) == (DEMO, (DEMO,), DEMO_RECIPE["epochs"])
     assert demo.published == f"/dbfs/models/{demo.name}"
-    assert cell_functions.read_widgets(widgets(dbfs_output_root="s3://b/f")).published.startswith(
-        "s3://b/f/dolly__"
-    )
+    for root, published in (
+        ("s3://b/f", "s3://b/f/dolly__"),
+        ("s3://b/", "s3://b/dolly__"),
+        ("/", "/dolly__"),
+    ):
+        chosen = cell_functions.read_widgets(widgets(dbfs_output_root=root)).published
+        assert chosen.startswith(published), "the root of a file system is a folder, too"
 
 
 def test_a_run_is_continued_from_the_copies_of_its_checkpoints_if_its_folder_is_gone(tmp_path: Path) -> None:
@@ -263,6 +268,8 @@ def test_all_problems_of_the_widgets_are_reported_at_once(tmp_path: Path) -> Non
         "num_gpus many: expected a whole number above 0",
         "epochs nan: expected a number above 0",
     ]
+    with pytest.raises(errors.RunRefusedError, match=r"^epochs inf: expected a number above 0$"):
+        cell_functions.read_widgets(widgets(epochs="inf"))
 
 
 def test_several_nodes_need_a_shared_training_folder() -> None:
@@ -510,7 +517,8 @@ def test_answers_of_different_steps_are_columns_of_a_table() -> None:
         (NOTEBOOK, ["--set", "gpu_family"], "--set gpu_family: expected WIDGET=VALUE"),
         (NOTEBOOK, ["--out", "/proc/no/such.ipynb"], "--out /proc/no/such.ipynb: cannot be written"),
         (NOTEBOOK, ["--out", NOTEBOOK], "expected a name that ends with .ipynb"),
-        ("broken.py", ["--no-run"], "line 2 of a cell is not Python"),
+        ("broken.py", ["--no-run"], "broken.py: cell 1: line 2 is not Python"),
+        ("", [], "cannot be read (Is a directory). Name a file on this machine"),
     ],
 )
 def test_wrong_options_and_broken_notebooks_are_refused_before_any_cell_runs(
