@@ -208,6 +208,12 @@ def writable(folder: Path) -> bool:
     return True
 
 
+def can_write(file: Path) -> bool:
+    """Whether `write_file` can write this file: its folder exists and is writable, and it is no folder itself."""
+    folder = file.absolute().parent
+    return folder.is_dir() and writable(folder) and not file.is_dir()
+
+
 def _mount_point(path: Path) -> Path:
     path = nearest_existing(path).resolve()
     while path != path.parent and path.parent.stat().st_dev == path.stat().st_dev:

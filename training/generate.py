@@ -25,7 +25,7 @@ from training.consts import GREEDY, MAX_NEW_TOKENS
 from training.data.conversations import Prompt, prompt_of, row_of_prompt
 from training.data.prompt_files import read_history, read_prompts
 from training.errors import printable
-from training.files import writable
+from training.files import can_write
 from training.model.generation import (
     BATCH_SIZE,
     answer_prompts,
@@ -206,7 +206,7 @@ def _problems(
         target = Path(os.path.expanduser(output))
         if os.path.lexists(target):
             problems.append(f"--output {output}: exists already. Name a new file")
-        elif not target.name or not target.parent.is_dir() or not writable(target.parent):
+        elif not can_write(target):
             problems.append(f"--output {output}: cannot be written. Name a file in a folder of your own")
     return problems
 

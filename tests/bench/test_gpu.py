@@ -86,6 +86,14 @@ def test_the_exit_code_the_table_and_the_json_say_what_failed(monkeypatch, tmp_p
     assert command(monkeypatch, file, "good").exit_code == 0
 
 
+def test_a_json_file_that_cannot_be_written_is_refused_before_anything_is_checked(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "check", lambda *_: pytest.fail("it checks"))
+    for file, reason in ((tmp_path / "none" / "check.json", "cannot be written"), (tmp_path, "is a folder")):
+        result = command(monkeypatch, file, "good")
+        assert result.exit_code == 2
+        assert f"{file}: {reason}" in result.output
+
+
 def test_other_versions_are_refused_unless_they_are_allowed(monkeypatch):
     monkeypatch.setattr(gpu, "version_problems", lambda: ["Wrong package versions: torch 2.11.0"])
     result = CliRunner().invoke(gpu.main, [])

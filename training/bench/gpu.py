@@ -20,8 +20,9 @@ import click
 from training.bench.lines import FAIL, NOT_APPLICABLE, PASS, Result, Setup
 from training.bench.processes import MINUTES, Budget, Group, Line, run_group
 from training.console import set_up_console
-from training.files import write_json
+from training.files import can_write, write_json
 from training.machine.environment import installed_version, version_problems
+from training.options.command_line import PathName
 from training.run.identity import RECORDED_PACKAGES, git_commit
 
 NUMERICS, STEPS, RUNS = (f"training.bench.check_{name}" for name in ("numerics", "steps", "runs"))
@@ -135,9 +136,7 @@ def table(where: dict[str, Any], results: Sequence[Result]) -> str:
 
 
 @click.command()
-@click.option(
-    "--json", "file", type=click.Path(dir_okay=False, writable=True, path_type=Path), help="File to write."
-)
+@click.option("--json", "file", type=PathName("file"), metavar="FILE", help="File to write.")
 @click.option(
     "--only", "names", type=click.Choice(NAMES), multiple=True, help="Check this line alone; repeatable."
 )
@@ -151,12 +150,14 @@ def table(where: dict[str, Any], results: Sequence[Result]) -> str:
 @click.option(
     "--any-versions", is_flag=True, help="Check the installed packages, even if they are not those pinned."
 )
-def main(file: Path | None, names: tuple[str, ...], minutes: float, any_versions: bool) -> None:
+def main(file: str | None, names: tuple[str, ...], minutes: float, any_versions: bool) -> None:
     """Check this code on one GPU, or in tiny sizes on a CPU. The exit code is 1 if a line fails."""
     set_up_console()
     problems = version_problems()
     if problems and not any_versions:
         raise click.UsageError(f"{problems[0]}. Or type --any-versions to check the installed ones")
+    if file is not None and not can_write(Path(file)):
+        raise click.UsageError(f"--json {file}: cannot be written. Name a file in a folder of your own")
     begin, results = time.monotonic(), []
     for result in check(names or NAMES, minutes):
         results.append(result)
@@ -165,9 +166,9 @@ def main(file: Path | None, names: tuple[str, ...], minutes: float, any_versions
             file=sys.stderr,
         )
     where = head(results[0])
-    if file:
-        write_json(file, {"where": where, "results": [asdict(result) for result in results]})
     print(table(where, results))
+    if file is not None:
+        write_json(Path(file), {"where": where, "results": [asdict(result) for result in results]})
     raise SystemExit(int(any(result.status == FAIL for result in results)))
 
 

@@ -25,7 +25,7 @@ from training.consts import MAX_NEW_TOKENS, RUN_FILE
 from training.errors import ModelError, TrackingError, printable
 from training.evaluate.metrics import missing_extra
 from training.evaluate.report import as_table, sections_of, write_evaluation
-from training.files import expanded, path_problem, writable, write_json
+from training.files import can_write, expanded, path_problem, writable, write_json
 from training.options.command_line import CollectedOption, CollectingCommand, PathName, value_problems
 from training.pictures import PictureFile, draw_evaluation
 from training.storage.copy import MANIFEST_FILE
@@ -155,7 +155,7 @@ def _problems(typed: dict[str, Any]) -> list[str]:
             problems.append(f"{flag} is empty. Give a value, or leave the option out")
     if typed.get("output"):
         target = Path(typed["output"])
-        if target.is_dir() or not target.absolute().parent.is_dir() or not writable(target.absolute().parent):
+        if not can_write(target):
             problems.append(
                 f"--output {typed['output']}: cannot be written. Name a file in a folder of your own"
             )
