@@ -22,7 +22,7 @@ from training.data.formats import suffix_of
 from training.data.source_names import joined
 from training.errors import OptionsError
 from training.files import expanded, local_path, path_problem
-from training.options.command_line import parse_words
+from training.options.command_line import has_option, parse_words
 from training.options.trainer_options import TrainingOptions, flag_of
 
 # Parameters that are files: the folder of the run that keeps the file, and its suffix if nothing else tells it.
@@ -104,9 +104,9 @@ def parse_options(words: list[str], more: str, problems: list[str]) -> TrainingO
 
 def _without_sources(words: list[str], typed: list[str]) -> list[str]:
     """`words` without --training-dataset and its values, if `typed` has some: they would be added to them."""
-    flag = flag_of("training_dataset")
-    if not any(word.partition("=")[0] == flag for word in typed):
+    if not has_option(typed, "training_dataset"):
         return words
+    flag = flag_of("training_dataset")
     return [word for before, word in pairwise(["", *words]) if flag not in (before, word)]
 
 

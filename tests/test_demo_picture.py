@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -11,6 +12,8 @@ from matplotlib.image import imread
 from training import demo
 from training.data.columns import Columns
 from training.data.conversations import Turn
+from training.options.command_line import parse_words
+from training.options.trainer_options import TrainingOptions
 from training.pictures import draw_demo
 
 ROWS = Columns(
@@ -88,3 +91,22 @@ def test_a_picture_file_that_cannot_be_written_is_refused_before_training(tmp_pa
     result = CliRunner().invoke(demo.main, ["--plot", str(tmp_path / "none" / "demo.png")])
     assert result.exit_code == 2
     assert "in a folder that exists and can be written" in result.output
+
+
+@pytest.mark.parametrize("typed", [["--training-dataset", "own.jsonl"], ["--training-dataset=own.jsonl"], []])
+def test_typed_rows_replace_the_demos_rows_and_their_number_of_held_out_rows(
+    typed: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commands: list[list[str]] = []
+
+    def run(command: list[str], env: dict[str, str]) -> SimpleNamespace:
+        commands.append(command)
+        return SimpleNamespace(returncode=9)
+
+    monkeypatch.setattr(demo.subprocess, "run", run)
+    result = CliRunner().invoke(demo.main, ["--local-output-dir", str(tmp_path / "out"), "--", *typed])
+    assert "training failed with exit code 9" in result.output
+    words = commands[0][commands[0].index("training.trainer") + 1 :]
+    options = TrainingOptions(**parse_words(words)[0])
+    assert options.training_dataset == (("own.jsonl",) if typed else ("demo",))
+    assert options.test_size == (None if typed else 400)

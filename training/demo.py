@@ -31,7 +31,7 @@ from training.machine.local import this_machine
 from training.model.generation import load_model_tokenizer_for_generate
 from training.model.loading import max_positions
 from training.model.tokenizer import load_tokenizer
-from training.options.command_line import PathName
+from training.options.command_line import PathName, has_option
 from training.pictures import PictureFile, draw_demo
 from training.plan import lora_demo
 from training.plan.presets import demo_options
@@ -46,8 +46,14 @@ MAX_NEW_TOKENS = 48
 def run_trainer(values: Mapping[str, Any], ranks: int, extra: Sequence[str], title: str) -> None:
     """Prints and runs the trainer's command on `ranks` devices of this machine. Raises click.ClickException if it fails."""
     family = this_machine(values["local_output_dir"]).family
+    values = {**values, "deepspeed": find_family(family).deepspeed}
+    # This option can be repeated: the typed rows would be added to the demo's, whose --test-size is not theirs.
+    replaced = ("training_dataset", "test_size") if has_option(extra, "training_dataset") else ()
     try:
-        command = [*deepspeed_command({**values, "deepspeed": find_family(family).deepspeed}, ranks), *extra]
+        command = [
+            *deepspeed_command({name: values[name] for name in values if name not in replaced}, ranks),
+            *extra,
+        ]
     except ModuleNotFoundError as error:
         raise click.ClickException(str(error)) from error
     print(f"{title}:\n  {shell_command(command)}", flush=True)

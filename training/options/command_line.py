@@ -171,6 +171,11 @@ def parse_words(words: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
     return context.params, value_problems(context)
 
 
+def has_option(words: Sequence[str], name: str) -> bool:
+    """Whether these words of a command line set the option of a field, as in --seed 1 or --seed=1."""
+    return any(word.partition("=")[0] == flag_of(name) for word in words)
+
+
 def click_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Decorates a click command with one option per field of TrainingOptions."""
     return some_click_options(*(option.name for option in fields(TrainingOptions)))(function)
