@@ -182,7 +182,7 @@ BAD_CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "fp16 on a CPU": (
         {"fp16": {"enabled": True}},
-        "fp16 needs a CUDA GPU, and this machine has none. Use config/",
+        "fp16 needs a CUDA GPU, and this machine has none. Type --deepspeed config/ds_z3_fp32_config.json, or leave out --fp16",
     ),
     # None removes the key. DeepSpeed would fail only after the model is loaded, ...
     "no batch": (

@@ -9,6 +9,7 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 
+from training.machine.catalogue import find_family
 from training.ranks import world_size
 
 
@@ -129,7 +130,8 @@ def precision_problems(precision: str) -> list[str]:
     cuda = torch.cuda.is_available()
     if precision == "fp16" and not cuda:
         return [
-            "fp16 needs a CUDA GPU, and this machine has none. Use config/ds_z3_bf16_config.json, or --bf16"
+            "fp16 needs a CUDA GPU, and this machine has none. "
+            f"Type --deepspeed {find_family('cpu').deepspeed}, or leave out --fp16"
         ]
     if precision == "bf16" and cuda and best_precision() != "bf16":
         return [
