@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import socket
 import tempfile
 import time
 from dataclasses import replace
@@ -84,6 +83,7 @@ def _train(name: str, documents: int, checkpointing: bool, line: Connection) -> 
     import torch
     from transformers import GPTJConfig, GPTJForCausalLM
 
+    from training.bench.short_runs import become_the_only_rank
     from training.options.settings import resolve
     from training.options.trainer_options import TrainingOptions
     from training.run import prepare, steps
@@ -92,7 +92,7 @@ def _train(name: str, documents: int, checkpointing: bool, line: Connection) -> 
     torch.set_num_threads(1)
     file, whole = CONFIGURATIONS[name]
     if file:
-        _become_the_only_rank()
+        become_the_only_rank()
     with tempfile.TemporaryDirectory() as folder:
         options = TrainingOptions(
             input_model=DEMO, training_dataset=(DEMO,), local_output_dir=folder, test_size=8, max_steps=10**6,
@@ -154,15 +154,6 @@ def _turns(line: Connection) -> Any:
 
 def _clock() -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
-
-
-def _become_the_only_rank() -> None:
-    """Sets the variables with which a launcher starts one rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
 def report(result: dict[str, dict[str, float]]) -> str:

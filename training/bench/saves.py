@@ -22,9 +22,11 @@ import click
 
 from training.console import set_up_console
 from training.consts import DEMO, METRICS_FILE, ROOT, SUPERVISED
+from training.options.command_line import option_words
 
 WAYS = ("in the background", "waiting")
 EVERY = 4  # steps between saves
+NEVER = 10**6  # steps, or checkpoints: more than a run has
 FIGURES = ("step", "loss", "grad_norm", "eval_loss")
 # Environment variable of the ranks: the file for the times of the run's saves.
 TIMES = "DOLLY_BENCH_SAVES"
@@ -49,29 +51,25 @@ def make_model(folder: Path, width: int, layers: int) -> int:
 def train(model: Path, output: Path, steps: int, every: int, times: Path | None = None) -> float:
     """Trains on two ranks. Returns the seconds of the command. `times`: the saves alternate between both ways."""
     begin = time.monotonic()
-    words: list[Any] = [
-        "deepspeed",
-        "--num_gpus",
-        2,
-        "--master_port",
-        29533,
-        "--module",
-        "training.bench.saves",
-    ]
-    words += [
-        "--deepspeed",
-        "config/ds_z3_fp32_config.json",
-        "--input-model",
-        model,
-        "--training-dataset",
-        DEMO,
-    ]
-    words += ["--per-device-train-batch-size", 2, "--per-device-eval-batch-size", 2, "--test-size", 4]
-    words += ["--max-steps", steps, "--save-steps", every, "--eval-steps", 10**6, "--logging-steps", 1]
-    words += ["--gradient-checkpointing", "off", "--local-output-dir", output, "--save-total-limit", 10**6]
+    options = {
+        "deepspeed": "config/ds_z3_fp32_config.json",
+        "input_model": str(model),
+        "training_dataset": (DEMO,),
+        "per_device_train_batch_size": 2,
+        "per_device_eval_batch_size": 2,
+        "test_size": 4,
+        "max_steps": steps,
+        "save_steps": every,
+        "save_total_limit": NEVER,
+        "eval_steps": NEVER,
+        "logging_steps": 1,
+        "gradient_checkpointing": "off",
+        "local_output_dir": str(output),
+    }
+    launcher = "deepspeed --num_gpus 2 --master_port 29533 --module training.bench.saves".split()
     environment = os.environ | ({} if times is None else {TIMES: str(times)})
     result = subprocess.run(
-        [*map(str, words)],
+        [*launcher, *option_words(options)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -120,23 +118,23 @@ def compare(folder: Path, parameters: int) -> dict[str, Any]:
             "written_bytes": sum(saves[i]["written_bytes"] for i in chosen),
             "seconds_from_save_to_save": sum(lasted[i] for i in chosen),
         }
-    names = [
-        {name.replace(folder_.name[11:], "N"): file["size"] for name, file in manifest["files"].items()}
-        for folder_ in checkpoint.checkpoints(folder / "saving")[2:4]
-        if (manifest := checkpoint.read_manifest(folder_))
+    files = [  # by both ways; the names have the step in them
+        {name.replace(saved.name.removeprefix("checkpoint-"), "N") for name in manifest["files"]}
+        for saved in checkpoint.checkpoints(folder / "saving")[2:4]
+        if (manifest := checkpoint.read_manifest(saved))
     ]
     weights = [(folder / name / "model.safetensors").read_bytes() for name in ("saving", "alone")]
     logged = [_figures(folder / name) for name in ("saving", "alone")]
     shared = {entry["step"] for entry in logged[1] if "eval_loss" in entry}
     figures = [
-        [e for e in entries if "loss" in e or ("eval_loss" in e and e["step"] in shared)]
+        [entry for entry in entries if "loss" in entry or ("eval_loss" in entry and entry["step"] in shared)]
         for entries in logged
     ]
     background, waiting = (result[way] for way in WAYS)
     return result | {
         "blocked_ratio": background["blocked_seconds"] / waiting["blocked_seconds"],
         "run_ratio": background["seconds_from_save_to_save"] / waiting["seconds_from_save_to_save"],
-        "same_files": names[0].keys() == names[1].keys(),
+        "same_files": files[0] == files[1],
         "same_losses_and_norms": figures[0] == figures[1],
         "same_weights": weights[0] == weights[1],
     }
@@ -162,7 +160,7 @@ def main(width: int, layers: int, pairs: int) -> None:
         folder = Path(temporary)
         parameters = make_model(folder / "model", width, layers)
         train(folder / "model", folder / "saving", steps, EVERY, folder / "times.json")
-        train(folder / "model", folder / "alone", steps, 10**6)
+        train(folder / "model", folder / "alone", steps, NEVER)
         print(json.dumps(compare(folder, parameters), indent=2))
 
 
@@ -170,9 +168,8 @@ if __name__ == "__main__":
     if "RANK" not in os.environ:
         main()
     else:
-        os.environ[SUPERVISED] = (
-            "log"  # a supervisor would start the trainer without what `alternate` changes
-        )
+        # A supervisor would start the trainer without what `alternate` changes.
+        os.environ[SUPERVISED] = "log"
         if TIMES in os.environ:
             alternate(Path(os.environ[TIMES]))
         # By name: this process becomes the trainer.
