@@ -17,10 +17,10 @@ def printable(text: object) -> str:
     direction, invisible characters and lone surrogates become U+FFFD; special spaces become plain ones. Only what is
     shown changes, never what is stored.
     """
-    return "".join(map(_shown, str(text)))
+    return "".join(map(_printable_character, str(text)))
 
 
-def _shown(character: str) -> str:
+def _printable_character(character: str) -> str:
     if character.isprintable() or character in "\n\t":
         return character
     return " " if unicodedata.category(character) == "Zs" else "\N{REPLACEMENT CHARACTER}"
@@ -45,25 +45,24 @@ def install_extra(extra: str) -> str:
 
 def offline_note() -> str:
     """The sentence about a name that is not found while downloads are switched off; "" if they are not."""
-    switched_off = os.environ.get("HF_HUB_OFFLINE", "").upper() in (
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in (
         "1",
         "ON",
         "YES",
         "TRUE",
-    )  # as huggingface_hub reads it
-    return (
-        ". HF_HUB_OFFLINE is set, so nothing is downloaded: type unset HF_HUB_OFFLINE" if switched_off else ""
-    )
+    ):  # as huggingface_hub reads it
+        return ""
+    return ". HF_HUB_OFFLINE is set, so nothing is downloaded: type unset HF_HUB_OFFLINE"
 
 
-class _Shown:
+class _PrintableMessage:
     """The message is printable: it may repeat text of a row, the name of a file or the answer of a server."""
 
     def __str__(self) -> str:
         return printable(super().__str__())
 
 
-class OptionsError(_Shown, ValueError):
+class OptionsError(_PrintableMessage, ValueError):
     """The options contradict each other or do not suit this machine. `problems` holds every reason."""
 
     def __init__(self, *problems: str):
@@ -71,7 +70,7 @@ class OptionsError(_Shown, ValueError):
         super().__init__("\n".join(f"  - {problem}" for problem in problems))
 
 
-class DataError(_Shown, ValueError):
+class DataError(_PrintableMessage, ValueError):
     """The dataset cannot be used. The message names the file, the row and the fix."""
 
 
@@ -85,23 +84,23 @@ class TooFewRowsError(DataError):
         )
 
 
-class DuplicateKeyError(_Shown, ValueError):
+class DuplicateKeyError(_PrintableMessage, ValueError):
     """A JSON object has the same key twice."""
 
 
-class ModelError(_Shown, ValueError):
+class ModelError(_PrintableMessage, ValueError):
     """The model or its tokenizer cannot be used. The message says why and how to fix it."""
 
 
-class MachineError(_Shown, ValueError):
+class MachineError(_PrintableMessage, ValueError):
     """The machine is unknown or cannot train. The message lists the known ones."""
 
 
-class FolderBusyError(_Shown, RuntimeError):
+class FolderBusyError(_PrintableMessage, RuntimeError):
     """Another process writes into the folder. The message says which one and what to do."""
 
 
-class PublishError(_Shown, RuntimeError):
+class PublishError(_PrintableMessage, RuntimeError):
     """The model could not be published. The message says why and what to type. The source is unchanged."""
 
 
@@ -109,7 +108,7 @@ class SourceError(PublishError):
     """A file of the source model cannot be read, or has changed during the copy."""
 
 
-class TrainingError(_Shown, RuntimeError):
+class TrainingError(_PrintableMessage, RuntimeError):
     """Training cannot continue. The message names the step, the reason and what to do. The last checkpoint is valid.
 
     Either all ranks raise it and rank 0 prints it, or one rank raises it with `alone` and prints it.
@@ -124,7 +123,7 @@ class Interrupted(KeyboardInterrupt):
     """SIGTERM or Ctrl-C outside the training steps, where there is no step to finish."""
 
 
-class TrackingError(_Shown, RuntimeError):
+class TrackingError(_PrintableMessage, RuntimeError):
     """The finished model could not be logged. The message says why. The model is unchanged."""
 
 
@@ -132,7 +131,7 @@ class UnfinishedRunError(ModelError, PublishError, TrackingError):
     """The folder holds no finished run, so its model cannot be loaded, published or logged. The message says why."""
 
 
-class TrainingFailedError(_Shown, RuntimeError):
+class TrainingFailedError(_PrintableMessage, RuntimeError):
     """The training command ended with an exit code other than 0. The message has its meaning and the last lines.
 
     Attributes:
@@ -148,21 +147,21 @@ class TrainingFailedError(_Shown, RuntimeError):
         return "\n".join([str(self), *getattr(self, "__notes__", [])]).splitlines()
 
 
-class NodesError(_Shown, RuntimeError):
+class NodesError(_PrintableMessage, RuntimeError):
     """The nodes of a run did not meet, or one of them was lost or has failed. The message names it and what to do."""
 
 
-class NotebookSourceError(_Shown, ValueError):
+class NotebookSourceError(_PrintableMessage, ValueError):
     """The file is not a Databricks notebook, or a cell cannot run elsewhere. The message names the cell."""
 
 
-class RunRefusedError(_Shown, RuntimeError):
+class RunRefusedError(_PrintableMessage, RuntimeError):
     """A cell of the notebook refuses to run. The message says why and what to choose instead."""
 
     _render_traceback_ = TrainingFailedError._render_traceback_
 
 
-class NotebookFailedError(_Shown, RuntimeError):
+class NotebookFailedError(_PrintableMessage, RuntimeError):
     """A cell failed or the notebook was stopped. The console shows why."""
 
 

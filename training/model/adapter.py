@@ -155,9 +155,8 @@ def add_adapter(model: PreTrainedModel, lora: Lora, row_ids: Sequence[int], seed
         fan_in_fan_out=any(isinstance(model.get_submodule(name), Conv1D) for name in targets),
     )
     model.requires_grad_(False)
-    inject_adapter_in_model(
-        config, model, ADAPTER, low_cpu_mem_usage=True
-    )  # on "meta", without drawing numbers
+    # On "meta", without drawing numbers.
+    inject_adapter_in_model(config, model, ADAPTER, low_cpu_mem_usage=True)
     generator = torch.Generator().manual_seed(seed)
     base = model.get_input_embeddings().weight
     for module in model.modules():

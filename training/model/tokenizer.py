@@ -49,6 +49,31 @@ from training.model.demo_model import model_folder
 # Files of which a folder with a tokenizer has at least one.
 TOKENIZER_FILES = ("tokenizer*", "vocab*", "*.model", "*.tiktoken", "*tok*.json", "tekken.json")
 
+# Special tokens into whose text a space is put, at most: each costs a search in every text.
+MOST_BROKEN = 1000
+
+# A vocabulary has at least its letters. Those that transformers makes have at most "▁".
+MIN_WORDS = 5
+
+# ASCII to letters that many normalizers turn back into ASCII.
+FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
+
+# Settings of a tokenizer, besides its tokens, that the saved files must hold.
+KEPT = (
+    "padding_side",
+    "model_input_names",
+    "split_special_tokens",
+    "model_max_length",
+    "clean_up_tokenization_spaces",
+)
+
+# (instruction, input, response): what tokenizers treat in special ways, at the ends of the pieces and within them.
+SAMPLES = (
+    ("Name a river.", "", "The Rhine."),
+    (" Translate into German: 12,5 km\n", "the caf\u00e9,  \U0001f642", "- das Caf\u00e9,\n- 12,5 km \n"),
+    ("\tdef f(x):\n\n    return x", "\n# Why?\n", "\n  It's the identity: f(x) == x\n\n"),
+)
+
 
 def load_tokenizer(name: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """Loads the tokenizer, adds control tokens and chat template, and sets EOS as the pad token. Raises ModelError.
@@ -223,31 +248,6 @@ def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, name: str) -> None
                 f"{name}: its tokenizer reads {token!r} inside a text as a control token, so a user's text could "
                 "end a row early. Use a model with another tokenizer"
             )
-
-
-MOST_BROKEN = 1000  # each costs a search in every text
-
-# A vocabulary has at least its letters. Those that transformers makes have at most "▁".
-MIN_WORDS = 5
-
-# ASCII to letters that many normalizers turn back into ASCII.
-FULL_WIDTH = {code: code + 0xFEE0 for code in range(0x21, 0x7F)}
-
-# Settings of a tokenizer, besides its tokens, that the saved files must hold.
-KEPT = (
-    "padding_side",
-    "model_input_names",
-    "split_special_tokens",
-    "model_max_length",
-    "clean_up_tokenization_spaces",
-)
-
-# (instruction, input, response): what tokenizers treat in special ways, at the ends of the pieces and within them.
-SAMPLES = (
-    ("Name a river.", "", "The Rhine."),
-    (" Translate into German: 12,5 km\n", "the caf\u00e9,  \U0001f642", "- das Caf\u00e9,\n- 12,5 km \n"),
-    ("\tdef f(x):\n\n    return x", "\n# Why?\n", "\n  It's the identity: f(x) == x\n\n"),
-)
 
 
 def _stock_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:

@@ -39,12 +39,12 @@ def save_model(
 
 def not_finite(state_dict: dict[str, torch.Tensor], model: PreTrainedModel) -> list[str]:
     """Names of the tensors with NaN or infinite values. A buffer may be infinite: Gemma 4 stores limits in some."""
+    largest = zip(state_dict, largest_magnitudes(state_dict.values()), strict=True)
+    suspects = [(name, value) for name, value in largest if not math.isfinite(value)]
+    if not suspects:
+        return []
     buffers = {name.rpartition(".")[2] for name, _ in model.named_buffers()}
-    return [
-        name
-        for name, largest in zip(state_dict, largest_magnitudes(state_dict.values()), strict=True)
-        if math.isnan(largest) or (math.isinf(largest) and name.rpartition(".")[2] not in buffers)
-    ]
+    return [name for name, value in suspects if math.isnan(value) or name.rpartition(".")[2] not in buffers]
 
 
 def largest_magnitudes(tensors: Iterable[torch.Tensor]) -> list[float]:
@@ -98,9 +98,8 @@ def weight_problems(folder: Path, trust_remote_code: bool) -> list[str]:
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     buffers = [tensor for name, tensor in model.state_dict().items() if name not in parameters]
-    expected = sum(
-        tensor.numel() for tensor in [*model.parameters(), *buffers]
-    )  # parameters() lists a tied weight once
+    # parameters() lists a tied weight once.
+    expected = sum(tensor.numel() for tensor in [*model.parameters(), *buffers])
     found, problems = 0, []
     for file in sorted(folder.glob(f"*{WEIGHTS}")):
         with safe_open(file, framework="pt") as weights:

@@ -28,7 +28,7 @@ from training.consts import WEIGHTS
 from training.errors import ModelError
 from training.files import file_digest, write_file
 from training.model.stored_weights import StoredTensor
-from training.model.verify import largest_magnitudes, not_finite
+from training.model.verify import not_finite
 
 INDEX = f"model{WEIGHTS}.index.json"
 ONE_FILE = 2**30  # bytes; a smaller model is one file, also if several ranks could write it
@@ -64,11 +64,6 @@ class WeightFiles:
     def size(self) -> int:
         """Bytes of all weights."""
         return sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in self.weights.values())
-
-    def may_be_infinite(self, name: str) -> bool:
-        """Gemma 4 stores limits in some buffers."""
-        buffers = {buffer.rpartition(".")[2] for buffer, _ in self.model.named_buffers()}
-        return name.rpartition(".")[2] in buffers
 
 
 def plan_files(
@@ -196,8 +191,7 @@ def _blocks(plan: WeightFiles, names: list[str]) -> Iterator[bytes | memoryview]
     yield struct.pack("<Q", len(text)) + text
     for name in names:
         content = plan.weights[name].read()
-        (largest,) = largest_magnitudes([content])
-        if math.isnan(largest) or (math.isinf(largest) and not plan.may_be_infinite(name)):
+        if not_finite({name: content}, plan.model):
             raise ModelError(f"{name} holds NaN or infinite numbers")
         if content.numel():
             yield content.reshape(-1).view(torch.uint8).numpy().data
@@ -212,9 +206,8 @@ def _write_with_other_names(plan: WeightFiles, folder: Path) -> dict[str, dict[s
     if bad := not_finite(state, plan.model):
         raise ModelError(f"{bad[0]} holds NaN or infinite numbers")
     plan.model.save_pretrained(folder / OTHER_NAMES, state_dict=state, max_shard_size=plan.max_shard_size)
-    for file in (folder / OTHER_NAMES).glob(
-        f"*{WEIGHTS}*"
-    ):  # config and generation config are the checkpoint's
+    # Only the weights: config and generation config are the checkpoint's.
+    for file in (folder / OTHER_NAMES).glob(f"*{WEIGHTS}*"):
         shutil.copymode(folder / OTHER_NAMES / "config.json", file)
         file.rename(folder / file.name)
     shutil.rmtree(folder / OTHER_NAMES)
