@@ -135,11 +135,10 @@ class CollectedOption(click.Option):
 
     def process_value(self, ctx: click.Context, value: Any) -> Any:
         default = None if self.required else self.get_default(ctx)
-        if not (
-            self.multiple and isinstance(value, list | tuple)
-        ):  # click has a mark for an option not typed
+        # The value of an option that was not typed is a mark of click's.
+        if not self.multiple or not isinstance(value, list | tuple):
             return self._converted(ctx, value, default)
-        return sum((self._converted(ctx, (one,), ()) for one in value), ()) or default
+        return tuple(part for one in value for part in self._converted(ctx, (one,), ())) or default
 
     def _converted(self, ctx: click.Context, value: Any, otherwise: Any) -> Any:
         """The value, or `otherwise` if it is refused."""

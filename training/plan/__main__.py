@@ -34,7 +34,7 @@ from training.options.command_line import (
 )
 from training.options.deepspeed import read_json
 from training.options.deepspeed_checks import file_problems, precision_problems
-from training.options.trainer_options import TrainingOptions
+from training.options.trainer_options import TrainingOptions, flag_of
 from training.pictures import PictureFile
 from training.plan.fit import Plan
 from training.plan.presets import preset_options
@@ -153,9 +153,9 @@ def main(
     problems = value_problems(ctx)
     if price is not None and not math.isfinite(price):
         problems.append(f"--price {price}: expected a finite number")
+    own = {name: typed.pop(name) for name in ("gpu_memory", "gpu_flops", "host_memory")}
     with redirect_stdout(sys.stderr):  # DeepSpeed prints when it is imported
-        own = typed.pop("gpu_memory"), typed.pop("gpu_flops"), typed.pop("host_memory")
-        plan = _plan(partial(_machine, machine, num_gpus, own), num_gpus, typed, problems)
+        plan = _plan(machine, own, num_gpus, typed, problems)
     if plan is None:
         raise click.UsageError("\n".join(problems))
     if plot:
@@ -165,13 +165,11 @@ def main(
         raise SystemExit(1)  # so that `plan && train` does not train
 
 
-def _own_machine_problems(
-    name: str | None, memory: float | None, flops: float | None, host: float | None
-) -> list[str]:
-    """Problems of --gpu-memory, --gpu-flops and --host-memory, which describe a machine without a name."""
+def _own_machine_problems(name: str | None, own: dict[str, float | None]) -> list[str]:
+    """Problems of --machine NAME, and of the options that describe a machine without a name."""
     if name is not None and not name.strip():  # such as an unset shell variable
         return ["--machine is empty. Give a value, or leave the option out"]
-    described = {"--gpu-memory": memory, "--gpu-flops": flops, "--host-memory": host}
+    described = {flag_of(option): value for option, value in own.items()}
     typed = [flag for flag, value in described.items() if value is not None]
     if name and typed:
         return [f"--machine {name}: has its own figures. Leave out {' and '.join(typed)}, or --machine"]
@@ -186,28 +184,36 @@ def _own_machine_problems(
     return [f"{typed[0]}: also type {flag}, in {units[flag]}" for flag in missing]
 
 
-def _machine(
-    name: str | None,
-    num_gpus: int | None,
-    own: tuple[float | None, float | None, float | None],
-    folder: str,
+def _find_machine(
+    name: str | None, own: dict[str, float | None], num_gpus: int | None, folder: str
 ) -> Machine:
-    """The machine to plan for: the one of that name, one's own of which `own` has the figures, or this one.
+    """The machine to plan for: the one of that name, one's own, or this one with the disk of `folder`.
+
+    Args:
+        own: --gpu-memory in GiB, --gpu-flops in TFLOP/s and --host-memory in GiB; None where one was not typed.
 
     Raises OptionsError or MachineError if there is none.
     """
-    memory, flops, host = own
-    if problems := _own_machine_problems(name, memory, flops, host):
+    if problems := _own_machine_problems(name, own):
         raise OptionsError(*problems)
-    if memory and flops:
-        return described_machine(num_gpus or 1, memory, 1e12 * flops, host)
+    if own["gpu_memory"] and own["gpu_flops"]:
+        return described_machine(
+            num_gpus or 1, own["gpu_memory"], 1e12 * own["gpu_flops"], own["host_memory"]
+        )
     return find_machine(name) if name else this_machine(folder, num_gpus)
 
 
 def _plan(
-    find: Callable[[str], Machine], num_gpus: int | None, typed: dict[str, Any], problems: list[str]
+    name: str | None,
+    own: dict[str, float | None],
+    num_gpus: int | None,
+    typed: dict[str, Any],
+    problems: list[str],
 ) -> Plan | None:
-    """The plan, or None if there are problems. Adds every problem it finds to `problems`."""
+    """The plan, or None if there are problems. Adds every problem it finds to `problems`.
+
+    `name` and `own` are those of `_find_machine`, and `typed` are the trainer's options, None where one was not typed.
+    """
     options = TrainingOptions(**{key: value for key, value in typed.items() if value is not None})
     problems += option_problems(options)
     if options.deepspeed is not None and not options.deepspeed.strip():
@@ -216,7 +222,7 @@ def _plan(
     with _collect_errors(problems):
         config = read_json(options.deepspeed) if options.deepspeed else None
     with _collect_errors(problems):
-        machine = find(options.local_output_dir)
+        machine = _find_machine(name, own, num_gpus, options.local_output_dir)
         if num_gpus and num_gpus > machine.count:
             raise MachineError(
                 f"--num-gpus {num_gpus}: {machine.name} has {machine.count}. Type a smaller number"

@@ -23,7 +23,12 @@ NOTICED_GIB = 0.1  # an idle GPU may report a few MiB as used
 
 @dataclass(frozen=True)
 class Change:
-    """Changed options, ranks and machine of a run. `where` describes the machine if it is a different one."""
+    """Changed options, ranks and machine of a run.
+
+    Attributes:
+        options: new values by name of TrainingOptions; None: the option is left out.
+        where: describes the machine if it is a different one.
+    """
 
     options: dict[str, Any]
     ranks: int
@@ -32,7 +37,7 @@ class Change:
 
     @property
     def advice(self) -> str:
-        """What to type, or where it fits. An option whose value is None is left out."""
+        """What to type, or where the run fits and with which options."""
         typed = " ".join(
             f"{flag_of(name)} {value}" for name, value in self.options.items() if value is not None
         )
@@ -49,6 +54,7 @@ class Change:
 
 
 def apply_change(settings: Settings, change: Change) -> Settings:
+    """The settings of the changed run. Defaults of the method, such as --lr, become those of the new method."""
     same_file = "deepspeed" not in change.options
     options, defaults = settings.options, defaults_of(settings.options)
     method: dict[str, Any] = {
@@ -169,13 +175,13 @@ def _machine_changes(failed: Plan) -> list[Change]:
         for name, gpu in GPUS.items()
         if (gpu.family, gpu.link) == (machine.family, machine.link) and gpu.memory_gib > total + 1
     ]
+    if settings.options.quantize:  # one device
+        return changes
     for count in (count for count in (2, 3, 4, 8, 16, 32) if count > ranks):
         rows, steps = rows_and_accumulation(settings.global_batch, count, settings.batching)
         spread = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": steps} | recompute
         if settings.lora and not settings.deepspeed:
             spread["deepspeed"] = lora_file(machine.family, count)
-        if settings.options.quantize:
-            continue  # one device
         for options in [spread, offload | spread] if offload else [spread]:
             changes.append(Change(options, count, replace(machine, count=count), f"{count} {machine.gpu}"))
     return changes

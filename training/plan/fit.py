@@ -109,7 +109,8 @@ def plan_run(settings: Settings, lengths: Lengths, model: ModelShape, machine: M
     """Plans a run on a machine, or on several such machines if the run has more ranks than the machine has devices.
 
     The plan's settings have "auto" resolved. A CPU's speed is measured unless `machine.flops` is set.
-    Raises MachineError for an unknown GPU family.
+
+    Raises MachineError for an unknown GPU family, OptionsError for options that the model cannot have.
     """
     if machine.is_cpu and not machine.flops:
         machine = replace(machine, flops=cpu_rate(model.width, settings.ranks))
@@ -245,18 +246,21 @@ def _shortages(
     machine: Machine, gpu_gib: float, host_gib: dict[str, float], disk_gib: float
 ) -> dict[str, str]:
     """Describes what the machine lacks, in numbers. A CPU rank has no memory of its own."""
-    phase, gpu_room = max(host_gib, key=host_gib.__getitem__), machine.gpu_memory_gib
-    others = f", because other processes use {machine.taken_gib:.1f} (nvidia-smi lists them)"
-    taken = others if machine.taken_gib >= NOTICED_GIB else ""
+    gpu_room = math.inf if machine.is_cpu else machine.gpu_memory_gib
+    of_gpu = f"its {gpu_room:.1f}"
+    if machine.taken_gib >= NOTICED_GIB:
+        others = f"other processes use {machine.taken_gib:.1f} (nvidia-smi lists them)"
+        of_gpu = f"its free {gpu_room:.1f}, because {others}"
+    phase = max(host_gib, key=host_gib.__getitem__)
+    of_host, of_disk = (f"the {gib:.1f} of {machine.name}" for gib in (machine.host_gib, machine.disk_gib))
     needs = (
-        ("GPU memory", gpu_gib, math.inf if machine.is_cpu else gpu_room, f"on each {machine.gpu}", taken),
-        ("host memory", host_gib[phase], machine.host_gib, f"while {phase}", f" of {machine.name}"),
-        ("disk", disk_gib, machine.disk_gib, "for checkpoints, model and cache", f" of {machine.name}"),
+        ("GPU memory", gpu_gib, gpu_room, f"on each {machine.gpu}", of_gpu),
+        ("host memory", host_gib[phase], machine.host_gib, f"while {phase}", of_host),
+        ("disk", disk_gib, machine.disk_gib, "for checkpoints, model and cache", of_disk),
     )
     return {
-        kind: f"{kind}: {needed:.1f} GiB are needed {purpose}, {needed - room:.1f} more than "
-        f"{'the' if kind != 'GPU memory' else 'its free' if owner else 'its'} {room:.1f}{owner}"
-        for kind, needed, room, purpose, owner in needs
+        kind: f"{kind}: {needed:.1f} GiB are needed {purpose}, {needed - room:.1f} more than {available}"
+        for kind, needed, room, purpose, available in needs
         if needed > room
     }
 

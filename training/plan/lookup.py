@@ -49,6 +49,8 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
         parameters = sum(parameter.numel() for parameter in model.parameters())
         sizes = [getattr(text, key, None) for key in ("intermediate_size", "n_inner", "ffn_dim")]
         inner = next(filter(None, sizes), 4 * text.hidden_size)
+        if isinstance(inner, list):  # one size for each layer
+            inner = max(inner)
         if adapter := find_adapter(name):
             folder = Path(adapter.base)  # its weights are what is read
         files = [file for kind in (f"*{WEIGHTS}", "*.bin") for file in folder.glob(kind)]
@@ -60,9 +62,7 @@ def _shape_of_config(name: str, trust_remote_code: bool) -> ModelShape:
             layers=text.num_hidden_layers,
             width=text.hidden_size,
             heads=getattr(text, "num_attention_heads", None) or 1,  # a recurrent model has none
-            inner=max(inner)
-            if isinstance(inner, list)
-            else inner,  # some have a list, one size for each layer
+            inner=inner,
             vocabulary=embedding_rows(model),
             positions=max_positions(config),
             file_bytes=sum(file.stat().st_size for file in files) or 2 * parameters,
@@ -84,13 +84,13 @@ def _linears(model: Any) -> tuple[Linear, ...]:
     """The linear layers of a model's blocks, which get adapters (model/adapter.py)."""
     from training.model.adapter import target_layers
 
-    layers = {name: model.get_submodule(name) for name in target_layers(model)}
-    return tuple(
-        Linear(
-            name, *(layer.weight.shape if hasattr(layer, "nf") else reversed(layer.weight.shape))
-        )  # Conv1D
-        for name, layer in layers.items()
-    )
+    linears = []
+    for name in target_layers(model):
+        layer = model.get_submodule(name)
+        is_conv1d = hasattr(layer, "nf")  # transformers' Conv1D has its weight as (inputs, outputs)
+        inputs, outputs = layer.weight.shape if is_conv1d else reversed(layer.weight.shape)
+        linears.append(Linear(name, inputs, outputs))
+    return tuple(linears)
 
 
 def dataset_lengths(options: TrainingOptions, model: ModelShape) -> Lengths:

@@ -154,10 +154,11 @@ def bucket_parameters(model: ModelShape, settings: Settings, cpu: bool) -> float
 def communication_bytes(model: ModelShape, settings: Settings, cpu: bool) -> float:
     """Bytes of weights and gradients in transit, beyond the gathered layers.
 
-    With ZeRO: the bucket and the largest gradient, which is the embedding's unless it is frozen. Stages 1 and 2 fill a second bucket meanwhile
-    (stage_1_and_2.py, setup_buckets). With whole blocks ZeRO-3 also copies the gradients of a bucket before it reduces them
-    (`reduce_scatter_coalesced`), and gathers a prefetched block into a buffer from which its weights are copied
-    (`AllGatherCoalescedHandle.wait`). Without ZeRO torch's DistributedDataParallel copies all gradients into buckets.
+    With ZeRO: the bucket and the largest gradient, which is the embedding's unless it is frozen. Stages 1 and 2 fill a
+    second bucket meanwhile (stage_1_and_2.py, setup_buckets). With whole blocks ZeRO-3 also copies the gradients of a
+    bucket before it reduces them (`reduce_scatter_coalesced`), and gathers a prefetched block into a buffer from which its
+    weights are copied (`AllGatherCoalescedHandle.wait`). Without ZeRO torch's DistributedDataParallel copies all gradients
+    into buckets.
     """
     zero, size, whole = settings.zero, settings.number_bytes, settings.whole_blocks is True
     adapter = adapter_of(model, settings)
@@ -170,8 +171,8 @@ def communication_bytes(model: ModelShape, settings: Settings, cpu: bool) -> flo
     if not whole:
         return size * (bucket + largest)
     prefetched = zero.prefetch or bucket_sizes(model.block)["stage3_prefetch_bucket_size"]
-    copied = prefetched + max(model.width * model.inner, model.width**2) if settings.ranks > 1 else 0
-    return size * (bucket + min(bucket, model.block) + max(largest, model.block) + copied)
+    buffer = prefetched + max(model.width * model.inner, model.width**2) if settings.ranks > 1 else 0
+    return size * (bucket + min(bucket, model.block) + max(largest, model.block) + buffer)
 
 
 def device_memory(
@@ -181,9 +182,10 @@ def device_memory(
 
     "unpacked layer": the largest layer of 4-bit weights, in 16 bits: bitsandbytes unpacks one at a time.
     "gathered layers": ZeRO-3 prefetches until stage3_max_live_parameters are gathered, and exceeds the limit by one
-    parameter, and by a block if it gathers whole blocks (measured on two ranks). The forward pass of a larger model always reaches the limit,
-    because every module requests the next bucket, even a module without parameters (`fetch_sub_module` in
-    partitioned_param_coordinator.py; measured on real ranks). A single rank holds all weights anyway. Without ZeRO this part is autocast's 16-bit copy of the weights; a frozen base is in 16 bits anyway.
+    parameter, and by a block if it gathers whole blocks (measured on two ranks). The forward pass of a larger model always
+    reaches the limit, because every module requests the next bucket, even a module without parameters (`fetch_sub_module`
+    in partitioned_param_coordinator.py; measured on real ranks). A single rank holds all weights anyway. Without ZeRO this
+    part is autocast's 16-bit copy of the weights; a frozen base is in 16 bits anyway.
     "communication": `communication_bytes`.
     "optimizer step": float32 copies of the gradients, and 16-bit ones on the way (DeepSpeed copies one sub-group at a
     time, at stages 1 and 2 a rank's whole shard), beyond the memory that activations, logits, gathered layers and buckets
@@ -344,8 +346,10 @@ def disk(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
     last step also writes a checkpoint.
     """
     assert settings.options.save_steps is not None, "a time was turned into steps"
-    copied = settings.options.checkpoint_to is not None
-    kept = min(settings.options.save_total_limit + 1 + copied, math.ceil(steps / settings.options.save_steps))
+    in_transit = settings.options.checkpoint_to is not None
+    kept = min(
+        settings.options.save_total_limit + 1 + in_transit, math.ceil(steps / settings.options.save_steps)
+    )
     return {
         "cache": (model.file_bytes / GIB if model.downloaded else 0.0) + DATASET_CACHE_GIB,
         "checkpoints": kept * settings.checkpoint_bytes * trained_parameters(model, settings) / GIB,
@@ -361,7 +365,7 @@ def _adapter_folder_bytes(model: ModelShape, settings: Settings) -> float:
     return 4 * adapter.parameters + settings.number_bytes * model.head_bias * model.vocabulary * model.width
 
 
-def copied(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
+def remote_gib(model: ModelShape, settings: Settings, steps: int) -> dict[str, float]:
     """GiB that a run of `steps` steps copies to --checkpoint-to, if no checkpoint is skipped; {} without it."""
     options = settings.options
     if options.checkpoint_to is None:

@@ -64,11 +64,11 @@ def checkpoint_seconds(model: ModelShape, machine: Machine, settings: Settings) 
     states = settings.checkpoint_bytes * trained - whole
     shard = states / (settings.ranks if settings.zero.stage else 1)
     local = min(settings.ranks, machine.count) if settings.zero.stage else 1
-    copied = 0.0 if machine.is_cpu else 1 / DEVICE_TO_HOST
-    from_device = 0.0 if settings.zero.offload_optimizer else copied
+    copying = 0.0 if machine.is_cpu else 1 / DEVICE_TO_HOST  # seconds a byte
+    from_device = 0.0 if settings.zero.offload_optimizer else copying
     return {
         "checking": weights / settings.ranks / FINITE,
-        "writing the model": whole * (1 / SAFETENSORS + copied),
+        "writing the model": whole * (1 / SAFETENSORS + copying),
         "writing the shards": shard * (1 / TORCH_SAVE + from_device),
         "flushing": (whole + local * shard) / DISK,
         "hashing": max(shard, whole if settings.zero.stage else min(whole, SHARD)) / HASH,

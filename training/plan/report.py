@@ -15,7 +15,7 @@ from training.options.intervals import steps_between_saves
 from training.pictures import draw_plan
 from training.plan.adapter import trained_parameters
 from training.plan.fit import Plan, fastest
-from training.plan.memory import copied
+from training.plan.memory import remote_gib
 from training.plan.overhead import checkpoints
 from training.plan.presets import method_of
 
@@ -48,7 +48,7 @@ def as_json(plan: Plan, price: float | None) -> dict[str, Any]:
         "activations_gib": plan.activations_gib,
         "host_memory_gib": _sizes(plan.host_memory_gib, max, machine.host_gib),
         "disk_gib": _sizes(plan.disk_gib, sum, machine.disk_gib),
-        "copied_gib": copied(plan.model, settings, plan.steps),
+        "copied_gib": remote_gib(plan.model, settings, plan.steps),
         "steps_per_epoch": load.steps,
         "real_tokens_per_epoch": load.real_tokens,
         "computed_tokens_per_epoch": load.computed_tokens,
@@ -87,7 +87,7 @@ def as_table(plan: Plan, price: float | None, commands: bool = True) -> str:
     machine, settings, load = plan.machine, plan.settings, plan.load
     device = "CPU rank" if machine.is_cpu else machine.gpu
     total, seconds = sum(plan.gpu_memory_gib.values()), plan.step_seconds
-    sizes = copied(plan.model, settings, plan.steps)
+    sizes = remote_gib(plan.model, settings, plan.steps)
     split = f", at most {settings.max_tokens:,} tokens at once" if settings.max_tokens else ""
     lines = [
         f"{plan.model.name} ({_count(plan.model.parameters)} parameters) on {machine.name}: "

@@ -99,5 +99,6 @@ def model_of(options: TrainingOptions) -> ModelShape:
     packing = Packing("padded rows were requested")
     if options.batching == "packed":
         packing = packing_of(config, trust_remote_code)
-    # Without the tokenizer it is not known whether the embedding grows.
-    return with_packing(model, try_model(name, config, packing, False, trust_remote_code))
+    # grows: without the tokenizer it is not known whether the embedding does.
+    packing = try_model(name, config, packing, grows=False, trust_remote_code=trust_remote_code)
+    return with_packing(model, packing)
