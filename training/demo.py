@@ -99,11 +99,12 @@ def table(shown: list[tuple[str, ...]]) -> str:
     return printable("\n".join(lines))
 
 
-def question_to_try(columns: Columns) -> str:
-    """The first instruction that needs neither an input nor earlier turns."""
+def how_to_ask(model: Path, columns: Columns) -> str:
+    """The command that asks the model the first instruction that needs neither an input nor earlier turns."""
     prompts = prompts_of(columns)
     alone = (prompt for prompt in prompts if not prompt.input and not prompt.history)
-    return printable(next(alone, prompts[0]).instruction)
+    question = printable(next(alone, prompts[0]).instruction)
+    return f"Ask it yourself: {shlex.join(['python', '-m', 'training.generate', '--model', str(model), question])}"
 
 
 def show_adapter(output: Path, ranks: int, rank: int, extra: Sequence[str]) -> str:
@@ -122,15 +123,8 @@ def show_adapter(output: Path, ranks: int, rank: int, extra: Sequence[str]) -> s
         exact_matches(rows.columns.output, answers(str(output / name), rows)).tolist()
         for name in ("base", "lora")
     )
-    words = [
-        "python",
-        "-m",
-        "training.generate",
-        "--model",
-        str(output / "lora"),
-        question_to_try(rows.columns),
-    ]
-    return f"{lora_demo.table(rows.columns.category, base, adapter)}\nAsk it yourself: {shlex.join(words)}"
+    table_of_tasks = lora_demo.table(rows.columns.category, base, adapter)
+    return f"{table_of_tasks}\n{how_to_ask(output / 'lora', rows.columns)}"
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
@@ -188,8 +182,7 @@ def main(
     result = f"exact match on all {len(rows)} held-out rows: {shares[0]:.0%} before, {shares[1]:.0%} after"
     print(f"\nHeld-out rows, which were not trained on:\n\n{table(shown)}\n")
     print(
-        f"{result}; {duration(time.monotonic() - start)} in total\n"
-        f'Ask it yourself: python -m training.generate --model {shlex.quote(output)} "{question_to_try(rows.columns)}"'
+        f"{result}; {duration(time.monotonic() - start)} in total\n{how_to_ask(Path(output), rows.columns)}"
     )
     if plot:
         draw_demo(metrics.read(Path(output) / METRICS_FILE), shown[:PICTURE_EXAMPLES], result, plot)

@@ -54,13 +54,14 @@ class PrintableStreamer(TextStreamer):
 @click.argument("instruction", required=False)
 @click.option(
     "--model",
-    "path",
+    "model_name",
     required=True,
     help="Output folder of a run, or a model on the Hub. Metaflow: fetch it first with python flows/model_on_s3.py RUN_ID --to FOLDER",
 )
-@click.option("--input", "context", help="Input text for the instruction.")
+@click.option("--input", "input_text", help="Input text for the instruction.")
 @click.option(
     "--history",
+    "history_file",
     cls=CollectedOption,
     type=PathName("file"),
     metavar="FILE",
@@ -68,7 +69,7 @@ class PrintableStreamer(TextStreamer):
 )
 @click.option(
     "--prompts",
-    "file",
+    "prompts_file",
     cls=CollectedOption,
     type=PathName("file"),
     metavar="FILE",
@@ -99,11 +100,7 @@ class PrintableStreamer(TextStreamer):
 )
 @click.option("--greedy", is_flag=True, help="Always take the most likely token instead of sampling.")
 @click.option("--seed", type=click.IntRange(0, 2**32 - 1), help="Makes a sampled answer repeatable.")
-@click.option(
-    "--dtype",
-    type=click.Choice(list(DTYPES)),
-    help="[default: half precision on a GPU, fp32 on a CPU]",
-)
+@click.option("--dtype", type=click.Choice([*DTYPES]), help="[default: half precision on a GPU, else fp32]")
 @click.option("--trust-remote-code", is_flag=True, help="Run Python code from the model's repository.")
 @click.pass_context
 def main(ctx: click.Context, **typed: Any) -> None:
@@ -115,10 +112,10 @@ def main(ctx: click.Context, **typed: Any) -> None:
 def _answer(
     typing_errors: list[str],
     instruction: str | None,
-    path: str,
-    context: str | None,
-    history: str | None,
-    file: str | None,
+    model_name: str,
+    input_text: str | None,
+    history_file: str | None,
+    prompts_file: str | None,
     output: str | None,
     batch_size: int,
     max_new_tokens: int,
@@ -128,13 +125,13 @@ def _answer(
     trust_remote_code: bool,
 ) -> None:
     """Checks what was typed, loads the model and answers. Ends with exit code 2 if that is not possible."""
-    instruction, context = (text and typed_text(text) for text in (instruction, context))
+    instruction, input_text = (text and typed_text(text) for text in (instruction, input_text))
     if instruction == STDIN:
         instruction = _read_stdin()
-    problems = [*typing_errors, *_problems(instruction, context, history, file, output)]
+    problems = [*typing_errors, *_problems(instruction, input_text, history_file, prompts_file, output)]
     if greedy and seed is not None:
         problems.append(f"--seed {seed}: has no effect with --greedy. Leave one of them out")
-    if file is None and batch_size != BATCH_SIZE:
+    if prompts_file is None and batch_size != BATCH_SIZE:
         problems.append(f"--batch-size {batch_size}: has no effect without --prompts. Leave it out")
     if problems:
         raise click.UsageError("\n".join(problems))
@@ -142,17 +139,18 @@ def _answer(
     transformers.utils.logging.disable_progress_bar()
     generation = {"max_new_tokens": max_new_tokens, **(GREEDY if greedy else {})}
     try:
-        if file is None:
-            prompts = [prompt_of(str(instruction), context, read_history(history) if history else ())]
+        if prompts_file is None:
+            history = read_history(history_file) if history_file else ()
+            prompts = [prompt_of(str(instruction), input_text, history)]
         else:
-            prompts = read_prompts(file, unique=False)
+            prompts = read_prompts(prompts_file, unique=False)
         model, tokenizer = load_model_tokenizer_for_generate(
-            path, DTYPES[dtype] if dtype else None, trust_remote_code=trust_remote_code
+            model_name, DTYPES[dtype] if dtype else None, trust_remote_code=trust_remote_code
         )
         if seed is not None:
             set_seed(seed)
         loaded: dict[str, Any] = {"model": model, "tokenizer": tokenizer, **generation}
-        if file is not None or output is not None:
+        if prompts_file is not None or output is not None:
             _answer_as_json(prompts, output or STDOUT, batch_size, **loaded)
         else:
             streamer = PrintableStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
@@ -162,7 +160,9 @@ def _answer(
             raise
         _end(f"--output {output}: could not be written ({error.strerror}). Make room, and name a new file")
     except torch.OutOfMemoryError:
-        _end("the GPU ran out of memory. Lower --max-new-tokens" + (" or --batch-size" if file else ""))
+        _end(
+            "the GPU ran out of memory. Lower --max-new-tokens" + (" or --batch-size" if prompts_file else "")
+        )
     except ValueError as error:  # includes DataError and ModelError
         _end(str(error))
 
@@ -184,21 +184,25 @@ def _read_stdin() -> str:
 
 
 def _problems(
-    instruction: str | None, context: str | None, history: str | None, file: str | None, output: str | None
+    instruction: str | None,
+    input_text: str | None,
+    history_file: str | None,
+    prompts_file: str | None,
+    output: str | None,
 ) -> list[str]:
     """What is wrong with the options, before anything is read or loaded."""
     problems = []
-    for name, text in (("INSTRUCTION", instruction), ("--input", context)):
+    for name, text in (("INSTRUCTION", instruction), ("--input", input_text)):
         if text and not is_utf8(text):
             problems.append(f"{name} {text!r}: is not UTF-8")
-    for name, path in (("--history", history), ("--prompts", file), ("--output", output)):
+    for name, path in (("--history", history_file), ("--prompts", prompts_file), ("--output", output)):
         if path is not None and not path.strip():  # e.g. from an unset shell variable
             return [*problems, f"{name} is empty. Give a value, or leave the option out"]
-    if file is not None and (instruction is not None or context is not None):
+    if prompts_file is not None and (instruction is not None or input_text is not None):
         problems.append("--prompts has instructions and inputs of its own. Leave out INSTRUCTION and --input")
-    elif file is not None and history is not None:
+    elif prompts_file is not None and history_file is not None:
         problems.append("--prompts has histories of its own, in the column history. Leave out --history")
-    elif file is None and not (instruction or "").strip():
+    elif prompts_file is None and not (instruction or "").strip():
         problems.append(
             "INSTRUCTION is empty. Type it, or - to read it from standard input, or --prompts FILE"
         )
