@@ -357,7 +357,8 @@ class Run:
         text += "".join(form.format(self.last[name]) for name, form in forms.items() if name in self.last)
         left = "finished" if steps and step >= steps else "time left not known yet"
         if self.pace and steps > step:
-            (first, begin), (latest, now) = self.pace[0] if len(self.pace) > 1 else (0.0, 0.0), self.pace[-1]
+            latest, now = self.pace[-1]
+            first, begin = self.pace[0] if len(self.pace) > 1 else (0.0, 0.0)  # or since the run began
             if latest > first:
                 left = f"{duration((steps - step) * (now - begin) / (latest - first))} left"
         return (int(min(100, 100 * step / steps)) if steps else 0), text, left

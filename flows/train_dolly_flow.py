@@ -187,7 +187,7 @@ class TrainDollyFlow(FlowSpec):
     @step
     def end(self) -> None:
         """Prints the result and how to use the model."""
-        losses, folder = self.record["held_out_loss"], self.output
+        losses, folder = self.record["held_out_loss"], shlex.quote(self.output)
         print(
             f"held-out loss {losses['before']:.4f} before, {losses['after']:.4f} after {self.record['steps']:,} steps\n"
             f"the model: {self.model['s3'] or self.output}"
@@ -195,9 +195,7 @@ class TrainDollyFlow(FlowSpec):
         if self.model["s3"]:
             folder = Path(self.folder).name
             print(f"fetch it:  python flows/model_on_s3.py {current.run_id} --to {folder}")
-        print(
-            f'ask it:    python -m training.generate --model {shlex.quote(folder)} "{SAMPLE_INSTRUCTIONS[0]}"'
-        )
+        print(f'ask it:    python -m training.generate --model {folder} "{SAMPLE_INSTRUCTIONS[0]}"')
 
     # --- helpers of the steps ---------------------------------------------------------------------------
 

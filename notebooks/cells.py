@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from notebooks.found import default_training_root, lost_model_problem
+from notebooks.found import LOCAL_DISK, default_training_root, lost_model_problem
 from training.consts import DEFAULT_INPUT_MODEL, DEFAULT_SEED, DEFAULT_TRAINING_DATASET, DEMO, RUN_FILE
 from training.data.conversations import prompt_of_row, prompt_text, prompts_of, row_of_prompt
 from training.errors import MachineError, OptionsError, RunRefusedError, UnfinishedRunError, printable
@@ -106,19 +106,11 @@ def read_widgets(widgets: Any) -> Choices:
     if lost := lost_model_problem(values["dbfs_output_root"], values["mlflow_model_name"]):
         problems.append(lost)
     name = resumed or time.strftime("dolly__%Y-%m-%dT%H-%M-%S")
-
-    def in_root(widget: str) -> str | None:
-        """The run's folder in the root that this widget names; None if it is empty."""
-        folder = values[widget]
-        if "://" in folder:
-            return f"{folder.rstrip('/')}/{name}"
-        return str(local_path(folder).absolute() / name) if folder else None
-
-    checkpoint_to = in_root("checkpoint_root")
+    checkpoint_to = _run_folder(values["checkpoint_root"], name)
     if resumed and values["local_training_root"] and not (root / resumed / RUN_FILE).is_file():
         problems += _missing_run(root, resumed, checkpoint_to)
     nodes = number("num_nodes", int, 1)
-    if nodes > 1 and root.is_relative_to("/local_disk0"):
+    if nodes > 1 and root.is_relative_to(LOCAL_DISK):
         problems.append(
             f"local_training_root {root} is local to each node. Name a folder that all {nodes} nodes share"
         )
@@ -133,7 +125,7 @@ def read_widgets(widgets: Any) -> Choices:
         epochs=number("epochs", float, DEMO_RECIPE["epochs"] if model == DEMO else 1.0),
         name=name,
         output=root / name,
-        published=in_root("dbfs_output_root"),
+        published=_run_folder(values["dbfs_output_root"], name),
         checkpoint_to=checkpoint_to,
         resume=bool(resumed),
         restarts=number("restarts", int, 0, least=0),
@@ -143,6 +135,13 @@ def read_widgets(widgets: Any) -> Choices:
     if problems:
         raise RunRefusedError("\n".join(problems))
     return choices
+
+
+def _run_folder(root: str, name: str) -> str | None:
+    """The run's folder in a folder or URL of all runs; None if that is empty."""
+    if "://" in root:
+        return f"{root.rstrip('/')}/{name}"
+    return str(local_path(root).absolute() / name) if root else None
 
 
 def _missing_run(root: Path, name: str, checkpoint_to: str | None) -> list[str]:
@@ -215,7 +214,7 @@ def choose_recipe(
     if method == "auto" and former:
         method = method_of(former["options"])
     elif method == "auto" and ranks == 1 and not machine.is_cpu:
-        method = first_method(options, choices.gpu_family, machine)
+        method = first_method(options, choices.gpu_family, machine)  # "full" also if none fits
         print(f"method {method}: the first that fits this GPU" if method != "full" else "method full")
     return method_options(choices.gpu_family, ranks, "full" if method == "auto" else method)
 

@@ -9,7 +9,8 @@ def usage(choices: Choices) -> str:
     """Where the finished model is, and the code that asks it. Raises RunRefusedError unless the run has finished."""
     finished_record(choices)
     published = choices.published or "nowhere, because dbfs_output_root is empty"
-    folder = choices.output if "://" in published or not choices.published else choices.published
+    has_copy = choices.published and "://" not in choices.published  # transformers loads no URL
+    folder = choices.published if has_copy else choices.output
     return f"""The model is in     {choices.output}
 and published to    {published}
 
