@@ -172,37 +172,40 @@ def with_packing(model: ModelShape, packing: Packing) -> ModelShape:
 
 
 def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machine: Machine) -> Plan:
+    """The plan of a run with "auto" resolved, without the changes that would make it fit."""
     if model.obstacle:
         settings = settings.without_packing()
-    load, share, cpu = epoch_load(lengths, settings), lengths.response_share, machine.is_cpu
-    local = min(settings.ranks, machine.count)
-    host = host_memory(model, settings, local, cpu)
-    # CPU ranks share host memory with each other and with the buffers for saving.
-    saving = host["training"] - local * CPU_PROCESS_GIB
-    room = (machine.host_gib - saving) / local if cpu else machine.gpu_memory_gib
-    settings = with_fastest_choices(model, settings, load, share, room, cpu)
+    load, response_share, cpu = epoch_load(lengths, settings), lengths.response_share, machine.is_cpu
+    local_ranks = min(settings.ranks, machine.count)
+    host = host_memory(model, settings, local_ranks, cpu)
+    room = machine.gpu_memory_gib
+    if cpu:  # the ranks share host memory with each other and with the buffers for saving
+        saving = host["training"] - local_ranks * CPU_PROCESS_GIB
+        room = (machine.host_gib - saving) / local_ranks
+    settings = with_fastest_choices(model, settings, load, response_share, room, cpu)
     if settings.max_tokens == "auto":
-        budget = auto_max_tokens_per_device(model, settings, load, share, room, cpu)
+        budget = auto_max_tokens_per_device(model, settings, load, response_share, room, cpu)
         settings = replace(settings, max_tokens=budget)
-    gpu = device_memory(model, settings, load, share, cpu)
+    gpu = device_memory(model, settings, load, response_share, cpu)
     activations = {
-        f"{word} checkpointing": sum(peak_activation_bytes(model, settings, load, share, on)) / GIB
+        f"{word} checkpointing": sum(peak_activation_bytes(model, settings, load, response_share, on)) / GIB
         for word, on in (("with", True), ("without", False))
     }
     if cpu:
-        host["training"] += local * (sum(gpu.values()) - CPU_PROCESS_GIB)
+        host["training"] += local_ranks * (sum(gpu.values()) - CPU_PROCESS_GIB)
     steps = settings.options.max_steps or math.ceil(settings.options.epochs * load.steps)
-    seconds = step_seconds(model, machine, settings, load, share)
-    step, evaluation = sum(seconds.values()), evaluation_seconds(model, machine, settings, load, seconds)
+    step_parts = step_seconds(model, machine, settings, load, response_share)
+    step = sum(step_parts.values())
+    evaluation = evaluation_seconds(model, machine, settings, load, step_parts)
     settings, host = with_saves(model, machine, settings, host, step, evaluation, steps)
-    # The run times its first steps itself; the plan counts with its own.
-    every = steps_between_saves(settings.save_seconds, step, settings.options.eval_steps)
-    spaced = settings.with_save_steps(settings.options.save_steps or every)
-    # A slower run saves more often.
-    most = settings.options.save_steps or max(1, int(every / (CPU_RANGE if cpu else GPU_RANGE)))
-    stored = disk(model, settings.with_save_steps(most), steps)
-    parts = _run_seconds(model, machine, spaced, load, seconds, steps)
-    hours, factor = sum(parts.values()) / 3600, CPU_RANGE if cpu else GPU_RANGE
+    accuracy = CPU_RANGE if cpu else GPU_RANGE
+    # The run times its first steps itself; the plan counts with its own. A run that is slower than planned saves after
+    # fewer steps, and its disk must hold these checkpoints as well.
+    typed = settings.options.save_steps
+    every = typed or steps_between_saves(settings.save_seconds, step, settings.options.eval_steps)
+    stored = disk(model, settings.with_save_steps(typed or max(1, int(every / accuracy))), steps)
+    run_parts = _run_seconds(model, machine, settings.with_save_steps(every), load, step_parts, steps)
+    hours = sum(run_parts.values()) / 3600
     return Plan(
         model=model,
         machine=machine,
@@ -212,10 +215,10 @@ def _compute_plan(settings: Settings, lengths: Lengths, model: ModelShape, machi
         activations_gib=activations,
         host_memory_gib=host,
         disk_gib=stored,
-        step_seconds=seconds,
+        step_seconds=step_parts,
         steps=steps,
-        run_seconds=parts,
-        hours={"low": hours / factor, "expected": hours, "high": hours * factor},
+        run_seconds=run_parts,
+        hours={"low": hours / accuracy, "expected": hours, "high": hours * accuracy},
         shortages=_shortages(machine, sum(gpu.values()), host, sum(stored.values())),
         changes={},
     )
