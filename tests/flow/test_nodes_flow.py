@@ -135,7 +135,7 @@ def test_a_killed_node_ends_the_step_in_words_and_resume_gives_the_weights_of_on
     output, killed = "", 0.0
     for line in process.stdout:
         output += line
-        if "step 4/8" in line and not killed:  # after the checkpoint of step 3
+        if "checkpoint-3 saved" in line and not killed:
             lost = node_1(tmp_path)
             assert len(lost) >= 4, "task, torchrun, supervisor, rank"
             for part in lost:

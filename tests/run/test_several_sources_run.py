@@ -183,11 +183,12 @@ def test_two_ranks_resumed_in_mid_epoch_end_with_the_same_weights_and_log(
     sources: tuple[str, str], tmp_path: Path
 ) -> None:
     """Stopped by SIGTERM at a step that neither logs nor measures, in the second epoch."""
-    more = ["--training-dataset", sources[1], "--test-size", "12"]  # 78 rows to train on: 10 steps an epoch
+    # 78 rows to train on: 10 steps an epoch.
+    more = ["--training-dataset", sources[1], "--test-size", "12", "--max-steps", "26"]
     undisturbed = Run(sources[0], tmp_path / "undisturbed", 2, *more)
     undisturbed.wait_for_exit()
     run = Run(sources[0], tmp_path / "stopped", 2, *more)
-    assert run.wait_until(lambda: "step 12/18" in run.output)
+    assert run.wait_until(lambda: run.has_logged(12))
     os.kill(run.pids("rank")[-1], signal.SIGTERM)
     run.wait()
     assert record(run.folder)["status"] == "stopped"

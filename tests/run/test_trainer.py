@@ -259,9 +259,9 @@ def test_torchrun_with_deepspeed_config_and_a_model_folder_trains_the_same_model
 def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", \n')
-    result = run(deepspeed(2), "--input-model", "demo", "--training-dataset", file, "--deepspeed", BF16,
-                 "--local-output-dir", tmp_path / "out")  # fmt: skip
-    assert result.returncode != 0
+    alone = [sys.executable, "-m", "training.trainer"]
+    result = run(alone, *DEMO[:2], "--training-dataset", file, "--local-output-dir", tmp_path / "out")
+    assert result.returncode == 2
     assert f"{file}, line 2: broken JSON" in result.stdout
     assert "Traceback (most recent call last)" not in result.stdout
     assert not (tmp_path / "out").exists()
@@ -431,7 +431,7 @@ def test_auto_checkpointing_is_on_only_if_memory_is_short_and_a_resume_keeps_it(
     }
     assert roomy["decided"]["background_saves"] is True
     small_host(monkeypatch, 1.1)
-    train_tight = partial(train_demo, tmp_path / "tight", per_device_train_batch_size=512, test_size=1000)
+    train_tight = partial(train_demo, tmp_path / "tight", per_device_train_batch_size=512)
     tight = train_tight(max_steps=1)
     assert tight["decided"]["gradient_checkpointing"] is True
     monkeypatch.undo()
@@ -561,7 +561,7 @@ def test_a_gptj_learns_alpaca_on_two_ranks_and_reloads_to_the_same_held_out_loss
 def test_while_loading_a_rank_holds_its_shard_and_a_layer_but_not_the_model(tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_folder("demo"))
     config = GPTJConfig(
-        n_embd=2048, n_layer=10, n_head=16, rotary_dim=64, n_positions=256, vocab_size=len(tokenizer),
+        n_embd=2048, n_layer=6, n_head=16, rotary_dim=64, n_positions=256, vocab_size=len(tokenizer),
         bos_token_id=0, eos_token_id=0,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
