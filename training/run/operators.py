@@ -7,7 +7,7 @@ import shlex
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from threading import Timer
 from typing import Any
@@ -39,43 +39,52 @@ def compile_operators(config: dict[str, Any], timeout: float = -1) -> None:
 
     Raises OptionsError if the compilation fails, or if another process blocks it for `timeout` seconds.
     """
-    can_lock = True
+    warned = False
     for builder in _builders(config):
         folder = Path(cpp_extension._get_build_directory(builder.name, verbose=False))
         with _notice(builder.name, folder):
-            can_lock = _compile(builder, folder, timeout, can_lock)
+            lock = _take_lock(builder.name, folder, timeout)
+            if lock is None and not warned:
+                _warn_without_locks(folder.parent)
+                warned = True
+            with lock or nullcontext(), _quote_torch_libraries():
+                if lock is not None:
+                    (folder / "lock").unlink(missing_ok=True)
+                _load(builder, folder)
 
 
-def _compile(builder: Any, folder: Path, timeout: float, warn: bool) -> bool:
-    """Compiles or loads one operator in its folder. Returns whether the folder's file system has locks."""
+def _take_lock(name: str, folder: Path, timeout: float) -> AbstractContextManager[Any] | None:
+    """`system_lock` of the folder of one operator. Raises OptionsError after `timeout` seconds."""
     file = folder / "one-rank-at-a-time.lock"
     try:
-        lock = system_lock(file, timeout)
+        return system_lock(file, timeout)
     except Timeout as error:
         raise OptionsError(
-            f"another process has been compiling DeepSpeed's operator {builder.name} for {timeout:.0f} s "
+            f"another process has been compiling DeepSpeed's operator {name} for {timeout:.0f} s "
             f"(--rank-timeout) and hangs. Find it (fuser {shlex.quote(str(file))}), stop it, and start again"
         ) from error
-    if lock is None and warn:
-        logger.warning(
-            "%s: its file system has no locks. If this start hangs, a rank was killed while it compiled: stop "
-            "it, and type rm %s/*/lock, or export TORCH_EXTENSIONS_DIR=/a/folder/on/a/local/disk",
-            folder.parent,
-            shlex.quote(str(folder.parent)),
-        )
-    with lock or nullcontext(), _quote_torch_libraries():
-        if lock is not None:
-            (folder / "lock").unlink(missing_ok=True)
-        try:
-            builder.load()
-        except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
-            lines = str(error).splitlines()
-            reason = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else "")
-            raise OptionsError(
-                f"DeepSpeed's operator {builder.name} could not be compiled or loaded: {reason.strip()}. "
-                f"It needs a compiler for C++20, such as g++ 11. Then type rm -r {shlex.quote(str(folder))}"
-            ) from error
-    return lock is not None
+
+
+def _warn_without_locks(folder: Path) -> None:
+    logger.warning(
+        "%s: its file system has no locks. If this start hangs, a rank was killed while it compiled: stop "
+        "it, and type rm %s/*/lock, or export TORCH_EXTENSIONS_DIR=/a/folder/on/a/local/disk",
+        folder,
+        shlex.quote(str(folder)),
+    )
+
+
+def _load(builder: Any, folder: Path) -> None:
+    """Loads one operator, compiled in `folder` if need be. Raises OptionsError with the compiler's reason."""
+    try:
+        builder.load()
+    except (RuntimeError, ImportError, OSError, subprocess.SubprocessError) as error:
+        lines = str(error).splitlines()
+        reason = next((line for line in lines if "error:" in line.lower()), lines[0] if lines else "")
+        raise OptionsError(
+            f"DeepSpeed's operator {builder.name} could not be compiled or loaded: {reason.strip()}. "
+            f"It needs a compiler for C++20, such as g++ 11. Then type rm -r {shlex.quote(str(folder))}"
+        ) from error
 
 
 @contextmanager
