@@ -60,12 +60,14 @@ def new_record(
     base: dict[str, Any] | None = None,
     sources: list[dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
-    """The record of a run before its first step; `rows` is the `rows_digest` of its rows.
+    """The record of a run before its first step.
 
-    `sources` are its sources if there are several: name, label, rows and held-out rows of each.
-    `base` identifies the base model of an adapter (model/base.py).
+    Its status is "running", later "stopped" (by SIGTERM or Ctrl-C) or "finished" (the model is written and verified).
 
-    `status` is "running", then "stopped" (by SIGTERM or Ctrl-C) or "finished" (the model is written and verified).
+    Args:
+        rows: `rows_digest` of its rows.
+        base: identifies the base model of an adapter (model/base.py); None without LoRA.
+        sources: name, label, rows and held-out rows of each source, if there are several.
     """
     versions = {}
     for package in RECORDED_PACKAGES:
@@ -86,7 +88,8 @@ def new_record(
         "python": platform.python_version(),
         "versions": versions,
         "git_commit": git_commit(),
-    } | ({} if base is None else {"base": base})
+        **({} if base is None else {"base": base}),
+    }
 
 
 def recorded_test_size(options: TrainingOptions) -> int | None:
@@ -94,8 +97,7 @@ def recorded_test_size(options: TrainingOptions) -> int | None:
     if options.resume == "never":
         return None
     is_named = options.resume != "auto"
-    folder = Path(options.resume).expanduser().resolve().parent if is_named else None
-    folder = folder or local_path(options.local_output_dir)
+    folder = Path(options.resume).resolve().parent if is_named else local_path(options.local_output_dir)
     copies = newer_copies(options.checkpoint_to, options.resume, folder)
     record = copies.record if copies else read_run_record(folder)
     if record is None:
@@ -126,7 +128,7 @@ def differences(former: dict[str, Any], now: dict[str, Any]) -> list[str]:
     if former.get("global_batch") != now["global_batch"]:
         found.append(
             f"the global batch was {former.get('global_batch')} rows, but is now {now['global_batch']}"
-            f"{_same_batch(former.get('global_batch'), after, now['world_size'])}"
+            f"{_batch_advice(former.get('global_batch'), after, now['world_size'])}"
         )
     if other_base := base_difference(former.get("base"), now.get("base")):
         found.append(other_base)
@@ -167,7 +169,7 @@ def check_same_run(former: dict[str, Any], now: dict[str, Any], force: bool) -> 
         logger.warning("--force: continuing although %s", difference)
 
 
-def _same_batch(rows: Any, options: dict[str, Any], world_size: int) -> str:
+def _batch_advice(rows: Any, options: dict[str, Any], world_size: int) -> str:
     """What to type for a global batch of `rows` again, if that is possible."""
     at_once = options["per_device_train_batch_size"] * world_size
     if not isinstance(rows, int) or rows % at_once:

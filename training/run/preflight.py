@@ -205,14 +205,8 @@ def _plan_choices(
     from training.plan.fit import plan_run, with_packing
     from training.plan.lookup import model_shape
 
-    if earlier and settings.checkpointing == "auto":
-        settings = replace(settings, checkpointing=earlier["gradient_checkpointing"])
-    if earlier and settings.max_tokens == "auto":
-        settings = replace(settings, max_tokens=earlier["max_tokens_per_device"])
-    if earlier:  # a run that recorded no choice began before blocks were handled as a whole
-        settings = replace(settings, whole_blocks=earlier.get("whole_blocks", False))
-    if settings.packed and earlier.get("batching") == "length":
-        settings = settings.without_packing()
+    if earlier:
+        settings = _with_earlier_choices(settings, earlier)
     options = settings.options
     # _disk_problems checks each disk on its own.
     gpus = [taken] * torch.cuda.device_count()
@@ -233,6 +227,24 @@ def _plan_choices(
         logger.warning("--force: training although the plan says %s", problem)
     if plan.warning:
         logger.warning("%s", plan.warning)
+    _log_plan(plan)
+    return plan.settings.plan_choices
+
+
+def _with_earlier_choices(settings: Settings, earlier: dict[str, Any]) -> Settings:
+    """The settings of a resumed run: the choices that its plan made earlier, in place of "auto"."""
+    if settings.checkpointing == "auto":
+        settings = replace(settings, checkpointing=earlier["gradient_checkpointing"])
+    if settings.max_tokens == "auto":
+        settings = replace(settings, max_tokens=earlier["max_tokens_per_device"])
+    # A run that recorded no choice began before blocks were handled as a whole.
+    settings = replace(settings, whole_blocks=earlier.get("whole_blocks", False))
+    if settings.packed and earlier.get("batching") == "length":
+        settings = settings.without_packing()
+    return settings
+
+
+def _log_plan(plan: Plan) -> None:
     if not plan.settings.background_saves:
         logger.info("training waits for each checkpoint, because host memory is too small for copies")
     logger.info(
@@ -243,7 +255,6 @@ def _plan_choices(
         duration(plan.run_seconds["steps"]),
         duration(3600 * plan.hours["expected"]),
     )
-    return plan.settings.plan_choices
 
 
 def _is_cached(model: str) -> bool:

@@ -100,9 +100,16 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     logger.info("%s", ledger)
     logger.info("%s", worded(held_out_message(test_size, count, options.test_size, recorded)))
     prepared = Prepared(args, tokenizer, train_rows, held_out_rows, ledger, packing)
+    _log_rows(prepared)
+    return settings.with_test_size(test_size), prepared
+
+
+def _log_rows(prepared: Prepared) -> None:
+    """Logs the held-out rows of each source, and a row of each as the model sees it."""
+    train_rows, ledger = prepared.train_rows, prepared.ledger
     for source in prepared.sources:
         logger.info("  %s of %s", f"{source['held_out']:,}", printable(source["source"]))
-    if repeated := asked_in_training(train_rows, held_out_rows) if rank() == 0 else 0:
+    if repeated := asked_in_training(train_rows, prepared.held_out_rows) if rank() == 0 else 0:
         are = "row asks" if repeated == 1 else "rows ask"
         logger.info(
             "%s held-out %s the same as a training row, so the held-out loss is lower than on questions that are new",
@@ -112,12 +119,11 @@ def prepare(settings: Settings) -> tuple[Settings, Prepared]:
     numbers = source_of_each(train_rows)
     for number in dict.fromkeys(numbers):
         row = train_rows[numbers.index(number)]
-        sample = marked_sample(tokenizer, row["input_ids"], row["response_spans"])
+        sample = marked_sample(prepared.tokenizer, row["input_ids"], row["response_spans"])
         of_source = f" of {printable(ledger.sources[number].source)}" if ledger.sources else ""
         logger.info(
             "a row%s as the model sees it; the loss is on the tokens between « and »:\n%s", of_source, sample
         )
-    return settings.with_test_size(test_size), prepared
 
 
 def _on_rank_0_first(args: TrainingArguments, function: Callable[[], Any]) -> Any:
