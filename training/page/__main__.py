@@ -34,7 +34,10 @@ from training.page.guard import is_loopback
 from training.storage.record import finished_run, read_run_record
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from training.page.state import Page
+    from training.page.votes import Question
 
 
 @dataclass(frozen=True)
@@ -245,31 +248,44 @@ def _load(options: Options) -> Page:
     import torch
 
     from training.page.models import load_models
-    from training.page.questions import examples, held_out_rows, rows_of_file, saved_answers
+    from training.page.questions import examples, rows_of_file, saved_answers
     from training.page.state import Page
     from training.page.votes import Votes
 
     first, base = Path(options.folders[0]), options.chosen_base
-    rows, problem = rows_of_file(options.rows) if options.rows else [], ""
+    typed_rows = rows_of_file(options.rows) if options.rows else None  # before the models take their time
     try:
         models = load_models(base, options.folders, options.trust_remote_code)
     except torch.OutOfMemoryError as error:
         raise MachineError(
             "the GPU's memory does not hold all models. Type --no-base, or name fewer models"
         ) from error
-    record = read_run_record(first)
-    if not rows and record is None:
-        problem = f"{first.name} is not the folder of a run, so there are no held-out rows. --rows FILE names others"
-    elif not rows and record:
-        try:
-            rows = held_out_rows(first, record, models[-len(options.folders)].tokenizer)
-        except DataError as error:
-            problem = str(error)
-            print(f"There are no held-out rows to vote on: {problem}", file=sys.stderr)
-    # A run begins with the answers of its base.
-    before = [saved_answers(first, step=0) if base == base_of(options.folders[0]) else {}] if base else []
-    saved = [*before, *(saved_answers(Path(folder)) for folder in options.folders)]
+    if typed_rows is None:
+        rows, problem = _held_out_rows(first, models[-len(options.folders)].tokenizer)
+    else:
+        rows, problem = typed_rows, ""
+    saved = [saved_answers(Path(folder)) for folder in options.folders]
+    if base and base == base_of(options.folders[0]):
+        saved.insert(0, saved_answers(first, step=0))  # a run begins with the answers of its base
+    elif base:
+        saved.insert(0, {})
     return Page(models, Votes.open(Path(options.votes)), rows, problem, examples(first), saved)
+
+
+def _held_out_rows(folder: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Question], str]:
+    """(the rows that the run in `folder` held out, "") or ([], why there are none)."""
+    from training.page.questions import held_out_rows
+
+    record = read_run_record(folder)
+    if record is None:
+        return [], (
+            f"{folder.name} is not the folder of a run, so there are no held-out rows. --rows FILE names others"
+        )
+    try:
+        return held_out_rows(folder, record, tokenizer), ""
+    except DataError as error:
+        print(f"There are no held-out rows to vote on: {printable(error)}", file=sys.stderr)
+        return [], str(error)
 
 
 if __name__ == "__main__":
