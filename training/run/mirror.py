@@ -49,8 +49,9 @@ class Mirror:
         self._attempt = ""
         self._copies: dict[int, dict[str, Any]] = {}  # manifests at the target, by step
         self._given_up: list[dict[str, Any]] = []  # manifests of checkpoints that cannot be read
-        # Files of a copy, and those written so far.
-        self._partial: tuple[dict[str, Any] | None, dict[str, Any]] = (None, {})
+        # {name: digest}: the files of the checkpoint that is copied, and those of them that are at the target.
+        self._files: dict[str, Any] = {}
+        self._copied: dict[str, Any] = {}
         self._wake, self._closing = threading.Event(), threading.Event()
         self._moved = time.monotonic()
         self._problem = ""
@@ -141,7 +142,7 @@ class Mirror:
             if step > self.step or step not in copies:
                 copies.pop(step, None)
                 remote.remove_checkpoint(target, step)
-        self._partial = None, {}
+        self._files, self._copied = {}, {}
         self._copies, self._target = copies, target
 
     def _next(self) -> Path | None:
@@ -168,12 +169,13 @@ class Mirror:
         begin, step = time.monotonic(), checkpoint.step_of(folder)
         former = self._copies.pop(step, None)
         if former and former["files"] == manifest["files"]:  # only its held-out loss was added
-            self._partial = manifest["files"], dict(former["files"])
-        elif self._partial[0] != manifest["files"]:
-            self._partial = manifest["files"], {}
+            self._copied = dict(former["files"])
+        elif self._files != manifest["files"]:
+            self._copied = {}
+        self._files = manifest["files"]
         try:
             self._copies[step] = remote.copy_checkpoint(
-                self._target, folder, manifest, self.record, self._partial[1], self._attempt, self._note
+                self._target, folder, manifest, self.record, self._copied, self._attempt, self._note
             )
         except SourceError as error:
             self._given_up.append(manifest)

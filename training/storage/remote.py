@@ -187,16 +187,16 @@ def newer_copies(name: str | None, resume: str, output: Path, compared: bool = F
             f"--checkpoint-to {error}. The run may have checkpoints there, so --resume auto does not start at step 0"
         ) from error
     complete = filter(checkpoint.read_manifest, checkpoint.checkpoints(output))
-    here = sorted(map(checkpoint.step_of, complete), reverse=True)
+    own_steps = sorted(map(checkpoint.step_of, complete), reverse=True)
     former = read_run_record(output) or {}
-    started = here or former.get("status") == "finished" or "begun_from" in former
+    started = own_steps or former.get("status") == "finished" or "begun_from" in former
     if started and former.get("id") != record.get("id"):
         raise OptionsError(
             f"--checkpoint-to {name}: holds checkpoints of another run, started {record.get('started')}, "
             f"than {output}, started {former.get('started')}. Name a new folder"
         )
     compared = compared and former.get("status") != "finished"
-    intact = (n for n in here if not compared or not checkpoint.problems_of(output / f"checkpoint-{n}"))
+    intact = (n for n in own_steps if not compared or not checkpoint.problems_of(output / f"checkpoint-{n}"))
     newest = next(intact, -1)
     newer = sorted((step for step in found if step > newest), reverse=True)
     return Copies([found[step] for step in newer], record) if newer else None
