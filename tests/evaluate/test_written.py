@@ -136,6 +136,48 @@ def test_results_of_a_model_that_was_replaced_meanwhile_are_not_written_beside_t
     assert not (run / "evaluation.json").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "logs"),
+    [
+        ({"report_to": "tensorboard, mlflow"}, True),
+        ({"report_to": "tensorboard", "mlflow_model_name": "dolly"}, True),
+        ({"mlflow": True}, True),  # of an older run
+        ({"report_to": "tensorboard,wandb", "mlflow_model_name": None}, False),
+        ({}, False),
+    ],
+)
+def test_results_go_to_mlflow_if_the_run_logs_there(
+    options: dict[str, Any], logs: bool, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"options": {"input_model": "demo"} | options}))
+    logged: list[object] = []
+    monkeypatch.setattr(command, "_compare", lambda *_, **__: {"file": SECTION})
+    monkeypatch.setattr(command, "log_evaluation", lambda *arguments: logged.append(arguments[2]))
+    result = CliRunner().invoke(command.main, ["--model", str(run), "--rows", "rows.jsonl"])
+    assert result.exit_code == 0, result.output
+    assert logged == [{"file": SECTION}] * logs
+
+
+def test_a_file_that_cannot_be_read_is_not_called_results_that_cannot_be_written(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> dict[str, Any]:
+        raise PermissionError(13, "Permission denied", "/root/.cache/rows.arrow")
+
+    words = ["--model", str(run), "--rows", "rows.jsonl"]
+    monkeypatch.setattr(command, "_compare", fail)
+    result = CliRunner().invoke(command.main, words)
+    assert result.exit_code == 2
+    assert "Cannot evaluate: [Errno 13] Permission denied: '/root/.cache/rows.arrow'\n" in result.output
+    monkeypatch.setattr(command, "_compare", lambda *_, **__: {"file": SECTION})
+    monkeypatch.setattr(command, "write_evaluation", fail)
+    result = CliRunner().invoke(command.main, words)
+    assert result.exit_code == 2
+    assert "Cannot evaluate: the results could not be written ([Errno 13]" in result.output
+    assert "two rows" in result.output, "they are printed all the same"
+
+
 def test_output_may_not_replace_a_file_of_the_model(run: Path) -> None:
     result = CliRunner().invoke(
         command.main, ["--model", str(run), "--rows", "rows.jsonl", "--output", str(run / "run.json")]

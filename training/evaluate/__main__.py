@@ -27,6 +27,7 @@ from training.evaluate.metrics import missing_extra
 from training.evaluate.report import as_table, sections_of, write_evaluation
 from training.files import can_write, expanded, path_problem, writable, write_json
 from training.options.command_line import CollectedOption, CollectingCommand, PathName, value_problems
+from training.options.reporting import tracker_names
 from training.pictures import PictureFile, draw_evaluation
 from training.storage.copy import MANIFEST_FILE
 from training.storage.record import finished_run, read_run_record
@@ -133,11 +134,7 @@ def main(ctx: click.Context, **typed: Any) -> None:
         _evaluate(**typed)
     except torch.OutOfMemoryError:
         _end("the GPU ran out of memory. Lower --batch-size or --max-new-tokens")
-    except OSError as error:
-        _end(
-            f"the results could not be written ({error}). Make room, or write them elsewhere with --output FILE"
-        )
-    except ValueError as error:  # includes DataError, ModelError and OptionsError
+    except (OSError, ValueError) as error:  # includes DataError, ModelError and OptionsError
         _end(str(error))
 
 
@@ -205,6 +202,25 @@ def _evaluate(
     with redirect_stdout(sys.stderr):  # some libraries print
         sections = _compare(tuned, base, record, **typed)
     print(json.dumps(sections, indent=2) if json_ else as_table(sections), flush=True)
+    try:
+        _write(sections, folder, record or {}, output, plot)
+    except OSError as error:
+        _end(
+            f"the results could not be written ({error}). Make room, or write them elsewhere with --output FILE"
+        )
+
+
+def _write(
+    sections: dict[str, Any],
+    folder: Path | None,
+    record: dict[str, Any],
+    output: str | None,
+    plot: Path | None,
+) -> None:
+    """Writes the results into the file `output`, or else beside the model in `folder`, and draws them. Raises OSError.
+
+    `record` is that of the run in `folder`, from before the evaluation.
+    """
     if folder and read_run_record(folder) != record:
         logger.warning("%s has changed since the evaluation began, so nothing is written into it", folder)
         folder = None
@@ -212,7 +228,7 @@ def _evaluate(
         write_json(Path(output), sections)
     elif folder is not None:
         write_evaluation(folder, sections)
-        _log(folder, record or {}, sections)
+        _log(folder, record, sections)
     if plot:
         tables = [
             (title, [(line.label, line.is_share, line.models) for line in lines])
@@ -224,7 +240,7 @@ def _evaluate(
 def _log(folder: Path, record: dict[str, Any], sections: dict[str, Any]) -> None:
     """Logs to MLflow if the run did. A failure is a warning: the results are in the folder."""
     options = record["options"]
-    names = str(options.get("report_to")).split(",")  # older runs have "mlflow": true instead
+    names = tracker_names(options.get("report_to") or "")  # older runs have "mlflow": true instead
     if not ("mlflow" in names or options.get("mlflow") or options.get("mlflow_model_name")):
         return
     try:

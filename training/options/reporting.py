@@ -16,13 +16,13 @@ NONE = "none"
 
 def trackers_of(options: TrainingOptions) -> tuple[str, ...]:
     """The trackers of --report-to, and mlflow if the model is registered there. Unknown names are left to the checks."""
-    names = _names(options) + (["mlflow"] if options.mlflow_model_name is not None else [])
+    names = tracker_names(options.report_to) + (["mlflow"] if options.mlflow_model_name is not None else [])
     return tuple(name for name in TRACKERS if name in names)
 
 
 def report_problems(options: TrainingOptions) -> list[str]:
     """Problems of --report-to: an unknown tracker, or none beside others."""
-    typed, names, problems = options.report_to, _names(options), []
+    typed, names, problems = options.report_to, tracker_names(options.report_to), []
     if not typed.strip():  # every empty text is reported elsewhere
         return []
     for name in names:
@@ -45,6 +45,6 @@ def report_problems(options: TrainingOptions) -> list[str]:
     return problems
 
 
-def _names(options: TrainingOptions) -> list[str]:
-    """The names of --report-to as typed."""
-    return [name.strip() for name in options.report_to.split(",")]
+def tracker_names(report_to: str) -> list[str]:
+    """The names in a value of --report-to, as typed."""
+    return [name.strip() for name in report_to.split(",")]
