@@ -189,6 +189,7 @@ class Nodes:
                 self._say(problem, of=number)
 
     def _say(self, reason: str, of: int | None = None) -> None:
+        """Tells the other nodes why this node ends ("" if all is well), or on node 0 that the node `of` has ended."""
         for number, line in list(self._lines.items()):
             if number != of:
                 line.send(node=self.index if of is None else of, ended=reason)

@@ -204,15 +204,16 @@ class Writer:
         self.thread: threading.Thread | None = None
         self.written = Written()
         self.queue: list[tuple[Path, Callable[[HashedStream], None]]] = []
+        # Of the checkpoint that is written: its folder, when it began, and whether the thread has said how it went.
+        self.folder, self.begin_time, self.reported = Path(), 0.0, False
         # The record's checksum, which torch.save computes without letting another thread run, is left out: the manifest
         # has one of the whole file, and torch.load reads none.
         torch.serialization.set_crc32_options(False)
 
     def begin(self, folder: Path) -> None:
         """Starts a checkpoint in `folder`. The one before must have been taken."""
-        self.folder, self.begun = folder, time.monotonic()
+        self.folder, self.begin_time, self.reported = folder, time.monotonic(), False
         self.written, self.queue = Written(), []
-        self.ended = False
         self.copies.begin()
 
     def save(self, state: Any, file: Path, compact: bool = False) -> None:
@@ -252,8 +253,8 @@ class Writer:
         except BaseException as error:
             self.written.problem = _reason(error)
             self.written.full = isinstance(error, OSError)
-        self.written.seconds = time.monotonic() - self.begun
-        self.ended = True
+        self.written.seconds = time.monotonic() - self.begin_time
+        self.reported = True
 
     def _write(self) -> None:
         while self.queue:
@@ -267,7 +268,7 @@ class Writer:
             return NO_SAVE
         if self.thread.is_alive():
             return WRITING
-        return WRITTEN if self.ended and self.written.problem is None else FAILED
+        return WRITTEN if self.reported and self.written.problem is None else FAILED
 
     def join(self) -> None:
         """Waits until the files are written or have failed."""
@@ -276,7 +277,7 @@ class Writer:
 
     def take(self) -> Written:
         """Ends the checkpoint and returns what was written."""
-        if not self.ended and self.status == FAILED:
+        if not self.reported and self.status == FAILED:
             self.written.problem = "the thread that wrote it ended without a word"
         self.thread = None
         return self.written

@@ -256,7 +256,7 @@ class CompletionTrainer(Trainer):
 
     def check_save(self, reports: list[int]) -> None:
         """Completes the save in flight if it has ended; `reports` holds every rank's `writer.status`."""
-        saving.check(self, reports)
+        saving.complete_if_written(self, reports)
 
     def finish_save(self) -> None:
         """Waits for the save in flight, if there is one, and completes it."""

@@ -41,9 +41,16 @@ def finish(
     chosen: Path,
     weights: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    """Verifies, describes and publishes the model that `write_final_model` wrote from the checkpoint `chosen`.
+    """Verifies, describes and publishes the model that `write_final_model` wrote. Returns the record of the run.
 
     Only rank 0 calls it. It depends on files only, so a later command can repeat it if this one is killed.
+
+    Args:
+        last: the checkpoint of the last step.
+        chosen: the checkpoint from which the model was made; with --final-model best it may be an earlier one.
+        weights: {name of a weight file: {"size": bytes, "sha256": hex}}.
+
+    Raises TrainingError if the model is damaged or cannot be described, and PublishError.
     """
     options, output = settings.options, settings.output
     record |= outcome(record, chosen, last) | {"weights": weights}

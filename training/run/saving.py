@@ -109,8 +109,8 @@ def _write_files(trainer: Any, folder: Path, write_files: Callable[[], None]) ->
         write_json(folder / checkpoint.PROGRESS_FILE, progress)
 
 
-def check(trainer: Any, reports: list[int]) -> None:
-    """Ends the save in flight if its files are written on all ranks, or if one has failed.
+def complete_if_written(trainer: Any, reports: list[int]) -> None:
+    """Completes the save in flight if its files are written on all ranks. Raises TrainingError if one has failed.
 
     `reports` holds each rank's `writer.status`, the same on all ranks.
     """
