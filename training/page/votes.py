@@ -191,11 +191,15 @@ class Votes:
 
     def tally(self, first: PageModel, second: PageModel) -> Tally:
         """All votes on two models, also those of other days."""
-        counts = {1: 0, 0: 0, -1: 0}
+        wins = ties = losses = 0
         for entry in self._of(first, second):
-            better = entry["vote"] if entry["vote"] == "tie" else entry[entry["vote"]]["id"]
-            counts[0 if better == "tie" else 1 if better == first.identity else -1] += 1
-        return Tally(counts[1], counts[0], counts[-1])
+            if entry["vote"] == "tie":
+                ties += 1
+            elif entry[entry["vote"]]["id"] == first.identity:
+                wins += 1
+            else:
+                losses += 1
+        return Tally(wins, ties, losses)
 
     def voted(self, first: PageModel, second: PageModel) -> set[Prompt]:
         """The held-out rows on which somebody has voted for these models."""

@@ -145,8 +145,9 @@ def _adapter_tensors(trained: Mapping[str, StoredTensor]) -> tuple[dict[str, tor
         if name.endswith(".default.weight"):  # layer.lora_A.default.weight
             short = name.replace(".default.weight", ".weight")
             tensors[PREFIX + short] = trained[name].read()
-            layers.append(short.removesuffix(".lora_A.weight"))
-    return tensors, [layer for layer in layers if not layer.endswith(".lora_B.weight")]
+            if short.endswith(".lora_A.weight"):
+                layers.append(short.removesuffix(".lora_A.weight"))
+    return tensors, layers
 
 
 def _whole(

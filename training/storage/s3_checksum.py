@@ -29,23 +29,19 @@ class PartChecksums:
         self._size += len(block)
         self._part_size += len(block)
         if self._part_size >= PART:
-            self._end_part()
-
-    def _end_part(self) -> None:
-        self._parts.append(self._part.digest())
-        self._part, self._part_size = hashlib.sha256(), 0
+            self._parts.append(self._part.digest())
+            self._part, self._part_size = hashlib.sha256(), 0
 
     def whole(self) -> dict[str, Any]:
         """{"size": bytes, "sha256": hex} of the file, as `files.digest` gives it."""
         return {"size": self._size, "sha256": self._file.hexdigest()}
 
     def value(self) -> str:
-        """The checksum that S3 must report for this file, in base64. Call it once, after the last block."""
+        """The checksum that S3 must report for this file, in base64."""
         if not self._parts:
             return base64.b64encode(self._file.digest()).decode()
-        if self._part_size:
-            self._end_part()
-        return base64.b64encode(hashlib.sha256(b"".join(self._parts)).digest()).decode()
+        parts = [*self._parts, self._part.digest()] if self._part_size else self._parts
+        return base64.b64encode(hashlib.sha256(b"".join(parts)).digest()).decode()
 
 
 def stored_checksum(fs: Any, path: str) -> str | None:
