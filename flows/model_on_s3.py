@@ -24,7 +24,7 @@ import click
 
 from training.consts import RUN_FILE
 from training.files import file_digest
-from training.options.command_line import PathName
+from training.options.command_line import CheckedCommand, PathName
 
 # The flows by name, and the file of each.
 FLOWS = {"TrainDollyFlow": "train_dolly_flow.py", "TrainDollyNodesFlow": "train_dolly_nodes_flow.py"}
@@ -208,7 +208,7 @@ def _digest(file: Path) -> dict[str, Any] | None:
     return file_digest(file) if file.is_file() else None
 
 
-@click.command()
+@click.command(cls=CheckedCommand)
 @click.argument("run_id")
 @click.option(
     "--to", "folder", required=True, type=PathName("output"), metavar="FOLDER", help="A new folder."

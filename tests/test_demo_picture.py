@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 from click.testing import CliRunner
 from matplotlib.image import imread
@@ -110,3 +111,13 @@ def test_typed_rows_replace_the_demos_rows_and_their_number_of_held_out_rows(
     options = TrainingOptions(**parse_words(words)[0])
     assert options.training_dataset == (("own.jsonl",) if typed else ("demo",))
     assert options.test_size == (None if typed else 400)
+
+
+def test_an_empty_output_folder_is_left_to_the_trainer_which_refuses_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def run(values: dict[str, object], *_: object) -> None:
+        raise click.ClickException(f"{values['local_output_dir']!r}")
+
+    monkeypatch.setattr(demo, "run_trainer", run)
+    assert "Error: ''" in CliRunner().invoke(demo.main, ["--local-output-dir", ""]).output

@@ -166,9 +166,9 @@ def main(
     transformers.utils.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
     ranks = num_gpus or torch.cuda.device_count() or 2
-    output = local_output_dir or str(
-        Path.home() / "dolly_training" / time.strftime("demo__%Y-%m-%dT%H-%M-%S")
-    )
+    output = local_output_dir
+    if output is None:
+        output = str(Path.home() / "dolly_training" / time.strftime("demo__%Y-%m-%dT%H-%M-%S"))
     if lora:
         result = show_adapter(Path(output), ranks, lora, trainer_options)
         print(f"\n{result}\n{duration(time.monotonic() - start)} in total")

@@ -5,13 +5,16 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 from transformers import TrainingArguments
 
-from training import generate, publish, trainer
+from flows import model_on_s3
+from training import export, generate, publish, trainer
 from training.options.other_names import OTHERWISE, SAME, advice_for
 from training.plan.__main__ import main as plan
+from training.tracking.__main__ import main as tracking
 
 FLAGS = [name for option in trainer.main.params for name in (*option.opts, *option.secondary_opts)]
 
@@ -138,3 +141,20 @@ def test_plan_publish_and_generate_report_all_problems_of_their_words_as_well(tm
         assert result.exit_code == 2
         for words in expected:
             assert words in result.output, result.output
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "empty"),
+    [
+        (publish.main, ["--model", ".", "--to", ""], "--to"),
+        (export.main, ["--checkpoint", ".", "--to", " "], "--to"),
+        (tracking, ["--model", ""], "--model"),
+        (model_on_s3.main, ["7", "--to", ""], "--to"),
+    ],
+)
+def test_an_empty_path_is_refused_and_not_taken_for_the_working_folder(
+    command: click.Command, words: list[str], empty: str
+) -> None:
+    result = CliRunner().invoke(command, words)
+    assert result.exit_code == 2
+    assert f"Error: {empty} is empty. Give a value\n" in result.output

@@ -93,7 +93,12 @@ class CheckedCommand(CollectingCommand):
     """A command whose callback runs only if every word and every value could be parsed."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        if problems := value_problems(ctx):
+        empty = [  # e.g. from an unset shell variable; it would be the working folder
+            f"{option.opts[0]} is empty. Give a value"
+            for option in self.params
+            if isinstance(option.type, PathName) and not str(ctx.params[str(option.name)]).strip()
+        ]
+        if problems := value_problems(ctx) + empty:
             raise click.UsageError("\n".join(problems), ctx)
         return super().invoke(ctx)
 
