@@ -45,22 +45,23 @@ def option(name: str, default: str = "", parameter: Any = Parameter, **settings:
 
 def typed_names(context: Any = None) -> str:
     """The names of the user's files on this command line, as JSON. Metaflow calls it when a run is started."""
-    names = {}
-    for name in FILES:
-        for word, following in pairwise([*sys.argv, ""]):
-            if word == flag_of(name) or word.startswith(f"{flag_of(name)}="):
-                names[name] = following if word == flag_of(name) else word.partition("=")[2]
-    return json.dumps(names)
+    values = {name: _typed_value(sys.argv, flag_of(name)) for name in FILES}
+    return json.dumps({name: value for name, value in values.items() if value is not None})
 
 
 def several_nodes(words: list[str]) -> bool:
     """Whether a command line of the flow requests more nodes than one."""
-    given = [
-        word.partition("=")[2] or following
-        for word, following in pairwise([*words, ""])
-        if word.partition("=")[0] == "--num-nodes"
-    ]
-    return bool(given) and given[-1] != "1"
+    return _typed_value(words, "--num-nodes") not in (None, "1")
+
+
+def _typed_value(words: list[str], flag: str) -> str | None:
+    """The last value of an option on a command line, as in --seed 1 or --seed=1; None without it."""
+    value = None
+    for word, following in pairwise([*words, ""]):
+        name, equals, text = word.partition("=")
+        if name == flag:
+            value = text if equals else following
+    return value
 
 
 def file_in_run(folder: str, parameter: str, content: bytes, name: str | None) -> str:

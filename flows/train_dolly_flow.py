@@ -214,9 +214,8 @@ class TrainDollyFlow(FlowSpec):
         try:
             root = runs_folder(self.local_training_root)
             self.folder = f"{root}/dolly__{current.run_id}"
-            self.output = (
-                f"{self.folder}/model"  # a resumed run keeps it, because this step does not run again
-            )
+            # A resumed run keeps both, because this step does not run again.
+            self.output = f"{self.folder}/model"
             machine = (
                 pod.pod_machine(self.machine, self.requested) if remote else this_machine(root, self.num_gpus)
             )

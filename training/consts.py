@@ -10,10 +10,8 @@ DEFAULT_INPUT_MODEL = "EleutherAI/gpt-j-6B"
 DEFAULT_TRAINING_DATASET = "tatsu-lab/alpaca"
 DEFAULT_SEED = 42
 DEFAULT_TEST_SIZE = 1000  # rows held out
-LEARNING_RATES = {
-    "full": 1e-5,
-    "lora": 2e-4,
-}  # defaults by method; adapters start at zero and take larger steps
+# Defaults by method. Adapters start at zero and take larger steps.
+LEARNING_RATES = {"full": 1e-5, "lora": 2e-4}
 SAMPLE_TOKENS = 128  # longest sample answer during training, in tokens
 WEIGHTS = ".safetensors"  # suffix of weight files
 ADAPTER_FOLDER = "adapter"  # in the folder of a finished LoRA run: the adapter as peft loads it

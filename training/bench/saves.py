@@ -40,7 +40,8 @@ def make_model(folder: Path, width: int, layers: int) -> int:
     from training.model.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model_folder(DEMO), False)
-    size = {"n_embd": width, "n_layer": layers, "n_head": 8, "rotary_dim": 32, "n_positions": 256}
+    rotary = min(32, width // 8)  # of a head
+    size = {"n_embd": width, "n_layer": layers, "n_head": 8, "rotary_dim": rotary, "n_positions": 256}
     ends = {"bos_token_id": tokenizer.eos_token_id, "eos_token_id": tokenizer.eos_token_id}
     model = AutoModelForCausalLM.from_config(GPTJConfig(vocab_size=len(tokenizer), **size, **ends))
     model.save_pretrained(folder)

@@ -90,7 +90,7 @@ def _extra_problem(word: str, words: list[str], switches: list[str]) -> str:
 
 
 class CheckedCommand(CollectingCommand):
-    """A command whose callback runs only if every word and every value could be parsed."""
+    """A command whose callback runs only if every word and every value could be parsed, and no path is empty."""
 
     def invoke(self, ctx: click.Context) -> Any:
         empty = [  # e.g. from an unset shell variable; it would be the working folder
@@ -108,10 +108,9 @@ class GroupedCommand(CollectingCommand):
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         aliases = {"--no-gradient-checkpointing": "--gradient-checkpointing=off"}  # Dolly v1's spelling
-        if not any(arg.split("=")[0] == "--report-to" for arg in args):
-            aliases["--mlflow"] = (
-                "--report-to=tensorboard,mlflow"  # of earlier versions, as in a flow that is resumed
-            )
+        if not has_option(args, "report_to"):
+            # The spelling of earlier versions, as in a flow that is resumed.
+            aliases["--mlflow"] = "--report-to=tensorboard,mlflow"
         return super().parse_args(ctx, [aliases.get(arg, arg) for arg in args])
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
