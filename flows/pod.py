@@ -72,6 +72,10 @@ def parse_resources(text: str) -> dict[str, int]:
 def machine_of(name: str, gpus: int | None = None) -> Machine:
     """The machine of that name, with all or `gpus` of its GPUs; "cpu" has none. Raises PodError."""
     if name == "cpu":
+        if gpus:
+            raise PodError(
+                f'resources {{"gpu": {gpus}}}: the machine cpu has none. Leave it out, or name a machine'
+            )
         return Machine("cpu", "cpu", "CPU", CPU_RANKS, 0.0, 0.0, "none", math.inf, math.inf)
     try:
         machine = find_machine(name)

@@ -60,6 +60,8 @@ def test_requested_resources_replace_those_of_the_plan() -> None:
     )
     with pytest.raises(pod.PodError, match=r"4xA10 has 4"):
         pod.resources("4xA10", {"gpu": 5})
+    with pytest.raises(pod.PodError, match=r'"gpu": 1}: the machine cpu has none\. Leave it out'):
+        pod.resources("cpu", {"gpu": 1})
 
 
 def test_unknown_resources_and_machines_are_refused_and_known_ones_are_listed() -> None:
