@@ -178,6 +178,18 @@ def test_a_file_that_cannot_be_read_is_not_called_results_that_cannot_be_written
     assert "two rows" in result.output, "they are printed all the same"
 
 
+def test_results_are_written_although_nobody_reads_the_table_any_more(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def closed(*_: object, **__: object) -> None:
+        raise BrokenPipeError(32, "Broken pipe")
+
+    monkeypatch.setattr(command, "_compare", lambda *_, **__: {"file": SECTION})
+    monkeypatch.setattr(command, "print", closed, raising=False)
+    CliRunner().invoke(command.main, ["--model", str(run), "--rows", "rows.jsonl"])
+    assert read_evaluation(run) == {"file": SECTION}
+
+
 def test_output_may_not_replace_a_file_of_the_model(run: Path) -> None:
     result = CliRunner().invoke(
         command.main, ["--model", str(run), "--rows", "rows.jsonl", "--output", str(run / "run.json")]

@@ -13,7 +13,7 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stdout, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -201,7 +201,8 @@ def _evaluate(
         folder = None
     with redirect_stdout(sys.stderr):  # some libraries print
         sections = _compare(tuned, base, record, **typed)
-    print(json.dumps(sections, indent=2) if json_ else as_table(sections), flush=True)
+    with suppress(BrokenPipeError):  # `| less` was closed; the results are written all the same
+        print(json.dumps(sections, indent=2) if json_ else as_table(sections), flush=True)
     try:
         _write(sections, folder, record or {}, output, plot)
     except OSError as error:
