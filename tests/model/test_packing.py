@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -251,10 +252,14 @@ def test_the_results_are_the_same_in_three_processes_and_two_precisions_also_und
 
 
 @pytest.mark.slow
-def test_a_trained_llama_is_packed_on_two_ranks(trained_llama: Path, tmp_path: Path) -> None:
-    rows, output = tmp_path / "rows.jsonl", tmp_path / "out"
+def test_the_first_layers_of_a_trained_llama_are_packed_on_two_ranks(
+    trained_llama: Path, tmp_path: Path
+) -> None:
+    rows, base, output = tmp_path / "rows.jsonl", tmp_path / "base", tmp_path / "out"
     jsonl(rows, rows_of(6))
-    options = ["--input-model", trained_llama, "--training-dataset", rows, "--local-output-dir", output]
+    shutil.copytree(trained_llama, base, ignore=shutil.ignore_patterns("*.safetensors"))
+    LlamaForCausalLM.from_pretrained(trained_llama, num_hidden_layers=4).save_pretrained(base)
+    options = ["--input-model", base, "--training-dataset", rows, "--local-output-dir", output]
     options += ["--test-size", 2, "--max-steps", 1, "--per-device-train-batch-size", 1, "--eval-steps", 100]
     result = run(deepspeed(2), "--deepspeed", FLOAT32, "--force", *options)
     assert result.returncode == 0, result.stdout[-4000:]

@@ -122,6 +122,7 @@ def test_a_resume_on_another_base_is_refused_with_both_checksums(
     assert files(stopped) == before
 
 
+@pytest.mark.slow
 def test_a_base_that_was_moved_is_found_by_a_resume_and_afterwards_by_an_export(
     stopped: Path, finished: Path, base: Path, tmp_path: Path
 ) -> None:
@@ -250,6 +251,7 @@ def test_adapters_on_an_adapter_are_refused_before_training_with_the_model_to_na
         model_of(planned)
 
 
+@pytest.mark.slow
 def test_a_foreign_adapter_without_a_tokenizer_is_trained_further_with_every_weight(
     base: Path, tmp_path: Path
 ) -> None:

@@ -92,6 +92,7 @@ def test_a_file_system_without_locks_causes_one_warning_and_torchs_lock_file_sta
     assert f"rm {tmp_path}/*/lock" in warning
 
 
+@pytest.mark.slow
 def test_compiled_operators_need_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.delenv("CXX", raising=False)
     compiled = python(COMPILE)

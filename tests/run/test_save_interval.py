@@ -109,6 +109,7 @@ def test_rank_0_decides_once_from_the_steps_after_the_first_two(monkeypatch, is_
     assert args.save_steps == state.save_steps == steps
 
 
+@pytest.mark.slow
 def test_a_run_saves_by_time_records_its_steps_and_figures_and_a_resume_keeps_them(
     tmp_path: Path, monkeypatch
 ):

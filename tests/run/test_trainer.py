@@ -238,6 +238,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_changes_no_file(finish
     assert before == {file: file.stat().st_mtime_ns for file in finished.rglob("*") if file.is_file()}
 
 
+@pytest.mark.slow
 def test_torchrun_with_deepspeed_config_and_a_model_folder_trains_the_same_model(finished, tmp_path):
     folder = tmp_path / "out"
     demo_as_a_folder = ["--input-model", model_folder("demo"), *DEMO[2:]]
@@ -281,6 +282,7 @@ def test_an_error_during_pythons_shutdown_does_not_fail_a_finished_run(tmp_path,
     assert record(tmp_path / "out")["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_port_in_use_is_reported_with_what_to_type(tmp_path):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -308,6 +310,7 @@ def logged(folder: Path, name: str) -> list[float]:
     return [entry[name] for entry in history if name in entry]
 
 
+@pytest.mark.slow
 def test_thirty_packed_and_thirty_padded_steps_have_the_same_losses(tmp_path):
     losses = {}
     for batching in ("packed", "padded"):
