@@ -100,7 +100,7 @@ def test_the_command_compares_all_recipes_and_draws_a_picture(tmp_path):
         ("--training-dataset nothing.jsonl", ["nothing.jsonl: no such file"]),
         ("--device meta", ["--device meta: cannot be used here in fp32"]),
         ("--layers 99999999999999999999", ["is not in the range 1<=x<=1000"]),
-        ("--layers 1000 --width 8192", ["entries need"]),
+        ("--layers 1000 --width 8192 --heads 64", ["entries need"]),
         ("--device cpu:0 --precision fp16", ["--precision fp16: a CPU computes it too slowly"]),
         ("--device cpu --precision fp16", ["--precision fp16: a CPU computes it too slowly"]),
         ("--plot /no/such/folder/a.png", ["in a folder that exists and can be written"]),
