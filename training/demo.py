@@ -46,14 +46,13 @@ MAX_NEW_TOKENS = 48
 def run_trainer(values: Mapping[str, Any], ranks: int, extra: Sequence[str], title: str) -> None:
     """Prints and runs the trainer's command on `ranks` devices of this machine. Raises click.ClickException if it fails."""
     family = this_machine(values["local_output_dir"]).family
-    values = {**values, "deepspeed": find_family(family).deepspeed}
-    # This option can be repeated: the typed rows would be added to the demo's, whose --test-size is not theirs.
-    replaced = ("training_dataset", "test_size") if has_option(extra, "training_dataset") else ()
+    options = {**values, "deepspeed": find_family(family).deepspeed}
+    if has_option(extra, "training_dataset"):
+        # It can be repeated: the typed rows would be added to the demo's, whose --test-size is not theirs.
+        for name in ("training_dataset", "test_size"):
+            options.pop(name, None)
     try:
-        command = [
-            *deepspeed_command({name: values[name] for name in values if name not in replaced}, ranks),
-            *extra,
-        ]
+        command = [*deepspeed_command(options, ranks), *extra]
     except ModuleNotFoundError as error:
         raise click.ClickException(str(error)) from error
     print(f"{title}:\n  {shell_command(command)}", flush=True)

@@ -45,12 +45,8 @@ def install_extra(extra: str) -> str:
 
 def offline_note() -> str:
     """The sentence about a name that is not found while downloads are switched off; "" if they are not."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in (
-        "1",
-        "ON",
-        "YES",
-        "TRUE",
-    ):  # as huggingface_hub reads it
+    # As huggingface_hub reads it.
+    if os.environ.get("HF_HUB_OFFLINE", "").upper() not in {"1", "ON", "YES", "TRUE"}:
         return ""
     return ". HF_HUB_OFFLINE is set, so nothing is downloaded: type unset HF_HUB_OFFLINE"
 

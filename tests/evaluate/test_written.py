@@ -163,13 +163,13 @@ def test_a_file_that_cannot_be_read_is_not_called_results_that_cannot_be_written
     run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object, **__: object) -> dict[str, Any]:
-        raise PermissionError(13, "Permission denied", "/root/.cache/rows.arrow")
+        raise PermissionError(13, "Permission denied", "cache/rows.arrow")
 
     words = ["--model", str(run), "--rows", "rows.jsonl"]
     monkeypatch.setattr(command, "_compare", fail)
     result = CliRunner().invoke(command.main, words)
     assert result.exit_code == 2
-    assert "Cannot evaluate: [Errno 13] Permission denied: '/root/.cache/rows.arrow'\n" in result.output
+    assert "Cannot evaluate: [Errno 13] Permission denied: 'cache/rows.arrow'\n" in result.output
     monkeypatch.setattr(command, "_compare", lambda *_, **__: {"file": SECTION})
     monkeypatch.setattr(command, "write_evaluation", fail)
     result = CliRunner().invoke(command.main, words)

@@ -344,7 +344,7 @@ def read_turns(tables: Sequence[Table], columns: Columns, required: Collection[s
 
 
 def add_system_prompts(columns: Columns, prompts: Sequence[str]) -> None:
-    """Puts a prompt, one per row, before the first question of its row. A blank one, or a row without a question, is left."""
+    """Puts each row's prompt before its first question. A blank prompt, or a row without a question, is passed over."""
     for place, prompt in enumerate(prompts):
         if not prompt.strip() or not columns.instruction[place].strip():
             continue

@@ -50,8 +50,8 @@ def read_prompts(file: str, unique: bool = True) -> list[Prompt]:
 def read_history(file: str) -> list[Any]:
     """Reads the messages of one conversation, after which an instruction is asked.
 
-    The file is .json or .jsonl. It has the messages, an object with `messages` and possibly `system`, or a row with an answer, as
-    `training.generate --output` writes it. Raises DataError with file and turn.
+    The file is .json or .jsonl. It has the messages, an object with `messages` and possibly `system`, or a row with an
+    answer, as `training.generate --output` writes it. Raises DataError with file and turn.
     """
     table = _read_typed(file, PROMPT_KINDS[1:])
     if {"role", "content"} <= set(table.names) or {"from", "value"} <= set(table.names):  # a row is a message

@@ -132,10 +132,8 @@ def _relative_paths(options: Mapping[str, Any]) -> list[str]:
     problems = []
     for option in fields(TrainingOptions):
         kind, typed = option.metadata.get("path"), options.get(option.name) or ()
-        if kind is None or option.name in (
-            "deepspeed",
-            "deepspeed_config",
-        ):  # read here, in `_deepspeed_config`
+        is_read_here = option.name in ("deepspeed", "deepspeed_config")  # by `_deepspeed_config`
+        if kind is None or is_read_here:
             continue
         may_be_a_name = kind in ("model", "dataset", "checkpoint")
         for value in map(str, [typed] if isinstance(typed, str | Path) else typed):

@@ -42,7 +42,7 @@ from training.options.deepspeed import for_engine
 from training.options.settings import Settings
 from training.options.trainer_options import MAX_STEPS, TrainingOptions
 from training.options.wording import worded
-from training.ranks import gather, on_rank_0, rank, together, world_size
+from training.ranks import gather, is_main_process, on_rank_0, rank, together, world_size
 from training.run.failures import default_sigterm
 from training.run.identity import recorded_test_size
 from training.run.operators import compile_operators
@@ -109,12 +109,11 @@ def _log_rows(prepared: Prepared) -> None:
     train_rows, ledger = prepared.train_rows, prepared.ledger
     for source in prepared.sources:
         logger.info("  %s of %s", f"{source['held_out']:,}", printable(source["source"]))
-    if repeated := asked_in_training(train_rows, prepared.held_out_rows) if rank() == 0 else 0:
-        are = "row asks" if repeated == 1 else "rows ask"
+    if is_main_process() and (repeated := asked_in_training(train_rows, prepared.held_out_rows)):
         logger.info(
             "%s held-out %s the same as a training row, so the held-out loss is lower than on questions that are new",
             f"{repeated:,}",
-            are,
+            "row asks" if repeated == 1 else "rows ask",
         )
     numbers = source_of_each(train_rows)
     for number in dict.fromkeys(numbers):
