@@ -16,7 +16,7 @@ from training.consts import GIB
 from training.errors import OptionsError
 from training.files import write_json
 from training.plan.lookup import model_shape
-from training.plan.memory import copied, disk
+from training.plan.memory import disk, remote_gib
 from training.run import fetch, start
 from training.run.identity import check_same_run, new_record, recorded_test_size
 from training.run.mirror import Mirror
@@ -217,8 +217,8 @@ def test_the_plan_tells_what_is_copied_and_keeps_one_checkpoint_more_on_the_disk
         settings_of_a_run(ranks=8, save_steps=200, checkpoint_to=to) for to in (None, "s3://bucket/x")
     )
     size = copying.checkpoint_bytes * model.parameters / GIB
-    assert copied(model, alone, 800) == {}
-    assert copied(model, copying, 800) == {
+    assert remote_gib(model, alone, 800) == {}
+    assert remote_gib(model, copying, 800) == {
         "a checkpoint": size,
         "all, at most": 4 * size,
         "kept there, at most": 3 * size,
