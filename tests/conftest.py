@@ -122,6 +122,25 @@ def problems_of(options: TrainingOptions) -> list[str]:
     return []
 
 
+LIGHT = str(Path(__file__).with_name("light"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def light_processes() -> Iterator[None]:
+    """Hides MLflow and bitsandbytes from the processes that tests start (light/sitecustomize.py). This one has them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", LIGHT, prepend=os.pathsep)
+        yield
+
+
+@pytest.fixture(scope="module")
+def every_extra() -> Iterator[None]:
+    """The processes that the tests of a module start see all that is installed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.environ["PYTHONPATH"].removeprefix(LIGHT).removeprefix(os.pathsep))
+        yield
+
+
 @contextmanager
 def mounted(folder: Path, size: str) -> Iterator[Path]:
     """Mounts a real file system of that size at `folder`. Skips the test if mounting is not possible."""

@@ -11,7 +11,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausa
 from transformers.models.gptj import modeling_gptj as gptj
 
 from tests.data.test_collator import PAD, THREE_ROWS, packed, padded
-from tests.run.test_trainer import deepspeed, run
+from tests.run.test_trainer import run, torchrun
 from training.data.batching import document_lengths
 from training.data.collator import split_packed_batch
 from training.model import loss as response_loss
@@ -244,7 +244,7 @@ def test_the_saved_model_is_a_stock_gptj(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_zero3_ranks_give_the_gradients_of_one_eager_process(tmp_path: Path) -> None:
-    result = run(deepspeed(2, "tests.run.zero3_gradients"), tmp_path, timeout=500)
+    result = run(torchrun(2, "tests.run.zero3_gradients"), tmp_path, timeout=500)
     assert result.returncode == 0, result.stdout[-6000:]
     for rank in (0, 1):
         assert (tmp_path / f"rank{rank}").read_text() == "passed"

@@ -27,7 +27,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from tests.conftest import jsonl, rows_of
 from tests.data.test_collator import packed, padded
 from tests.model.test_attention import two_spans
-from tests.run.test_trainer import FLOAT32, deepspeed, run
+from tests.run.test_trainer import FLOAT32, run, torchrun
 from tests.run.zero3_packing import KINDS, answers
 from training.consts import DEMO, IGNORE_INDEX
 from training.model.packing import Packing, compare_packed_with_alone, packing_of
@@ -244,7 +244,7 @@ def test_one_rank_with_an_obstacle_pads_the_rows_of_all_ranks(monkeypatch: pytes
 def test_the_results_are_the_same_in_three_processes_and_two_precisions_also_under_zero3(
     tmp_path: Path,
 ) -> None:
-    result = run(deepspeed(2, "tests.run.zero3_packing"), tmp_path, timeout=500)
+    result = run(torchrun(2, "tests.run.zero3_packing"), tmp_path, timeout=500)
     assert result.returncode == 0, result.stdout[-6000:]
     here = answers()
     assert len(here) == 2 * len(KINDS)
@@ -261,7 +261,7 @@ def test_the_first_layers_of_a_trained_llama_are_packed_on_two_ranks(
     LlamaForCausalLM.from_pretrained(trained_llama, num_hidden_layers=4).save_pretrained(base)
     options = ["--input-model", base, "--training-dataset", rows, "--local-output-dir", output]
     options += ["--test-size", 2, "--max-steps", 1, "--per-device-train-batch-size", 1, "--eval-steps", 100]
-    result = run(deepspeed(2), "--deepspeed", FLOAT32, "--force", *options)
+    result = run(torchrun(2), "--deepspeed", FLOAT32, "--force", *options)
     assert result.returncode == 0, result.stdout[-4000:]
     assert "are padded" not in result.stdout
     assert read_run_record(output)["decided"]["batching"] == "packed"

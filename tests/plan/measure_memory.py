@@ -1,6 +1,6 @@
 """Measures the bytes that DeepSpeed's engine holds and sends in real steps. test_memory.py runs it on real ranks.
 
-deepspeed --num_gpus 2 --module tests.plan.measure_memory CONFIG[,CONFIG] OUT.json WIDTH,LAYERS,HEADS,VOCABULARY[,LIVE[,WHOLE[,RANK]]] ...
+torchrun --nproc_per_node 2 -m tests.plan.measure_memory CONFIG[,CONFIG] OUT.json WIDTH,LAYERS,HEADS,VOCABULARY[,LIVE[,WHOLE[,RANK]]] ...
 
 LIVE limits the gathered parameters, unless it is 0; WHOLE is 1 if blocks are handled as a whole; RANK is that of adapters on
 frozen weights.

@@ -16,7 +16,7 @@ from transformers import GPTJConfig, GPTJForCausalLM
 
 from tests.conftest import resolved, settings_of_a_run
 from tests.plan.peak import peak_bytes
-from tests.run.test_trainer import deepspeed, run
+from tests.run.test_trainer import run, torchrun
 from training import consts
 from training.consts import GIB, LOSS_CHUNK_BYTES
 from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows
@@ -362,7 +362,7 @@ SHAPES = [(128, 2, 4, 1000), (512, 6, 8, 20_000), (512, 6, 8, 20_000, 0, 0, 16)]
 def test_predicted_model_state_is_within_10_percent_of_real_zero_ranks(config, ranks, tmp_path):
     shapes = [",".join(map(str, shape)) for shape in SHAPES]
     files = [config, ZERO_2] if config == BF16 else [config]
-    result = run(deepspeed(ranks, "tests.plan.measure_memory"), ",".join(files), tmp_path / "bytes", *shapes)
+    result = run(torchrun(ranks, "tests.plan.measure_memory"), ",".join(files), tmp_path / "bytes", *shapes)
     assert result.returncode == 0, result.stdout
     for rank in range(ranks):
         measured = json.loads((tmp_path / f"bytes.rank{rank}").read_text())
@@ -402,7 +402,7 @@ def compare_with_measured(
 @pytest.mark.slow
 def test_real_zero3_ranks_gather_layers_up_to_max_live_parameters(tmp_path):
     limit = 4_000_000
-    result = run(deepspeed(2, "tests.plan.measure_memory"), BF16, tmp_path / "bytes", f"512,8,8,1000,{limit}")
+    result = run(torchrun(2, "tests.plan.measure_memory"), BF16, tmp_path / "bytes", f"512,8,8,1000,{limit}")
     assert result.returncode == 0, result.stdout
     for rank in range(2):
         (sizes,) = json.loads((tmp_path / f"bytes.rank{rank}").read_text())

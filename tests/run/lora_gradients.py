@@ -1,6 +1,6 @@
 """Run by test_lora_ranks.py on two ranks: under ZeRO-3 and ZeRO-2 adapters get the gradients of one process.
 
-deepspeed --num_gpus 2 --module tests.run.lora_gradients FOLDER
+torchrun --nproc_per_node 2 -m tests.run.lora_gradients FOLDER
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Run by test_lora_resume.py: several LoRA trainings in the same processes, under ZeRO-3 and ZeRO-2.
 
-deepspeed --num_gpus 2 --module tests.run.lora_runs FOLDER
-deepspeed --num_gpus 1 --module tests.run.lora_runs FOLDER
+torchrun --nproc_per_node 2 -m tests.run.lora_runs FOLDER
+torchrun --nproc_per_node 1 -m tests.run.lora_runs FOLDER
 """
 
 from __future__ import annotations

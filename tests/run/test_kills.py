@@ -52,7 +52,7 @@ class Run:
     """A training command that writes to `folder`, started as by a user in its own process group."""
 
     def __init__(
-        self, rows: str, folder: Path, ranks: int, *more: object, by: Callable[[int], list[str]] = deepspeed,
+        self, rows: str, folder: Path, ranks: int, *more: object, by: Callable[[int], list[str]] = torchrun,
         **environment: str,
     ) -> None:  # fmt: skip
         options = ["--input-model", "demo", "--training-dataset", rows, "--test-size", "20",
@@ -304,7 +304,7 @@ def test_a_run_that_is_killed_many_times_ends_bit_for_bit_the_same(
         shutil.rmtree(folder / UNFINISHED, ignore_errors=True)
         now.write_text("")
         slow = {"PYTHONPATH": f"{tmp_path}:{ROOT}"} if moment.endswith("a file") else {}
-        run = start(folder, ranks, "--resume", "auto", **slow)
+        run = start(folder, ranks, "--resume", "auto", by=deepspeed, **slow)
         complete = [f.name for f in checkpoint.checkpoints(folder) if checkpoint.read_manifest(f)]
         label = f"{ranks or 1} rank(s)  {moment:<6} {victim:<11}"
         reached = {"start": run.starting, "step": run.stepping, "save": run.saving, "final": run.placing}
@@ -400,7 +400,7 @@ def test_a_damaged_shard_is_refused_and_no_file_changes(start, undisturbed, fold
     [shard, _] = sorted((folder / "checkpoint-6").rglob("*optim_states.pt"))
     flip(shard, shard.stat().st_size // 2)
     before = contents(folder)
-    output = start(folder, 1, "--resume", "auto").wait_for_exit(REFUSED)
+    output = start(folder, 1, "--resume", "auto", by=deepspeed).wait_for_exit(REFUSED)
     assert f"{shard.name} has changed since it was written" in output
     assert "Traceback" not in output
     assert contents(folder) == before
@@ -422,7 +422,7 @@ def test_a_run_stopped_by_any_signal_finishes_its_step_saves_and_resumes_bit_for
     start, undisturbed, folder, ranks, ways
 ):
     for target, expected in ways:
-        run = start(folder, ranks, "--resume", "auto")
+        run = start(folder, ranks, "--resume", "auto", by=deepspeed)
         assert run.wait_until(run.stepping), run.output
         if target == "terminal":
             os.killpg(run.process.pid, signal.SIGINT)  # as a terminal does

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tests.run.lora_runs import COMMON
 from tests.run.test_kills import drift, history
-from tests.run.test_trainer import deepspeed, record, run
+from tests.run.test_trainer import record, run, torchrun
 from tests.run.test_zero2 import assert_equal_states
 from training.model.demo_model import model_folder
 from training.run.exporting import export
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("lora")
     (folder / "prompts.txt").write_text("Say red.\n")
     for ranks in (2, 1):
-        result = run(deepspeed(ranks, "tests.run.lora_runs"), folder)
+        result = run(torchrun(ranks, "tests.run.lora_runs"), folder)
         assert result.returncode == 0, result.stdout
     return folder
 

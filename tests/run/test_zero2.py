@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import settings_of_a_run
 from tests.run.test_kills import drift, history
-from tests.run.test_trainer import deepspeed, record, run
+from tests.run.test_trainer import record, run, torchrun
 from tests.run.zero2_runs import COMMON, ZERO_2
 from training.errors import OptionsError
 from training.options.deepspeed import Zero
@@ -29,7 +29,7 @@ STEPS = COMMON["max_steps"]
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of all runs of zero2_runs.py. One start of two ranks makes them."""
     folder = tmp_path_factory.mktemp("zero2")
-    result = run(deepspeed(2, "tests.run.zero2_runs"), folder)
+    result = run(torchrun(2, "tests.run.zero2_runs"), folder)
     assert result.returncode == 0, result.stdout
     assert "2 CPUs in bf16, DeepSpeed ZeRO-2" in result.stdout
     return folder
@@ -116,7 +116,7 @@ def test_a_checkpoint_of_zero2_has_its_files_in_the_manifest_and_the_predicted_s
 def test_a_zero2_checkpoint_of_two_ranks_is_resumed_by_one(folder, tmp_path):
     words = COMMON | {"deepspeed": ZERO_2, "per_device_train_batch_size": 8, "local_output_dir": tmp_path / "out",
                       "resume": folder / "zero-2" / "checkpoint-2"}  # fmt: skip
-    result = run(deepspeed(1), *(word for name, value in words.items() for word in (flag_of(name), value)))
+    result = run(torchrun(1), *(word for name, value in words.items() for word in (flag_of(name), value)))
     assert result.returncode == 0, result.stdout
     assert "for another number of devices" in result.stdout
     difference = drift(history(tmp_path / "out"), history(folder / "zero-2"))

@@ -1,6 +1,6 @@
 """Run by test_zero2.py on two ranks: several trainings in the same two processes, under ZeRO-3 and ZeRO-2.
 
-deepspeed --num_gpus 2 --module tests.run.zero2_runs FOLDER
+torchrun --nproc_per_node 2 -m tests.run.zero2_runs FOLDER
 """
 
 from __future__ import annotations

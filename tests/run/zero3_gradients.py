@@ -2,7 +2,7 @@
 
 Blocks that ZeRO-3 handles as a whole give the same losses, gradients, norms and weights, bit for bit.
 
-deepspeed --num_gpus 2 --module tests.run.zero3_gradients FOLDER
+torchrun --nproc_per_node 2 -m tests.run.zero3_gradients FOLDER
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run by test_trainer.py on two ranks: loads a model under ZeRO-3 and prints the memory it took, in GiB.
 
-deepspeed --num_gpus 2 --module tests.run.zero3_loading FOLDER
+torchrun --nproc_per_node 2 -m tests.run.zero3_loading FOLDER
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run by test_packing.py on two ranks: what architectures support, while a ZeRO-3 run is prepared.
 
-deepspeed --num_gpus 2 --module tests.run.zero3_packing FOLDER
+torchrun --nproc_per_node 2 -m tests.run.zero3_packing FOLDER
 """
 
 from __future__ import annotations

@@ -26,6 +26,8 @@ from training.options.trainer_options import TrainingOptions
 from training.tracking import background, trackio, wandb
 from training.tracking.tracker import Entry, parameters
 
+pytestmark = pytest.mark.usefixtures("every_extra")
+
 KEY = "f" * 39 + "0"  # in the form of W&B's keys
 TOKEN = "token-that-nobody-may-see"
 TRAIN = [

@@ -23,7 +23,7 @@ from packaging.utils import canonicalize_name
 
 from tests.conftest import problems_of, resolved
 from tests.run import test_trainer
-from tests.run.test_trainer import DEMO, FLOAT32, deepspeed, free_port
+from tests.run.test_trainer import DEMO, FLOAT32, free_port, torchrun
 from training.errors import OptionsError, PublishError, TrackingError
 from training.model.generation import generate_response, load_model_tokenizer_for_generate
 from training.options.trainer_options import TrainingOptions
@@ -33,6 +33,8 @@ from training.tracking.mlflow_model import log_finished
 from training.tracking.mlflow_server import tags, tracking_problems
 from training.tracking.served import Served
 from training.tracking.tracker import parameters, without_secrets
+
+pytestmark = pytest.mark.usefixtures("every_extra")
 
 ROOT = Path(__file__).parents[2]
 TOKEN, PASSWORD = "token-that-nobody-may-see", "password-that-nobody-may-see"
@@ -394,7 +396,7 @@ def test_two_ranks_log_one_run_and_its_model_answers_without_this_repository(ser
         *DEMO, "--logging-steps", 1, "--deepspeed", FLOAT32, "--max-steps", 4, "--eval-steps", 2,
         "--local-output-dir", out, "--mlflow-model-name", NAME,
     ]  # fmt: skip
-    printed = run(*deepspeed(2), *words)
+    printed = run(*torchrun(2), *words)
     assert "MLflow does not answer" not in printed
     (logged,) = mlflow_runs(client, out)
     assert logged.info.status == "FINISHED"
