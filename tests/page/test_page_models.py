@@ -17,7 +17,14 @@ from training.data.held_out import split_held_out
 from training.model.generation import generate_response
 from training.model.loading import load_model
 from training.page import ask
-from training.page.models import PageModel, generation_arguments, names_of, stream_answers
+from training.page.models import (
+    Answer,
+    PageModel,
+    _AnswerStreamer,
+    generation_arguments,
+    names_of,
+    stream_answers,
+)
 from training.page.questions import examples, held_out_rows, rows_of_file, saved_answers
 from training.page.state import Page
 from training.page.votes import HELD_OUT, Question
@@ -60,6 +67,18 @@ def test_an_answer_grows_and_both_models_answer_at_the_same_time(page: Page) -> 
     assert lengths[0] == 0 or "AB" in [tuned.answer for base, tuned in seen if len(base.answer) < 800], (
         "before the other ended"
     )
+
+
+def test_an_answer_on_its_way_has_no_white_space_at_its_ends_so_that_it_never_gets_shorter(
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    answer = Answer()
+    streamer = _AnswerStreamer(tokenizer, answer, 0.0)
+    shown = []
+    for text in ("\n", "A ", "B ", ""):
+        streamer.on_finalized_text(text)
+        shown.append(answer.text)
+    assert shown == ["", "A", "A B", "A B"]
 
 
 def test_stop_ends_the_generation_at_the_next_token(page: Page) -> None:

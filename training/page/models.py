@@ -272,11 +272,11 @@ def _fitting_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, room: int, 
 
 
 class _AnswerStreamer(TextStreamer):
-    """Writes the text into an Answer as it is generated."""
+    """Writes the text into an Answer as it is generated, without white space at its ends, as the whole answer has it."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, answer: Answer, start: float) -> None:
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
-        self.answer, self.start = answer, start
+        self.answer, self.start, self.streamed = answer, start, ""
 
     def put(self, value: torch.Tensor) -> None:
         if not self.next_tokens_are_prompt:  # the first call brings the prompt
@@ -285,7 +285,8 @@ class _AnswerStreamer(TextStreamer):
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        self.answer.text += text
+        self.streamed += text
+        self.answer.text = self.streamed.strip()
 
 
 class _StopSignal(StoppingCriteria):
