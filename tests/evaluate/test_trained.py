@@ -104,6 +104,16 @@ def test_a_later_evaluation_replaces_its_part_logs_newer_values_and_leaves_run_j
     client = mlflow.MlflowClient(f"sqlite:///{trained.parent}/mlflow.db")
     [run] = client.search_runs(["0"])
     assert run.data.metrics["evaluation/held_out/length/base"] == again["metrics"]["length"]["base"]["value"]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("the disk of the server is full")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(mlflow.MlflowClient, "log_batch", refuse)
+        assert CliRunner().invoke(main, words).exit_code == 0
+    assert "the disk of the server is full" in caplog.text
+    [run] = client.search_runs(["0"])
+    assert run.info.status == "FINISHED", "the training is"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     mlflow.set_tracking_uri("")
     assert CliRunner().invoke(main, words).exit_code == 0

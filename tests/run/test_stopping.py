@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 
 from tests.conftest import jsonl
-from tests.run.test_trainer import FLOAT32, record, run, torchrun
+from tests.run.test_trainer import FLOAT32, deepspeed, record, run
 from training import files, trainer
 from training.data.held_out import split_held_out
 from training.data.tokens import prepare_dataset
@@ -318,7 +318,7 @@ def test_on_two_zero3_ranks_one_reports_step_rank_and_rows(
     options: dict[str, Any], poisoned: Poison, rows: tuple[str, int, int], output: Path
 ) -> None:
     options |= {"input_model": poisoned(RARE), "save_steps": 100}
-    result = run(torchrun(2), *option_words(options), "--deepspeed", FLOAT32, timeout=300)
+    result = run(deepspeed(2), *option_words(options), "--deepspeed", FLOAT32, timeout=300)
     assert result.returncode == CANNOT_CONTINUE, result.stdout
     assert len(re.findall(r"Training ended at step \d+: the loss of rank [01] is NaN", result.stdout)) == 1
     assert "Traceback" not in result.stdout

@@ -29,8 +29,9 @@ from training.model.generation import generate_response, load_model_tokenizer_fo
 from training.options.trainer_options import TrainingOptions
 from training.run import finish
 from training.run.identity import new_record
+from training.tracking.mlflow_address import tracking_problems
 from training.tracking.mlflow_model import log_finished
-from training.tracking.mlflow_server import tags, tracking_problems
+from training.tracking.mlflow_server import tags
 from training.tracking.served import Served
 from training.tracking.tracker import parameters, without_secrets
 
@@ -210,7 +211,7 @@ def test_a_missing_mlflow_package_is_reported_with_the_pip_command():
     code = (
         "from importlib import util; real = util.find_spec;"
         "util.find_spec = lambda name: None if name == 'mlflow' else real(name);"
-        "from training.tracking.mlflow_server import tracking_problems; print(*tracking_problems('--name', None))"
+        "from training.tracking.mlflow_address import tracking_problems; print(*tracking_problems('--name', None))"
     )
     printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout
     assert "pip install '.[mlflow]'" in printed

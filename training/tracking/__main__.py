@@ -13,8 +13,8 @@ import click
 from training.console import set_up_console
 from training.errors import TrackingError
 from training.options.command_line import CheckedCommand, CollectedOption, PathName
+from training.tracking.mlflow_address import tracking_problems
 from training.tracking.mlflow_model import log_finished
-from training.tracking.mlflow_server import tracking_problems
 
 
 @click.command(cls=CheckedCommand)

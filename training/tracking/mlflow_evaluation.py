@@ -12,12 +12,8 @@ from typing import Any
 
 from training.consts import EVALUATION_FILE
 from training.errors import TrackingError
-from training.tracking.mlflow_server import (
-    MlflowRun,
-    as_metrics,
-    short_timeouts,
-    tracking_problems,
-)
+from training.tracking.mlflow_address import tracking_problems
+from training.tracking.mlflow_server import MlflowRun, as_metrics, short_timeouts
 from training.tracking.tracker import Entry, now, reason
 
 logger = logging.getLogger(__name__)
@@ -72,11 +68,11 @@ def log_evaluation(record: Mapping[str, Any], name: str, evaluation: Mapping[str
     run = MlflowRun(dict(record), name)
     try:
         with short_timeouts():
-            run.attach()
-            run.logged.clear()  # a later evaluation of the same step counts
-            run.send(as_metrics(Entry(record["steps"], evaluation_figures(evaluation), now())))
-            run.end("FINISHED")
+            try:
+                run.attach()
+                run.logged.clear()  # a later evaluation of the same step counts
+                run.send(as_metrics(Entry(record["steps"], evaluation_figures(evaluation), now())))
+            finally:
+                run.end("FINISHED")  # the training is, also if its evaluation could not be logged
     except Exception as error:  # from MLflow, requests, SQLAlchemy or Databricks
-        with suppress(Exception):
-            run.end("FAILED")
         raise TrackingError(f"MLflow: {reason(error)}") from error
