@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -133,7 +134,7 @@ def test_no_command_fails_or_harms_on_a_terminal_that_knows_only_ascii(tmp_path:
     ascii_only = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONUTF8": "0", "OMP_NUM_THREADS": "1"}
     script = write(tmp_path / "commands.py", COMMANDS)
     paths = {"PYTHONPATH": str(Path(__file__).parents[1])}
-    result = python(script, rows, out, env=os.environ | paths | ascii_only, text=False)
+    result: Any = python(script, rows, out, env=os.environ | paths | ascii_only, text=False)
     text = result.stdout.decode("ascii") + result.stderr.decode()  # click's own errors are always UTF-8
     assert result.returncode == 0, text
     assert r"\xab ended \xbb" in text

@@ -123,10 +123,9 @@ def flags(program: str) -> set[str]:
         text = "".join(result.stdout + result.stderr for result in results)  # Metaflow prints to stderr
         return set(OPTION.findall(text)) | flags("training.trainer")  # it passes options on
     if program == "deepspeed":
-        text = io.StringIO()
-        with contextlib.redirect_stdout(text), contextlib.suppress(SystemExit):
+        with contextlib.redirect_stdout(io.StringIO()) as printed, contextlib.suppress(SystemExit):
             runner.parse_args(["--help"])
-        return set(OPTION.findall(text.getvalue()))
+        return set(OPTION.findall(printed.getvalue()))
     if program == "torchrun":
         return set(OPTION.findall(torch.distributed.run.get_args_parser().format_help()))
     tool = ["-m", *PYTHON_TOOLS[program]] if program != "python" else []
@@ -358,14 +357,14 @@ def test_the_table_of_adapters_is_that_of_the_plan() -> None:
         assert memory == f"{sizes['total']:.1f} of {sizes['available']:.1f}", name
         assert host == f"{answer['host_memory_gib']['total']:.1f}", name
         assert minutes == f"{60 * answer['hours']['expected']:.0f}", name
-        for part, words in (
+        for part, shown in (
             ("frozen weights", "in 16 bits: {:.1f} GiB"),
             ("merging", "the process: {:.1f} GiB"),
         ):
             if "nf4" in options:
                 assert f"stay in 16 bits: {sizes['frozen weights']:.1f} GiB" in text
             elif answer["num_gpus"] == 1:
-                assert words.format((sizes | answer["host_memory_gib"])[part]) in text
+                assert shown.format((sizes | answer["host_memory_gib"])[part]) in text
     assert f"wrong by a factor of {GPU_RANGE:g}:" in text
 
 

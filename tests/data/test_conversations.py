@@ -338,7 +338,7 @@ def test_a_prompt_and_its_messages_are_the_same_conversation() -> None:
     with pytest.raises(
         DataError, match=r"instruction: list .*, expected text. Earlier turns go into history"
     ):
-        prompt_of(CHAT[:4])  # type: ignore[arg-type]
+        prompt_of(CHAT[:4])
 
 
 def test_a_prompt_without_its_first_turns_keeps_their_system_message() -> None:

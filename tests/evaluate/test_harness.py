@@ -29,7 +29,7 @@ from training.model.tokenizer import load_tokenizer
 
 pytestmark = pytest.mark.slow
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"q": "Which river?", "choices": ["Rhine", "Po", "Elbe"], "answer": 0},
     {"q": "Say ### End and go on.", "choices": ["AB", "A", "go on"], "answer": 2},
     {"q": "Is it so?\n", "choices": ["yes", "no", "perhaps"], "answer": 1},

@@ -109,7 +109,8 @@ def test_the_padding_of_a_zero3_shard_is_not_a_weight() -> None:
         weights = {f"w{n}": torch.nn.Parameter(torch.empty(0)) for n in range(len(shards))}
         for rank, (weight, shard) in enumerate(zip(weights.values(), shards, strict=True), start=2):
             # 5 numbers on 4 ranks: rank 2 holds the last one, rank 3 none.
-            weight.ds_tensor, weight.ds_numel, weight.ds_zero_partition_rank = shard, 5, rank
+            for name, value in (("ds_tensor", shard), ("ds_numel", 5), ("ds_zero_partition_rank", rank)):
+                setattr(weight, name, value)
         return describe_bad_base(
             SimpleNamespace(named_parameters=weights.items, name_or_path="base"), fp16=False
         )

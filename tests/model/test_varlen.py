@@ -172,7 +172,7 @@ def test_torchs_own_function_accepts_the_call_forward_and_backward() -> None:
     heads = [
         torch.empty(1, 12, 4, 256, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(3)
     ]
-    attended = attend_in_one_call(*heads, torch.empty(4, dtype=torch.int32, device="meta"), 5)
+    attended = attend_in_one_call(*heads, torch.empty(4, dtype=torch.int32, device="meta"), 5)  # type: ignore[call-arg]
     assert (attended.shape, attended.dtype) == ((1, 12, 4, 256), torch.bfloat16)
     attended.sum().backward()
     assert {(head.grad.shape, head.grad.dtype) for head in heads} == {((1, 12, 4, 256), torch.bfloat16)}
@@ -202,10 +202,10 @@ def test_on_a_gpu_one_call_is_as_close_to_float32_as_one_call_per_document(
     lengths = [1, 37, 300, 2, 129, 64, 611]
 
     def loop(*heads: torch.Tensor) -> torch.Tensor:
-        return attend_document_by_document(*heads, lengths)
+        return attend_document_by_document(*heads, lengths)  # type: ignore[call-arg]
 
     def one_call(*heads: torch.Tensor) -> torch.Tensor:
-        return attend_in_one_call(*heads, offsets(lengths, "cuda"), max(lengths))
+        return attend_in_one_call(*heads, offsets(lengths, "cuda"), max(lengths))  # type: ignore[call-arg]
 
     exact = heads_gradients(loop, torch.float32, lengths, head_size)
     errors = [

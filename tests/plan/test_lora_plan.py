@@ -310,7 +310,7 @@ def test_predicted_activations_of_adapters_are_within_a_quarter_of_the_measured_
     checkpointing, dtype, shape
 ):
     width, layers, heads, vocabulary = shape
-    model = small_gptj(*shape, dtype)
+    model = small_gptj(*shape, dtype=dtype)
     batch = small_batch(model, packed=True)
     add_adapter(model, Lora(16, 32.0), [vocabulary - 3, vocabulary - 2, vocabulary - 1], seed=0)
     if checkpointing:

@@ -326,7 +326,7 @@ LONG_BF16 = pytest.param(torch.bfloat16, marks=pytest.mark.long)
 def test_predicted_activations_and_logits_are_within_a_quarter_of_the_measured_peak(
     packed, checkpointing, dtype, shape
 ):
-    model = small_gptj(*shape, dtype)
+    model = small_gptj(*shape, dtype=dtype)
     batch = small_batch(model, packed)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -27,7 +27,7 @@ def a_state() -> dict[str, Any]:
     """Shared storages, views, a parameter, an empty tensor, a tensor with an attribute, plain objects."""
     flat = torch.arange(24, dtype=torch.float32)
     master = torch.randn(6, requires_grad=True)
-    master.ds_id = "3"
+    vars(master)["ds_id"] = "3"
     moments = {"exp_avg": torch.randn(6), "step": torch.tensor(7.0)}
     return {
         "views": [flat[2:8], flat[4:20].view(4, 4).t()],

@@ -57,7 +57,7 @@ def test_sources_keep_their_order_on_the_command_line_and_back() -> None:
 
 def test_one_source_is_typed_and_recorded_as_one() -> None:
     for one in ("demo", ("demo",), ["demo"]):
-        options = TrainingOptions(local_output_dir="out", training_dataset=one)  # type: ignore[arg-type]
+        options = TrainingOptions(local_output_dir="out", training_dataset=one)
         assert options.training_dataset == ("demo",)
         assert option_words({"training_dataset": one}) == ["--training-dataset", "demo"]
 

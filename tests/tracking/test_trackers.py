@@ -227,7 +227,7 @@ def metrics(output: Path) -> list[dict[str, Any]]:
 
 def offline_rows(run: Path) -> tuple[str, dict[int, dict[str, Any]]]:
     """(id, row of each step) of an offline run of W&B: records of protobuf in the log format of LevelDB."""
-    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.proto.wandb_internal_pb2 import Record  # type: ignore[attr-defined]
 
     [file] = run.glob("run-*.wandb")
     data, at, body, identity, rows = file.read_bytes(), 7, b"", "", {}

@@ -4,7 +4,7 @@ conversation: each model sees its own earlier answers."""
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from typing import Any, NamedTuple
 
@@ -131,7 +131,9 @@ def _example_text(prompt: Prompt) -> str:
     return "\n".join(filter(None, [turns, *prompt[:2]]))
 
 
-def answers(page: Page, session: str, instruction: str, context: str, *sampling: Any) -> Iterator[View]:
+def answers(
+    page: Page, session: str, instruction: str, context: str, *sampling: Any
+) -> Generator[View, None, None]:
     """Asks all models the next question of the session's conversation. Yields what to show until all are done.
 
     Each view is that of the conversation which the session then has: it may begin a new one meanwhile.
