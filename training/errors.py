@@ -70,16 +70,6 @@ class DataError(_PrintableMessage, ValueError):
     """The dataset cannot be used. The message names the file, the row and the fix."""
 
 
-class TooFewRowsError(DataError):
-    """The dataset has fewer than the two rows that training needs."""
-
-    def __init__(self, source: str, count: int):
-        found = f"{count} row" if count == 1 else f"{count or 'no'} rows"
-        super().__init__(
-            f"{source}: {found}, but at least 2 are needed: one to train on and one to hold out. Name a larger dataset"
-        )
-
-
 class DuplicateKeyError(_PrintableMessage, ValueError):
     """A JSON object has the same key twice."""
 

@@ -157,7 +157,7 @@ BAD_LINES = {
 }
 BAD_FILES = {
     "empty file": ("x.json", b"", "the file is empty"),
-    "empty list": ("x.json", b"[]", "no rows, but at least 2 are needed"),
+    "empty list": ("x.json", b"[]", "no rows. Name a file or a dataset that has some"),
     "only blank lines": ("x.jsonl", b"\n\n", "no rows"),
     "only a header": ("x.csv", b"instruction,output\n", "no rows"),
     "broken list": ("x.json", b'[\n{"instruction": "a",\n"output": }]', "line 3: broken JSON"),

@@ -488,7 +488,10 @@ BAD_FOLDERS: dict[str, tuple[Parts, str]] = {
         "is a Delta table, whose files also hold rows that were deleted",
     ),
     "nothing": ({"README.md": (write, b"#")}, "a folder without data files. Expected .json, .jsonl, .csv"),
-    "no rows": ({"a.jsonl": (write, b"\n"), "b.jsonl": (write, b"")}, "no rows, but at least 2 are needed"),
+    "no rows": (
+        {"a.jsonl": (write, b"\n"), "b.jsonl": (write, b"")},
+        "no rows. Name a file or a dataset that has some",
+    ),
 }
 
 

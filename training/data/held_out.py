@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from training.consts import DEFAULT_TEST_SIZE
-from training.errors import DataError, TooFewRowsError
+from training.errors import DataError
 
 if TYPE_CHECKING:
     import datasets
@@ -30,7 +30,11 @@ def held_out_size(typed: int | None, rows: int, recorded: int | None = None) -> 
     Raises DataError if there are fewer than 2 rows, or if the typed number is more than half of them.
     """
     if rows < 2:
-        raise TooFewRowsError("--training-dataset", rows)
+        found = "1 row" if rows else "no rows"
+        raise DataError(
+            f"--training-dataset: {found}, but at least 2 are needed: one to train on and one to hold out. Name a "
+            "larger dataset"
+        )
     if recorded is not None and typed in (None, recorded) and 0 < recorded < rows:
         return recorded
     if typed is None:

@@ -26,7 +26,7 @@ from training.data.formats import (
 )
 from training.data.json_rows import json_table, table_of
 from training.data.table import SYSTEM_PROMPT, Table, kind_of, listed, named
-from training.errors import DataError, TooFewRowsError, offline_note
+from training.errors import DataError, offline_note
 from training.files import is_hub_name, local_path
 
 # Of two equal sources.
@@ -57,7 +57,7 @@ def read_columns(source: str, selection: Mapping[str, str] | None = None) -> Col
     columns.files = files
     columns.not_read += not_read
     if not len(columns):
-        raise TooFewRowsError(source, 0)
+        raise DataError(f"{source}: no rows. Name a file or a dataset that has some")
     return columns
 
 
