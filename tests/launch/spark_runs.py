@@ -37,7 +37,9 @@ def session(installed: bool) -> SparkSession:
         "spark.ui.enabled": "false",
         "spark.ui.showConsoleProgress": "false",
         **{f"spark.executorEnv.{name}": value for name, value in RANK_ENVIRONMENT.items()},
-        "spark.executorEnv.PYTHONPATH": str(ROOT if installed else Path.home()),
+        "spark.executorEnv.PYTHONPATH": os.pathsep.join(
+            [str(ROOT if installed else Path.home()), os.environ.get("PYTHONPATH", "")]
+        ),
     }
     builder = SparkSession.builder.master("local-cluster[2,1,2048]")
     for name, value in settings.items():

@@ -1,4 +1,4 @@
-"""The complete notebook trains the demo, stops with the reason when a rank is killed, and continues a stopped run."""
+"""The complete notebook on the demo: stopped and continued through every cell; ended with the reason when a rank is killed."""
 
 from __future__ import annotations
 
@@ -84,10 +84,8 @@ def trains(test: Callable[[Path], None]) -> Callable[[Path], None]:
     return pytest.mark.slow(pytest.mark.timeout(1800)(marks(test)))
 
 
-@trains
-def test_every_cell_runs_on_the_demo_and_publishes_a_model_that_answers(tmp_path: Path) -> None:
-    run = Run(tmp_path, epochs="0.3")
-    cells = finished_cells(run)
+def assert_shows_all_that_a_run_made(run: Run, cells: list[nbformat.NotebookNode]) -> None:
+    """Output of training, picture, answers before and after, evaluation; and a published model that answers."""
     trained = outputs(cells[cell_with(cells, "launch(command")])
     assert "on 2 CPUs in fp32, DeepSpeed ZeRO-3" in trained
     assert trained in run.printed  # printed during training
@@ -160,8 +158,8 @@ def test_a_killed_run_is_started_again_and_then_stops_the_notebook_at_the_traini
 
 
 @trains
-def test_a_stopped_notebook_run_continues_by_its_name(tmp_path: Path) -> None:
-    run = Run(tmp_path, epochs="0.4")
+def test_a_stopped_notebook_run_continues_by_its_name_through_every_cell(tmp_path: Path) -> None:
+    run = Run(tmp_path, epochs="0.3")
     run.wait_for("step 20/")
     run.process.send_signal(signal.SIGTERM)
     assert run.end() == 1
@@ -170,12 +168,12 @@ def test_a_stopped_notebook_run_continues_by_its_name(tmp_path: Path) -> None:
     stopped = checkpoints(run.root / run.name)[-1]
     assert int(stopped.name.split("-")[1]) >= 20
     name = run.name
-    again = Run(tmp_path, epochs="0.4", resume=name)
-    finished_cells(again)
+    again = Run(tmp_path, epochs="0.3", resume=name)
+    cells = finished_cells(again)
     assert f"the run continues from {stopped}" in again.printed
     assert again.name == name
     record = read_run_record(again.models / name)
-    assert record["status"] == "finished"
     steps = [entry["step"] for entry in read(again.root / name / METRICS_FILE) if "loss" in entry]
     assert steps == sorted(set(steps))
     assert steps[-1] <= record["steps"] > int(stopped.name.split("-")[1])
+    assert_shows_all_that_a_run_made(again, cells)

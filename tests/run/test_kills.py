@@ -14,13 +14,13 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from tests.conftest import jsonl, say_rows
+from tests.conftest import jsonl, made_once, say_rows
 from tests.run.test_trainer import FLOAT32, ROOT, deepspeed, record, torchrun, without_a_launcher
 from tests.storage.test_checkpoint import flip
 from training.consts import SUPERVISED
@@ -45,7 +45,7 @@ TIMEOUT = 400  # seconds for a start on a busy machine, including the compilatio
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return jsonl(tmp_path_factory.mktemp("rows") / "rows.jsonl", say_rows(120))
+    return str(made_once(tmp_path_factory, "rows.jsonl", lambda file: jsonl(file, say_rows(120))))
 
 
 class Run:
@@ -179,11 +179,12 @@ def undisturbed(rows: str, tmp_path_factory: pytest.TempPathFactory) -> Callable
     The global batches are the same for one and two ranks.
     """
 
-    @cache
     def reference(ranks: int) -> Path:
-        folder = tmp_path_factory.mktemp("undisturbed") / f"of-{ranks}"
-        Run(rows, folder, ranks, "--save-total-limit", 100).wait_for_exit()
-        return folder
+        return made_once(
+            tmp_path_factory,
+            f"undisturbed-{ranks}",
+            lambda folder: Run(rows, folder, ranks, "--save-total-limit", 100).wait_for_exit(),
+        )
 
     return reference
 
