@@ -142,6 +142,12 @@ def every_extra() -> Iterator[None]:
         yield
 
 
+def changed_start(folder: Path, code: str) -> dict[str, str]:
+    """The variable with which processes run `code` before their program, and see neither MLflow nor bitsandbytes."""
+    (folder / "sitecustomize.py").write_text((Path(LIGHT) / "sitecustomize.py").read_text() + code)
+    return {"PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parents[1])])}
+
+
 @contextmanager
 def mounted(folder: Path, size: str) -> Iterator[Path]:
     """Mounts a real file system of that size at `folder`. Skips the test if mounting is not possible."""

@@ -258,7 +258,7 @@ def test_the_first_layers_of_a_trained_llama_are_packed_on_two_ranks(
     rows, base, output = tmp_path / "rows.jsonl", tmp_path / "base", tmp_path / "out"
     jsonl(rows, rows_of(6))
     shutil.copytree(trained_llama, base, ignore=shutil.ignore_patterns("*.safetensors"))
-    LlamaForCausalLM.from_pretrained(trained_llama, num_hidden_layers=4).save_pretrained(base)
+    LlamaForCausalLM.from_pretrained(trained_llama, num_hidden_layers=2).save_pretrained(base)
     options = ["--input-model", base, "--training-dataset", rows, "--local-output-dir", output]
     options += ["--test-size", 2, "--max-steps", 1, "--per-device-train-batch-size", 1, "--eval-steps", 100]
     result = run(torchrun(2), "--deepspeed", FLOAT32, "--force", *options)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import changed_start
 from tests.trees import ROOT, run_in
 from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions
@@ -33,7 +34,7 @@ def test_a_rank_reads_the_deepspeed_json_once_and_its_stage_and_loggers_work(tmp
         config[monitor] = {"enabled": True, "output_path": str(tmp_path / monitor), "job_name": "job"}
     config |= {"timers": {"throughput": {"enabled": True}}, "communication_data_type": "fp32"}
     (tmp_path / "counted.json").write_text(json.dumps(config))
-    (tmp_path / "sitecustomize.py").write_text(RECORD_OPENS.format(file=str(tmp_path / "notes")))
+    noted = changed_start(tmp_path, RECORD_OPENS.format(file=str(tmp_path / "notes")))
     options = ["--num_gpus", "1", "--master_port", "29713", "--module", "training.trainer"]
     options += ["--deepspeed", str(tmp_path / "counted.json"), "--local-output-dir", str(tmp_path / "out")]
     options += [
@@ -46,7 +47,7 @@ def test_a_rank_reads_the_deepspeed_json_once_and_its_stage_and_loggers_work(tmp
         "--max-steps",
         "2",
     ]
-    run = run_in(ROOT, "deepspeed.launcher.runner", *options, PYTHONPATH=str(tmp_path))
+    run = run_in(ROOT, "deepspeed.launcher.runner", *options, **noted)
     assert run.returncode == 0, run.stdout
     assert "DeepSpeed ZeRO-2" in run.stdout
     assert all(list((tmp_path / monitor).rglob("*.*")) for monitor in ("csv_monitor", "tensorboard"))

@@ -27,6 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 
+from tests.conftest import changed_start
 from tests.storage.test_checkpoint import flip
 from training.bench.waits import Wait, WaitsPerStep
 from training.data.collator import DataCollatorForCompletionOnlyLM
@@ -270,11 +271,11 @@ def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
 
 @pytest.mark.slow
 def test_an_error_during_pythons_shutdown_does_not_fail_a_finished_run(tmp_path, monkeypatch):
-    (tmp_path / "sitecustomize.py").write_text(
-        "import atexit, os, sys\n"
+    code = (
+        "import atexit, os\n"
         "if 'DOLLY_SUPERVISED' in os.environ and 'training.trainer' in sys.orig_argv: atexit.register(os.abort)\n"
     )
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONPATH", changed_start(tmp_path, code)["PYTHONPATH"])
     alone = [sys.executable, "-m", "training.trainer"]
     result = run(alone, *DEMO, "--max-steps", 1, "--local-output-dir", tmp_path / "out")
     assert result.returncode == 0, result.stdout
@@ -547,14 +548,14 @@ def test_a_gptj_learns_alpaca_on_two_ranks_and_reloads_to_the_same_held_out_loss
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(SHARED / "gpt2-bpe" / name, base)
     result = run(
-        torchrun(2), "--input-model", base, "--training-dataset", ALPACA, "--test-size", 100, "--deepspeed", FLOAT32,
+        torchrun(2), "--input-model", base, "--training-dataset", ALPACA, "--test-size", 40, "--deepspeed", FLOAT32,
         "--max-steps", 20, "--lr", 3e-3, "--local-output-dir", folder, timeout=1500,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout
     losses = record(folder)["held_out_loss"]
     assert losses["after"] < 0.8 * losses["before"]
     rows, _ = prepare_dataset(str(ALPACA), AutoTokenizer.from_pretrained(folder), 2048)
-    _, held_out = split_held_out(rows, 100, 42)
+    _, held_out = split_held_out(rows, 40, 42)
     assert held_out_loss(folder, held_out, tokenizer) == pytest.approx(losses["after"], rel=0.01)
 
 
