@@ -146,7 +146,6 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def on_spark(tmp_path_factory: pytest.TempPathFactory) -> dict:
     """Runs of one Spark driver, one after the other; the last one is interrupted like a notebook's cell."""
     folder = tmp_path_factory.mktemp("spark")
-    (folder / "rows.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", \n')
 
     def options(name: str, **changes: object) -> dict:
         return OPTIONS | STEPS | {"local_output_dir": str(folder / name)} | changes
@@ -154,7 +153,6 @@ def on_spark(tmp_path_factory: pytest.TempPathFactory) -> dict:
     runs = {
         "absent": {"options": options("absent"), "installed": False},
         "trained": {"options": options("trained")},
-        "refused": {"options": options("refused", training_dataset=str(folder / "rows.jsonl"))},
         "killed": {"options": options("killed", max_steps=500), "kill": True},
         "elsewhere": {"options": options("") | {"local_output_dir": "/proc/self/cwd/out"}},
         "too many": {"options": options("many"), "ranks": 3},
@@ -210,19 +208,12 @@ def test_two_spark_workers_train_the_same_model_as_the_launcher_and_log_once(
 
 
 @pytest.mark.slow
-def test_the_message_of_a_rank_that_refuses_or_is_killed_reaches_the_caller(on_spark: dict) -> None:
-    for name, code, words, refusals in (
-        ("refused", REFUSED, "rows.jsonl, line 2: broken JSON", 1),  # both refuse, rank 0 reports it
-        ("killed", 137, "Rank 1 ended: killed, most likely because host memory ran out", 0),  # rank 0 was loading
-    ):  # fmt: skip
-        outcome = on_spark[name]
-        assert (outcome["kind"], outcome["code"]) == ("TrainingFailedError", code)
-        assert words in outcome["error"]
-        assert outcome["log"].count("Cannot train") == refusals
-    refused = on_spark["refused"]
-    assert "Traceback" not in refused["error"]
-    assert "org.apache" not in refused["error"]
-    assert not refused["folder"].exists()
+def test_the_message_of_a_killed_rank_reaches_the_caller(on_spark: dict) -> None:
+    killed = on_spark["killed"]
+    assert (killed["kind"], killed["code"]) == ("TrainingFailedError", 137)
+    assert "Rank 1 ended: killed, most likely because host memory ran out" in killed["error"]
+    for words in ("Traceback", "org.apache"):
+        assert words not in killed["error"]
 
 
 @pytest.mark.slow

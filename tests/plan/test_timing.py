@@ -58,6 +58,25 @@ def test_a_known_gpu_has_the_peak_of_its_data_sheet(monkeypatch, name, peak):
     assert flops.peak_flops(torch.device("cuda"), torch.bfloat16) == peak
 
 
+@pytest.mark.parametrize(
+    ("rates", "widths"),
+    [
+        ({128: 50e9, 256: 65e9, 512: 68e9, 1024: 71e9, 2048: 67e9}, [128, 256, 512, 1024, 2048]),
+        ({128: 1.8e9, 256: 1.3e9, 512: 1.2e9}, [128, 256, 512]),  # bf16 without instructions for it
+    ],
+)
+def test_the_peak_of_another_device_is_the_best_of_products_that_end_soon(monkeypatch, rates, widths):
+    tried = []
+
+    def measured(device, dtype, tokens, width):
+        tried.append(width)
+        return rates[width]
+
+    monkeypatch.setattr(flops, "matmul_flops_per_second", measured)
+    assert flops.peak_flops(torch.device("cpu"), torch.bfloat16) == max(rates.values())
+    assert tried == widths
+
+
 def test_flops_match_the_formula_of_narayanan_et_al():
     b, s, layers, h, v = 3, 64, 2, 8, 100
     expected = 96 * b * s * layers * h**2 * (1 + s / (6 * h) + v / (16 * layers * h))
