@@ -42,6 +42,7 @@ from transformers import (  # noqa: E402
     PreTrainedTokenizerBase,
 )
 
+from tests.starts import LIGHT  # noqa: E402
 from training.data.prompt import INPUT_KEY, INTRO, INTRO_WITH_INPUT  # noqa: E402
 from training.errors import OptionsError  # noqa: E402
 from training.machine.catalogue import FAMILIES, MACHINES  # noqa: E402
@@ -123,9 +124,6 @@ def problems_of(options: TrainingOptions) -> list[str]:
     return []
 
 
-LIGHT = str(Path(__file__).with_name("light"))
-
-
 @pytest.fixture(scope="session", autouse=True)
 def light_processes() -> Iterator[None]:
     """Hides MLflow and bitsandbytes from the processes that tests start (light/sitecustomize.py). This one has them."""
@@ -140,12 +138,6 @@ def every_extra() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.environ["PYTHONPATH"].removeprefix(LIGHT).removeprefix(os.pathsep))
         yield
-
-
-def changed_start(folder: Path, code: str) -> dict[str, str]:
-    """The variable with which processes run `code` before their program, and see neither MLflow nor bitsandbytes."""
-    (folder / "sitecustomize.py").write_text((Path(LIGHT) / "sitecustomize.py").read_text() + code)
-    return {"PYTHONPATH": os.pathsep.join([str(folder), str(Path(__file__).parents[1])])}
 
 
 @contextmanager

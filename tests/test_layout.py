@@ -113,3 +113,28 @@ def test_consts_imports_none_of_our_modules() -> None:
     allowed = {"__future__", "pathlib", "typing"}
     assert {node.module for node in tree.body if isinstance(node, ast.ImportFrom)} <= allowed
     assert not any(isinstance(node, ast.Import) for node in tree.body)
+
+
+def test_no_rank_of_the_tests_imports_conftest_which_clears_the_variables_of_its_launcher() -> None:
+    files = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts): file
+        for file in (ROOT / "tests").rglob("*.py")
+    }
+    imported = {
+        module: {
+            name
+            for node in ast.walk(ast.parse(file.read_text()))
+            if isinstance(node, ast.ImportFrom) and node.module
+            for name in (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+            if name in files
+        }
+        for module, file in files.items()
+    }
+    ranks = {module for module, file in files.items() if "\n    run_and_exit(" in file.read_text()}
+    assert "tests.run.zero3_gradients" in ranks
+    for rank in ranks:
+        reached, new = set[str](), {rank}
+        while new:
+            reached |= new
+            new = {name for module in new for name in imported[module]} - reached
+        assert "tests.conftest" not in reached, rank

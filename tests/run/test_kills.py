@@ -20,8 +20,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.conftest import changed_start, jsonl, made_once, say_rows
+from tests.conftest import jsonl, made_once, say_rows
 from tests.run.test_trainer import FLOAT32, ROOT, deepspeed, record, torchrun, without_a_launcher
+from tests.starts import changed_start
 from tests.storage.test_checkpoint import flip
 from training.consts import SUPERVISED
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, REFUSED

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import changed_start
+from tests.starts import changed_start
 from tests.trees import ROOT, run_in
 from training.options.settings import resolve
 from training.options.trainer_options import TrainingOptions

@@ -27,7 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from tests.conftest import changed_start
+from tests.starts import changed_start
 from tests.storage.test_checkpoint import flip
 from training.bench.waits import Wait, WaitsPerStep
 from training.data.collator import DataCollatorForCompletionOnlyLM
