@@ -29,11 +29,12 @@ from training.model.generation import generate_response, load_model_tokenizer_fo
 from training.options.trainer_options import TrainingOptions
 from training.run import finish
 from training.run.identity import new_record
+from training.tracking.hide_secrets import without_secrets
 from training.tracking.mlflow_address import tracking_problems
 from training.tracking.mlflow_model import log_finished
 from training.tracking.mlflow_server import tags
 from training.tracking.served import Served
-from training.tracking.tracker import parameters, without_secrets
+from training.tracking.tracker import parameters
 
 pytestmark = pytest.mark.usefixtures("every_extra")
 

@@ -17,7 +17,8 @@ from training.consts import SAMPLES_FILE
 from training.data.conversations import messages_text
 from training.data.table import HISTORY
 from training.storage import metrics
-from training.tracking.tracker import Entry, Service, now, reason
+from training.tracking.hide_secrets import reason
+from training.tracking.tracker import Entry, Service, now
 
 logger = logging.getLogger(__name__)
 

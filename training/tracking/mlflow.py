@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from training.options.trainer_options import TrainingOptions
+from training.tracking.hide_secrets import without_secrets
 from training.tracking.mlflow_address import tracking_problems
 from training.tracking.mlflow_server import MlflowRun, as_metrics, short_timeouts
-from training.tracking.tracker import ANSWERS, Entry, Service, without_secrets
+from training.tracking.tracker import ANSWERS, Entry, Service
 
 logger = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from training.errors import install_extra
 from training.files import writable
-from training.tracking.tracker import without_secrets
+from training.tracking.hide_secrets import without_secrets
 
 EXPECTED = "expected http(s)://HOST:PORT, databricks or sqlite:////FILE"
 

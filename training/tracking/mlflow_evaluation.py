@@ -12,9 +12,10 @@ from typing import Any
 
 from training.consts import EVALUATION_FILE
 from training.errors import TrackingError
+from training.tracking.hide_secrets import reason
 from training.tracking.mlflow_address import tracking_problems
 from training.tracking.mlflow_server import MlflowRun, as_metrics, short_timeouts
-from training.tracking.tracker import Entry, now, reason
+from training.tracking.tracker import Entry, now
 
 logger = logging.getLogger(__name__)
 

@@ -20,9 +20,10 @@ from training.model.generation import PARAMETERS
 from training.storage.checkpoint import digests
 from training.storage.copy import model_files
 from training.storage.record import finished_run
+from training.tracking.hide_secrets import reason
 from training.tracking.mlflow_evaluation import stored_figures
 from training.tracking.mlflow_server import MlflowRun, as_metrics, short_timeouts
-from training.tracking.tracker import Entry, now, reason
+from training.tracking.tracker import Entry, now
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric

@@ -1,4 +1,4 @@
-"""What the trackers of a run share: their interface, the entries that they get, and texts without secrets.
+"""What the trackers of a run share: their interface and the entries that they get.
 
 A tracker is a file of this folder with its name (mlflow.py, wandb.py, trackio.py), and a name in TRACKERS of
 training/options/reporting.py. The file has two functions:
@@ -12,8 +12,6 @@ TensorBoard alone has no such file: it needs no server (callbacks.py).
 from __future__ import annotations
 
 import math
-import os
-import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -22,17 +20,9 @@ from typing import Any, Protocol
 
 from training.data.source_names import joined
 from training.options.reporting import TENSORBOARD
+from training.tracking.hide_secrets import without_secrets
 
 ANSWERS = "answers"  # name of the table of sample answers
-SECRETS = (
-    "MLFLOW_TRACKING_TOKEN",
-    "MLFLOW_TRACKING_PASSWORD",
-    "DATABRICKS_TOKEN",
-    "DATABRICKS_CLIENT_SECRET",
-    "WANDB_API_KEY",
-    "HF_TOKEN",
-    "TRACKIO_WRITE_TOKEN",
-)
 
 
 @dataclass(frozen=True)
@@ -117,22 +107,6 @@ def log_rows(
             if entry.answers:
                 row[ANSWERS] = table(entry.answers)
             run.log(row, step=entry.step)
-
-
-def without_secrets(text: object) -> str:
-    """A text as one log line of at most 300 characters, without passwords and tokens."""
-    line = " ".join(str(text).split())
-    for name in SECRETS:
-        if secret := os.environ.get(name):
-            line = line.replace(secret, "***")
-    line = re.sub(r"//[^/\s]*@", "//***@", line)
-    line = re.sub(r"\?[^\s'\")]+=[^\s'\")]+", "?***", line)
-    return line if len(line) <= 300 else line[:299] + "…"
-
-
-def reason(error: Exception) -> str:
-    """What an error says, as `without_secrets`; its type if it says nothing."""
-    return without_secrets(error) or type(error).__name__
 
 
 def now() -> int:

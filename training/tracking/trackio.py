@@ -13,13 +13,8 @@ from training.consts import DEFAULT_PROJECT
 from training.errors import install_extra
 from training.files import writable
 from training.options.trainer_options import TrainingOptions
-from training.tracking.tracker import (
-    Entry,
-    Service,
-    log_rows,
-    parameters,
-    without_secrets,
-)
+from training.tracking.hide_secrets import without_secrets
+from training.tracking.tracker import Entry, Service, log_rows, parameters
 
 if TYPE_CHECKING:
     from trackio.run import Run

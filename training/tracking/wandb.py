@@ -13,14 +13,8 @@ from typing import TYPE_CHECKING, Any
 from training.consts import DEFAULT_PROJECT
 from training.errors import install_extra
 from training.options.trainer_options import TrainingOptions
-from training.tracking.tracker import (
-    Entry,
-    Service,
-    log_rows,
-    parameters,
-    reason,
-    without_secrets,
-)
+from training.tracking.hide_secrets import reason, without_secrets
+from training.tracking.tracker import Entry, Service, log_rows, parameters
 
 if TYPE_CHECKING:
     from wandb import Run, Settings
