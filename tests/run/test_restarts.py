@@ -30,16 +30,18 @@ def torchrun_that_restarts(ranks: int) -> list[str]:
     return [*words[:3], "--max-restarts=2", *words[3:]]
 
 
-def test_a_signal_to_the_restarter_ends_the_run_and_torchruns_own_restarts_go_on_from_there(
+def test_a_killed_run_is_restarted_until_a_signal_ends_it_and_torchruns_own_restarts_go_on_from_there(
     start,  # noqa: F811
     undisturbed,  # noqa: F811
     folder,  # noqa: F811
 ):
     run = start(folder, 2, by=restarter)
     assert run.wait_until(run.stepping), run.output
+    os.kill(run.pids("rank")[0], signal.SIGKILL)
+    assert run.wait_until(lambda: "s/step" in run.output.partition("\nRestart 1 of ")[2]), run.output
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == INTERRUPTED
-    assert "\nRestart " not in run.output
+    assert run.output.count("\nRestart ") == 1
     assert record(folder)["status"] == "stopped"
     run = start(folder, 2, "--resume", "auto", by=torchrun_that_restarts)
     assert run.wait_until(run.stepping), run.output
@@ -50,10 +52,10 @@ def test_a_signal_to_the_restarter_ends_the_run_and_torchruns_own_restarts_go_on
     assert_the_same_run(folder, undisturbed(2))
 
 
-def test_a_run_survives_two_kills_at_random_moments_with_the_weights_of_an_undisturbed_one():
-    """`python -m tests.soak` with more kills is run by hand."""
+@pytest.mark.long
+def test_a_run_survives_three_kills_at_random_moments_with_the_weights_of_an_undisturbed_one():
     soak = subprocess.run(
-        [sys.executable, "-m", "tests.soak", "--kills", "2"],
+        [sys.executable, "-m", "tests.soak", "--kills", "3"],
         cwd=ROOT,
         env=without_a_launcher(),
         capture_output=True,
@@ -61,5 +63,5 @@ def test_a_run_survives_two_kills_at_random_moments_with_the_weights_of_an_undis
         timeout=1500,
     )
     assert soak.returncode == 0, soak.stdout + soak.stderr
-    assert "2 kills survived" in soak.stdout
+    assert "3 kills survived" in soak.stdout
     assert "bit for bit" in soak.stdout
