@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from training.data.source_names import joined
@@ -86,7 +86,13 @@ class MlflowRun:
             own_id = f"tags.{RUN_TAG} = '{self.record['id']}'"
             found = mlflow.search_runs(filter_string=own_id, max_results=1, output_format="list")
             run_id = found[0].info.run_id if found else None
-            run = mlflow.start_run(run_id, run_name=None if found else self.name, tags=tags(self.record))
+            try:
+                run = mlflow.start_run(run_id, run_name=None if found else self.name, tags=tags(self.record))
+            except Exception:
+                if found:  # MLflow may have set it to RUNNING already
+                    with suppress(Exception):
+                        self.client.update_run(found[0].info.run_id, status=found[0].info.status)
+                raise
         self.run_id = run.info.run_id
         existing = self.client.get_run(self.run_id).data
         # MLflow does not allow a logged parameter to change; run.json has the options of a resume.
