@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run.test_trainer import DEMO, FLOAT32, TORCHRUN, deepspeed, free_port, record, run
+from tests.starts import DEMO, FLOAT32, TORCHRUN, deepspeed, free_port, record, run
 from training.errors import OptionsError
 from training.launch.exits import REFUSED
 from training.launch.local import DEEPSPEED

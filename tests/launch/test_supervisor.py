@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run.test_trainer import free_port
+from tests.starts import TORCHRUN, free_port
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, LOST_PEER, REFUSED
 from training.launch.local import DEEPSPEED as DEEPSPEED_COMMAND
 from training.launch.supervisor import remove_shared_buffer, sibling_supervisors
@@ -344,7 +344,6 @@ def test_a_rank_that_finishes_refuses_or_saves_leaves_the_others_alone(supervise
     assert run.end() == (0, f"step 7\n1 {code}\n0 0\n", "")
 
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 # Starts a launcher for each node and prints the exit codes.
 TWO_LAUNCHERS = """
 import subprocess, sys

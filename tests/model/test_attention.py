@@ -11,7 +11,7 @@ from transformers import GPTJConfig, GPTJForCausalLM, LlamaConfig, LlamaForCausa
 from transformers.models.gptj import modeling_gptj as gptj
 
 from tests.data.test_collator import PAD, THREE_ROWS, packed, padded
-from tests.run.test_trainer import run, torchrun
+from tests.starts import run, torchrun
 from training.data.batching import document_lengths
 from training.data.collator import split_packed_batch
 from training.model import loss as response_loss

@@ -27,8 +27,8 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMa
 from tests.conftest import jsonl, rows_of
 from tests.data.test_collator import packed, padded
 from tests.model.test_attention import two_spans
-from tests.run.test_trainer import FLOAT32, run, torchrun
 from tests.run.zero3_packing import KINDS, answers
+from tests.starts import FLOAT32, run, torchrun
 from training.consts import DEMO, IGNORE_INDEX
 from training.model.packing import Packing, compare_packed_with_alone, packing_of
 from training.model.tokenizer import load_tokenizer

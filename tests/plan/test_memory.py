@@ -16,7 +16,7 @@ from transformers import GPTJConfig, GPTJForCausalLM
 
 from tests.conftest import resolved, settings_of_a_run
 from tests.plan.peak import peak_bytes
-from tests.run.test_trainer import run, torchrun
+from tests.starts import run, torchrun
 from training import consts
 from training.consts import GIB, LOSS_CHUNK_BYTES
 from training.data.collator import DataCollatorForCompletionOnlyLM, DataCollatorForPackedRows

@@ -21,8 +21,7 @@ import pytest
 import torch
 
 from tests.conftest import jsonl, made_once, say_rows
-from tests.run.test_trainer import FLOAT32, ROOT, deepspeed, record, torchrun, without_a_launcher
-from tests.starts import changed_start
+from tests.starts import ALONE, FLOAT32, ROOT, changed_start, deepspeed, record, torchrun, without_a_launcher
 from tests.storage.test_checkpoint import flip
 from training.consts import SUPERVISED
 from training.launch.exits import CANNOT_CONTINUE, INTERRUPTED, REFUSED
@@ -59,7 +58,7 @@ class Run:
         options = ["--input-model", "demo", "--training-dataset", rows, "--test-size", "20",
                    "--gradient-checkpointing", "off", *INTERVALS, "--local-output-dir", folder]  # fmt: skip
         steps = ONE_RANK_STEPS if ranks == 0 else TWO_RANK_STEPS
-        launcher = [sys.executable, "-m", "training.trainer"]
+        launcher = ALONE
         if ranks:
             launcher = by(ranks)
             options += ["--deepspeed", FLOAT32, "--per-device-train-batch-size", 8 // ranks]

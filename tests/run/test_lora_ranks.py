@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.run.test_trainer import run, torchrun
+from tests.starts import run, torchrun
 
 
 @pytest.mark.slow

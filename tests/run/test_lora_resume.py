@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 
 from tests.run.lora_runs import COMMON
 from tests.run.test_kills import drift, history
-from tests.run.test_trainer import record, run, torchrun
 from tests.run.test_zero2 import assert_equal_states
+from tests.starts import record, run, torchrun
 from training.model.demo_model import model_folder
 from training.run.exporting import export
 from training.storage import checkpoint

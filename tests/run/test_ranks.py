@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from tests.run.test_trainer import ROOT, free_port, without_a_launcher
+from tests.starts import ROOT, free_port, without_a_launcher
 
 # Rank 0 works longer than the timeout of the group.
 LONG_WORK = """

@@ -17,7 +17,7 @@ from tests.conftest import python
 from tests.launch.test_supervisor import has_ended
 from tests.run.test_kills import contents
 from tests.run.test_ranks import start_ranks
-from tests.run.test_trainer import ROOT
+from tests.starts import ROOT
 from training.errors import OptionsError
 from training.run import reshard as conversion
 from training.run.reshard import conversion_workers, reshard

@@ -11,7 +11,7 @@ import sys
 import pytest
 
 from tests.run.test_kills import assert_the_same_run, folder, rows, start, undisturbed  # noqa: F401  (fixtures)
-from tests.run.test_trainer import ROOT, record, torchrun, without_a_launcher
+from tests.starts import ROOT, record, torchrun, without_a_launcher
 from training.launch.exits import INTERRUPTED
 
 pytestmark = [

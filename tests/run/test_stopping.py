@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState
 
 from tests.conftest import jsonl
-from tests.run.test_trainer import FLOAT32, deepspeed, record, run
+from tests.starts import FLOAT32, deepspeed, record, run
 from training import files, trainer
 from training.data.held_out import split_held_out
 from training.data.tokens import prepare_dataset

@@ -27,7 +27,7 @@ from transformers import (
     TrainerCallback,
 )
 
-from tests.starts import changed_start
+from tests.starts import ALONE, BF16, DEMO, FLOAT32, ROOT, changed_start, deepspeed, record, run, torchrun
 from tests.storage.test_checkpoint import flip
 from training.bench.waits import Wait, WaitsPerStep
 from training.data.collator import DataCollatorForCompletionOnlyLM
@@ -36,7 +36,6 @@ from training.data.prompt import CONTROL_TOKENS
 from training.data.tokens import prepare_dataset
 from training.errors import ModelError, OptionsError, TrainingError
 from training.files import file_digest
-from training.launch.local import DEEPSPEED
 from training.machine import local
 from training.model import loading
 from training.model.demo_model import model_folder
@@ -47,55 +46,8 @@ from training.run import exporting, final_model, preflight, prepare, steps
 from training.storage import checkpoint
 from training.trainer import train
 
-ROOT = Path(__file__).parents[2]
 SHARED = ROOT.parent / "shared"
 ALPACA = SHARED / "data" / "alpaca_1500.jsonl"
-BF16 = "config/ds_z3_bf16_config.json"
-# Many times faster on a CPU that has no instructions for bf16. For tests whose point is not the precision.
-FLOAT32 = "config/ds_z3_fp32_config.json"
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-DEMO = ["--input-model", "demo", "--training-dataset", "demo", "--test-size", "100"]
-
-
-def without_a_launcher() -> dict[str, str]:
-    """An environment without a launcher's variables, with one thread per rank."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        environment.pop(name, None)
-    return environment
-
-
-def run(launcher: list[str], *options: object, timeout: int = 600) -> subprocess.CompletedProcess[str]:
-    """Runs the trainer as a user would, and returns its output."""
-    return subprocess.run(
-        [*launcher, *map(str, options)],
-        cwd=ROOT,
-        env=without_a_launcher(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=timeout,
-    )
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def deepspeed(ranks: int, module: str = "training.trainer") -> list[str]:
-    return [*DEEPSPEED, "--num_gpus", str(ranks), "--master_port", str(free_port()), "--module", module]
-
-
-def torchrun(ranks: int, module: str = "training.trainer") -> list[str]:
-    """The command of the launcher that starts sooner, for tests in which the launcher does not matter."""
-    return [*TORCHRUN, f"--nproc_per_node={ranks}", f"--master_port={free_port()}", "-m", module]
-
-
-def record(folder: Path) -> dict:
-    return json.loads((folder / "run.json").read_text())
 
 
 @pytest.fixture(scope="module")
@@ -261,8 +213,7 @@ def test_torchrun_with_deepspeed_config_and_a_model_folder_trains_the_same_model
 def test_bad_data_ends_the_run_before_a_model_is_loaded(tmp_path):
     file = tmp_path / "rows.jsonl"
     file.write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a", \n')
-    alone = [sys.executable, "-m", "training.trainer"]
-    result = run(alone, *DEMO[:2], "--training-dataset", file, "--local-output-dir", tmp_path / "out")
+    result = run(ALONE, *DEMO[:2], "--training-dataset", file, "--local-output-dir", tmp_path / "out")
     assert result.returncode == 2
     assert f"{file}, line 2: broken JSON" in result.stdout
     assert "Traceback (most recent call last)" not in result.stdout
@@ -276,8 +227,7 @@ def test_an_error_during_pythons_shutdown_does_not_fail_a_finished_run(tmp_path,
         "if 'DOLLY_SUPERVISED' in os.environ and 'training.trainer' in sys.orig_argv: atexit.register(os.abort)\n"
     )
     monkeypatch.setenv("PYTHONPATH", changed_start(tmp_path, code)["PYTHONPATH"])
-    alone = [sys.executable, "-m", "training.trainer"]
-    result = run(alone, *DEMO, "--max-steps", 1, "--local-output-dir", tmp_path / "out")
+    result = run(ALONE, *DEMO, "--max-steps", 1, "--local-output-dir", tmp_path / "out")
     assert result.returncode == 0, result.stdout
     assert record(tmp_path / "out")["status"] == "finished"
 
@@ -291,7 +241,7 @@ def test_a_port_in_use_is_reported_with_what_to_type(tmp_path):
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
         variables = os.environ | alone | {"MASTER_PORT": str(port)}
         options = [*DEMO, "--deepspeed", BF16, "--local-output-dir", str(tmp_path / "out")]
-        command = [sys.executable, "-m", "training.trainer", *options]
+        command = [*ALONE, *options]
         result = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2
     assert f"port {port} (MASTER_PORT) is in use" in result.stderr

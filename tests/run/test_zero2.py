@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from tests.conftest import settings_of_a_run
 from tests.run.test_kills import drift, history
-from tests.run.test_trainer import record, run, torchrun
 from tests.run.zero2_runs import COMMON, ZERO_2
+from tests.starts import record, run, torchrun
 from training.errors import OptionsError
 from training.options.deepspeed import Zero
 from training.options.settings import Settings

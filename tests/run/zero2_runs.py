@@ -94,5 +94,4 @@ def main(folder: str) -> None:
 
 
 if __name__ == "__main__":
-    words = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
-    run_and_exit(lambda: main(*words))
+    run_and_exit(lambda: main(*sys.argv[1:]))

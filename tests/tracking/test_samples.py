@@ -21,7 +21,7 @@ from transformers import AutoTokenizer, GPT2Config, GPT2LMHeadModel, TrainerStat
 from tests.conftest import jsonl, say_rows, write
 from tests.run.test_kills import Run, assert_the_same_run
 from tests.run.test_resume import TrainFunction, run
-from tests.run.test_trainer import DEMO
+from tests.starts import DEMO
 from training import trainer
 from training.consts import GREEDY, SAMPLE_TOKENS
 from training.data.conversations import Prompt, Turn, row_of_prompt

@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 from transformers import TrainerControl, TrainerState
 
+from tests import starts
 from tests.conftest import jsonl, problems_of
-from tests.run import test_trainer
 from training.options.command_line import parse_words
 from training.options.reporting import TRACKERS, report_problems, trackers_of
 from training.options.trainer_options import TrainingOptions
@@ -214,7 +214,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def trained(output: Path, *words: object) -> str:
-    result = test_trainer.run([], *TRAIN, *words, "--local-output-dir", output, timeout=400)
+    result = starts.run([], *TRAIN, *words, "--local-output-dir", output, timeout=400)
     assert result.returncode == 0, result.stdout
     assert KEY not in result.stdout
     assert TOKEN not in result.stdout
@@ -263,7 +263,7 @@ print(json.dumps([[run, SQLiteStorage.get_logs("dolly", run)] for run in SQLiteS
 
 
 def trackio_runs() -> list[tuple[str, list[dict[str, Any]]]]:
-    result = test_trainer.run([], sys.executable, "-c", READ)
+    result = starts.run([], sys.executable, "-c", READ)
     return json.loads(result.stdout.splitlines()[-1])
 
 

@@ -21,9 +21,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests import starts
 from tests.conftest import problems_of, resolved
-from tests.run import test_trainer
-from tests.run.test_trainer import DEMO, FLOAT32, free_port, torchrun
+from tests.starts import DEMO, FLOAT32, free_port, torchrun
 from training.errors import OptionsError, PublishError, TrackingError
 from training.model.generation import generate_response, load_model_tokenizer_for_generate
 from training.options.trainer_options import TrainingOptions
@@ -330,7 +330,7 @@ def client(server, secret, monkeypatch):
 
 def run(*words: object) -> str:
     """Output of a command that must succeed and print no token."""
-    result = test_trainer.run([], *words)
+    result = starts.run([], *words)
     assert result.returncode == 0, result.stdout
     assert TOKEN not in result.stdout
     return result.stdout
